@@ -1,0 +1,1 @@
+"""Handwriting data to a served, proven model: train, export, validate, package, serve, query."""

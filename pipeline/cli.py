@@ -1,0 +1,486 @@
+"""One thin command for each stage: parse, call, echo."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline import __doc__ as summary
+from pipeline.command import Group, Settings
+from pipeline.config import (
+    DEFAULT_RECIPE,
+    MODEL_NAMES,
+    RECIPES,
+    ExportConfig,
+    PackageConfig,
+    Paths,
+    Recipe,
+    ServeConfig,
+    TrainConfig,
+    recipe,
+)
+from pipeline.errors import PipelineError
+from pipeline.files import read_json
+
+DATASETS = ("mnist", "fashion-mnist")
+
+
+@click.group(
+    cls=Group,
+    help=f"{summary}\n\n\b\nExample:\n  pipeline data fetch && pipeline train && pipeline export",
+    context_settings={"auto_envvar_prefix": "HANDWRITING", "help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="handwriting-pipeline", prog_name="pipeline")
+def main() -> None:
+    """Replaced by the text above."""
+
+
+dataset_option = click.option(
+    "--dataset", type=click.Choice(DATASETS), default="mnist", show_default=True
+)
+name_option = click.option("--name", help="The model's name.  [default: handwriting]")
+
+
+def _paths(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
+    named = name or MODEL_NAMES["mnist"]
+    return Paths(settings.root, name=named, run=run or named)
+
+
+@main.group(cls=Group, name="data")
+def data_group() -> None:
+    """Fetch and check the images.
+
+    \b
+    Example:
+      pipeline data fetch
+    """
+
+
+@data_group.command("fetch")
+@dataset_option
+@click.option(
+    "--from",
+    "source",
+    envvar="HANDWRITING_DATA_DIR",
+    type=click.Path(path_type=Path),
+    help="A folder with the four IDX files, as they are or as .gz.",
+)
+@click.pass_obj
+def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None:
+    """Bring the data set into the cache, from the first source that has it.
+
+    \b
+    Example:
+      pipeline data fetch
+      pipeline data fetch --from ~/mnist
+    """
+    from pipeline.data import fetch
+
+    folder = fetch(dataset, _paths(settings).data(dataset), source, settings.say)
+    record = {"dataset": dataset, "folder": str(folder)}
+    settings.result(record, f"{dataset} is in {folder}", "pipeline train")
+
+
+@data_group.command("verify")
+@dataset_option
+@click.pass_obj
+def verify_command(settings: Settings, dataset: str) -> None:
+    """Check every file in the cache against its SHA-256.
+
+    \b
+    Example:
+      pipeline data verify
+    """
+    from pipeline.data import verify
+
+    digests = verify(dataset, _paths(settings).data(dataset))
+    lines = [f"{digest}  {file}" for file, digest in digests.items()]
+    settings.result({"dataset": dataset, "files": digests}, "\n".join(lines), "pipeline train")
+
+
+@data_group.command("path")
+@dataset_option
+@click.pass_obj
+def path_command(settings: Settings, dataset: str) -> None:
+    """Print where the cache of a data set is.
+
+    \b
+    Example:
+      pipeline data path
+    """
+    folder = _paths(settings).data(dataset).resolve()
+    settings.result({"dataset": dataset, "folder": str(folder)}, folder)
+
+
+@data_group.command("sample")
+@dataset_option
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--count", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.pass_obj
+def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -> None:
+    """Write some test images as PNG files, to query with.
+
+    \b
+    Example:
+      pipeline data sample digits
+    """
+    from pipeline.data import load_split
+    from pipeline.images import write_png
+
+    split = load_split(dataset, _paths(settings).data(dataset), "test")
+    files = [folder / f"{index:05d}.png" for index in range(min(count, len(split)))]
+    for file, image in zip(files, split.images, strict=False):
+        write_png(image, file)
+    labels = [split.classes[label] for label in split.labels[: len(files)]]
+    text = f"wrote {len(files)} images to {folder}, which show {', '.join(labels)}"
+    record = {"files": [str(file) for file in files], "labels": labels}
+    settings.result(record, text, f"pipeline query {folder}/*")
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for every field of a recipe; without one, the recipe's own value stands."""
+    for field in reversed(fields(Recipe)):
+        kind = {int: int, float: float, str: str}.get(field.type)  # type: ignore[call-overload]
+        option = click.option(
+            f"--{field.name.replace('_', '-')}",
+            type=kind or _channels,
+            help=f"[default: the recipe's; {DEFAULT_RECIPE} has {field.default}]",
+        )
+        command = option(command)
+    return command
+
+
+def _channels(value: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in value.split(","))
+
+
+@main.command()
+@dataset_option
+@click.option("--run", help="A name for this run.  [default: the model's name]")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    type=click.Choice(list(RECIPES)),
+    default=DEFAULT_RECIPE,
+    show_default=True,
+)
+@click.option("--seed", default=TrainConfig.seed, show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default=TrainConfig.device,
+    show_default=True,
+)
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped, exactly.")
+@recipe_options
+@click.pass_obj
+def train_command(
+    settings: Settings,
+    dataset: str,
+    run: str | None,
+    recipe_name: str,
+    seed: int,
+    device: str,
+    resume: bool,
+    **changes: Any,
+) -> None:
+    """Train a network on the cached data set.
+
+    \b
+    Example:
+      pipeline train
+      pipeline train --recipe baseline --run yardstick --resume
+    """
+    from pipeline.train import run as train
+
+    paths = _paths(settings, run=run or MODEL_NAMES.get(dataset, dataset))
+    config = TrainConfig(recipe_name, recipe(recipe_name, **changes), dataset, seed, device)
+    done = train(paths, config, resume, settings.say, settings.say, settings.update)
+    text = (
+        f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
+        f"({done.parameters:,} parameters, {done.device})\nwrote {paths.weights}"
+    )
+    options = "" if paths.run == MODEL_NAMES["mnist"] else f" --run {paths.run}"
+    settings.result(asdict(done), text, f"pipeline export{options}")
+
+
+@main.command()
+@click.option("--run", help="The run to export.  [default: the name]")
+@name_option
+@click.option("--opset", default=ExportConfig.opset, show_default=True, hidden=True)
+@click.pass_obj
+def export_command(settings: Settings, run: str | None, name: str | None, opset: int) -> None:
+    """Export a trained network through torch.export to one ONNX file.
+
+    \b
+    Example:
+      pipeline export
+    """
+    from pipeline.export import export
+
+    paths = _paths(settings, name, run or name)
+    paths = paths if name else replace(paths, name=_name_of_run(paths))
+    exported = export(paths, replace(ExportConfig(), opset=opset), settings.say)
+    text = (
+        f"wrote {exported.path} ({exported.size:,} bytes, opset {exported.opset}, "
+        f"IR {exported.ir_version}, sha256 {exported.sha256[:12]})"
+    )
+    settings.result(asdict(exported), text, f"pipeline validate{_named(paths)}")
+
+
+def _name_of_run(paths: Paths) -> str:
+    """The model name that goes with the run's data set."""
+    if not paths.run_config.exists():
+        return paths.name
+    dataset = str(read_json(paths.run_config, "run 'pipeline train' again").get("dataset"))
+    return MODEL_NAMES.get(dataset, dataset)
+
+
+def _named(paths: Paths) -> str:
+    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
+
+
+@main.command()
+@click.argument("targets", nargs=-1, metavar="[FILE | REPOSITORY | URL...]")
+@name_option
+@click.option(
+    "--golden",
+    type=click.Path(path_type=Path),
+    help="The golden set to put to a URL.  [default: the packaged version's]",
+)
+@click.option(
+    "--timeout", default=60.0, show_default=True, help="Seconds a call to a URL may take."
+)
+@click.pass_obj
+def validate_command(
+    settings: Settings,
+    targets: tuple[str, ...],
+    name: str | None,
+    golden: Path | None,
+    timeout: float,
+) -> None:
+    """Prove an export, a model repository, or running servers.
+
+    Without a target: the exported file in ONNX Runtime against eager PyTorch. With a REPOSITORY:
+    served for the occasion, all runtimes against each other. With a URL: the golden set replayed,
+    which needs neither torch nor the training data.
+
+    \b
+    Example:
+      pipeline validate
+      pipeline validate exported/model_repository
+      pipeline validate http://127.0.0.1:8000 grpc://127.0.0.1:8001
+    """
+    paths = _paths(settings, name)
+    if not targets:
+        _validate_export(settings, paths)
+    elif len(targets) == 1 and Path(targets[0]).is_file():
+        _validate_export(settings, _paths_of(Path(targets[0])))
+    elif all("://" in target for target in targets):
+        from pipeline.replay import prove_servers
+
+        table = prove_servers(paths, targets, golden, timeout)
+        settings.result(asdict(table), f"{table}\nwrote {paths.agreement}")
+    elif len(targets) == 1:
+        _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])))
+    else:
+        raise click.UsageError("give one repository, or one or more URLs")
+
+
+def _paths_of(onnx: Path) -> Paths:
+    """The paths whose exported file `onnx` is."""
+    folder = onnx.resolve().parent
+    paths = Paths(folder.parent.parent, name=folder.name, run=folder.name)
+    if paths.onnx != onnx.resolve():
+        raise PipelineError(f"{onnx} is no export of ours: exports are exported/NAME/model.onnx")
+    return paths
+
+
+def _validate_export(settings: Settings, paths: Paths) -> None:
+    from pipeline.prove import prove_export
+
+    proof = prove_export(paths, report=settings.say)
+    text = f"ONNX Runtime agrees with eager PyTorch on {proof.agreement}\nwrote {paths.validation}"
+    record = {"passed": True, "sha256": proof.sha256, "accuracy": proof.accuracy}
+    record |= {"agreement": asdict(proof.agreement)}
+    settings.result(record, text, f"pipeline package{_named(paths)}")
+
+
+def _validate_repository(settings: Settings, paths: Paths) -> None:
+    from pipeline.prove import prove_repository
+
+    tables = prove_repository(paths, report=settings.say)
+    written = [str(replace(paths, name=table.name).agreement) for table in tables]
+    text = "\n\n".join(map(str, tables)) + f"\nwrote {', '.join(written)}"
+    record = asdict(tables[0]) if len(tables) == 1 else {"models": [asdict(t) for t in tables]}
+    settings.result(record, text, "pipeline serve")
+
+
+@main.command()
+@name_option
+@click.option("--max-batch-size", default=PackageConfig.max_batch_size, show_default=True)
+@click.option("--max-queue-delay-us", default=PackageConfig.max_queue_delay_us, show_default=True)
+@click.option("--instances", default=PackageConfig.instances, show_default=True)
+@click.option("--intra-op-threads", default=PackageConfig.intra_op_threads, show_default=True)
+@click.option("--inter-op-threads", default=PackageConfig.inter_op_threads, show_default=True)
+@click.pass_obj
+def package_command(settings: Settings, name: str | None, **changes: int) -> None:
+    """Add a validated export to the Triton model repository.
+
+    \b
+    Example:
+      pipeline package
+    """
+    from pipeline.package import package
+
+    paths = _paths(settings, name)
+    done = package(paths, PackageConfig(**changes))
+    text = f"wrote {done.folder} (version {done.version}, sha256 {done.sha256[:12]})"
+    record = {"folder": str(done.folder), "version": done.version, "sha256": done.sha256}
+    settings.result(record, text, f"pipeline validate {paths.repository}")
+
+
+@main.group(cls=Group, invoke_without_command=True)
+@click.option("--http-port", type=int, default=ServeConfig.http_port, show_default=True)
+@click.option("--grpc-port", type=int, default=ServeConfig.grpc_port, show_default=True)
+@click.option("--metrics-port", type=int, default=ServeConfig.metrics_port, show_default=True)
+@click.option("--port", type=click.Choice(["auto"]), help="Take three free ports.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "path", "wheel", "docker"]),
+    default=ServeConfig.runtime,
+    show_default=True,
+)
+@click.option("--start-seconds", default=ServeConfig.start_seconds, show_default=True)
+@click.option("--detach", is_flag=True, help="Return once it is ready, and let it run.")
+@click.pass_context
+def serve(context: click.Context, port: str | None, detach: bool, **changes: Any) -> None:
+    """Serve the model repository with a real tritonserver, on loopback.
+
+    \b
+    Example:
+      pipeline serve --detach
+      pipeline serve status
+      pipeline serve stop
+    """
+    if context.invoked_subcommand:
+        return
+    from pipeline import supervise
+    from pipeline.serve import Server, with_free_ports
+
+    settings = context.ensure_object(Settings)
+    paths, config = _paths(settings), ServeConfig(**changes)
+    config = with_free_ports(config) if port else config
+
+    def echo(server: Server) -> None:
+        record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
+        models = ", ".join(f"{name} version {n}" for name, n in server.models.items())
+        text = f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"
+        settings.result(record, text, "pipeline query IMAGE..., pipeline serve stop")
+
+    if detach:
+        echo(supervise.detach(paths, config))
+    else:
+        supervise.serve(paths, config, echo, settings.say)
+
+
+@serve.command("status")
+@click.pass_obj
+def status_command(settings: Settings) -> None:
+    """Say whether our server runs and answers rightly, by asking it.
+
+    \b
+    Example:
+      pipeline serve status
+    """
+    from pipeline.supervise import status
+
+    record = status(_paths(settings))
+    settings.result(record, "\n".join(f"{key}: {value}" for key, value in record.items()))
+
+
+@serve.command("stop")
+@click.pass_obj
+def stop_command(settings: Settings) -> None:
+    """Stop our server, or clear what a killed one left.
+
+    \b
+    Example:
+      pipeline serve stop
+    """
+    from pipeline.supervise import stop
+
+    done = stop(_paths(settings))
+    settings.result({"done": done}, done)
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path())
+@click.option("--url", help="http://HOST:PORT or grpc://HOST:PORT.  [default: our server]")
+@name_option
+@click.option("--timeout", default=10.0, show_default=True, help="Seconds for an answer.")
+@click.option("--top", default=3, show_default=True, type=click.IntRange(1))
+@click.pass_obj
+def query_command(
+    settings: Settings,
+    images: tuple[str, ...],
+    url: str | None,
+    name: str | None,
+    timeout: float,
+    top: int,
+) -> None:
+    """Ask the served model what image files show.
+
+    \b
+    Example:
+      pipeline query digit.png
+      pipeline query --json --top 1 digits/*.png
+    """
+    from pipeline.query import Client, ask_files
+    from pipeline.serve import default_url
+
+    paths = _paths(settings, name)
+    client = Client(url or default_url(paths), paths.name, timeout)
+    failed = 0
+    for answer in ask_files(client, [Path(image) for image in images], top):
+        if answer.error:
+            failed += 1
+            click.echo(f"Error: {answer.error}", err=True)
+        elif settings.json:
+            click.echo(json.dumps(answer.record()))
+        else:
+            click.echo(str(answer))
+    if failed:
+        raise PipelineError(f"{failed} of {len(images)} images could not be read")
+
+
+@main.command()
+@name_option
+@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
+@click.option("--readme", type=click.Path(path_type=Path), default=Path("README.md"), hidden=True)
+@click.pass_obj
+def report_command(settings: Settings, name: str | None, figures: bool, readme: Path) -> None:
+    """Show how the runtimes of a model agreed when it was last proven.
+
+    \b
+    Example:
+      pipeline report
+      pipeline report --figures
+    """
+    from pipeline.report import agreement, render_readme, save_figures
+
+    paths = _paths(settings, name)
+    table = agreement(paths)
+    text = f"{table}\nread {paths.agreement}"
+    if figures:
+        text += f"\nwrote {save_figures(paths)}"
+        render_readme(paths.root / readme, paths.figures)
+    settings.result(asdict(table), text, "pipeline serve")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""What every command shares: its options, how it speaks, and how errors become exit codes."""
+
+import json
+import sys
+import time
+import tomllib
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from pipeline.errors import PipelineError
+
+BUG, INTERRUPTED = 70, 130
+TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
+
+
+@dataclass
+class Settings:
+    """What the options that all commands accept were set to."""
+
+    root: Path = Path()
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    updated: float = field(default_factory=time.monotonic)  # when progress was last shown
+
+    def say(self, line: object) -> None:
+        """A line of progress, on standard error."""
+        if not self.quiet:
+            self._clear()
+            click.echo(str(line), err=True)
+
+    def update(self, line: object) -> None:
+        """Progress that the next line replaces; into a file or a pipe, a line now and then."""
+        is_terminal = sys.stderr.isatty()
+        now = time.monotonic()
+        if self.quiet or now - self.updated < (TERMINAL_SECONDS if is_terminal else LOG_SECONDS):
+            return
+        self.updated = now
+        self._clear()
+        click.echo(str(line), err=True, nl=not is_terminal)
+
+    def result(self, record: Mapping[str, Any], text: object, then: str = "") -> None:
+        """The result on standard output: one JSON object, or text and what to type next."""
+        if self.json:
+            click.echo(json.dumps(record, default=str))
+            return
+        click.echo(str(text))
+        if then:
+            click.echo(f"next: {then}")
+
+    def _clear(self) -> None:
+        if sys.stderr.isatty():
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _store(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value and parameter.name:
+        setattr(context.ensure_object(Settings), parameter.name, value)
+
+
+def _load_config(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    """Take defaults from a TOML file: a table for each command, the options as its keys."""
+    if value is None:
+        return
+    try:
+        tables = tomllib.loads(value.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PipelineError(f"cannot read the settings in {value}: {error}") from error
+    root = context.find_root().command
+    if isinstance(root, click.Group):
+        _check_tables(tables, root, value)
+    for key in context.command_path.split()[1:]:
+        tables = tables.get(key, {})
+    context.default_map = {**(context.default_map or {}), **tables}
+
+
+def _check_tables(tables: Mapping[str, Any], command: click.Command, file: Path) -> None:
+    """Refuse a key that no command or option has: a typo must not be silently left out."""
+    options = {parameter.name for parameter in command.params}
+    commands = command.commands if isinstance(command, click.Group) else {}
+    for key, value in tables.items():
+        if isinstance(value, dict) and key in commands:
+            _check_tables(value, commands[key], file)
+        elif key not in options:
+            known = ", ".join(sorted({*map(str, options), *commands} - {"config"}))
+            raise PipelineError(f"{file} sets {key!r}, which is unknown here; there are: {known}")
+
+
+def common_options() -> list[click.Option]:
+    """The options that are accepted before and after any command."""
+    return [
+        click.Option(
+            ["--config"],
+            type=click.Path(path_type=Path, dir_okay=False),
+            is_eager=True,
+            expose_value=False,
+            callback=_load_config,
+            help="Take defaults from a TOML file.",
+        ),
+        click.Option(
+            ["--root"],
+            type=click.Path(path_type=Path, file_okay=False),
+            expose_value=False,
+            callback=_store,
+            help="The project's folder.  [default: the current one]",
+        ),
+        *(
+            click.Option(names, is_flag=True, expose_value=False, callback=_store, help=text)
+            for names, text in (
+                (["--json"], "Print the result as JSON."),
+                (["-q", "--quiet"], "No progress on standard error."),
+                (["-v", "--verbose"], "More progress on standard error."),
+                (["--debug"], "Show the traceback of an error as well."),
+            )
+        ),
+    ]
+
+
+class Command(click.Command):
+    """A command that accepts the common options after its name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += common_options()
+
+
+class Failure(click.ClickException):
+    """A PipelineError as Click shows it, with its exit code."""
+
+    def __init__(self, error: PipelineError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+def _bug(error: Exception) -> NoReturn:
+    traceback.print_exception(error)
+    click.echo(
+        "This is a bug of ours. Please report it with the lines above, the command, and what "
+        "'pipeline --version' prints.",
+        err=True,
+    )
+    sys.exit(BUG)
+
+
+class Group(click.Group):
+    """Commands whose errors become exit codes here and nowhere else."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += common_options()
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; never returns when Click is in standalone mode."""
+        try:
+            return super().main(*args, **{"obj": Settings(), **kwargs})
+        except Exception as error:
+            # Click lets through what it does not know: whatever it is, it is ours.
+            _bug(error)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As Click's, with our errors as Click's."""
+        return _at_the_edge(lambda: super(Group, self).make_context(*args, **kwargs))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As Click's, with our errors as Click's."""
+        return _at_the_edge(lambda: super(Group, self).invoke(ctx), ctx)
+
+
+def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) -> Any:
+    try:
+        return call()
+    except PipelineError as error:
+        if context and context.ensure_object(Settings).debug:
+            traceback.print_exception(error)
+        raise Failure(error) from error
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None

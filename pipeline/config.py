@@ -1,0 +1,291 @@
+"""Settings of every stage, the model's signature, and where artifacts lie. Imports nothing heavy."""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+MNIST_CLASSES = tuple("0123456789")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, type and shape (without the batch) of a tensor that crosses the model's border."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+# The signature. 0 is paper, 255 is ink; scaling and normalizing happen inside the model.
+IMAGES = TensorSpec("images", "uint8", (1, 28, 28))
+
+
+def log_probabilities(classes: int) -> TensorSpec:
+    """The output: natural logarithms of probabilities, one for each class."""
+    return TensorSpec("log_probabilities", "float32", (classes,))
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise PipelineError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: the network and everything that shapes its weights but seed and data."""
+
+    network: str = "cnn"  # cnn, classic or net: see model.py
+    channels: tuple[int, ...] = (16, 24, 32, 48)  # of each convolution, or hidden layer (net)
+    epochs: float = 1.0  # passes over the training split; the last may be partial
+    batch_size: int = 128
+    optimizer: str = "adamw"  # adamw, adadelta or sgd
+    lr: float = 0.015  # the peak of the schedule
+    schedule: str = "one-cycle"  # one-cycle, or decay: by gamma after each epoch
+    gamma: float = 0.7
+    weight_decay: float = 0.02
+    label_smoothing: float = 0.0  # 0 to 1
+
+    def __post_init__(self) -> None:
+        _choice("network", self.network, ("cnn", "classic", "net"))
+        _choice("optimizer", self.optimizer, ("adamw", "adadelta", "sgd"))
+        _choice("schedule", self.schedule, ("one-cycle", "decay"))
+        if not 0 < self.epochs <= 1000:
+            raise PipelineError(f"epochs must be above 0 and at most 1000, got {self.epochs}")
+        if not 1 <= self.batch_size <= 10_000:
+            raise PipelineError(f"batch-size must be 1 to 10000, got {self.batch_size}")
+        if not self.lr > 0:
+            raise PipelineError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.label_smoothing < 1:
+            raise PipelineError(f"label-smoothing must be 0 to 1, got {self.label_smoothing}")
+
+
+RECIPES = {
+    "quick": Recipe(),
+    # The classic MNIST example: two convolutions, dropout, Adadelta. The yardstick.
+    "baseline": Recipe(
+        network="classic",
+        channels=(32, 64),
+        epochs=14,
+        batch_size=64,
+        optimizer="adadelta",
+        lr=1.0,
+        schedule="decay",
+        weight_decay=0.0,
+    ),
+    # The learner's note that this project grew out of: 784-128-10, plain SGD.
+    "note": Recipe(
+        network="net",
+        channels=(128,),
+        epochs=5,
+        batch_size=64,
+        optimizer="sgd",
+        lr=0.1,
+        schedule="decay",
+        gamma=1.0,
+        weight_decay=0.0,
+    ),
+}
+DEFAULT_RECIPE = "quick"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: a recipe, and what else decides its weights bit for bit."""
+
+    recipe: str = DEFAULT_RECIPE
+    settings: Recipe = RECIPES[DEFAULT_RECIPE]
+    dataset: str = "mnist"
+    seed: int = 0
+    device: str = "auto"  # auto, cpu or cuda; device.py decides
+
+    def __post_init__(self) -> None:
+        _choice("device", self.device, ("auto", "cpu", "cuda"))
+        if not 0 <= self.seed < 2**31:
+            raise PipelineError(f"seed must be 0 to 2147483647, got {self.seed}")
+
+    def record(self) -> dict[str, Any]:
+        """This run as JSON would have it."""
+        record = asdict(self)
+        record["settings"]["channels"] = list(self.settings.channels)
+        return record
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "TrainConfig":
+        """The run that `record` describes; KeyError or TypeError if it describes none."""
+        fields = {name: record[name] for name in ("recipe", "dataset", "seed", "device")}
+        settings = dict(record["settings"])
+        settings["channels"] = tuple(settings["channels"])
+        return cls(settings=Recipe(**settings), **fields)
+
+
+def recipe(name: str, **changes: Any) -> Recipe:
+    """The recipe called `name`, with some fields changed; None leaves a field as it is."""
+    _choice("recipe", name, tuple(RECIPES))
+    return replace(RECIPES[name], **{key: v for key, v in changes.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """When two predictors agree."""
+
+    batch_sizes: tuple[int, ...] = (1, 2, 7, 64, 256)
+    max_abs_diff: float = 1e-4  # between log-probabilities, over all outputs
+    differing: int = 0  # images whose class may change
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The ONNX dialect: what every Triton since 23.09 loads."""
+
+    opset: int = 18
+    ir_version: int = 9
+
+
+@dataclass(frozen=True)
+class PackageConfig:
+    """How Triton runs the packaged model."""
+
+    max_batch_size: int = 64
+    max_queue_delay_us: int = 500  # how long a request may wait for company
+    instances: int = 1
+    intra_op_threads: int = 1
+    inter_op_threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "instances", "intra_op_threads", "inter_op_threads"):
+            if getattr(self, name) < 1:
+                raise PipelineError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_queue_delay_us < 0:
+            raise PipelineError(f"max_queue_delay_us is negative: {self.max_queue_delay_us}")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where a tritonserver listens, and how long it may take to start and to stop."""
+
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    host: str = "127.0.0.1"
+    runtime: str = "auto"  # auto, path, wheel or docker
+    start_seconds: float = 60.0
+    stop_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        _choice("runtime", self.runtime, ("auto", "path", "wheel", "docker"))
+
+
+MODEL_NAMES = {"mnist": "handwriting"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where each artifact of one model lies under the project's root."""
+
+    root: Path = Path()
+    name: str = "handwriting"
+    run: str = "handwriting"
+    repository_folder: Path | None = None  # a model repository that lies elsewhere
+
+    def __post_init__(self) -> None:
+        for value in (self.name, self.run):
+            if not _NAME.fullmatch(value):
+                raise PipelineError(
+                    f"{value!r} is no name: use up to 64 letters, digits, '-', '_' and '.', "
+                    "a letter or digit first"
+                )
+
+    def data(self, dataset: str) -> Path:
+        return self.root / "data" / dataset
+
+    @property
+    def run_folder(self) -> Path:
+        return self.root / "runs" / self.run
+
+    @property
+    def weights(self) -> Path:
+        return self.run_folder / "model.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run_folder / "checkpoint"
+
+    @property
+    def run_config(self) -> Path:
+        return self.run_folder / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.run_folder / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.run_folder / "summary.json"
+
+    @property
+    def exported(self) -> Path:
+        return self.root / "exported"
+
+    @property
+    def export(self) -> Path:
+        return self.exported / self.name
+
+    @property
+    def program(self) -> Path:
+        return self.export / "model.pt2"
+
+    @property
+    def onnx(self) -> Path:
+        return self.export / "model.onnx"
+
+    @property
+    def golden(self) -> Path:
+        return self.export / "golden.npz"
+
+    @property
+    def validation(self) -> Path:
+        return self.export / "validation.json"
+
+    @property
+    def failed(self) -> Path:
+        return self.export / "failed"
+
+    @property
+    def agreement(self) -> Path:
+        return self.export / "agreement.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.export / "manifest.json"
+
+    @property
+    def repository(self) -> Path:
+        return self.repository_folder or self.exported / "model_repository"
+
+    @property
+    def packaged(self) -> Path:
+        return self.repository / self.name
+
+    @property
+    def server(self) -> Path:
+        return self.exported / "server.json"
+
+    @property
+    def server_log(self) -> Path:
+        return self.exported / "server.log"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.exported / "supervisor.log"
+
+    @property
+    def triton_environment(self) -> Path:
+        return self.root / ".venv-triton"
+
+    @property
+    def figures(self) -> Path:
+        return self.exported / "figures"

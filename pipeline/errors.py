@@ -1,0 +1,25 @@
+"""What can go wrong for a user: each kind of error carries its exit code."""
+
+
+class PipelineError(Exception):
+    """A failure that its message explains: what, where, and how to mend it."""
+
+    exit_code = 1
+
+
+class CheckFailedError(PipelineError):
+    """A gate closed: not validated, parity, accuracy, graph policy, lint, a wrong answer."""
+
+    exit_code = 3
+
+
+class CorruptError(PipelineError):
+    """Bytes that do not match their digest, or that cannot be read as what they should be."""
+
+    exit_code = 4
+
+
+class ServerError(PipelineError):
+    """No server, it died, or it gave no answer in time."""
+
+    exit_code = 5

@@ -1,0 +1,131 @@
+"""The networks: uint8 images in, log-probabilities out, and nothing left for a client to do."""
+
+# Shape letters: B batch, C channels, H height, W width, K classes.
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Recipe
+from pipeline.evaluate import Predictor
+
+# Of MNIST's training pixels, scaled to 0..1. They live in the model, so no client needs them.
+MEAN, STD = 0.1307, 0.3081
+
+
+class Network(nn.Module):
+    """What every network of ours shares: the signature, with all preprocessing inside.
+
+    Subclasses define `logits`. The temperature is 1.0 until it is fitted. The computation runs
+    in the dtype of the buffers, so `.double()` makes a float64 reference of the same weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+    temperature: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN))
+        self.register_buffer("std", torch.tensor(STD))
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 images (B, 1, 28, 28) to log-probabilities (B, K)."""
+        x = images.to(self.mean.dtype) / 255.0  # (B, 1, 28, 28): paper 0.0, ink 1.0
+        x = (x - self.mean) / self.std
+        return torch.log_softmax(self.logits(x) / self.temperature, dim=1)  # (B, K)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Map normalized images (B, 1, 28, 28) to logits (B, K)."""
+        raise TypeError(f"{type(self).__name__} defines no logits")
+
+
+def _normalized(channels: int) -> list[nn.Module]:
+    # Momentum 0.2, because a run may be as short as a few hundred steps.
+    return [nn.BatchNorm2d(channels, momentum=0.2), nn.ReLU()]
+
+
+class Cnn(Network):
+    """A small CNN that shrinks the image early: four convolutions, then maximum and mean."""
+
+    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        a, b, c, d = channels
+        self.features = nn.Sequential(
+            nn.Conv2d(1, a, 5, stride=2),  # (B, a, 12, 12)
+            nn.ReLU(),
+            nn.Conv2d(a, b, 3, bias=False),  # (B, b, 10, 10)
+            nn.MaxPool2d(2),  # (B, b, 5, 5); before the normalization, which is cheaper so
+            *_normalized(b),
+            nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5)
+            *_normalized(c),
+            nn.Conv2d(c, d, 3, bias=False),  # (B, d, 3, 3)
+            *_normalized(d),
+        )
+        self.maximum, self.mean_pool = nn.MaxPool2d(3), nn.AvgPool2d(3)
+        self.classifier = nn.Linear(2 * d, classes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        x = torch.cat([self.maximum(x), self.mean_pool(x)], dim=1)  # (B, 2 d, 1, 1)
+        return self.classifier(x.flatten(1))
+
+
+class ClassicCnn(Network):
+    """The two-convolution network of PyTorch's MNIST example, the field's yardstick.
+
+    https://github.com/pytorch/examples/blob/main/mnist/main.py
+    """
+
+    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        a, b = channels
+        self.features = nn.Sequential(
+            nn.Conv2d(1, a, 3),  # (B, a, 26, 26)
+            nn.ReLU(),
+            nn.Conv2d(a, b, 3),  # (B, b, 24, 24)
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # (B, b, 12, 12)
+            nn.Dropout(0.25),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(b * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+class Net(Network):
+    """The two-layer network of the learner's note: 784-128-10."""
+
+    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        (hidden,) = channels
+        self.layer1 = nn.Linear(28 * 28, hidden)
+        self.layer2 = nn.Linear(hidden, classes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.layer2(torch.relu(self.layer1(x.flatten(1))))
+
+
+NETWORKS: dict[str, type[Cnn | ClassicCnn | Net]] = {"cnn": Cnn, "classic": ClassicCnn, "net": Net}
+
+
+def build(recipe: Recipe, classes: int) -> Network:
+    """The recipe's network with random weights, drawn from torch's global generator."""
+    return NETWORKS[recipe.network](recipe.channels, classes)
+
+
+def eager_predictor(model: nn.Module, device: torch.device | None = None) -> Predictor:
+    """A predictor that runs `model`, in the mode that it is in, on `device`."""
+    place = device or torch.device("cpu")
+    model.to(place)
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            outputs: np.ndarray = model(torch.from_numpy(images).to(place)).cpu().numpy()
+        return outputs
+
+    return predict

@@ -1,0 +1,284 @@
+"""Replay a release's proof against servers that run: golden sets, and rows of agreement."""
+
+# Shape letters: N images, K classes.
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import triton
+from pipeline.config import Criterion, Paths
+from pipeline.data import Split, load_split
+from pipeline.errors import CheckFailedError, PipelineError
+from pipeline.evaluate import Predictor, difference, predict, score
+from pipeline.files import check_digest, check_manifest, read_json, write_json
+from pipeline.query import Client, triton_predictor
+from pipeline.validate import Agreement, Golden, compare, require, unpack_golden
+
+TABLE_BATCH = 64  # images a request in the agreement table
+REPACKAGE = "package it again with 'pipeline package'"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One predictor in the table of agreement, beside the reference in its first row."""
+
+    name: str
+    accuracy: float  # fraction of images, 0 to 1
+    differing: int  # images whose class differs from the reference's
+    max_abs_diff: float | None  # from the reference's log-probabilities; None: not finite
+    images_per_second: float | None  # in batches of 64, one after the other; None: not run
+
+    def __str__(self) -> str:
+        apart = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
+        speed = "recorded" if self.images_per_second is None else f"{self.images_per_second:,.0f}"
+        return f"{self.name:<24} {self.accuracy:>8.2%} {self.differing:>9} {apart:>12} {speed:>10}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """How the predictors of one model agree on the same images."""
+
+    name: str
+    version: int
+    sha256: str | None  # of its model.onnx
+    images: int
+    split: str  # which images: test or golden
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
+        title = f"{self.name} version {self.version}{digest}: {self.images:,} {self.split} images"
+        header = f"{'':<24} {'accuracy':>8} {'differing':>9} {'max |diff|':>12} {'images/s':>10}"
+        return "\n".join([title, header, *map(str, self.rows)])
+
+
+def agree(
+    predictors: Mapping[str, Predictor],
+    images: np.ndarray,
+    labels: np.ndarray,
+    recorded: np.ndarray | None = None,
+) -> tuple[Row, ...]:
+    """A row for each predictor on images (N, ...), held against the first one.
+
+    Where answers (N, K) were `recorded`, they are the reference and the first row.
+    """
+    rows = [] if recorded is None else [_row("golden set", recorded, recorded, labels, None)]
+    reference = recorded
+    for name, predictor in predictors.items():
+        predictor(images[:TABLE_BATCH])  # the first call of a runtime is not its speed
+        start = time.perf_counter()
+        outputs = predict(predictor, images, TABLE_BATCH)
+        seconds = time.perf_counter() - start
+        reference = outputs if reference is None else reference
+        rows.append(_row(name, outputs, reference, labels, seconds))
+    return tuple(rows)
+
+
+def _row(
+    name: str,
+    outputs: np.ndarray,
+    reference: np.ndarray,
+    labels: np.ndarray,
+    seconds: float | None,
+) -> Row:
+    if outputs.shape != reference.shape:
+        raise CheckFailedError(f"{name} answers {outputs.shape} instead of {reference.shape}")
+    apart = difference(reference, outputs)
+    known = apart.max_abs_diff if np.isfinite(apart.max_abs_diff) else None
+    speed = None if seconds is None else len(labels) / seconds
+    return Row(name, score(outputs, labels).accuracy, apart.differing, known, speed)
+
+
+def require_agreement(table: Table, criterion: Criterion) -> None:
+    """Raise CheckFailedError when a row lies too far from the first."""
+    wrong = [
+        f"{row.name}: {row.differing} differing classes, largest difference {row.max_abs_diff}"
+        for row in table.rows
+        if row.differing > criterion.differing
+        or row.max_abs_diff is None
+        or row.max_abs_diff > criterion.max_abs_diff
+    ]
+    if wrong:
+        raise CheckFailedError(
+            f"{table.name}: answers differ from the reference ({table.rows[0].name}) beyond "
+            f"{criterion.max_abs_diff:g}: {'; '.join(wrong)}"
+        )
+
+
+def replay_golden(client: Client, golden: Golden, criterion: Criterion) -> Agreement:
+    """How far a server lies from the golden set's answers, at batch sizes that it takes."""
+    largest = max(1, client.config().max_batch_size)
+    sizes = tuple(size for size in criterion.batch_sizes if size <= min(largest, 7))
+    return compare(
+        golden.log_probabilities,
+        triton_predictor(client),
+        golden.images,
+        replace(criterion, batch_sizes=sizes or (1,)),
+    )
+
+
+@dataclass(frozen=True)
+class Release:
+    """A packaged version with the proof that it carries."""
+
+    folder: Path
+    version: int
+    sha256: str  # of its model.onnx
+    onnx: bytes
+    golden: Golden
+
+
+def load_release(paths: Paths, version: int) -> Release:
+    """A version of a packaged model, every file checked against its manifest.
+
+    Raises PipelineError when there is none and CorruptError when a file changed.
+    """
+    folder = paths.packaged / str(version)
+    if not folder.is_dir():
+        raise PipelineError(f"no version {version} at {folder}: package it, or give --golden FILE")
+    digests = check_manifest(folder, REPACKAGE)["files"]
+    onnx = check_digest(folder / paths.onnx.name, digests.get(paths.onnx.name), REPACKAGE)
+    golden_path = folder / paths.golden.name
+    golden = check_digest(golden_path, digests.get(paths.golden.name), REPACKAGE)
+    return Release(
+        folder, version, digests[paths.onnx.name], onnx, unpack_golden(golden, str(golden_path))
+    )
+
+
+def selected_releases(paths: Paths) -> dict[str, Release]:
+    """The release of each model in the repository that its config selects, all of it intact.
+
+    Raises CheckFailedError when a config states another digest than the version's file has.
+    """
+    configs = sorted(paths.repository.glob("*/config.pbtxt"))
+    if not configs:
+        raise PipelineError(f"no model in {paths.repository}: run 'pipeline package' first")
+    releases = {}
+    for path in configs:
+        model = replace(paths, name=path.parent.name)
+        config = triton.read(path)
+        versions = triton.selected(config)
+        if not versions:
+            raise CheckFailedError(f"{path} selects no version: {REPACKAGE}")
+        release = load_release(model, max(versions))
+        stated = triton.digest(config, str(release.version))
+        if stated != release.sha256:
+            raise CheckFailedError(
+                f"{path} states digest {str(stated)[:12]} for version {release.version}, whose "
+                f"model.onnx has {release.sha256[:12]}: {REPACKAGE}"
+            )
+        releases[model.name] = release
+    return releases
+
+
+def served_version(client: Client) -> int:
+    """The version of the model that answers, by an inference on one blank image."""
+    dims = client.config().input[0].dims
+    if any(dim < 1 for dim in dims):
+        raise PipelineError(f"{client.name} at {client.endpoint} takes images of no fixed shape")
+    answer = client.infer(np.zeros((1, *dims), np.uint8))[1]
+    return int(answer) if answer.isdigit() else 0
+
+
+def prove_servers(
+    paths: Paths,
+    urls: Sequence[str],
+    golden_file: Path | None = None,
+    timeout: float = 60.0,
+    criterion: Criterion = Criterion(),
+) -> Table:
+    """Put a release's golden set to running servers, then the test split where it is at hand.
+
+    Needs neither torch nor the training data. Writes agreement.json. Raises CheckFailedError when
+    a server answers otherwise, states another digest, or serves versions that differ.
+    """
+    clients = {url: Client(url, paths.name, timeout) for url in urls}
+    versions = {url: served_version(client) for url, client in clients.items()}
+    if len(set(versions.values())) > 1:
+        raise CheckFailedError(f"the servers answer with different versions: {versions}")
+    version = next(iter(versions.values()))
+    release = None if golden_file else load_release(paths, version)
+    for url, client in clients.items():
+        stated = triton.digest(client.config(), str(version))
+        if release and stated and stated != release.sha256:
+            raise CheckFailedError(
+                f"{url} serves version {version} with digest {stated[:12]}, the release at "
+                f"{release.folder} has {release.sha256[:12]}"
+            )
+    golden = release.golden if release else _golden_from(golden_file)
+    for url, client in clients.items():
+        agreement = replay_golden(client, golden, criterion)
+        require(agreement, f"{paths.name} at {url} is not the model of this golden set", "")
+    predictors = {url: triton_predictor(client) for url, client in clients.items()}
+    test = _test_split(paths, release)
+    if test and release:
+        reference = {"ONNX Runtime": _onnx_runtime(release)}
+        rows = agree({**reference, **predictors}, test.images, test.labels)
+    else:
+        rows = agree(predictors, golden.images, golden.labels, golden.log_probabilities)
+    for client in clients.values():
+        client.close()
+    table = Table(
+        paths.name,
+        version,
+        release.sha256 if release else None,
+        len(test or golden.labels),
+        "test" if test else "golden",
+        rows,
+    )
+    write_json(paths.agreement, {**machine(), **asdict(table)})
+    require_agreement(table, criterion)
+    return table
+
+
+def _golden_from(path: Path | None) -> Golden:
+    try:
+        content = Path(path or "").read_bytes()
+    except OSError as error:
+        raise PipelineError(f"no golden set at {path}: {error.strerror}") from error
+    return unpack_golden(content, str(path))
+
+
+def _test_split(paths: Paths, release: Release | None) -> Split | None:
+    """The test split that the release was made with, if its files lie in the cache."""
+    if not release:
+        return None
+    training = read_json(release.folder / paths.manifest.name, REPACKAGE)["training"]
+    folder = paths.data(training["dataset"])
+    return load_split(training["dataset"], folder, "test") if folder.is_dir() else None
+
+
+def _onnx_runtime(release: Release) -> Predictor:
+    from pipeline.runtime import onnx_predictor  # a golden set can be replayed without it
+
+    return onnx_predictor(release.onnx)
+
+
+def machine() -> dict[str, Any]:
+    """When and on what a figure was measured."""
+    return {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _cpu_model() or platform.processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _cpu_model() -> str | None:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    except OSError:
+        return None
+    return names[0] if names else None

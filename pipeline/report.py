@@ -1,0 +1,104 @@
+"""Results for people: the agreement table of a model, and the README's tables from measured JSON."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Paths
+from pipeline.errors import PipelineError
+from pipeline.files import read_json, sha256, write_bytes, write_json
+from pipeline.replay import Row, Table
+
+MEASURE = "measure it with 'make figures'"
+# What decides the figures: a change of one of these makes them stale.
+SOURCES = ("config.py", "model.py", "train.py", "export.py", "replay.py", "query.py", "serve.py")
+_BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def agreement(paths: Paths) -> Table:
+    """The table that the last proof of a model wrote."""
+    record = read_json(paths.agreement, "run 'pipeline validate exported/model_repository'")
+    fields = {name: record[name] for name in Table.__dataclass_fields__}
+    return Table(**{**fields, "rows": tuple(Row(**row) for row in record["rows"])})
+
+
+def sources_digest() -> str:
+    """One SHA-256 over the sources that decide the figures."""
+    folder = Path(__file__).parent
+    return sha256("".join(sha256(folder / name) for name in SOURCES).encode())
+
+
+def save_figures(paths: Paths) -> Path:
+    """Keep the model's training summary and agreement as the figures that the README quotes."""
+    proof = read_json(paths.agreement, MEASURE)
+    training = read_json(paths.summary, MEASURE)
+    figure = paths.figures / "agreement.json"
+    record = {
+        "command": "make figures",
+        "sources_sha256": sources_digest(),
+        "training": {
+            key: training[key]
+            for key in ("recipe", "parameters", "test_accuracy", "train_seconds", "device")
+        },
+        **{key: value for key, value in proof.items() if key != "schema"},
+    }
+    write_json(figure, record)
+    return figure
+
+
+def agreement_markdown(figure: dict[str, Any]) -> str:
+    """The README's table of agreement."""
+    lines = [
+        "| runtime | test accuracy | classes that differ | largest difference | images/s |",
+        "|--|--|--|--|--|",
+    ]
+    for row in figure["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['accuracy']:.2%} | {row['differing']} of "
+            f"{figure['images']:,} | {row['max_abs_diff']:.1e} | {row['images_per_second']:,.0f} |"
+        )
+    training, machine = figure["training"], figure["machine"]
+    lines += [
+        "",
+        f"Recipe `{training['recipe']}`: {training['parameters']:,} parameters, trained in "
+        f"{training['train_seconds']:.1f} s. Measured by `{figure['command']}` on "
+        f"{figure['measured_at'][:10]}, {machine['processor']} with {machine['cores']} cores, "
+        f"{machine['system']}; server and client share them. Images/s: batches of 64, one after "
+        "the other.",
+    ]
+    return "\n".join(lines)
+
+
+RENDERERS = {"agreement": agreement_markdown}
+
+
+def rendered(readme: str, figures: Path) -> str:
+    """`readme` with every figures block rendered anew from its JSON."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match.group(2)
+        if name not in RENDERERS:
+            raise PipelineError(f"the README asks for figures {name!r}, which nothing renders")
+        text = RENDERERS[name](read_json(figures / f"{name}.json", MEASURE))
+        return f"{match.group(1)}{text}\n{match.group(3)}"
+
+    return _BLOCK.sub(block, readme)
+
+
+def render_readme(readme: Path, figures: Path) -> bool:
+    """Write the figures into `readme`; whether that changed it."""
+    before = readme.read_text()
+    after = rendered(before, figures)
+    if after != before:
+        write_bytes(readme, after.encode())
+    return after != before
+
+
+def stale(figures: Path) -> list[str]:
+    """The figures that were measured on other sources than today's."""
+    now = sources_digest()
+    return [
+        path.name
+        for path in sorted(figures.glob("*.json"))
+        if read_json(path, MEASURE).get("sources_sha256") != now
+    ]

@@ -1,0 +1,259 @@
+"""A tritonserver that answers its golden sets rightly, or none: started, awaited, stopped."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pipeline import tritonserver
+from pipeline.config import Criterion, Paths, ServeConfig
+from pipeline.errors import PipelineError, ServerError
+from pipeline.files import read_json, write_json
+from pipeline.query import Client
+from pipeline.replay import Release, replay_golden, selected_releases
+from pipeline.validate import require
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Server:
+    """A tritonserver that we started. What `server.json` records."""
+
+    id: str
+    pid: int
+    start_time: int  # of the process, in clock ticks since boot: a pid may come again
+    supervisor_pid: int
+    supervisor_start_time: int
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    admin_key: str
+    runtime: str
+    models: dict[str, int]  # name -> version
+    is_ready: bool
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"grpc://127.0.0.1:{self.grpc_port}"
+
+
+def start_time(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot; None when it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_alive(pid: int, started: int) -> bool:
+    """Whether that very process still runs."""
+    return started > 0 and start_time(pid) == started
+
+
+def recorded(paths: Paths) -> Server | None:
+    """The server that `server.json` speaks of, alive or not; None when it speaks of none."""
+    if not paths.server.exists():
+        return None
+    record = read_json(paths.server, f"stop what you started and remove {paths.server}")
+    try:
+        return Server(**{name: record[name] for name in Server.__dataclass_fields__})
+    except KeyError as error:
+        raise PipelineError(f"{paths.server} lacks {error}: remove it") from error
+
+
+def default_url(paths: Paths) -> str:
+    """Where our own server answers, over gRPC; ServerError when `server.json` knows of none."""
+    server = recorded(paths)
+    if server is None:
+        raise ServerError(
+            f"no server of ours is running ({paths.server} is not there): start one with "
+            "'pipeline serve', or name another with --url"
+        )
+    return server.grpc_url
+
+
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def with_free_ports(config: ServeConfig) -> ServeConfig:
+    """`config` on three ports that are free now."""
+    return replace(config, http_port=free_port(), grpc_port=free_port(), metrics_port=free_port())
+
+
+def _require_free(config: ServeConfig) -> None:
+    for service, port in tritonserver.ports(config).items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.host, port))
+            except OSError as error:
+                raise PipelineError(
+                    f"port {port} ({service}) is taken: stop what listens there, choose another "
+                    f"with --{service}-port, or take free ones with --port auto"
+                ) from error
+
+
+@contextlib.contextmanager
+def running_server(
+    paths: Paths,
+    config: ServeConfig = ServeConfig(),
+    is_recorded: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
+    """A server on the repository that answers its golden sets rightly, stopped at the end.
+
+    Raises PipelineError when a port is taken or nothing can run, CheckFailedError when it answers
+    wrongly, CorruptError when a packaged file changed, ServerError when it does not come up.
+    """
+    releases = selected_releases(paths)
+    runtime = tritonserver.find(paths, config.runtime)
+    if config.host != "127.0.0.1" and runtime.kind == "wheel":
+        raise PipelineError("the wheel's tritonserver is too old for a network: loopback only")
+    _require_free(config)
+    server_id = f"handwriting-{secrets.token_hex(6)}"
+    key = secrets.token_urlsafe(24)
+    with tempfile.TemporaryDirectory(prefix=f"{server_id}-") as scratch:
+        backends, log = Path(scratch) / "backends", paths.server_log
+        if runtime.kind == "wheel":
+            tritonserver.lay_out_backends(runtime, backends)
+        if not is_recorded:
+            log = Path(scratch) / log.name
+        command = tritonserver.command(runtime, paths.repository, config, server_id, key, backends)
+        report(f"starting {runtime}")
+        with _process(command, tritonserver.environment(runtime), log, server_id, config) as child:
+            server = Server(
+                id=server_id,
+                pid=child.pid,
+                start_time=start_time(child.pid) or 0,
+                supervisor_pid=os.getpid(),
+                supervisor_start_time=start_time(os.getpid()) or 0,
+                http_port=config.http_port,
+                grpc_port=config.grpc_port,
+                metrics_port=config.metrics_port,
+                admin_key=key,
+                runtime=runtime.kind,
+                models={name: release.version for name, release in releases.items()},
+                is_ready=False,
+            )
+            with _record(paths, server) if is_recorded else contextlib.nullcontext():
+                await_ready(server, child, releases, log, config.start_seconds)
+                server = replace(server, is_ready=True)
+                if is_recorded:
+                    write_record(paths, server)
+                yield server, child
+
+
+def write_record(paths: Paths, server: Server) -> None:
+    """Write server.json, readable by its owner only: it holds the admin key."""
+    previous = os.umask(0o077)
+    try:
+        write_json(paths.server, asdict(server))
+    finally:
+        os.umask(previous)
+
+
+@contextlib.contextmanager
+def _record(paths: Paths, server: Server) -> Iterator[None]:
+    write_record(paths, server)
+    try:
+        yield
+    finally:
+        paths.server.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _process(
+    command: list[str], environment: dict[str, str], log: Path, server_id: str, config: ServeConfig
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The server's process in a group of its own, which ends with the block."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield child
+    finally:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(config.stop_seconds)
+        clear(child.pid, server_id)
+        child.wait()
+
+
+def clear(group: int, server_id: str) -> None:
+    """Kill what is left of a server's process group, and remove its shared memory."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    for region in Path("/dev/shm").glob(f"*{server_id}*"):
+        region.unlink(missing_ok=True)
+
+
+def await_ready(
+    server: Server,
+    child: subprocess.Popen[bytes],
+    releases: dict[str, Release],
+    log: Path,
+    seconds: float,
+) -> None:
+    """Return once our server's models answer their golden sets rightly over both protocols."""
+    deadline = time.monotonic() + seconds
+    for url in (server.http_url, server.grpc_url):
+        client = Client(url, timeout=2.0)
+        _await_answer(client, server, child, log, deadline, seconds)
+        client.close()
+        for name, release in releases.items():
+            asked = Client(url, name, timeout=max(1.0, deadline - time.monotonic()))
+            agreement = replay_golden(asked, release.golden, Criterion())
+            asked.close()
+            what = f"{name} version {release.version} answers wrongly over {url}"
+            require(agreement, what, "Look at the server's environment, then package it again")
+
+
+def _await_answer(
+    client: Client,
+    server: Server,
+    child: subprocess.Popen[bytes],
+    log: Path,
+    deadline: float,
+    seconds: float,
+) -> None:
+    while True:
+        if child.poll() is not None:
+            cause = tritonserver.cause(log.read_text(errors="replace"))
+            raise ServerError(f"tritonserver did not start: {cause}")
+        try:
+            name = client.server_name()
+        except ServerError as error:
+            if time.monotonic() > deadline:
+                cause = tritonserver.cause(log.read_text(errors="replace"))
+                raise ServerError(
+                    f"tritonserver was not ready in {seconds:g} s; its log ends: {cause}"
+                ) from error
+            time.sleep(POLL_SECONDS)
+            continue
+        if name != server.id:
+            raise PipelineError(f"{client.endpoint} is another server ({name}): choose other ports")
+        return

@@ -1,0 +1,178 @@
+"""The server that `pipeline serve` keeps: in the foreground, detached, asked how it is, stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Criterion, Paths, ServeConfig
+from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
+from pipeline.query import Client
+from pipeline.replay import replay_golden, selected_releases
+from pipeline.serve import POLL_SECONDS, Server, clear, is_alive, recorded, running_server
+from pipeline.tritonserver import ports
+from pipeline.validate import require
+
+
+def serve(
+    paths: Paths,
+    config: ServeConfig,
+    on_ready: Callable[[Server], None],
+    report: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Serve the repository until SIGINT or SIGTERM; ServerError when the server dies before."""
+    refuse_second(paths)
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with running_server(paths, config, is_recorded=True, report=report) as (server, child):
+            on_ready(server)
+            code = child.wait()
+            what = f"signal {-code}" if code < 0 else f"exit status {code}"
+            raise ServerError(
+                f"tritonserver died ({what}): see {paths.server_log}; "
+                "'pipeline serve' starts it again"
+            )
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def detach(paths: Paths, config: ServeConfig) -> Server:
+    """Start `pipeline serve` in a session of its own; return once its server is ready.
+
+    Raises what that command failed with.
+    """
+    refuse_second(paths)
+    options = [f"--{service}-port={port}" for service, port in ports(config).items()]
+    command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve", *options]
+    command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
+    paths.exported.mkdir(parents=True, exist_ok=True)
+    with paths.supervisor_log.open("wb") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    # The command has a deadline of its own; this one only guards against a hang of its Python.
+    deadline = time.monotonic() + config.start_seconds + 30
+    while child.poll() is None:
+        server = recorded(paths)
+        if server and server.supervisor_pid == child.pid and server.is_ready:
+            return server
+        if time.monotonic() > deadline:
+            child.kill()
+            raise ServerError(f"the server's supervisor hangs: see {paths.supervisor_log}")
+        time.sleep(POLL_SECONDS)
+    said = paths.supervisor_log.read_text(errors="replace").partition("Error: ")[2].strip()
+    kinds = {kind.exit_code: kind for kind in (CheckFailedError, CorruptError, ServerError)}
+    raise kinds.get(child.returncode, PipelineError)(said or f"see {paths.supervisor_log}")
+
+
+def refuse_second(paths: Paths) -> None:
+    """Raise PipelineError when our server runs already; clear what a dead one left."""
+    server = recorded(paths)
+    if server is None:
+        return
+    if is_alive(server.supervisor_pid, server.supervisor_start_time):
+        raise PipelineError(
+            f"a server runs already (pid {server.pid}, {server.http_url}): "
+            "stop it with 'pipeline serve stop'"
+        )
+    clear_dead(paths, server)
+
+
+def clear_dead(paths: Paths, server: Server) -> None:
+    """Remove what is left of a server whose supervisor was killed."""
+    if is_alive(server.pid, server.start_time):
+        clear(server.pid, server.id)
+        _await_end(server.pid, server.start_time, 5.0)
+    for region in Path("/dev/shm").glob(f"*{server.id}*"):
+        region.unlink(missing_ok=True)
+    for scratch in Path(tempfile.gettempdir()).glob(f"{server.id}-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    paths.server.unlink(missing_ok=True)
+
+
+def _await_end(pid: int, started: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_alive(pid, started):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
+    """Stop the recorded server and say what was done; ServerError when there is none."""
+    server = recorded(paths)
+    if server is None:
+        raise ServerError("no server of ours is running")
+    if is_alive(server.supervisor_pid, server.supervisor_start_time):
+        os.kill(server.supervisor_pid, signal.SIGTERM)
+        if not _await_end(server.supervisor_pid, server.supervisor_start_time, seconds):
+            os.kill(server.supervisor_pid, signal.SIGKILL)
+            clear_dead(paths, server)
+            return f"killed the server (pid {server.pid}): it did not stop in {seconds:g} s"
+        return f"stopped the server (pid {server.pid})"
+    was_alive = is_alive(server.pid, server.start_time)
+    clear_dead(paths, server)
+    return f"cleared a {'server without supervisor' if was_alive else 'dead server'}"
+
+
+def status(paths: Paths) -> dict[str, Any]:
+    """What the recorded server is and does, after it answered its golden sets just now.
+
+    Raises ServerError when there is none or it is dead, CheckFailedError when it answers wrongly.
+    """
+    server = recorded(paths)
+    if server is None:
+        raise ServerError("no server of ours is running: 'pipeline serve' starts one")
+    if not is_alive(server.pid, server.start_time):
+        raise ServerError(
+            f"the server (pid {server.pid}) is dead, although {paths.server} speaks of it: "
+            "'pipeline serve' starts it again"
+        )
+    if not is_alive(server.supervisor_pid, server.supervisor_start_time):
+        raise ServerError(
+            f"the server (pid {server.pid}) runs without its supervisor, which was killed: "
+            "'pipeline serve stop' clears it, 'pipeline serve' starts afresh"
+        )
+    if not server.is_ready:
+        raise ServerError(f"the server (pid {server.pid}) is starting: ask again in a moment")
+    digests = {}
+    for name, release in selected_releases(paths).items():
+        if name not in server.models:
+            continue
+        for url in (server.http_url, server.grpc_url):
+            client = Client(url, name, timeout=5.0)
+            agreement = replay_golden(client, release.golden, Criterion())
+            client.close()
+            require(agreement, f"{name} answers wrongly over {url}", "Restart it, or package anew")
+        digests[name] = {"version": server.models[name], "sha256": release.sha256}
+    return {
+        "pid": server.pid,
+        "http": server.http_url,
+        "grpc": server.grpc_url,
+        "metrics": f"http://127.0.0.1:{server.metrics_port}/metrics",
+        "runtime": server.runtime,
+        "models": digests,
+        "answers": "right, on its golden sets over HTTP and gRPC just now",
+    }

@@ -1,0 +1,103 @@
+"""config.pbtxt as protobuf messages: written, read, and asked questions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from pipeline.config import PackageConfig, TensorSpec
+from pipeline.errors import PipelineError
+
+ModelConfig = model_config_pb2.ModelConfig
+LABELS, WARMUP = "labels.txt", "digit"
+
+_TYPES = {"uint8": model_config_pb2.TYPE_UINT8, "float32": model_config_pb2.TYPE_FP32}
+
+
+def model_config(
+    name: str,
+    images: TensorSpec,
+    outputs: TensorSpec,
+    classes: Sequence[str],
+    config: PackageConfig,
+) -> ModelConfig:
+    """The configuration of a packaged model, without its versions.
+
+    Raises PipelineError for a tensor type that Triton's config has no use for here.
+    """
+    for spec in (images, outputs):
+        if spec.dtype not in _TYPES:
+            raise PipelineError(
+                f"{spec.name} is {spec.dtype}; only {', '.join(_TYPES)} are packaged"
+            )
+    message = ModelConfig(name=name, backend="onnxruntime", max_batch_size=config.max_batch_size)
+    message.input.add(
+        name=images.name,
+        data_type=_TYPES[images.dtype],
+        format=model_config_pb2.ModelInput.FORMAT_NCHW,
+        dims=images.shape,
+    )
+    message.output.add(
+        name=outputs.name,
+        data_type=_TYPES[outputs.dtype],
+        dims=outputs.shape,
+        label_filename=LABELS,
+    )
+    # A count, because without one Triton starts two; CPU, because this config runs anywhere.
+    message.instance_group.add(
+        kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=config.instances
+    )
+    message.dynamic_batching.max_queue_delay_microseconds = config.max_queue_delay_us
+    digit = message.model_warmup.add(name="digit", batch_size=1).inputs[images.name]
+    digit.data_type = _TYPES[images.dtype]
+    digit.dims.extend(images.shape)
+    digit.input_data_file = WARMUP
+    set_parameter(message, "intra_op_thread_count", str(config.intra_op_threads))
+    set_parameter(message, "inter_op_thread_count", str(config.inter_op_threads))
+    set_parameter(message, "classes", json.dumps(list(classes)))
+    return message
+
+
+def set_parameter(message: ModelConfig, key: str, value: str) -> None:
+    """Set one of the config's parameters, which Triton hands to whoever asks for the config."""
+    message.parameters[key].string_value = value
+
+
+def parameter(message: ModelConfig, key: str) -> str | None:
+    """One of the config's parameters, or None."""
+    return message.parameters[key].string_value if key in message.parameters else None
+
+
+def digest(message: ModelConfig, version: str) -> str | None:
+    """The SHA-256 that the config states for a version's model file, or None."""
+    return parameter(message, f"sha256.{version}")
+
+
+def classes(message: ModelConfig) -> tuple[str, ...]:
+    """The class names of a served model; a model of others' may state none, then numbers."""
+    stated = parameter(message, "classes")
+    if stated:
+        return tuple(map(str, json.loads(stated)))
+    return tuple(map(str, range(message.output[0].dims[-1]))) if message.output else ()
+
+
+def selected(message: ModelConfig) -> list[int]:
+    """The versions that the config's policy names; empty when Triton chooses by itself."""
+    return list(message.version_policy.specific.versions)
+
+
+def to_text(message: ModelConfig) -> str:
+    """The message as config.pbtxt has it."""
+    return str(text_format.MessageToString(message))
+
+
+def read(path: Path) -> ModelConfig:
+    """The message in a config.pbtxt; PipelineError says where it does not parse."""
+    try:
+        return text_format.Parse(path.read_text(), ModelConfig())
+    except OSError as error:
+        raise PipelineError(f"no {path}: run 'pipeline package'") from error
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise PipelineError(f"{path} does not parse: {error}") from error

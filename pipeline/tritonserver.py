@@ -1,0 +1,171 @@
+"""Which tritonserver can run here, how it is started, and what its log says when it fails."""
+
+import os
+import platform
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Paths, ServeConfig
+from pipeline.errors import PipelineError
+
+IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
+BACKENDS = Path(__file__).parent / "backend"
+REQUIREMENTS = BACKENDS / "requirements.txt"
+RESTRICTED = "model-repository,shared-memory,trace,logging"
+KEY_HEADER = "triton-admin-key"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A way to run tritonserver."""
+
+    kind: str  # path, wheel or docker
+    program: tuple[str, ...]
+    environment: dict[str, str]  # on top of ours
+    python: Path | None = None  # of the server's environment, where we bring the backend
+
+    def __str__(self) -> str:
+        said = {
+            "path": "tritonserver on the PATH, native backend",
+            "wheel": "tritonserver of the wheel, our python-based backend",
+            "docker": f"docker, {IMAGE}",
+        }
+        return said[self.kind]
+
+
+def find(paths: Paths, wanted: str) -> Runtime:
+    """The runtime that is `wanted`, or the first that this machine has.
+
+    Raises PipelineError saying what is missing and how to mend it.
+    """
+    finders = {"path": _on_path, "wheel": _in_wheel, "docker": _in_docker}
+    kinds = list(finders) if wanted == "auto" else [wanted]
+    missing = []
+    for kind in kinds:
+        found = finders[kind](paths)
+        if isinstance(found, Runtime):
+            return found
+        missing.append(f"{kind}: {found}")
+    raise PipelineError(
+        "no tritonserver can run here:\n  " + "\n  ".join(missing) + "\nThe packaged repository "
+        f"runs anywhere that {IMAGE} runs; everything up to 'pipeline package' works here"
+    )
+
+
+def _on_path(paths: Paths) -> Runtime | str:
+    program = shutil.which("tritonserver")
+    if not program:
+        return "no tritonserver on the PATH"
+    backends = Path(program).resolve().parent.parent / "backends"
+    if not (backends / "onnxruntime").is_dir():
+        return f"{program} has no onnxruntime backend in {backends}"
+    return Runtime("path", (program,), {})
+
+
+def _in_wheel(paths: Paths) -> Runtime | str:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"the wheel is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    environment = paths.triton_environment
+    python = environment / "bin" / "python"
+    found = sorted(environment.glob("lib/python3.*/site-packages/pytriton/tritonserver"))
+    if not python.exists() or not found:
+        return (
+            f"no server environment at {environment}: make .venv-triton (or python3 -m venv "
+            f"{environment} && {python} -m pip install --no-deps -r {REQUIREMENTS})"
+        )
+    site = found[0].parent.parent
+    libraries = str(site / "nvidia_pytriton.libs")
+    return Runtime(
+        "wheel",
+        (str(found[0] / "bin" / "tritonserver"),),
+        {"LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(site)},
+        python,
+    )
+
+
+def _in_docker(paths: Paths) -> Runtime | str:
+    program = shutil.which("docker")
+    return Runtime("docker", (program, "run"), {}) if program else "no docker on the PATH"
+
+
+def lay_out_backends(runtime: Runtime, folder: Path) -> None:
+    """Fill `folder` with the python backend, the stub of its Python, and our onnxruntime."""
+    server = Path(runtime.program[0]).parent.parent
+    version = server.parent.parent.parent.name.removeprefix("python")
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        raise PipelineError(
+            f"the wheel has no stub for Python {version} ({stub}): build the server's environment "
+            "with Python 3.11 to 3.13 (make clean-triton .venv-triton)"
+        )
+    shutil.copytree(server / "backends" / "python", folder / "python")
+    shutil.copy2(stub, folder / "python" / stub.name)
+    shutil.copytree(BACKENDS / "onnxruntime", folder / "onnxruntime")
+
+
+def command(
+    runtime: Runtime,
+    repository: Path,
+    config: ServeConfig,
+    server_id: str,
+    admin_key: str,
+    backends: Path,
+) -> list[str]:
+    """The command line that starts this runtime on `repository`."""
+    inside = runtime.kind == "docker"
+    host = "0.0.0.0" if inside else config.host  # a container's own; -p below decides
+    arguments = [
+        f"--model-repository={'/models' if inside else repository.resolve()}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        f"--id={server_id}",
+        f"--exit-timeout-secs={max(1, int(config.stop_seconds) - 3)}",
+        f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={admin_key}",
+        f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={admin_key}",
+    ]
+    for service, port in ports(config).items():
+        arguments += [f"--{service}-address={host}", f"--{service}-port={port}"]
+    if runtime.kind == "wheel":
+        arguments += [
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={server_id}",
+        ]
+    if not inside:
+        return [*runtime.program, *arguments]
+    published = [f"-p={config.host}:{port}:{port}" for port in ports(config).values()]
+    mount = f"-v={repository.resolve()}:/models:ro"
+    name = f"--name={server_id}"
+    return [*runtime.program, "--rm", name, mount, *published, IMAGE, "tritonserver", *arguments]
+
+
+def ports(config: ServeConfig) -> dict[str, int]:
+    """The port of each of Triton's services."""
+    return {"http": config.http_port, "grpc": config.grpc_port, "metrics": config.metrics_port}
+
+
+def environment(runtime: Runtime) -> dict[str, str]:
+    """Our environment without what would lead the server's Python astray, plus the runtime's."""
+    inherited = {
+        key: v for key, v in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL"))
+    }
+    if runtime.python:
+        inherited["PATH"] = f"{runtime.python.parent}{os.pathsep}{inherited.get('PATH', '')}"
+    return {**inherited, **runtime.environment}
+
+
+_ERROR = re.compile(r"^E\d{4} \S+ +\d+ [\w.]+:\d+\] (.*)$", re.MULTILINE)
+# Lines that only repeat that something failed, or that say it of everything at once.
+_VAGUE = ("failed to load all models", "Failed to load", "error: creating server")
+
+
+def cause(log: str) -> str:
+    """The error in tritonserver's log that explains the others, in a line."""
+    errors = [match.strip().strip('"') for match in _ERROR.findall(log)]
+    telling = [error for error in errors if not error.startswith(_VAGUE)] or errors
+    if telling:
+        return telling[0]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1] if lines else "it wrote no log"
