@@ -90,10 +90,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Give `optimizer` back the state that `optimizer_tensors` took."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            like = parameters[int(index)]
+            if value.shape == like.shape:
+                # In the parameter's memory layout: a fused step goes through both as they lie.
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
             states.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 

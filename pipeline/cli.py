@@ -144,7 +144,7 @@ def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """An option for every field of a recipe; without one, the recipe's own value stands."""
     for field in reversed(fields(Recipe)):
-        kind = {int: int, float: float, str: str}.get(field.type)  # type: ignore[call-overload]
+        kind = {int: int, float: float, str: str}.get(field.type)
         option = click.option(
             f"--{field.name.replace('_', '-')}",
             type=kind or _channels,
@@ -180,6 +180,7 @@ def _channels(value: str) -> tuple[int, ...]:
 @click.pass_obj
 def train_command(
     settings: Settings,
+    /,
     dataset: str,
     run: str | None,
     recipe_name: str,
@@ -328,7 +329,7 @@ def _validate_repository(settings: Settings, paths: Paths) -> None:
 @click.option("--intra-op-threads", default=PackageConfig.intra_op_threads, show_default=True)
 @click.option("--inter-op-threads", default=PackageConfig.inter_op_threads, show_default=True)
 @click.pass_obj
-def package_command(settings: Settings, name: str | None, **changes: int) -> None:
+def package_command(settings: Settings, /, name: str | None, **changes: int) -> None:
     """Add a validated export to the Triton model repository.
 
     \b
@@ -358,7 +359,7 @@ def package_command(settings: Settings, name: str | None, **changes: int) -> Non
 @click.option("--start-seconds", default=ServeConfig.start_seconds, show_default=True)
 @click.option("--detach", is_flag=True, help="Return once it is ready, and let it run.")
 @click.pass_context
-def serve(context: click.Context, port: str | None, detach: bool, **changes: Any) -> None:
+def serve(context: click.Context, /, port: str | None, detach: bool, **changes: Any) -> None:
     """Serve the model repository with a real tritonserver, on loopback.
 
     \b

@@ -130,14 +130,6 @@ class Command(click.Command):
         self.params += common_options()
 
 
-class Failure(click.ClickException):
-    """A PipelineError as Click shows it, with its exit code."""
-
-    def __init__(self, error: PipelineError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
-
-
 def _bug(error: Exception) -> NoReturn:
     traceback.print_exception(error)
     click.echo(
@@ -167,7 +159,10 @@ class Group(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """As Click's, with our errors as Click's."""
-        return _at_the_edge(lambda: super(Group, self).make_context(*args, **kwargs))
+        context: click.Context = _at_the_edge(
+            lambda: super(Group, self).make_context(*args, **kwargs)
+        )
+        return context
 
     def invoke(self, ctx: click.Context) -> Any:
         """As Click's, with our errors as Click's."""
@@ -180,7 +175,9 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
     except PipelineError as error:
         if context and context.ensure_object(Settings).debug:
             traceback.print_exception(error)
-        raise Failure(error) from error
+        failure = click.ClickException(str(error))
+        failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
+        raise failure from error
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None

@@ -1,4 +1,4 @@
-"""Settings of every stage, the model's signature, and where artifacts lie. Imports nothing heavy."""
+"""Settings of every stage, the model's signature, where artifacts lie. Imports nothing heavy."""
 
 import re
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +52,12 @@ class Recipe:
         _choice("network", self.network, ("cnn", "classic", "net"))
         _choice("optimizer", self.optimizer, ("adamw", "adadelta", "sgd"))
         _choice("schedule", self.schedule, ("one-cycle", "decay"))
+        layers = {"cnn": 4, "classic": 2, "net": 1}[self.network]
+        if len(self.channels) != layers or min(self.channels) < 1:
+            raise PipelineError(
+                f"channels must be {layers} numbers of at least 1 for {self.network}, "
+                f"got {','.join(map(str, self.channels))}"
+            )
         if not 0 < self.epochs <= 1000:
             raise PipelineError(f"epochs must be above 0 and at most 1000, got {self.epochs}")
         if not 1 <= self.batch_size <= 10_000:
@@ -176,6 +182,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         _choice("runtime", self.runtime, ("auto", "path", "wheel", "docker"))
+        ports = (self.http_port, self.grpc_port, self.metrics_port)
+        if len(set(ports)) < len(ports) or not all(0 < port < 65536 for port in ports):
+            raise PipelineError(f"three different ports from 1 to 65535 are needed, got {ports}")
 
 
 MODEL_NAMES = {"mnist": "handwriting"}

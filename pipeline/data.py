@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -393,33 +394,41 @@ class _Received(io.BytesIO):
 
 def download(url: str, limit: int) -> bytes:
     """What lies at `url`; OSError when it cannot be had, or is slow or longer than `limit`."""
+    received = _Received(limit)
+    transfer: concurrent.futures.Future[None] = concurrent.futures.Future()
+    # A thread, since no time-out of a socket ends a slow name server or a trickle of bytes.
+    threading.Thread(target=_transfer, args=(url, received, transfer), daemon=True).start()
+    before = 0
+    while not concurrent.futures.wait([transfer], STALL_SECONDS).done:
+        arrived = received.tell() - before
+        if arrived < STALL_BYTES:
+            received.close()  # the next chunk ends the thread
+            raise OSError(f"too slow: {arrived} bytes in {STALL_SECONDS:g} s")
+        before += arrived
+    try:
+        transfer.result()
+    except ValueError as error:  # headers that are not HTTP's
+        raise OSError(f"it answers nonsense: {error}") from error
+    return received.getvalue()
+
+
+def _transfer(url: str, received: _Received, transfer: "concurrent.futures.Future[None]") -> None:
+    """Download `url` into `received`; `transfer` becomes what came of it."""
     from pooch import HTTPDownloader  # type: ignore[import-untyped]  # it has no types
 
-    received = _Received(limit)
+    responses: list[Any] = []  # pooch leaves them open when the download fails
     get = HTTPDownloader(
         chunk_size=4096,
         timeout=(CONNECT_SECONDS, STALL_SECONDS),
         headers={"Accept-Encoding": "identity"},  # nothing is to be unpacked on the way
+        hooks={"response": lambda response, **_: responses.append(response)},
     )
-    transfer: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            get(url, received, None)
-        except Exception as error:  # whatever it is, the caller gets it
-            transfer.set_exception(error)
-        else:
-            transfer.set_result(None)
-
-    # A thread, since no time-out of a socket ends a slow name server or a trickle of bytes.
-    threading.Thread(target=run, daemon=True).start()
-    before = 0
-    while not concurrent.futures.wait([transfer], STALL_SECONDS).done:
-        if received.tell() < before + STALL_BYTES:
-            raise OSError(f"it sent {received.tell() - before} bytes in {STALL_SECONDS:g} s")
-        before = received.tell()
     try:
-        transfer.result()
-    except ValueError as error:  # an answer that is no HTTP
-        raise OSError(f"it answers nonsense: {error}") from error
-    return received.getvalue()
+        get(url, received, None)
+    except Exception as error:  # whatever it is, the caller of download gets it
+        transfer.set_exception(error)
+    else:
+        transfer.set_result(None)
+    finally:
+        for response in responses:
+            response.close()

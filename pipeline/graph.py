@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import TensorProto, ValueInfoProto
@@ -38,13 +39,13 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
 
 def _spec(value: ValueInfoProto, name: str) -> TensorSpec:
     tensor = value.type.tensor_type
-    batch, *rest = tensor.shape.dim or [None]
-    if batch is None or batch.dim_param != BATCH:
+    dims = list(tensor.shape.dim)
+    if not dims or dims[0].dim_param != BATCH:
         raise CheckFailedError(f"{name}: dimension 0 of {value.name} is not the axis '{BATCH}'")
-    if not all(dim.HasField("dim_value") for dim in rest):
+    if not all(dim.HasField("dim_value") for dim in dims[1:]):
         raise CheckFailedError(f"{name}: {value.name} has an open dimension besides the batch")
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in rest))
+    return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in dims[1:]))
 
 
 def signature(model: onnx.ModelProto, name: str) -> Signature:
@@ -104,7 +105,8 @@ def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> 
     model.ir_version = ir_version
     graph = model.graph
     values = [*graph.input, *graph.output, *graph.value_info, *graph.initializer]
-    for part in [model, graph, *graph.node, *values]:
+    parts: list[Any] = [model, graph, *graph.node, *values]
+    for part in parts:
         del part.metadata_props[:]
         part.doc_string = ""
     for key in sorted(metadata):

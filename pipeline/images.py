@@ -57,12 +57,13 @@ def _read_file(path: Path) -> bytes:
 def _decode(content: bytes, name: str) -> np.ndarray:
     """The gray levels uint8 (H, W) of an image file's content, upright and without alpha."""
     try:
-        # Pillow warns of odd metadata and of sizes that are refused here anyway.
+        # Pillow warns of odd metadata, and of sizes that are refused here anyway.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(image, name)
-                return _gray(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return _gray(image)
     except _DECODING_ERRORS as error:
         raise PipelineError(
             f"{name} cannot be read as an image ({_reason(error)}): "
@@ -95,50 +96,43 @@ def _reason(error: BaseException) -> str:
 
 
 def _gray(image: Image.Image) -> np.ndarray:
-    """The gray levels uint8 (H, W) of an image in any of Pillow's modes."""
-    if image.mode[0] in "IF":  # 16 or 32 bits
-        return _stretched(np.nan_to_num(np.asarray(image, np.float64)))
+    """The gray levels uint8 (H, W) of an image in any of Pillow's modes, reduced if it is large."""
+    if image.mode[0] in "IF":  # 16 or 32 bits, of any range
+        levels = np.nan_to_num(np.asarray(image, np.float32))
+        levels = levels - levels.min()
+        return _uint8(levels * (255 / max(levels.max(), 1)))
     if not image.has_transparency_data:
-        return np.asarray(image.convert("L"))
-    levels, alpha = np.asarray(image.convert("RGBA").convert("LA"), np.float64).transpose(2, 0, 1)
+        return np.asarray(_reduced(image.convert("L"), WORK_SIDE))
+    image = _reduced(image.convert("RGBA"), WORK_SIDE).convert("LA")
+    levels, alpha = np.asarray(image, np.float32).transpose(2, 0, 1)
     opacity = alpha / 255  # (H, W), 0 to 1
-    if opacity.mean() > 0.5:  # the paper is in the picture: what is cut away becomes paper too
-        paper = float(np.median(levels[opacity > 0.5]))
-    else:
-        mean = np.average(levels, weights=opacity + 1e-9)
-        paper = 0.0 if mean > 127 else 255.0  # whatever the ink stands out from
-    return np.rint(levels * opacity + paper * (1 - opacity)).astype(np.uint8)
+    if opacity.mean() > 0.5:  # the paper is in the picture: what is cut away is paper too
+        paper = np.median(levels[opacity > 0.5])
+    else:  # only ink is in the picture: the paper is what the ink stands out from
+        paper = 0 if np.average(levels, weights=opacity + 1e-9) > 127 else 255
+    return _uint8(levels * opacity + paper * (1 - opacity))
 
 
-def _stretched(levels: np.ndarray) -> np.ndarray:
-    """Levels of any range as uint8, lowest 0 and highest 255."""
-    low, high = levels.min(), levels.max()
-    return np.rint((levels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
+def _uint8(levels: np.ndarray) -> np.ndarray:
+    rounded: np.ndarray = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
+    return rounded
+
+
+def _reduced(image: Image.Image, side: int) -> Image.Image:
+    """The image with at most `side` pixels on its longer side, by averaging."""
+    scale = min(1.0, side / max(image.size))
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BOX)
 
 
 def prepare(gray: np.ndarray) -> np.ndarray:
     """Gray levels uint8 (H, W) as the model takes them: uint8 (1, 28, 28), zeros without ink."""
     if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
         raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
-    ink = _ink(_reduced(gray))
-    darkest = ink.max()
-    if darkest < MIN_CONTRAST:
+    ink = _ink(np.asarray(_reduced(Image.fromarray(gray), WORK_SIDE), np.float32))
+    if ink.max() < MIN_CONTRAST:
         return np.zeros(IMAGES.shape, np.uint8)
     return _centred(_fitted(ink))[np.newaxis]
-
-
-def _resized(levels: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
-    """Levels (H, W) as float32 (height, width)."""
-    image = Image.fromarray(levels.astype(np.float32))
-    return np.asarray(image.resize((width, height), how))
-
-
-def _reduced(gray: np.ndarray, side: int = WORK_SIDE) -> np.ndarray:
-    """Gray levels float32 (H, W), the longer side at most `side`, by averaging."""
-    height, width = gray.shape
-    scale = min(1.0, side / max(height, width))
-    height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    return _resized(gray, height, width, Image.Resampling.BOX)
 
 
 def _frame(levels: np.ndarray) -> np.ndarray:
@@ -152,28 +146,29 @@ def _frame(levels: np.ndarray) -> np.ndarray:
 def _ink(gray: np.ndarray) -> np.ndarray:
     """How far each pixel (H, W) stands out from the paper, in gray levels; 0 where it is paper."""
     # Ink is rare and far from the paper; the cube lets the far outweigh uneven paper.
-    is_ink_bright = np.mean((gray - np.median(_frame(gray))) ** 3) > 0
-    bright = gray if is_ink_bright else 255 - gray
+    distance = gray - np.median(_frame(gray))
+    bright = gray if np.mean(distance * distance * distance) > 0 else 255 - gray
     raised = bright - _paper(bright)
     frame = _frame(raised)
     level = np.median(frame)
-    noise = 1.4826 * np.median(np.abs(frame - level))  # a standard deviation, whatever the ink
-    return np.maximum(raised - level - NOISE * noise, 0)
+    noise = 1.4826 * np.median(np.abs(frame - level))  # a standard deviation, robustly
+    ink: np.ndarray = np.maximum(raised - level - NOISE * noise, 0)
+    return ink
 
 
 def _paper(bright: np.ndarray) -> np.ndarray:
     """The level of the paper under each pixel (H, W), where ink is brighter than paper.
 
-    An opening: the highest of the squares that lie wholly below the image's levels. A stroke is
-    narrower than the square, so the square lies on the paper beside it.
+    It is an opening: the level to which a square can rise from below without cutting the surface
+    of the levels. A stroke is narrower than the square, so it does not lift it.
     """
-    small = _reduced(bright, PAPER_SIDE)
-    side = max(3, round(STROKE * max(small.shape)))
-    # Odd reflection goes on as the paper rises or falls, so that the margin is no exception.
-    padded = np.pad(small, side - 1, mode="reflect", reflect_type="odd")
-    opened = _slide(_slide(padded, side, np.min), side, np.max)
+    small = _reduced(Image.fromarray(bright), PAPER_SIDE)
+    side = max(3, round(STROKE * max(small.size)))
+    # Odd reflection goes on as the paper rises or falls, so that the border is no exception.
+    levels = np.pad(np.asarray(small), side - 1, mode="reflect", reflect_type="odd")
+    levels = _slide(_slide(levels, side, np.min), side, np.max)
     height, width = bright.shape
-    return _resized(opened, height, width, Image.Resampling.BILINEAR)
+    return np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _slide(levels: np.ndarray, side: int, extreme: Callable[..., np.ndarray]) -> np.ndarray:
@@ -194,7 +189,7 @@ def _fitted(ink: np.ndarray) -> np.ndarray:
     box = np.add((left - pixel, top - pixel, right + pixel, bottom + pixel), border)
     how = Image.Resampling.BOX if pixel > 1 else Image.Resampling.BICUBIC
     padded = Image.fromarray(np.pad(ink, border))
-    digit = np.maximum(np.asarray(padded.resize((width, height), how, tuple(box))), 0)
+    digit: np.ndarray = np.maximum(padded.resize((width, height), how, tuple(box)), 0)
     return digit * (255 / digit.max())
 
 
@@ -209,7 +204,7 @@ def _centred(digit: np.ndarray) -> np.ndarray:
         start = math.ceil((side - 1) / 2 - centre)
         start = min(max(start, 0), side - len(mass))  # whole, even where it is lopsided
         place.append(slice(start, start + len(mass)))
-    canvas[tuple(place)] = np.rint(digit)
+    canvas[tuple(place)] = _uint8(digit)
     return canvas[1:-1, 1:-1]  # only faint margins can be lost
 
 

@@ -69,7 +69,8 @@ class Cnn(Network):
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)
         x = torch.cat([self.maximum(x), self.mean_pool(x)], dim=1)  # (B, 2 d, 1, 1)
-        return self.classifier(x.flatten(1))
+        scores: Tensor = self.classifier(x.flatten(1))
+        return scores
 
 
 class ClassicCnn(Network):
@@ -94,7 +95,8 @@ class ClassicCnn(Network):
         )
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
+        scores: Tensor = self.classifier(self.features(x).flatten(1))
+        return scores
 
 
 class Net(Network):
@@ -107,7 +109,8 @@ class Net(Network):
         self.layer2 = nn.Linear(hidden, classes)
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.layer2(torch.relu(self.layer1(x.flatten(1))))
+        scores: Tensor = self.layer2(torch.relu(self.layer1(x.flatten(1))))
+        return scores
 
 
 NETWORKS: dict[str, type[Cnn | ClassicCnn | Net]] = {"cnn": Cnn, "classic": ClassicCnn, "net": Net}

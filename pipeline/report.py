@@ -1,4 +1,4 @@
-"""Results for people: the agreement table of a model, and the README's tables from measured JSON."""
+"""Results for people: a model's agreement table, and the README's tables from measured JSON."""
 
 import re
 from pathlib import Path

@@ -34,7 +34,6 @@ from pipeline.evaluate import evaluate
 from pipeline.files import write_bytes, write_json
 from pipeline.model import Network, build, eager_predictor
 
-
 WARM_UP = 0.25  # of the steps, in which one-cycle climbs to its peak
 
 
@@ -134,7 +133,8 @@ def train(
     steps = max(1, round(recipe.epochs * steps_per_epoch))
 
     torch.manual_seed(config.seed)
-    model = build(recipe, len(train_split.classes)).to(device, memory_format=torch.channels_last)
+    model = build(recipe, len(train_split.classes)).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
     optimizer = make_optimizer(model, recipe)
     loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     if state:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
+from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfig
 
 from pipeline.config import PackageConfig, TensorSpec
 from pipeline.errors import PipelineError
 
-ModelConfig = model_config_pb2.ModelConfig
 LABELS, WARMUP = "labels.txt", "digit"
 
 _TYPES = {"uint8": model_config_pb2.TYPE_UINT8, "float32": model_config_pb2.TYPE_FP32}

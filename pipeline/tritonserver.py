@@ -163,7 +163,7 @@ _VAGUE = ("failed to load all models", "Failed to load", "error: creating server
 
 def cause(log: str) -> str:
     """The error in tritonserver's log that explains the others, in a line."""
-    errors = [match.strip().strip('"') for match in _ERROR.findall(log)]
+    errors: list[str] = [match.strip().strip('"') for match in _ERROR.findall(log)]
     telling = [error for error in errors if not error.startswith(_VAGUE)] or errors
     if telling:
         return telling[0]

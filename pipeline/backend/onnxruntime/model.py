@@ -29,9 +29,11 @@ DATA_TYPES = {  # ONNX Runtime's names to Triton's
     "tensor(bool)": "TYPE_BOOL",  # no strings: DLPack does not know them
 }
 SWITCHES = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
-CUDA_CHOICES = {
-    "cudnn_conv_algo_search": ["EXHAUSTIVE", "HEURISTIC", "DEFAULT"],
-    "arena_extend_strategy": ["kNextPowerOfTwo", "kSameAsRequested"],
+CUDA_WORDS = {  # parameters that CUDA's provider takes, numbers in its words
+    "cudnn_conv_algo_search": {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"},
+    "arena_extend_strategy": {"0": "kNextPowerOfTwo", "1": "kSameAsRequested"},
+    "gpu_mem_limit": {},
+    "do_copy_in_default_stream": {},
 }
 
 Config = dict[str, Any]  # config.pbtxt as Triton's JSON
@@ -198,13 +200,9 @@ def providers(config: Config, kind: str, device: str) -> list[Provider]:
         options |= accelerator.get("parameters", {})
     if kind != "GPU":
         return [CPU]
-    for name, words in CUDA_CHOICES.items():
-        index = _number(config, name)
-        if index not in range(len(words)):
-            raise LoadError(f"unsupported {name} value '{index}' is requested")
-        options[name] = words[index]
-    options["gpu_mem_limit"] = _parameter(config, "gpu_mem_limit", str(2**64 - 1))
-    options["do_copy_in_default_stream"] = _parameter(config, "do_copy_in_default_stream", "1")
+    for name, words in CUDA_WORDS.items():
+        value = _parameter(config, name, options.get(name, ""))
+        options |= {name: words.get(value, value)} if value else {}
     return [("CUDAExecutionProvider", options | {"device_id": device}), CPU]
 
 

@@ -1,0 +1,125 @@
+"""One small chain, made by the real commands on the real MNIST, that the tests read."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pipeline.cli import main
+from pipeline.config import Paths
+
+REPOSITORY = Path(__file__).parent.parent
+# An eighth of an epoch: seconds of training, and yet a network that reads digits.
+SHORT_TRAINING = ["--epochs", "0.125"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A project's folder with everything in it, and a way to run commands there."""
+
+    root: Path
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(self.root)
+
+    def run(self, *arguments: str) -> Result:
+        return CliRunner().invoke(main, ["--root", str(self.root), *arguments])
+
+    def record(self, *arguments: str) -> dict[str, Any]:
+        """What a command that succeeds prints as JSON."""
+        result = self.run("--json", *arguments)
+        assert result.exit_code == 0, result.output
+        record = json.loads(result.stdout)
+        assert isinstance(record, dict)
+        return record
+
+
+def project(root: Path) -> Chain:
+    """An empty project that shares this repository's cache of MNIST."""
+    data = REPOSITORY / "data" / "mnist"
+    assert data.is_dir(), "no data/mnist here: make data"
+    (root / "data" / "mnist").mkdir(parents=True)
+    for file in data.glob("*-ubyte"):
+        (root / "data" / "mnist" / file.name).symlink_to(file)
+    return Chain(root)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Trained, exported, validated and packaged once. Read it; `chain` is for changes."""
+    chain = project(tmp_path_factory.mktemp("made"))
+    for command in (["train", *SHORT_TRAINING], ["export"], ["validate"], ["package"]):
+        result = chain.run(*command)
+        assert result.exit_code == 0, result.output
+    return chain
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Chain:
+    """A project with data and nothing else."""
+    return project(tmp_path / "project")
+
+
+@pytest.fixture
+def chain(made: Chain, tmp_path: Path) -> Chain:
+    """A copy of the small chain, to be changed."""
+    root = tmp_path / "chain"
+    shutil.copytree(made.root, root, symlinks=True)
+    return Chain(root)
+
+
+@pytest.fixture(scope="session")
+def served(
+    made: Chain, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Chain, dict[str, Any]]]:
+    """The small chain on a real tritonserver, and what `serve` said of it."""
+    chain = Chain(tmp_path_factory.mktemp("served") / "chain")
+    shutil.copytree(made.root, chain.root, symlinks=True)
+    link_server_environment(chain)
+    server = chain.record("serve", "--detach", "--port", "auto")
+    yield chain, server
+    assert chain.run("serve", "stop").exit_code == 0
+
+
+def link_server_environment(chain: Chain) -> None:
+    environment = REPOSITORY / ".venv-triton"
+    assert environment.is_dir(), "no server environment here: make .venv-triton"
+    (chain.root / ".venv-triton").symlink_to(environment)
+
+
+@pytest.fixture
+def servable(chain: Chain) -> Iterator[Chain]:
+    """A chain of one's own whose server is stopped afterwards, whatever became of it."""
+    link_server_environment(chain)
+    yield chain
+    chain.run("serve", "stop")
+
+
+def flip_bit(path: Path, position: int = -100) -> None:
+    """Change one bit of a file, as a bad disk would."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def error_line(result: Result) -> str:
+    """The message of a command that failed as it should: one paragraph, no traceback."""
+    assert "Traceback" not in result.output, result.output
+    message = result.stderr[result.stderr.index("Error: ") :]
+    return message.removeprefix("Error: ").strip()
+
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def edit_json(path: Path, edit: Edit) -> None:
+    """Change a record in place, as somebody with an editor would."""
+    record = json.loads(path.read_text())
+    edit(record)
+    path.write_text(json.dumps(record))

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+from pipeline.evaluate import difference, evaluate, predict, score
+
+
+def log_probabilities(rows: list[list[float]]) -> np.ndarray:
+    return np.log(np.array(rows, np.float32))
+
+
+def test_metrics_are_those_of_the_definitions() -> None:
+    outputs = log_probabilities([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
+    metrics = score(outputs, np.array([0, 2]))
+    assert metrics.images == 2
+    assert metrics.accuracy == 0.5
+    assert metrics.loss == pytest.approx((np.log(2) + np.log(4)) / 2)
+
+
+def test_a_predictor_is_asked_in_batches_and_its_answers_keep_their_order() -> None:
+    sizes = []
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        sizes.append(len(images))
+        return images.reshape(len(images), -1).astype(np.float32)
+
+    images = np.arange(7, dtype=np.uint8).reshape(7, 1)
+    assert predict(predictor, images, 3).ravel().tolist() == list(range(7))
+    assert sizes == [3, 3, 1]
+    assert evaluate(predictor, np.ones((2, 1), np.uint8), np.array([0, 0])).loss == -1.0
+
+
+def test_a_difference_names_the_worst_row() -> None:
+    reference = log_probabilities([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])
+    candidate = reference.copy()
+    candidate[1] = np.log([0.1, 0.9])
+    apart = difference(reference, candidate)
+    assert (apart.images, apart.differing, apart.worst) == (3, 1, 1)
+    assert apart.max_abs_diff == pytest.approx(np.log(9), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_answer_that_is_not_finite_is_infinitely_far(value: float) -> None:
+    reference = log_probabilities([[0.5, 0.5]])
+    assert difference(reference, np.full_like(reference, value)).max_abs_diff == np.inf
+
+
+def test_answers_of_another_shape_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="shapes differ"):
+        difference(np.zeros((2, 3)), np.zeros((2, 4)))

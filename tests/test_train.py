@@ -1,0 +1,260 @@
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Chain, edit_json, error_line, flip_bit
+
+from pipeline import train as train_module
+from pipeline.config import RECIPES, TrainConfig, recipe
+from pipeline.data import Split, load_split
+from pipeline.device import choose
+from pipeline.errors import PipelineError
+from pipeline.files import sha256
+from pipeline.train import learning_rate, shuffled, train
+
+SHORT = recipe("quick", epochs=3)
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def few() -> Split:
+    """512 images of stripes, a class for each tenth of the width."""
+    labels = np.arange(512) % 10
+    images = np.zeros((512, 1, 28, 28), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[0, :, 2 * label + 3 : 2 * label + 6] = 255
+    return Split(images, labels, CLASSES)
+
+
+def weights(model: torch.nn.Module) -> bytes:
+    return b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+
+
+def test_training_learns(few: Split) -> None:
+    model, last = train(TrainConfig(settings=SHORT), few, few, choose("cpu"))
+    assert last.validation_accuracy is not None
+    assert last.validation_accuracy > 0.9
+    assert not model.training
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others(few: Split) -> None:
+    runs = [
+        weights(train(TrainConfig(settings=SHORT, seed=seed), few, few, choose("cpu"))[0])
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("name", ["quick", "baseline", "note"])
+def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name: str) -> None:
+    config = TrainConfig(name, recipe(name, epochs=2, batch_size=64))
+    whole, _ = train(config, few, few, choose("cpu"))
+    for stop_after in (1, 8, 11):
+        states: list[train_module.State] = []
+        steps: list[int] = []
+        with pytest.raises(KeyboardInterrupt):
+            train(
+                config,
+                few,
+                few,
+                choose("cpu"),
+                on_progress=lambda progress: steps.append(progress.step),  # noqa: B023
+                save=states.append,
+                is_stopped=lambda: len(steps) >= stop_after,  # noqa: B023
+            )
+        assert states[-1].step == stop_after
+        resumed, _ = train(config, few, few, choose("cpu"), states[-1])
+        assert weights(resumed) == weights(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_at_that_step(few: Split) -> None:
+    config = TrainConfig(settings=recipe("note", lr=1e30))
+    with pytest.raises(PipelineError, match=r"loss is \w+ at step \d+ of \d+ with learning rate"):
+        train(config, few, few, choose("cpu"))
+
+
+def test_one_cycle_climbs_to_the_peak_and_falls_to_nothing() -> None:
+    rates = [learning_rate(RECIPES["quick"], step, 400, 100) for step in range(400)]
+    assert max(rates) == pytest.approx(RECIPES["quick"].lr, rel=0.01)
+    assert rates.index(max(rates)) == 100
+    assert rates[-1] < 0.001 * RECIPES["quick"].lr
+
+
+def test_decay_multiplies_by_gamma_after_each_epoch() -> None:
+    baseline = RECIPES["baseline"]
+    rates = [learning_rate(baseline, step, 30, 10) for step in (0, 9, 10, 20)]
+    assert rates == pytest.approx([1, 1, 0.7, 0.49])
+
+
+def test_every_epoch_visits_every_image_once_in_another_order() -> None:
+    first, second = shuffled(100, 0, 0), shuffled(100, 0, 1)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, shuffled(100, 0, 0))
+
+
+def test_the_five_steps_of_the_note_stand_together_in_this_order() -> None:
+    source = Path(train_module.__file__).read_text()
+    steps = [
+        "optimizer.zero_grad()",
+        "outputs = model(images[batch])",
+        "loss = loss_function(outputs, labels[batch])",
+        "loss.backward()",
+        "optimizer.step()",
+    ]
+    assert "\n        ".join(steps) in source
+
+
+def test_a_run_leaves_its_records(made: Chain) -> None:
+    paths = made.paths
+    summary = json.loads(paths.summary.read_text())
+    assert summary["test_accuracy"] > 0.9
+    assert summary["train_seconds"] > 0
+    assert summary["weights_sha256"] == sha256(paths.weights)
+    assert json.loads(paths.run_config.read_text())["settings"]["epochs"] == 0.125
+    lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    assert lines[-1]["validation_accuracy"] == summary["validation_accuracy"]
+    assert not paths.checkpoint.exists()
+
+
+def test_the_same_command_writes_the_same_bytes(made: Chain, empty: Chain) -> None:
+    record = empty.record("train", "--epochs", "0.125")
+    assert record["weights_sha256"] == sha256(made.paths.weights)
+
+
+def test_the_test_split_is_read_once_and_after_training(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def load(dataset: str, folder: Path, name: str) -> Split:
+        events.append(name)
+        return load_split(dataset, folder, name)
+
+    def trained(*arguments: Any, **options: Any) -> Any:
+        result = train(*arguments, **options)
+        events.append("trained")
+        return result
+
+    monkeypatch.setattr(train_module, "load_split", load)
+    monkeypatch.setattr(train_module, "train", trained)
+    assert empty.run("train", "--epochs", "0.01").exit_code == 0
+    assert events == ["train", "validation", "trained", "test"]
+
+
+def interrupt_after(epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process Ctrl-C once that many passes are done."""
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        values = list(arguments)
+        on_progress = values[5]
+
+        def progress(now: train_module.Progress) -> None:
+            on_progress(now)
+            if now.epoch >= epochs and threading.current_thread() is threading.main_thread():
+                os.kill(os.getpid(), signal.SIGINT)
+
+        values[5] = progress
+        return train(*values, **options)
+
+    monkeypatch.setattr(train_module, "train", watched)
+
+
+def test_ctrl_c_exits_130_and_the_run_resumes_to_the_same_bytes(
+    made: Chain, empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_after(0.05, patched)
+        stopped = empty.run("train", "--epochs", "0.125")
+    assert stopped.exit_code == 130
+    assert "interrupted" in stopped.stderr
+    assert not empty.paths.summary.exists()
+    unfinished = empty.run("export")
+    assert unfinished.exit_code == 1
+    assert "the run is not finished" in error_line(unfinished)
+    other = empty.run("train", "--epochs", "0.125", "--resume", "--seed", "7", "--lr", "0.01")
+    assert other.exit_code == 1
+    assert "lr was 0.015, is 0.01; seed was 0, is 7" in error_line(other)
+    resumed = empty.run("train", "--epochs", "0.125", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "resuming after step" in resumed.stderr
+    assert sha256(empty.paths.weights) == sha256(made.paths.weights)
+    again = empty.record("train", "--epochs", "0.125", "--resume")
+    assert again["weights_sha256"] == sha256(made.paths.weights)
+    changed = empty.run("train", "--epochs", "0.25", "--resume")
+    assert changed.exit_code == 1
+    assert "is finished, with other settings" in error_line(changed)
+
+
+def test_resume_state_whose_bytes_changed_is_refused_with_4(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_after(0.05, patched)
+        empty.run("train", "--epochs", "0.125")
+    (state,) = empty.paths.checkpoint.glob("step-*.safetensors")
+    flip_bit(state)
+    refused = empty.run("train", "--epochs", "0.125", "--resume")
+    assert refused.exit_code == 4
+    assert state.name in error_line(refused)
+    state.unlink()
+    assert empty.run("train", "--epochs", "0.125", "--resume").exit_code == 4
+
+
+def test_resume_without_a_checkpoint_starts_fresh(empty: Chain) -> None:
+    result = empty.run("train", "--epochs", "0.01", "--resume")
+    assert result.exit_code == 0
+    assert "no checkpoint yet" in result.stderr
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_export_refuses_a_damaged_checkpoint_with_4(chain: Chain, damage: str) -> None:
+    weights_file = chain.paths.weights
+    if damage == "flip":
+        flip_bit(weights_file)
+    else:
+        content = weights_file.read_bytes()
+        weights_file.write_bytes(content[: len(content) // 2 if damage == "cut" else 0])
+    result = chain.run("export")
+    assert result.exit_code == 4
+    assert str(weights_file) in error_line(result)
+    assert "pipeline train" in error_line(result)
+
+
+def test_weights_that_are_no_network_of_ours_are_corrupt_even_with_a_right_digest(
+    chain: Chain,
+) -> None:
+    chain.paths.weights.write_bytes(b"\x10" + bytes(30))
+    edit_json(
+        chain.paths.summary, lambda r: r.update(weights_sha256=sha256(chain.paths.weights))
+    )
+    assert chain.run("export").exit_code == 4
+
+
+def test_train_refuses_a_cached_file_with_a_flipped_bit_with_4(empty: Chain) -> None:
+    cached = empty.root / "data" / "mnist" / "train-images-idx3-ubyte"
+    content = cached.read_bytes()
+    cached.unlink()
+    cached.write_bytes(content)
+    flip_bit(cached)
+    result = empty.run("train")
+    assert result.exit_code == 4
+    assert "train-images-idx3-ubyte" in error_line(result)
+    assert "pipeline data fetch" in error_line(result)
+
+
+def test_train_without_data_says_how_to_fetch_it(tmp_path: Path) -> None:
+    result = Chain(tmp_path).run("train")
+    assert result.exit_code == 1
+    assert "pipeline data fetch" in error_line(result)
+
+
+@pytest.mark.slow
+def test_the_quick_recipe_reads_989_of_1000_digits_and_more(empty: Chain) -> None:
+    assert empty.record("train")["test_accuracy"] >= 0.989
