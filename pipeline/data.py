@@ -414,7 +414,7 @@ def download(url: str, limit: int) -> bytes:
 
 def _transfer(url: str, received: _Received, transfer: "concurrent.futures.Future[None]") -> None:
     """Download `url` into `received`; `transfer` becomes what came of it."""
-    from pooch import HTTPDownloader  # type: ignore[import-untyped]  # it has no types
+    from pooch import HTTPDownloader
 
     responses: list[Any] = []  # pooch leaves them open when the download fails
     get = HTTPDownloader(

@@ -12,6 +12,11 @@ from pipeline.errors import CheckFailedError, CorruptError
 
 BATCH = "batch"  # the name of dimension 0, on the input and on the output
 MAX_BYTES = 512 * 1024 * 1024
+# ONNX Runtime on a CPU skips a Dropout that was left in training mode; other runtimes obey it.
+RANDOM = frozenset(
+    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
+    | {"RandomUniform", "RandomUniformLike"}
+)
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
 
@@ -72,11 +77,15 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
                 yield attribute.t
 
 
+def _is_training(node: onnx.NodeProto) -> bool:
+    return any(entry.name == "training_mode" and entry.i for entry in node.attribute)
+
+
 def check_policy(model: onnx.ModelProto, name: str) -> None:
     """Refuse what the checker lets pass and a server should never load.
 
-    One file, the standard domain, no functions, no control flow, no source paths. Raises
-    CheckFailedError with everything that is wrong.
+    One file, the standard domain, no functions, no control flow, nothing random or in training
+    mode, no source paths. Raises CheckFailedError with everything that is wrong.
     """
     wrong = []
     domains = {node.domain for node in model.graph.node} - {"", "ai.onnx"}
@@ -85,6 +94,11 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
     control = {node.op_type for node in model.graph.node} & CONTROL_FLOW
     if control:
         wrong.append(f"control flow: {', '.join(sorted(control))}")
+    random = {node.op_type for node in model.graph.node} & RANDOM
+    if random:
+        wrong.append(f"chance: {', '.join(sorted(random))}; export the model in evaluation mode")
+    if any(_is_training(node) for node in model.graph.node):
+        wrong.append("a batch normalization in training mode")
     if model.functions:
         wrong.append("local functions")
     external = [t.name for t in _tensors(model.graph) if t.data_location == TensorProto.EXTERNAL]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.config import IMAGES
 from pipeline.errors import PipelineError
@@ -62,8 +62,7 @@ def _decode(content: bytes, name: str) -> np.ndarray:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(image, name)
-                ImageOps.exif_transpose(image, in_place=True)
-                return _gray(image)
+                return _upright(_gray(image), image.getexif().get(ExifTags.Base.Orientation))
     except _DECODING_ERRORS as error:
         raise PipelineError(
             f"{name} cannot be read as an image ({_reason(error)}): "
@@ -79,12 +78,29 @@ def _check_size(image: Image.Image, name: str) -> None:
         )
 
 
+def _upright(gray: np.ndarray, orientation: object) -> np.ndarray:
+    """The picture as the camera was held; ImageOps.exif_transpose stumbles over damaged EXIF."""
+    if orientation not in _UPRIGHT:
+        return gray
+    return np.asarray(Image.fromarray(gray).transpose(_UPRIGHT[orientation]))
+
+
+_UPRIGHT: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 # What Pillow raises for content that it cannot decode, found by feeding it damaged files.
 _DECODING_ERRORS = (
     OSError,  # UnidentifiedImageError is one
     SyntaxError,
     ValueError,
-    EOFError,
     Image.DecompressionBombError,
 )
 
@@ -114,8 +130,7 @@ def _gray(image: Image.Image) -> np.ndarray:
 
 
 def _uint8(levels: np.ndarray) -> np.ndarray:
-    rounded: np.ndarray = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
-    return rounded
+    return np.asarray(np.rint(np.clip(levels, 0, 255)), np.uint8)
 
 
 def _reduced(image: Image.Image, side: int) -> Image.Image:
@@ -152,8 +167,7 @@ def _ink(gray: np.ndarray) -> np.ndarray:
     frame = _frame(raised)
     level = np.median(frame)
     noise = 1.4826 * np.median(np.abs(frame - level))  # a standard deviation, robustly
-    ink: np.ndarray = np.maximum(raised - level - NOISE * noise, 0)
-    return ink
+    return np.asarray(np.maximum(raised - level - NOISE * noise, 0))
 
 
 def _paper(bright: np.ndarray) -> np.ndarray:
@@ -179,7 +193,7 @@ def _slide(levels: np.ndarray, side: int, extreme: Callable[..., np.ndarray]) ->
 
 
 def _fitted(ink: np.ndarray) -> np.ndarray:
-    """The digit in ink (H, W), at most 22 x 22: 20 on its longer side, and its faint margin."""
+    """The digit in ink (H, W) as uint8, 20 on its longer side, and a faint margin around it."""
     rows, columns = np.nonzero(ink > FAINT * ink.max())
     top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
     pixel = max(bottom - top, right - left) / DIGIT_SIDE  # how many of ink's make one of MNIST's
@@ -189,12 +203,12 @@ def _fitted(ink: np.ndarray) -> np.ndarray:
     box = np.add((left - pixel, top - pixel, right + pixel, bottom + pixel), border)
     how = Image.Resampling.BOX if pixel > 1 else Image.Resampling.BICUBIC
     padded = Image.fromarray(np.pad(ink, border))
-    digit: np.ndarray = np.maximum(padded.resize((width, height), how, tuple(box)), 0)
-    return digit * (255 / digit.max())
+    digit = np.asarray(padded.resize((width, height), how, tuple(box)))
+    return _uint8(digit * (255 / digit.max()))
 
 
 def _centred(digit: np.ndarray) -> np.ndarray:
-    """The digit (H, W) as uint8 (28, 28), its centre of mass in the middle as in MNIST."""
+    """The digit, uint8 (H, W), on 28 x 28, its centre of mass in the middle as in MNIST."""
     canvas = np.zeros([side + 2 for side in IMAGES.shape[1:]], np.uint8)  # (30, 30)
     place = []
     for axis, side in enumerate(canvas.shape):
@@ -204,7 +218,7 @@ def _centred(digit: np.ndarray) -> np.ndarray:
         start = math.ceil((side - 1) / 2 - centre)
         start = min(max(start, 0), side - len(mass))  # whole, even where it is lopsided
         place.append(slice(start, start + len(mass)))
-    canvas[tuple(place)] = _uint8(digit)
+    canvas[tuple(place)] = digit
     return canvas[1:-1, 1:-1]  # only faint margins can be lost
 
 

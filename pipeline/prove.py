@@ -62,9 +62,10 @@ def prove_export(
     checkpoint = load_checkpoint(replace(paths, run=str(manifest.get("run"))))
     _require_same_weights(manifest, checkpoint, paths)
     content = check_digest(paths.onnx, manifest["files"].get(paths.onnx.name), EXPORT)
-    check_onnx(content, len(checkpoint.classes), export_config(manifest))
     dataset = checkpoint.config.dataset
     test = load_split(dataset, paths.data(dataset), "test")
+    _withdraw(paths)
+    check_onnx(content, len(checkpoint.classes), export_config(manifest))
     images = np.concatenate([test.images, probe_images()])
     report(f"eager PyTorch on {len(images):,} images")
     expected = predict(eager_predictor(checkpoint.model), images)
@@ -79,7 +80,6 @@ def prove_export(
         "agreement": asdict(agreement),
         "versions": manifest["versions"],
     }
-    _withdraw(paths)
     if not agreement.passed:
         write_json(paths.failed / paths.validation.name, record)
         require(agreement, f"{paths.onnx} is not what was trained", f"Findings: {paths.failed}")

@@ -198,6 +198,8 @@ class Client:
             self.close()
             reason = str(error) or type(error).__name__
             raise ServerError(f"no answer from {self.endpoint} ({reason}): {_START}") from error
+        except ValueError as error:  # its answer was no JSON
+            raise ServerError(f"{self.endpoint} does not answer as Triton does: {error}") from error
 
     def _explain(self, error: InferenceServerException) -> PipelineError:
         status, message = str(error.status()), str(error.message())

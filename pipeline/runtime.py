@@ -18,8 +18,8 @@ RUNTIME_ERRORS = (
 )
 
 
-def onnx_predictor(content: bytes, threads: int = 0) -> Predictor:
-    """A predictor that runs the ONNX model in `content`; 0 threads means one a core.
+def onnx_predictor(content: bytes, threads: int = 0, name: str = IMAGES.name) -> Predictor:
+    """A predictor that runs the ONNX model in `content` on its input `name`; 0 threads: all cores.
 
     Raises CheckFailedError when ONNX Runtime refuses the model or, later, an input.
     """
@@ -33,7 +33,7 @@ def onnx_predictor(content: bytes, threads: int = 0) -> Predictor:
 
     def predict(images: np.ndarray) -> np.ndarray:
         try:
-            (outputs,) = session.run(None, {IMAGES.name: np.ascontiguousarray(images)})
+            (outputs,) = session.run(None, {name: np.ascontiguousarray(images)})
         except RUNTIME_ERRORS as error:
             raise CheckFailedError(
                 f"ONNX Runtime fails on a batch of {len(images)}: {error}"

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,16 +25,19 @@ def serve(
     on_ready: Callable[[Server], None],
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve the repository until SIGINT or SIGTERM; ServerError when the server dies before."""
-    refuse_second(paths)
-    stopped = False
+    """Serve the repository until Ctrl-C (KeyboardInterrupt) or SIGTERM (it returns).
 
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopped
-        stopped = True
+    Raises ServerError when the server dies before.
+    """
+    refuse_second(paths)
+    is_terminated = False
+
+    def terminate(number: int, frame: object) -> None:
+        nonlocal is_terminated
+        is_terminated = True
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         with running_server(paths, config, is_recorded=True, report=report) as (server, child):
             on_ready(server)
@@ -46,11 +48,10 @@ def serve(
                 "'pipeline serve' starts it again"
             )
     except KeyboardInterrupt:
-        if not stopped:
+        if not is_terminated:
             raise
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def detach(paths: Paths, config: ServeConfig) -> Server:
@@ -63,27 +64,36 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
     command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve", *options]
     command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
     paths.exported.mkdir(parents=True, exist_ok=True)
-    with paths.supervisor_log.open("wb") as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    # Not a Popen: that object would be answerable for a process that is to outlive us.
+    log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    streams = [(os.POSIX_SPAWN_DUP2, log, stream) for stream in (1, 2)]
+    silence = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+    pid = os.posix_spawn(
+        sys.executable, command, os.environ, file_actions=silence + streams, setsid=True
+    )
+    os.close(log)
     # The command has a deadline of its own; this one only guards against a hang of its Python.
     deadline = time.monotonic() + config.start_seconds + 30
-    while child.poll() is None:
+    while True:
+        ended, code = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            kinds = {kind.exit_code: kind for kind in (CheckFailedError, CorruptError, ServerError)}
+            kind = kinds.get(os.waitstatus_to_exitcode(code), PipelineError)
+            raise kind(_last_words(paths) or f"see {paths.supervisor_log}")
         server = recorded(paths)
-        if server and server.supervisor_pid == child.pid and server.is_ready:
+        if server and server.supervisor_pid == pid and server.is_ready:
             return server
         if time.monotonic() > deadline:
-            child.kill()
+            os.kill(pid, signal.SIGKILL)
             raise ServerError(f"the server's supervisor hangs: see {paths.supervisor_log}")
         time.sleep(POLL_SECONDS)
-    said = paths.supervisor_log.read_text(errors="replace").partition("Error: ")[2].strip()
-    kinds = {kind.exit_code: kind for kind in (CheckFailedError, CorruptError, ServerError)}
-    raise kinds.get(child.returncode, PipelineError)(said or f"see {paths.supervisor_log}")
+
+
+def _last_words(paths: Paths) -> str:
+    """The error that ended the last detached server; empty when none did."""
+    if not paths.supervisor_log.exists():
+        return ""
+    return paths.supervisor_log.read_text(errors="replace").partition("Error: ")[2].strip()
 
 
 def refuse_second(paths: Paths) -> None:
@@ -144,7 +154,9 @@ def status(paths: Paths) -> dict[str, Any]:
     """
     server = recorded(paths)
     if server is None:
-        raise ServerError("no server of ours is running: 'pipeline serve' starts one")
+        said = _last_words(paths)
+        ended = f"; the last one ended with: {said}" if said else ": 'pipeline serve' starts one"
+        raise ServerError(f"no server of ours is running{ended}")
     if not is_alive(server.pid, server.start_time):
         raise ServerError(
             f"the server (pid {server.pid}) is dead, although {paths.server} speaks of it: "

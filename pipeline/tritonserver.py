@@ -158,7 +158,9 @@ def environment(runtime: Runtime) -> dict[str, str]:
 
 _ERROR = re.compile(r"^E\d{4} \S+ +\d+ [\w.]+:\d+\] (.*)$", re.MULTILINE)
 # Lines that only repeat that something failed, or that say it of everything at once.
-_VAGUE = ("failed to load all models", "Failed to load", "error: creating server")
+_VAGUE = ("failed to load all models", "CudaDriverHelper has not been initialized")
+# It names the model, the version and the reason; what comes before it is a part of it.
+_VERDICT = "failed to load '"
 
 
 def cause(log: str) -> str:
@@ -166,6 +168,6 @@ def cause(log: str) -> str:
     errors: list[str] = [match.strip().strip('"') for match in _ERROR.findall(log)]
     telling = [error for error in errors if not error.startswith(_VAGUE)] or errors
     if telling:
-        return telling[0]
+        return next((error for error in telling if error.startswith(_VERDICT)), telling[0])
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return lines[-1] if lines else "it wrote no log"

@@ -123,3 +123,10 @@ def edit_json(path: Path, edit: Edit) -> None:
     record = json.loads(path.read_text())
     edit(record)
     path.write_text(json.dumps(record))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests that start servers on one worker: they watch shared memory and processes."""
+    for item in items:
+        if item.get_closest_marker("server"):
+            item.add_marker(pytest.mark.xdist_group("server"))

@@ -46,8 +46,12 @@ def contents(train: int = 60, test: int = 20, top_label: int = 9) -> dict[str, b
 
 
 def dataset_of(files: dict[str, bytes]) -> Dataset:
-    rows = [DataFile(name, sha256(content), len(content)) for name, content in files.items()]
-    return Dataset(tuple("0123456789"), *rows, validation=10)
+    train_images, train_labels, test_images, test_labels = (
+        DataFile(name, sha256(files[name]), len(files[name])) for name in NAMES
+    )
+    return Dataset(
+        tuple("0123456789"), train_images, train_labels, test_images, test_labels, validation=10
+    )
 
 
 def write(folder: Path, files: dict[str, bytes], packed: bool = False) -> Path:
@@ -137,7 +141,8 @@ def test_the_splits_are_the_first_and_last_of_the_training_file_and_the_test_fil
     )
     assert [len(split) for split in (train, validation, test)] == [50, 10, 20]
     assert train.images.shape == (50, 1, 28, 28)
-    assert (train.images.dtype, train.labels.dtype) == (np.uint8, np.int64)
+    assert train.images.dtype == np.uint8
+    assert train.labels.dtype == np.int64
     assert train.classes == small.classes
     whole = read_idx(files[NAMES[0]], Path("x"), "")
     joined = np.concatenate([train.images, validation.images])[:, 0]
@@ -225,7 +230,8 @@ def test_digests_are_those_of_the_rows() -> None:
 def test_a_folder_given_fills_the_cache(
     tmp_path: Path, small: Dataset, files: dict[str, bytes], packed: bool
 ) -> None:
-    source, lines = write(tmp_path / "source", files, packed), []
+    source = write(tmp_path / "source", files, packed)
+    lines: list[str] = []
     cache = fetch("mnist", tmp_path / "cache", source, lines.append)
     assert cache == tmp_path / "cache"
     assert {name: (cache / name).read_bytes() for name in NAMES} == files
@@ -470,19 +476,22 @@ def mirror(files: dict[str, bytes]) -> Iterator[Mirror]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             try:
-                mirror.answer(self)
+                made.answer(self)
             except ConnectionError:  # the client went away, as it should
                 self.close_connection = True
 
-        def log_message(self, format: str, *args: object) -> None:
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            """Keep standard error clean."""
+
+        def log_error(self, *args: object) -> None:
             """Keep standard error clean."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        mirror = Mirror(f"http://127.0.0.1:{server.server_address[1]}/", files)
+        made = Mirror(f"http://127.0.0.1:{server.server_address[1]}/", files)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        yield mirror
-        mirror.release.set()
+        yield made
+        made.release.set()
         server.shutdown()
         thread.join()
 

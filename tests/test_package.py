@@ -1,0 +1,158 @@
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Chain, edit_json, error_line, flip_bit
+
+from pipeline import triton
+from pipeline.config import IMAGES, PackageConfig, Paths, TensorSpec, log_probabilities
+from pipeline.errors import PipelineError
+from pipeline.files import sha256
+from pipeline.package import next_version, package
+
+
+def config_of(chain: Chain) -> triton.ModelConfig:
+    return triton.read(chain.paths.packaged / "config.pbtxt")
+
+
+def test_a_packaged_model_has_everything_that_triton_and_an_auditor_need(made: Chain) -> None:
+    folder = made.paths.packaged
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert files == [
+        *("1/golden.npz", "1/manifest.json", "1/model.onnx", "1/validation.json"),
+        *("config.pbtxt", "labels.txt", "warmup/digit"),
+    ]
+    assert (folder / "1" / "model.onnx").read_bytes() == made.paths.onnx.read_bytes()
+    assert (folder / "labels.txt").read_text().split() == list("0123456789")
+    assert len((folder / "warmup" / "digit").read_bytes()) == 28 * 28
+    manifest = json.loads((folder / "1" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"golden.npz", "model.onnx", "validation.json"}
+
+
+def test_the_config_is_what_the_graph_says(made: Chain) -> None:
+    config = config_of(made)
+    assert (config.name, config.backend, config.max_batch_size) == ("handwriting", "onnxruntime", 64)
+    (images,), (outputs,) = config.input, config.output
+    assert (images.name, list(images.dims)) == ("images", [1, 28, 28])
+    assert triton.model_config_pb2.DataType.Name(images.data_type) == "TYPE_UINT8"
+    assert triton.model_config_pb2.ModelInput.Format.Name(images.format) == "FORMAT_NCHW"
+    assert (outputs.name, list(outputs.dims)) == ("log_probabilities", [10])
+    assert outputs.label_filename == "labels.txt"
+    assert config.HasField("dynamic_batching")
+    assert config.instance_group[0].count == 1
+    assert config.model_warmup[0].inputs["images"].input_data_file == "digit"
+    assert triton.parameter(config, "intra_op_thread_count") == "1"
+    assert triton.digest(config, "1") == sha256(made.paths.onnx)
+    assert triton.selected(config) == [1]
+    assert triton.classes(config) == tuple("0123456789")
+
+
+def test_packaging_again_adds_a_version_and_keeps_the_digests_of_the_others(chain: Chain) -> None:
+    assert chain.record("package", "--max-batch-size", "8")["version"] == 2
+    config = config_of(chain)
+    assert triton.selected(config) == [2]
+    assert config.max_batch_size == 8
+    assert triton.digest(config, "1") == triton.digest(config, "2") == sha256(chain.paths.onnx)
+    assert (chain.paths.packaged / "1" / "model.onnx").exists()
+
+
+def test_versions_count_as_numbers(tmp_path: Path) -> None:
+    for name in ("9", "10", "02", "1a", "notes"):
+        (tmp_path / name).mkdir()
+    assert next_version(tmp_path) == 11
+
+
+def _package(root: Path) -> None:
+    package(Paths(root))
+
+
+def test_packagers_at_once_get_a_version_each(chain: Chain) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_package, args=(chain.root,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert next_version(chain.paths.packaged) == 6
+    assert {triton.digest(config_of(chain), str(n)) for n in range(1, 6)} == {
+        sha256(chain.paths.onnx)
+    }
+
+
+def test_an_export_that_was_never_validated_is_refused_with_3(chain: Chain) -> None:
+    chain.paths.validation.unlink()
+    edit_json(chain.paths.manifest, lambda record: record["files"].pop("validation.json"))
+    result = chain.run("package")
+    assert result.exit_code == 3
+    assert "is not validated: run 'pipeline validate' first" in error_line(result)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz", "validation.json", "model.pt2"])
+def test_a_file_with_a_flipped_bit_is_refused_with_4_and_named(chain: Chain, name: str) -> None:
+    shutil.rmtree(chain.paths.repository)
+    flip_bit(chain.paths.export / name)
+    result = chain.run("package")
+    assert result.exit_code == 4
+    assert str(chain.paths.export / name) in error_line(result)
+    assert "pipeline" in error_line(result)
+    assert not chain.paths.repository.exists()
+
+
+def test_a_validation_of_other_bytes_is_refused_with_4(chain: Chain) -> None:
+    edit_json(chain.paths.validation, lambda record: record.update(model_sha256="0" * 64))
+    digest = sha256(chain.paths.validation)
+    edit_json(chain.paths.manifest, lambda r: r["files"].update({"validation.json": digest}))
+    result = chain.run("package")
+    assert result.exit_code == 4
+    assert str(chain.paths.onnx) in error_line(result)
+
+
+def test_a_validation_that_did_not_pass_is_refused_with_3(chain: Chain) -> None:
+    edit_json(chain.paths.validation, lambda record: record.update(passed=False))
+    digest = sha256(chain.paths.validation)
+    edit_json(chain.paths.manifest, lambda r: r["files"].update({"validation.json": digest}))
+    assert chain.run("package").exit_code == 3
+
+
+def test_a_version_that_changes_what_clients_rely_on_is_refused_with_3(chain: Chain) -> None:
+    edit_json(chain.paths.manifest, lambda record: record.update(classes=list("abcdefghij")))
+    result = chain.run("package")
+    assert result.exit_code == 3
+    assert "would change what" in error_line(result)
+    config = chain.paths.packaged / "config.pbtxt"
+    edit_json(chain.paths.manifest, lambda record: record.update(classes=list("0123456789")))
+    config.write_text(config.read_text().replace('"log_probabilities"', '"logits"'))
+    assert chain.run("package").exit_code == 3
+    assert sorted(p.name for p in chain.paths.packaged.glob("[0-9]*")) == ["1"]
+
+
+def test_a_config_that_does_not_parse_says_where(chain: Chain) -> None:
+    config = chain.paths.packaged / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size", "max_bach_size"))
+    result = chain.run("package")
+    assert result.exit_code == 1
+    assert f"{config} does not parse" in error_line(result)
+    assert "max_bach_size" in error_line(result)
+
+
+def test_a_tensor_type_that_is_not_packaged_is_named() -> None:
+    odd = TensorSpec("images", "complex64", (1, 28, 28))
+    with pytest.raises(PipelineError, match="images is complex64"):
+        triton.model_config("m", odd, log_probabilities(10), "ab", PackageConfig())
+
+
+def test_a_config_of_others_has_numbers_for_classes() -> None:
+    message = triton.model_config("m", IMAGES, log_probabilities(3), "abc", PackageConfig())
+    del message.parameters["classes"]
+    assert triton.classes(message) == ("0", "1", "2")
+    assert triton.classes(triton.ModelConfig()) == ()
+    assert triton.digest(message, "1") is None
+
+
+def test_a_missing_repository_says_how_to_make_one(empty: Chain) -> None:
+    result = empty.run("serve")
+    assert result.exit_code == 1
+    assert "run 'pipeline package' first" in error_line(result)

@@ -1,0 +1,437 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Chain, edit_json, error_line, flip_bit, link_server_environment
+
+from pipeline import serve, tritonserver
+from pipeline.config import Paths, ServeConfig
+from pipeline.data import load_split
+from pipeline.errors import CheckFailedError, PipelineError, ServerError
+from pipeline.files import sha256, write_json
+from pipeline.tritonserver import Runtime
+
+Served = tuple[Chain, dict[str, Any]]
+HANG_GUARD = 60.0  # seconds
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + HANG_GUARD
+    while not happened():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.05)
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("*handwriting-*")}
+
+
+@pytest.mark.server
+def test_the_whole_test_split_comes_back_right_from_a_real_server(servable: Chain) -> None:
+    before = shared_memory()
+    table = servable.record("validate", str(servable.paths.repository))
+    names = [row["name"] for row in table["rows"]]
+    assert names == ["eager PyTorch", "ONNX Runtime", "Triton HTTP", "Triton gRPC"]
+    assert table["images"] == 10_000
+    for row in table["rows"]:
+        assert row["differing"] == 0
+        assert row["max_abs_diff"] <= 1e-4
+        assert row["accuracy"] == table["rows"][0]["accuracy"] > 0.9
+        assert row["images_per_second"] > 0
+    agreement = json.loads(servable.paths.agreement.read_text())
+    assert agreement["schema"] == 1
+    assert agreement["rows"] == table["rows"]
+    assert not servable.paths.server.exists()
+    assert shared_memory() == before
+
+
+@pytest.mark.server
+def test_status_is_what_the_server_says_when_asked(served: Served) -> None:
+    chain, server = served
+    record = chain.record("serve", "status")
+    assert record["pid"] == server["pid"]
+    assert record["models"]["handwriting"]["version"] == 1
+    assert "right" in record["answers"]
+    assert "admin_key" not in server
+    assert chain.paths.server.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.server
+def test_a_second_server_in_the_same_project_is_refused(served: Served) -> None:
+    chain, _ = served
+    result = chain.run("serve", "--detach", "--port", "auto")
+    assert result.exit_code == 1
+    assert "a server runs already" in error_line(result)
+
+
+@pytest.mark.server
+def test_raw_bytes_of_a_digit_and_plain_http_get_a_right_answer(served: Served) -> None:
+    chain, server = served
+    digit = (chain.paths.packaged / "warmup" / "digit").read_bytes()
+    url = f"http://127.0.0.1:{server['http_port']}/v2/models/handwriting/infer"
+    request = urllib.request.Request(
+        url, digit, {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet"}
+    )
+    with urllib.request.urlopen(request) as response:
+        header = int(response.headers["Inference-Header-Content-Length"])
+        body = response.read()
+    outputs = np.frombuffer(body[header:], np.float32)
+    assert outputs.argmax() == 0  # the warm-up digit is the golden set's first, a zero
+    assert np.exp(outputs).sum() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.server
+def test_the_classification_extension_returns_value_index_label(served: Served) -> None:
+    import tritonclient.grpc as grpc
+
+    chain, server = served
+    split = load_split("mnist", chain.paths.data("mnist"), "test")
+    client = grpc.InferenceServerClient(f"127.0.0.1:{server['grpc_port']}")
+    images = grpc.InferInput("images", [1, 1, 28, 28], "UINT8")
+    images.set_data_from_numpy(split.images[:1])
+    wanted = [grpc.InferRequestedOutput("log_probabilities", class_count=3)]
+    answer = client.infer("handwriting", [images], outputs=wanted).as_numpy("log_probabilities")
+    client.close()
+    top = [row.decode().split(":") for row in answer.reshape(-1)]
+    assert len(top) == 3
+    assert top[0][1:] == ["7", "7"]
+    values = [float(value) for value, _, _ in top]
+    assert values == sorted(values, reverse=True)
+    assert values[0] <= 0
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("path", ["v2/repository/models/handwriting/unload", "v2/logging"])
+def test_admin_interfaces_are_closed_without_the_key(served: Served, path: str) -> None:
+    chain, server = served
+    url = f"http://127.0.0.1:{server['http_port']}/{path}"
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, b"{}"))
+    assert caught.value.code == 403
+    key = json.loads(chain.paths.server.read_text())["admin_key"]
+    index = f"http://127.0.0.1:{server['http_port']}/v2/repository/index"
+    with urllib.request.urlopen(
+        urllib.request.Request(index, b"{}", {tritonserver.KEY_HEADER: key})
+    ) as response:
+        assert json.load(response)[0]["name"] == "handwriting"
+
+
+@pytest.mark.server
+def test_a_killed_server_is_noticed_said_and_started_again(servable: Chain) -> None:
+    before = shared_memory()
+    server = servable.record("serve", "--detach", "--port", "auto")
+    os.kill(server["pid"], signal.SIGKILL)
+    wait_until(lambda: not servable.paths.server.exists())
+    status = servable.run("serve", "status")
+    assert status.exit_code == 5
+    assert "died (signal 9)" in error_line(status)
+    again = servable.record("serve", "--detach", "--port", "auto")
+    assert again["pid"] != server["pid"]
+    assert servable.run("serve", "status").exit_code == 0
+    assert servable.run("serve", "stop").exit_code == 0
+    assert servable.run("serve", "stop").exit_code == 5
+    assert shared_memory() == before
+
+
+@pytest.mark.server
+def test_a_killed_supervisor_is_said_and_what_it_left_is_cleared(servable: Chain) -> None:
+    before = shared_memory()
+    server = servable.record("serve", "--detach", "--port", "auto")
+    os.kill(server["supervisor_pid"], signal.SIGKILL)
+    wait_until(lambda: serve.start_time(server["supervisor_pid"]) is None)
+    status = servable.run("serve", "status")
+    assert status.exit_code == 5
+    assert "without its supervisor" in error_line(status)
+    again = servable.record("serve", "--detach", "--port", "auto")
+    assert serve.start_time(server["pid"]) is None
+    os.kill(again["supervisor_pid"], signal.SIGKILL)
+    os.kill(again["pid"], signal.SIGKILL)
+    wait_until(lambda: serve.start_time(again["pid"]) is None)
+    status = servable.run("serve", "status")
+    assert status.exit_code == 5
+    assert "is dead" in error_line(status)
+    stopped = servable.run("serve", "stop")
+    assert "cleared a dead server" in stopped.stdout
+    assert shared_memory() == before
+
+
+@pytest.mark.server
+def test_ctrl_c_stops_a_server_in_the_foreground_and_leaves_nothing(servable: Chain) -> None:
+    before = shared_memory()
+    command = [sys.executable, "-m", "pipeline", "--root", str(servable.root), "serve"]
+    process = subprocess.Popen([*command, "--port", "auto"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert "serving handwriting version 1 at http://127.0.0.1:" in process.stdout.readline()
+    pid = json.loads(servable.paths.server.read_text())["pid"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(HANG_GUARD) == 130
+    process.stdout.close()
+    assert serve.start_time(pid) is None
+    assert not servable.paths.server.exists()
+    assert shared_memory() == before
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
+def test_a_taken_port_is_an_error_that_says_which(servable: Chain, service: str) -> None:
+    ports = [f"--{s}-port={serve.free_port()}" for s in ("http", "grpc", "metrics")]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        for extra in ([], ["--detach"]):
+            result = servable.run("serve", *ports, f"--{service}-port={port}", *extra)
+            assert result.exit_code == 1
+            assert f"port {port} ({service}) is taken" in error_line(result)
+
+
+@pytest.mark.server
+def test_a_server_with_another_network_is_not_ready_and_exits_3(servable: Chain) -> None:
+    # A golden set whose answers are another network's, with every digest in order.
+    golden = servable.paths.packaged / "1" / "golden.npz"
+    arrays = dict(np.load(golden))
+    arrays["log_probabilities"] = np.roll(arrays["log_probabilities"], 1, axis=1)
+    np.savez(golden, **arrays)
+    manifest = golden.with_name("manifest.json")
+    edit_json(manifest, lambda record: record["files"].update({"golden.npz": sha256(golden)}))
+    before = shared_memory()
+    result = servable.run("serve", "--detach", "--port", "auto")
+    assert result.exit_code == 3
+    assert "handwriting version 1 answers wrongly over http://" in error_line(result)
+    assert servable.run("validate", str(servable.paths.repository)).exit_code == 3
+    assert not servable.paths.server.exists()
+    assert shared_memory() == before
+
+
+@pytest.mark.server
+def test_a_config_that_triton_refuses_is_one_line_and_exits_5(servable: Chain) -> None:
+    config = servable.paths.packaged / "config.pbtxt"
+    config.write_text(config.read_text().replace('name: "images"', 'name: "pictures"'))
+    result = servable.run("serve", "--detach", "--port", "auto", "--start-seconds", "30")
+    assert result.exit_code == 5
+    message = error_line(result)
+    assert "pictures" in message
+    assert len(message.splitlines()) == 1
+    assert not servable.paths.server.exists()
+
+
+def test_a_packaged_file_with_a_flipped_bit_is_not_served(chain: Chain) -> None:
+    flip_bit(chain.paths.packaged / "1" / "model.onnx")
+    result = chain.run("serve")
+    assert result.exit_code == 4
+    assert str(chain.paths.packaged / "1" / "model.onnx") in error_line(result)
+
+
+def test_a_config_with_another_digest_is_not_served(chain: Chain) -> None:
+    config = chain.paths.packaged / "config.pbtxt"
+    config.write_text(config.read_text().replace(sha256(chain.paths.onnx), "0" * 64))
+    result = chain.run("serve")
+    assert result.exit_code == 3
+    assert "states digest" in error_line(result)
+
+
+def test_a_config_that_selects_no_version_is_not_served(chain: Chain) -> None:
+    config = chain.paths.packaged / "config.pbtxt"
+    config.write_text(config.read_text().replace("versions: 1", ""))
+    assert "selects no version" in error_line(chain.run("serve"))
+
+
+def test_without_any_tritonserver_it_says_what_is_missing_and_names_the_container(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    result = chain.run("serve")
+    assert result.exit_code == 1
+    message = error_line(result)
+    assert "path: no tritonserver on the PATH" in message
+    assert "make .venv-triton" in message
+    assert "docker: no docker on the PATH" in message
+    assert tritonserver.IMAGE in message
+
+
+def test_status_of_no_server_says_so(chain: Chain) -> None:
+    result = chain.run("serve", "status")
+    assert result.exit_code == 5
+    assert "no server of ours is running" in error_line(result)
+
+
+def test_a_server_record_that_is_none_is_corrupt(chain: Chain) -> None:
+    chain.paths.server.write_text("{}")
+    assert chain.run("serve", "status").exit_code == 4
+    write_json(chain.paths.server, {"id": "x"})
+    assert "lacks" in error_line(chain.run("serve", "status"))
+
+
+def test_a_pid_that_came_again_is_not_our_server() -> None:
+    started = serve.start_time(os.getpid())
+    assert started
+    assert serve.is_alive(os.getpid(), started)
+    assert not serve.is_alive(os.getpid(), started + 1)
+    assert serve.start_time(2**22 + 1) is None
+
+
+class Child:
+    """A process as `_await_answer` sees it."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+
+class Asked:
+    """A client whose server calls itself `name`, or does not answer."""
+
+    endpoint = "http://127.0.0.1:1"
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+    def server_name(self) -> str:
+        if self.name is None:
+            raise ServerError("nothing there")
+        return self.name
+
+
+def await_answer(tmp_path: Path, name: str | None, code: int | None, log: str) -> None:
+    log_file = tmp_path / "log"
+    log_file.write_text(log)
+    fields = {f: 1 for f in serve.Server.__dataclass_fields__}
+    server = replace(serve.Server(**fields), id="ours")  # type: ignore[arg-type]
+    expired = time.monotonic() - 1
+    serve._await_answer(Asked(name), server, Child(code), log_file, expired, 1)  # type: ignore[arg-type]
+
+
+def test_a_decoy_on_the_port_is_not_taken_for_ours(tmp_path: Path) -> None:
+    await_answer(tmp_path, "ours", None, "")
+    with pytest.raises(PipelineError, match=r"another server \(triton\)"):
+        await_answer(tmp_path, "triton", None, "")
+
+
+def test_a_server_that_died_or_takes_too_long_is_told_with_its_cause(tmp_path: Path) -> None:
+    log = 'E1122 21:00:00.1 123 model.cc:642] "failed to load \'m\' version 1: Internal: why"\n'
+    with pytest.raises(ServerError, match="did not start: failed to load 'm' .* why"):
+        await_answer(tmp_path, None, 1, log)
+    with pytest.raises(ServerError, match="not ready in 1 s; its log ends: .* why"):
+        await_answer(tmp_path, None, None, log)
+
+
+def test_the_cause_is_the_first_error_that_says_something() -> None:
+    assert tritonserver.cause("") == "it wrote no log"
+    assert tritonserver.cause("I0 fine\nlast words\n") == "last words"
+    lines = (
+        'E1122 21:00:00.1 1 main.cc:1] "failed to load all models"\n'
+        'E1122 21:00:00.1 1 poll.cc:2] "Poll failed for model directory"\n'
+    )
+    assert tritonserver.cause(lines) == "Poll failed for model directory"
+
+
+def test_the_command_of_each_runtime_is_loopback_only(tmp_path: Path) -> None:
+    for kind, program in (("path", "/opt/tritonserver"), ("docker", "/usr/bin/docker")):
+        runtime = Runtime(kind, (program,), {})
+        line = tritonserver.command(runtime, tmp_path, ServeConfig(), "id", "key", tmp_path / "b")
+        text = " ".join(line)
+        assert line[0] == program
+        assert "--http-restricted-api=model-repository" in text
+        assert "--backend-directory" not in text
+        if kind == "docker":
+            assert "-p=127.0.0.1:8000:8000" in text
+            assert tritonserver.IMAGE in line
+            assert f"-v={tmp_path}:/models:ro" in text
+        else:
+            assert "--http-address=127.0.0.1" in text
+
+
+def test_a_tritonserver_on_the_path_needs_its_native_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "bin" / "tritonserver"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    with pytest.raises(PipelineError, match="has no onnxruntime backend"):
+        tritonserver.find(Paths(tmp_path), "path")
+    (tmp_path / "backends" / "onnxruntime").mkdir(parents=True)
+    assert tritonserver.find(Paths(tmp_path), "auto").kind == "path"
+
+
+def test_the_wheel_is_refused_for_a_network_and_for_a_python_without_stub(
+    chain: Chain, tmp_path: Path
+) -> None:
+    link_server_environment(chain)
+    config = ServeConfig(host="0.0.0.0", runtime="wheel")
+    with pytest.raises(PipelineError, match="loopback only"), serve.running_server(
+        chain.paths, config
+    ):
+        pass
+    odd = Runtime("wheel", (str(tmp_path / "python3.7/site/pytriton/tritonserver/bin/t"),), {})
+    with pytest.raises(PipelineError, match="no stub for Python"):
+        tritonserver.lay_out_backends(odd, tmp_path / "backends")
+
+
+@pytest.mark.server
+def test_proving_a_url_needs_the_golden_set_only(served: Served, tmp_path: Path) -> None:
+    chain, server = served
+    urls = [f"{p}://127.0.0.1:{server[f'{p}_port']}" for p in ("http", "grpc")]
+    with_data = chain.record("validate", *urls)
+    assert [row["name"] for row in with_data["rows"]] == ["ONNX Runtime", *urls]
+    assert with_data["images"] == 10_000
+    elsewhere = Chain(tmp_path)
+    golden = str(chain.paths.packaged / "1" / "golden.npz")
+    alone = elsewhere.record("validate", urls[1], "--golden", golden)
+    assert [row["name"] for row in alone["rows"]] == ["golden set", urls[1]]
+    assert alone["images"] == 20
+    assert alone["rows"][1]["differing"] == 0
+    without = elsewhere.run("validate", urls[1])
+    assert without.exit_code == 1
+    assert "--golden FILE" in error_line(without)
+
+
+@pytest.mark.server
+def test_a_server_with_another_model_fails_the_replay_with_3(
+    served: Served, chain: Chain, tmp_path: Path
+) -> None:
+    _, server = served
+    url = f"grpc://127.0.0.1:{server['grpc_port']}"
+    other = chain.paths.packaged / "1"
+    edit_json(other / "manifest.json", lambda r: r["files"].update({"model.onnx": "0" * 64}))
+    corrupt = chain.run("validate", url)
+    assert corrupt.exit_code == 4
+    (other / "model.onnx").write_bytes(b"another")
+    digest = sha256(other / "model.onnx")
+    edit_json(other / "manifest.json", lambda r: r["files"].update({"model.onnx": digest}))
+    result = chain.run("validate", url)
+    assert result.exit_code == 3
+    assert "serves version 1 with digest" in error_line(result)
+    arrays = dict(np.load(other / "golden.npz"))
+    arrays["log_probabilities"] *= np.float32(1.01)
+    np.savez(tmp_path / "golden.npz", **arrays)
+    replayed = chain.run("validate", url, "--golden", str(tmp_path / "golden.npz"))
+    assert replayed.exit_code == 3
+    assert "is not the model of this golden set" in error_line(replayed)
+
+
+def test_rows_that_disagree_fail_the_table() -> None:
+    from pipeline.config import Criterion
+    from pipeline.replay import Row, Table, require_agreement
+
+    good, far = Row("a", 0.9, 0, 0.0, 1.0), Row("b", 0.9, 0, 1e-3, 1.0)
+    table = Table("m", 1, None, 1, "test", (good, good))
+    require_agreement(table, Criterion())
+    for bad in (far, replace(good, differing=1), replace(good, max_abs_diff=None)):
+        with pytest.raises(CheckFailedError, match="answers differ from the reference"):
+            require_agreement(replace(table, rows=(good, bad)), Criterion())
+    assert "not finite" in str(replace(good, max_abs_diff=None, images_per_second=None))
