@@ -93,7 +93,7 @@ stop: ## stop a server that 'pipeline serve --detach' started
 
 .PHONY: test test-fast lint typecheck format figures system
 test: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## every test, the real server included
-	.venv/bin/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=85
+	.venv/bin/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-fast: .venv/done ## the tests without a server and without long training
 	.venv/bin/python -m pytest -m "not server and not slow" -n 2

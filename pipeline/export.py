@@ -20,7 +20,7 @@ from pipeline import graph
 from pipeline.checkpoint import load_checkpoint
 from pipeline.config import IMAGES, ExportConfig, Paths, log_probabilities
 from pipeline.errors import CheckFailedError
-from pipeline.files import sha256, write_bytes, write_json
+from pipeline.files import remove, sha256, write_bytes, write_json
 
 CONTRACT = "uint8 [batch, 1, 28, 28], 0 is paper and 255 is ink"
 
@@ -138,9 +138,8 @@ def export(
     }
     report("torch.onnx.export")
     content = to_onnx(program, len(classes), config, metadata)
-    for stale in (paths.manifest, paths.validation, paths.golden, paths.agreement):
-        stale.unlink(missing_ok=True)
-    shutil.rmtree(paths.failed, ignore_errors=True)
+    for stale in (paths.manifest, paths.validation, paths.golden, paths.agreement, paths.failed):
+        remove(stale)
     files = {
         paths.program.name: write_bytes(paths.program, _program_bytes(program)),
         paths.onnx.name: write_bytes(paths.onnx, content),

@@ -39,6 +39,17 @@ def _cannot_write(path: Path, error: OSError) -> PipelineError:
     )
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def write_with(path: Path, write: Callable[[Path], object]) -> str:
     """Let `write` fill a temporary file, put it in place of `path`, and return its SHA-256.
 

@@ -1,6 +1,5 @@
 """The proofs: an exported file against eager PyTorch, and a repository's served answers as well."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,14 @@ from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor, predict, score
 from pipeline.export import check_onnx, export_config
-from pipeline.files import check_digest, check_manifest, read_json, write_bytes, write_json
+from pipeline.files import (
+    check_digest,
+    check_manifest,
+    read_json,
+    remove,
+    write_bytes,
+    write_json,
+)
 from pipeline.model import eager_predictor
 from pipeline.query import Client, triton_predictor
 from pipeline.replay import (
@@ -111,9 +117,8 @@ def _withdraw(paths: Paths) -> None:
     proof = (paths.golden.name, paths.validation.name)
     files = {name: digest for name, digest in manifest["files"].items() if name not in proof}
     write_json(paths.manifest, {**manifest, "files": files})
-    paths.validation.unlink(missing_ok=True)
-    paths.golden.unlink(missing_ok=True)
-    shutil.rmtree(paths.failed, ignore_errors=True)
+    for path in (paths.validation, paths.golden, paths.failed):
+        remove(path)
 
 
 def prove_repository(

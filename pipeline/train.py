@@ -5,7 +5,6 @@
 import contextlib
 import json
 import math
-import shutil
 import signal
 import threading
 import time
@@ -31,7 +30,7 @@ from pipeline.data import Split, digests, load_split
 from pipeline.device import Placement, choose
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
-from pipeline.files import write_bytes, write_json
+from pipeline.files import remove, write_bytes, write_json
 from pipeline.model import Network, build, eager_predictor
 
 WARM_UP = 0.25  # of the steps, in which one-cycle climbs to its peak
@@ -313,7 +312,7 @@ def _conclude(
         data_sha256=digests(config.dataset),
     )
     write_json(paths.summary, asdict(summary))
-    shutil.rmtree(paths.checkpoint, ignore_errors=True)
+    remove(paths.checkpoint)
     return summary
 
 
@@ -344,10 +343,8 @@ def _finished(paths: Paths, config: TrainConfig) -> Summary:
 
 def _forget(paths: Paths) -> None:
     """Remove what an earlier run of this name left, its claim to be finished first."""
-    paths.summary.unlink(missing_ok=True)
-    for file in (paths.weights, paths.metrics):
-        file.unlink(missing_ok=True)
-    shutil.rmtree(paths.checkpoint, ignore_errors=True)
+    for path in (paths.summary, paths.weights, paths.metrics, paths.checkpoint):
+        remove(path)
 
 
 def _history(paths: Paths, step: int) -> list[dict[str, Any]]:

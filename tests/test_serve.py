@@ -132,7 +132,8 @@ def test_a_killed_server_is_noticed_said_and_started_again(servable: Chain) -> N
     before = shared_memory()
     server = servable.record("serve", "--detach", "--port", "auto")
     os.kill(server["pid"], signal.SIGKILL)
-    wait_until(lambda: not servable.paths.server.exists())
+    wait_until(lambda: serve.start_time(server["supervisor_pid"]) is None)
+    assert not servable.paths.server.exists()
     status = servable.run("serve", "status")
     assert status.exit_code == 5
     assert "died (signal 9)" in error_line(status)

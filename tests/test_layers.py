@@ -1,0 +1,82 @@
+"""The shape of the code: who may import whom, and where each heavy library lives."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "pipeline"
+# A module imports only modules above it.
+ORDER = [
+    *("errors", "config", "files", "images", "data", "evaluate", "device", "model", "checkpoint"),
+    *("train", "graph", "export", "runtime", "validate", "triton", "package", "query", "replay"),
+    *("tritonserver", "serve", "supervise", "prove", "report", "command", "cli", "__main__"),
+]
+# The home of each heavy library.
+HOMES = {
+    "torch": {"device", "model", "checkpoint", "train", "export"},
+    "safetensors": {"checkpoint"},
+    "onnx": {"graph", "export"},
+    "onnxruntime": {"export", "runtime"},
+    "tritonclient": {"triton", "query"},
+    "google": {"triton", "query"},
+    "geventhttpclient": {"query"},
+    "greenlet": {"query"},
+    "PIL": {"images"},
+    "pooch": {"data"},
+    "click": {"command", "cli"},
+}
+
+
+def imports(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_modules_above_it(module: str) -> None:
+    ours = {name.split(".")[1] for name in imports(module) if name.startswith("pipeline.")}
+    below = ours & set(ORDER[ORDER.index(module) :])
+    assert not below, f"{module} imports {below}"
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_heavy_library_is_imported_in_its_home_only(module: str) -> None:
+    for name in {name.split(".")[0] for name in imports(module)} & HOMES.keys():
+        assert module in HOMES[name], f"{module} imports {name}"
+
+
+def test_the_backend_imports_nothing_of_ours() -> None:
+    for path in (PACKAGE / "backend").rglob("*.py"):
+        assert "pipeline" not in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)
+
+
+def tracked() -> list[Path]:
+    command = ["git", "ls-files", "-z"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    names = done.stdout.decode().split("\0")
+    return [path for name in names if name and (path := REPOSITORY / name).is_file()]
+
+
+def test_nothing_names_a_path_of_one_machine_or_the_host_of_a_package_registry() -> None:
+    hosts = ("pypi" + ".org", "python" + "hosted", "npm" + "js", "deb." + "debian")
+    folders = ("/" + "root/", "/" + "work/", "/" + "home/")
+    for path in tracked():
+        text = path.read_text(errors="ignore")
+        for name in (*hosts, *folders):
+            assert name not in text, f"{path} names {name}"

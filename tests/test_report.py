@@ -1,0 +1,68 @@
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Chain, edit_json, error_line
+
+from pipeline import report
+from pipeline.errors import PipelineError
+from pipeline.files import write_json
+
+FIGURES = REPOSITORY / "exported" / "figures"
+
+
+def test_the_readme_shows_the_figures_as_they_were_measured() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    assert "<!-- figures:agreement -->" in readme
+    assert report.rendered(readme, FIGURES) == readme, "pipeline report --figures"
+
+
+def test_stale_figures_are_listed(tmp_path: Path) -> None:
+    shutil.copytree(FIGURES, tmp_path / "figures")
+    figure = tmp_path / "figures" / "agreement.json"
+    edit_json(figure, lambda record: record.update(sources_sha256=report.sources_digest()))
+    assert report.stale(tmp_path / "figures") == []
+    edit_json(figure, lambda record: record.update(sources_sha256="0" * 64))
+    assert report.stale(tmp_path / "figures") == ["agreement.json"]
+    if old := report.stale(FIGURES):  # told, not failed: a change need not be measured at once
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.warn(f"measured on other sources: {', '.join(old)}", stacklevel=1)
+
+
+def proven(chain: Chain) -> None:
+    """Put an agreement beside the export, as a proof would."""
+    figure = json.loads((FIGURES / "agreement.json").read_text())
+    write_json(chain.paths.agreement, {k: v for k, v in figure.items() if k != "schema"})
+
+
+def test_report_shows_the_last_agreement(chain: Chain) -> None:
+    nothing = chain.run("report")
+    assert nothing.exit_code == 1
+    assert "pipeline validate exported/model_repository" in error_line(nothing)
+    proven(chain)
+    record = chain.record("report")
+    assert [row["name"] for row in record["rows"]][:2] == ["eager PyTorch", "ONNX Runtime"]
+    assert "Triton gRPC" in chain.run("report").stdout
+
+
+def test_figures_are_kept_and_rendered_into_the_readme(chain: Chain) -> None:
+    proven(chain)
+    readme = chain.root / "README.md"
+    readme.write_text("before\n<!-- figures:agreement -->\nold\n<!-- /figures -->\nafter\n")
+    assert chain.run("report", "--figures").exit_code == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- figures:agreement -->\n| runtime |")
+    assert text.endswith("<!-- /figures -->\nafter\n")
+    assert "old" not in text
+    assert "Measured by `make figures`" in text
+    figure = json.loads((chain.paths.figures / "agreement.json").read_text())
+    assert figure["sources_sha256"] == report.sources_digest()
+    assert figure["training"]["recipe"] == "quick"
+
+
+def test_figures_that_nothing_renders_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="'speed', which nothing renders"):
+        report.rendered("<!-- figures:speed -->\n<!-- /figures -->", tmp_path)
