@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from pipeline.replay import Release, replay_golden, selected_releases
 from pipeline.validate import require
 
 POLL_SECONDS = 0.05
+KILL_SECONDS = 5.0  # in which a killed process is gone
 
 
 @dataclass(frozen=True)
@@ -199,16 +201,33 @@ def _process(
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(config.stop_seconds)
-        clear(child.pid, server_id)
+        clear(server_id)
         child.wait()
 
 
-def clear(group: int, server_id: str) -> None:
-    """Kill what is left of a server's process group, and remove its shared memory."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def processes_of(server_id: str) -> list[int]:
+    """The server's processes that still run: tritonserver and its stubs carry its id."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended while we looked, or is somebody else's
+            if server_id.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return [pid for pid in found if start_time(pid) is not None]
+
+
+def clear(server_id: str) -> None:
+    """Kill what is left of a server, await its end, and remove its shared memory and files."""
+    for pid in processes_of(server_id):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + KILL_SECONDS
+    while processes_of(server_id) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    # Only now: a process that still ran could make another.
     for region in Path("/dev/shm").glob(f"*{server_id}*"):
         region.unlink(missing_ok=True)
+    for scratch in Path(tempfile.gettempdir()).glob(f"{server_id}-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def await_ready(

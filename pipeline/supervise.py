@@ -1,13 +1,10 @@
 """The server that `pipeline serve` keeps: in the foreground, detached, asked how it is, stopped."""
 
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import Criterion, Paths, ServeConfig
@@ -111,13 +108,7 @@ def refuse_second(paths: Paths) -> None:
 
 def clear_dead(paths: Paths, server: Server) -> None:
     """Remove what is left of a server whose supervisor was killed."""
-    if is_alive(server.pid, server.start_time):
-        clear(server.pid, server.id)
-        _await_end(server.pid, server.start_time, 5.0)
-    for region in Path("/dev/shm").glob(f"*{server.id}*"):
-        region.unlink(missing_ok=True)
-    for scratch in Path(tempfile.gettempdir()).glob(f"{server.id}-*"):
-        shutil.rmtree(scratch, ignore_errors=True)
+    clear(server.id)
     paths.server.unlink(missing_ok=True)
 
 

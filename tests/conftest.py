@@ -125,8 +125,7 @@ def edit_json(path: Path, edit: Edit) -> None:
     path.write_text(json.dumps(record))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Keep the tests that start servers on one worker: they watch shared memory and processes."""
-    for item in items:
-        if item.get_closest_marker("server"):
-            item.add_marker(pytest.mark.xdist_group("server"))
+    if item.get_closest_marker("server"):
+        item.add_marker(pytest.mark.xdist_group("server"))

@@ -427,6 +427,10 @@ def test_a_config_that_is_not_the_models_is_refused_in_the_native_words(
     line = refused(backend, config() | changed)
     assert line.startswith("unable to load model 'net', ")
     assert line.endswith(message)
+    if "input" not in changed or changed["input"]:  # else it would be filled in
+        with pytest.raises(backend.LoadError) as caught:
+            completed(backend, config() | changed)
+        assert str(caught.value) == line  # before any instance starts
 
 
 def test_a_fixed_batch_is_refused_when_batches_are_asked_for(backend: Any, folder: Path) -> None:
@@ -564,7 +568,7 @@ def test_auto_complete_keeps_what_the_config_says(backend: Any) -> None:
     assert settings == config(1, input=inputs)
 
 
-@pytest.mark.usefixtures("folder")
+@pytest.mark.usefixtures("net")
 def test_auto_complete_leaves_a_complete_config_alone(backend: Any) -> None:
     assert completed(backend, config()) == config()
 

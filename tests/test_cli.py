@@ -120,9 +120,7 @@ def test_channels_that_are_no_numbers_are_wrong_usage(empty: Chain) -> None:
     assert empty.run("train", "--channels", "a,b").exit_code == 2
 
 
-def test_a_bug_exits_70_with_its_traceback(
-    empty: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_exits_70_with_its_traceback(empty: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object) -> None:
         raise ZeroDivisionError
 

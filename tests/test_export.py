@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import onnx
 import pytest
@@ -94,13 +96,15 @@ def test_export_of_a_record_that_is_none_is_corrupt(chain: Chain) -> None:
     assert chain.run("export").exit_code == 4
 
 
-def small(**changes: object) -> onnx.ModelProto:
-    """A valid graph of our signature's kind; `changes` make it something else."""
-    batch = changes.get("batch", "batch")
-    outputs = changes.get("outputs", ["y"])
-    nodes = changes.get("nodes", [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)])
-    assert isinstance(outputs, list)
-    assert isinstance(nodes, list)
+CAST = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+
+
+def small(
+    batch: str | int = "batch",
+    outputs: Sequence[str] = ("y",),
+    nodes: Sequence[onnx.NodeProto] = (CAST,),
+) -> onnx.ModelProto:
+    """A valid graph of our signature's kind, or one that is not."""
     return helper.make_model(
         helper.make_graph(
             nodes,
@@ -126,7 +130,7 @@ def test_a_graph_that_keeps_the_policy_passes_and_has_a_signature() -> None:
         ({"outputs": ["y", "z"]}, "2 outputs"),
     ],
 )
-def test_another_signature_is_refused(changes: dict[str, object], said: str) -> None:
+def test_another_signature_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckFailedError, match=said):
         graph.signature(small(**changes), "it")
 

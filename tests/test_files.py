@@ -69,9 +69,14 @@ def test_a_manifest_without_files_is_corrupt(tmp_path: Path) -> None:
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "1"
-    with pytest.raises(KeyError), files.new_folder(target) as folder:
-        (folder / "half").write_bytes(b"")
-        raise KeyError
+
+    def interrupted() -> None:
+        with files.new_folder(target) as folder:
+            (folder / "half").write_bytes(b"")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
     with files.new_folder(target) as folder:
         (folder / "whole").write_bytes(b"")

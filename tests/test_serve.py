@@ -309,7 +309,7 @@ class Asked:
 def await_answer(tmp_path: Path, name: str | None, code: int | None, log: str) -> None:
     log_file = tmp_path / "log"
     log_file.write_text(log)
-    fields = {f: 1 for f in serve.Server.__dataclass_fields__}
+    fields = dict.fromkeys(serve.Server.__dataclass_fields__, 1)
     server = replace(serve.Server(**fields), id="ours")  # type: ignore[arg-type]
     expired = time.monotonic() - 1
     serve._await_answer(Asked(name), server, Child(code), log_file, expired, 1)  # type: ignore[arg-type]
@@ -322,7 +322,7 @@ def test_a_decoy_on_the_port_is_not_taken_for_ours(tmp_path: Path) -> None:
 
 
 def test_a_server_that_died_or_takes_too_long_is_told_with_its_cause(tmp_path: Path) -> None:
-    log = 'E1122 21:00:00.1 123 model.cc:642] "failed to load \'m\' version 1: Internal: why"\n'
+    log = "E1122 21:00:00.1 123 model.cc:642] \"failed to load 'm' version 1: Internal: why\"\n"
     with pytest.raises(ServerError, match="did not start: failed to load 'm' .* why"):
         await_answer(tmp_path, None, 1, log)
     with pytest.raises(ServerError, match="not ready in 1 s; its log ends: .* why"):
@@ -374,8 +374,9 @@ def test_the_wheel_is_refused_for_a_network_and_for_a_python_without_stub(
 ) -> None:
     link_server_environment(chain)
     config = ServeConfig(host="0.0.0.0", runtime="wheel")
-    with pytest.raises(PipelineError, match="loopback only"), serve.running_server(
-        chain.paths, config
+    with (
+        pytest.raises(PipelineError, match="loopback only"),
+        serve.running_server(chain.paths, config),
     ):
         pass
     odd = Runtime("wheel", (str(tmp_path / "python3.7/site/pytriton/tritonserver/bin/t"),), {})

@@ -11,6 +11,7 @@ import torch
 from conftest import Chain, edit_json, error_line, flip_bit
 
 from pipeline import train as train_module
+from pipeline.checkpoint import State
 from pipeline.config import RECIPES, TrainConfig, recipe
 from pipeline.data import Split, load_split
 from pipeline.device import choose
@@ -56,7 +57,7 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name:
     config = TrainConfig(name, recipe(name, epochs=2, batch_size=64))
     whole, _ = train(config, few, few, choose("cpu"))
     for stop_after in (1, 8, 11):
-        states: list[train_module.State] = []
+        states: list[State] = []
         steps: list[int] = []
         with pytest.raises(KeyboardInterrupt):
             train(
@@ -231,9 +232,7 @@ def test_weights_that_are_no_network_of_ours_are_corrupt_even_with_a_right_diges
     chain: Chain,
 ) -> None:
     chain.paths.weights.write_bytes(b"\x10" + bytes(30))
-    edit_json(
-        chain.paths.summary, lambda r: r.update(weights_sha256=sha256(chain.paths.weights))
-    )
+    edit_json(chain.paths.summary, lambda r: r.update(weights_sha256=sha256(chain.paths.weights)))
     assert chain.run("export").exit_code == 4
 
 

@@ -20,7 +20,7 @@ from pipeline.errors import CheckFailedError, CorruptError
 from pipeline.evaluate import Predictor
 from pipeline.export import export_program, to_onnx
 from pipeline.files import sha256
-from pipeline.model import build, eager_predictor
+from pipeline.model import Cnn, build, eager_predictor
 from pipeline.runtime import onnx_predictor
 from pipeline.validate import (
     Golden,
@@ -33,8 +33,10 @@ from pipeline.validate import (
 
 
 @pytest.fixture(scope="module")
-def network(made: Chain) -> nn.Module:
-    return load_checkpoint(made.paths).model
+def network(made: Chain) -> Cnn:
+    model = load_checkpoint(made.paths).model
+    assert isinstance(model, Cnn)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def onnx_of(model: nn.Module) -> bytes:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64, 256])
 def test_onnx_matches_eager_at_every_batch_size(
-    made: Chain, network: nn.Module, test_split: Split, batch_size: int
+    made: Chain, network: Cnn, test_split: Split, batch_size: int
 ) -> None:
     candidate = onnx_predictor(made.paths.onnx.read_bytes())
     criterion = Criterion(batch_sizes=(batch_size,))
@@ -60,28 +62,28 @@ def test_onnx_matches_eager_at_every_batch_size(
     assert agreement.max_abs_diff <= 1e-4
 
 
-def dropout_left_on(network: nn.Module) -> nn.Module:
-    network.classifier = nn.Sequential(nn.Dropout(0.5), network.classifier)
+def dropout_left_on(network: Cnn) -> nn.Module:
+    network.features.append(nn.Dropout(0.5))
     return network.train()
 
 
-def wrong_mean(network: nn.Module) -> nn.Module:
+def wrong_mean(network: Cnn) -> nn.Module:
     network.mean += 0.05
     return network
 
 
-def wrong_scale(network: nn.Module) -> nn.Module:
+def wrong_scale(network: Cnn) -> nn.Module:
     network.std *= 1.05
     return network
 
 
-def one_weight_changed_by_a_hundredth(network: nn.Module) -> nn.Module:
+def one_weight_changed_by_a_hundredth(network: Cnn) -> nn.Module:
     with torch.no_grad():
         network.classifier.weight.view(-1)[torch.argmax(network.classifier.weight.abs())] *= 1.01
     return network
 
 
-def swapped_labels(network: nn.Module) -> nn.Module:
+def swapped_labels(network: Cnn) -> nn.Module:
     with torch.no_grad():
         for parameter in (network.classifier.weight, network.classifier.bias):
             parameter[[3, 5]] = parameter[[5, 3]]
@@ -98,7 +100,7 @@ def swapped_labels(network: nn.Module) -> nn.Module:
     ],
 )
 def test_a_broken_export_does_not_pass(
-    network: nn.Module, test_split: Split, sabotage: Callable[[nn.Module], nn.Module]
+    network: Cnn, test_split: Split, sabotage: Callable[[Cnn], nn.Module]
 ) -> None:
     broken = sabotage(copy.deepcopy(network))
     candidate = onnx_predictor(onnx_of(broken))
@@ -109,14 +111,14 @@ def test_a_broken_export_does_not_pass(
 
 
 def test_dropout_left_on_is_refused_although_onnx_runtime_would_skip_it(
-    network: nn.Module,
+    network: Cnn,
 ) -> None:
     with pytest.raises(CheckFailedError, match="chance: Dropout; export the model in evaluation"):
         onnx_of(dropout_left_on(copy.deepcopy(network)))
 
 
 def test_a_static_batch_is_refused_as_a_graph_and_as_a_predictor(
-    network: nn.Module, test_split: Split
+    network: Cnn, test_split: Split
 ) -> None:
     example = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     static = torch.export.export(network, (example,))
@@ -176,7 +178,8 @@ def test_a_reference_that_is_not_finite_proves_nothing() -> None:
 
 def test_the_probes_are_blank_full_and_noise() -> None:
     probes = probe_images()
-    assert (probes.shape, probes.dtype) == ((18, 1, 28, 28), np.uint8)
+    assert probes.shape == (18, 1, 28, 28)
+    assert probes.dtype == np.uint8
     assert (probes[0].max(), probes[1].min()) == (0, 255)
     assert probes[2:].std() > 70
     assert np.array_equal(probes, probe_images())
@@ -194,7 +197,7 @@ def test_validate_leaves_a_proof_with_the_digest_of_the_bytes_that_ran(made: Cha
 
 
 def test_the_golden_set_has_two_images_a_class_with_the_references_answers(
-    made: Chain, network: nn.Module
+    made: Chain, network: Cnn
 ) -> None:
     golden = unpack_golden(made.paths.golden.read_bytes(), "it")
     assert golden.labels.tolist() == [label for label in range(10) for _ in range(2)]
@@ -204,7 +207,7 @@ def test_the_golden_set_has_two_images_a_class_with_the_references_answers(
 
 
 def test_a_class_that_is_never_read_rightly_is_in_the_golden_set_all_the_same() -> None:
-    outputs = np.log(np.tile(np.float32([0.9, 0.1]), (6, 1)))
+    outputs = np.log(np.tile(np.array([0.9, 0.1], np.float32), (6, 1)))
     golden = choose_golden(np.zeros((6, 1), np.uint8), np.array([0, 1, 0, 1, 0, 1]), outputs)
     assert golden.labels.tolist() == [0, 0, 1, 1]
 
@@ -216,7 +219,7 @@ def test_a_golden_set_is_the_same_bytes_each_time() -> None:
 
 def npz(**arrays: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the stub takes them for an option
     return buffer.getvalue()
 
 
@@ -258,7 +261,7 @@ def swap_onnx(chain: Chain, model: nn.Module) -> None:
 
 
 def test_validate_exits_3_on_a_broken_export_and_leaves_no_proof_but_findings(
-    chain: Chain, network: nn.Module
+    chain: Chain, network: Cnn
 ) -> None:
     swap_onnx(chain, wrong_mean(copy.deepcopy(network)))
     result = chain.run("validate")
@@ -297,7 +300,7 @@ def test_validate_takes_the_file_itself_too(chain: Chain) -> None:
 
 
 def test_another_network_in_the_same_signature_does_not_pass(
-    test_split: Split, network: nn.Module
+    test_split: Split, network: Cnn
 ) -> None:
     torch.manual_seed(1)
     stranger = build(RECIPES["quick"], 10).eval()
