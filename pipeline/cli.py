@@ -445,16 +445,14 @@ def query_command(
     from pipeline.serve import default_url
 
     paths = _paths(settings, name)
-    client = Client(url or default_url(paths), paths.name, timeout)
     failed = 0
-    for answer in ask_files(client, [Path(image) for image in images], top):
-        if answer.error:
-            failed += 1
-            click.echo(f"Error: {answer.error}", err=True)
-        elif settings.json:
-            click.echo(json.dumps(answer.record()))
-        else:
-            click.echo(str(answer))
+    with Client(url or default_url(paths), paths.name, timeout) as client:
+        for answer in ask_files(client, [Path(image) for image in images], top):
+            if answer.error:
+                failed += 1
+                click.echo(f"Error: {answer.error}", err=True)
+            else:
+                click.echo(json.dumps(answer.record()) if settings.json else str(answer))
     if failed:
         raise PipelineError(f"{failed} of {len(images)} images could not be read")
 

@@ -1,7 +1,6 @@
 """The proofs: an exported file against eager PyTorch, and a repository's served answers as well."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.config import Criterion, Paths, ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError
-from pipeline.evaluate import Predictor, predict, score
+from pipeline.evaluate import predict, score
 from pipeline.export import check_onnx, export_config
 from pipeline.files import (
     check_digest,
@@ -138,7 +137,7 @@ def prove_repository(
         for name, release in releases.items():
             model = replace(paths, name=name)
             report(f"{name} version {release.version}: the test split through every runtime")
-            with _asked(server.http_url, name) as http, _asked(server.grpc_url, name) as grpc:
+            with Client(server.http_url, name) as http, Client(server.grpc_url, name) as grpc:
                 tables.append(_table(model, release, http, grpc))
     for table in tables:
         model = replace(paths, name=table.name)
@@ -148,16 +147,7 @@ def prove_repository(
     return tables
 
 
-@contextmanager
-def _asked(url: str, name: str) -> Iterator[Predictor]:
-    client = Client(url, name)
-    try:
-        yield triton_predictor(client)
-    finally:
-        client.close()
-
-
-def _table(paths: Paths, release: Release, http: Predictor, grpc: Predictor) -> Table:
+def _table(paths: Paths, release: Release, http: Client, grpc: Client) -> Table:
     manifest = check_manifest(release.folder, EXPORT)
     checkpoint = load_checkpoint(replace(paths, run=str(manifest.get("run"))))
     if manifest.get("weights_sha256") != checkpoint.summary["weights_sha256"]:
@@ -171,8 +161,8 @@ def _table(paths: Paths, release: Release, http: Predictor, grpc: Predictor) -> 
     predictors = {
         "eager PyTorch": eager_predictor(checkpoint.model),
         "ONNX Runtime": onnx_predictor(release.onnx),
-        "Triton HTTP": http,
-        "Triton gRPC": grpc,
+        "Triton HTTP": triton_predictor(http),
+        "Triton gRPC": triton_predictor(grpc),
     }
     rows = agree(predictors, test.images, test.labels)
     return Table(paths.name, release.version, release.sha256, len(test), "test", rows)

@@ -129,6 +129,12 @@ class Client:
             connection.close()
         vars(self._local).clear()
 
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _prediction(self, row: np.ndarray, version: str, top: int) -> Prediction:
         config = self.config()
         labels = triton.classes(config) or tuple(map(str, range(len(row))))

@@ -2,6 +2,7 @@
 
 # Shape letters: N images, K classes.
 
+import contextlib
 import os
 import platform
 import time
@@ -200,7 +201,17 @@ def prove_servers(
     Needs neither torch nor the training data. Writes agreement.json. Raises CheckFailedError when
     a server answers otherwise, states another digest, or serves versions that differ.
     """
-    clients = {url: Client(url, paths.name, timeout) for url in urls}
+    with contextlib.ExitStack() as stack:
+        clients = {url: stack.enter_context(Client(url, paths.name, timeout)) for url in urls}
+        table = _replayed(paths, clients, golden_file, criterion)
+    write_json(paths.agreement, {**machine(), **asdict(table)})
+    require_agreement(table, criterion)
+    return table
+
+
+def _replayed(
+    paths: Paths, clients: Mapping[str, Client], golden_file: Path | None, criterion: Criterion
+) -> Table:
     versions = {url: served_version(client) for url, client in clients.items()}
     if len(set(versions.values())) > 1:
         raise CheckFailedError(f"the servers answer with different versions: {versions}")
@@ -224,9 +235,7 @@ def prove_servers(
         rows = agree({**reference, **predictors}, test.images, test.labels)
     else:
         rows = agree(predictors, golden.images, golden.labels, golden.log_probabilities)
-    for client in clients.values():
-        client.close()
-    table = Table(
+    return Table(
         paths.name,
         version,
         release.sha256 if release else None,
@@ -234,9 +243,6 @@ def prove_servers(
         "test" if test else "golden",
         rows,
     )
-    write_json(paths.agreement, {**machine(), **asdict(table)})
-    require_agreement(table, criterion)
-    return table
 
 
 def _golden_from(path: Path | None) -> Golden:

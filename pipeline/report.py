@@ -34,13 +34,13 @@ def save_figures(paths: Paths) -> Path:
     training = read_json(paths.summary, MEASURE)
     figure = paths.figures / "agreement.json"
     record = {
+        **{key: value for key, value in proof.items() if key != "schema"},
         "command": "make figures",
         "sources_sha256": sources_digest(),
         "training": {
             key: training[key]
             for key in ("recipe", "parameters", "test_accuracy", "train_seconds", "device")
         },
-        **{key: value for key, value in proof.items() if key != "schema"},
     }
     write_json(figure, record)
     return figure

@@ -240,13 +240,11 @@ def await_ready(
     """Return once our server's models answer their golden sets rightly over both protocols."""
     deadline = time.monotonic() + seconds
     for url in (server.http_url, server.grpc_url):
-        client = Client(url, timeout=2.0)
-        _await_answer(client, server, child, log, deadline, seconds)
-        client.close()
+        with Client(url, timeout=2.0) as client:
+            _await_answer(client, server, child, log, deadline, seconds)
         for name, release in releases.items():
-            asked = Client(url, name, timeout=max(1.0, deadline - time.monotonic()))
-            agreement = replay_golden(asked, release.golden, Criterion())
-            asked.close()
+            with Client(url, name, timeout=max(1.0, deadline - time.monotonic())) as client:
+                agreement = replay_golden(client, release.golden, Criterion())
             what = f"{name} version {release.version} answers wrongly over {url}"
             require(agreement, what, "Look at the server's environment, then package it again")
 

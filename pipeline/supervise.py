@@ -165,9 +165,8 @@ def status(paths: Paths) -> dict[str, Any]:
         if name not in server.models:
             continue
         for url in (server.http_url, server.grpc_url):
-            client = Client(url, name, timeout=5.0)
-            agreement = replay_golden(client, release.golden, Criterion())
-            client.close()
+            with Client(url, name, timeout=5.0) as client:
+                agreement = replay_golden(client, release.golden, Criterion())
             require(agreement, f"{name} answers wrongly over {url}", "Restart it, or package anew")
         digests[name] = {"version": server.models[name], "sha256": release.sha256}
     return {

@@ -123,9 +123,3 @@ def edit_json(path: Path, edit: Edit) -> None:
     record = json.loads(path.read_text())
     edit(record)
     path.write_text(json.dumps(record))
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep the tests that start servers on one worker: they watch shared memory and processes."""
-    if item.get_closest_marker("server"):
-        item.add_marker(pytest.mark.xdist_group("server"))

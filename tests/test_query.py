@@ -218,12 +218,13 @@ def test_threads_may_share_a_client(served: Served, protocol: str) -> None:
 def test_what_the_server_refuses_is_said_without_a_traceback(served: Served, protocol: str) -> None:
     _, server = served
     url = f"{protocol}://127.0.0.1:{server[f'{protocol}_port']}"
-    with pytest.raises(PipelineError, match="serves no model 'nobody'"):
-        Client(url, "nobody").infer(np.zeros((1, 1, 28, 28), np.uint8))
-    with pytest.raises(PipelineError, match="refuses: .*shape"):
-        Client(url).infer(np.zeros((1, 1, 27, 28), np.uint8))
-    with pytest.raises(PipelineError, match="refuses: .*data-?type|refuses: .*UINT8"):
-        Client(url).infer(np.zeros((1, 1, 28, 28), np.float32))
+    with Client(url, "nobody") as nobody, Client(url) as client:
+        with pytest.raises(PipelineError, match="serves no model 'nobody'"):
+            nobody.infer(np.zeros((1, 1, 28, 28), np.uint8))
+        with pytest.raises(PipelineError, match="refuses: .*shape"):
+            client.infer(np.zeros((1, 1, 27, 28), np.uint8))
+        with pytest.raises(PipelineError, match="refuses: .*data-?type|refuses: .*UINT8"):
+            client.infer(np.zeros((1, 1, 28, 28), np.float32))
 
 
 @pytest.mark.server
