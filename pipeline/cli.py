@@ -446,13 +446,16 @@ def query_command(
 
     paths = _paths(settings, name)
     failed = 0
-    with Client(url or default_url(paths), paths.name, timeout) as client:
-        for answer in ask_files(client, [Path(image) for image in images], top):
-            if answer.error:
-                failed += 1
-                click.echo(f"Error: {answer.error}", err=True)
-            else:
-                click.echo(json.dumps(answer.record()) if settings.json else str(answer))
+
+    def connect() -> Client:
+        return Client(url or default_url(paths), paths.name, timeout)
+
+    for answer in ask_files(connect, [Path(image) for image in images], top):
+        if answer.error:
+            failed += 1
+            click.echo(f"Error: {answer.error}", err=True)
+        else:
+            click.echo(json.dumps(answer.record()) if settings.json else str(answer))
     if failed:
         raise PipelineError(f"{failed} of {len(images)} images could not be read")
 

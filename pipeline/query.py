@@ -2,6 +2,7 @@
 
 # Shape letters: N images, B batch, K classes.
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -240,23 +241,36 @@ class Answer:
         return f"{self.file}: {self.prediction.label}  {self.prediction.probability:.2%}{also}"
 
 
-def ask_files(client: Client, files: Sequence[Path], top: int = 3) -> Iterator[Answer]:
-    """An answer for each file, in order; a file that is no image does not stop the others."""
-    for start in range(0, len(files), FILES_AT_ONCE):
-        answers: dict[Path, Answer] = {}
-        images: dict[Path, np.ndarray] = {}
-        part = files[start : start + FILES_AT_ONCE]
-        for file in part:
-            try:
-                images[file] = read_image(file)
-            except PipelineError as error:
-                answers[file] = Answer(file, None, str(error))
-        predictions = client.classify(list(images.values()), top)
-        answers |= {
-            file: Answer(file, prediction)
-            for file, prediction in zip(images, predictions, strict=True)
-        }
-        yield from (answers[file] for file in part)
+def ask_files(
+    connect: Callable[[], Client], files: Sequence[Path], top: int = 3
+) -> Iterator[Answer]:
+    """An answer for each file, in order; a file that is no image does not stop the others.
+
+    Connects when there is something to ask, so that unreadable files are named in any case.
+    """
+    with contextlib.ExitStack() as stack:
+        client: Client | None = None
+        for start in range(0, len(files), FILES_AT_ONCE):
+            part = files[start : start + FILES_AT_ONCE]
+            images, answers = _readable(part)
+            if images:
+                client = client or stack.enter_context(connect())
+                predictions = client.classify(list(images.values()), top)
+                for file, prediction in zip(images, predictions, strict=True):
+                    answers[file] = Answer(file, prediction)
+            yield from (answers[file] for file in part)
+
+
+def _readable(files: Sequence[Path]) -> tuple[dict[Path, np.ndarray], dict[Path, Answer]]:
+    """The images that can be read, and an answer for each file that cannot."""
+    images: dict[Path, np.ndarray] = {}
+    answers: dict[Path, Answer] = {}
+    for file in files:
+        try:
+            images[file] = read_image(file)
+        except PipelineError as error:
+            answers[file] = Answer(file, None, str(error))
+    return images, answers
 
 
 def triton_predictor(client: Client) -> Callable[[np.ndarray], np.ndarray]:

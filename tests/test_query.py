@@ -123,6 +123,16 @@ def test_query_without_a_server_exits_5_with_one_line(empty: Chain, digit: Path)
     assert str(port) in error_line(result)
 
 
+def test_a_text_file_as_image_exits_1_naming_it_even_without_a_server(
+    empty: Chain, tmp_path: Path
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no image")
+    result = empty.run("query", str(text))
+    assert result.exit_code == 1
+    assert str(text) in result.stderr
+
+
 @pytest.fixture(scope="session")
 def digit(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A picture of the first test image, a seven."""

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Chain, edit_json, error_line, flip_bit, link_server_environment
+from conftest import (
+    REPOSITORY,
+    Chain,
+    edit_json,
+    error_line,
+    flip_bit,
+    link_server_environment,
+)
 
 from pipeline import serve, tritonserver
 from pipeline.config import Paths, ServeConfig
@@ -96,6 +104,68 @@ def test_raw_bytes_of_a_digit_and_plain_http_get_a_right_answer(served: Served) 
     outputs = np.frombuffer(body[header:], np.float32)
     assert outputs.argmax() == 0  # the warm-up digit is the golden set's first, a zero
     assert np.exp(outputs).sum() == pytest.approx(1, abs=1e-4)
+
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def at_its_ports(text: str, server: dict[str, Any]) -> str:
+    """A snippet of the README, asking this server instead of one at the usual ports."""
+    return text.replace(":8000", f":{server['http_port']}").replace(
+        ":8001", f":{server['grpc_port']}"
+    )
+
+
+@pytest.mark.server
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl: make system")
+def test_the_readmes_curl_gets_a_right_answer(served: Served) -> None:
+    chain, server = served
+    (snippet,) = re.findall(r"```sh\n(curl.*?)```", README, re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", at_its_ports(snippet, server)],
+        cwd=chain.root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    values = [float(value) for value in done.stdout.split()]
+    assert len(values) == 10
+    assert values.index(max(values)) == 0  # the warm-up digit is a zero
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("position", [0, 1])
+def test_the_readmes_python_gets_a_right_answer(served: Served, position: int, made: Chain) -> None:
+    chain, server = served
+    made.run("data", "sample", str(chain.root / "digits"), "--count", "1")
+    snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[position]
+    done = subprocess.run(
+        [sys.executable, "-c", at_its_ports(snippet, server)],
+        cwd=chain.root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (":0:0'" if position == 0 else "7 0.9") in done.stdout
+
+
+@pytest.mark.server
+def test_a_json_request_that_names_no_output_gets_them_all_as_json(served: Served) -> None:
+    chain, server = served
+    split = load_split("mnist", chain.paths.data("mnist"), "test")
+    tensor = {
+        "name": "images",
+        "shape": [2, 1, 28, 28],
+        "datatype": "UINT8",
+        "data": split.images[:2].ravel().tolist(),
+    }
+    url = f"http://127.0.0.1:{server['http_port']}/v2/models/handwriting/versions/1/infer"
+    request = urllib.request.Request(url, json.dumps({"id": "mine", "inputs": [tensor]}).encode())
+    with urllib.request.urlopen(request) as response:
+        answer = json.load(response)
+    (output,) = answer["outputs"]
+    assert (answer["id"], output["shape"], output["datatype"]) == ("mine", [2, 10], "FP32")
+    assert np.reshape(output["data"], (2, 10)).argmax(axis=1).tolist() == [7, 2]
 
 
 @pytest.mark.server
