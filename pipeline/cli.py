@@ -196,7 +196,7 @@ def train_command(
       pipeline train
       pipeline train --recipe baseline --run yardstick --resume
     """
-    from pipeline.train import run as train
+    from pipeline.runs import run as train
 
     paths = _paths(settings, run=run or MODEL_NAMES.get(dataset, dataset))
     config = TrainConfig(recipe_name, recipe(recipe_name, **changes), dataset, seed, device)

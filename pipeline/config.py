@@ -44,9 +44,17 @@ class Recipe:
     optimizer: str = "adamw"  # adamw, adadelta or sgd
     lr: float = 0.015  # the peak of the schedule
     schedule: str = "one-cycle"  # one-cycle, or decay: by gamma after each epoch
+    warm_up: float = 0.25  # of the steps, in which one-cycle climbs to its peak
     gamma: float = 0.7
     weight_decay: float = 0.02
     label_smoothing: float = 0.0  # 0 to 1
+    norm_momentum: float = 0.2  # of batch normalization; a short run needs more
+    average: float = 0.0  # decay of the averaged weights, kept from half-way on; 0 for none
+    rotate: float = 0.0  # radians; this and the next four: how far an image is distorted at most
+    stretch: float = 0.0  # in each direction, as a logarithm
+    shear: float = 0.0  # as a tangent
+    shift: float = 0.0  # of half the image's side
+    elastic: float = 0.0  # of half the image's side
 
     def __post_init__(self) -> None:
         _choice("network", self.network, ("cnn", "classic", "net"))
@@ -64,12 +72,30 @@ class Recipe:
             raise PipelineError(f"batch-size must be 1 to 10000, got {self.batch_size}")
         if not self.lr > 0:
             raise PipelineError(f"lr must be above 0, got {self.lr}")
-        if not 0 <= self.label_smoothing < 1:
-            raise PipelineError(f"label-smoothing must be 0 to 1, got {self.label_smoothing}")
+        for name in ("label_smoothing", "average", "warm_up"):
+            if not 0 <= getattr(self, name) < 1:
+                raise PipelineError(f"{name} must be 0 to 1, got {getattr(self, name)}")
+        for name in ("rotate", "stretch", "shear", "shift", "elastic"):
+            if not 0 <= getattr(self, name) <= 2:
+                raise PipelineError(f"{name} must be 0 to 2, got {getattr(self, name)}")
 
 
 RECIPES = {
     "quick": Recipe(),
+    "standard": Recipe(
+        channels=(16, 32, 64, 96),
+        epochs=10,
+        lr=0.012,
+        warm_up=0.15,
+        weight_decay=0.05,
+        norm_momentum=0.1,
+        average=0.995,
+        rotate=0.2,
+        stretch=0.12,
+        shear=0.2,
+        shift=0.07,
+        elastic=0.06,
+    ),
     # The classic MNIST example: two convolutions, dropout, Adadelta. The yardstick.
     "baseline": Recipe(
         network="classic",

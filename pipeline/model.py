@@ -41,15 +41,14 @@ class Network(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no logits")
 
 
-def _normalized(channels: int) -> list[nn.Module]:
-    # Momentum 0.2, because a run may be as short as a few hundred steps.
-    return [nn.BatchNorm2d(channels, momentum=0.2), nn.ReLU()]
+def _normalized(channels: int, momentum: float) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels, momentum=momentum), nn.ReLU()]
 
 
 class Cnn(Network):
     """A small CNN that shrinks the image early: four convolutions, then maximum and mean."""
 
-    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+    def __init__(self, channels: tuple[int, ...], classes: int, norm_momentum: float = 0.1) -> None:
         super().__init__()
         a, b, c, d = channels
         self.features = nn.Sequential(
@@ -57,11 +56,11 @@ class Cnn(Network):
             nn.ReLU(),
             nn.Conv2d(a, b, 3, bias=False),  # (B, b, 10, 10)
             nn.MaxPool2d(2),  # (B, b, 5, 5); before the normalization, which is cheaper so
-            *_normalized(b),
+            *_normalized(b, norm_momentum),
             nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5)
-            *_normalized(c),
+            *_normalized(c, norm_momentum),
             nn.Conv2d(c, d, 3, bias=False),  # (B, d, 3, 3)
-            *_normalized(d),
+            *_normalized(d, norm_momentum),
         )
         self.maximum, self.mean_pool = nn.MaxPool2d(3), nn.AvgPool2d(3)
         self.classifier = nn.Linear(2 * d, classes)
@@ -113,12 +112,13 @@ class Net(Network):
         return scores
 
 
-NETWORKS: dict[str, type[Cnn | ClassicCnn | Net]] = {"cnn": Cnn, "classic": ClassicCnn, "net": Net}
-
-
 def build(recipe: Recipe, classes: int) -> Network:
     """The recipe's network with random weights, drawn from torch's global generator."""
-    return NETWORKS[recipe.network](recipe.channels, classes)
+    if recipe.network == "cnn":
+        return Cnn(recipe.channels, classes, recipe.norm_momentum)
+    if recipe.network == "classic":
+        return ClassicCnn(recipe.channels, classes)
+    return Net(recipe.channels, classes)
 
 
 def eager_predictor(model: nn.Module, device: torch.device | None = None) -> Predictor:

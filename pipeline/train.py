@@ -1,39 +1,28 @@
-"""The training loop of the learner's note, five lines a step, and a run made around it."""
+"""The training loop of the learner's note: five lines a step, and what they need around them."""
 
-# Shape letters: B batch, K classes.
+# Shape letters: B batch, N images, K classes.
 
 import contextlib
-import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from types import FrameType
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.checkpoint import (
-    State,
-    load_checkpoint,
-    load_state,
-    optimizer_tensors,
-    restore_optimizer,
-    save_state,
-    save_weights,
-)
-from pipeline.config import Paths, Recipe, TrainConfig
-from pipeline.data import Split, digests, load_split
-from pipeline.device import Placement, choose
+from pipeline.augment import augment
+from pipeline.checkpoint import State, optimizer_tensors, restore_optimizer
+from pipeline.config import Recipe, TrainConfig
+from pipeline.data import Split
+from pipeline.device import Placement
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
-from pipeline.files import remove, write_bytes, write_json
 from pipeline.model import Network, build, eager_predictor
 
-WARM_UP = 0.25  # of the steps, in which one-cycle climbs to its peak
+EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
 
 
 @dataclass(frozen=True)
@@ -59,28 +48,6 @@ class Progress:
         )
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run is worth, and what it was made of."""
-
-    run: str
-    recipe: str
-    dataset: str
-    seed: int
-    device: str
-    threads: int
-    torch: str
-    steps: int
-    parameters: int
-    classes: tuple[str, ...]
-    train_seconds: float  # in the training loop; evaluation is not counted
-    validation_accuracy: float  # fraction of images, 0 to 1
-    test_accuracy: float  # fraction of images, 0 to 1
-    test_loss: float  # mean negative log-likelihood, in nats
-    weights_sha256: str
-    data_sha256: dict[str, str]
-
-
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over the parameters of `model`."""
     parameters, lr, decay = model.parameters(), recipe.lr, recipe.weight_decay
@@ -96,16 +63,39 @@ def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -
     if recipe.schedule == "decay":
         return recipe.lr * recipe.gamma ** (step // steps_per_epoch)
     # One cycle (Smith 2018, arXiv:1708.07120): up in a line, then down along a cosine.
-    done = (step + 0.5) / steps
-    if done < WARM_UP:
-        return recipe.lr * (0.04 + 0.96 * done / WARM_UP)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+    done, warm_up = (step + 0.5) / steps, recipe.warm_up
+    if done < warm_up:
+        return recipe.lr * (0.04 + 0.96 * done / warm_up)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:
     """The order (count,) in which `epoch` visits the images: a function of seed and epoch."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(seed * EPOCH_STRIDE + epoch)
     return torch.randperm(count, generator=generator)
+
+
+class Batches:
+    """The batch of any step: a function of the seed and the step, whatever came before."""
+
+    def __init__(self, split: Split, recipe: Recipe, seed: int, device: torch.device) -> None:
+        self.images = torch.from_numpy(split.images).to(device)  # the whole split, uint8
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.recipe, self.seed = recipe, seed
+        self.size = min(recipe.batch_size, len(split))
+        self.steps_per_epoch = len(split) // self.size
+        self.steps = max(1, round(recipe.epochs * self.steps_per_epoch))
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 1, 28, 28), distorted if the recipe says so, and labels (B,)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, shuffled(len(self.labels), self.seed, epoch)
+        batch = self._order[position * self.size : (position + 1) * self.size]
+        batch = batch.to(self.labels.device)
+        torch.manual_seed(self.seed * EPOCH_STRIDE + step)  # for distortion and for dropout
+        return augment(self.images[batch], self.recipe), self.labels[batch]
 
 
 def train(
@@ -125,38 +115,29 @@ def train(
     finite.
     """
     recipe, device = config.settings, placement.device
-    images = torch.from_numpy(train_split.images).to(device)  # the whole split, uint8
-    labels = torch.from_numpy(train_split.labels).to(device)
-    batch_size = min(recipe.batch_size, len(train_split))
-    steps_per_epoch = len(train_split) // batch_size
-    steps = max(1, round(recipe.epochs * steps_per_epoch))
-
+    batches = Batches(train_split, recipe, config.seed, device)
+    steps, steps_per_epoch = batches.steps, batches.steps_per_epoch
     torch.manual_seed(config.seed)
     model = build(recipe, len(train_split.classes)).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
     optimizer = make_optimizer(model, recipe)
+    average = _average(model, recipe)
     loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    first, clock = 0, _Clock()
     if state:
-        model.load_state_dict({name: state.tensors[f"model.{name}"] for name in model.state_dict()})
-        restore_optimizer(optimizer, state.tensors)
-    first, seconds = (state.step, state.seconds) if state else (0, 0.0)
-    clock = _Clock(seconds)
-    order = shuffled(len(train_split), config.seed, first // steps_per_epoch)
+        first, clock = state.step, _Clock(state.seconds)
+        _restore(state, model, average, optimizer)
 
     for step in range(first, steps):
-        epoch, position = divmod(step, steps_per_epoch)
-        if position == 0:
-            order = shuffled(len(train_split), config.seed, epoch)
-        batch = order[position * batch_size : (position + 1) * batch_size].to(device)
+        images, labels = batches.at(step)
         lr = learning_rate(recipe, step, steps, steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout draws the same after a resume
-
         model.train()
+
         optimizer.zero_grad()
-        outputs = model(images[batch])
-        loss = loss_function(outputs, labels[batch])
+        outputs = model(images)
+        loss = loss_function(outputs, labels)
         loss.backward()
         optimizer.step()
 
@@ -165,6 +146,8 @@ def train(
                 f"the loss is {loss.item()} at step {step + 1} of {steps} with learning rate "
                 f"{lr:.3g}: try a smaller --lr; the last checkpoint is kept"
             )
+        if average and step >= steps // 2:
+            average.update_parameters(model)
         done = step + 1
         progress = Progress(
             epoch=done / steps_per_epoch,
@@ -172,36 +155,72 @@ def train(
             step=done,
             loss=loss.item(),
             lr=lr,
-            images_per_second=(done - first) * batch_size / (clock.seconds() - seconds),
+            images_per_second=done * batches.size / clock.seconds(),
             seconds=clock.seconds(),
         )
-        if done % steps_per_epoch == 0 or done == steps:
-            with clock.paused():
-                accuracy = evaluate(
-                    eager_predictor(model.eval(), device), validation.images, validation.labels
-                ).accuracy
+        is_last, ends_epoch = done == steps, done % steps_per_epoch == 0
+        with clock.paused():
+            if ends_epoch or is_last:
+                best = _best(model, average, done > steps // 2)
+                predictor = eager_predictor(best, device)
+                accuracy = evaluate(predictor, validation.images, validation.labels).accuracy
                 progress = replace(progress, validation_accuracy=accuracy)
-                if done < steps:
-                    save(snapshot(done, clock.seconds(), model, optimizer))
-        on_progress(progress)
-        if is_stopped() and done < steps:
-            save(snapshot(done, clock.seconds(), model, optimizer))
-            raise KeyboardInterrupt
-    return model.eval(), progress
+            on_progress(progress)
+            must_stop = is_stopped()
+            if not is_last and (ends_epoch or must_stop):
+                save(snapshot(done, progress.seconds, model, average, optimizer))
+            if not is_last and must_stop:
+                raise KeyboardInterrupt
+    return _best(model, average, True), progress
+
+
+def _average(model: Network, recipe: Recipe) -> AveragedModel | None:
+    """A copy of `model` that will follow it slowly, where the recipe wants one."""
+    if not recipe.average:
+        return None
+    follow = get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]  # torch's
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+
+
+def _best(model: Network, average: AveragedModel | None, is_averaged: bool) -> Network:
+    """The network to judge by, in evaluation mode."""
+    if average and is_averaged:
+        return cast(Network, average.module).eval()
+    return model.eval()
 
 
 def snapshot(
-    step: int, seconds: float, model: nn.Module, optimizer: torch.optim.Optimizer
+    step: int,
+    seconds: float,
+    model: Network,
+    average: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
 ) -> State:
     """The state of a run after `step` optimizer steps."""
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    return State(step, seconds, {**weights, **optimizer_tensors(optimizer)})
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if average:
+        tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+    return State(step, seconds, {**tensors, **optimizer_tensors(optimizer)})
+
+
+def _restore(
+    state: State,
+    model: Network,
+    average: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    for name, module in (("model", model), ("average", average)):
+        if module:
+            module.load_state_dict(
+                {key: state.tensors[f"{name}.{key}"] for key in module.state_dict()}
+            )
+    restore_optimizer(optimizer, state.tensors)
 
 
 class _Clock:
     """Seconds of training, without the pauses for evaluation and for writing."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float = 0.0) -> None:
         self._start = time.perf_counter() - seconds
 
     def seconds(self) -> float:
@@ -209,147 +228,6 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
         seconds = self.seconds()
-        self._start = before - seconds
         yield
         self._start = time.perf_counter() - seconds
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came: the first one lets the step end, the second is at once."""
-    stopped = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def run(
-    paths: Paths,
-    config: TrainConfig,
-    resume: bool = False,
-    report: Callable[[str], None] = lambda line: None,
-    on_epoch: Callable[[Progress], None] = lambda progress: None,
-    on_step: Callable[[Progress], None] = lambda progress: None,
-) -> Summary:
-    """Train into `runs/<run>/` and score the result on the test split, which is read once.
-
-    With `resume`, a finished run is returned as it is and an interrupted one goes on exactly.
-    """
-    if resume and paths.summary.exists():
-        return _finished(paths, config)
-    folder = paths.data(config.dataset)
-    train_split = load_split(config.dataset, folder, "train")
-    validation = load_split(config.dataset, folder, "validation")
-    placement = choose(config.device)
-    report(f"training {paths.run} with recipe {config.recipe} on {placement}")
-    identity = _identity(config, placement)
-    state = load_state(paths, identity) if resume else None
-    if resume:
-        report(
-            f"resuming after step {state.step}" if state else "no checkpoint yet: from the start"
-        )
-    else:
-        _forget(paths)
-    write_json(paths.run_config, config.record())
-    history = _history(paths, state.step if state else 0)
-
-    def record(progress: Progress) -> None:
-        if progress.validation_accuracy is None:
-            on_step(progress)
-            return
-        history.append(asdict(progress))
-        lines = "".join(json.dumps(line) + "\n" for line in history)
-        write_bytes(paths.metrics, lines.encode())
-        on_epoch(progress)
-
-    with deferred_interrupt() as is_stopped:
-        model, last = train(
-            config,
-            train_split,
-            validation,
-            placement,
-            state,
-            record,
-            lambda new: save_state(paths, new, identity),
-            is_stopped,
-        )
-    return _conclude(paths, config, placement, model, last)
-
-
-def _conclude(
-    paths: Paths, config: TrainConfig, placement: Placement, model: Network, last: Progress
-) -> Summary:
-    """Score `model` on the test split, write its weights, and say last of all that it is done."""
-    test = load_split(config.dataset, paths.data(config.dataset), "test")
-    metrics = evaluate(eager_predictor(model, placement.device), test.images, test.labels)
-    summary = Summary(
-        run=paths.run,
-        recipe=config.recipe,
-        dataset=config.dataset,
-        seed=config.seed,
-        device=placement.description,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        steps=last.step,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        classes=test.classes,
-        train_seconds=round(last.seconds, 3),
-        validation_accuracy=last.validation_accuracy or 0.0,
-        test_accuracy=metrics.accuracy,
-        test_loss=metrics.loss,
-        weights_sha256=save_weights(paths, model, config, test.classes),
-        data_sha256=digests(config.dataset),
-    )
-    write_json(paths.summary, asdict(summary))
-    remove(paths.checkpoint)
-    return summary
-
-
-def _identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
-    """What decides the weights bit for bit: a resume under another one is refused."""
-    return {
-        **config.record()["settings"],
-        "recipe": config.recipe,
-        "dataset": config.dataset,
-        "seed": config.seed,
-        "device": placement.device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "data": digests(config.dataset),
-    }
-
-
-def _finished(paths: Paths, config: TrainConfig) -> Summary:
-    checkpoint = load_checkpoint(paths)
-    if checkpoint.config.record() != config.record():
-        raise PipelineError(
-            f"run {paths.run} is finished, with other settings (see {paths.run_config}): "
-            "choose another --run, or train without --resume to replace it"
-        )
-    fields = {name: checkpoint.summary[name] for name in Summary.__dataclass_fields__}
-    return Summary(**fields)
-
-
-def _forget(paths: Paths) -> None:
-    """Remove what an earlier run of this name left, its claim to be finished first."""
-    for path in (paths.summary, paths.weights, paths.metrics, paths.checkpoint):
-        remove(path)
-
-
-def _history(paths: Paths, step: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to `step`."""
-    if not step or not paths.metrics.exists():
-        return []
-    lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
-    return [line for line in lines if line["step"] <= step]

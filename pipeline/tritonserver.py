@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,14 @@ def _in_wheel(paths: Paths) -> Runtime | str:
             f"{environment} && {python} -m pip install --no-deps -r {REQUIREMENTS})"
         )
     site = found[0].parent.parent
-    libraries = str(site / "nvidia_pytriton.libs")
+    # The stub is linked against libpython: that of the environment's own Python, not another.
+    command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
+    folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    libraries = os.pathsep.join([folder, str(site / "nvidia_pytriton.libs")])
     return Runtime(
         "wheel",
         (str(found[0] / "bin" / "tritonserver"),),
-        {"LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(site)},
+        {"LD_LIBRARY_PATH": libraries},
         python,
     )
 
@@ -147,7 +151,10 @@ def ports(config: ServeConfig) -> dict[str, int]:
 
 
 def environment(runtime: Runtime) -> dict[str, str]:
-    """Our environment without what would lead the server's Python astray, plus the runtime's."""
+    """Our environment without what would lead the server's Python astray, plus the runtime's.
+
+    The stub takes the packages of the first python3 on the PATH, and of nothing else.
+    """
     inherited = {
         key: v for key, v in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL"))
     }

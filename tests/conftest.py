@@ -1,6 +1,7 @@
 """One small chain, made by the real commands on the real MNIST, that the tests read."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from click.testing import CliRunner, Result
 
 from pipeline.cli import main
 from pipeline.config import Paths
+
+# Before torch is loaded: tests run side by side, and threads that wait for each other crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parent.parent
 # An eighth of an epoch: seconds of training, and yet a network that reads digits.

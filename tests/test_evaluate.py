@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from pipeline.evaluate import difference, evaluate, predict, score
+from pipeline.evaluate import (
+    calibration_error,
+    difference,
+    evaluate,
+    fit_temperature,
+    predict,
+    score,
+    tempered,
+)
 
 
 def log_probabilities(rows: list[list[float]]) -> np.ndarray:
@@ -47,3 +55,32 @@ def test_an_answer_that_is_not_finite_is_infinitely_far(value: float) -> None:
 def test_answers_of_another_shape_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="shapes differ"):
         difference(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
+def drawn(count: int, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities that are `sharpness` times too sure, and labels of the true ones."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(count, 4)) * 2
+    true = tempered(logits, 1.0)
+    labels = np.array([rng.choice(4, p=np.exp(row)) for row in true])
+    return tempered(true, 1 / sharpness), labels
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.5])
+def test_a_fitted_temperature_undoes_what_was_too_sure(sharpness: float) -> None:
+    outputs, labels = drawn(4000, sharpness)
+    temperature = fit_temperature(outputs, labels)
+    assert temperature == pytest.approx(sharpness, rel=0.1)
+    fitted = tempered(outputs, temperature)
+    assert np.array_equal(fitted.argmax(axis=1), outputs.argmax(axis=1))
+    assert np.exp(fitted).sum(axis=1) == pytest.approx(1)
+    assert score(fitted, labels).loss <= score(outputs, labels).loss
+    if sharpness != 1.0:
+        assert calibration_error(fitted, labels) < calibration_error(outputs, labels) / 2
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    outputs = log_probabilities([[0.8, 0.2]] * 10)
+    labels = np.array([0] * 5 + [1] * 5)
+    assert calibration_error(outputs, labels) == pytest.approx(0.3, abs=1e-6)
+    assert calibration_error(log_probabilities([[1 - 1e-7, 1e-7]]), np.array([0])) < 1e-6

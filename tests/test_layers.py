@@ -11,13 +11,25 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
-    *("errors", "config", "files", "images", "data", "evaluate", "device", "model", "checkpoint"),
-    *("train", "graph", "export", "runtime", "validate", "triton", "package", "query", "replay"),
+    *("errors", "config", "files", "images", "data", "evaluate", "device", "augment", "model"),
+    *(
+        "checkpoint",
+        "train",
+        "runs",
+        "graph",
+        "export",
+        "runtime",
+        "validate",
+        "triton",
+        "package",
+        "query",
+        "replay",
+    ),
     *("tritonserver", "serve", "supervise", "prove", "report", "command", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
-    "torch": {"device", "model", "checkpoint", "train", "export"},
+    "torch": {"device", "augment", "model", "checkpoint", "train", "runs", "export"},
     "safetensors": {"checkpoint"},
     "onnx": {"graph", "export"},
     "onnxruntime": {"export", "runtime"},

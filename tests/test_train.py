@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Chain, edit_json, error_line, flip_bit
 
+from pipeline import runs
 from pipeline import train as train_module
 from pipeline.checkpoint import State
 from pipeline.config import RECIPES, TrainConfig, recipe
@@ -52,7 +53,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(few: Split) -> 
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("name", ["quick", "baseline", "note"])
+@pytest.mark.parametrize(
+    "name", ["quick", "standard", pytest.param("baseline", marks=pytest.mark.slow), "note"]
+)
 def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name: str) -> None:
     config = TrainConfig(name, recipe(name, epochs=2, batch_size=64))
     whole, _ = train(config, few, few, choose("cpu"))
@@ -72,6 +75,17 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name:
         assert states[-1].step == stop_after
         resumed, _ = train(config, few, few, choose("cpu"), states[-1])
         assert weights(resumed) == weights(whole)
+
+
+def test_averaged_weights_are_what_is_judged_and_returned(few: Split) -> None:
+    recipes = [recipe("standard", epochs=2, batch_size=64, average=decay) for decay in (0, 0.9)]
+    plain, averaged = (
+        train(TrainConfig(settings=settings), few, few, choose("cpu"))[0] for settings in recipes
+    )
+    assert weights(plain) != weights(averaged)
+    # Close by, because an average follows; the normalization's statistics follow as well.
+    for name, tensor in averaged.named_parameters():
+        assert torch.allclose(tensor, plain.get_parameter(name), atol=0.5), name
 
 
 def test_a_loss_that_is_not_finite_stops_at_that_step(few: Split) -> None:
@@ -104,8 +118,8 @@ def test_the_five_steps_of_the_note_stand_together_in_this_order() -> None:
     source = Path(train_module.__file__).read_text()
     steps = [
         "optimizer.zero_grad()",
-        "outputs = model(images[batch])",
-        "loss = loss_function(outputs, labels[batch])",
+        "outputs = model(images)",
+        "loss = loss_function(outputs, labels)",
         "loss.backward()",
         "optimizer.step()",
     ]
@@ -117,6 +131,9 @@ def test_a_run_leaves_its_records(made: Chain) -> None:
     summary = json.loads(paths.summary.read_text())
     assert summary["test_accuracy"] > 0.9
     assert summary["train_seconds"] > 0
+    assert 0.25 < summary["temperature"] < 4
+    assert summary["test_loss"] <= summary["uncalibrated_loss"] + 0.01
+    assert 0 < summary["test_calibration_error"] < 0.1
     assert summary["weights_sha256"] == sha256(paths.weights)
     assert json.loads(paths.run_config.read_text())["settings"]["epochs"] == 0.125
     lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
@@ -143,10 +160,10 @@ def test_the_test_split_is_read_once_and_after_training(
         events.append("trained")
         return result
 
-    monkeypatch.setattr(train_module, "load_split", load)
-    monkeypatch.setattr(train_module, "train", trained)
+    monkeypatch.setattr(runs, "load_split", load)
+    monkeypatch.setattr(runs, "train", trained)
     assert empty.run("train", "--epochs", "0.01").exit_code == 0
-    assert events == ["train", "validation", "trained", "test"]
+    assert events == ["train", "validation", "trained", "validation", "test"]
 
 
 def interrupt_after(epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +181,7 @@ def interrupt_after(epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
         values[5] = progress
         return train(*values, **options)
 
-    monkeypatch.setattr(train_module, "train", watched)
+    monkeypatch.setattr(runs, "train", watched)
 
 
 def test_ctrl_c_exits_130_and_the_run_resumes_to_the_same_bytes(

@@ -1,0 +1,198 @@
+"""A run in its folder: its records, its resume, and the one look at the test split."""
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import load_checkpoint, load_state, save_state, save_weights
+from pipeline.config import Paths, TrainConfig
+from pipeline.data import digests, load_split
+from pipeline.device import Placement, choose
+from pipeline.errors import PipelineError
+from pipeline.evaluate import calibration_error, fit_temperature, predict, score, tempered
+from pipeline.files import remove, write_bytes, write_json
+from pipeline.model import Network, eager_predictor
+from pipeline.train import Progress, train
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run is worth, and what it was made of."""
+
+    run: str
+    recipe: str
+    dataset: str
+    seed: int
+    device: str
+    threads: int
+    torch: str
+    steps: int
+    parameters: int
+    classes: tuple[str, ...]
+    train_seconds: float  # in the training loop; evaluation is not counted
+    validation_accuracy: float  # fraction of images, 0 to 1
+    test_accuracy: float  # fraction of images, 0 to 1
+    test_loss: float  # mean negative log-likelihood, in nats
+    test_calibration_error: float  # expected, over 15 bins, 0 to 1
+    temperature: float  # fitted on the validation split
+    uncalibrated_loss: float  # test_loss before the temperature was fitted
+    uncalibrated_error: float  # test_calibration_error before
+    weights_sha256: str
+    data_sha256: dict[str, str]
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came: the first one lets the step end, the second is at once."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run(
+    paths: Paths,
+    config: TrainConfig,
+    resume: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    on_epoch: Callable[[Progress], None] = lambda progress: None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> Summary:
+    """Train into `runs/<run>/` and score the result on the test split, which is read once.
+
+    With `resume`, a finished run is returned as it is and an interrupted one goes on exactly.
+    """
+    if resume and paths.summary.exists():
+        return _finished(paths, config)
+    folder = paths.data(config.dataset)
+    train_split = load_split(config.dataset, folder, "train")
+    validation = load_split(config.dataset, folder, "validation")
+    placement = choose(config.device)
+    report(f"training {paths.run} with recipe {config.recipe} on {placement}")
+    identity = _identity(config, placement)
+    state = load_state(paths, identity) if resume else None
+    if resume:
+        report(
+            f"resuming after step {state.step}" if state else "no checkpoint yet: from the start"
+        )
+    else:
+        _forget(paths)
+    write_json(paths.run_config, config.record())
+    history = _history(paths, state.step if state else 0)
+
+    def record(progress: Progress) -> None:
+        if progress.validation_accuracy is None:
+            on_step(progress)
+            return
+        history.append(asdict(progress))
+        lines = "".join(json.dumps(line) + "\n" for line in history)
+        write_bytes(paths.metrics, lines.encode())
+        on_epoch(progress)
+
+    with deferred_interrupt() as is_stopped:
+        model, last = train(
+            config,
+            train_split,
+            validation,
+            placement,
+            state,
+            record,
+            lambda new: save_state(paths, new, identity),
+            is_stopped,
+        )
+    return _conclude(paths, config, placement, model, last)
+
+
+def _conclude(
+    paths: Paths, config: TrainConfig, placement: Placement, model: Network, last: Progress
+) -> Summary:
+    """Fit the temperature, score on the test split, write the weights, say last that it is done."""
+    folder = paths.data(config.dataset)
+    predictor = eager_predictor(model, placement.device)
+    validation = load_split(config.dataset, folder, "validation")
+    temperature = fit_temperature(predict(predictor, validation.images), validation.labels)
+    test = load_split(config.dataset, folder, "test")
+    raw = predict(predictor, test.images)
+    outputs = tempered(raw, temperature)
+    model.temperature.fill_(temperature)
+    metrics = score(outputs, test.labels)
+    summary = Summary(
+        run=paths.run,
+        recipe=config.recipe,
+        dataset=config.dataset,
+        seed=config.seed,
+        device=placement.description,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        steps=last.step,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        classes=test.classes,
+        train_seconds=round(last.seconds, 3),
+        validation_accuracy=last.validation_accuracy or 0.0,
+        test_accuracy=metrics.accuracy,
+        test_loss=metrics.loss,
+        test_calibration_error=calibration_error(outputs, test.labels),
+        temperature=temperature,
+        uncalibrated_loss=score(raw, test.labels).loss,
+        uncalibrated_error=calibration_error(raw, test.labels),
+        weights_sha256=save_weights(paths, model, config, test.classes),
+        data_sha256=digests(config.dataset),
+    )
+    write_json(paths.summary, asdict(summary))
+    remove(paths.checkpoint)
+    return summary
+
+
+def _identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
+    """What decides the weights bit for bit: a resume under another one is refused."""
+    return {
+        **config.record()["settings"],
+        "recipe": config.recipe,
+        "dataset": config.dataset,
+        "seed": config.seed,
+        "device": placement.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "data": digests(config.dataset),
+    }
+
+
+def _finished(paths: Paths, config: TrainConfig) -> Summary:
+    checkpoint = load_checkpoint(paths)
+    if checkpoint.config.record() != config.record():
+        raise PipelineError(
+            f"run {paths.run} is finished, with other settings (see {paths.run_config}): "
+            "choose another --run, or train without --resume to replace it"
+        )
+    fields = {name: checkpoint.summary[name] for name in Summary.__dataclass_fields__}
+    return Summary(**fields)
+
+
+def _forget(paths: Paths) -> None:
+    """Remove what an earlier run of this name left, its claim to be finished first."""
+    for path in (paths.summary, paths.weights, paths.metrics, paths.checkpoint):
+        remove(path)
+
+
+def _history(paths: Paths, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to `step`."""
+    if not step or not paths.metrics.exists():
+        return []
+    lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    return [line for line in lines if line["step"] <= step]
