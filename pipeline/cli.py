@@ -78,7 +78,7 @@ def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None
       pipeline data fetch
       pipeline data fetch --from ~/mnist
     """
-    from pipeline.data import fetch
+    from pipeline.sources import fetch
 
     folder = fetch(dataset, _paths(settings).data(dataset), source, settings.say)
     record = {"dataset": dataset, "folder": str(folder)}

