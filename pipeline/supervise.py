@@ -29,12 +29,16 @@ def serve(
     refuse_second(paths)
     is_terminated = False
 
-    def terminate(number: int, frame: object) -> None:
+    def end(number: int, frame: object) -> None:
         nonlocal is_terminated
-        is_terminated = True
+        is_terminated = number == signal.SIGTERM
+        for other in signals:  # what follows is bounded, and is not to be interrupted
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+    # Both by name: a shell starts a background job with SIGINT ignored.
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, end) for number in signals}
     try:
         with running_server(paths, config, is_recorded=True, report=report) as (server, child):
             on_ready(server)
@@ -48,7 +52,8 @@ def serve(
         if not is_terminated:
             raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def detach(paths: Paths, config: ServeConfig) -> Server:
