@@ -10,23 +10,21 @@ from typing import Any
 import click
 
 from pipeline import __doc__ as summary
-from pipeline.command import Group, Settings
+from pipeline.cli_data import data_group
+from pipeline.cli_serve import serve
+from pipeline.command import Group, Settings, dataset_option, name_option, paths_of
 from pipeline.config import (
     DEFAULT_RECIPE,
-    MODEL_NAMES,
     RECIPES,
     ExportConfig,
     PackageConfig,
-    Paths,
     Recipe,
-    ServeConfig,
     TrainConfig,
     recipe,
 )
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
-
-DATASETS = ("mnist", "fashion-mnist")
+from pipeline.paths import MODEL_NAMES, Paths
 
 
 @click.group(
@@ -39,106 +37,8 @@ def main() -> None:
     """Replaced by the text above."""
 
 
-dataset_option = click.option(
-    "--dataset", type=click.Choice(DATASETS), default="mnist", show_default=True
-)
-name_option = click.option("--name", help="The model's name.  [default: handwriting]")
-
-
-def _paths(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
-    named = name or MODEL_NAMES["mnist"]
-    return Paths(settings.root, name=named, run=run or named)
-
-
-@main.group(cls=Group, name="data")
-def data_group() -> None:
-    """Fetch and check the images.
-
-    \b
-    Example:
-      pipeline data fetch
-    """
-
-
-@data_group.command("fetch")
-@dataset_option
-@click.option(
-    "--from",
-    "source",
-    envvar="HANDWRITING_DATA_DIR",
-    type=click.Path(path_type=Path),
-    help="A folder with the four IDX files, as they are or as .gz.",
-)
-@click.pass_obj
-def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None:
-    """Bring the data set into the cache, from the first source that has it.
-
-    \b
-    Example:
-      pipeline data fetch
-      pipeline data fetch --from ~/mnist
-    """
-    from pipeline.sources import fetch
-
-    folder = fetch(dataset, _paths(settings).data(dataset), source, settings.say)
-    record = {"dataset": dataset, "folder": str(folder)}
-    settings.result(record, f"{dataset} is in {folder}", "pipeline train")
-
-
-@data_group.command("verify")
-@dataset_option
-@click.pass_obj
-def verify_command(settings: Settings, dataset: str) -> None:
-    """Check every file in the cache against its SHA-256.
-
-    \b
-    Example:
-      pipeline data verify
-    """
-    from pipeline.data import verify
-
-    digests = verify(dataset, _paths(settings).data(dataset))
-    lines = [f"{digest}  {file}" for file, digest in digests.items()]
-    settings.result({"dataset": dataset, "files": digests}, "\n".join(lines), "pipeline train")
-
-
-@data_group.command("path")
-@dataset_option
-@click.pass_obj
-def path_command(settings: Settings, dataset: str) -> None:
-    """Print where the cache of a data set is.
-
-    \b
-    Example:
-      pipeline data path
-    """
-    folder = _paths(settings).data(dataset).resolve()
-    settings.result({"dataset": dataset, "folder": str(folder)}, folder)
-
-
-@data_group.command("sample")
-@dataset_option
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--count", default=10, show_default=True, type=click.IntRange(1, 10_000))
-@click.pass_obj
-def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -> None:
-    """Write some test images as PNG files, to query with.
-
-    \b
-    Example:
-      pipeline data sample digits
-    """
-    from pipeline.data import load_split
-    from pipeline.images import write_png
-
-    split = load_split(dataset, _paths(settings).data(dataset), "test")
-    files = [folder / f"{index:05d}.png" for index in range(min(count, len(split)))]
-    for file, image in zip(files, split.images, strict=False):
-        write_png(image, file)
-    labels = [split.classes[label] for label in split.labels[: len(files)]]
-    text = f"wrote {len(files)} images to {folder}, which show {', '.join(labels)}"
-    record = {"files": [str(file) for file in files], "labels": labels}
-    settings.result(record, text, f"pipeline query {folder}/*")
+main.add_command(data_group)
+main.add_command(serve)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,7 +98,7 @@ def train_command(
     """
     from pipeline.runs import run as train
 
-    paths = _paths(settings, run=run or MODEL_NAMES.get(dataset, dataset))
+    paths = paths_of(settings, run=run or MODEL_NAMES.get(dataset, dataset))
     config = TrainConfig(recipe_name, recipe(recipe_name, **changes), dataset, seed, device)
     done = train(paths, config, resume, settings.say, settings.say, settings.update)
     text = (
@@ -223,7 +123,7 @@ def export_command(settings: Settings, run: str | None, name: str | None, opset:
     """
     from pipeline.export import export
 
-    paths = _paths(settings, name, run or name)
+    paths = paths_of(settings, name, run or name)
     paths = paths if name else replace(paths, name=_name_of_run(paths))
     exported = export(paths, replace(ExportConfig(), opset=opset), settings.say)
     text = (
@@ -276,7 +176,7 @@ def validate_command(
       pipeline validate exported/model_repository
       pipeline validate http://127.0.0.1:8000 grpc://127.0.0.1:8001
     """
-    paths = _paths(settings, name)
+    paths = paths_of(settings, name)
     if not targets:
         _validate_export(settings, paths)
     elif len(targets) == 1 and Path(targets[0]).is_file():
@@ -338,85 +238,11 @@ def package_command(settings: Settings, /, name: str | None, **changes: int) -> 
     """
     from pipeline.package import package
 
-    paths = _paths(settings, name)
+    paths = paths_of(settings, name)
     done = package(paths, PackageConfig(**changes))
     text = f"wrote {done.folder} (version {done.version}, sha256 {done.sha256[:12]})"
     record = {"folder": str(done.folder), "version": done.version, "sha256": done.sha256}
     settings.result(record, text, f"pipeline validate {paths.repository}")
-
-
-@main.group(cls=Group, invoke_without_command=True)
-@click.option("--http-port", type=int, default=ServeConfig.http_port, show_default=True)
-@click.option("--grpc-port", type=int, default=ServeConfig.grpc_port, show_default=True)
-@click.option("--metrics-port", type=int, default=ServeConfig.metrics_port, show_default=True)
-@click.option("--port", type=click.Choice(["auto"]), help="Take three free ports.")
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", "path", "wheel", "docker"]),
-    default=ServeConfig.runtime,
-    show_default=True,
-)
-@click.option("--start-seconds", default=ServeConfig.start_seconds, show_default=True)
-@click.option("--detach", is_flag=True, help="Return once it is ready, and let it run.")
-@click.pass_context
-def serve(context: click.Context, /, port: str | None, detach: bool, **changes: Any) -> None:
-    """Serve the model repository with a real tritonserver, on loopback.
-
-    \b
-    Example:
-      pipeline serve --detach
-      pipeline serve status
-      pipeline serve stop
-    """
-    if context.invoked_subcommand:
-        return
-    from pipeline import supervise
-    from pipeline.serve import Server, with_free_ports
-
-    settings = context.ensure_object(Settings)
-    paths, config = _paths(settings), ServeConfig(**changes)
-    config = with_free_ports(config) if port else config
-
-    def echo(server: Server) -> None:
-        record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
-        models = ", ".join(f"{name} version {n}" for name, n in server.models.items())
-        text = f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"
-        settings.result(record, text, "pipeline query IMAGE..., pipeline serve stop")
-
-    if detach:
-        echo(supervise.detach(paths, config))
-    else:
-        supervise.serve(paths, config, echo, settings.say)
-
-
-@serve.command("status")
-@click.pass_obj
-def status_command(settings: Settings) -> None:
-    """Say whether our server runs and answers rightly, by asking it.
-
-    \b
-    Example:
-      pipeline serve status
-    """
-    from pipeline.supervise import status
-
-    record = status(_paths(settings))
-    settings.result(record, "\n".join(f"{key}: {value}" for key, value in record.items()))
-
-
-@serve.command("stop")
-@click.pass_obj
-def stop_command(settings: Settings) -> None:
-    """Stop our server, or clear what a killed one left.
-
-    \b
-    Example:
-      pipeline serve stop
-    """
-    from pipeline.supervise import stop
-
-    done = stop(_paths(settings))
-    settings.result({"done": done}, done)
 
 
 @main.command()
@@ -444,7 +270,7 @@ def query_command(
     from pipeline.query import Client, ask_files
     from pipeline.serve import default_url
 
-    paths = _paths(settings, name)
+    paths = paths_of(settings, name)
     failed = 0
 
     def connect() -> Client:
@@ -475,7 +301,7 @@ def report_command(settings: Settings, name: str | None, figures: bool, readme: 
     """
     from pipeline.report import agreement, render_readme, save_figures
 
-    paths = _paths(settings, name)
+    paths = paths_of(settings, name)
     table = agreement(paths)
     text = f"{table}\nread {paths.agreement}"
     if figures:

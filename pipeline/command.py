@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from pipeline.errors import PipelineError
+from pipeline.paths import MODEL_NAMES, Paths
 
 BUG, INTERRUPTED = 70, 130
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
@@ -181,3 +182,16 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+DATASETS = ("mnist", "fashion-mnist")
+dataset_option = click.option(
+    "--dataset", type=click.Choice(DATASETS), default="mnist", show_default=True
+)
+name_option = click.option("--name", help="The model's name.  [default: handwriting]")
+
+
+def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
+    """The paths of a model; a run is called as its model unless it has a name of its own."""
+    named = name or MODEL_NAMES["mnist"]
+    return Paths(settings.root, name=named, run=run or named)

@@ -18,9 +18,10 @@ from torch import nn
 
 from pipeline import graph
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import IMAGES, ExportConfig, Paths, log_probabilities
+from pipeline.config import IMAGES, ExportConfig, log_probabilities
 from pipeline.errors import CheckFailedError
 from pipeline.files import remove, sha256, write_bytes, write_json
+from pipeline.paths import Paths
 
 CONTRACT = "uint8 [batch, 1, 28, 28], 0 is paper and 255 is ink"
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, ValueInfoProto
 
 from pipeline.config import TensorSpec
@@ -36,9 +37,7 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
         raise CheckFailedError(f"{name} is larger than {MAX_BYTES} bytes")
     try:
         return onnx.load_model_from_string(content)
-    except Exception as error:  # protobuf's DecodeError is no public name of onnx
-        if type(error).__name__ != "DecodeError":
-            raise
+    except DecodeError as error:
         raise CorruptError(f"{name} is no ONNX file: export it again") from error
 
 

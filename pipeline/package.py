@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import graph, triton
-from pipeline.config import PackageConfig, Paths
+from pipeline.config import PackageConfig
 from pipeline.errors import CheckFailedError
 from pipeline.files import (
     check_digest,
@@ -16,6 +16,7 @@ from pipeline.files import (
     write_bytes,
     write_json,
 )
+from pipeline.paths import Paths
 from pipeline.validate import unpack_golden
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"

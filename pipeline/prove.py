@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.config import Criterion, Paths, ServeConfig
+from pipeline.config import Criterion, ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import predict, score
@@ -21,6 +21,7 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.model import eager_predictor
+from pipeline.paths import Paths
 from pipeline.query import Client, triton_predictor
 from pipeline.replay import (
     Release,

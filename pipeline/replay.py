@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from pipeline import triton
-from pipeline.config import Criterion, Paths
+from pipeline.config import Criterion
 from pipeline.data import Split, load_split
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor, difference, predict, score
 from pipeline.files import check_digest, check_manifest, read_json, write_json
+from pipeline.paths import Paths
 from pipeline.query import Client, triton_predictor
 from pipeline.validate import Agreement, Golden, compare, require, unpack_golden
 

@@ -4,14 +4,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Paths
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, sha256, write_bytes, write_json
+from pipeline.paths import Paths
 from pipeline.replay import Row, Table
 
 MEASURE = "measure it with 'make figures'"
 # What decides the figures: a change of one of these makes them stale.
-SOURCES = ("config.py", "model.py", "train.py", "export.py", "replay.py", "query.py", "serve.py")
+SOURCES = (
+    *("config.py", "augment.py", "model.py", "train.py", "runs.py", "export.py", "query.py"),
+    *("replay.py", "triton.py", "package.py", "serve.py", "backend/onnxruntime/model.py"),
+)
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint import load_checkpoint, load_state, save_state, save_weights
-from pipeline.config import Paths, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.data import digests, load_split
 from pipeline.device import Placement, choose
 from pipeline.errors import PipelineError
 from pipeline.evaluate import calibration_error, fit_temperature, predict, score, tempered
 from pipeline.files import remove, write_bytes, write_json
 from pipeline.model import Network, eager_predictor
+from pipeline.paths import Paths
 from pipeline.train import Progress, train
 
 

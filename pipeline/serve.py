@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline import tritonserver
-from pipeline.config import Criterion, Paths, ServeConfig
+from pipeline.config import Criterion, ServeConfig
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import read_json, write_json
+from pipeline.paths import Paths
 from pipeline.query import Client
 from pipeline.replay import Release, replay_golden, selected_releases
 from pipeline.validate import require

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config import Criterion, Paths, ServeConfig
+from pipeline.config import Criterion, ServeConfig
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
+from pipeline.paths import Paths
 from pipeline.query import Client
 from pipeline.replay import replay_golden, selected_releases
 from pipeline.serve import POLL_SECONDS, Server, clear, is_alive, recorded, running_server

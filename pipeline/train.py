@@ -141,23 +141,10 @@ def train(
         loss.backward()
         optimizer.step()
 
-        if not math.isfinite(loss.item()):
-            raise PipelineError(
-                f"the loss is {loss.item()} at step {step + 1} of {steps} with learning rate "
-                f"{lr:.3g}: try a smaller --lr; the last checkpoint is kept"
-            )
+        done = step + 1
+        progress = _progress(done, batches, loss.item(), lr, clock.seconds())
         if average and step >= steps // 2:
             average.update_parameters(model)
-        done = step + 1
-        progress = Progress(
-            epoch=done / steps_per_epoch,
-            epochs=steps / steps_per_epoch,
-            step=done,
-            loss=loss.item(),
-            lr=lr,
-            images_per_second=done * batches.size / clock.seconds(),
-            seconds=clock.seconds(),
-        )
         is_last, ends_epoch = done == steps, done % steps_per_epoch == 0
         with clock.paused():
             if ends_epoch or is_last:
@@ -172,6 +159,24 @@ def train(
             if not is_last and must_stop:
                 raise KeyboardInterrupt
     return _best(model, average, True), progress
+
+
+def _progress(done: int, batches: Batches, loss: float, lr: float, seconds: float) -> Progress:
+    """Where the run stands after `done` steps; PipelineError when its loss is not finite."""
+    if not math.isfinite(loss):
+        raise PipelineError(
+            f"the loss is {loss} at step {done} of {batches.steps} with learning rate {lr:.3g}: "
+            "try a smaller --lr; the last checkpoint is kept"
+        )
+    return Progress(
+        epoch=done / batches.steps_per_epoch,
+        epochs=batches.steps / batches.steps_per_epoch,
+        step=done,
+        loss=loss,
+        lr=lr,
+        images_per_second=done * batches.size / seconds,
+        seconds=seconds,
+    )
 
 
 def _average(model: Network, recipe: Recipe) -> AveragedModel | None:

@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Paths, ServeConfig
+from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
+from pipeline.paths import Paths
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
 BACKENDS = Path(__file__).parent / "backend"

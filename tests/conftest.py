@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pipeline.cli import main
-from pipeline.config import Paths
+from pipeline.paths import Paths
 
 # Before torch is loaded: tests run side by side, and threads that wait for each other crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import RECIPES, PackageConfig, Paths, Recipe, ServeConfig, TrainConfig, recipe
+from pipeline.config import RECIPES, PackageConfig, Recipe, ServeConfig, TrainConfig, recipe
 from pipeline.errors import PipelineError
+from pipeline.paths import Paths
 
 
 @pytest.mark.parametrize(

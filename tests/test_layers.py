@@ -11,11 +11,11 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
-    *("errors", "config", "files", "images", "data", "sources", "evaluate"),
+    *("errors", "config", "paths", "files", "images", "data", "sources", "evaluate"),
     *("device", "augment", "model", "checkpoint", "train", "runs", "graph"),
     *("export", "runtime", "validate", "triton", "package", "query", "replay"),
-    *("tritonserver", "serve", "supervise", "prove", "report", "command", "cli"),
-    *("__main__",),
+    *("tritonserver", "serve", "supervise", "prove", "report", "command", "cli_data"),
+    *("cli_serve", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
@@ -24,12 +24,12 @@ HOMES = {
     "onnx": {"graph", "export"},
     "onnxruntime": {"export", "runtime"},
     "tritonclient": {"triton", "query"},
-    "google": {"triton", "query"},
+    "google": {"graph", "triton", "query"},
     "geventhttpclient": {"query"},
     "greenlet": {"query"},
     "PIL": {"images"},
     "pooch": {"sources"},
-    "click": {"command", "cli"},
+    "click": {"command", "cli_data", "cli_serve", "cli"},
 }
 
 

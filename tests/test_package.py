@@ -8,10 +8,11 @@ from conftest import Chain, edit_json, error_line, flip_bit
 from tritonclient.grpc import model_config_pb2
 
 from pipeline import triton
-from pipeline.config import IMAGES, PackageConfig, Paths, TensorSpec, log_probabilities
+from pipeline.config import IMAGES, PackageConfig, TensorSpec, log_probabilities
 from pipeline.errors import PipelineError
 from pipeline.files import sha256
 from pipeline.package import next_version, package
+from pipeline.paths import Paths
 
 
 def config_of(chain: Chain) -> triton.ModelConfig:

@@ -25,10 +25,11 @@ from conftest import (
 )
 
 from pipeline import serve, tritonserver
-from pipeline.config import Paths, ServeConfig
+from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.files import sha256, write_json
+from pipeline.paths import Paths
 from pipeline.tritonserver import Runtime
 
 Served = tuple[Chain, dict[str, Any]]

@@ -1,0 +1,98 @@
+"""The commands that fetch and check the images."""
+
+from pathlib import Path
+
+import click
+
+from pipeline.command import Group, Settings, dataset_option, paths_of
+
+
+@click.group(cls=Group, name="data")
+def data_group() -> None:
+    """Fetch and check the images.
+
+    \b
+    Example:
+      pipeline data fetch
+    """
+
+
+@data_group.command("fetch")
+@dataset_option
+@click.option(
+    "--from",
+    "source",
+    envvar="HANDWRITING_DATA_DIR",
+    type=click.Path(path_type=Path),
+    help="A folder with the four IDX files, as they are or as .gz.",
+)
+@click.pass_obj
+def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None:
+    """Bring the data set into the cache, from the first source that has it.
+
+    \b
+    Example:
+      pipeline data fetch
+      pipeline data fetch --from ~/mnist
+    """
+    from pipeline.sources import fetch
+
+    folder = fetch(dataset, paths_of(settings).data(dataset), source, settings.say)
+    record = {"dataset": dataset, "folder": str(folder)}
+    settings.result(record, f"{dataset} is in {folder}", "pipeline train")
+
+
+@data_group.command("verify")
+@dataset_option
+@click.pass_obj
+def verify_command(settings: Settings, dataset: str) -> None:
+    """Check every file in the cache against its SHA-256.
+
+    \b
+    Example:
+      pipeline data verify
+    """
+    from pipeline.data import verify
+
+    digests = verify(dataset, paths_of(settings).data(dataset))
+    lines = [f"{digest}  {file}" for file, digest in digests.items()]
+    settings.result({"dataset": dataset, "files": digests}, "\n".join(lines), "pipeline train")
+
+
+@data_group.command("path")
+@dataset_option
+@click.pass_obj
+def path_command(settings: Settings, dataset: str) -> None:
+    """Print where the cache of a data set is.
+
+    \b
+    Example:
+      pipeline data path
+    """
+    folder = paths_of(settings).data(dataset).resolve()
+    settings.result({"dataset": dataset, "folder": str(folder)}, folder)
+
+
+@data_group.command("sample")
+@dataset_option
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--count", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.pass_obj
+def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -> None:
+    """Write some test images as PNG files, to query with.
+
+    \b
+    Example:
+      pipeline data sample digits
+    """
+    from pipeline.data import load_split
+    from pipeline.images import write_png
+
+    split = load_split(dataset, paths_of(settings).data(dataset), "test")
+    files = [folder / f"{index:05d}.png" for index in range(min(count, len(split)))]
+    for file, image in zip(files, split.images, strict=False):
+        write_png(image, file)
+    labels = [split.classes[label] for label in split.labels[: len(files)]]
+    text = f"wrote {len(files)} images to {folder}, which show {', '.join(labels)}"
+    record = {"files": [str(file) for file in files], "labels": labels}
+    settings.result(record, text, f"pipeline query {folder}/*")

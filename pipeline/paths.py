@@ -1,0 +1,119 @@
+"""Where each artifact lies: no other module spells a file name."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+
+MODEL_NAMES = {"mnist": "handwriting"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where each artifact of one model lies under the project's root."""
+
+    root: Path = Path()
+    name: str = "handwriting"
+    run: str = "handwriting"
+    repository_folder: Path | None = None  # a model repository that lies elsewhere
+
+    def __post_init__(self) -> None:
+        for value in (self.name, self.run):
+            if not _NAME.fullmatch(value):
+                raise PipelineError(
+                    f"{value!r} is no name: use up to 64 letters, digits, '-', '_' and '.', "
+                    "a letter or digit first"
+                )
+
+    def data(self, dataset: str) -> Path:
+        return self.root / "data" / dataset
+
+    @property
+    def run_folder(self) -> Path:
+        return self.root / "runs" / self.run
+
+    @property
+    def weights(self) -> Path:
+        return self.run_folder / "model.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run_folder / "checkpoint"
+
+    @property
+    def run_config(self) -> Path:
+        return self.run_folder / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.run_folder / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.run_folder / "summary.json"
+
+    @property
+    def exported(self) -> Path:
+        return self.root / "exported"
+
+    @property
+    def export(self) -> Path:
+        return self.exported / self.name
+
+    @property
+    def program(self) -> Path:
+        return self.export / "model.pt2"
+
+    @property
+    def onnx(self) -> Path:
+        return self.export / "model.onnx"
+
+    @property
+    def golden(self) -> Path:
+        return self.export / "golden.npz"
+
+    @property
+    def validation(self) -> Path:
+        return self.export / "validation.json"
+
+    @property
+    def failed(self) -> Path:
+        return self.export / "failed"
+
+    @property
+    def agreement(self) -> Path:
+        return self.export / "agreement.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.export / "manifest.json"
+
+    @property
+    def repository(self) -> Path:
+        return self.repository_folder or self.exported / "model_repository"
+
+    @property
+    def packaged(self) -> Path:
+        return self.repository / self.name
+
+    @property
+    def server(self) -> Path:
+        return self.exported / "server.json"
+
+    @property
+    def server_log(self) -> Path:
+        return self.exported / "server.log"
+
+    @property
+    def supervisor_log(self) -> Path:
+        return self.exported / "supervisor.log"
+
+    @property
+    def triton_environment(self) -> Path:
+        return self.root / ".venv-triton"
+
+    @property
+    def figures(self) -> Path:
+        return self.exported / "figures"
