@@ -310,5 +310,34 @@ def report_command(settings: Settings, name: str | None, figures: bool, readme: 
     settings.result(asdict(table), text, "pipeline serve")
 
 
+@main.command()
+@click.option("--what", type=click.Choice(["train"]), default="train", show_default=True)
+@click.option("--recipes", default="quick,standard", show_default=True)
+@click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for quick, else 3]")
+@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
+@click.pass_obj
+def benchmark_command(
+    settings: Settings, what: str, recipes: str, seeds: int | None, figures: bool
+) -> None:
+    """Measure recipes against the yardstick, in one run.
+
+    \b
+    Example:
+      pipeline benchmark --what train --recipes quick --seeds 3
+    """
+    from pipeline.benchmark import benchmark_training
+    from pipeline.report import render_readme, save_training
+
+    paths = paths_of(settings)
+    names = [recipe_name.strip() for recipe_name in recipes.split(",")]
+    rows = benchmark_training(paths, names, seeds, settings.say)
+    records = [row.record() for row in rows]
+    text = "\n".join(map(str, rows))
+    if figures:
+        text += f"\nwrote {save_training(paths, records)}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result({"what": what, "rows": records}, text, "pipeline train")
+
+
 if __name__ == "__main__":
     sys.exit(main())

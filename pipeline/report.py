@@ -1,13 +1,14 @@
 """Results for people: a model's agreement table, and the README's tables from measured JSON."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, sha256, write_bytes, write_json
 from pipeline.paths import Paths
-from pipeline.replay import Row, Table
+from pipeline.replay import Row, Table, machine
 
 MEASURE = "measure it with 'make figures'"
 # What decides the figures: a change of one of these makes them stale.
@@ -49,6 +50,38 @@ def save_figures(paths: Paths) -> Path:
     return figure
 
 
+def save_training(paths: Paths, rows: Sequence[dict[str, Any]]) -> Path:
+    """Keep a benchmark of training as the figures that the README quotes."""
+    figure = paths.figures / "training.json"
+    command = "pipeline benchmark --what train --figures"
+    record = {"command": command, "sources_sha256": sources_digest(), **machine(), "rows": rows}
+    write_json(figure, record)
+    return figure
+
+
+def training_markdown(figure: dict[str, Any]) -> str:
+    """The README's table of recipes."""
+    lines = [
+        "| recipe | parameters | multiply-adds | test accuracy, mean (95 % interval) | deviation "
+        "| seeds | time against `baseline`'s 14 epochs |",
+        "|--|--|--|--|--|--|--|",
+    ]
+    for row in figure["rows"]:
+        lines.append(
+            f"| `{row['recipe']}` | {row['parameters']:,} | {row['multiply_adds']:,} | "
+            f"{row['accuracy']:.3%} ± {row['half_width']:.3%} | {row['deviation']:.3%} | "
+            f"{len(row['trials'])} | 1/{1 / row['share']:,.0f} |"
+        )
+    host = figure["machine"]
+    lines += [
+        "",
+        f"Measured by `{figure['command']}` on {figure['measured_at'][:10]}, "
+        f"{host['processor']} with {host['cores']} cores. The yardstick's 14 epochs are "
+        "extrapolated from an eighth of an epoch before and after each run.",
+    ]
+    return "\n".join(lines)
+
+
 def agreement_markdown(figure: dict[str, Any]) -> str:
     """The README's table of agreement."""
     lines = [
@@ -60,19 +93,19 @@ def agreement_markdown(figure: dict[str, Any]) -> str:
             f"| {row['name']} | {row['accuracy']:.2%} | {row['differing']} of "
             f"{figure['images']:,} | {row['max_abs_diff']:.1e} | {row['images_per_second']:,.0f} |"
         )
-    training, machine = figure["training"], figure["machine"]
+    training, host = figure["training"], figure["machine"]
     lines += [
         "",
         f"Recipe `{training['recipe']}`: {training['parameters']:,} parameters, trained in "
         f"{training['train_seconds']:.1f} s. Measured by `{figure['command']}` on "
-        f"{figure['measured_at'][:10]}, {machine['processor']} with {machine['cores']} cores, "
-        f"{machine['system']}; server and client share them. Images/s: batches of 64, one after "
+        f"{figure['measured_at'][:10]}, {host['processor']} with {host['cores']} cores, "
+        f"{host['system']}; server and client share them. Images/s: batches of 64, one after "
         "the other.",
     ]
     return "\n".join(lines)
 
 
-RENDERERS = {"agreement": agreement_markdown}
+RENDERERS = {"agreement": agreement_markdown, "training": training_markdown}
 
 
 def rendered(readme: str, figures: Path) -> str:

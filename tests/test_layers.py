@@ -14,12 +14,12 @@ ORDER = [
     *("errors", "config", "paths", "files", "images", "data", "sources", "evaluate"),
     *("device", "augment", "model", "checkpoint", "train", "runs", "graph"),
     *("export", "runtime", "validate", "triton", "package", "query", "replay"),
-    *("tritonserver", "serve", "supervise", "prove", "report", "command", "cli_data"),
+    *("tritonserver", "serve", "supervise", "prove", "benchmark", "report", "command", "cli_data"),
     *("cli_serve", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
-    "torch": {"device", "augment", "model", "checkpoint", "train", "runs", "export"},
+    "torch": {"device", "augment", "model", "checkpoint", "train", "runs", "export", "benchmark"},
     "safetensors": {"checkpoint"},
     "onnx": {"graph", "export"},
     "onnxruntime": {"export", "runtime"},

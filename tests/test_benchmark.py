@@ -1,0 +1,48 @@
+import json
+
+import pytest
+from conftest import Chain, error_line
+
+from pipeline import benchmark
+from pipeline.benchmark import TrainingRow, Trial, multiply_adds
+from pipeline.report import training_markdown
+
+
+def test_multiply_adds_are_those_of_the_layers() -> None:
+    assert multiply_adds("note") == 784 * 128 + 128 * 10
+    convolutions = 26 * 26 * 32 * 9 + 24 * 24 * 64 * 32 * 9
+    assert multiply_adds("baseline") == convolutions + 9216 * 128 + 128 * 10
+
+
+def test_a_row_has_the_mean_the_interval_and_the_median_share() -> None:
+    trials = (Trial(1, 0.99, 5, 1000), Trial(2, 0.98, 10, 1000), Trial(3, 0.97, 4, 1000))
+    row = TrainingRow("quick", 1, 1, trials)
+    assert row.accuracy == pytest.approx(0.98)
+    assert row.deviation == pytest.approx(0.01)
+    assert row.half_width == pytest.approx(4.303 * 0.01 / 3**0.5)
+    assert row.share == 0.005
+    single = TrainingRow("quick", 1, 1, trials[:1])
+    assert (single.deviation, single.half_width) == (0, 0)
+    assert "1/200" in str(single)
+
+
+def test_the_benchmark_trains_scores_and_renders(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "YARDSTICK_EPOCHS", 0.002)
+    monkeypatch.setitem(benchmark.RECIPES, "quick", benchmark.RECIPES["note"])
+    (empty.root / "README.md").write_text("<!-- figures:training -->\n<!-- /figures -->\n")
+    options = ["--recipes", "quick", "--seeds", "1", "--figures"]
+    record = empty.record("benchmark", *options)
+    (row,) = record["rows"]
+    assert row["trials"][0]["test_accuracy"] > 0.9
+    assert row["share"] > 0
+    figure = json.loads((empty.paths.figures / "training.json").read_text())
+    assert training_markdown(figure) in (empty.root / "README.md").read_text()
+    assert "| `quick` | 101,770 |" in training_markdown(figure)
+
+
+def test_an_unknown_recipe_is_refused_before_anything_is_trained(empty: Chain) -> None:
+    result = empty.run("benchmark", "--recipes", "quick,best")
+    assert result.exit_code == 1
+    assert "recipe must be one of" in error_line(result)
