@@ -5,6 +5,7 @@ from conftest import Chain, error_line
 
 from pipeline import benchmark
 from pipeline.benchmark import TrainingRow, Trial, multiply_adds
+from pipeline.config import RECIPES
 from pipeline.report import training_markdown
 
 
@@ -30,7 +31,7 @@ def test_the_benchmark_trains_scores_and_renders(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "YARDSTICK_EPOCHS", 0.002)
-    monkeypatch.setitem(benchmark.RECIPES, "quick", benchmark.RECIPES["note"])
+    monkeypatch.setitem(RECIPES, "quick", RECIPES["note"])
     (empty.root / "README.md").write_text("<!-- figures:training -->\n<!-- /figures -->\n")
     options = ["--recipes", "quick", "--seeds", "1", "--figures"]
     record = empty.record("benchmark", *options)
