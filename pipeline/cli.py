@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pipeline import __doc__ as summary
 from pipeline.cli_data import data_group
@@ -58,6 +59,12 @@ def _channels(value: str) -> tuple[int, ...]:
     return tuple(int(part) for part in value.split(","))
 
 
+def _given(names: set[str]) -> bool:
+    """Whether the user set one of these parameters, in whatever way."""
+    context = click.get_current_context()
+    return any(context.get_parameter_source(name) != ParameterSource.DEFAULT for name in names)
+
+
 @main.command()
 @dataset_option
 @click.option("--run", help="A name for this run.  [default: the model's name]")
@@ -75,7 +82,9 @@ def _channels(value: str) -> tuple[int, ...]:
     default=TrainConfig.device,
     show_default=True,
 )
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped, exactly.")
+@click.option(
+    "--resume", is_flag=True, help="Go on exactly where an interrupted run stopped, as it began."
+)
 @recipe_options
 @click.pass_obj
 def train_command(
@@ -96,10 +105,13 @@ def train_command(
       pipeline train
       pipeline train --recipe baseline --run yardstick --resume
     """
+    from pipeline.runs import recorded_config
     from pipeline.runs import run as train
 
     paths = paths_of(settings, run=run or MODEL_NAMES.get(dataset, dataset))
     config = TrainConfig(recipe_name, recipe(recipe_name, **changes), dataset, seed, device)
+    if resume and not _given({"recipe_name", "seed", "device", *changes}):
+        config = recorded_config(paths) or config
     done = train(paths, config, resume, settings.say, settings.say, settings.update)
     text = (
         f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
@@ -185,7 +197,7 @@ def validate_command(
         from pipeline.replay import prove_servers
 
         table = prove_servers(paths, targets, golden, timeout)
-        settings.result(asdict(table), f"{table}\nwrote {paths.agreement}")
+        settings.result(asdict(table), f"{table}\nwrote {paths.replay}")
     elif len(targets) == 1:
         _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])))
     else:

@@ -179,6 +179,12 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
         failure = click.ClickException(str(error))
         failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
         raise failure from error
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        if context and context.ensure_object(Settings).debug:
+            traceback.print_exception(error)
+        raise click.ClickException(
+            f"cannot use {error.filename} ({error.strerror}): check its rights and what lies there"
+        ) from error
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None

@@ -45,6 +45,8 @@ def read_image(source: Path | bytes, name: str = "the image") -> np.ndarray:
 
 
 def _read_file(path: Path) -> bytes:
+    if path.is_dir():
+        raise PipelineError(f"{path} is a folder: name its files, {path}/*")
     if not path.is_file():
         raise PipelineError(f"no image file {path}: check the name")
     try:
@@ -100,6 +102,7 @@ _UPRIGHT: dict[object, Image.Transpose] = {
 _DECODING_ERRORS = (
     OSError,  # UnidentifiedImageError is one
     SyntaxError,
+    TypeError,  # from numbers of the wrong kind in a TIFF's tags
     ValueError,
     Image.DecompressionBombError,
 )

@@ -87,6 +87,10 @@ class Paths:
         return self.export / "agreement.json"
 
     @property
+    def replay(self) -> Path:
+        return self.export / "replay.json"
+
+    @property
     def manifest(self) -> Path:
         return self.export / "manifest.json"
 

@@ -204,6 +204,8 @@ class Client:
         except _LOST as error:
             self.close()
             reason = str(error) or type(error).__name__
+            if isinstance(error, HTTPParseError):
+                reason = "it does not speak HTTP; write grpc:// if this is its gRPC port"
             raise ServerError(f"no answer from {self.endpoint} ({reason}): {_START}") from error
         except ValueError as error:  # its answer was no JSON
             raise ServerError(f"{self.endpoint} does not answer as Triton does: {error}") from error
@@ -215,6 +217,11 @@ class Client:
         if "unknown model" in message:
             return PipelineError(
                 f"{self.endpoint} serves no model {self.name!r}: choose with --name"
+            )
+        if "Stub process" in message:
+            return ServerError(
+                f"the model's process at {self.endpoint} died: 'pipeline serve stop', then "
+                "'pipeline serve' starts it again"
             )
         if "UNAVAILABLE" in status:
             return ServerError(f"no answer from {self.endpoint} ({message}): {_START}")
@@ -267,9 +274,14 @@ def _readable(files: Sequence[Path]) -> tuple[dict[Path, np.ndarray], dict[Path,
     answers: dict[Path, Answer] = {}
     for file in files:
         try:
-            images[file] = read_image(file)
+            image = read_image(file)
         except PipelineError as error:
             answers[file] = Answer(file, None, str(error))
+            continue
+        if image.any():
+            images[file] = image
+        else:
+            answers[file] = Answer(file, None, f"{file} shows no ink on its paper: try another")
     return images, answers
 
 

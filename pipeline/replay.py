@@ -199,13 +199,13 @@ def prove_servers(
 ) -> Table:
     """Put a release's golden set to running servers, then the test split where it is at hand.
 
-    Needs neither torch nor the training data. Writes agreement.json. Raises CheckFailedError when
+    Needs neither torch nor the training data. Writes replay.json. Raises CheckFailedError when
     a server answers otherwise, states another digest, or serves versions that differ.
     """
     with contextlib.ExitStack() as stack:
         clients = {url: stack.enter_context(Client(url, paths.name, timeout)) for url in urls}
         table = _replayed(paths, clients, golden_file, criterion)
-    write_json(paths.agreement, {**machine(), **asdict(table)})
+    write_json(paths.replay, {**machine(), **asdict(table)})
     require_agreement(table, criterion)
     return table
 
@@ -228,7 +228,8 @@ def _replayed(
     golden = release.golden if release else _golden_from(golden_file)
     for url, client in clients.items():
         agreement = replay_golden(client, golden, criterion)
-        require(agreement, f"{paths.name} at {url} is not the model of this golden set", "")
+        what = f"{paths.name} at {url} is not the model of this golden set"
+        require(agreement, what, "Serve the release that it belongs to, or give the release's own")
     predictors = {url: triton_predictor(client) for url, client in clients.items()}
     test = _test_split(paths, release)
     if test and release:

@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import load_checkpoint, load_state, save_state, save_weights
+from pipeline.checkpoint import (
+    START_OVER,
+    load_checkpoint,
+    load_state,
+    save_state,
+    save_weights,
+)
 from pipeline.config import TrainConfig
 from pipeline.data import digests, load_split
 from pipeline.device import Placement, choose
-from pipeline.errors import PipelineError
+from pipeline.errors import CorruptError, PipelineError
 from pipeline.evaluate import calibration_error, fit_temperature, predict, score, tempered
-from pipeline.files import remove, write_bytes, write_json
+from pipeline.files import read_json, remove, write_bytes, write_json
 from pipeline.model import Network, eager_predictor
 from pipeline.paths import Paths
 from pipeline.train import Progress, train
@@ -158,6 +164,17 @@ def _conclude(
     write_json(paths.summary, asdict(summary))
     remove(paths.checkpoint)
     return summary
+
+
+def recorded_config(paths: Paths) -> TrainConfig | None:
+    """What the run in this folder was begun with; None where there is none."""
+    if not paths.run_config.exists():
+        return None
+    record = read_json(paths.run_config, START_OVER)
+    try:
+        return TrainConfig.from_record(record)
+    except (KeyError, TypeError) as error:
+        raise CorruptError(f"{paths.run_config} is no run of ours: {START_OVER}") from error
 
 
 def _identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:

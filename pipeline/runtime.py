@@ -7,6 +7,8 @@ from pipeline.config import IMAGES
 from pipeline.errors import CheckFailedError
 from pipeline.evaluate import Predictor
 
+onnxruntime.disable_telemetry_events()  # nothing of a user's leaves the machine
+
 # What ONNX Runtime raises; its common base is no public name.
 RUNTIME_ERRORS = (
     onnxruntime.capi.onnxruntime_pybind11_state.Fail,

@@ -1,5 +1,6 @@
 """The server that `pipeline serve` keeps: in the foreground, detached, asked how it is, stopped."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 from pipeline.config import Criterion, ServeConfig
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
+from pipeline.files import locked
 from pipeline.paths import Paths
 from pipeline.query import Client
 from pipeline.replay import replay_golden, selected_releases
@@ -50,6 +52,7 @@ def serve(
                 "'pipeline serve' starts it again"
             )
     except KeyboardInterrupt:
+        paths.supervisor_log.unlink(missing_ok=True)  # it ended as it should: no last words
         if not is_terminated:
             raise
     finally:
@@ -62,19 +65,35 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
 
     Raises what that command failed with.
     """
-    refuse_second(paths)
+    with locked(paths.exported / ".serve.lock"):
+        refuse_second(paths)
+        pid = _spawn(paths, config)
+        try:
+            return _await_ready(paths, config, pid)
+        except BaseException:  # Ctrl-C too: what is not ready is not left behind
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGTERM)
+                os.waitpid(pid, 0)
+            raise
+
+
+def _spawn(paths: Paths, config: ServeConfig) -> int:
+    """Start `pipeline serve`; its pid. Not a Popen, which would be answerable for its end."""
     options = [f"--{service}-port={port}" for service, port in ports(config).items()]
     command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve", *options]
     command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
-    paths.exported.mkdir(parents=True, exist_ok=True)
-    # Not a Popen: that object would be answerable for a process that is to outlive us.
     log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     streams = [(os.POSIX_SPAWN_DUP2, log, stream) for stream in (1, 2)]
     silence = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-    pid = os.posix_spawn(
-        sys.executable, command, os.environ, file_actions=silence + streams, setsid=True
-    )
-    os.close(log)
+    try:
+        return os.posix_spawn(
+            sys.executable, command, os.environ, file_actions=silence + streams, setsid=True
+        )
+    finally:
+        os.close(log)
+
+
+def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
     # The command has a deadline of its own; this one only guards against a hang of its Python.
     deadline = time.monotonic() + config.start_seconds + 30
     while True:
@@ -87,7 +106,6 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
         if server and server.supervisor_pid == pid and server.is_ready:
             return server
         if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
             raise ServerError(f"the server's supervisor hangs: see {paths.supervisor_log}")
         time.sleep(POLL_SECONDS)
 

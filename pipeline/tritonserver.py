@@ -174,7 +174,7 @@ _VERDICT = "failed to load '"
 def cause(log: str) -> str:
     """The error in tritonserver's log that explains the others, in a line."""
     errors: list[str] = [match.strip().strip('"') for match in _ERROR.findall(log)]
-    telling = [error for error in errors if not error.startswith(_VAGUE)] or errors
+    telling = [error for error in errors if not error.startswith(_VAGUE)]
     if telling:
         return next((error for error in telling if error.startswith(_VERDICT)), telling[0])
     lines = [line.strip() for line in log.splitlines() if line.strip()]

@@ -133,6 +133,16 @@ def test_a_text_file_as_image_exits_1_naming_it_even_without_a_server(
     assert str(text) in result.stderr
 
 
+def test_a_folder_and_a_blank_picture_are_named_for_what_they_are(
+    empty: Chain, tmp_path: Path
+) -> None:
+    write_png(np.zeros((1, 28, 28), np.uint8), tmp_path / "blank.png")
+    result = empty.run("query", str(tmp_path), str(tmp_path / "blank.png"))
+    assert result.exit_code == 1
+    assert f"{tmp_path} is a folder" in result.stderr
+    assert "blank.png shows no ink" in result.stderr
+
+
 @pytest.fixture(scope="session")
 def digit(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A picture of the first test image, a seven."""

@@ -24,7 +24,7 @@ from conftest import (
     link_server_environment,
 )
 
-from pipeline import serve, tritonserver
+from pipeline import serve, supervise, tritonserver
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
@@ -243,6 +243,41 @@ def test_a_killed_supervisor_is_said_and_what_it_left_is_cleared(servable: Chain
     stopped = servable.run("serve", "stop")
     assert "cleared a dead server" in stopped.stdout
     assert_nothing_is_left()
+
+
+@pytest.mark.server
+def test_a_dead_stub_is_said_with_what_to_do(servable: Chain) -> None:
+    server = servable.record("serve", "--detach", "--port", "auto")
+    server_id = json.loads(servable.paths.server.read_text())["id"]
+    for pid in set(serve.processes_of(server_id)) - {server["pid"]}:
+        os.kill(pid, signal.SIGKILL)
+    status = servable.run("serve", "status")
+    assert status.exit_code == 5
+    assert "'pipeline serve stop', then 'pipeline serve'" in error_line(status)
+    assert servable.run("serve", "stop").exit_code == 0
+    assert "'pipeline serve' starts one" in error_line(servable.run("serve", "status"))
+    assert_nothing_is_left()
+
+
+@pytest.mark.server
+def test_ctrl_c_while_a_detached_server_starts_leaves_nothing(
+    servable: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(paths: Paths, config: ServeConfig, pid: int) -> None:
+        wait_until(servable.paths.server.exists)  # tritonserver was started
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervise, "_await_ready", interrupted)
+    assert servable.run("serve", "--detach", "--port", "auto").exit_code == 130
+    assert not servable.paths.server.exists()
+    assert_nothing_is_left()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(chain: Chain) -> None:
+    chain.paths.supervisor_log.mkdir()
+    result = chain.run("serve", "--detach")
+    assert result.exit_code == 1
+    assert str(chain.paths.supervisor_log) in error_line(result)
 
 
 @pytest.mark.server
@@ -465,6 +500,8 @@ def test_proving_a_url_needs_the_golden_set_only(served: Served, tmp_path: Path)
     chain, server = served
     urls = [f"{p}://127.0.0.1:{server[f'{p}_port']}" for p in ("http", "grpc")]
     with_data = chain.record("validate", *urls)
+    assert json.loads(chain.paths.replay.read_text())["images"] == 10_000
+    assert not chain.paths.agreement.exists()  # the release's own proof is another record
     assert [row["name"] for row in with_data["rows"]] == ["ONNX Runtime", *urls]
     assert with_data["images"] == 10_000
     elsewhere = Chain(tmp_path)

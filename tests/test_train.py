@@ -199,7 +199,7 @@ def test_ctrl_c_exits_130_and_the_run_resumes_to_the_same_bytes(
     other = empty.run("train", "--epochs", "0.125", "--resume", "--seed", "7", "--lr", "0.01")
     assert other.exit_code == 1
     assert "lr was 0.015, is 0.01; seed was 0, is 7" in error_line(other)
-    resumed = empty.run("train", "--epochs", "0.125", "--resume")
+    resumed = empty.run("train", "--resume")  # alone: with the settings that the run began with
     assert resumed.exit_code == 0, resumed.output
     assert "resuming after step" in resumed.stderr
     assert sha256(empty.paths.weights) == sha256(made.paths.weights)

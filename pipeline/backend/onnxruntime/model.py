@@ -18,6 +18,8 @@ import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
 
+onnxruntime.disable_telemetry_events()  # nothing of a user's leaves the machine
+
 DEFAULT_MAX_BATCH_SIZE = 4  # what Triton fills in where the config leaves it open
 MESSAGE_LENGTH = 500  # characters of an error that a client gets to see
 DATA_TYPES = {  # ONNX Runtime's names to Triton's
