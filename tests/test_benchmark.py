@@ -27,6 +27,7 @@ def test_a_row_has_the_mean_the_interval_and_the_median_share() -> None:
     assert "1/200" in str(single)
 
 
+@pytest.mark.slow
 def test_the_benchmark_trains_scores_and_renders(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

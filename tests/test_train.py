@@ -77,6 +77,7 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name:
         assert weights(resumed) == weights(whole)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_what_is_judged_and_returned(few: Split) -> None:
     recipes = [recipe("standard", epochs=2, batch_size=64, average=decay) for decay in (0, 0.9)]
     plain, averaged = (
@@ -141,11 +142,13 @@ def test_a_run_leaves_its_records(made: Chain) -> None:
     assert not paths.checkpoint.exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes(made: Chain, empty: Chain) -> None:
     record = empty.record("train", "--epochs", "0.125")
     assert record["weights_sha256"] == sha256(made.paths.weights)
 
 
+@pytest.mark.slow
 def test_the_test_split_is_read_once_and_after_training(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
