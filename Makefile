@@ -10,10 +10,14 @@ SEED ?= 0
 RUN ?= $(if $(filter mnist,$(DATASET)),handwriting,$(DATASET))
 NAME ?= $(if $(filter mnist,$(DATASET)),handwriting,$(DATASET))
 PYTHON ?= python3
+# Processes that train one network together, one thread each on a CPU: make train NPROC=2
+NPROC ?= 1
 # A package index for another build of torch, CPU-only say: make .venv TORCH_INDEX=URL
 TORCH_INDEX ?=
 
 PIPELINE := .venv/bin/pipeline
+TRAIN := $(if $(filter 1,$(NPROC)),$(PIPELINE),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalone --nproc-per-node \
+	$(NPROC) -m -- pipeline) train
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 SERVER_PIP := .venv-triton/bin/python -m pip --disable-pip-version-check
 DATA := $(addprefix data/$(DATASET)/,train-images-idx3-ubyte train-labels-idx1-ubyte \
@@ -32,7 +36,7 @@ help: ## list these targets
 all: prove ## everything: data to a model proven on a real server, on a fresh machine as well
 
 data: $(DATA) ## fetch the data set
-train: $(SUMMARY) ## train the network (RECIPE, DATASET, SEED, RUN)
+train: $(SUMMARY) ## train the network (RECIPE, DATASET, SEED, RUN, NPROC)
 export: $(ONNX) ## export it to ONNX (NAME)
 validate: $(VALIDATION) ## prove ONNX Runtime equal to eager PyTorch
 package: $(PACKAGED) ## add it to the Triton model repository
@@ -43,7 +47,7 @@ $(DATA) &: | .venv/done
 	$(PIPELINE) data fetch --dataset $(DATASET)
 
 $(SUMMARY): $(DATA) runs/$(RUN)/.settings | .venv/done
-	$(PIPELINE) train --run $(RUN) --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED)
+	$(TRAIN) --run $(RUN) --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED)
 
 $(ONNX): $(SUMMARY) exported/$(NAME)/.settings | .venv/done
 	$(PIPELINE) export --run $(RUN) --name $(NAME)
@@ -58,7 +62,7 @@ $(AGREEMENT): $(PACKAGED) | .venv/done .venv-triton/done
 	$(PIPELINE) validate exported/model_repository
 
 # What a run or an export was asked to be; rewritten only when it changes, so that a change rebuilds.
-runs/$(RUN)/.settings: WANTED = $(DATASET) $(RECIPE) $(SEED)
+runs/$(RUN)/.settings: WANTED = $(DATASET) $(RECIPE) $(SEED) $(NPROC)
 exported/$(NAME)/.settings: WANTED = $(RUN)
 %/.settings: FORCE
 	@mkdir -p $(@D)

@@ -19,7 +19,7 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
     Draws from torch's global generator of the images' device. Returns them as they are when the
     recipe distorts nothing, otherwise as float32 from 0 to 255.
     """
-    if not any((recipe.rotate, recipe.stretch, recipe.shear, recipe.shift, recipe.elastic)):
+    if not recipe.distorts:
         return images
     size = (len(images), 1, *images.shape[2:])
     grid = functional.affine_grid(_affine(len(images), recipe, images.device), list(size), False)
@@ -33,6 +33,8 @@ def _affine(count: int, recipe: Recipe, device: torch.device) -> Tensor:
     draw = torch.rand(6, count, device=device) * 2 - 1  # -1 to 1
     turn, shear = draw[0] * recipe.rotate, draw[1] * recipe.shear
     wide, high = torch.exp(draw[2:4] * recipe.stretch)
+    if recipe.mirror:
+        wide = torch.where(torch.rand(count, device=device) < recipe.mirror, -wide, wide)
     right, down = draw[4:6] * recipe.shift
     cosine, sine = turn.cos(), turn.sin()
     first = torch.stack([cosine * wide, (shear * cosine - sine) * wide, right], dim=1)

@@ -83,6 +83,15 @@ def _given(names: set[str]) -> bool:
     show_default=True,
 )
 @click.option(
+    "--compiled", is_flag=True, help="Through torch.compile; pays on a GPU, in a long run."
+)
+@click.option(
+    "--save-every",
+    type=click.IntRange(0),
+    default=0,
+    help="Steps between two checkpoints, besides the one after each epoch.",
+)
+@click.option(
     "--resume", is_flag=True, help="Go on exactly where an interrupted run stopped, as it began."
 )
 @recipe_options
@@ -95,6 +104,8 @@ def train_command(
     recipe_name: str,
     seed: int,
     device: str,
+    compiled: bool,
+    save_every: int,
     resume: bool,
     **changes: Any,
 ) -> None:
@@ -109,10 +120,12 @@ def train_command(
     from pipeline.runs import run as train
 
     paths = paths_of(settings, run=run or MODEL_NAMES.get(dataset, dataset))
-    config = TrainConfig(recipe_name, recipe(recipe_name, **changes), dataset, seed, device)
-    if resume and not _given({"recipe_name", "seed", "device", *changes}):
+    config = TrainConfig(
+        recipe_name, recipe(recipe_name, **changes), dataset, seed, device, compiled
+    )
+    if resume and not _given({"recipe_name", "seed", "device", "compiled", *changes}):
         config = recorded_config(paths) or config
-    done = train(paths, config, resume, settings.say, settings.say, settings.update)
+    done = train(paths, config, resume, settings.say, settings.say, settings.update, save_every)
     text = (
         f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
         f"({done.parameters:,} parameters, {done.device})\nwrote {paths.weights}"

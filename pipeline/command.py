@@ -1,6 +1,7 @@
 """What every command shares: its options, how it speaks, and how errors become exit codes."""
 
 import json
+import os
 import sys
 import time
 import tomllib
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import LostError, PipelineError
 from pipeline.paths import MODEL_NAMES, Paths
 
 BUG, INTERRUPTED = 70, 130
@@ -28,11 +29,13 @@ class Settings:
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
+    # Of the processes that torchrun starts, the first one speaks for all.
+    silent: bool = field(default_factory=lambda: os.environ.get("RANK", "0") != "0")
     updated: float = field(default_factory=time.monotonic)  # when progress was last shown
 
     def say(self, line: object) -> None:
         """A line of progress, on standard error."""
-        if not self.quiet:
+        if not (self.quiet or self.silent):
             self._clear()
             click.echo(str(line), err=True)
 
@@ -40,7 +43,11 @@ class Settings:
         """Progress that the next line replaces; into a file or a pipe, a line now and then."""
         is_terminal = sys.stderr.isatty()
         now = time.monotonic()
-        if self.quiet or now - self.updated < (TERMINAL_SECONDS if is_terminal else LOG_SECONDS):
+        if (
+            self.quiet
+            or self.silent
+            or now - self.updated < (TERMINAL_SECONDS if is_terminal else LOG_SECONDS)
+        ):
             return
         self.updated = now
         self._clear()
@@ -48,6 +55,8 @@ class Settings:
 
     def result(self, record: Mapping[str, Any], text: object, then: str = "") -> None:
         """The result on standard output: one JSON object, or text and what to type next."""
+        if self.silent:
+            return
         if self.json:
             click.echo(json.dumps(record, default=str))
             return
@@ -174,6 +183,8 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
     try:
         return call()
     except PipelineError as error:
+        if Settings().silent and not isinstance(error, LostError):
+            sys.exit(error.exit_code)  # the first process says it
         if context and context.ensure_object(Settings).debug:
             traceback.print_exception(error)
         failure = click.ClickException(str(error))

@@ -31,16 +31,21 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise PipelineError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels each network takes
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train: the network and everything that shapes its weights but seed and data."""
 
-    network: str = "cnn"  # cnn, classic or net: see model.py
+    network: str = "cnn"  # cnn, classic, record or net: see model.py
     channels: tuple[int, ...] = (16, 24, 32, 48)  # of each convolution, or hidden layer (net)
     epochs: float = 1.0  # passes over the training split; the last may be partial
     batch_size: int = 128
     optimizer: str = "adamw"  # adamw, adadelta or sgd
     lr: float = 0.015  # the peak of the schedule
+    beta1: float = 0.9  # of adamw: how much of the mean gradient a step keeps
+    beta2: float = 0.99  # and of the mean squared gradient
     schedule: str = "one-cycle"  # one-cycle, or decay: by gamma after each epoch
     warm_up: float = 0.25  # of the steps, in which one-cycle climbs to its peak
     gamma: float = 0.7
@@ -48,6 +53,7 @@ class Recipe:
     label_smoothing: float = 0.0  # 0 to 1
     norm_momentum: float = 0.2  # of batch normalization; a short run needs more
     average: float = 0.0  # decay of the averaged weights, kept from half-way on; 0 for none
+    mirror: float = 0.0  # how probably an image is mirrored, left to right
     rotate: float = 0.0  # radians; this and the next four: how far an image is distorted at most
     stretch: float = 0.0  # in each direction, as a logarithm
     shear: float = 0.0  # as a tangent
@@ -55,10 +61,10 @@ class Recipe:
     elastic: float = 0.0  # of half the image's side
 
     def __post_init__(self) -> None:
-        _choice("network", self.network, ("cnn", "classic", "net"))
+        _choice("network", self.network, tuple(LAYERS))
         _choice("optimizer", self.optimizer, ("adamw", "adadelta", "sgd"))
         _choice("schedule", self.schedule, ("one-cycle", "decay"))
-        layers = {"cnn": 4, "classic": 2, "net": 1}[self.network]
+        layers = LAYERS[self.network]
         if len(self.channels) != layers or min(self.channels) < 1:
             raise PipelineError(
                 f"channels must be {layers} numbers of at least 1 for {self.network}, "
@@ -70,12 +76,19 @@ class Recipe:
             raise PipelineError(f"batch-size must be 1 to 10000, got {self.batch_size}")
         if not self.lr > 0:
             raise PipelineError(f"lr must be above 0, got {self.lr}")
-        for name in ("label_smoothing", "average", "warm_up"):
+        for name in ("label_smoothing", "average", "warm_up", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise PipelineError(f"{name} must be 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.mirror <= 1:
+            raise PipelineError(f"mirror must be 0 to 1, got {self.mirror}")
         for name in ("rotate", "stretch", "shear", "shift", "elastic"):
             if not 0 <= getattr(self, name) <= 2:
                 raise PipelineError(f"{name} must be 0 to 2, got {getattr(self, name)}")
+
+    @property
+    def distorts(self) -> bool:
+        """Whether training sees each image distorted, another way every time."""
+        return any((self.mirror, self.rotate, self.stretch, self.shear, self.shift, self.elastic))
 
 
 RECIPES = {
@@ -105,6 +118,17 @@ RECIPES = {
         schedule="decay",
         weight_decay=0.0,
     ),
+    # The recipe that reached 99 % in 0.76 s on a GPU: https://github.com/tuomaso/train_mnist_fast
+    "record": Recipe(
+        network="record",
+        channels=(24, 32),
+        batch_size=256,
+        lr=0.01,
+        beta1=0.7,
+        beta2=0.9,
+        warm_up=0.3,
+        weight_decay=0.0,
+    ),
     # The learner's note that this project grew out of: 784-128-10, plain SGD.
     "note": Recipe(
         network="net",
@@ -130,6 +154,7 @@ class TrainConfig:
     dataset: str = "mnist"
     seed: int = 0
     device: str = "auto"  # auto, cpu or cuda; device.py decides
+    compiled: bool = False  # by torch.compile, which pays on a GPU in a long run
 
     def __post_init__(self) -> None:
         _choice("device", self.device, ("auto", "cpu", "cuda"))
@@ -145,7 +170,8 @@ class TrainConfig:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "TrainConfig":
         """The run that `record` describes; KeyError or TypeError if it describes none."""
-        fields = {name: record[name] for name in ("recipe", "dataset", "seed", "device")}
+        names = ("recipe", "dataset", "seed", "device", "compiled")
+        fields = {name: record[name] for name in names}
         settings = dict(record["settings"])
         settings["channels"] = tuple(settings["channels"])
         return cls(settings=Recipe(**settings), **fields)

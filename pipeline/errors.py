@@ -7,6 +7,10 @@ class PipelineError(Exception):
     exit_code = 1
 
 
+class LostError(PipelineError):
+    """Another process of the same job ended, so that this one cannot go on."""
+
+
 class CheckFailedError(PipelineError):
     """A gate closed: not validated, parity, accuracy, graph policy, lint, a wrong answer."""
 

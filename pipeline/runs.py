@@ -13,6 +13,7 @@ import torch
 
 from pipeline.checkpoint import (
     START_OVER,
+    State,
     load_checkpoint,
     load_state,
     save_state,
@@ -26,6 +27,7 @@ from pipeline.evaluate import calibration_error, fit_temperature, predict, score
 from pipeline.files import read_json, remove, write_bytes, write_json
 from pipeline.model import Network, eager_predictor
 from pipeline.paths import Paths
+from pipeline.processes import together
 from pipeline.train import Progress, train
 
 
@@ -80,55 +82,86 @@ def run(
     report: Callable[[str], None] = lambda line: None,
     on_epoch: Callable[[Progress], None] = lambda progress: None,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    save_every: int = 0,
 ) -> Summary:
     """Train into `runs/<run>/` and score the result on the test split, which is read once.
 
-    With `resume`, a finished run is returned as it is and an interrupted one goes on exactly.
+    With `resume`, a finished run is returned as it is and an interrupted one goes on exactly. Of
+    several processes the first one alone writes; all return the same.
     """
     if resume and paths.summary.exists():
         return _finished(paths, config)
-    folder = paths.data(config.dataset)
-    train_split = load_split(config.dataset, folder, "train")
-    validation = load_split(config.dataset, folder, "validation")
     placement = choose(config.device)
-    report(f"training {paths.run} with recipe {config.recipe} on {placement}")
-    identity = _identity(config, placement)
-    state = load_state(paths, identity) if resume else None
-    if resume:
-        report(
-            f"resuming after step {state.step}" if state else "no checkpoint yet: from the start"
-        )
-    else:
-        _forget(paths)
-    write_json(paths.run_config, config.record())
-    history = _history(paths, state.step if state else 0)
+    with together(placement):
+        if placement.is_first:
+            report(f"training {paths.run} with recipe {config.recipe} on {placement}")
+        records = _Records(paths, config, placement, resume, report, on_epoch, on_step)
+        folder = paths.data(config.dataset)
+        with deferred_interrupt() as is_stopped:
+            model, last = train(
+                config,
+                load_split(config.dataset, folder, "train"),
+                load_split(config.dataset, folder, "validation"),
+                placement,
+                records.state,
+                records.progress,
+                records.save,
+                is_stopped,
+                save_every,
+            )
+        if placement.is_first:
+            _conclude(paths, config, placement, model, last)
+    return _finished(paths, config)
 
-    def record(progress: Progress) -> None:
-        if progress.validation_accuracy is None:
-            on_step(progress)
+
+class _Records:
+    """What a run writes while it trains, and the state from which it goes on."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        config: TrainConfig,
+        placement: Placement,
+        resume: bool,
+        report: Callable[[str], None],
+        on_epoch: Callable[[Progress], None],
+        on_step: Callable[[Progress], None],
+    ) -> None:
+        self.paths, self.is_first = paths, placement.is_first
+        self.on_epoch, self.on_step = on_epoch, on_step
+        self.identity = _identity(config, placement)
+        self.state = load_state(paths, self.identity) if resume else None
+        if not self.is_first:
             return
-        history.append(asdict(progress))
-        lines = "".join(json.dumps(line) + "\n" for line in history)
-        write_bytes(paths.metrics, lines.encode())
-        on_epoch(progress)
+        if self.state:
+            report(f"resuming after step {self.state.step}")
+        elif resume:
+            report("no checkpoint yet: from the start")
+        else:
+            _forget(paths)
+        write_json(paths.run_config, config.record())
+        self.history = _history(paths, self.state.step if self.state else 0)
 
-    with deferred_interrupt() as is_stopped:
-        model, last = train(
-            config,
-            train_split,
-            validation,
-            placement,
-            state,
-            record,
-            lambda new: save_state(paths, new, identity),
-            is_stopped,
-        )
-    return _conclude(paths, config, placement, model, last)
+    def progress(self, progress: Progress) -> None:
+        """Show where the run stands; keep it where the accuracy was measured."""
+        if not self.is_first:
+            return
+        if progress.validation_accuracy is None:
+            self.on_step(progress)
+            return
+        self.history.append(asdict(progress))
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_bytes(self.paths.metrics, lines.encode())
+        self.on_epoch(progress)
+
+    def save(self, state: State) -> None:
+        if self.is_first:
+            save_state(self.paths, state, self.identity)
 
 
 def _conclude(
     paths: Paths, config: TrainConfig, placement: Placement, model: Network, last: Progress
-) -> Summary:
+) -> None:
     """Fit the temperature, score on the test split, write the weights, say last that it is done."""
     folder = paths.data(config.dataset)
     predictor = eager_predictor(model, placement.device)
@@ -163,7 +196,6 @@ def _conclude(
     )
     write_json(paths.summary, asdict(summary))
     remove(paths.checkpoint)
-    return summary
 
 
 def recorded_config(paths: Paths) -> TrainConfig | None:
@@ -185,6 +217,9 @@ def _identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
         "dataset": config.dataset,
         "seed": config.seed,
         "device": placement.device.type,
+        "precision": str(placement.precision),
+        "compiled": config.compiled,
+        "processes": placement.processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "data": digests(config.dataset),

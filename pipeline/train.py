@@ -17,10 +17,11 @@ from pipeline.augment import augment
 from pipeline.checkpoint import State, optimizer_tensors, restore_optimizer
 from pipeline.config import Recipe, TrainConfig
 from pipeline.data import Split
-from pipeline.device import Placement
+from pipeline.device import Placement, prepare
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
 from pipeline.model import Network, build, eager_predictor
+from pipeline.processes import agreed
 
 EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
 
@@ -51,11 +52,12 @@ class Progress:
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over the parameters of `model`."""
     parameters, lr, decay = model.parameters(), recipe.lr, recipe.weight_decay
+    betas = (recipe.beta1, recipe.beta2)
     if recipe.optimizer == "adadelta":
         return torch.optim.Adadelta(parameters, lr=lr, weight_decay=decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -76,13 +78,21 @@ def shuffled(count: int, seed: int, epoch: int) -> Tensor:
 
 
 class Batches:
-    """The batch of any step: a function of the seed and the step, whatever came before."""
+    """The batch of any step: a function of the seed and the step, whatever came before.
 
-    def __init__(self, split: Split, recipe: Recipe, seed: int, device: torch.device) -> None:
-        self.images = torch.from_numpy(split.images).to(device)  # the whole split, uint8
-        self.labels = torch.from_numpy(split.labels).to(device)
-        self.recipe, self.seed = recipe, seed
+    Of a batch that several processes share, each has its own part.
+    """
+
+    def __init__(self, split: Split, recipe: Recipe, seed: int, placement: Placement) -> None:
+        self.images = torch.from_numpy(split.images).to(placement.device)  # whole split, uint8
+        self.labels = torch.from_numpy(split.labels).to(placement.device)
+        self.recipe, self.seed, self.placement = recipe, seed, placement
         self.size = min(recipe.batch_size, len(split))
+        if self.size % placement.processes:
+            raise PipelineError(
+                f"a batch of {self.size} cannot be shared by {placement.processes} processes: "
+                "choose a --batch-size that they divide"
+            )
         self.steps_per_epoch = len(split) // self.size
         self.steps = max(1, round(recipe.epochs * self.steps_per_epoch))
         self._epoch, self._order = -1, torch.empty(0)
@@ -92,10 +102,48 @@ class Batches:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(len(self.labels), self.seed, epoch)
-        batch = self._order[position * self.size : (position + 1) * self.size]
+        rank, processes = self.placement.rank, self.placement.processes
+        batch = self._order[position * self.size : (position + 1) * self.size][rank::processes]
         batch = batch.to(self.labels.device)
-        torch.manual_seed(self.seed * EPOCH_STRIDE + step)  # for distortion and for dropout
+        # For distortion and for dropout: another draw in each process.
+        torch.manual_seed((self.seed * EPOCH_STRIDE + step) * processes + rank)
         return augment(self.images[batch], self.recipe), self.labels[batch]
+
+
+class Learner:
+    """What changes while a network learns, and goes into a checkpoint: weights, average, state."""
+
+    def __init__(self, config: TrainConfig, classes: int, placement: Placement) -> None:
+        recipe = config.settings
+        torch.manual_seed(config.seed)
+        self.network = build(recipe, classes)
+        self.model = prepare(self.network, placement, config.compiled)
+        self.optimizer = make_optimizer(self.network, recipe)
+        self.average = _average(self.network, recipe)
+        self.best = self.network  # what to judge by: the average, once there is one
+
+    def follow(self) -> None:
+        """Let the averaged weights, where the recipe wants them, take a step after the others."""
+        if self.average:
+            self.average.update_parameters(self.network)
+            self.best = cast(Network, self.average.module)
+
+    def snapshot(self, step: int, seconds: float) -> State:
+        """The state of the run after `step` optimizer steps."""
+        tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
+        if self.average:
+            averaged = self.average.state_dict()
+            tensors |= {f"average.{name}": value for name, value in averaged.items()}
+        return State(step, seconds, {**tensors, **optimizer_tensors(self.optimizer)})
+
+    def restore(self, state: State) -> None:
+        """Go on from `state` as if the run had never stopped."""
+        for name, module in (("model", self.network), ("average", self.average)):
+            if module:
+                module.load_state_dict(
+                    {key: state.tensors[f"{name}.{key}"] for key in module.state_dict()}
+                )
+        restore_optimizer(self.optimizer, state.tensors)
 
 
 def train(
@@ -107,32 +155,27 @@ def train(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     save: Callable[[State], None] = lambda state: None,
     is_stopped: Callable[[], bool] = lambda: False,
+    save_every: int = 0,
 ) -> tuple[Network, Progress]:
     """A network trained on `train_split`, and where the run ended.
 
-    Continues from `state` exactly; hands a new state to `save` after each epoch and when
-    `is_stopped` says so, then raises KeyboardInterrupt. Raises PipelineError when the loss is not
-    finite.
+    Continues from `state` exactly; hands a new state to `save` after each epoch, after each
+    `save_every` steps if that is not 0, and when `is_stopped` says so, then raises
+    KeyboardInterrupt. Raises PipelineError when the loss is not finite.
     """
-    recipe, device = config.settings, placement.device
-    batches = Batches(train_split, recipe, config.seed, device)
-    steps, steps_per_epoch = batches.steps, batches.steps_per_epoch
-    torch.manual_seed(config.seed)
-    model = build(recipe, len(train_split.classes)).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
-    optimizer = make_optimizer(model, recipe)
-    average = _average(model, recipe)
+    recipe = config.settings
+    batches = Batches(train_split, recipe, config.seed, placement)
+    learner = Learner(config, len(train_split.classes), placement)
+    model, optimizer = learner.model, learner.optimizer
     loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     first, clock = 0, _Clock()
     if state:
         first, clock = state.step, _Clock(state.seconds)
-        _restore(state, model, average, optimizer)
+        learner.restore(state)
 
-    for step in range(first, steps):
+    for step in range(first, batches.steps):
         images, labels = batches.at(step)
-        lr = learning_rate(recipe, step, steps, steps_per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(optimizer, recipe, step, batches)
         model.train()
 
         optimizer.zero_grad()
@@ -142,23 +185,37 @@ def train(
         optimizer.step()
 
         done = step + 1
-        progress = _progress(done, batches, loss.item(), lr, clock.seconds())
-        if average and step >= steps // 2:
-            average.update_parameters(model)
-        is_last, ends_epoch = done == steps, done % steps_per_epoch == 0
+        mean_loss, must_stop = agreed(placement, loss.item(), is_stopped())
+        progress = _progress(done, batches, mean_loss, lr, clock.seconds())
+        if step >= batches.steps // 2:
+            learner.follow()
+        is_last, ends_epoch = done == batches.steps, done % batches.steps_per_epoch == 0
         with clock.paused():
-            if ends_epoch or is_last:
-                best = _best(model, average, done > steps // 2)
-                predictor = eager_predictor(best, device)
-                accuracy = evaluate(predictor, validation.images, validation.labels).accuracy
+            if placement.is_first and (ends_epoch or is_last):
+                accuracy = _accuracy(learner.best, validation, placement)
                 progress = replace(progress, validation_accuracy=accuracy)
             on_progress(progress)
-            must_stop = is_stopped()
-            if not is_last and (ends_epoch or must_stop):
-                save(snapshot(done, progress.seconds, model, average, optimizer))
-            if not is_last and must_stop:
+            is_due = ends_epoch or must_stop or (save_every and done % save_every == 0)
+            if is_due and not is_last:
+                save(learner.snapshot(done, progress.seconds))
+            if must_stop and not is_last:
                 raise KeyboardInterrupt
-    return _best(model, average, True), progress
+    return learner.best.eval(), progress
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, batches: Batches
+) -> float:
+    """Give `optimizer` the learning rate of `step`, and return it."""
+    lr = learning_rate(recipe, step, batches.steps, batches.steps_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def _accuracy(network: Network, split: Split, placement: Placement) -> float:
+    predictor = eager_predictor(network.eval(), placement.device)
+    return evaluate(predictor, split.images, split.labels).accuracy
 
 
 def _progress(done: int, batches: Batches, loss: float, lr: float, seconds: float) -> Progress:
@@ -185,41 +242,6 @@ def _average(model: Network, recipe: Recipe) -> AveragedModel | None:
         return None
     follow = get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]  # torch's
     return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
-
-
-def _best(model: Network, average: AveragedModel | None, is_averaged: bool) -> Network:
-    """The network to judge by, in evaluation mode."""
-    if average and is_averaged:
-        return cast(Network, average.module).eval()
-    return model.eval()
-
-
-def snapshot(
-    step: int,
-    seconds: float,
-    model: Network,
-    average: AveragedModel | None,
-    optimizer: torch.optim.Optimizer,
-) -> State:
-    """The state of a run after `step` optimizer steps."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if average:
-        tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
-    return State(step, seconds, {**tensors, **optimizer_tensors(optimizer)})
-
-
-def _restore(
-    state: State,
-    model: Network,
-    average: AveragedModel | None,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    for name, module in (("model", model), ("average", average)):
-        if module:
-            module.load_state_dict(
-                {key: state.tensors[f"{name}.{key}"] for key in module.state_dict()}
-            )
-    restore_optimizer(optimizer, state.tensors)
 
 
 class _Clock:

@@ -12,14 +12,17 @@ PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
     *("errors", "config", "paths", "files", "images", "data", "sources", "evaluate"),
-    *("device", "augment", "model", "checkpoint", "train", "runs", "graph"),
+    *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "graph"),
     *("export", "runtime", "validate", "triton", "package", "query", "replay"),
     *("tritonserver", "serve", "supervise", "prove", "benchmark", "report", "command", "cli_data"),
     *("cli_serve", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
-    "torch": {"device", "augment", "model", "checkpoint", "train", "runs", "export", "benchmark"},
+    "torch": {
+        *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "export"),
+        "benchmark",
+    },
     "safetensors": {"checkpoint"},
     "onnx": {"graph", "export"},
     "onnxruntime": {"export", "runtime"},

@@ -70,7 +70,7 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name:
                 choose("cpu"),
                 on_progress=lambda progress: steps.append(progress.step),  # noqa: B023
                 save=states.append,
-                is_stopped=lambda: len(steps) >= stop_after,  # noqa: B023
+                is_stopped=lambda: len(steps) + 1 >= stop_after,  # noqa: B023
             )
         assert states[-1].step == stop_after
         resumed, _ = train(config, few, few, choose("cpu"), states[-1])
@@ -175,10 +175,13 @@ def interrupt_after(epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def watched(*arguments: Any, **options: Any) -> Any:
         values = list(arguments)
         on_progress = values[5]
+        pressed: list[int] = []
 
         def progress(now: train_module.Progress) -> None:
             on_progress(now)
-            if now.epoch >= epochs and threading.current_thread() is threading.main_thread():
+            is_main = threading.current_thread() is threading.main_thread()
+            if now.epoch >= epochs and is_main and not pressed:
+                pressed.append(now.step)  # a second Ctrl-C would not let the step end
                 os.kill(os.getpid(), signal.SIGINT)
 
         values[5] = progress
