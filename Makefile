@@ -118,6 +118,10 @@ figures: $(AGREEMENT) ## measure the README's figures anew and render them
 	$(PIPELINE) validate exported/model_repository
 	$(PIPELINE) report --name $(NAME) --figures
 
+.PHONY: prove-resume
+prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write
+	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_resume.py exported/figures/resume.json 100 30
+
 system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }
 	apt-get update -qq

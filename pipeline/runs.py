@@ -129,7 +129,7 @@ class _Records:
     ) -> None:
         self.paths, self.is_first = paths, placement.is_first
         self.on_epoch, self.on_step = on_epoch, on_step
-        self.identity = _identity(config, placement)
+        self.identity = identity(config, placement)
         self.state = load_state(paths, self.identity) if resume else None
         if not self.is_first:
             return
@@ -209,7 +209,7 @@ def recorded_config(paths: Paths) -> TrainConfig | None:
         raise CorruptError(f"{paths.run_config} is no run of ours: {START_OVER}") from error
 
 
-def _identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
+def identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
     """What decides the weights bit for bit: a resume under another one is refused."""
     return {
         **config.record()["settings"],
