@@ -13,12 +13,13 @@ from pipeline.config import RECIPES, TrainConfig
 from pipeline.config import recipe as recipe_named
 from pipeline.data import Split, load_split
 from pipeline.device import choose
-from pipeline.evaluate import evaluate
-from pipeline.model import build, eager_predictor
+from pipeline.files import read_json, remove, write_json
+from pipeline.model import build
 from pipeline.paths import Paths
-from pipeline.train import train
+from pipeline.runs import run
+from pipeline.train import Progress, train
 
-SEEDS = {"quick": 5, "standard": 3}
+SEEDS = {"quick": 5, "record": 5, "standard": 3}
 YARDSTICK = "baseline"
 YARDSTICK_EPOCHS = 1.0 / 8  # measured before and after each run of a recipe
 # Two-sided 95 % of Student's t, for 1 to 9 degrees of freedom.
@@ -118,26 +119,44 @@ def benchmark_training(
     paths: Paths,
     recipes: Sequence[str] = tuple(SEEDS),
     seeds: int | None = None,
+    resume: bool = False,
     report: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
 ) -> list[TrainingRow]:
-    """Train each recipe with its seeds on MNIST, on the CPU, and score it on the test split."""
+    """Train each recipe with its seeds on MNIST, on the CPU, each as a run of its own.
+
+    With `resume`, trials that an earlier call finished stand, and one that it began goes on.
+    """
     for name in recipes:
         recipe_named(name)  # all of them, before minutes are spent on the first
-    train_split, validation, test = (
-        load_split("mnist", paths.data("mnist"), name) for name in ("train", "validation", "test")
-    )
+    folder = paths.data("mnist")
+    train_split = load_split("mnist", folder, "train")
+    validation = load_split("mnist", folder, "validation")
     few = replace(validation, images=validation.images[:500], labels=validation.labels[:500])
     rows = []
     for recipe in recipes:
         trials = []
         for seed in range(1, (seeds or SEEDS.get(recipe, 3)) + 1):
-            before = yardstick(train_split, few)
-            config = TrainConfig(recipe, RECIPES[recipe], seed=seed)
-            model, last = train(config, train_split, validation, choose("cpu"))
-            accuracy = evaluate(eager_predictor(model), test.images, test.labels).accuracy
-            after = yardstick(train_split, few)
-            trials.append(Trial(seed, accuracy, last.seconds, (before + after) / 2))
-            report(f"{recipe}, seed {seed}: {accuracy:.2%}, 1/{1 / trials[-1].share:,.0f}")
+            of_trial = replace(paths, run=f"benchmark-{recipe}-{seed}")
+            config = TrainConfig(recipe, RECIPES[recipe], seed=seed, device="cpu")
+            trial = _finished(of_trial, config) if resume else None
+            if not trial:
+                remove(of_trial.trial)
+                before = yardstick(train_split, few)
+                done = run(of_trial, config, resume, on_step=on_step)
+                seconds = (before + yardstick(train_split, few)) / 2
+                trial = Trial(seed, done.test_accuracy, done.train_seconds, seconds)
+                write_json(of_trial.trial, {"config": config.record(), "trial": asdict(trial)})
+            trials.append(trial)
+            report(f"{recipe}, seed {seed}: {trial.test_accuracy:.2%}, 1/{1 / trial.share:,.0f}")
         parameters = sum(p.numel() for p in build(RECIPES[recipe], 10).parameters())
         rows.append(TrainingRow(recipe, parameters, multiply_adds(recipe), tuple(trials)))
     return rows
+
+
+def _finished(paths: Paths, config: TrainConfig) -> Trial | None:
+    """The trial that an earlier benchmark finished with the same settings."""
+    if not paths.trial.exists():
+        return None
+    record = read_json(paths.trial, "run the benchmark without --resume")
+    return Trial(**record["trial"]) if record.get("config") == config.record() else None

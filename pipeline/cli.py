@@ -337,12 +337,13 @@ def report_command(settings: Settings, name: str | None, figures: bool, readme: 
 
 @main.command()
 @click.option("--what", type=click.Choice(["train"]), default="train", show_default=True)
-@click.option("--recipes", default="quick,standard", show_default=True)
-@click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for quick, else 3]")
+@click.option("--recipes", default="quick,record,standard", show_default=True)
+@click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
+@click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
 @click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
 @click.pass_obj
 def benchmark_command(
-    settings: Settings, what: str, recipes: str, seeds: int | None, figures: bool
+    settings: Settings, what: str, recipes: str, seeds: int | None, resume: bool, figures: bool
 ) -> None:
     """Measure recipes against the yardstick, in one run.
 
@@ -355,7 +356,7 @@ def benchmark_command(
 
     paths = paths_of(settings)
     names = [recipe_name.strip() for recipe_name in recipes.split(",")]
-    rows = benchmark_training(paths, names, seeds, settings.say)
+    rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
     records = [row.record() for row in rows]
     text = "\n".join(map(str, rows))
     if figures:

@@ -55,6 +55,10 @@ class Paths:
         return self.run_folder / "summary.json"
 
     @property
+    def trial(self) -> Path:
+        return self.run_folder / "trial.json"
+
+    @property
     def exported(self) -> Path:
         return self.root / "exported"
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import Chain, error_line
@@ -6,6 +7,7 @@ from conftest import Chain, error_line
 from pipeline import benchmark
 from pipeline.benchmark import TrainingRow, Trial, multiply_adds
 from pipeline.config import RECIPES
+from pipeline.replay import machine
 from pipeline.report import training_markdown
 
 
@@ -44,7 +46,37 @@ def test_the_benchmark_trains_scores_and_renders(
     assert "| `quick` | 101,770 |" in training_markdown(figure)
 
 
+@pytest.mark.slow
+def test_a_benchmark_goes_on_where_it_stopped_and_keeps_the_rows_of_other_recipes(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "YARDSTICK_EPOCHS", 0.002)
+    monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=0.1))
+    monkeypatch.setitem(RECIPES, "best", replace(RECIPES["note"], epochs=0.2))
+    (empty.root / "README.md").write_text("")
+    first = empty.record("benchmark", "--recipes", "quick", "--seeds", "1", "--figures")
+    both = ["benchmark", "--recipes", "quick", "--seeds", "2", "--resume"]
+    again = empty.record(*both)
+    assert again["rows"][0]["trials"][0] == first["rows"][0]["trials"][0]
+    assert len(again["rows"][0]["trials"]) == 2
+    fresh = empty.record(*both[:-1])
+    assert fresh["rows"][0]["trials"][0]["seconds"] != first["rows"][0]["trials"][0]["seconds"]
+    empty.record("benchmark", "--recipes", "best", "--seeds", "1", "--figures")
+    figure = json.loads((empty.paths.figures / "training.json").read_text())
+    assert [row["recipe"] for row in figure["rows"]] == ["quick", "best"]
+
+
+def test_the_table_says_how_long_quick_takes_beside_the_record() -> None:
+    trials = (Trial(1, 0.99, 5, 1000),)
+    row = {**TrainingRow("quick", 1, 1, trials).record(), **machine()}
+    table = training_markdown(
+        {"command": "c", "rows": [row, {**row, "recipe": "record", "share": 0.01}]}
+    )
+    assert "`quick` takes 0.50 of the time of `record`" in table
+    assert "| 1/200 |" in table
+
+
 def test_an_unknown_recipe_is_refused_before_anything_is_trained(empty: Chain) -> None:
-    result = empty.run("benchmark", "--recipes", "quick,best")
+    result = empty.run("benchmark", "--recipes", "quick,bset")
     assert result.exit_code == 1
     assert "recipe must be one of" in error_line(result)

@@ -23,9 +23,9 @@ def test_stale_figures_are_listed(tmp_path: Path) -> None:
     shutil.copytree(FIGURES, tmp_path / "figures")
     figure = tmp_path / "figures" / "agreement.json"
     edit_json(figure, lambda record: record.update(sources_sha256=report.sources_digest()))
-    assert report.stale(tmp_path / "figures") == []
+    assert "agreement.json" not in report.stale(tmp_path / "figures")
     edit_json(figure, lambda record: record.update(sources_sha256="0" * 64))
-    assert report.stale(tmp_path / "figures") == ["agreement.json"]
+    assert "agreement.json" in report.stale(tmp_path / "figures")
     if old := report.stale(FIGURES):  # told, not failed: a change need not be measured at once
         with warnings.catch_warnings():
             warnings.simplefilter("default")
