@@ -118,7 +118,9 @@ figures: $(AGREEMENT) ## measure the README's figures anew and render them
 	$(PIPELINE) validate exported/model_repository
 	$(PIPELINE) report --name $(NAME) --figures
 
-.PHONY: prove-resume prove-best
+.PHONY: gpu-check prove-resume prove-best
+gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
+	$(PIPELINE) gpu-check --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
 	$(PIPELINE) benchmark --what train --recipes best --resume --figures
 prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write

@@ -21,10 +21,14 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
     """
     if not recipe.distorts:
         return images
-    size = (len(images), 1, *images.shape[2:])
-    grid = functional.affine_grid(_affine(len(images), recipe, images.device), list(size), False)
+    count, device = len(images), images.device
+    weights = _affine(count, recipe, device)  # (B, 2, 3)
     if recipe.elastic:
-        grid = grid + _bend(images, recipe.elastic)  # (B, H, W, 2)
+        bend = torch.rand(count, 2, ELASTIC_SIDE**2, device=device) * 2 - 1  # -1 to 1
+        weights = torch.cat([weights, bend * recipe.elastic], dim=2)  # (B, 2, 3 + S^2)
+    high, wide = images.shape[2:]
+    basis = _basis(high, wide, device)[: weights.shape[2]]  # (3 + S^2 or 3, H W)
+    grid = (weights.flatten(0, 1) @ basis).view(count, 2, high, wide).permute(0, 2, 3, 1)
     return functional.grid_sample(images.float(), grid, align_corners=False)
 
 
@@ -42,16 +46,16 @@ def _affine(count: int, recipe: Recipe, device: torch.device) -> Tensor:
     return torch.stack([first, second], dim=1)
 
 
-def _bend(images: Tensor, strength: float) -> Tensor:
-    """Smooth random displacements (B, H, W, 2): those of a coarse grid, interpolated."""
-    coarse = torch.rand(len(images), 2, ELASTIC_SIDE, ELASTIC_SIDE, device=images.device) * 2 - 1
-    high, wide = (_interpolation(side, images.device) for side in images.shape[2:])
-    return (high @ (coarse * strength) @ wide.T).permute(0, 2, 3, 1)
-
-
 @cache
-def _interpolation(side: int, device: torch.device) -> Tensor:
-    """The matrix (side, S) that interpolates a coarse line: faster than doing so for each image."""
-    identity = torch.eye(ELASTIC_SIDE, device=device)[None, :, :, None]  # (1, S, S, 1)
-    lines = functional.interpolate(identity, (side, 1), mode="bicubic", align_corners=True)
-    return lines[0, :, :, 0].T.contiguous()
+def _basis(high: int, wide: int, device: torch.device) -> Tensor:
+    """What the displacement of each pixel is a sum of, (3 + S^2, H W), so that one product does it.
+
+    Its coordinates as `grid_sample` has them, one, and a bump for each point of the coarse grid
+    (Simard et al. 2003 smooth random displacements with a Gaussian; these are bicubic).
+    """
+    across, down = ((2 * torch.arange(side) + 1) / side - 1 for side in (wide, high))
+    ones = torch.ones(high, wide)
+    affine = torch.stack([ones * across, ones * down[:, None], ones])  # (3, H, W)
+    points = torch.eye(ELASTIC_SIDE**2).view(-1, 1, ELASTIC_SIDE, ELASTIC_SIDE)
+    bumps = functional.interpolate(points, (high, wide), mode="bicubic", align_corners=True)
+    return torch.cat([affine, bumps[:, 0]]).flatten(1).to(device)

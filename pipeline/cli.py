@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from pipeline import __doc__ as summary
 from pipeline.cli_data import data_group
+from pipeline.cli_measure import benchmark_command, gpu_check_command
 from pipeline.cli_serve import serve
 from pipeline.command import Group, Settings, dataset_option, name_option, paths_of
 from pipeline.config import (
@@ -40,6 +41,8 @@ def main() -> None:
 
 main.add_command(data_group)
 main.add_command(serve)
+main.add_command(benchmark_command)
+main.add_command(gpu_check_command)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -333,36 +336,6 @@ def report_command(settings: Settings, name: str | None, figures: bool, readme: 
         text += f"\nwrote {save_figures(paths)}"
         render_readme(paths.root / readme, paths.figures)
     settings.result(asdict(table), text, "pipeline serve")
-
-
-@main.command()
-@click.option("--what", type=click.Choice(["train"]), default="train", show_default=True)
-@click.option("--recipes", default="quick,record,standard", show_default=True)
-@click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
-@click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
-@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
-@click.pass_obj
-def benchmark_command(
-    settings: Settings, what: str, recipes: str, seeds: int | None, resume: bool, figures: bool
-) -> None:
-    """Measure recipes against the yardstick, in one run.
-
-    \b
-    Example:
-      pipeline benchmark --what train --recipes quick --seeds 3
-    """
-    from pipeline.benchmark import benchmark_training
-    from pipeline.report import render_readme, save_training
-
-    paths = paths_of(settings)
-    names = [recipe_name.strip() for recipe_name in recipes.split(",")]
-    rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
-    records = [row.record() for row in rows]
-    text = "\n".join(map(str, rows))
-    if figures:
-        text += f"\nwrote {save_training(paths, records)}"
-        render_readme(paths.root / "README.md", paths.figures)
-    settings.result({"what": what, "rows": records}, text, "pipeline train")
 
 
 if __name__ == "__main__":

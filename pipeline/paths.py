@@ -55,6 +55,10 @@ class Paths:
         return self.run_folder / "summary.json"
 
     @property
+    def board(self) -> Path:
+        return self.run_folder / "tensorboard"
+
+    @property
     def trial(self) -> Path:
         return self.run_folder / "trial.json"
 
@@ -121,6 +125,10 @@ class Paths:
     @property
     def triton_environment(self) -> Path:
         return self.root / ".venv-triton"
+
+    @property
+    def gpu(self) -> Path:
+        return self.figures / "gpu.json"
 
     @property
     def figures(self) -> Path:

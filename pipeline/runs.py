@@ -1,6 +1,7 @@
 """A run in its folder: its records, its resume, and the one look at the test split."""
 
 import contextlib
+import importlib.util
 import json
 import signal
 import threading
@@ -140,12 +141,15 @@ class _Records:
         else:
             _forget(paths)
         write_json(paths.run_config, config.record())
+        self.board = _board(paths, self.state.step if self.state else 0)
         self.history = _history(paths, self.state.step if self.state else 0)
 
     def progress(self, progress: Progress) -> None:
         """Show where the run stands; keep it where the accuracy was measured."""
         if not self.is_first:
             return
+        if self.board:
+            _show(self.board, progress)
         if progress.validation_accuracy is None:
             self.on_step(progress)
             return
@@ -157,6 +161,27 @@ class _Records:
     def save(self, state: State) -> None:
         if self.is_first:
             save_state(self.paths, state, self.identity)
+
+
+def _board(paths: Paths, step: int) -> Any:
+    """TensorBoard's writer, which goes on after `step`; None where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(paths.board, purge_step=step + 1 if step else None)
+
+
+def _show(board: Any, progress: Progress) -> None:
+    """Let TensorBoard have every tenth step, and each that was scored."""
+    accuracy = progress.validation_accuracy
+    if progress.step % 10 == 0 or accuracy is not None:
+        board.add_scalar("loss", progress.loss, progress.step)
+        board.add_scalar("learning rate", progress.lr, progress.step)
+        board.add_scalar("images per second", progress.images_per_second, progress.step)
+    if accuracy is not None:
+        board.add_scalar("validation accuracy", accuracy, progress.step)
+        board.flush()
 
 
 def _conclude(
@@ -239,7 +264,7 @@ def _finished(paths: Paths, config: TrainConfig) -> Summary:
 
 def _forget(paths: Paths) -> None:
     """Remove what an earlier run of this name left, its claim to be finished first."""
-    for path in (paths.summary, paths.weights, paths.metrics, paths.checkpoint):
+    for path in (paths.summary, paths.weights, paths.metrics, paths.checkpoint, paths.board):
         remove(path)
 
 

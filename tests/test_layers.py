@@ -14,14 +14,24 @@ ORDER = [
     *("errors", "config", "paths", "files", "images", "data", "sources", "evaluate"),
     *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "graph"),
     *("export", "runtime", "validate", "triton", "package", "query", "replay"),
-    *("tritonserver", "serve", "supervise", "prove", "benchmark", "report", "command", "cli_data"),
-    *("cli_serve", "cli", "__main__"),
+    *(
+        "tritonserver",
+        "serve",
+        "supervise",
+        "prove",
+        "gpu",
+        "benchmark",
+        "report",
+        "command",
+        "cli_data",
+    ),
+    *("cli_serve", "cli_measure", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
     "torch": {
         *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "export"),
-        "benchmark",
+        *("gpu", "benchmark"),
     },
     "safetensors": {"checkpoint"},
     "onnx": {"graph", "export"},
@@ -32,7 +42,8 @@ HOMES = {
     "greenlet": {"query"},
     "PIL": {"images"},
     "pooch": {"sources"},
-    "click": {"command", "cli_data", "cli_serve", "cli"},
+    "tensorboard": set(),  # through torch, where it is installed
+    "click": {"command", "cli_data", "cli_serve", "cli_measure", "cli"},
 }
 
 

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import signal
@@ -140,6 +141,27 @@ def test_a_run_leaves_its_records(made: Chain) -> None:
     lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     assert lines[-1]["validation_accuracy"] == summary["validation_accuracy"]
     assert not paths.checkpoint.exists()
+
+
+def test_tensorboard_is_told_where_it_is_installed(made: Chain) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(made.paths.board))
+    events.Reload()
+    summary = json.loads(made.paths.summary.read_text())
+    (accuracy,) = events.Scalars("validation accuracy")
+    assert accuracy.step == summary["steps"]
+    assert accuracy.value == pytest.approx(summary["validation_accuracy"])
+    assert len(events.Scalars("loss")) >= summary["steps"] // 10
+
+
+def test_without_tensorboard_training_goes_on_without_it(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert empty.run("train", "--epochs", "0.01").exit_code == 0
+    assert not empty.paths.board.exists()
 
 
 @pytest.mark.slow

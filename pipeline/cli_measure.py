@@ -1,0 +1,57 @@
+"""The commands that measure, and keep what they measured as figures."""
+
+from dataclasses import asdict
+
+import click
+
+from pipeline.command import Command, Settings, paths_of
+
+
+@click.command(cls=Command)
+@click.option("--what", type=click.Choice(["train"]), default="train", show_default=True)
+@click.option("--recipes", default="quick,record,standard", show_default=True)
+@click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
+@click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
+@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
+@click.pass_obj
+def benchmark_command(
+    settings: Settings, what: str, recipes: str, seeds: int | None, resume: bool, figures: bool
+) -> None:
+    """Measure recipes against the yardstick, in one run.
+
+    \b
+    Example:
+      pipeline benchmark --what train --recipes quick --seeds 3
+    """
+    from pipeline.benchmark import benchmark_training
+    from pipeline.report import render_readme, save_training
+
+    paths = paths_of(settings)
+    names = [recipe_name.strip() for recipe_name in recipes.split(",")]
+    rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
+    records = [row.record() for row in rows]
+    text = "\n".join(map(str, rows))
+    if figures:
+        text += f"\nwrote {save_training(paths, records)}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result({"what": what, "rows": records}, text, "pipeline train")
+
+
+@click.command(cls=Command)
+@click.option("--signed-off-by", required=True, help="Who ran it and answers for it.")
+@click.pass_obj
+def gpu_check_command(settings: Settings, signed_off_by: str) -> None:
+    """Verify training, export and validation on a GPU, for the README to say so.
+
+    \b
+    Example:
+      pipeline gpu-check --signed-off-by "Ada Lovelace"
+    """
+    from pipeline.gpu import gpu_check
+    from pipeline.report import render_readme
+
+    paths = paths_of(settings)
+    check = gpu_check(paths, signed_off_by, settings.say)
+    render_readme(paths.root / "README.md", paths.figures)
+    text = f"{check.device}: {check.tests} tests, {check.test_accuracy:.2%}\nwrote {paths.gpu}"
+    settings.result(asdict(check), text, f"git commit {paths.gpu} {paths.root / 'README.md'}")
