@@ -22,8 +22,8 @@ from pipeline.config import (
     PackageConfig,
     Recipe,
     TrainConfig,
-    recipe,
 )
+from pipeline.config import recipe as recipe_named
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.paths import MODEL_NAMES, Paths
@@ -73,7 +73,6 @@ def _given(names: set[str]) -> bool:
 @click.option("--run", help="A name for this run.  [default: the model's name]")
 @click.option(
     "--recipe",
-    "recipe_name",
     type=click.Choice(list(RECIPES)),
     default=DEFAULT_RECIPE,
     show_default=True,
@@ -104,7 +103,7 @@ def train_command(
     /,
     dataset: str,
     run: str | None,
-    recipe_name: str,
+    recipe: str,
     seed: int,
     device: str,
     compiled: bool,
@@ -123,10 +122,9 @@ def train_command(
     from pipeline.runs import run as train
 
     paths = paths_of(settings, run=run or MODEL_NAMES.get(dataset, dataset))
-    config = TrainConfig(
-        recipe_name, recipe(recipe_name, **changes), dataset, seed, device, compiled
-    )
-    if resume and not _given({"recipe_name", "seed", "device", "compiled", *changes}):
+    changed = recipe_named(recipe, dataset, **changes)
+    config = TrainConfig(recipe, changed, dataset, seed, device, compiled)
+    if resume and not _given({"recipe", "seed", "device", "compiled", *changes}):
         config = recorded_config(paths) or config
     done = train(paths, config, resume, settings.say, settings.say, settings.update, save_every)
     text = (

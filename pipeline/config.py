@@ -142,7 +142,20 @@ RECIPES = {
         weight_decay=0.0,
     ),
 }
-DEFAULT_RECIPE = "quick"
+DEFAULT_RECIPE = "standard"
+# What another kind of pictures wants of a recipe that distorts its images. Clothes are not written:
+# they neither lean nor bend, but they may be mirrored, and take a wider network longer to tell.
+FOR_DATASET: dict[str, dict[str, Any]] = {
+    "fashion-mnist": {
+        "channels": (24, 48, 96, 128),
+        "epochs": 16.0,
+        "mirror": 0.5,
+        "rotate": 0.04,
+        "stretch": 0.05,
+        "shear": 0.04,
+        "elastic": 0.0,
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -177,10 +190,12 @@ class TrainConfig:
         return cls(settings=Recipe(**settings), **fields)
 
 
-def recipe(name: str, **changes: Any) -> Recipe:
-    """The recipe called `name`, with some fields changed; None leaves a field as it is."""
+def recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
+    """The recipe called `name` for a data set, with some fields changed; None changes nothing."""
     _choice("recipe", name, tuple(RECIPES))
-    return replace(RECIPES[name], **{key: v for key, v in changes.items() if v is not None})
+    of_dataset = FOR_DATASET.get(dataset, {}) if RECIPES[name].distorts else {}
+    given = {key: value for key, value in changes.items() if value is not None}
+    return replace(RECIPES[name], **{**of_dataset, **given})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import TrainConfig
+from pipeline.config import RECIPES, TrainConfig
 from pipeline.device import choose
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.export import export
@@ -86,7 +86,7 @@ def train_twice(
     paths: Paths, device: str, report: Callable[[str], None], config: TrainConfig | None = None
 ) -> tuple[Summary, Summary]:
     """Runs of the quick recipe on `device`, as it is and compiled."""
-    asked = replace(config or TrainConfig("quick"), device=device)
+    asked = replace(config or TrainConfig("quick", RECIPES["quick"]), device=device)
     summaries = []
     for compiled in (True, False):  # the plain one last: it is the one that is exported
         done = run(replace(paths, run=NAME), replace(asked, compiled=compiled), report=report)

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).parent.parent
 # An eighth of an epoch: seconds of training, and yet a network that reads digits.
-SHORT_TRAINING = ["--epochs", "0.125"]
+SHORT_TRAINING = ["--recipe", "quick", "--epochs", "0.125"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from conftest import REPOSITORY, Chain, error_line
 
 from pipeline.cli import main
-from pipeline.config import RECIPES, TrainConfig
+from pipeline.config import DEFAULT_RECIPE, RECIPES, TrainConfig
 
 PIPELINE = [sys.executable, "-m", "pipeline"]
 
@@ -85,7 +85,7 @@ def test_flag_wins_over_environment_over_file_over_default(
         assert result.exit_code == 0, result.output
         config = TrainConfig.from_record(json.loads(empty.paths.run_config.read_text()))
         assert (config.seed, config.settings.epochs, config.settings.lr) == (4, 0.01, 0.25)
-        assert config.settings.batch_size == RECIPES["quick"].batch_size
+        assert config.settings.batch_size == RECIPES[DEFAULT_RECIPE].batch_size
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_an_unwritable_root_is_one_sentence(tmp_path: Path, made: Chain) -> None
     file.write_text("")
     (tmp_path / "data").symlink_to(made.root / "data")
     (tmp_path / "runs").symlink_to(file)
-    result = Chain(tmp_path).run("train", "--epochs", "0.01")
+    result = Chain(tmp_path).run("train", "--recipe", "quick", "--epochs", "0.01")
     assert result.exit_code == 1
     assert "cannot write" in error_line(result)
 

@@ -57,3 +57,11 @@ def test_settings_are_checked_where_they_are_born() -> None:
         ServeConfig(http_port=0)
     with pytest.raises(PipelineError, match="port"):
         ServeConfig(http_port=8000, grpc_port=8000)
+
+
+def test_clothes_are_mirrored_where_digits_are_bent_and_options_still_win() -> None:
+    digits, clothes = recipe("standard"), recipe("standard", "fashion-mnist", elastic=0.03)
+    assert (digits.mirror, clothes.mirror) == (0, 0.5)
+    assert clothes.elastic == 0.03
+    assert clothes.batch_size == digits.batch_size
+    assert recipe("quick", "fashion-mnist") == recipe("quick")  # it distorts nothing

@@ -64,7 +64,18 @@ def test_a_step_of_two_processes_is_the_step_of_one_on_the_same_batch(tmp_path: 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_job_with_a_message_and_the_rest_is_resumed(empty: Chain) -> None:
     # After "--" torchrun does not take our --run for the beginning of its own --run-path.
-    train = ["-m", "--", "pipeline", "--root", str(empty.root), "train", "--epochs", "0.25"]
+    train = [
+        "-m",
+        "--",
+        "pipeline",
+        "--root",
+        str(empty.root),
+        "train",
+        "--recipe",
+        "quick",
+        "--epochs",
+        "0.25",
+    ]
     whole = in_two_processes(*train, "--run", "whole")
     assert whole.returncode == 0, whole.stderr
     assert whole.stderr.count("training whole with") == 1  # the first process speaks for all
@@ -84,7 +95,7 @@ def test_a_lost_process_ends_the_job_with_a_message_and_the_rest_is_resumed(empt
     assert "resuming after step" in resumed.stderr
     runs = [empty.root / "runs" / run / "model.safetensors" for run in ("whole", "cut")]
     assert sha256(runs[0]) == sha256(runs[1])
-    alone = empty.run("train", "--epochs", "0.25", "--run", "cut", "--resume")
+    alone = empty.run("train", "--recipe", "quick", "--epochs", "0.25", "--run", "cut", "--resume")
     assert alone.exit_code == 0  # it is finished: how many processes made it is no setting
 
 

@@ -160,13 +160,13 @@ def test_without_tensorboard_training_goes_on_without_it(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert empty.run("train", "--epochs", "0.01").exit_code == 0
+    assert empty.run("train", "--recipe", "quick", "--epochs", "0.01").exit_code == 0
     assert not empty.paths.board.exists()
 
 
 @pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes(made: Chain, empty: Chain) -> None:
-    record = empty.record("train", "--epochs", "0.125")
+    record = empty.record("train", "--recipe", "quick", "--epochs", "0.125")
     assert record["weights_sha256"] == sha256(made.paths.weights)
 
 
@@ -187,7 +187,7 @@ def test_the_test_split_is_read_once_and_after_training(
 
     monkeypatch.setattr(runs, "load_split", load)
     monkeypatch.setattr(runs, "train", trained)
-    assert empty.run("train", "--epochs", "0.01").exit_code == 0
+    assert empty.run("train", "--recipe", "quick", "--epochs", "0.01").exit_code == 0
     assert events == ["train", "validation", "trained", "validation", "test"]
 
 
@@ -217,23 +217,26 @@ def test_ctrl_c_exits_130_and_the_run_resumes_to_the_same_bytes(
 ) -> None:
     with monkeypatch.context() as patched:
         interrupt_after(0.05, patched)
-        stopped = empty.run("train", "--epochs", "0.125")
+        stopped = empty.run("train", "--recipe", "quick", "--epochs", "0.125")
     assert stopped.exit_code == 130
     assert "interrupted" in stopped.stderr
     assert not empty.paths.summary.exists()
     unfinished = empty.run("export")
     assert unfinished.exit_code == 1
     assert "the run is not finished" in error_line(unfinished)
-    other = empty.run("train", "--epochs", "0.125", "--resume", "--seed", "7", "--lr", "0.01")
+    other = empty.run(
+        "train", "--recipe", "quick", "--epochs", "0.125", "--resume", "--seed", "7", "--lr", "0.01"
+    )
     assert other.exit_code == 1
-    assert "lr was 0.015, is 0.01; seed was 0, is 7" in error_line(other)
+    lr = RECIPES["quick"].lr
+    assert f"lr was {lr}, is 0.01; seed was 0, is 7" in error_line(other)
     resumed = empty.run("train", "--resume")  # alone: with the settings that the run began with
     assert resumed.exit_code == 0, resumed.output
     assert "resuming after step" in resumed.stderr
     assert sha256(empty.paths.weights) == sha256(made.paths.weights)
-    again = empty.record("train", "--epochs", "0.125", "--resume")
+    again = empty.record("train", "--recipe", "quick", "--epochs", "0.125", "--resume")
     assert again["weights_sha256"] == sha256(made.paths.weights)
-    changed = empty.run("train", "--epochs", "0.25", "--resume")
+    changed = empty.run("train", "--recipe", "quick", "--epochs", "0.25", "--resume")
     assert changed.exit_code == 1
     assert "is finished, with other settings" in error_line(changed)
 
@@ -243,18 +246,18 @@ def test_resume_state_whose_bytes_changed_is_refused_with_4(
 ) -> None:
     with monkeypatch.context() as patched:
         interrupt_after(0.05, patched)
-        empty.run("train", "--epochs", "0.125")
+        empty.run("train", "--recipe", "quick", "--epochs", "0.125")
     (state,) = empty.paths.checkpoint.glob("step-*.safetensors")
     flip_bit(state)
-    refused = empty.run("train", "--epochs", "0.125", "--resume")
+    refused = empty.run("train", "--recipe", "quick", "--epochs", "0.125", "--resume")
     assert refused.exit_code == 4
     assert state.name in error_line(refused)
     state.unlink()
-    assert empty.run("train", "--epochs", "0.125", "--resume").exit_code == 4
+    assert empty.run("train", "--recipe", "quick", "--epochs", "0.125", "--resume").exit_code == 4
 
 
 def test_resume_without_a_checkpoint_starts_fresh(empty: Chain) -> None:
-    result = empty.run("train", "--epochs", "0.01", "--resume")
+    result = empty.run("train", "--recipe", "quick", "--epochs", "0.01", "--resume")
     assert result.exit_code == 0
     assert "no checkpoint yet" in result.stderr
 
@@ -301,4 +304,4 @@ def test_train_without_data_says_how_to_fetch_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_quick_recipe_reads_989_of_1000_digits_and_more(empty: Chain) -> None:
-    assert empty.record("train")["test_accuracy"] >= 0.989
+    assert empty.record("train", "--recipe", "quick")["test_accuracy"] >= 0.989

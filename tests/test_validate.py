@@ -277,7 +277,7 @@ def test_validate_exits_3_on_a_broken_export_and_leaves_no_proof_but_findings(
 
 
 def test_validate_refuses_an_export_of_other_weights(chain: Chain) -> None:
-    assert chain.run("train", "--epochs", "0.01").exit_code == 0
+    assert chain.run("train", "--recipe", "quick", "--epochs", "0.01").exit_code == 0
     result = chain.run("validate")
     assert result.exit_code == 3
     assert "exported from other weights" in error_line(result)
