@@ -4,6 +4,7 @@
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -53,3 +54,11 @@ def _interpolation(side: int, device: torch.device) -> Tensor:
     identity = torch.eye(ELASTIC_SIDE, device=device)[None, :, :, None]  # (1, S, S, 1)
     lines = functional.interpolate(identity, (side, 1), mode="bicubic", align_corners=True)
     return lines[0, :, :, 0].T.contiguous()
+
+
+def examples(images: np.ndarray, recipe: Recipe, draws: int, seed: int = 0) -> np.ndarray:
+    """What the recipe makes of uint8 images (N, 1, H, W): uint8 (N, draws, 1, H, W)."""
+    torch.manual_seed(seed)
+    repeated = torch.from_numpy(images).repeat_interleave(draws, dim=0)  # (N * draws, 1, H, W)
+    distorted = augment(repeated, recipe).round().to(torch.uint8).numpy()
+    return distorted.reshape(len(images), draws, *images.shape[1:])

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import torch
 
 from pipeline.checkpoint import (
     START_OVER,
+    State,
     load_checkpoint,
     load_state,
     save_state,
@@ -26,7 +29,10 @@ from pipeline.evaluate import calibration_error, fit_temperature, predict, score
 from pipeline.files import read_json, remove, write_bytes, write_json
 from pipeline.model import Network, eager_predictor
 from pipeline.paths import Paths
+from pipeline.predictions import save_predictions
 from pipeline.train import Progress, train
+
+CURVE_POINTS = 200  # of the training loss that a run keeps, at most
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class Summary:
     uncalibrated_error: float  # test_calibration_error before
     weights_sha256: str
     data_sha256: dict[str, str]
+    predictions_sha256: str = ""  # this and the next two: runs of old did not keep them
+    python: str = ""
+    system: str = ""
 
 
 @contextlib.contextmanager
@@ -105,12 +114,17 @@ def run(
 
     def record(progress: Progress) -> None:
         if progress.validation_accuracy is None:
+            if _is_on_curve(progress):
+                history.append(_line(progress))
             on_step(progress)
             return
-        history.append(asdict(progress))
-        lines = "".join(json.dumps(line) + "\n" for line in history)
-        write_bytes(paths.metrics, lines.encode())
+        history.append(_line(progress))
+        _write_history(paths, history)
         on_epoch(progress)
+
+    def save(new: State) -> None:
+        _write_history(paths, history)  # first: a resume keeps the lines up to its step
+        save_state(paths, new, identity)
 
     with deferred_interrupt() as is_stopped:
         model, last = train(
@@ -120,7 +134,7 @@ def run(
             placement,
             state,
             record,
-            lambda new: save_state(paths, new, identity),
+            save,
             is_stopped,
         )
     return _conclude(paths, config, placement, model, last)
@@ -160,6 +174,9 @@ def _conclude(
         uncalibrated_error=calibration_error(raw, test.labels),
         weights_sha256=save_weights(paths, model, config, test.classes),
         data_sha256=digests(config.dataset),
+        predictions_sha256=save_predictions(paths, outputs, test.labels),
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
     )
     write_json(paths.summary, asdict(summary))
     remove(paths.checkpoint)
@@ -198,14 +215,31 @@ def _finished(paths: Paths, config: TrainConfig) -> Summary:
             f"run {paths.run} is finished, with other settings (see {paths.run_config}): "
             "choose another --run, or train without --resume to replace it"
         )
-    fields = {name: checkpoint.summary[name] for name in Summary.__dataclass_fields__}
-    return Summary(**fields)
+    known = Summary.__dataclass_fields__.keys() & checkpoint.summary.keys()
+    return Summary(**{name: checkpoint.summary[name] for name in known})
 
 
 def _forget(paths: Paths) -> None:
     """Remove what an earlier run of this name left, its claim to be finished first."""
-    for path in (paths.summary, paths.weights, paths.metrics, paths.checkpoint):
+    for path in (
+        *(paths.summary, paths.page, paths.weights, paths.predictions),
+        *(paths.metrics, paths.checkpoint),
+    ):
         remove(path)
+
+
+def _is_on_curve(progress: Progress) -> bool:
+    """Whether the loss of this step is kept: a function of the step, so that a resume is exact."""
+    steps = round(progress.epochs * progress.step / progress.epoch)
+    return progress.step % math.ceil(steps / CURVE_POINTS) == 0
+
+
+def _line(progress: Progress) -> dict[str, Any]:
+    return {name: value for name, value in asdict(progress).items() if value is not None}
+
+
+def _write_history(paths: Paths, history: list[dict[str, Any]]) -> None:
+    write_bytes(paths.metrics, "".join(json.dumps(line) + "\n" for line in history).encode())
 
 
 def _history(paths: Paths, step: int) -> list[dict[str, Any]]:
