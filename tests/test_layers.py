@@ -12,10 +12,11 @@ PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
     *("errors", "config", "paths", "files", "images", "data", "sources", "evaluate"),
+    "predictions",
     *("device", "augment", "model", "checkpoint", "train", "runs", "graph"),
     *("export", "runtime", "validate", "triton", "package", "query", "replay"),
-    *("tritonserver", "serve", "supervise", "prove", "benchmark", "report", "command", "cli_data"),
-    *("cli_serve", "cli", "__main__"),
+    *("tritonserver", "serve", "supervise", "prove", "benchmark", "report"),
+    *("figures", "answers", "page", "command", "cli_data", "cli_serve", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
@@ -28,6 +29,8 @@ HOMES = {
     "geventhttpclient": {"query"},
     "greenlet": {"query"},
     "PIL": {"images"},
+    "matplotlib": {"figures"},
+    "jinja2": {"page"},
     "pooch": {"sources"},
     "click": {"command", "cli_data", "cli_serve", "cli"},
 }
