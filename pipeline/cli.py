@@ -337,7 +337,8 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
         return paths if name else replace(paths, name=_name_of_run(paths))
     if not paths.manifest.exists():
         return paths
-    return replace(paths, run=str(read_json(paths.manifest, "run 'pipeline export' again")["run"]))
+    manifest = read_json(paths.manifest, "run 'pipeline export' again")
+    return replace(paths, run=str(manifest.get("run", paths.run)))
 
 
 @main.command()
