@@ -23,6 +23,7 @@ SERVER_PIP := .venv-triton/bin/python -m pip --disable-pip-version-check
 DATA := $(addprefix data/$(DATASET)/,train-images-idx3-ubyte train-labels-idx1-ubyte \
 	t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
 SUMMARY := runs/$(RUN)/summary.json
+PAGE := runs/$(RUN)/report.html
 ONNX := exported/$(NAME)/model.onnx
 VALIDATION := exported/$(NAME)/validation.json
 PACKAGED := exported/model_repository/$(NAME)/config.pbtxt
@@ -32,22 +33,27 @@ AGREEMENT := exported/$(NAME)/agreement.json
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.PHONY: all data train export validate package prove
+.PHONY: all data train report export validate package prove
 all: prove ## everything: data to a model proven on a real server, on a fresh machine as well
 
 data: $(DATA) ## fetch the data set
 train: $(SUMMARY) ## train the network (RECIPE, DATASET, SEED, RUN, NPROC)
+report: $(PAGE) ## write one page about the run: curves, mistakes, calibration
 export: $(ONNX) ## export it to ONNX (NAME)
 validate: $(VALIDATION) ## prove ONNX Runtime equal to eager PyTorch
 package: $(PACKAGED) ## add it to the Triton model repository
 prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
-	@$(PIPELINE) report --name $(NAME)
+	@$(PIPELINE) report --run $(RUN) --name $(NAME)
 
 $(DATA) &: | .venv/done
 	$(PIPELINE) data fetch --dataset $(DATASET)
 
 $(SUMMARY): $(DATA) runs/$(RUN)/.settings | .venv/done
 	$(TRAIN) --run $(RUN) --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED)
+
+# Written anew when there is a new export as well; what `prove` adds, it adds itself.
+$(PAGE): $(SUMMARY) $(wildcard exported/$(NAME)/manifest.json) | .venv/done
+	$(PIPELINE) report --run $(RUN) --name $(NAME)
 
 $(ONNX): $(SUMMARY) exported/$(NAME)/.settings | .venv/done
 	$(PIPELINE) export --run $(RUN) --name $(NAME)
@@ -116,7 +122,7 @@ format: .venv/done ## let ruff format the code
 
 figures: $(AGREEMENT) ## measure the README's figures anew and render them
 	$(PIPELINE) validate exported/model_repository
-	$(PIPELINE) report --name $(NAME) --figures
+	$(PIPELINE) report --run $(RUN) --name $(NAME) --figures
 
 .PHONY: best
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
@@ -133,7 +139,7 @@ prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100
 system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends curl dataset-fashion-mnist > /dev/null
+	apt-get install -y -qq --no-install-recommends curl chromium dataset-fashion-mnist > /dev/null
 
 .PHONY: clean clean-venv
 clean: ## remove exports and caches, never data or runs

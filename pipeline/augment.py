@@ -4,6 +4,7 @@
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -59,3 +60,11 @@ def _basis(high: int, wide: int, device: torch.device) -> Tensor:
     points = torch.eye(ELASTIC_SIDE**2).view(-1, 1, ELASTIC_SIDE, ELASTIC_SIDE)
     bumps = functional.interpolate(points, (high, wide), mode="bicubic", align_corners=True)
     return torch.cat([affine, bumps[:, 0]]).flatten(1).to(device)
+
+
+def examples(images: np.ndarray, recipe: Recipe, draws: int, seed: int = 0) -> np.ndarray:
+    """What the recipe makes of uint8 images (N, 1, H, W): uint8 (N, draws, 1, H, W)."""
+    torch.manual_seed(seed)
+    repeated = torch.from_numpy(images).repeat_interleave(draws, dim=0)  # (N * draws, 1, H, W)
+    distorted = augment(repeated, recipe).round().to(torch.uint8).numpy()
+    return distorted.reshape(len(images), draws, *images.shape[1:])

@@ -2,6 +2,7 @@
 
 # Shape letters: N images, K classes.
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,25 @@ class Difference:
     max_abs_diff: float  # over all outputs; infinite where one is not finite
     differing: int  # images whose most likely class differs
     worst: int  # index of the image with the largest difference
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The images about which a predictor was about equally sure."""
+
+    images: int
+    confidence: float  # mean probability of the likeliest class, 0 to 1
+    accuracy: float  # fraction of images, 0 to 1
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How well one class is told from the others; None where there is nothing to count."""
+
+    support: int  # images of the class
+    precision: float | None  # of those said to be of it, the fraction that are
+    recall: float | None  # of those that are of it, the fraction said to be
+    f1: float | None  # harmonic mean of the two
 
 
 def predict(predictor: Predictor, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
@@ -80,14 +100,68 @@ def calibration_error(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -
 
     Images are binned by the probability of their likeliest class (Naeini et al. 2015).
     """
+    filled = reliability(outputs, labels, bins)
+    return sum(abs(b.accuracy - b.confidence) * b.images for b in filled) / len(labels)
+
+
+def reliability(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[Bin, ...]:
+    """How sure log-probabilities (N, K) are and how often right, in bins of equal width.
+
+    Bins without images are left out.
+    """
     confidence = np.exp(outputs.max(axis=1))
     correct = outputs.argmax(axis=1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [
-        np.abs(correct[bin_of == index].sum() - confidence[bin_of == index].sum())
-        for index in range(bins)
-    ]
-    return float(sum(gaps) / len(labels))
+    members = [bin_of == index for index in range(bins)]
+    return tuple(
+        Bin(int(here.sum()), float(confidence[here].mean()), float(correct[here].mean()))
+        for here in members
+        if here.any()
+    )
+
+
+def confusion(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many images of each class (row) were said to be of each class (column), int64 (K, K)."""
+    classes = outputs.shape[1]
+    cells = labels * classes + outputs.argmax(axis=1)
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def class_scores(counts: np.ndarray) -> tuple[ClassScore, ...]:
+    """What each class scored, from a confusion matrix (K, K)."""
+    return tuple(
+        ClassScore(
+            support=int(counts[index].sum()),
+            precision=_ratio(counts[index, index], counts[:, index].sum()),
+            recall=_ratio(counts[index, index], counts[index].sum()),
+            f1=_ratio(2 * counts[index, index], counts[index].sum() + counts[:, index].sum()),
+        )
+        for index in range(len(counts))
+    )
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def worst_mistakes(outputs: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices (at most `count`,) of the wrong answers, that with the least probable truth first."""
+    likelihood = outputs[np.arange(len(labels)), labels]  # (N,)
+    wrong = np.flatnonzero(outputs.argmax(axis=1) != labels)
+    return wrong[np.argsort(likelihood[wrong], kind="stable")][:count]
+
+
+def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+    """Where the true fraction lies with 95 % confidence, when `correct` of `images` are right.
+
+    Wilson 1927: sound near 0 and 1 as well, where our accuracies are.
+    """
+    z = 1.959964  # of a normal distribution, two-sided 95 %
+    share = correct / images
+    centre = share + z * z / (2 * images)
+    half = z * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
+    whole = 1 + z * z / images
+    return max(0.0, (centre - half) / whole), min(1.0, (centre + half) / whole)
 
 
 def difference(reference: np.ndarray, candidate: np.ndarray) -> Difference:

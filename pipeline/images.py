@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.config import IMAGES
 from pipeline.errors import PipelineError
-from pipeline.files import write_with
+from pipeline.files import write_bytes
 
 # Shape letters: H height, W width, of the image at hand. Gray levels go from 0 to 255.
 
@@ -225,7 +225,13 @@ def _centred(digit: np.ndarray) -> np.ndarray:
     return canvas[1:-1, 1:-1]  # only faint margins can be lost
 
 
+def png(image: np.ndarray) -> bytes:
+    """An image, uint8 (1, 28, 28), as the bytes of a grayscale PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[0]).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def write_png(image: np.ndarray, path: Path) -> None:
     """Write an image, uint8 (1, 28, 28), as a grayscale PNG."""
-    picture = Image.fromarray(image[0])
-    write_with(path, lambda temporary: picture.save(temporary, format="PNG"))
+    write_bytes(path, png(image))

@@ -63,6 +63,14 @@ class Paths:
         return self.run_folder / "trial.json"
 
     @property
+    def predictions(self) -> Path:
+        return self.run_folder / "predictions.npz"
+
+    @property
+    def page(self) -> Path:
+        return self.run_folder / "report.html"
+
+    @property
     def exported(self) -> Path:
         return self.root / "exported"
 

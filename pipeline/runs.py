@@ -1,8 +1,7 @@
 """A run in its folder: its records, its resume, and the one look at the test split."""
 
 import contextlib
-import importlib.util
-import json
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,21 +13,21 @@ import torch
 
 from pipeline.checkpoint import (
     START_OVER,
-    State,
     load_checkpoint,
     load_state,
-    save_state,
     save_weights,
 )
 from pipeline.config import TrainConfig
-from pipeline.data import digests, load_split
+from pipeline.data import Split, digests, load_split
 from pipeline.device import Placement, choose
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.evaluate import calibration_error, fit_temperature, predict, score, tempered
-from pipeline.files import read_json, remove, write_bytes, write_json
+from pipeline.files import read_json, write_json
 from pipeline.model import Network, eager_predictor
 from pipeline.paths import Paths
+from pipeline.predictions import save_predictions
 from pipeline.processes import together
+from pipeline.records import Records
 from pipeline.train import Progress, train
 
 
@@ -56,6 +55,9 @@ class Summary:
     uncalibrated_error: float  # test_calibration_error before
     weights_sha256: str
     data_sha256: dict[str, str]
+    predictions_sha256: str = ""  # this and the next two: runs of old did not keep them
+    python: str = ""
+    system: str = ""
 
 
 @contextlib.contextmanager
@@ -95,93 +97,59 @@ def run(
     placement = choose(config.device)
     with together(placement):
         if placement.is_first:
-            report(f"training {paths.run} with recipe {config.recipe} on {placement}")
-        records = _Records(paths, config, placement, resume, report, on_epoch, on_step)
-        folder = paths.data(config.dataset)
-        with deferred_interrupt() as is_stopped:
-            model, last = train(
-                config,
-                load_split(config.dataset, folder, "train"),
-                load_split(config.dataset, folder, "validation"),
-                placement,
-                records.state,
-                records.progress,
-                records.save,
-                is_stopped,
-                save_every,
-            )
-        if placement.is_first:
-            _conclude(paths, config, placement, model, last)
+            _train(paths, config, placement, resume, report, on_epoch, on_step, save_every)
+        else:
+            _take_part(paths, config, placement, resume)
     return _finished(paths, config)
 
 
-class _Records:
-    """What a run writes while it trains, and the state from which it goes on."""
-
-    def __init__(
-        self,
-        paths: Paths,
-        config: TrainConfig,
-        placement: Placement,
-        resume: bool,
-        report: Callable[[str], None],
-        on_epoch: Callable[[Progress], None],
-        on_step: Callable[[Progress], None],
-    ) -> None:
-        self.paths, self.is_first = paths, placement.is_first
-        self.on_epoch, self.on_step = on_epoch, on_step
-        self.identity = identity(config, placement)
-        self.state = load_state(paths, self.identity) if resume else None
-        if not self.is_first:
-            return
-        if self.state:
-            report(f"resuming after step {self.state.step}")
-        elif resume:
-            report("no checkpoint yet: from the start")
-        else:
-            _forget(paths)
-        write_json(paths.run_config, config.record())
-        self.board = _board(paths, self.state.step if self.state else 0)
-        self.history = _history(paths, self.state.step if self.state else 0)
-
-    def progress(self, progress: Progress) -> None:
-        """Show where the run stands; keep it where the accuracy was measured."""
-        if not self.is_first:
-            return
-        if self.board:
-            _show(self.board, progress)
-        if progress.validation_accuracy is None:
-            self.on_step(progress)
-            return
-        self.history.append(asdict(progress))
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write_bytes(self.paths.metrics, lines.encode())
-        self.on_epoch(progress)
-
-    def save(self, state: State) -> None:
-        if self.is_first:
-            save_state(self.paths, state, self.identity)
+def _train(
+    paths: Paths,
+    config: TrainConfig,
+    placement: Placement,
+    resume: bool,
+    report: Callable[[str], None],
+    on_epoch: Callable[[Progress], None],
+    on_step: Callable[[Progress], None],
+    save_every: int,
+) -> None:
+    """Train as the process that writes."""
+    report(f"training {paths.run} with recipe {config.recipe} on {placement}")
+    train_split, validation = _splits(paths, config)
+    records = Records(paths, config, identity(config, placement), resume, on_epoch, on_step)
+    if resume:
+        state = records.state
+        report(
+            f"resuming after step {state.step}" if state else "no checkpoint yet: from the start"
+        )
+    with deferred_interrupt() as is_stopped:
+        model, last = train(
+            config,
+            train_split,
+            validation,
+            placement,
+            records.state,
+            records.progress,
+            records.save,
+            is_stopped,
+            save_every,
+        )
+    _conclude(paths, config, placement, model, last)
+    records.close()
 
 
-def _board(paths: Paths, step: int) -> Any:
-    """TensorBoard's writer, which goes on after `step`; None where TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+def _take_part(paths: Paths, config: TrainConfig, placement: Placement, resume: bool) -> None:
+    """Train beside the process that writes, and write nothing."""
+    train_split, validation = _splits(paths, config)
+    state = load_state(paths, identity(config, placement)) if resume else None
+    with deferred_interrupt() as is_stopped:
+        train(config, train_split, validation, placement, state, is_stopped=is_stopped)
 
-    return SummaryWriter(paths.board, purge_step=step + 1 if step else None)
 
-
-def _show(board: Any, progress: Progress) -> None:
-    """Let TensorBoard have every tenth step, and each that was scored."""
-    accuracy = progress.validation_accuracy
-    if progress.step % 10 == 0 or accuracy is not None:
-        board.add_scalar("loss", progress.loss, progress.step)
-        board.add_scalar("learning rate", progress.lr, progress.step)
-        board.add_scalar("images per second", progress.images_per_second, progress.step)
-    if accuracy is not None:
-        board.add_scalar("validation accuracy", accuracy, progress.step)
-        board.flush()
+def _splits(paths: Paths, config: TrainConfig) -> tuple[Split, Split]:
+    folder = paths.data(config.dataset)
+    train_split = load_split(config.dataset, folder, "train")
+    return train_split, load_split(config.dataset, folder, "validation")
 
 
 def _conclude(
@@ -218,9 +186,11 @@ def _conclude(
         uncalibrated_error=calibration_error(raw, test.labels),
         weights_sha256=save_weights(paths, model, config, test.classes),
         data_sha256=digests(config.dataset),
+        predictions_sha256=save_predictions(paths, outputs, test.labels),
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
     )
     write_json(paths.summary, asdict(summary))
-    remove(paths.checkpoint)
 
 
 def recorded_config(paths: Paths) -> TrainConfig | None:
@@ -258,19 +228,5 @@ def _finished(paths: Paths, config: TrainConfig) -> Summary:
             f"run {paths.run} is finished, with other settings (see {paths.run_config}): "
             "choose another --run, or train without --resume to replace it"
         )
-    fields = {name: checkpoint.summary[name] for name in Summary.__dataclass_fields__}
-    return Summary(**fields)
-
-
-def _forget(paths: Paths) -> None:
-    """Remove what an earlier run of this name left, its claim to be finished first."""
-    for path in (paths.summary, paths.weights, paths.metrics, paths.checkpoint, paths.board):
-        remove(path)
-
-
-def _history(paths: Paths, step: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to `step`."""
-    if not step or not paths.metrics.exists():
-        return []
-    lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
-    return [line for line in lines if line["step"] <= step]
+    known = Summary.__dataclass_fields__.keys() & checkpoint.summary.keys()
+    return Summary(**{name: checkpoint.summary[name] for name in known})

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 
 from pipeline.augment import augment
 from pipeline.config import RECIPES, recipe
 
-STILL = {"rotate": 0, "stretch": 0, "shear": 0, "shift": 0, "elastic": 0}
+STILL: dict[str, Any] = {"rotate": 0, "stretch": 0, "shear": 0, "shift": 0, "elastic": 0}
 
 
 def stroke() -> torch.Tensor:

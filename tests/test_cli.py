@@ -42,6 +42,7 @@ def test_help_imports_nothing_heavy() -> None:
         "try: pipeline.cli.main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'tritonclient', 'PIL', 'grpc'}\n"
+        "heavy |= {'matplotlib', 'jinja2'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)

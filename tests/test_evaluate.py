@@ -1,14 +1,21 @@
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 
 from pipeline.evaluate import (
     calibration_error,
+    class_scores,
+    confusion,
     difference,
     evaluate,
     fit_temperature,
     predict,
+    reliability,
     score,
     tempered,
+    wilson_interval,
+    worst_mistakes,
 )
 
 
@@ -84,3 +91,35 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> N
     labels = np.array([0] * 5 + [1] * 5)
     assert calibration_error(outputs, labels) == pytest.approx(0.3, abs=1e-6)
     assert calibration_error(log_probabilities([[1 - 1e-7, 1e-7]]), np.array([0])) < 1e-6
+
+
+def test_class_scores_are_those_counted_by_hand() -> None:
+    # Three of class 0, one of them taken for 1; two of class 1; one of class 2, taken for 1.
+    said = [0, 0, 1, 1, 1, 1]
+    outputs = log_probabilities([[0.9 if k == s else 0.05 for k in range(3)] for s in said])
+    counts = confusion(outputs, np.array([0, 0, 0, 1, 1, 2]))
+    assert counts.tolist() == [[2, 1, 0], [0, 2, 0], [0, 1, 0]]
+    first, second, third = class_scores(counts)
+    assert astuple(first) == pytest.approx((3, 1.0, 2 / 3, 0.8))
+    assert astuple(second) == pytest.approx((2, 0.5, 1.0, 2 / 3))
+    assert astuple(third) == (1, None, 0.0, 0.0)  # never said: nothing to be precise about
+
+
+def test_the_worst_mistake_gives_the_truth_the_least_probability() -> None:
+    outputs = log_probabilities([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.99, 0.01]])
+    labels = np.array([1, 1, 1, 0])
+    assert worst_mistakes(outputs, labels, 5).tolist() == [1, 0]
+    assert worst_mistakes(outputs, labels, 1).tolist() == [1]
+
+
+def test_the_wilson_interval_is_that_of_the_textbook() -> None:
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson_interval(0, 10)[0] == 0.0
+
+
+def test_reliability_leaves_out_empty_bins() -> None:
+    outputs = log_probabilities([[0.95, 0.05], [0.95, 0.05], [0.6, 0.4]])
+    low, high = reliability(outputs, np.array([0, 1, 0]), bins=10)
+    assert astuple(low) == pytest.approx((1, 0.6, 1.0))
+    assert astuple(high) == pytest.approx((2, 0.95, 0.5))

@@ -12,20 +12,10 @@ PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
     *("errors", "config", "paths", "files", "images", "data", "sources", "evaluate"),
-    *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "graph"),
-    *("export", "runtime", "validate", "triton", "package", "query", "replay"),
-    *(
-        "tritonserver",
-        "serve",
-        "supervise",
-        "prove",
-        "gpu",
-        "benchmark",
-        "report",
-        "command",
-        "cli_data",
-    ),
-    *("cli_serve", "cli_measure", "cli", "__main__"),
+    *("predictions", "device", "processes", "augment", "model", "checkpoint", "train", "records"),
+    *("runs", "graph", "export", "runtime", "validate", "triton", "package", "query", "replay"),
+    *("tritonserver", "serve", "supervise", "prove", "gpu", "benchmark", "report", "figures"),
+    *("answers", "page", "command", "cli_data", "cli_serve", "cli_measure", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
@@ -41,6 +31,8 @@ HOMES = {
     "geventhttpclient": {"query"},
     "greenlet": {"query"},
     "PIL": {"images"},
+    "matplotlib": {"figures"},
+    "jinja2": {"page"},
     "pooch": {"sources"},
     "tensorboard": set(),  # through torch, where it is installed
     "click": {"command", "cli_data", "cli_serve", "cli_measure", "cli"},

@@ -19,6 +19,7 @@ from pipeline.data import Split, load_split
 from pipeline.device import choose
 from pipeline.errors import PipelineError
 from pipeline.files import sha256
+from pipeline.records import CURVE_POINTS
 from pipeline.train import learning_rate, shuffled, train
 
 SHORT = recipe("quick", epochs=3)
@@ -191,6 +192,18 @@ def test_the_test_split_is_read_once_and_after_training(
     assert events == ["train", "validation", "trained", "validation", "test"]
 
 
+def curve(chain: Chain) -> list[tuple[int, float]]:
+    """The steps and losses that a run keeps."""
+    lines = [json.loads(line) for line in chain.paths.metrics.read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def test_the_curve_has_many_points_and_not_too_many(made: Chain) -> None:
+    steps = [step for step, loss in curve(made)]
+    assert 10 < len(steps) <= CURVE_POINTS + 1
+    assert steps == sorted(set(steps))
+
+
 def interrupt_after(epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send this process Ctrl-C once that many passes are done."""
 
@@ -234,6 +247,7 @@ def test_ctrl_c_exits_130_and_the_run_resumes_to_the_same_bytes(
     assert resumed.exit_code == 0, resumed.output
     assert "resuming after step" in resumed.stderr
     assert sha256(empty.paths.weights) == sha256(made.paths.weights)
+    assert curve(empty) == curve(made)
     again = empty.record("train", "--recipe", "quick", "--epochs", "0.125", "--resume")
     assert again["weights_sha256"] == sha256(made.paths.weights)
     changed = empty.run("train", "--recipe", "quick", "--epochs", "0.25", "--resume")

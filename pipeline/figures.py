@@ -1,0 +1,154 @@
+"""Drawings as SVG to stand inside a page: they take its colours and fonts, light or dark."""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from pipeline.evaluate import Bin, wilson_interval
+
+SIZE = (5.2, 3.1)  # inches; a page scales it
+# Matplotlib wants colours it knows; the SVG gets the page's variables in their place.
+INK, MUTED, GRID, ACCENT, SECOND = ("#010203", "#010204", "#010205", "#010206", "#010207")
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    ACCENT: "var(--accent)",
+    SECOND: "var(--second)",
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+Line = Mapping[str, Any]  # of metrics.jsonl
+
+
+def loss_curve(lines: Sequence[Line]) -> str:
+    """The training loss over the epochs, and its running mean."""
+    epochs = [line["epoch"] for line in lines]
+    losses = [line["loss"] for line in lines]
+    with rc_context(_STYLE):
+        figure, axes = _axes("epoch", "training loss (nats)")
+        axes.plot(epochs, losses, ".", color=MUTED, alpha=0.45, ms=4, mew=0, label="one batch")
+        axes.plot(epochs, list(_smooth(losses)), color=ACCENT, label="running mean")
+        if min(losses) > 0:
+            _logarithmic(axes)
+        axes.legend(loc="upper right", labelcolor=MUTED)
+        return _svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
+
+
+def accuracy_curve(lines: Sequence[Line]) -> str:
+    """The validation accuracy in percent after each epoch."""
+    measured = [line for line in lines if "validation_accuracy" in line]
+    epochs = [line["epoch"] for line in measured]
+    percent = [100 * line["validation_accuracy"] for line in measured]
+    with rc_context(_STYLE):
+        figure, axes = _axes("epoch", "validation accuracy (%)")
+        axes.plot(epochs, percent, "o-", color=ACCENT, ms=5)
+        end = (epochs[-1], percent[-1])
+        axes.annotate(
+            f"{percent[-1]:.2f} %", end, (0, 8), textcoords="offset points", ha="right", color=INK
+        )
+        axes.set_xlim(0, epochs[-1] * 1.04)
+        room = max(0.2, 0.15 * (max(percent) - min(percent)))
+        axes.set_ylim(min(percent) - room, min(100.0, max(percent) + room))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        return _svg(figure, "accuracy", f"validation accuracy, at last {percent[-1]:.2f} %")
+
+
+def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
+    """How often right against how sure, before and after the temperature was fitted."""
+    with rc_context(_STYLE):
+        figure, axes = _axes("how sure (mean probability)", "how often right")
+        axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="honest")
+        sure, right = _points(before)
+        axes.plot(sure, right, "s--", color=SECOND, ms=4, lw=1.2, label="before")
+        sure, right = _points(after)
+        ranges = [wilson_interval(round(b.accuracy * b.images), b.images) for b in after]
+        axes.vlines(sure, *zip(*ranges, strict=True), color=ACCENT, lw=1, alpha=0.6)
+        axes.plot(sure, right, "o-", color=ACCENT, ms=4.5, label="after")
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+        axes.legend(loc="upper left", labelcolor=MUTED)
+        return _svg(figure, "reliability", "how often right against how sure")
+
+
+def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
+    """How many images the predictor was how sure about, before and after the temperature."""
+    with rc_context(_STYLE):
+        figure, axes = _axes("how sure (mean probability)", "images")
+        for bins, colour, label in ((before, SECOND, "before"), (after, ACCENT, "after")):
+            sure, counts = _points(bins)[0], [b.images for b in bins]
+            marker = "s--" if bins is before else "o-"
+            axes.plot(sure, counts, marker, color=colour, ms=4, lw=1.2, label=label)
+        _logarithmic(axes)
+        axes.set_xlim(0, 1.02)
+        axes.legend(loc="upper left", labelcolor=MUTED)
+        return _svg(figure, "histogram", "images by how sure the answer was")
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.tick_params(which="both", length=0)
+    return figure, axes
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:,g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _points(bins: Sequence[Bin]) -> tuple[list[float], list[float]]:
+    return [b.confidence for b in bins], [b.accuracy for b in bins]
+
+
+def _smooth(values: Sequence[float]) -> Iterable[float]:
+    """A running mean that reaches back over a twelfth of the values or so."""
+    weight, mean, total = 1 - 1 / max(1.0, len(values) / 12), 0.0, 0.0
+    for value in values:
+        mean, total = weight * mean + value, weight * total + 1
+        yield mean / total
+
+
+def _svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an `<svg>` element whose bytes depend on nothing but what it shows.
+
+    Ids are salted with `name`, so that figures in one page do not share any.
+    """
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    width, height = (72 * inches for inches in SIZE)
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(r"<style.*?</style>", "", body)  # it would be the whole page's
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    body = re.sub(r"font-family: [^;\"]*", "", body)
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, variable)
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body.strip()}'

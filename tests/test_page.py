@@ -1,0 +1,192 @@
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Chain, edit_json, error_line, flip_bit
+from test_report import proven
+
+from pipeline import page
+from pipeline.answers import Answers
+from pipeline.files import sha256
+from pipeline.predictions import load_predictions, save_predictions
+
+
+def written(chain: Chain, *options: str) -> str:
+    result = chain.run("report", *options)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {chain.paths.page}" in result.stdout
+    return chain.paths.page.read_text()
+
+
+def answered(chain: Chain, classes: list[str]) -> None:
+    """Give the run made-up answers over `classes`."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(classes), 600)
+    logits = rng.normal(size=(600, len(classes))) + 4 * np.eye(len(classes))[labels]
+    outputs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    digest = save_predictions(chain.paths, outputs, labels)
+    changes = {"classes": classes, "predictions_sha256": digest}
+    edit_json(chain.paths.summary, lambda record: record.update(changes))
+
+
+def test_the_page_shows_all_that_the_run_and_its_export_have(chain: Chain) -> None:
+    text = written(chain)
+    summary = json.loads(chain.paths.summary.read_text())
+    for name in ("curves", "confusion", "mistakes", "calibration", "classes", "distortion"):
+        assert f'<section id="{name}">' in text
+    assert text.count("<svg ") == 4
+    assert text.count("<li>\n<div") == 50
+    for key in ("test_loss", "uncalibrated_loss", "test_calibration_error", "uncalibrated_error"):
+        assert f"{summary[key]:.5f}" in text
+    assert f"{sha256(chain.paths.weights)}  runs/handwriting/model.safetensors" in text
+    assert f"{sha256(chain.paths.onnx)}  exported/handwriting/model.onnx" in text
+    assert "This recipe distorts nothing" in text
+
+
+def test_the_page_is_self_contained_and_runs_nothing(chain: Chain) -> None:
+    text = written(chain)
+    assert not re.search(r"<(script|link rel=.stylesheet|iframe|object|embed|base)", text)
+    sources = re.findall(r"\b(?:src|href|xlink:href|url)\s*[=(]\s*[\"']?([^\"')\s>]*)", text)
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert "default-src 'none'" in text
+    assert not re.search(r"\bon[a-z]+=", text)
+
+
+def test_the_same_run_gives_the_same_page(chain: Chain) -> None:
+    assert written(chain) == written(chain)
+
+
+def test_names_from_strangers_are_text(chain: Chain) -> None:
+    answered(chain, ["<script>alert(1)</script>", '"><img src=x onerror=y>', "T-shirt/top"])
+    text = written(chain)
+    assert "<script" not in text
+    assert "<img src=x" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "T-shirt/top" in text
+
+
+def test_many_classes_make_a_small_matrix(chain: Chain) -> None:
+    answered(chain, [f"class {index}" for index in range(47)])
+    text = written(chain)
+    assert '<table class="matrix many">' in text
+    assert text.count('class="right"') == 47
+
+
+def test_worst_mistakes_on_the_page_are_those_of_the_predictions(chain: Chain) -> None:
+    summary = json.loads(chain.paths.summary.read_text())
+    predictions = load_predictions(chain.paths, summary["predictions_sha256"])
+    collected = page.collect(chain.paths).answers
+    assert isinstance(collected, Answers)
+    truths = predictions.log_probabilities[np.arange(10_000), predictions.labels]
+    first = collected.mistakes[0]
+    wrong = predictions.log_probabilities.argmax(axis=1) != predictions.labels
+    assert first.index == np.flatnonzero(wrong)[truths[wrong].argmin()]
+    assert first.truth == str(predictions.labels[first.index])
+    assert first.truth_probability == pytest.approx(np.exp(truths[wrong].min()))
+    assert collected.wrong == wrong.sum()
+    assert (10_000 - collected.wrong) / 10_000 == summary["test_accuracy"]
+    raw = predictions.untempered(summary["temperature"])
+    loss = -raw[np.arange(10_000), predictions.labels].mean()
+    assert loss == pytest.approx(summary["uncalibrated_loss"], rel=1e-4)
+
+
+def test_a_recipe_that_distorts_shows_how(chain: Chain) -> None:
+    config = chain.paths.run_config
+    edit_json(config, lambda record: record["settings"].update(rotate=0.3))
+    text = written(chain)
+    assert text.count('<div class="strip">') == page.DIGITS
+    assert text.count(", distorted, draw ") == page.DIGITS * page.DRAWS
+    assert "(the recipe has 0.0)" in text
+
+
+def test_without_an_export_or_data_the_page_says_what_makes_them(chain: Chain) -> None:
+    shutil.rmtree(chain.paths.exported)
+    shutil.rmtree(chain.root / "data")
+    result = chain.run("report")
+    assert result.exit_code == 0, result.output
+    assert "next: pipeline export" in result.stdout
+    text = chain.paths.page.read_text()
+    assert "This run has not been exported yet" in text
+    assert "Pictures are left out" in text
+    assert "pipeline data fetch" in text
+    assert "<img" not in text
+
+
+def test_another_run_is_not_shown_with_this_ones_export(chain: Chain) -> None:
+    proven(chain)
+    edit_json(chain.paths.manifest, lambda record: record.update(weights_sha256="0" * 64))
+    text = written(chain)
+    assert "is the export of other weights than these" in text
+    assert "Triton gRPC" not in text
+
+
+def test_a_proof_of_this_export_is_shown(chain: Chain) -> None:
+    proven(chain)
+    assert "The last proof was of another model.onnx" in written(chain)
+    edit_json(chain.paths.agreement, lambda record: record.update(sha256=sha256(chain.paths.onnx)))
+    assert "Triton gRPC" in written(chain)
+
+
+def test_a_run_of_old_without_predictions_still_has_a_page(chain: Chain) -> None:
+    edit_json(chain.paths.summary, lambda record: record.pop("predictions_sha256"))
+    chain.paths.predictions.unlink()
+    text = written(chain)
+    assert "runs did not keep their predictions" in text
+    assert "<code>pipeline train --run handwriting</code>" in text
+
+
+def test_changed_predictions_are_refused_with_4(chain: Chain) -> None:
+    flip_bit(chain.paths.predictions, 1000)
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "predictions.npz does not match its digest" in error_line(result)
+
+
+def test_without_a_run_one_line_says_which_command_to_type(chain: Chain) -> None:
+    shutil.rmtree(chain.paths.run_folder)
+    result = chain.run("report")
+    assert result.exit_code == 1
+    assert "run 'pipeline train --run handwriting' first" in error_line(result)
+    chain.paths.run_folder.mkdir()
+    assert "--resume" in error_line(chain.run("report"))
+
+
+def test_training_anew_removes_the_page_of_the_run_before(chain: Chain) -> None:
+    written(chain)
+    assert chain.run("train", "--epochs", "0.01").exit_code == 0
+    assert not chain.paths.page.exists()
+
+
+def test_chromium_opens_the_page_without_a_network_and_without_a_complaint(
+    chain: Chain, tmp_path: Path
+) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on the PATH: make system")
+    proven(chain)
+    edit_json(chain.paths.run_config, lambda record: record["settings"].update(shear=0.3))
+    written(chain)
+
+    def opened(file: Path) -> tuple[str, list[str]]:
+        """The page as the browser sees it, and what its console says."""
+        options = [
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"),
+        ]
+        command = [browser, *options, file.resolve().as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    dom, console = opened(chain.paths.page)
+    assert console == []
+    assert dom.count("<svg ") == 4
+    bad = tmp_path / "bad.html"  # the check can fail
+    text = chain.paths.page.read_text()
+    bad.write_text(text.replace("</main>", "<script>let x;</script></main>"))
+    assert "Content Security Policy" in " ".join(opened(bad)[1])
