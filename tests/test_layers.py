@@ -21,7 +21,7 @@ ORDER = [
 HOMES = {
     "torch": {
         *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "export"),
-        *("gpu", "benchmark"),
+        *("records", "gpu", "benchmark"),
     },
     "safetensors": {"checkpoint"},
     "onnx": {"graph", "export"},
