@@ -22,7 +22,9 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
     """
     if not recipe.distorts:
         return images
-    count, device = len(images), images.device
+    images, count, device = images.float(), len(images), images.device
+    if recipe.stroke:
+        images = _stroke(images, recipe.stroke)
     weights = _affine(count, recipe, device)  # (B, 2, 3)
     if recipe.elastic:
         bend = torch.rand(count, 2, ELASTIC_SIDE**2, device=device) * 2 - 1  # -1 to 1
@@ -30,7 +32,15 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
     high, wide = images.shape[2:]
     basis = _basis(high, wide, device)[: weights.shape[2]]  # (3 + S^2 or 3, H W)
     grid = (weights.flatten(0, 1) @ basis).view(count, 2, high, wide).permute(0, 2, 3, 1)
-    return functional.grid_sample(images.float(), grid, align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+def _stroke(images: Tensor, strength: float) -> Tensor:
+    """Images whose strokes are thicker or thinner, by up to a pixel on each side at strength 1."""
+    amount = (torch.rand(len(images), 1, 1, 1, device=images.device) * 2 - 1) * strength
+    thick = functional.max_pool2d(images, 3, 1, 1)
+    thin = -functional.max_pool2d(-images, 3, 1, 1)
+    return torch.lerp(images, torch.where(amount > 0, thick, thin), amount.abs())
 
 
 def _affine(count: int, recipe: Recipe, device: torch.device) -> Tensor:

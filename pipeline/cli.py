@@ -47,12 +47,14 @@ main.add_command(gpu_check_command)
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """An option for every field of a recipe; without one, the recipe's own value stands."""
+    default = RECIPES[DEFAULT_RECIPE]
     for field in reversed(fields(Recipe)):
-        kind = {int: int, float: float, str: str}.get(field.type)
+        kind = {int: int, float: float, str: str, bool: bool}.get(field.type)
         option = click.option(
             f"--{field.name.replace('_', '-')}",
             type=kind or _channels,
-            help=f"[default: the recipe's; {DEFAULT_RECIPE} has {field.default}]",
+            metavar=None if kind else "N,N,...",
+            help=f"[default: the recipe's; {DEFAULT_RECIPE} has {getattr(default, field.name)}]",
         )
         command = option(command)
     return command

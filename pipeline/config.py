@@ -40,6 +40,7 @@ class Recipe:
 
     network: str = "cnn"  # cnn, classic, record or net: see model.py
     channels: tuple[int, ...] = (16, 24, 32, 48)  # of each convolution, or hidden layer (net)
+    padded: bool = False  # whether the cnn's convolutions see the image's border as its middle
     epochs: float = 1.0  # passes over the training split; the last may be partial
     batch_size: int = 128
     optimizer: str = "adamw"  # adamw, adadelta or sgd
@@ -59,6 +60,7 @@ class Recipe:
     shear: float = 0.0  # as a tangent
     shift: float = 0.0  # of half the image's side
     elastic: float = 0.0  # of half the image's side
+    stroke: float = 0.0  # how much strokes are thickened or thinned; 1 is a pixel on each side
 
     def __post_init__(self) -> None:
         _choice("network", self.network, tuple(LAYERS))
@@ -76,7 +78,7 @@ class Recipe:
             raise PipelineError(f"batch-size must be 1 to 10000, got {self.batch_size}")
         if not self.lr > 0:
             raise PipelineError(f"lr must be above 0, got {self.lr}")
-        for name in ("label_smoothing", "average", "warm_up", "beta1", "beta2"):
+        for name in ("label_smoothing", "average", "warm_up", "beta1", "beta2", "stroke"):
             if not 0 <= getattr(self, name) < 1:
                 raise PipelineError(f"{name} must be 0 to 1, got {getattr(self, name)}")
         if not 0 <= self.mirror <= 1:
@@ -88,7 +90,17 @@ class Recipe:
     @property
     def distorts(self) -> bool:
         """Whether training sees each image distorted, another way every time."""
-        return any((self.mirror, self.rotate, self.stretch, self.shear, self.shift, self.elastic))
+        return any(
+            (
+                self.mirror,
+                self.rotate,
+                self.stretch,
+                self.shear,
+                self.shift,
+                self.elastic,
+                self.stroke,
+            )
+        )
 
 
 RECIPES = {

@@ -46,23 +46,34 @@ def _normalized(channels: int, momentum: float) -> list[nn.Module]:
 
 
 class Cnn(Network):
-    """A small CNN that shrinks the image early: four convolutions, then maximum and mean."""
+    """A small CNN that shrinks the image early: four convolutions, then maximum and mean.
 
-    def __init__(self, channels: tuple[int, ...], classes: int, norm_momentum: float = 0.1) -> None:
+    Padded, it sees the border as well as the middle, at more than twice the cost.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        classes: int,
+        norm_momentum: float = 0.1,
+        padded: bool = False,
+    ) -> None:
         super().__init__()
         a, b, c, d = channels
+        pad = int(padded)
         self.features = nn.Sequential(
-            nn.Conv2d(1, a, 5, stride=2),  # (B, a, 12, 12)
+            nn.Conv2d(1, a, 5, stride=2, padding=2 * pad),  # (B, a, 12, 12); padded 14
             nn.ReLU(),
-            nn.Conv2d(a, b, 3, bias=False),  # (B, b, 10, 10)
-            nn.MaxPool2d(2),  # (B, b, 5, 5); before the normalization, which is cheaper so
+            nn.Conv2d(a, b, 3, padding=pad, bias=False),  # (B, b, 10, 10); 14
+            nn.MaxPool2d(2),  # (B, b, 5, 5); 7; before the normalization, which is cheaper so
             *_normalized(b, norm_momentum),
-            nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5)
+            nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5); 7
             *_normalized(c, norm_momentum),
-            nn.Conv2d(c, d, 3, bias=False),  # (B, d, 3, 3)
+            nn.Conv2d(c, d, 3, padding=pad, bias=False),  # (B, d, 3, 3); 7
             *_normalized(d, norm_momentum),
         )
-        self.maximum, self.mean_pool = nn.MaxPool2d(3), nn.AvgPool2d(3)
+        side = 7 if padded else 3
+        self.maximum, self.mean_pool = nn.MaxPool2d(side), nn.AvgPool2d(side)
         self.classifier = nn.Linear(2 * d, classes)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -138,7 +149,7 @@ class Net(Network):
 def build(recipe: Recipe, classes: int) -> Network:
     """The recipe's network with random weights, drawn from torch's global generator."""
     if recipe.network == "cnn":
-        return Cnn(recipe.channels, classes, recipe.norm_momentum)
+        return Cnn(recipe.channels, classes, recipe.norm_momentum, recipe.padded)
     if recipe.network == "classic":
         return ClassicCnn(recipe.channels, classes)
     if recipe.network == "record":

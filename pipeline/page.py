@@ -4,7 +4,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -220,8 +220,7 @@ def _curves(paths: Paths) -> tuple[Markup, ...] | Note:
 
 def _distorted(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
     """The first image of some classes, distorted as in training."""
-    plain = replace(config.settings, rotate=0, stretch=0, shear=0, shift=0, elastic=0)
-    if config.settings == plain:
+    if not config.settings.distorts:
         return Note("This recipe distorts nothing: the network saw each training image as it is")
     present = np.unique(train.labels)[:DIGITS]
     chosen = [int(np.flatnonzero(train.labels == label)[0]) for label in present]

@@ -52,3 +52,15 @@ def test_a_shift_alone_moves_the_centre_of_mass_by_at_most_that() -> None:
     centre = (moved.sum(dim=(1, 2)) * columns).sum(dim=1) / moved.sum(dim=(1, 2, 3))
     away = (centre - 13.5).abs()  # in pixels; 0.2 of half the side is 2.8
     assert 2.0 < away.max() <= 2.81
+
+
+def test_strokes_become_thicker_and_thinner_and_stay_where_they_are() -> None:
+    torch.manual_seed(0)
+    images = stroke()
+    redrawn = augment(images, recipe("quick", **{**STILL, "stroke": 0.9}))
+    ink = redrawn.sum(dim=(1, 2, 3)) / images.float().sum(dim=(1, 2, 3))
+    assert ink.min() < 0.75
+    assert ink.max() > 1.25
+    columns = torch.arange(28.0)
+    centre = (redrawn.sum(dim=(1, 2)) * columns).sum(dim=1) / redrawn.sum(dim=(1, 2, 3))
+    assert (centre - 13.5).abs().max() < 0.01
