@@ -6,9 +6,11 @@ SHELL := /bin/bash
 DATASET ?= mnist
 RECIPE ?= quick
 SEED ?= 0
+# Where the set is cached: DATASET=folder:PATH is called as the folder, whatever PATH looks like.
+SET := $(if $(filter folder:%,$(DATASET)),$(notdir $(abspath $(patsubst folder:%,%,$(DATASET)))),$(DATASET))
 # A model of MNIST is called handwriting, any other as its data set.
-RUN ?= $(if $(filter mnist,$(DATASET)),handwriting,$(DATASET))
-NAME ?= $(if $(filter mnist,$(DATASET)),handwriting,$(DATASET))
+RUN ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))
+NAME ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))
 PYTHON ?= python3
 # A package index for another build of torch, CPU-only say: make .venv TORCH_INDEX=URL
 TORCH_INDEX ?=
@@ -16,7 +18,7 @@ TORCH_INDEX ?=
 PIPELINE := .venv/bin/pipeline
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 SERVER_PIP := .venv-triton/bin/python -m pip --disable-pip-version-check
-DATA := $(addprefix data/$(DATASET)/,train-images-idx3-ubyte train-labels-idx1-ubyte \
+DATA := $(addprefix data/$(SET)/,train-images-idx3-ubyte train-labels-idx1-ubyte \
 	t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
 SUMMARY := runs/$(RUN)/summary.json
 ONNX := exported/$(NAME)/model.onnx
@@ -39,11 +41,12 @@ package: $(PACKAGED) ## add it to the Triton model repository
 prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
 	@$(PIPELINE) report --name $(NAME)
 
-$(DATA) &: | .venv/done
-	$(PIPELINE) data fetch --dataset $(DATASET)
+# A folder of pictures is looked through each time; its files stay as they are unless it changed.
+$(DATA) &: $(if $(filter folder:%,$(DATASET)),FORCE) | .venv/done
+	$(PIPELINE) data fetch --dataset '$(DATASET)'
 
 $(SUMMARY): $(DATA) runs/$(RUN)/.settings | .venv/done
-	$(PIPELINE) train --run $(RUN) --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED)
+	$(PIPELINE) train --run $(RUN) --dataset '$(DATASET)' --recipe $(RECIPE) --seed $(SEED)
 
 $(ONNX): $(SUMMARY) exported/$(NAME)/.settings | .venv/done
 	$(PIPELINE) export --run $(RUN) --name $(NAME)
@@ -55,7 +58,7 @@ $(PACKAGED): $(VALIDATION) | .venv/done
 	$(PIPELINE) package --name $(NAME)
 
 $(AGREEMENT): $(PACKAGED) | .venv/done .venv-triton/done
-	$(PIPELINE) validate exported/model_repository
+	$(PIPELINE) validate exported/model_repository --name $(NAME)
 
 # What a run or an export was asked to be; rewritten only when it changes, so that a change rebuilds.
 runs/$(RUN)/.settings: WANTED = $(DATASET) $(RECIPE) $(SEED)

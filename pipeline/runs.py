@@ -92,7 +92,7 @@ def run(
     validation = load_split(config.dataset, folder, "validation")
     placement = choose(config.device)
     report(f"training {paths.run} with recipe {config.recipe} on {placement}")
-    identity = _identity(config, placement)
+    identity = _identity(config, placement, digests(config.dataset, folder))
     state = load_state(paths, identity) if resume else None
     if resume:
         report(
@@ -159,7 +159,7 @@ def _conclude(
         uncalibrated_loss=score(raw, test.labels).loss,
         uncalibrated_error=calibration_error(raw, test.labels),
         weights_sha256=save_weights(paths, model, config, test.classes),
-        data_sha256=digests(config.dataset),
+        data_sha256=digests(config.dataset, folder),
     )
     write_json(paths.summary, asdict(summary))
     remove(paths.checkpoint)
@@ -177,7 +177,7 @@ def recorded_config(paths: Paths) -> TrainConfig | None:
         raise CorruptError(f"{paths.run_config} is no run of ours: {START_OVER}") from error
 
 
-def _identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
+def _identity(config: TrainConfig, placement: Placement, data: dict[str, str]) -> dict[str, Any]:
     """What decides the weights bit for bit: a resume under another one is refused."""
     return {
         **config.record()["settings"],
@@ -187,7 +187,7 @@ def _identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
         "device": placement.device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "data": digests(config.dataset),
+        "data": data,
     }
 
 
