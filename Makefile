@@ -6,8 +6,11 @@ SHELL := /bin/bash
 DATASET ?= mnist
 RECIPE ?= quick
 SEED ?= 0
-# Where the set is cached: DATASET=folder:PATH is called as the folder, whatever PATH looks like.
-SET := $(if $(filter folder:%,$(DATASET)),$(notdir $(abspath $(patsubst folder:%,%,$(DATASET)))),$(DATASET))
+# However the PATH of folder:PATH is written, it is one data set, called as the folder.
+ifneq (,$(filter folder:%,$(DATASET)))
+override DATASET := folder:$(abspath $(patsubst folder:%,%,$(DATASET)))
+endif
+SET := $(if $(filter folder:%,$(DATASET)),$(notdir $(DATASET)),$(DATASET))
 # A model of MNIST is called handwriting, any other as its data set.
 RUN ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))
 NAME ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))

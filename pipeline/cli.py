@@ -118,7 +118,9 @@ def train_command(
     config = TrainConfig(recipe_name, wanted, dataset, seed, device)
     if resume and not _given({"recipe_name", "seed", "device", *changes}):
         config = recorded_config(paths) or config
-    done = train(paths, config, resume, settings.say, settings.say, settings.update)
+    # Hundreds of short epochs need no line each.
+    on_epoch = settings.say if config.settings.epochs <= 50 else settings.update
+    done = train(paths, config, resume, settings.say, on_epoch, settings.update)
     text = (
         f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
         f"({done.parameters:,} parameters, {done.device})\nwrote {paths.weights}"
