@@ -1,13 +1,15 @@
 """A folder of pictures as a data set: what it becomes, and what is said when it cannot."""
 
 import json
+import os
 import random
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import Chain, error_line, link_server_environment
+from conftest import REPOSITORY, Chain, error_line, link_server_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -346,3 +348,19 @@ def test_a_whole_picture_of_28_x_28_is_taken_as_it_is(tmp_path: Path) -> None:
     Image.fromarray(levels).save(tmp_path / "x.png")
     image = read_image(tmp_path / "x.png", pictures="whole")
     np.testing.assert_array_equal(image, levels[np.newaxis])
+
+
+@pytest.mark.parametrize("path", ["/some/letters", "/some/letters/", "/some/./x/../letters//"])
+def test_make_calls_the_model_as_the_folder(path: str) -> None:
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("MAKE")}
+    old = ("-o", ".venv/done", "-o", ".venv-triton/done")
+    done = subprocess.run(
+        ["make", "-n", *old, "all", f"DATASET=folder:{path}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert "data fetch --dataset 'folder:/some/letters'" in done.stdout
+    assert "validate exported/model_repository --name letters" in done.stdout
