@@ -6,9 +6,14 @@ SHELL := /bin/bash
 DATASET ?= mnist
 RECIPE ?= standard
 SEED ?= 0
+# However the PATH of folder:PATH is written, it is one data set, called as the folder.
+ifneq (,$(filter folder:%,$(DATASET)))
+override DATASET := folder:$(abspath $(patsubst folder:%,%,$(DATASET)))
+endif
+SET := $(if $(filter folder:%,$(DATASET)),$(notdir $(DATASET)),$(DATASET))
 # A model of MNIST is called handwriting, any other as its data set.
-RUN ?= $(if $(filter mnist,$(DATASET)),handwriting,$(DATASET))
-NAME ?= $(if $(filter mnist,$(DATASET)),handwriting,$(DATASET))
+RUN ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))
+NAME ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))
 PYTHON ?= python3
 # Processes that train one network together, one thread each on a CPU: make train NPROC=2
 NPROC ?= 1
@@ -20,7 +25,7 @@ TRAIN := $(if $(filter 1,$(NPROC)),$(PIPELINE),OMP_NUM_THREADS=$${OMP_NUM_THREAD
 	$(NPROC) -m -- pipeline) train
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 SERVER_PIP := .venv-triton/bin/python -m pip --disable-pip-version-check
-DATA := $(addprefix data/$(DATASET)/,train-images-idx3-ubyte train-labels-idx1-ubyte \
+DATA := $(addprefix data/$(SET)/,train-images-idx3-ubyte train-labels-idx1-ubyte \
 	t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
 SUMMARY := runs/$(RUN)/summary.json
 PAGE := runs/$(RUN)/report.html
@@ -45,11 +50,12 @@ package: $(PACKAGED) ## add it to the Triton model repository
 prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
 	@$(PIPELINE) report --run $(RUN) --name $(NAME)
 
-$(DATA) &: | .venv/done
-	$(PIPELINE) data fetch --dataset $(DATASET)
+# A folder of pictures is looked through each time; its files stay as they are unless it changed.
+$(DATA) &: $(if $(filter folder:%,$(DATASET)),FORCE) | .venv/done
+	$(PIPELINE) data fetch --dataset '$(DATASET)'
 
 $(SUMMARY): $(DATA) runs/$(RUN)/.settings | .venv/done
-	$(TRAIN) --run $(RUN) --dataset $(DATASET) --recipe $(RECIPE) --seed $(SEED)
+	$(TRAIN) --run $(RUN) --dataset '$(DATASET)' --recipe $(RECIPE) --seed $(SEED)
 
 # Written anew when there is a new export as well; what `prove` adds, it adds itself.
 $(PAGE): $(SUMMARY) $(wildcard exported/$(NAME)/manifest.json) | .venv/done
@@ -65,7 +71,7 @@ $(PACKAGED): $(VALIDATION) | .venv/done
 	$(PIPELINE) package --name $(NAME)
 
 $(AGREEMENT): $(PACKAGED) | .venv/done .venv-triton/done
-	$(PIPELINE) validate exported/model_repository
+	$(PIPELINE) validate exported/model_repository --name $(NAME)
 
 # What a run or an export was asked to be; rewritten only when it changes, so that a change rebuilds.
 runs/$(RUN)/.settings: WANTED = $(DATASET) $(RECIPE) $(SEED) $(NPROC)

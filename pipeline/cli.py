@@ -26,7 +26,7 @@ from pipeline.config import (
 from pipeline.config import recipe as recipe_named
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
-from pipeline.paths import MODEL_NAMES, Paths
+from pipeline.paths import MODEL_NAMES, Paths, model_name
 
 
 @click.group(
@@ -115,20 +115,27 @@ def train_command(
 ) -> None:
     """Train a network on the cached data set.
 
+    A small folder of pictures gets more epochs than the recipe says, 200 steps in all.
+
     \b
     Example:
       pipeline train
       pipeline train --recipe baseline --run yardstick --resume
     """
+    from pipeline.data import enough_epochs
     from pipeline.runs import recorded_config
     from pipeline.runs import run as train
 
-    paths = paths_of(settings, run=run or MODEL_NAMES.get(dataset, dataset))
-    changed = recipe_named(recipe, dataset, **changes)
-    config = TrainConfig(recipe, changed, dataset, seed, device, compiled)
+    paths = paths_of(settings, run=run or model_name(dataset))
+    wanted = recipe_named(recipe, dataset, **changes)
+    if changes["epochs"] is None:
+        wanted = replace(wanted, epochs=enough_epochs(wanted, dataset, paths.data(dataset)))
+    config = TrainConfig(recipe, wanted, dataset, seed, device, compiled)
     if resume and not _given({"recipe", "seed", "device", "compiled", *changes}):
         config = recorded_config(paths) or config
-    done = train(paths, config, resume, settings.say, settings.say, settings.update, save_every)
+    # Hundreds of short epochs need no line each.
+    on_epoch = settings.say if config.settings.epochs <= 50 else settings.update
+    done = train(paths, config, resume, settings.say, on_epoch, settings.update, save_every)
     text = (
         f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
         f"({done.parameters:,} parameters, {done.device})\nwrote {paths.weights}"
@@ -166,7 +173,7 @@ def _name_of_run(paths: Paths) -> str:
     if not paths.run_config.exists():
         return paths.name
     dataset = str(read_json(paths.run_config, "run 'pipeline train' again").get("dataset"))
-    return MODEL_NAMES.get(dataset, dataset)
+    return model_name(dataset)
 
 
 def _named(paths: Paths) -> str:
@@ -195,8 +202,8 @@ def validate_command(
     """Prove an export, a model repository, or running servers.
 
     Without a target: the exported file in ONNX Runtime against eager PyTorch. With a REPOSITORY:
-    served for the occasion, all runtimes against each other. With a URL: the golden set replayed,
-    which needs neither torch nor the training data.
+    served for the occasion, all runtimes against each other, each model or just the one of --name.
+    With a URL: the golden set replayed, which needs neither torch nor the training data.
 
     \b
     Example:
@@ -215,7 +222,7 @@ def validate_command(
         table = prove_servers(paths, targets, golden, timeout)
         settings.result(asdict(table), f"{table}\nwrote {paths.replay}")
     elif len(targets) == 1:
-        _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])))
+        _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])), name)
     else:
         raise click.UsageError("give one repository, or one or more URLs")
 
@@ -239,10 +246,10 @@ def _validate_export(settings: Settings, paths: Paths) -> None:
     settings.result(record, text, f"pipeline package{_named(paths)}")
 
 
-def _validate_repository(settings: Settings, paths: Paths) -> None:
+def _validate_repository(settings: Settings, paths: Paths, only: str | None) -> None:
     from pipeline.prove import prove_repository
 
-    tables = prove_repository(paths, report=settings.say)
+    tables = prove_repository(paths, report=settings.say, only=only)
     written = [str(replace(paths, name=table.name).agreement) for table in tables]
     text = "\n\n".join(map(str, tables)) + f"\nwrote {', '.join(written)}"
     record = asdict(tables[0]) if len(tables) == 1 else {"models": [asdict(t) for t in tables]}

@@ -1,10 +1,13 @@
 """The commands that fetch and check the images."""
 
+import shlex
 from pathlib import Path
 
 import click
 
 from pipeline.command import Group, Settings, dataset_option, paths_of
+from pipeline.datasets import DATASETS, DEFAULT_DATASET
+from pipeline.paths import FOLDER, MODEL_NAMES, model_name
 
 
 @click.group(cls=Group, name="data")
@@ -24,7 +27,7 @@ def data_group() -> None:
     "source",
     envvar="HANDWRITING_DATA_DIR",
     type=click.Path(path_type=Path),
-    help="A folder with the four IDX files, as they are or as .gz.",
+    help="A folder with the files of the set, as they are or as they are published.",
 )
 @click.pass_obj
 def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None:
@@ -34,12 +37,25 @@ def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None
     Example:
       pipeline data fetch
       pipeline data fetch --from ~/mnist
+      pipeline data fetch --dataset folder:letters
     """
+    from pipeline.archives import fetch_archives
+    from pipeline.folders import import_folder
     from pipeline.sources import fetch
 
-    folder = fetch(dataset, paths_of(settings).data(dataset), source, settings.say)
+    cache = paths_of(settings).data(dataset)
+    if dataset.startswith(FOLDER):
+        folder = import_folder(dataset, cache, settings.say, settings.update)
+    elif DATASETS[dataset].downloads:
+        folder = fetch_archives(dataset, cache, source, settings.say)
+    else:
+        folder = fetch(dataset, cache, source, settings.say)
     record = {"dataset": dataset, "folder": str(folder)}
-    settings.result(record, f"{dataset} is in {folder}", "pipeline train")
+    settings.result(record, f"{dataset} is in {folder}", f"pipeline train{_option(dataset)}")
+
+
+def _option(dataset: str) -> str:
+    return "" if dataset == DEFAULT_DATASET else f" --dataset {shlex.quote(dataset)}"
 
 
 @data_group.command("verify")
@@ -56,7 +72,11 @@ def verify_command(settings: Settings, dataset: str) -> None:
 
     digests = verify(dataset, paths_of(settings).data(dataset))
     lines = [f"{digest}  {file}" for file, digest in digests.items()]
-    settings.result({"dataset": dataset, "files": digests}, "\n".join(lines), "pipeline train")
+    settings.result(
+        {"dataset": dataset, "files": digests},
+        "\n".join(lines),
+        f"pipeline train{_option(dataset)}",
+    )
 
 
 @data_group.command("path")
@@ -95,4 +115,5 @@ def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -
     labels = [split.classes[label] for label in split.labels[: len(files)]]
     text = f"wrote {len(files)} images to {folder}, which show {', '.join(labels)}"
     record = {"files": [str(file) for file in files], "labels": labels}
-    settings.result(record, text, f"pipeline query {folder}/*")
+    name = "" if dataset in MODEL_NAMES else f" --name {model_name(dataset)}"
+    settings.result(record, text, f"pipeline query{name} {folder}/*")

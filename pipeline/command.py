@@ -1,5 +1,6 @@
 """What every command shares: its options, how it speaks, and how errors become exit codes."""
 
+import difflib
 import json
 import os
 import sys
@@ -13,8 +14,9 @@ from typing import Any, NoReturn
 
 import click
 
+from pipeline.datasets import DATASETS, DEFAULT_DATASET
 from pipeline.errors import LostError, PipelineError
-from pipeline.paths import MODEL_NAMES, Paths
+from pipeline.paths import FOLDER, MODEL_NAMES, NAME_RULE, TAKEN, Paths, data_name, is_name
 
 BUG, INTERRUPTED = 70, 130
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
@@ -201,9 +203,45 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
         raise click.exceptions.Exit(INTERRUPTED) from None
 
 
-DATASETS = ("mnist", "fashion-mnist")
+class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
+    """One of the data sets, or `folder:` and a path, which becomes absolute."""
+
+    name = "dataset"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(DATASETS)}|{FOLDER}PATH]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.startswith(FOLDER):
+            return value if value in DATASETS else self._misspelt(value, param, ctx)
+        path = value.removeprefix(FOLDER)
+        if not path:
+            self.fail(f"no path follows {value!r}: write {FOLDER}PATH", param, ctx)
+        # Not resolved: a link gives a folder another name.
+        dataset = FOLDER + os.path.abspath(os.path.expanduser(path))
+        name = data_name(dataset)
+        if not is_name(name) or name in {*DATASETS, *TAKEN}:
+            why = f"{name!r} is taken" if is_name(name) else f"{name!r} is no name: use {NAME_RULE}"
+            self.fail(
+                f"the model is called as the folder, and {why}. Rename the folder, or make a link "
+                "to it under another name (ln -s)",
+                param,
+                ctx,
+            )
+        return dataset
+
+    def _misspelt(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> NoReturn:
+        close = difflib.get_close_matches(value, DATASETS, n=1)
+        meant = f" Did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(map(repr, DATASETS))
+        folder = f"{FOLDER}PATH for a folder of pictures"
+        self.fail(f"{value!r} is not one of {known}, or {folder}.{meant}", param, ctx)
+
+
 dataset_option = click.option(
-    "--dataset", type=click.Choice(DATASETS), default="mnist", show_default=True
+    "--dataset", type=DatasetType(), default=DEFAULT_DATASET, show_default=True
 )
 name_option = click.option("--name", help="The model's name.  [default: handwriting]")
 

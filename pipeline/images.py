@@ -32,16 +32,29 @@ FAINT = 0.2  # of the darkest ink: what is fainter does not count for the crop
 MIN_CONTRAST = 16.0  # gray levels between paper and ink; below, the paper is blank
 
 
-def read_image(source: Path | bytes, name: str = "the image") -> np.ndarray:
-    """The image in a file as uint8 (1, 28, 28), 0 is paper and 255 is ink; zeros if it is blank.
+def read_image(
+    source: Path | bytes, name: str = "the image", pictures: str = "digit"
+) -> np.ndarray:
+    """The image in a file as uint8 (1, 28, 28).
 
-    `name` is what messages call an image that comes as bytes.
+    A `digit` has 0 for paper and 255 for ink, zeros if it is blank; a `whole` picture has its
+    gray levels. `name` is what messages call an image that comes as bytes.
     """
+    return fit(read_gray(source, name), pictures)
+
+
+def read_gray(source: Path | bytes, name: str = "the image") -> np.ndarray:
+    """The gray levels uint8 (H, W) in a file, at most 1024 on the longer side."""
     if isinstance(source, Path):
         name, source = str(source), _read_file(source)
     if len(source) > MAX_FILE_BYTES:
         raise PipelineError(f"{name} is larger than {MAX_FILE_BYTES} bytes: reduce it")
-    return prepare(_decode(source, name))
+    return _decode(source, name)
+
+
+def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
+    """Gray levels uint8 (H, W) as uint8 (1, 28, 28), in the way that the model was trained on."""
+    return fit_whole(gray) if pictures == "whole" else prepare(gray)
 
 
 def _read_file(path: Path) -> bytes:
@@ -119,7 +132,8 @@ def _gray(image: Image.Image) -> np.ndarray:
     if image.mode[0] in "IF":  # 16 or 32 bits, of any range
         levels = np.nan_to_num(np.asarray(image, np.float32))
         levels = levels - levels.min()
-        return _uint8(levels * (255 / max(levels.max(), 1)))
+        levels = _uint8(levels * (255 / max(levels.max(), 1)))
+        return np.asarray(_reduced(Image.fromarray(levels), WORK_SIDE))
     if not image.has_transparency_data:
         return np.asarray(_reduced(image.convert("L"), WORK_SIDE))
     image = _reduced(image.convert("RGBA"), WORK_SIDE).convert("LA")
@@ -151,6 +165,22 @@ def prepare(gray: np.ndarray) -> np.ndarray:
     if ink.max() < MIN_CONTRAST:
         return np.zeros(IMAGES.shape, np.uint8)
     return _centred(_fitted(ink))[np.newaxis]
+
+
+def fit_whole(gray: np.ndarray) -> np.ndarray:
+    """Gray levels uint8 (H, W) fitted into uint8 (1, 28, 28); 28 x 28 come back unchanged.
+
+    What the picture is too narrow or too low for gets the level of its border.
+    """
+    side = IMAGES.shape[1]
+    scale = side / max(gray.shape)
+    height, width = (max(1, round(length * scale)) for length in gray.shape)
+    how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    canvas = np.full(IMAGES.shape, np.uint8(np.median(_frame(gray))))
+    top, left = (side - height) // 2, (side - width) // 2
+    fitted = Image.fromarray(gray).resize((width, height), how)
+    canvas[0, top : top + height, left : left + width] = np.asarray(fitted)
+    return canvas
 
 
 def _frame(levels: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import graph, triton
-from pipeline.config import PackageConfig
+from pipeline.config import PackageConfig, pictures_of
 from pipeline.errors import CheckFailedError
 from pipeline.files import (
     check_digest,
@@ -47,6 +47,8 @@ def package(paths: Paths, config: PackageConfig = PackageConfig()) -> Packaged:
     found = graph.signature(model, str(paths.onnx))
     classes = tuple(manifest["classes"])
     message = triton.model_config(paths.name, found.images, found.outputs, classes, config)
+    if (pictures := pictures_of(manifest["training"]["dataset"])) != "digit":
+        triton.set_parameter(message, "pictures", pictures)
     digit = unpack_golden(golden, str(paths.golden)).images[0].tobytes()
     with locked(paths.exported / f".{paths.name}.lock"):
         version = next_version(paths.packaged)

@@ -7,7 +7,25 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 
 MODEL_NAMES = {"mnist": "handwriting"}
+FOLDER = "folder:"  # stands before the path of a folder of pictures, where a data set is named
+TAKEN = ("handwriting", "model_repository", "figures", "failed")  # under runs/ or exported/
+NAME_RULE = "up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def is_name(value: str) -> bool:
+    """Whether a model, a run or a cached data set can be called so."""
+    return _NAME.fullmatch(value) is not None
+
+
+def data_name(dataset: str) -> str:
+    """What a data set's cache is called; the set `folder:PATH` is called as its folder."""
+    return Path(dataset).name if dataset.startswith(FOLDER) else dataset
+
+
+def model_name(dataset: str) -> str:
+    """What a model of the data set is called, unless it has a name of its own."""
+    return MODEL_NAMES.get(dataset) or data_name(dataset)
 
 
 @dataclass(frozen=True)
@@ -21,14 +39,11 @@ class Paths:
 
     def __post_init__(self) -> None:
         for value in (self.name, self.run):
-            if not _NAME.fullmatch(value):
-                raise PipelineError(
-                    f"{value!r} is no name: use up to 64 letters, digits, '-', '_' and '.', "
-                    "a letter or digit first"
-                )
+            if not is_name(value):
+                raise PipelineError(f"{value!r} is no name: use {NAME_RULE}")
 
     def data(self, dataset: str) -> Path:
-        return self.root / "data" / dataset
+        return self.root / "data" / data_name(dataset)
 
     @property
     def run_folder(self) -> Path:

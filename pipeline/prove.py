@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.config import Criterion, ServeConfig
-from pipeline.data import load_split
+from pipeline.data import Split, scored_split
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import predict, score
 from pipeline.export import check_onnx, export_config
@@ -68,8 +68,7 @@ def prove_export(
     checkpoint = load_checkpoint(replace(paths, run=str(manifest.get("run"))))
     _require_same_weights(manifest, checkpoint, paths)
     content = check_digest(paths.onnx, manifest["files"].get(paths.onnx.name), EXPORT)
-    dataset = checkpoint.config.dataset
-    test = load_split(dataset, paths.data(dataset), "test")
+    test = _scored_split(paths, checkpoint)
     _withdraw(paths)
     check_onnx(content, len(checkpoint.classes), export_config(manifest))
     images = np.concatenate([test.images, probe_images()])
@@ -103,6 +102,11 @@ def prove_export(
     return Validated(agreement, metrics["accuracy"], record["model_sha256"])
 
 
+def _scored_split(paths: Paths, checkpoint: Checkpoint) -> Split:
+    folder = paths.data(checkpoint.config.dataset)
+    return scored_split(checkpoint.config.record(), checkpoint.summary["data_sha256"], folder)
+
+
 def _require_same_weights(manifest: dict[str, Any], checkpoint: Checkpoint, paths: Paths) -> None:
     if manifest.get("weights_sha256") != checkpoint.summary["weights_sha256"]:
         raise CheckFailedError(
@@ -126,16 +130,24 @@ def prove_repository(
     config: ServeConfig = ServeConfig(),
     criterion: Criterion = Criterion(),
     report: Callable[[str], None] = lambda line: None,
+    only: str | None = None,
 ) -> list[Table]:
     """Serve the repository for the occasion and put each model's whole test split to it.
 
+    With `only`, just the model of that name is proven, and no other one's record is touched.
     One table a model: eager PyTorch, ONNX Runtime, Triton over HTTP and over gRPC. Writes
     agreement.json beside each export; raises CheckFailedError when a row disagrees.
     """
     releases = selected_releases(paths)
+    if only is not None and only not in releases:
+        raise PipelineError(
+            f"no model {only} in {paths.repository}, which has {', '.join(releases)}: package it "
+            f"with 'pipeline package --name {only}'"
+        )
     tables = []
     with running_server(paths, with_free_ports(config), report=report) as (server, _):
-        for name, release in releases.items():
+        for name in [only] if only else releases:
+            release = releases[name]
             model = replace(paths, name=name)
             report(f"{name} version {release.version}: the test split through every runtime")
             with Client(server.http_url, name) as http, Client(server.grpc_url, name) as grpc:
@@ -157,8 +169,7 @@ def _table(paths: Paths, release: Release, http: Client, grpc: Client) -> Table:
             "now: run 'pipeline export', 'validate' and 'package' for the new ones, or prove a "
             "running server by its URL"
         )
-    dataset = checkpoint.config.dataset
-    test = load_split(dataset, paths.data(dataset), "test")
+    test = _scored_split(paths, checkpoint)
     predictors = {
         "eager PyTorch": eager_predictor(checkpoint.model),
         "ONNX Runtime": onnx_predictor(release.onnx),

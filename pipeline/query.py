@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from pipeline import triton
 from pipeline.errors import PipelineError, ServerError
-from pipeline.images import read_image
+from pipeline.images import fit, read_gray, read_image
 
 FILES_AT_ONCE = 64
 TIMEOUT = 10.0  # seconds for a whole call
@@ -86,9 +86,13 @@ class Client:
         self, images: Sequence[Path | bytes | np.ndarray], top: int = 3
     ) -> list[Prediction]:
         """A prediction for each image: a file, its bytes, or an array of the model's shape."""
-        arrays = [image if isinstance(image, np.ndarray) else read_image(image) for image in images]
-        if not arrays:
+        if not images:
             return []
+        pictures = self.pictures()
+        arrays = [
+            image if isinstance(image, np.ndarray) else read_image(image, pictures=pictures)
+            for image in images
+        ]
         outputs, version = self.infer(np.stack(arrays))
         return [self._prediction(row, version, top) for row in outputs]
 
@@ -113,6 +117,10 @@ class Client:
                 deadline or time.monotonic() + self.timeout,
             )
         return self._config
+
+    def pictures(self) -> str:
+        """How pictures become the served model's images: see config.pictures_of."""
+        return triton.pictures(self.config())
 
     def server_name(self) -> str:
         """What the server calls itself: the `--id` that it was started with."""
@@ -259,9 +267,10 @@ def ask_files(
         client: Client | None = None
         for start in range(0, len(files), FILES_AT_ONCE):
             part = files[start : start + FILES_AT_ONCE]
-            images, answers = _readable(part)
-            if images:
+            grays, answers = _readable(part)
+            if grays:
                 client = client or stack.enter_context(connect())
+                images = _fitted(grays, client.pictures(), answers)
                 predictions = client.classify(list(images.values()), top)
                 for file, prediction in zip(images, predictions, strict=True):
                     answers[file] = Answer(file, prediction)
@@ -269,20 +278,35 @@ def ask_files(
 
 
 def _readable(files: Sequence[Path]) -> tuple[dict[Path, np.ndarray], dict[Path, Answer]]:
-    """The images that can be read, and an answer for each file that cannot."""
-    images: dict[Path, np.ndarray] = {}
+    """The gray levels of each file that shows something, and an answer for each that cannot."""
+    grays: dict[Path, np.ndarray] = {}
     answers: dict[Path, Answer] = {}
     for file in files:
         try:
-            image = read_image(file)
+            gray = read_gray(file)
         except PipelineError as error:
             answers[file] = Answer(file, None, str(error))
             continue
-        if image.any():
-            images[file] = image
-        else:
-            answers[file] = Answer(file, None, f"{file} shows no ink on its paper: try another")
-    return images, answers
+        if np.ptp(gray):
+            grays[file] = gray
+        else:  # whatever the model is, there is nothing to ask about
+            answers[file] = _blank(file)
+    return grays, answers
+
+
+def _blank(file: Path) -> Answer:
+    return Answer(file, None, f"{file} shows no ink on its paper: try another")
+
+
+def _fitted(
+    grays: dict[Path, np.ndarray], pictures: str, answers: dict[Path, Answer]
+) -> dict[Path, np.ndarray]:
+    """The images to ask about; a blank one has no digit, which is its answer."""
+    images = {file: fit(gray, pictures) for file, gray in grays.items()}
+    for file, image in images.items():
+        if pictures == "digit" and not image.any():
+            answers[file] = _blank(file)
+    return {file: image for file, image in images.items() if file not in answers}
 
 
 def triton_predictor(client: Client) -> Callable[[np.ndarray], np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline import triton
 from pipeline.config import Criterion
-from pipeline.data import Split, load_split
+from pipeline.data import Split, scored_split
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor, difference, predict, score
 from pipeline.files import check_digest, check_manifest, read_json, write_json
@@ -259,9 +259,11 @@ def _test_split(paths: Paths, release: Release | None) -> Split | None:
     """The test split that the release was made with, if its files lie in the cache."""
     if not release:
         return None
-    training = read_json(release.folder / paths.manifest.name, REPACKAGE)["training"]
-    folder = paths.data(training["dataset"])
-    return load_split(training["dataset"], folder, "test") if folder.is_dir() else None
+    manifest = read_json(release.folder / paths.manifest.name, REPACKAGE)
+    folder = paths.data(manifest["training"]["dataset"])
+    if not folder.is_dir():
+        return None
+    return scored_split(manifest["training"], manifest["data_sha256"], folder)
 
 
 def _onnx_runtime(release: Release) -> Predictor:

@@ -116,7 +116,7 @@ def _train(
     """Train as the process that writes."""
     report(f"training {paths.run} with recipe {config.recipe} on {placement}")
     train_split, validation = _splits(paths, config)
-    records = Records(paths, config, identity(config, placement), resume, on_epoch, on_step)
+    records = Records(paths, config, identity(paths, config, placement), resume, on_epoch, on_step)
     if resume:
         state = records.state
         report(
@@ -141,7 +141,7 @@ def _train(
 def _take_part(paths: Paths, config: TrainConfig, placement: Placement, resume: bool) -> None:
     """Train beside the process that writes, and write nothing."""
     train_split, validation = _splits(paths, config)
-    state = load_state(paths, identity(config, placement)) if resume else None
+    state = load_state(paths, identity(paths, config, placement)) if resume else None
     with deferred_interrupt() as is_stopped:
         train(config, train_split, validation, placement, state, is_stopped=is_stopped)
 
@@ -185,7 +185,7 @@ def _conclude(
         uncalibrated_loss=score(raw, test.labels).loss,
         uncalibrated_error=calibration_error(raw, test.labels),
         weights_sha256=save_weights(paths, model, config, test.classes),
-        data_sha256=digests(config.dataset),
+        data_sha256=digests(config.dataset, folder),
         predictions_sha256=save_predictions(paths, outputs, test.labels),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -204,7 +204,7 @@ def recorded_config(paths: Paths) -> TrainConfig | None:
         raise CorruptError(f"{paths.run_config} is no run of ours: {START_OVER}") from error
 
 
-def identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
+def identity(paths: Paths, config: TrainConfig, placement: Placement) -> dict[str, Any]:
     """What decides the weights bit for bit: a resume under another one is refused."""
     return {
         **config.record()["settings"],
@@ -217,7 +217,7 @@ def identity(config: TrainConfig, placement: Placement) -> dict[str, Any]:
         "processes": placement.processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "data": digests(config.dataset),
+        "data": digests(config.dataset, paths.data(config.dataset)),
     }
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import DataFile, Dataset, cached, fetch_command, find_dataset
+from pipeline.data import cached, fetch_command, find_dataset
+from pipeline.datasets import DataFile, Dataset
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import locked, sha256, write_bytes
 

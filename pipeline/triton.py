@@ -83,6 +83,11 @@ def classes(message: ModelConfig) -> tuple[str, ...]:
     return tuple(map(str, range(message.output[0].dims[-1]))) if message.output else ()
 
 
+def pictures(message: ModelConfig) -> str:
+    """How pictures become this model's images: see config.pictures_of."""
+    return parameter(message, "pictures") or "digit"
+
+
 def selected(message: ModelConfig) -> list[int]:
     """The versions that the config's policy names; empty when Triton chooses by itself."""
     return list(message.version_policy.specific.versions)

