@@ -21,8 +21,8 @@ NPROC ?= 1
 TORCH_INDEX ?=
 
 PIPELINE := .venv/bin/pipeline
-TRAIN := $(if $(filter 1,$(NPROC)),$(PIPELINE),OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalone --nproc-per-node \
-	$(NPROC) -m -- pipeline) train
+TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalone --nproc-per-node
+TRAIN := $(if $(filter 1,$(NPROC)),$(PIPELINE),$(TORCHRUN) $(NPROC) -m -- pipeline) train
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 SERVER_PIP := .venv-triton/bin/python -m pip --disable-pip-version-check
 DATA := $(addprefix data/$(SET)/,train-images-idx3-ubyte train-labels-idx1-ubyte \

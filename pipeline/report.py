@@ -140,6 +140,16 @@ def gpu_markdown(figure: dict[str, Any]) -> str:
     )
 
 
+def resume_markdown(figure: dict[str, Any]) -> str:
+    """The README's sentence about killed runs."""
+    return (
+        f"`{figure['command']}` on {figure['measured_at'][:10]}: {figure['kills']} times SIGKILL, "
+        f"{figure['inside_a_write']} of them inside a write; {figure['loadable']} left a state to "
+        f"go on from; {figure['identical_runs']} of {figure['runs']} killed and resumed runs "
+        "ended with the same bytes as the one that was left alone."
+    )
+
+
 NOT_VERIFIED = (
     "GPU: *not verified* (nobody has run `make gpu-check SIGNED='your name'` on one yet). The "
     "packaged bytes are what NVIDIA's container loads; its native backend: *not verified*."
@@ -148,6 +158,7 @@ RENDERERS = {
     "agreement": agreement_markdown,
     "training": training_markdown,
     "gpu": gpu_markdown,
+    "resume": resume_markdown,
 }
 
 
