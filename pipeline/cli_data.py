@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from pipeline.command import Group, Settings, dataset_option, paths_of
 from pipeline.datasets import DATASETS, DEFAULT_DATASET
@@ -45,6 +46,9 @@ def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None
 
     cache = paths_of(settings).data(dataset)
     if dataset.startswith(FOLDER):
+        context = click.get_current_context()
+        if context.get_parameter_source("source") == ParameterSource.COMMANDLINE:
+            raise click.UsageError("folder:PATH says where the pictures are: leave out --from")
         folder = import_folder(dataset, cache, settings.say, settings.update)
     elif DATASETS[dataset].downloads:
         folder = fetch_archives(dataset, cache, source, settings.say)

@@ -364,3 +364,10 @@ def test_make_calls_the_model_as_the_folder(path: str) -> None:
     )
     assert "data fetch --dataset 'folder:/some/letters'" in done.stdout
     assert "validate exported/model_repository --name letters" in done.stdout
+
+
+def test_where_the_pictures_are_is_said_once(tmp_path: Path) -> None:
+    folder = shapes(tmp_path / "shapes")
+    result = Chain(tmp_path).run("data", "fetch", "--dataset", f"folder:{folder}", "--from", "x")
+    assert result.exit_code == 2
+    assert "leave out --from" in result.stderr
