@@ -14,8 +14,10 @@ from pipeline.config import Recipe
 ELASTIC_SIDE = 5  # points on a side of the coarse grid that elastic distortion bends
 
 
-def augment(images: Tensor, recipe: Recipe) -> Tensor:
+def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
     """Images (B, 1, H, W), each distorted at random as far as the recipe says; 0 stays paper.
+
+    `strength` (0 to 1) is how much of that; mirroring is done or not.
 
     Draws from torch's global generator of the images' device. Returns them as they are when the
     recipe distorts nothing, otherwise as float32 from 0 to 255.
@@ -24,11 +26,11 @@ def augment(images: Tensor, recipe: Recipe) -> Tensor:
         return images
     images, count, device = images.float(), len(images), images.device
     if recipe.stroke:
-        images = _stroke(images, recipe.stroke)
-    weights = _affine(count, recipe, device)  # (B, 2, 3)
+        images = _stroke(images, recipe.stroke * strength)
+    weights = _affine(count, recipe, strength, device)  # (B, 2, 3)
     if recipe.elastic:
         bend = torch.rand(count, 2, ELASTIC_SIDE**2, device=device) * 2 - 1  # -1 to 1
-        weights = torch.cat([weights, bend * recipe.elastic], dim=2)  # (B, 2, 3 + S^2)
+        weights = torch.cat([weights, bend * recipe.elastic * strength], dim=2)  # (B, 2, 3 + S^2)
     high, wide = images.shape[2:]
     basis = _basis(high, wide, device)[: weights.shape[2]]  # (3 + S^2 or 3, H W)
     grid = (weights.flatten(0, 1) @ basis).view(count, 2, high, wide).permute(0, 2, 3, 1)
@@ -43,9 +45,9 @@ def _stroke(images: Tensor, strength: float) -> Tensor:
     return torch.lerp(images, torch.where(amount > 0, thick, thin), amount.abs())
 
 
-def _affine(count: int, recipe: Recipe, device: torch.device) -> Tensor:
+def _affine(count: int, recipe: Recipe, strength: float, device: torch.device) -> Tensor:
     """Random affine maps (count, 2, 3) in the units of `affine_grid`, where the image is 2 wide."""
-    draw = torch.rand(6, count, device=device) * 2 - 1  # -1 to 1
+    draw = (torch.rand(6, count, device=device) * 2 - 1) * strength  # -1 to 1
     turn, shear = draw[0] * recipe.rotate, draw[1] * recipe.shear
     wide, high = torch.exp(draw[2:4] * recipe.stretch)
     if recipe.mirror:

@@ -61,6 +61,7 @@ class Recipe:
     gamma: float = 0.7
     weight_decay: float = 0.02
     label_smoothing: float = 0.0  # 0 to 1
+    dropout: float = 0.0  # of the cnn, after its second convolution and before its classifier
     norm_momentum: float = 0.2  # of batch normalization; a short run needs more
     average: float = 0.0  # decay of the averaged weights, kept from half-way on; 0 for none
     mirror: float = 0.0  # how probably an image is mirrored, left to right
@@ -69,6 +70,7 @@ class Recipe:
     shear: float = 0.0  # as a tangent
     shift: float = 0.0  # of half the image's side
     elastic: float = 0.0  # of half the image's side
+    fade: float = 0.0  # of the steps, the last ones, over which the distortion fades
     stroke: float = 0.0  # how much strokes are thickened or thinned; 1 is a pixel on each side
 
     def __post_init__(self) -> None:
@@ -87,7 +89,16 @@ class Recipe:
             raise PipelineError(f"batch-size must be 1 to 10000, got {self.batch_size}")
         if not self.lr > 0:
             raise PipelineError(f"lr must be above 0, got {self.lr}")
-        for name in ("label_smoothing", "average", "warm_up", "beta1", "beta2", "stroke"):
+        for name in (
+            "label_smoothing",
+            "average",
+            "warm_up",
+            "beta1",
+            "beta2",
+            "dropout",
+            "fade",
+            "stroke",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise PipelineError(f"{name} must be 0 to 1, got {getattr(self, name)}")
         if not 0 <= self.mirror <= 1:

@@ -57,6 +57,7 @@ class Cnn(Network):
         classes: int,
         norm_momentum: float = 0.1,
         padded: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         a, b, c, d = channels
@@ -67,6 +68,7 @@ class Cnn(Network):
             nn.Conv2d(a, b, 3, padding=pad, bias=False),  # (B, b, 10, 10); 14
             nn.MaxPool2d(2),  # (B, b, 5, 5); 7; before the normalization, which is cheaper so
             *_normalized(b, norm_momentum),
+            nn.Dropout(dropout),
             nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5); 7
             *_normalized(c, norm_momentum),
             nn.Conv2d(c, d, 3, padding=pad, bias=False),  # (B, d, 3, 3); 7
@@ -74,12 +76,13 @@ class Cnn(Network):
         )
         side = 7 if padded else 3
         self.maximum, self.mean_pool = nn.MaxPool2d(side), nn.AvgPool2d(side)
+        self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(2 * d, classes)
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)
         x = torch.cat([self.maximum(x), self.mean_pool(x)], dim=1)  # (B, 2 d, 1, 1)
-        scores: Tensor = self.classifier(x.flatten(1))
+        scores: Tensor = self.classifier(self.dropout(x.flatten(1)))
         return scores
 
 
@@ -149,7 +152,8 @@ class Net(Network):
 def build(recipe: Recipe, classes: int) -> Network:
     """The recipe's network with random weights, drawn from torch's global generator."""
     if recipe.network == "cnn":
-        return Cnn(recipe.channels, classes, recipe.norm_momentum, recipe.padded)
+        settings = (recipe.norm_momentum, recipe.padded, recipe.dropout)
+        return Cnn(recipe.channels, classes, *settings)
     if recipe.network == "classic":
         return ClassicCnn(recipe.channels, classes)
     if recipe.network == "record":

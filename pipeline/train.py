@@ -71,6 +71,12 @@ def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
 
 
+def distortion(recipe: Recipe, step: int, steps: int) -> float:
+    """How much of the recipe's distortion the images of `step` get, 1 to 0."""
+    left = 1 - step / steps
+    return min(1.0, left / recipe.fade) if recipe.fade else 1.0
+
+
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:
     """The order (count,) in which `epoch` visits the images: a function of seed and epoch."""
     generator = torch.Generator().manual_seed(seed * EPOCH_STRIDE + epoch)
@@ -107,7 +113,8 @@ class Batches:
         batch = batch.to(self.labels.device)
         # For distortion and for dropout: another draw in each process.
         torch.manual_seed((self.seed * EPOCH_STRIDE + step) * processes + rank)
-        return augment(self.images[batch], self.recipe), self.labels[batch]
+        strength = distortion(self.recipe, step, self.steps)
+        return augment(self.images[batch], self.recipe, strength), self.labels[batch]
 
 
 class Learner:

@@ -20,7 +20,7 @@ from pipeline.device import choose
 from pipeline.errors import PipelineError
 from pipeline.files import sha256
 from pipeline.records import CURVE_POINTS
-from pipeline.train import learning_rate, shuffled, train
+from pipeline.train import distortion, learning_rate, shuffled, train
 
 SHORT = recipe("quick", epochs=3)
 CLASSES = tuple("0123456789")
@@ -319,3 +319,10 @@ def test_train_without_data_says_how_to_fetch_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_quick_recipe_reads_989_of_1000_digits_and_more(empty: Chain) -> None:
     assert empty.record("train", "--recipe", "quick")["test_accuracy"] >= 0.989
+
+
+def test_distortion_fades_over_the_last_steps_where_the_recipe_says_so() -> None:
+    settings = recipe("standard", fade=0.25)
+    strengths = [distortion(settings, step, 100) for step in (0, 74, 75, 80, 99)]
+    assert strengths == pytest.approx([1, 1, 1, 0.8, 0.04])
+    assert distortion(recipe("standard", fade=0.0), 99, 100) == 1
