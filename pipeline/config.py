@@ -131,6 +131,7 @@ RECIPES = {
         lr=0.012,
         warm_up=0.15,
         weight_decay=0.05,
+        label_smoothing=0.05,
         norm_momentum=0.1,
         average=0.995,
         rotate=0.2,
