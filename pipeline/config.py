@@ -124,10 +124,10 @@ class Recipe:
 
 
 RECIPES = {
-    "quick": Recipe(epochs=0.85, batch_size=192, lr=0.018, label_smoothing=0.05),
+    "quick": Recipe(epochs=0.7, batch_size=192, lr=0.022, label_smoothing=0.1),
     "standard": Recipe(
         channels=(16, 32, 64, 96),
-        epochs=10,
+        epochs=8,
         lr=0.012,
         warm_up=0.15,
         weight_decay=0.05,
@@ -143,7 +143,7 @@ RECIPES = {
     # Minutes, for a little more: `make best`.
     "best": Recipe(
         channels=(24, 48, 96, 160),
-        epochs=30,
+        epochs=20,
         lr=0.012,
         warm_up=0.15,
         weight_decay=0.05,
