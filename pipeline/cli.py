@@ -2,31 +2,23 @@
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from pipeline import __doc__ as summary
 from pipeline.cli_data import data_group
-from pipeline.cli_measure import benchmark_command, gpu_check_command
+from pipeline.cli_measure import benchmark_command, gpu_check_command, report_command
 from pipeline.cli_serve import serve
-from pipeline.command import Group, Settings, dataset_option, name_option, paths_of
+from pipeline.cli_train import train_command
+from pipeline.command import Group, Settings, name_of_run, name_option, paths_of
 from pipeline.config import (
-    DEFAULT_RECIPE,
-    RECIPES,
     ExportConfig,
     PackageConfig,
-    Recipe,
-    TrainConfig,
 )
-from pipeline.config import recipe as recipe_named
 from pipeline.errors import PipelineError
-from pipeline.files import read_json
-from pipeline.paths import MODEL_NAMES, Paths, model_name
+from pipeline.paths import MODEL_NAMES, Paths
 
 
 @click.group(
@@ -41,107 +33,10 @@ def main() -> None:
 
 main.add_command(data_group)
 main.add_command(serve)
+main.add_command(train_command)
+main.add_command(report_command)
 main.add_command(benchmark_command)
 main.add_command(gpu_check_command)
-
-
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for every field of a recipe; without one, the recipe's own value stands."""
-    default = RECIPES[DEFAULT_RECIPE]
-    for field in reversed(fields(Recipe)):
-        kind = {int: int, float: float, str: str, bool: bool}.get(field.type)
-        option = click.option(
-            f"--{field.name.replace('_', '-')}",
-            type=kind or _channels,
-            metavar=None if kind else "N,N,...",
-            help=f"[default: the recipe's; {DEFAULT_RECIPE} has {getattr(default, field.name)}]",
-        )
-        command = option(command)
-    return command
-
-
-def _channels(value: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in value.split(","))
-
-
-def _given(names: set[str]) -> bool:
-    """Whether the user set one of these parameters, in whatever way."""
-    context = click.get_current_context()
-    return any(context.get_parameter_source(name) != ParameterSource.DEFAULT for name in names)
-
-
-@main.command()
-@dataset_option
-@click.option("--run", help="A name for this run.  [default: the model's name]")
-@click.option(
-    "--recipe",
-    type=click.Choice(list(RECIPES)),
-    default=DEFAULT_RECIPE,
-    show_default=True,
-)
-@click.option("--seed", default=TrainConfig.seed, show_default=True)
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default=TrainConfig.device,
-    show_default=True,
-)
-@click.option(
-    "--compiled", is_flag=True, help="Through torch.compile; pays on a GPU, in a long run."
-)
-@click.option(
-    "--save-every",
-    type=click.IntRange(0),
-    default=0,
-    help="Steps between two checkpoints, besides the one after each epoch.",
-)
-@click.option(
-    "--resume", is_flag=True, help="Go on exactly where an interrupted run stopped, as it began."
-)
-@recipe_options
-@click.pass_obj
-def train_command(
-    settings: Settings,
-    /,
-    dataset: str,
-    run: str | None,
-    recipe: str,
-    seed: int,
-    device: str,
-    compiled: bool,
-    save_every: int,
-    resume: bool,
-    **changes: Any,
-) -> None:
-    """Train a network on the cached data set.
-
-    A small folder of pictures gets more epochs than the recipe says, 200 steps in all.
-
-    \b
-    Example:
-      pipeline train
-      pipeline train --recipe baseline --run yardstick --resume
-    """
-    from pipeline.data import enough_epochs
-    from pipeline.runs import recorded_config
-    from pipeline.runs import run as train
-
-    paths = paths_of(settings, run=run or model_name(dataset))
-    wanted = recipe_named(recipe, dataset, **changes)
-    if changes["epochs"] is None:
-        wanted = replace(wanted, epochs=enough_epochs(wanted, dataset, paths.data(dataset)))
-    config = TrainConfig(recipe, wanted, dataset, seed, device, compiled)
-    if resume and not _given({"recipe", "seed", "device", "compiled", *changes}):
-        config = recorded_config(paths) or config
-    # Hundreds of short epochs need no line each.
-    on_epoch = settings.say if config.settings.epochs <= 50 else settings.update
-    done = train(paths, config, resume, settings.say, on_epoch, settings.update, save_every)
-    text = (
-        f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
-        f"({done.parameters:,} parameters, {done.device})\nwrote {paths.weights}"
-    )
-    options = "" if paths.run == MODEL_NAMES["mnist"] else f" --run {paths.run}"
-    settings.result(asdict(done), text, f"pipeline export{options}")
 
 
 @main.command()
@@ -159,21 +54,13 @@ def export_command(settings: Settings, run: str | None, name: str | None, opset:
     from pipeline.export import export
 
     paths = paths_of(settings, name, run or name)
-    paths = paths if name else replace(paths, name=_name_of_run(paths))
+    paths = paths if name else replace(paths, name=name_of_run(paths))
     exported = export(paths, replace(ExportConfig(), opset=opset), settings.say)
     text = (
         f"wrote {exported.path} ({exported.size:,} bytes, opset {exported.opset}, "
         f"IR {exported.ir_version}, sha256 {exported.sha256[:12]})"
     )
     settings.result(asdict(exported), text, f"pipeline validate{_named(paths)}")
-
-
-def _name_of_run(paths: Paths) -> str:
-    """The model name that goes with the run's data set."""
-    if not paths.run_config.exists():
-        return paths.name
-    dataset = str(read_json(paths.run_config, "run 'pipeline train' again").get("dataset"))
-    return model_name(dataset)
 
 
 def _named(paths: Paths) -> str:
@@ -319,49 +206,6 @@ def query_command(
             click.echo(json.dumps(answer.record()) if settings.json else str(answer))
     if failed:
         raise PipelineError(f"{failed} of {len(images)} images could not be read")
-
-
-@main.command()
-@click.option("--run", help="The run to report on.  [default: the one that was exported]")
-@name_option
-@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
-@click.option("--readme", type=click.Path(path_type=Path), default=Path("README.md"), hidden=True)
-@click.pass_obj
-def report_command(
-    settings: Settings, run: str | None, name: str | None, figures: bool, readme: Path
-) -> None:
-    """Write one page about a run, and show how its model's runtimes agreed when last proven.
-
-    \b
-    Example:
-      pipeline report
-      pipeline report --run wide
-      pipeline report --figures
-    """
-    from pipeline.page import write_page
-    from pipeline.report import agreement, render_readme, save_figures
-
-    paths = _reported(paths_of(settings, name, run or name), run, name)
-    page = write_page(paths)
-    record, text = {"run": paths.run, "page": str(paths.page)}, f"wrote {paths.page}"
-    if paths.agreement.exists():
-        table = agreement(paths)
-        record |= asdict(table)
-        text = f"{table}\nread {paths.agreement}\n{text}"
-    if figures:
-        text += f"\nwrote {save_figures(paths)}"
-        render_readme(paths.root / readme, paths.figures)
-    settings.result(record, text, page.then)
-
-
-def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
-    """The run that goes with the model, where only the model is given, or the other way round."""
-    if run:
-        return paths if name else replace(paths, name=_name_of_run(paths))
-    if not paths.manifest.exists():
-        return paths
-    manifest = read_json(paths.manifest, "run 'pipeline export' again")
-    return replace(paths, run=str(manifest.get("run", paths.run)))
 
 
 if __name__ == "__main__":

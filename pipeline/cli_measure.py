@@ -1,10 +1,56 @@
-"""The commands that measure, and keep what they measured as figures."""
+"""The commands that report and measure, and keep what they measured as figures."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import click
 
-from pipeline.command import Command, Settings, paths_of
+from pipeline.command import Command, Settings, name_of_run, name_option, paths_of
+from pipeline.files import read_json
+from pipeline.paths import Paths
+
+
+@click.command(cls=Command)
+@click.option("--run", help="The run to report on.  [default: the one that was exported]")
+@name_option
+@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
+@click.option("--readme", type=click.Path(path_type=Path), default=Path("README.md"), hidden=True)
+@click.pass_obj
+def report_command(
+    settings: Settings, run: str | None, name: str | None, figures: bool, readme: Path
+) -> None:
+    """Write one page about a run, and show how its model's runtimes agreed when last proven.
+
+    \b
+    Example:
+      pipeline report
+      pipeline report --run wide
+      pipeline report --figures
+    """
+    from pipeline.page import write_page
+    from pipeline.report import agreement, render_readme, save_figures
+
+    paths = _reported(paths_of(settings, name, run or name), run, name)
+    page = write_page(paths)
+    record, text = {"run": paths.run, "page": str(paths.page)}, f"wrote {paths.page}"
+    if paths.agreement.exists():
+        table = agreement(paths)
+        record |= asdict(table)
+        text = f"{table}\nread {paths.agreement}\n{text}"
+    if figures:
+        text += f"\nwrote {save_figures(paths)}"
+        render_readme(paths.root / readme, paths.figures)
+    settings.result(record, text, page.then)
+
+
+def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
+    """The run that goes with the model, where only the model is given, or the other way round."""
+    if run:
+        return paths if name else replace(paths, name=name_of_run(paths))
+    if not paths.manifest.exists():
+        return paths
+    manifest = read_json(paths.manifest, "run 'pipeline export' again")
+    return replace(paths, run=str(manifest.get("run", paths.run)))
 
 
 @click.command(cls=Command)

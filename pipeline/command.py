@@ -16,7 +16,17 @@ import click
 
 from pipeline.datasets import DATASETS, DEFAULT_DATASET
 from pipeline.errors import LostError, PipelineError
-from pipeline.paths import FOLDER, MODEL_NAMES, NAME_RULE, TAKEN, Paths, data_name, is_name
+from pipeline.files import read_json
+from pipeline.paths import (
+    FOLDER,
+    MODEL_NAMES,
+    NAME_RULE,
+    TAKEN,
+    Paths,
+    data_name,
+    is_name,
+    model_name,
+)
 
 BUG, INTERRUPTED = 70, 130
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
@@ -250,3 +260,11 @@ def paths_of(settings: Settings, name: str | None = None, run: str | None = None
     """The paths of a model; a run is called as its model unless it has a name of its own."""
     named = name or MODEL_NAMES["mnist"]
     return Paths(settings.root, name=named, run=run or named)
+
+
+def name_of_run(paths: Paths) -> str:
+    """The model name that goes with the run's data set."""
+    if not paths.run_config.exists():
+        return paths.name
+    dataset = str(read_json(paths.run_config, "run 'pipeline train' again").get("dataset"))
+    return model_name(dataset)

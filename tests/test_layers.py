@@ -16,7 +16,8 @@ ORDER = [
     *("predictions", "device", "processes", "augment", "model", "checkpoint", "train", "records"),
     *("runs", "graph", "export", "runtime", "validate", "triton", "package", "query", "replay"),
     *("tritonserver", "serve", "supervise", "prove", "gpu", "benchmark", "report", "figures"),
-    *("answers", "page", "command", "cli_data", "cli_serve", "cli_measure", "cli", "__main__"),
+    *("answers", "page", "command", "cli_data", "cli_train", "cli_serve", "cli_measure", "cli"),
+    "__main__",
 ]
 # The home of each heavy library.
 HOMES = {
@@ -36,7 +37,7 @@ HOMES = {
     "jinja2": {"page"},
     "pooch": {"sources"},
     "tensorboard": set(),  # through torch, where it is installed
-    "click": {"command", "cli_data", "cli_serve", "cli_measure", "cli"},
+    "click": {"command", "cli_data", "cli_train", "cli_serve", "cli_measure", "cli"},
 }
 
 
