@@ -48,7 +48,7 @@ export: $(ONNX) ## export it to ONNX (NAME)
 validate: $(VALIDATION) ## prove ONNX Runtime equal to eager PyTorch
 package: $(PACKAGED) ## add it to the Triton model repository
 prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
-	@$(PIPELINE) report --run $(RUN) --name $(NAME)
+	@$(PIPELINE) report --run $(RUN) --name $(NAME) --table
 
 # A folder of pictures is looked through each time; its files stay as they are unless it changed.
 $(DATA) &: $(if $(filter folder:%,$(DATASET)),FORCE) | .venv/done
@@ -72,6 +72,7 @@ $(PACKAGED): $(VALIDATION) | .venv/done
 
 $(AGREEMENT): $(PACKAGED) | .venv/done .venv-triton/done
 	$(PIPELINE) validate exported/model_repository --name $(NAME)
+	@$(PIPELINE) -q report --run $(RUN) --name $(NAME) > /dev/null
 
 # What a run or an export was asked to be; rewritten only when it changes, so that a change rebuilds.
 runs/$(RUN)/.settings: WANTED = $(DATASET) $(RECIPE) $(SEED) $(NPROC)

@@ -13,11 +13,17 @@ from pipeline.paths import Paths
 @click.command(cls=Command)
 @click.option("--run", help="The run to report on.  [default: the one that was exported]")
 @name_option
+@click.option("--table", is_flag=True, help="Only show how the runtimes agreed, and write no page.")
 @click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
 @click.option("--readme", type=click.Path(path_type=Path), default=Path("README.md"), hidden=True)
 @click.pass_obj
 def report_command(
-    settings: Settings, run: str | None, name: str | None, figures: bool, readme: Path
+    settings: Settings,
+    run: str | None,
+    name: str | None,
+    table: bool,
+    figures: bool,
+    readme: Path,
 ) -> None:
     """Write one page about a run, and show how its model's runtimes agreed when last proven.
 
@@ -27,16 +33,21 @@ def report_command(
       pipeline report --run wide
       pipeline report --figures
     """
-    from pipeline.page import write_page
     from pipeline.report import agreement, render_readme, save_figures
 
     paths = _reported(paths_of(settings, name, run or name), run, name)
+    if table:
+        proof = agreement(paths)
+        settings.result(asdict(proof), f"{proof}\nread {paths.agreement}", "pipeline serve")
+        return
+    from pipeline.page import write_page  # imports torch
+
     page = write_page(paths)
     record, text = {"run": paths.run, "page": str(paths.page)}, f"wrote {paths.page}"
     if paths.agreement.exists():
-        table = agreement(paths)
-        record |= asdict(table)
-        text = f"{table}\nread {paths.agreement}\n{text}"
+        proof = agreement(paths)
+        record |= asdict(proof)
+        text = f"{proof}\nread {paths.agreement}\n{text}"
     if figures:
         text += f"\nwrote {save_figures(paths)}"
         render_readme(paths.root / readme, paths.figures)

@@ -154,6 +154,7 @@ NOT_VERIFIED = (
     "GPU: *not verified* (nobody has run `make gpu-check SIGNED='your name'` on one yet). The "
     "packaged bytes are what NVIDIA's container loads; its native backend: *not verified*."
 )
+MISSING = {"gpu": NOT_VERIFIED, "resume": "*Not proven yet*: `make prove-resume`."}
 RENDERERS = {
     "agreement": agreement_markdown,
     "training": training_markdown,
@@ -170,8 +171,8 @@ def rendered(readme: str, figures: Path) -> str:
         if name not in RENDERERS:
             raise PipelineError(f"the README asks for figures {name!r}, which nothing renders")
         figure = figures / f"{name}.json"
-        if name == "gpu" and not figure.exists():
-            text = NOT_VERIFIED
+        if name in MISSING and not figure.exists():
+            text = MISSING[name]
         else:
             text = RENDERERS[name](read_json(figure, MEASURE))
         return f"{match.group(1)}{text}\n{match.group(3)}"

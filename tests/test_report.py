@@ -53,6 +53,15 @@ def test_report_shows_the_last_agreement(chain: Chain) -> None:
     assert "Triton gRPC" in chain.run("report").stdout
 
 
+def test_the_table_alone_needs_no_page(chain: Chain) -> None:
+    missing = chain.run("report", "--table")
+    assert missing.exit_code == 1
+    assert "pipeline validate exported/model_repository" in error_line(missing)
+    proven(chain)
+    assert "Triton gRPC" in chain.run("report", "--table").stdout
+    assert not chain.paths.page.exists()
+
+
 def test_figures_are_kept_and_rendered_into_the_readme(chain: Chain) -> None:
     proven(chain)
     readme = chain.root / "README.md"
