@@ -11,8 +11,8 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
-    *("errors", "config", "paths", "files", "images", "datasets", "data", "folders", "sources"),
-    *("archives", "evaluate"),
+    *("errors", "config", "targets", "paths", "files", "images", "datasets", "data", "folders"),
+    *("sources", "archives", "evaluate"),
     *("predictions", "device", "processes", "augment", "model", "checkpoint", "train", "records"),
     *("runs", "graph", "export", "runtime", "validate", "triton", "package", "query", "replay"),
     *("tritonserver", "serve", "supervise", "prove", "gpu", "benchmark", "report", "figures"),
