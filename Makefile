@@ -135,13 +135,15 @@ figures: $(AGREEMENT) ## measure the README's figures anew and render them
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
-.PHONY: gpu-check prove-resume prove-best
+.PHONY: gpu-check prove-resume prove-runtimes prove-best
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(PIPELINE) gpu-check --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
 	$(PIPELINE) benchmark --what train --recipes best --resume --figures
 prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_resume.py exported/figures/resume.json 100 30
+prove-runtimes: $(SUMMARY) | .venv/done ## run what is exported for older Tritons on the ONNX Runtimes inside them (RUN)
+	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_runtimes.py exported/figures/runtimes.json $(RUN)
 
 system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }
@@ -152,5 +154,5 @@ system: ## install what only the system's packages have (root)
 clean: ## remove exports and caches, never data or runs
 	find exported -mindepth 1 -maxdepth 1 ! -name figures ! -name README.md -exec rm -rf {} +
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* build dist
-clean-venv: ## remove both environments
-	rm -rf .venv .venv-triton
+clean-venv: ## remove the environments
+	rm -rf .venv .venv-triton .venv-runtimes
