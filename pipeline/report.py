@@ -150,16 +150,44 @@ def resume_markdown(figure: dict[str, Any]) -> str:
     )
 
 
+def runtimes_markdown(figure: dict[str, Any]) -> str:
+    """The README's table of older ONNX Runtimes."""
+    lines = [
+        "| ONNX Runtime | in Triton | file | classes that differ | largest difference |",
+        "|--|--|--|--|--|",
+    ]
+    for row in figure["rows"]:
+        made_for = "the default" if row["file"] == "default" else f"for {row['file']}"
+        lines.append(
+            f"| {row['onnxruntime']} | {row['releases']} | opset {row['opset']}, IR "
+            f"{row['ir_version']} ({made_for}) | {row['differing']} of {row['images']:,} | "
+            f"{row['max_abs_diff']:.1e} |"
+        )
+    host = figure["machine"]
+    lines += [
+        "",
+        f"Held against eager PyTorch by `{figure['command']}` on {figure['measured_at'][:10]}, "
+        f"{host['processor']} with {host['cores']} cores: each ONNX Runtime in an environment of "
+        "its own, on the CPU, without Triton around it.",
+    ]
+    return "\n".join(lines)
+
+
 NOT_VERIFIED = (
     "GPU: *not verified* (nobody has run `make gpu-check SIGNED='your name'` on one yet). The "
     "packaged bytes are what NVIDIA's container loads; its native backend: *not verified*."
 )
-MISSING = {"gpu": NOT_VERIFIED, "resume": "*Not proven yet*: `make prove-resume`."}
+MISSING = {
+    "gpu": NOT_VERIFIED,
+    "resume": "*Not proven yet*: `make prove-resume`.",
+    "runtimes": "*Not proven yet*: `make prove-runtimes`.",
+}
 RENDERERS = {
     "agreement": agreement_markdown,
     "training": training_markdown,
     "gpu": gpu_markdown,
     "resume": resume_markdown,
+    "runtimes": runtimes_markdown,
 }
 
 

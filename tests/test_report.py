@@ -80,3 +80,16 @@ def test_figures_are_kept_and_rendered_into_the_readme(chain: Chain) -> None:
 def test_figures_that_nothing_renders_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="'speed', which nothing renders"):
         report.rendered("<!-- figures:speed -->\n<!-- /figures -->", tmp_path)
+
+
+def test_old_runtimes_are_shown_with_the_file_that_each_ran(tmp_path: Path) -> None:
+    block = "<!-- figures:runtimes -->\n<!-- /figures -->"
+    assert "*Not proven yet*: `make prove-runtimes`." in report.rendered(block, tmp_path)
+    shutil.copy(FIGURES / "runtimes.json", tmp_path)
+    figure = json.loads((FIGURES / "runtimes.json").read_text())
+    lines = report.rendered(block, tmp_path).splitlines()
+    rows = [line for line in lines if line.startswith("| 1.")]
+    assert len(rows) == len(figure["rows"])
+    assert rows[0].startswith("| 1.16.3 | 23.09-24.02 | opset 18, IR 9 (the default) | 0 of 10,000")
+    assert "opset 19, IR 9 (for 24.02)" in rows[1]
+    assert f"`make prove-runtimes` on {figure['measured_at'][:10]}" in lines[-2]
