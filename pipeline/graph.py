@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, Message
@@ -139,29 +139,36 @@ def inlined(path: Path) -> onnx.ModelProto:
     A tensor may name nothing but a plain file in the folder of `path`: whoever made the model
     chose the name, and must not make us read anything else. Raises CheckFailedError otherwise.
     """
-    model = parse(_read_whole(path), str(path))
-    total = path.stat().st_size
+    content = _read_whole(path)
+    model = parse(content, str(path))
+    total = len(content)
     for part in parts(model):
         if isinstance(part, TensorProto) and is_external(part):
             total += raw_bytes(part) or 0
             if total > MAX_BYTES:
                 raise CheckFailedError(f"{path} and its data are larger than {MAX_BYTES} bytes")
-            content = _external(part, path)
+            data = _external(part, path)
             name, dims, data_type = part.name, list(part.dims), part.data_type
             part.Clear()
-            part.MergeFrom(TensorProto(name=name, dims=dims, data_type=data_type, raw_data=content))
+            part.MergeFrom(TensorProto(name=name, dims=dims, data_type=data_type, raw_data=data))
     return model
+
+
+def _open_regular(path: Path, flags: int = 0) -> BinaryIO:
+    """The file `path` itself, open; OSError when it is no regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would wait
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file")
+    return open(descriptor, "rb")
 
 
 def _read_whole(path: Path) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+        file = _open_regular(path)
     except OSError as error:
         raise PipelineError(f"cannot read {path}: {error.strerror}") from error
-    with open(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise PipelineError(f"cannot read {path}: no regular file")
+    with file:
         return file.read(MAX_BYTES + 1)  # of which `parse` says that it is too large
 
 
@@ -173,15 +180,13 @@ def _external(tensor: TensorProto, path: Path) -> bytes:
     if location in ("", ".", "..") or not set(location).isdisjoint("/\\\0"):
         raise CheckFailedError(f"{said}which is no plain file name")
     try:
-        descriptor = os.open(path.parent / location, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = _open_regular(path.parent / location, os.O_NOFOLLOW)
     except OSError as error:
         is_link = error.errno == errno.ELOOP
         why = "is a symbolic link" if is_link else f"cannot be read: {error.strerror}"
         raise CheckFailedError(f"{said}which {why}") from error
-    with open(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise CheckFailedError(f"{said}which is no regular file")
+    with file:
+        facts = os.fstat(file.fileno())
         if facts.st_nlink != 1:
             raise CheckFailedError(f"{said}which has {facts.st_nlink} hard links, not one")
         offset, length = _span(entries, facts.st_size, said)

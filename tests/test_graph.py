@@ -141,7 +141,7 @@ def gone(data: Path, secret: Path) -> None:
     [
         (symbolic, "the data of w lies in 'data', which is a symbolic link"),
         (hard, "the data of w lies in 'data', which has 2 hard links"),
-        (pipe, "which is no regular file"),
+        (pipe, "which cannot be read: no regular file"),
         (gone, "which cannot be read: No such file"),
     ],
 )

@@ -1,3 +1,4 @@
+import re
 import resource
 import subprocess
 import sys
@@ -128,8 +129,8 @@ def test_external_data_of_a_sparse_initializer_is_refused() -> None:
         (helper.make_node("Gelu", ["x"], ["z"], domain="com.microsoft"), "domain com.microsoft"),
         (helper.make_node("RandomNormal", [], ["z"], shape=[2]), "chance: RandomNormal"),
         (helper.make_node("Dropout", ["x"], ["z"]), "chance: Dropout; export the model in eval"),
-        (helper.make_node("SequenceMap", ["x"], ["z"]), "control flow: SequenceMap"),
-        (helper.make_node("Scan", ["x"], ["z"]), "control flow: Scan"),
+        (helper.make_node("SequenceMap", ["x"], ["z"]), r"control flow: (If, )?SequenceMap"),
+        (helper.make_node("Scan", ["x"], ["z"]), r"control flow: (If, )?Scan"),
         (
             helper.make_node("BatchNormalization", ["x"] * 5, ["z"], training_mode=1),
             "a batch normalization in training mode",
@@ -139,7 +140,8 @@ def test_external_data_of_a_sparse_initializer_is_refused() -> None:
 )
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_a_forbidden_operator_is_refused(node: NodeProto, said: str, is_nested: bool) -> None:
-    assert said in refusal(small(nodes=[CAST, within(node) if is_nested else node]))
+    nodes = [CAST, within(node) if is_nested else node]
+    assert re.search(said, refusal(small(nodes=nodes)))
 
 
 def test_graphs_for_training_are_refused() -> None:
@@ -250,7 +252,7 @@ def test_no_bomb_makes_the_policy_take_memory(tmp_path: Path) -> None:
     "nodes",
     [
         [helper.make_node("ConstantOfShape", ["i"], ["z"])],
-        [helper.make_node("Expand", ["y", "i"], ["z"])],
+        [helper.make_node("Expand", ["one", "i"], ["z"])],
         [helper.make_node("NonZero", ["x"], ["z"])],
     ],
     ids=lambda nodes: nodes[0].op_type,
@@ -262,14 +264,14 @@ def test_a_size_that_depends_on_the_image_is_refused(nodes: list[NodeProto]) -> 
         helper.make_node("Cast", ["sum"], ["whole"], to=TensorProto.INT64),
         helper.make_node("Reshape", ["whole", "n"], ["i"]),
     ]
-    said = refusal(small(nodes=[*before, *nodes], tensors=[numbers("n", 1)]))
+    said = refusal(small(nodes=[*before, *nodes], tensors=[ONE, numbers("n", 1)]))
     assert f"the size of z ({nodes[0].op_type}) cannot be told" in said
 
 
 def test_many_values_that_are_too_large_together_are_refused() -> None:
     nodes = [helper.make_node("ConstantOfShape", ["n"], [f"v{i}"]) for i in range(20)]
     said = refusal(small(nodes=[CAST, *nodes], tensors=[numbers("n", 1 << 26)]))
-    assert "all values take 5368709200 bytes together" in said
+    assert "all values take 5368709160 bytes together" in said
 
 
 def test_a_value_declared_as_another_size_than_it_has_is_refused() -> None:
@@ -328,7 +330,7 @@ def test_a_tensor_of_any_type_that_holds_what_it_claims_passes(data_type: int) -
 def test_metadata_anywhere_but_on_the_model_is_refused(place: str) -> None:
     model = small(nodes=[CAST, within(CAST)], tensors=[numbers("n", 1)])
     model.graph.value_info.add(name="v")
-    parts = {
+    parts: dict[str, Any] = {
         "graph": model.graph,
         "node": model.graph.node[0],
         "input": model.graph.input[0],
@@ -345,7 +347,8 @@ def test_metadata_anywhere_but_on_the_model_is_refused(place: str) -> None:
 def test_a_doc_string_anywhere_is_refused(place: str) -> None:
     model = small(tensors=[numbers("n", 1)])
     node = model.graph.node[0]
-    parts = {"model": model, "graph": model.graph, "node": node, "attribute": node.attribute[0]}
+    parts: dict[str, Any] = {"model": model, "graph": model.graph, "node": node}
+    parts["attribute"] = node.attribute[0]
     parts |= {"input": model.graph.input[0], "initializer": model.graph.initializer[0]}
     parts[place].doc_string = "made on a Monday"
     assert "doc strings, which may hold source paths: '--scrub' leaves" in refusal(model)
@@ -419,7 +422,7 @@ class Vision(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.up(self.norm(self.patches(images.float() / 255)))
-        x = torch.cat([self.token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
         return torch.log_softmax(self.head(self.layer(x)[:, 0]), 1)
 
 
