@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, Message
-from onnx import TensorProto, TypeProto, ValueInfoProto
+from onnx import TensorProto, ValueInfoProto
 
 from pipeline.config import TensorSpec
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
@@ -38,15 +38,29 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
     if len(content) > MAX_BYTES:
         raise CheckFailedError(f"{name} is larger than {MAX_BYTES} bytes")
     try:
-        return onnx.load_model_from_string(content)
+        model = onnx.load_model_from_string(content)
     except DecodeError as error:
         raise CorruptError(f"{name} is no ONNX file: export it again") from error
+    if not all(_is_text(part) for part in parts(model)):
+        raise CorruptError(f"{name} is no ONNX file, a name in it is not UTF-8: export it again")
+    return model
+
+
+def _is_text(part: Message) -> bool:
+    """Whether all strings are UTF-8: protobuf gives us those that are not as bytes."""
+    for field in part.DESCRIPTOR.fields:
+        if field.type == field.TYPE_STRING:
+            value = getattr(part, field.name)
+            if isinstance(value, bytes) or not all(isinstance(text, str) for text in value):
+                return False
+    return True
 
 
 def parts(message: Message) -> Iterator[Any]:
-    """A message and all that it is made of, attributes and their graphs too; not within tensors."""
+    """A message and all messages that it is made of, those of attributes and their graphs too."""
     yield message
-    if isinstance(message, TensorProto | TypeProto):
+    if isinstance(message, TensorProto):  # whose data would be copied
+        yield from (*message.external_data, *message.metadata_props)
         return
     for field, value in message.ListFields():
         if field.message_type is not None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import onnx
 from onnx import NodeProto, TensorProto
+from onnx.checker import ValidationError
+from onnx.shape_inference import InferenceError
 
 from pipeline.errors import CheckFailedError
 from pipeline.graph import SOURCE_PATH, is_external, parts, texts
@@ -36,7 +38,8 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
         raise CheckFailedError(f"{name} breaks the graph policy: {'; '.join(wrong)}")
     try:
         onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    # The last where the checker quotes a name that is no text.
+    except (ValidationError, InferenceError, UnicodeDecodeError) as error:
         raise CheckFailedError(f"{name} is no valid ONNX model: {error}") from error
 
 

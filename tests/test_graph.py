@@ -64,6 +64,12 @@ def test_bytes_that_are_no_graph_are_corrupt(content: bytes) -> None:
         graph.parse(content, "it")
 
 
+def test_names_that_are_no_text_are_corrupt() -> None:
+    content = small().SerializeToString().replace(b"small", b"sm\xffll")
+    with pytest.raises(CorruptError, match="a name in it is not UTF-8"):
+        graph.parse(content, "it")
+
+
 def test_a_graph_beyond_the_size_cap_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "MAX_BYTES", 10)
     with pytest.raises(CheckFailedError, match="larger than 10 bytes"):
