@@ -122,14 +122,17 @@ class _Values:
     def add(self, node: NodeProto) -> None:
         """Tell the sizes of what `node` computes, and what it is where that is short."""
         stored = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
-        if node.op_type == "Constant" and stored and node.output:
-            self._hold(node.output[0], stored[0])
+        outputs = [name for name in node.output if name]
+        if not outputs:
+            self.wrong.append(f"a node without an output: {node.op_type}")
+            return
+        if node.op_type == "Constant" and stored:
+            self._hold(outputs[0], stored[0])
             return
         told = self._infer(node)
-        outputs = [name for name in node.output if name]
         for name in outputs:
             self._take(name, told.get(name), node.op_type)
-        if all(self._elements(name) <= SHORT for name in outputs):
+        if all(self._elements(name) <= SHORT for name in node.output):
             self._fold(node)
 
     def compare(self, value: onnx.ValueInfoProto) -> None:
@@ -202,7 +205,7 @@ class _Values:
             results = _evaluated(self._alone(node))
         else:
             return
-        for name, result in zip((name for name in node.output if name), results, strict=False):
+        for name, result in zip(node.output, results, strict=False):
             self.short[name] = numpy_helper.from_array(result, name)
 
 

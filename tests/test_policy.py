@@ -268,6 +268,12 @@ def test_a_size_that_depends_on_the_image_is_refused(nodes: list[NodeProto]) -> 
     assert f"the size of z ({nodes[0].op_type}) cannot be told" in said
 
 
+def test_a_node_without_an_output_is_refused_and_not_computed() -> None:
+    node = helper.make_node("ConstantOfShape", ["shape"], [])
+    said = refusal(small(nodes=[CAST, node], tensors=[numbers("shape", HUGE)]))
+    assert "a node without an output: ConstantOfShape" in said
+
+
 def test_many_values_that_are_too_large_together_are_refused() -> None:
     nodes = [helper.make_node("ConstantOfShape", ["n"], [f"v{i}"]) for i in range(20)]
     said = refusal(small(nodes=[CAST, *nodes], tensors=[numbers("n", 1 << 26)]))
