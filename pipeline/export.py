@@ -22,6 +22,7 @@ from pipeline.config import IMAGES, ExportConfig, log_probabilities
 from pipeline.errors import CheckFailedError
 from pipeline.files import remove, sha256, write_bytes, write_json
 from pipeline.paths import Paths
+from pipeline.policy import check_policy
 
 CONTRACT = "uint8 [batch, 1, 28, 28], 0 is paper and 255 is ink"
 
@@ -89,7 +90,7 @@ def to_onnx(
 def check_onnx(content: bytes, classes: int, config: ExportConfig) -> None:
     """Raise CheckFailedError unless `content` has our signature, dialect and graph policy."""
     model = graph.parse(content, "the exported graph")
-    graph.check_policy(model, "the exported graph")
+    check_policy(model, "the exported graph")
     found = graph.signature(model, "the exported graph")
     wanted = graph.Signature(IMAGES, log_probabilities(classes), config.opset, config.ir_version)
     if found != wanted:

@@ -1,24 +1,26 @@
-"""An ONNX graph as bytes: its signature, what we allow in one, and what is scrubbed from it."""
+"""An ONNX graph as bytes: reading it, its signature, and what is scrubbed from it."""
 
+import errno
+import os
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, ValueInfoProto
 
 from pipeline.config import TensorSpec
-from pipeline.errors import CheckFailedError, CorruptError
+from pipeline.errors import CheckFailedError, CorruptError, PipelineError
+from pipeline.sizes import BITS, raw_bytes
 
 BATCH = "batch"  # the name of dimension 0, on the input and on the output
 MAX_BYTES = 512 * 1024 * 1024
-# ONNX Runtime on a CPU skips a Dropout that was left in training mode; other runtimes obey it.
-RANDOM = frozenset(
-    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
-    | {"RandomUniform", "RandomUniformLike"}
-)
-CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+# What a traceback or a path to a source file looks like, in whatever text.
+SOURCE_PATH = re.compile(r'File "|site-packages|(?<![\w.])(?:/|[A-Za-z]:\\)\S*\.py\b')
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,70 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
     if len(content) > MAX_BYTES:
         raise CheckFailedError(f"{name} is larger than {MAX_BYTES} bytes")
     try:
-        return onnx.load_model_from_string(content)
+        model = onnx.load_model_from_string(content)
     except DecodeError as error:
         raise CorruptError(f"{name} is no ONNX file: export it again") from error
+    if not all(_is_text(part) for part in parts(model)):
+        raise CorruptError(f"{name} is no ONNX file, a name in it is not UTF-8: export it again")
+    return model
+
+
+def _is_text(part: Message) -> bool:
+    """Whether all strings are UTF-8: protobuf gives us those that are not as bytes."""
+    for field in part.DESCRIPTOR.fields:
+        if field.type == field.TYPE_STRING:
+            value = getattr(part, field.name)
+            if isinstance(value, bytes) or not all(isinstance(text, str) for text in value):
+                return False
+    return True
+
+
+def parts(message: Message) -> Iterator[Any]:
+    """A message and all messages that it is made of, those of attributes and their graphs too."""
+    yield message
+    if isinstance(message, TensorProto):  # whose data would be copied
+        yield from (*message.external_data, *message.metadata_props)
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from parts(part)
+
+
+def _batch_axis(value: ValueInfoProto, name: str, wanted: str | None, images: str) -> str:
+    """The name of dimension 0; CheckFailedError unless it is `wanted`, or has any where None is."""
+    dims = value.type.tensor_type.shape.dim
+    axis = dims[0].dim_param if dims else ""
+    if axis and wanted in (None, axis):
+        return axis
+    found = f"called '{axis}'" if axis else "dynamic without a name"
+    if not dims:
+        found = "missing"
+    elif dims[0].HasField("dim_value"):
+        found = f"fixed at {dims[0].dim_value}"
+    expected = f"the axis '{wanted}'" if wanted else "a named axis"
+    raise CheckFailedError(
+        f"{name}: dimension 0 of {value.name} is {found}, not {expected}: "
+        f'export it with dynamic_shapes={{"{images}": {{0: "{wanted or BATCH}"}}}}'
+    )
 
 
 def _spec(value: ValueInfoProto, name: str) -> TensorSpec:
     tensor = value.type.tensor_type
-    dims = list(tensor.shape.dim)
-    if not dims or dims[0].dim_param != BATCH:
-        raise CheckFailedError(f"{name}: dimension 0 of {value.name} is not the axis '{BATCH}'")
-    if not all(dim.HasField("dim_value") for dim in dims[1:]):
+    dims = tensor.shape.dim[1:]
+    if not all(dim.HasField("dim_value") for dim in dims):
         raise CheckFailedError(f"{name}: {value.name} has an open dimension besides the batch")
+    if tensor.elem_type not in BITS:
+        raise CheckFailedError(f"{name}: {value.name} has no type that we know")
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in dims[1:]))
+    return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in dims))
 
 
-def signature(model: onnx.ModelProto, name: str) -> Signature:
+def signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> Signature:
     """The signature of an image classifier: one tensor in, one out, the batch axis named.
 
-    Raises CheckFailedError for a graph of any other form.
+    The axis is called `batch`, or anything where that is None, and the same on both. Raises
+    CheckFailedError for a graph of any other form.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
@@ -64,64 +110,119 @@ def signature(model: onnx.ModelProto, name: str) -> Signature:
         raise CheckFailedError(
             f"{name} has {len(inputs)} inputs and {len(outputs)} outputs, not one of each"
         )
+    axis = _batch_axis(inputs[0], name, batch, inputs[0].name)
+    _batch_axis(outputs[0], name, axis, inputs[0].name)
     opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
     return Signature(_spec(inputs[0], name), _spec(outputs[0], name), opset, model.ir_version)
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-
-
-def _is_training(node: onnx.NodeProto) -> bool:
-    return any(entry.name == "training_mode" and entry.i for entry in node.attribute)
-
-
-def check_policy(model: onnx.ModelProto, name: str) -> None:
-    """Refuse what the checker lets pass and a server should never load.
-
-    One file, the standard domain, no functions, no control flow, nothing random or in training
-    mode, no source paths. Raises CheckFailedError with everything that is wrong.
-    """
-    wrong = []
-    domains = {node.domain for node in model.graph.node} - {"", "ai.onnx"}
-    if domains:
-        wrong.append(f"operators of domain {', '.join(sorted(domains))}")
-    control = {node.op_type for node in model.graph.node} & CONTROL_FLOW
-    if control:
-        wrong.append(f"control flow: {', '.join(sorted(control))}")
-    random = {node.op_type for node in model.graph.node} & RANDOM
-    if random:
-        wrong.append(f"chance: {', '.join(sorted(random))}; export the model in evaluation mode")
-    if any(_is_training(node) for node in model.graph.node):
-        wrong.append("a batch normalization in training mode")
-    if model.functions:
-        wrong.append("local functions")
-    external = [t.name for t in _tensors(model.graph) if t.data_location == TensorProto.EXTERNAL]
-    if external:
-        wrong.append(f"external data: {', '.join(external)}")
-    if any(node.metadata_props for node in model.graph.node):
-        wrong.append("metadata of the exporter on its nodes, source paths among it")
-    if wrong:
-        raise CheckFailedError(f"{name} breaks the graph policy: {'; '.join(wrong)}")
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckFailedError(f"{name} is no valid ONNX model: {error}") from error
-
-
 def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> bytes:
-    """The bytes of `model` without the exporter's traces, with our metadata: the same each time."""
+    """The bytes of `model` without the exporter's traces, with our metadata: the same each time.
+
+    The domains of operators that no node uses go too: quantization leaves a dozen.
+    """
     model.ir_version = ir_version
-    graph = model.graph
-    values = [*graph.input, *graph.output, *graph.value_info, *graph.initializer]
-    parts: list[Any] = [model, graph, *graph.node, *values]
-    for part in parts:
-        del part.metadata_props[:]
-        part.doc_string = ""
+    found = list(parts(model))
+    for part in found:
+        for field in ("metadata_props", "doc_string"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                part.ClearField(field)
+    for part, field in texts(model):
+        if SOURCE_PATH.search(getattr(part, field)):
+            setattr(part, field, "")
+    model.graph.name = model.graph.name or "graph"  # which the checker demands
+    used = {"", "ai.onnx"} | {part.domain for part in found if isinstance(part, onnx.NodeProto)}
+    opsets = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
     for key in sorted(metadata):
         model.metadata_props.add(key=key, value=metadata[key])
     return model.SerializeToString(deterministic=True)
+
+
+def texts(model: onnx.ModelProto) -> list[tuple[Any, str]]:
+    """The fields that say who made `model`, as (message, field): a tool may name its source."""
+    fields: list[tuple[Any, str]] = [(model.graph, "name")]
+    fields += [(model, field) for field in ("producer_name", "producer_version", "domain")]
+    return fields
+
+
+def inlined(path: Path) -> onnx.ModelProto:
+    """The model in the file `path`, with the data that lies in files beside it taken in.
+
+    A tensor may name nothing but a plain file in the folder of `path`: whoever made the model
+    chose the name, and must not make us read anything else. Raises CheckFailedError otherwise.
+    """
+    content = _read_whole(path)
+    model = parse(content, str(path))
+    total = len(content)
+    for part in parts(model):
+        if isinstance(part, TensorProto) and is_external(part):
+            total += raw_bytes(part) or 0
+            if total > MAX_BYTES:
+                raise CheckFailedError(f"{path} and its data are larger than {MAX_BYTES} bytes")
+            data = _external(part, path)
+            name, dims, data_type = part.name, list(part.dims), part.data_type
+            part.Clear()
+            part.MergeFrom(TensorProto(name=name, dims=dims, data_type=data_type, raw_data=data))
+    return model
+
+
+def _open_regular(path: Path, flags: int = 0) -> BinaryIO:
+    """The file `path` itself, open; OSError when it is no regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would wait
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file")
+    return open(descriptor, "rb")
+
+
+def _read_whole(path: Path) -> bytes:
+    try:
+        file = _open_regular(path)
+    except OSError as error:
+        raise PipelineError(f"cannot read {path}: {error.strerror}") from error
+    with file:
+        return file.read(MAX_BYTES + 1)  # of which `parse` says that it is too large
+
+
+def _external(tensor: TensorProto, path: Path) -> bytes:
+    """The data of `tensor` from the file beside `path` that it names."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    said = f"{path}: the data of {tensor.name} lies in '{location}', "
+    if location in ("", ".", "..") or not set(location).isdisjoint("/\\\0"):
+        raise CheckFailedError(f"{said}which is no plain file name")
+    try:
+        file = _open_regular(path.parent / location, os.O_NOFOLLOW)
+    except OSError as error:
+        is_link = error.errno == errno.ELOOP
+        why = "is a symbolic link" if is_link else f"cannot be read: {error.strerror}"
+        raise CheckFailedError(f"{said}which {why}") from error
+    with file:
+        facts = os.fstat(file.fileno())
+        if facts.st_nlink != 1:
+            raise CheckFailedError(f"{said}which has {facts.st_nlink} hard links, not one")
+        offset, length = _span(entries, facts.st_size, said)
+        if length != raw_bytes(tensor):
+            raise CheckFailedError(f"{said}{length} bytes, which is not what its dims claim")
+        file.seek(offset)
+        return file.read(length)
+
+
+def _span(entries: dict[str, str], size: int, said: str) -> tuple[int, int]:
+    """Where in a file of `size` bytes the data lies: offset and length."""
+    offset = entries.get("offset", "0")
+    if not re.fullmatch("[0-9]{1,18}", offset):
+        raise CheckFailedError(f"{said}at '{offset}', which is no offset")
+    length = entries.get("length", str(max(0, size - int(offset))))
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise CheckFailedError(f"{said}with '{length}' for a length")
+    if int(offset) + int(length) > size:
+        raise CheckFailedError(f"{said}from {offset} for {length} bytes, beyond its end at {size}")
+    return int(offset), int(length)
+
+
+def is_external(tensor: TensorProto) -> bool:
+    """Whether `tensor` says that its data, or some, is in another file."""
+    return tensor.data_location == TensorProto.EXTERNAL or len(tensor.external_data) > 0

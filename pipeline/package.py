@@ -17,6 +17,7 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.paths import Paths
+from pipeline.policy import check_policy
 from pipeline.validate import unpack_golden
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"
@@ -43,7 +44,7 @@ def package(paths: Paths, config: PackageConfig = PackageConfig()) -> Packaged:
     content = check_digest(paths.onnx, validation["model_sha256"], EXPORT)
     golden = check_digest(paths.golden, validation["golden_sha256"], VALIDATE)
     model = graph.parse(content, str(paths.onnx))
-    graph.check_policy(model, str(paths.onnx))
+    check_policy(model, str(paths.onnx))
     found = graph.signature(model, str(paths.onnx))
     classes = tuple(manifest["classes"])
     message = triton.model_config(paths.name, found.images, found.outputs, classes, config)

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from click.testing import CliRunner, Result
+from onnx import NodeProto, TensorProto, helper
 
 from pipeline.cli import main
 from pipeline.paths import Paths
@@ -127,3 +129,26 @@ def edit_json(path: Path, edit: Edit) -> None:
     record = json.loads(path.read_text())
     edit(record)
     path.write_text(json.dumps(record))
+
+
+CAST = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+
+
+def small(
+    batch: str | int | None = "batch",
+    outputs: Sequence[str] = ("y",),
+    nodes: Sequence[NodeProto] = (CAST,),
+    tensors: Sequence[TensorProto] = (),
+) -> onnx.ModelProto:
+    """A valid graph of our signature's kind, or one that is not."""
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "small",
+            [helper.make_tensor_value_info("x", TensorProto.UINT8, [batch, 4])],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, 4]) for n in outputs],
+            tensors,
+        ),
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.example", 1)],
+        ir_version=9,
+    )

@@ -2,18 +2,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 import onnx
 import pytest
 import torch
 from conftest import REPOSITORY, Chain, edit_json, error_line
-from onnx import TensorProto, helper
 
 from pipeline import graph
-from pipeline.config import IMAGES, RECIPES, ExportConfig, TensorSpec, log_probabilities
-from pipeline.errors import CheckFailedError, CorruptError
+from pipeline.config import IMAGES, RECIPES, ExportConfig, log_probabilities
+from pipeline.errors import CheckFailedError
 from pipeline.export import check_onnx, export_program, to_onnx
 from pipeline.files import sha256
 from pipeline.model import build
@@ -94,87 +91,6 @@ def test_export_of_a_record_that_is_none_is_corrupt(chain: Chain) -> None:
     assert chain.run("export").exit_code == 4
     edit_json(chain.paths.summary, lambda record: record.update(schema=1))
     assert chain.run("export").exit_code == 4
-
-
-CAST = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
-
-
-def small(
-    batch: str | int = "batch",
-    outputs: Sequence[str] = ("y",),
-    nodes: Sequence[onnx.NodeProto] = (CAST,),
-) -> onnx.ModelProto:
-    """A valid graph of our signature's kind, or one that is not."""
-    return helper.make_model(
-        helper.make_graph(
-            nodes,
-            "small",
-            [helper.make_tensor_value_info("x", TensorProto.UINT8, [batch, 4])],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, 4]) for n in outputs],
-        ),
-        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.example", 1)],
-        ir_version=9,
-    )
-
-
-def test_a_graph_that_keeps_the_policy_passes_and_has_a_signature() -> None:
-    graph.check_policy(small(), "it")
-    assert graph.signature(small(), "it").images == TensorSpec("x", "uint8", (4,))
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"batch": 2}, "is not the axis 'batch'"),
-        ({"batch": "s77"}, "is not the axis 'batch'"),
-        ({"outputs": ["y", "z"]}, "2 outputs"),
-    ],
-)
-def test_another_signature_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(CheckFailedError, match=said):
-        graph.signature(small(**changes), "it")
-
-
-def test_an_open_dimension_besides_the_batch_is_refused() -> None:
-    model = small()
-    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "wide"
-    with pytest.raises(CheckFailedError, match="open dimension"):
-        graph.signature(model, "it")
-
-
-def test_the_policy_names_everything_that_breaks_it() -> None:
-    foreign = small(nodes=[helper.make_node("Mystery", ["x"], ["y"], domain="com.example")])
-    weight = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
-    weight.data_location = TensorProto.EXTERNAL
-    foreign.graph.initializer.append(weight)
-    foreign.graph.node.append(helper.make_node("If", ["c"], ["z"]))
-    foreign.graph.node.append(helper.make_node("BatchNormalization", ["c"], ["v"], training_mode=1))
-    foreign.graph.node.append(helper.make_node("Dropout", ["c"], ["u"]))
-    foreign.graph.node[0].metadata_props.add(key="stack", value="File model.py")
-    foreign.functions.add(name="f", domain="com.example")
-    with pytest.raises(CheckFailedError) as caught:
-        graph.check_policy(foreign, "it")
-    for said in ("chance: Dropout", "normalization in training mode"):
-        assert said in str(caught.value)
-    for said in ("com.example", "control flow: If", "functions", "external data: w", "paths"):
-        assert said in str(caught.value)
-
-
-def test_a_graph_that_the_checker_refuses_is_refused() -> None:
-    with pytest.raises(CheckFailedError, match="no valid ONNX model"):
-        graph.check_policy(small(nodes=[helper.make_node("Cast", ["nowhere"], ["y"], to=1)]), "it")
-
-
-@pytest.mark.parametrize("content", [b"this is no graph", b"\x08"])
-def test_bytes_that_are_no_graph_are_corrupt(content: bytes) -> None:
-    with pytest.raises(CorruptError, match="no ONNX file"):
-        graph.parse(content, "it")
-
-
-def test_a_graph_beyond_the_size_cap_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "MAX_BYTES", 10)
-    with pytest.raises(CheckFailedError, match="larger than 10 bytes"):
-        graph.parse(bytes(11), "it")
 
 
 def test_an_export_in_another_dialect_is_refused() -> None:

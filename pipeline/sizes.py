@@ -1,0 +1,239 @@
+"""How large the values of an ONNX graph are: told from the graph alone, and nothing allocated.
+
+onnx's own inference of a whole graph is no gate: with `data_prop` it computes what shapes are
+made of and allocates as it goes (30 nodes that double a list take it 100 GiB), and without it
+cannot tell what most shapes are. So we go node by node, each asked about only after its inputs
+were told and found small, and compute short lists of numbers ourselves.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, TypeProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+# Some shapes depend on the batch. Two, not one, which would broadcast.
+IMAGES = 2
+# Of one value for two images. VGG's largest layer takes 13 MiB an image, and its largest weights,
+# made of int8 as they are needed, 392 MiB: the one known classifier that is too large for us.
+MAX_VALUE = 256 * 1024 * 1024
+# Of all values for two images, as if none were ever freed, or many small bombs made a large one.
+MAX_TOTAL = 4 * 1024 * 1024 * 1024
+MAX_RANK = 16  # a shape of a million ones is a bomb to whoever passes it on
+SHORT = 1024  # what a shape may be computed from: more numbers than any rank
+# What computes shapes, and never needs more memory than its inputs and outputs take.
+FOLDED = frozenset(
+    {"Add", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand"}
+    | {"Floor", "Gather", "Identity", "Max", "Min", "Mul", "Neg", "ReduceProd", "Reshape"}
+    | {"Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
+)
+# onnx 1.23 infers nothing for these two, whose output is as large as their input.
+AS_LARGE_AS_ITS_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
+# Bits of what is packed in raw data; everything else takes whole bytes, as in numpy.
+PACKED = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+PACKED |= {"FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
+BITS = {
+    number: PACKED.get(name) or 8 * helper.tensor_dtype_to_np_dtype(number).itemsize
+    for name, number in TensorProto.DataType.items()
+    if name != "UNDEFINED"
+}
+
+
+def count(dims: Iterable[int]) -> int | None:
+    """How many elements a tensor of these dimensions has; None when it cannot be a shape."""
+    dims = list(dims)
+    if len(dims) > MAX_RANK or any(dim < 0 for dim in dims):
+        return None
+    return math.prod(dims)
+
+
+def raw_bytes(tensor: TensorProto) -> int | None:
+    """How many bytes the raw data of `tensor` has by its dims and type; None where it has none."""
+    elements = count(tensor.dims)
+    bits = BITS.get(tensor.data_type)
+    if elements is None or bits is None or tensor.data_type == TensorProto.STRING:
+        return None
+    return (elements * bits + 7) // 8
+
+
+def is_whole(tensor: TensorProto) -> bool:
+    """Whether `tensor` holds as much as its dims claim, neither less nor more."""
+    elements = count(tensor.dims)
+    if elements is None or tensor.data_type not in BITS:
+        return False
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data) == raw_bytes(tensor)
+    entries = elements
+    if BITS[tensor.data_type] < 8:
+        entries = (elements * BITS[tensor.data_type] + 7) // 8
+    elif tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
+        entries = 2 * elements
+    return len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))) == entries
+
+
+def dims_of(told: TypeProto) -> list[int] | None:
+    """The dimensions of a type; None unless it is a tensor's and every one of them is a number."""
+    shape = told.tensor_type.shape
+    if not told.tensor_type.HasField("shape"):
+        return None
+    if not all(dim.HasField("dim_value") for dim in shape.dim):
+        return None
+    return [dim.dim_value for dim in shape.dim]
+
+
+def too_large(model: onnx.ModelProto) -> list[str]:
+    """What is wrong with the sizes of the values that `model` computes, in words.
+
+    A value that follows from a wrong one, or from a node that cannot be, goes unmentioned.
+    """
+    values = _Values(model)
+    for node in model.graph.node:
+        if all(name in values.types for name in node.input if name):
+            values.add(node)
+    for value in [*model.graph.value_info, *model.graph.output]:
+        values.compare(value)
+    if values.total > MAX_TOTAL:
+        values.wrong.append(
+            f"all values take {values.total} bytes together, {MAX_TOTAL} are allowed"
+        )
+    return values.wrong
+
+
+class _Values:
+    """What is known of the values of a graph so far: their types, and the short ones themselves."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.opsets = list(model.opset_import)
+        self.types: dict[str, TypeProto] = {}
+        self.short: dict[str, TensorProto] = {}
+        self.total = 0  # bytes
+        self.wrong: list[str] = []
+        for value in model.graph.input:
+            self._take(value.name, _with_batch(value.type), "an input")
+        for tensor in model.graph.initializer:
+            self._hold(tensor.name, tensor)
+        for sparse in model.graph.sparse_initializer:
+            told = helper.make_tensor_type_proto(sparse.values.data_type, sparse.dims)
+            self._take(sparse.values.name, told, "a sparse initializer")
+
+    def add(self, node: NodeProto) -> None:
+        """Tell the sizes of what `node` computes, and what it is where that is short."""
+        stored = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
+        outputs = [name for name in node.output if name]
+        if not outputs:
+            self.wrong.append(f"a node without an output: {node.op_type}")
+            return
+        if node.op_type == "Constant" and stored:
+            self._hold(outputs[0], stored[0])
+            return
+        told = self._infer(node)
+        for name in outputs:
+            self._take(name, told.get(name), node.op_type)
+        if all(self._elements(name) <= SHORT for name in node.output):
+            self._fold(node)
+
+    def compare(self, value: onnx.ValueInfoProto) -> None:
+        """Note a declared shape that contradicts the one that we found: runtimes may trust it."""
+        if value.name not in self.types or not value.type.tensor_type.HasField("shape"):
+            return
+        declared = value.type.tensor_type.shape.dim
+        found = dims_of(self.types[value.name]) or []
+        if len(declared) != len(found) or any(
+            dim.HasField("dim_value") and dim.dim_value != size
+            for dim, size in zip(declared, found, strict=True)
+        ):
+            self.wrong.append(f"{value.name} is declared as another size than it has: {found}")
+
+    def _hold(self, name: str, tensor: TensorProto) -> None:
+        """Know a stored tensor; it takes no more than the file, which has a cap of its own."""
+        if tensor.data_location == TensorProto.EXTERNAL or not is_whole(tensor):
+            return
+        self.types[name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
+        if self._elements(name) <= SHORT:
+            self.short[name] = TensorProto()
+            self.short[name].CopyFrom(tensor)
+            self.short[name].name = name
+
+    def _take(self, name: str, told: TypeProto | None, what: str) -> None:
+        dims = dims_of(told) if told else None
+        bits = BITS.get(told.tensor_type.elem_type) if told else None
+        elements = None if dims is None else count(dims)
+        if told is None or bits is None or elements is None:
+            self.wrong.append(f"the size of {name} ({what}) cannot be told")
+        elif (size := (elements * bits + 7) // 8) > MAX_VALUE:
+            self.wrong.append(f"{name} ({what}) takes {size} bytes, {MAX_VALUE} are allowed")
+        else:
+            self.types[name] = told
+            self.total += size
+
+    def _elements(self, name: str) -> float:
+        dims = dims_of(self.types[name]) if name in self.types else None
+        return math.inf if dims is None else math.prod(dims)
+
+    def _alone(self, node: NodeProto) -> onnx.ModelProto:
+        """A model of this node only, that takes what the node takes."""
+        names = dict.fromkeys(name for name in node.input if name)
+        return helper.make_model(
+            helper.make_graph(
+                [node],
+                "alone",
+                [helper.make_value_info(n, self.types[n]) for n in names if n not in self.short],
+                [onnx.ValueInfoProto(name=name) for name in node.output if name],
+                [self.short[name] for name in names if name in self.short],
+            ),
+            opset_imports=self.opsets,
+        )
+
+    def _infer(self, node: NodeProto) -> dict[str, TypeProto]:
+        if node.op_type in AS_LARGE_AS_ITS_INPUT and node.input and node.output:
+            return {node.output[0]: self.types[node.input[0]]}
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            return {}  # the policy refuses it, and inference doubles its work at each level
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self._alone(node))
+        except onnx.shape_inference.InferenceError:
+            return {}
+        return {value.name: value.type for value in inferred.graph.output}
+
+    def _fold(self, node: NodeProto) -> None:
+        if node.op_type in ("Shape", "Size"):
+            results = [_measured(node, dims_of(self.types[node.input[0]]) or [])]
+        elif node.op_type in FOLDED and all(not name or name in self.short for name in node.input):
+            results = _evaluated(self._alone(node))
+        else:
+            return
+        for name, result in zip(node.output, results, strict=False):
+            self.short[name] = numpy_helper.from_array(result, name)
+
+
+def _with_batch(declared: TypeProto) -> TypeProto:
+    """The type of an input with two images in it, where its first dimension is open."""
+    told = TypeProto()
+    told.CopyFrom(declared)
+    dims = told.tensor_type.shape.dim
+    if dims and not dims[0].HasField("dim_value"):
+        dims[0].dim_value = IMAGES
+    return told
+
+
+def _measured(node: NodeProto, dims: list[int]) -> np.ndarray:
+    """What a Shape or a Size node answers."""
+    if node.op_type == "Size":
+        return np.array(math.prod(dims), np.int64)
+    ends = {attribute.name: attribute.i for attribute in node.attribute}
+    return np.array(dims[ends.get("start", 0) : ends.get("end")], np.int64)
+
+
+def _evaluated(model: onnx.ModelProto) -> list[np.ndarray]:
+    """What `model`, which takes nothing, answers; an empty list when it has no answer."""
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            answers = ReferenceEvaluator(model).run(None, {})
+    # The reference checks little, and fails on a wrong node in whatever way numpy does there.
+    except Exception:
+        return []
+    return [answer for answer in answers if isinstance(answer, np.ndarray)]

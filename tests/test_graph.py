@@ -1,0 +1,203 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from conftest import small
+from onnx import TensorProto, helper
+
+from pipeline import graph
+from pipeline.config import TensorSpec
+from pipeline.errors import CheckFailedError, CorruptError, PipelineError
+from pipeline.policy import check_policy
+
+
+def test_a_graph_that_keeps_the_policy_passes_and_has_a_signature() -> None:
+    check_policy(small(), "it")
+    assert graph.signature(small(), "it").images == TensorSpec("x", "uint8", (4,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch": 2}, "is fixed at 2, not the axis 'batch': export it with dynamic_shapes="),
+        ({"batch": None}, "is dynamic without a name, not the axis 'batch'"),
+        ({"batch": "s77"}, "is called 's77', not the axis 'batch'"),
+        ({"outputs": ["y", "z"]}, "2 outputs"),
+    ],
+)
+def test_another_signature_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckFailedError, match=said):
+        graph.signature(small(**changes), "it")
+
+
+def test_any_name_of_the_batch_is_accepted_where_none_is_demanded() -> None:
+    assert graph.signature(small("s77"), "it", batch=None).images == TensorSpec("x", "uint8", (4,))
+
+
+@pytest.mark.parametrize(("batch", "said"), [(2, "fixed at 2"), (None, "without a name")])
+def test_a_batch_without_a_name_is_refused_with_what_to_do(batch: int | None, said: str) -> None:
+    with pytest.raises(CheckFailedError, match=said) as caught:
+        graph.signature(small(batch), "it", batch=None)
+    assert 'dynamic_shapes={"x": {0: "batch"}}' in str(caught.value)
+
+
+def test_an_output_whose_batch_is_called_otherwise_is_refused() -> None:
+    model = small("N")
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "M"
+    with pytest.raises(CheckFailedError, match="0 of y is called 'M', not the axis 'N'"):
+        graph.signature(model, "it", batch=None)
+
+
+def test_an_open_dimension_besides_the_batch_is_refused() -> None:
+    model = small()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "wide"
+    with pytest.raises(CheckFailedError, match="open dimension"):
+        graph.signature(model, "it")
+
+
+@pytest.mark.parametrize("content", [b"this is no graph", b"\x08"])
+def test_bytes_that_are_no_graph_are_corrupt(content: bytes) -> None:
+    with pytest.raises(CorruptError, match="no ONNX file"):
+        graph.parse(content, "it")
+
+
+def test_names_that_are_no_text_are_corrupt() -> None:
+    content = small().SerializeToString().replace(b"small", b"sm\xffll")
+    with pytest.raises(CorruptError, match="a name in it is not UTF-8"):
+        graph.parse(content, "it")
+
+
+def test_a_graph_beyond_the_size_cap_is_not_even_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "MAX_BYTES", 10)
+    with pytest.raises(CheckFailedError, match="larger than 10 bytes"):
+        graph.parse(bytes(11), "it")
+
+
+def test_a_scrubbed_graph_imports_only_the_domains_that_it_uses() -> None:
+    scrubbed = graph.parse(graph.scrub(small(), 9, {}), "it")
+    assert [(entry.domain, entry.version) for entry in scrubbed.opset_import] == [("", 18)]
+
+
+def test_a_scrubbed_graph_shows_no_source_anywhere_and_keeps_our_metadata() -> None:
+    model = small()
+    model.producer_name = model.graph.name = "/srv/me/model.py"
+    for part in graph.parts(model):
+        if "doc_string" in part.DESCRIPTOR.fields_by_name:
+            part.doc_string = 'File "/srv/me/model.py"'
+        if "metadata_props" in part.DESCRIPTOR.fields_by_name:
+            part.metadata_props.add(key="stack", value="/srv/me/model.py")
+    content = graph.scrub(model, 9, {"classes": "10"})
+    assert b"model.py" not in content
+    scrubbed = graph.parse(content, "it")
+    check_policy(scrubbed, "it")
+    assert [entry.key for entry in scrubbed.metadata_props] == ["classes"]
+
+
+def outside(tmp_path: Path, **entries: object) -> Path:
+    """A model whose weights, four floats, lie in `data`, or where `entries` say."""
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4])
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "data", **entries}.items():
+        weight.external_data.add(key=key, value=str(value))
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["f", "w"], ["y"]),
+    ]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = folder / "f.onnx"
+    path.write_bytes(small(nodes=nodes, tensors=[weight]).SerializeToString())
+    for name in (folder / "data", tmp_path / "secret"):
+        name.write_bytes(bytes(range(32)))
+    return path
+
+
+def test_data_beside_the_model_is_taken_in(tmp_path: Path) -> None:
+    model = graph.inlined(outside(tmp_path, offset=8, length=16))
+    (weight,) = model.graph.initializer
+    assert weight.raw_data == bytes(range(8, 24))
+    assert not weight.external_data
+    check_policy(model, "it")
+
+
+def symbolic(data: Path, secret: Path) -> None:
+    data.unlink()
+    data.symlink_to(secret)
+
+
+def hard(data: Path, secret: Path) -> None:
+    data.unlink()
+    os.link(secret, data)
+
+
+def pipe(data: Path, secret: Path) -> None:
+    data.unlink()
+    os.mkfifo(data)
+
+
+def gone(data: Path, secret: Path) -> None:
+    data.unlink()
+
+
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [
+        (symbolic, "the data of w lies in 'data', which is a symbolic link"),
+        (hard, "the data of w lies in 'data', which has 2 hard links"),
+        (pipe, "which cannot be read: no regular file"),
+        (gone, "which cannot be read: No such file"),
+    ],
+)
+def test_data_in_anything_but_a_plain_file_is_refused(
+    tmp_path: Path, put: Callable[[Path, Path], None], said: str
+) -> None:
+    path = outside(tmp_path, length=16)
+    put(path.with_name("data"), tmp_path / "secret")
+    with pytest.raises(CheckFailedError, match=said):
+        graph.inlined(path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b"])
+def test_data_whose_name_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckFailedError, match="the data of w lies in .* no plain file name"):
+        graph.inlined(outside(tmp_path, location=name, length=16))
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"offset": 20, "length": 16}, "from 20 for 16 bytes, beyond its end at 32"),
+        ({"offset": 8, "length": 12}, "12 bytes, which is not what its dims claim"),
+        ({"offset": 8}, "24 bytes, which is not"),
+        ({"offset": -8, "length": 16}, "at '-8', which is no offset"),
+        ({"length": "9" * 30}, "for a length"),
+    ],
+)
+def test_a_span_that_does_not_fit_is_refused(
+    tmp_path: Path, entries: dict[str, object], said: str
+) -> None:
+    with pytest.raises(CheckFailedError, match=said):
+        graph.inlined(outside(tmp_path, **entries))
+
+
+def test_a_model_and_its_data_beyond_the_size_cap_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = outside(tmp_path, length=16)
+    monkeypatch.setattr(graph, "MAX_BYTES", path.stat().st_size + 15)
+    with pytest.raises(CheckFailedError, match="and its data are larger than"):
+        graph.inlined(path)
+
+
+@pytest.mark.parametrize("name", ["nothing", "."])
+def test_a_model_that_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(PipelineError, match="cannot read"):
+        graph.inlined(tmp_path / name)
+
+
+def test_a_model_in_one_file_is_read_as_it_is(tmp_path: Path) -> None:
+    onnx.save(small(), tmp_path / "f.onnx")
+    assert graph.inlined(tmp_path / "f.onnx") == small()
