@@ -16,6 +16,14 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.dtype} [batch, {', '.join(map(str, self.shape))}])"
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "TensorSpec":
+        """The tensor that a manifest describes."""
+        return cls(record["name"], record["dtype"], tuple(record["shape"]))
+
 
 # The signature. 0 is paper, 255 is ink; scaling and normalizing happen inside the model.
 IMAGES = TensorSpec("images", "uint8", (1, 28, 28))
@@ -247,13 +255,21 @@ def recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
     return replace(RECIPES[name], **{**of_dataset, **given})
 
 
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
 @dataclass(frozen=True)
 class Criterion:
-    """When two predictors agree."""
+    """When an exported file says what its module says. Set before anything is measured."""
 
-    batch_sizes: tuple[int, ...] = (1, 2, 7, 64, 256)
-    max_abs_diff: float = 1e-4  # between log-probabilities, over all outputs
-    differing: int = 0  # images whose class may change
+    batch_sizes: tuple[int, ...] = (1, 2, 3, 7, 64, 65, 256)  # 65: one above the packaged largest
+    threads: tuple[int, ...] = (1, 2)
+    # The least error that a row is granted: 8 units in the last place of float32, of the row's
+    # largest output. Twice that, or twice eager PyTorch's own error, is the row's bound.
+    floor: float = 2**-20
+    ratio: float = 8.0  # of the largest error to eager PyTorch's, at most
+    # What accuracy a variant may lose against eager float32, as a fraction.
+    lost_accuracy: tuple[tuple[str, float], ...] = (("fp16", 0.0002), ("int8", 0.001))
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,25 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / whole), min(1.0, (centre + half) / whole)
 
 
+def margins(outputs: np.ndarray) -> np.ndarray:
+    """How far the likeliest class of each row (N, K) is ahead of the next, float64 (N,)."""
+    second, first = np.partition(outputs.astype(np.float64), -2, axis=1)[:, -2:].T
+    ahead: np.ndarray = first - second
+    return ahead
+
+
+def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> float:
+    """How probable so uneven a split is, if two predictors were equally often right; 0 to 1.
+
+    From whether each was right on each image, bool (N,). Exact and two-sided (McNemar 1947).
+    """
+    only_first = int((first_right & ~second_right).sum())
+    only_second = int((second_right & ~first_right).sum())
+    changes, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(changes, count) for count in range(fewer + 1))
+    return min(1.0, float(2 * tail / 2**changes))
+
+
 def difference(reference: np.ndarray, candidate: np.ndarray) -> Difference:
     """How far two arrays of log-probabilities (N, K) lie apart.
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import NullFormatter
 from pipeline.evaluate import Bin, wilson_interval
 
 SIZE = (5.2, 3.1)  # inches; a page scales it
+MARGIN_BINS = 60
 # Matplotlib wants colours it knows; the SVG gets the page's variables in their place.
 INK, MUTED, GRID, ACCENT, SECOND = ("#010203", "#010204", "#010205", "#010206", "#010207")
 _VARIABLES = {
@@ -105,6 +106,31 @@ def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
         axes.set_xlim(0, 1.02)
         axes.legend(loc="upper left", labelcolor=MUTED)
         return _svg(figure, "histogram", "images by how sure the answer was")
+
+
+def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> str:
+    """How many images have how large a margin, and where the largest error of each file lies."""
+    positive = [margin for margin in margins if margin > 0] or [1.0]
+    low, high = min(positive) / 1.1, max(positive) * 1.1
+    step = (high / low) ** (1 / MARGIN_BINS)
+    with rc_context(_STYLE):
+        figure, axes = _axes("by how much the likeliest class is ahead (nats)", "images")
+        edges = [low * step**index for index in range(MARGIN_BINS + 1)]
+        axes.hist(positive, edges, histtype="stepfilled", color=ACCENT, alpha=0.35, lw=0)
+        styles = zip((INK, SECOND, ACCENT), ("-", "--", ":"), strict=True)
+        for (name, error), (colour, dashes) in zip(largest.items(), styles, strict=False):
+            axes.axvline(error, color=colour, ls=dashes, label=f"{name} {error:.2g}")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axes)
+        axes.set_ylim(bottom=0.7)
+        if largest:
+            legend = axes.legend(
+                loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, labelcolor=MUTED
+            )
+            legend.set_title("largest error")
+        return _svg(figure, "margins", "images by their margin, and the largest errors")
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

@@ -16,7 +16,7 @@ from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.export import export
 from pipeline.files import write_json
 from pipeline.paths import Paths
-from pipeline.prove import prove_export
+from pipeline.proof import prove_export
 from pipeline.replay import machine
 from pipeline.runs import Summary, run
 
@@ -38,7 +38,8 @@ class GpuCheck:
     train_seconds: float
     compiled_test_accuracy: float  # the same through torch.compile
     compiled_train_seconds: float  # compilation included
-    max_abs_diff: float | None  # between ONNX Runtime and eager PyTorch, both on the CPU
+    max_error: float | None  # of ONNX Runtime on the CPU, against the network in float64
+    max_error_on_gpu: float | None  # and on CUDA, every node of it, TF32 off
     weights_sha256: str
 
 
@@ -112,8 +113,10 @@ def checked_export(
         raise PipelineError("somebody must answer for the check: make gpu-check SIGNED='your name'")
     of_check = replace(paths, run=NAME, name=NAME)
     export(of_check, report=report)
-    proof = prove_export(of_check, report=report)
     is_cuda = plain.device.startswith("cuda")
+    # The proof of the CPU is the one that is kept; ONNX Runtime on the GPU has to pass it as well.
+    on_gpu = prove_export(of_check, provider="cuda", report=report) if is_cuda else None
+    proof = prove_export(of_check, report=report)
     capability = torch.cuda.get_device_capability() if is_cuda else ()
     return GpuCheck(
         signed_off_by=signed_off_by.strip(),
@@ -126,6 +129,7 @@ def checked_export(
         train_seconds=plain.train_seconds,
         compiled_test_accuracy=compiled.test_accuracy,
         compiled_train_seconds=compiled.train_seconds,
-        max_abs_diff=proof.agreement.max_abs_diff,
+        max_error=proof.verdicts[0].max_error,
+        max_error_on_gpu=on_gpu.verdicts[0].max_error if on_gpu else None,
         weights_sha256=plain.weights_sha256,
     )

@@ -32,6 +32,10 @@ class Signature:
     opset: int
     ir_version: int
 
+    def __str__(self) -> str:
+        dialect = f"opset {self.opset}, IR {self.ir_version}"
+        return f"takes {self.images}, answers {self.outputs}, {dialect}"
+
 
 def parse(content: bytes, name: str) -> onnx.ModelProto:
     """The model in `content`; CorruptError names the file when it is none."""
@@ -153,7 +157,7 @@ def inlined(path: Path) -> onnx.ModelProto:
     A tensor may name nothing but a plain file in the folder of `path`: whoever made the model
     chose the name, and must not make us read anything else. Raises CheckFailedError otherwise.
     """
-    content = _read_whole(path)
+    content = read(path)
     model = parse(content, str(path))
     total = len(content)
     for part in parts(model):
@@ -177,7 +181,8 @@ def _open_regular(path: Path, flags: int = 0) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def _read_whole(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """The bytes of the ONNX file at `path`; PipelineError when it is no file that can be read."""
     try:
         file = _open_regular(path)
     except OSError as error:
@@ -226,3 +231,8 @@ def _span(entries: dict[str, str], size: int, said: str) -> tuple[int, int]:
 def is_external(tensor: TensorProto) -> bool:
     """Whether `tensor` says that its data, or some, is in another file."""
     return tensor.data_location == TensorProto.EXTERNAL or len(tensor.external_data) > 0
+
+
+def metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """What the file says of itself, as `scrub` wrote it."""
+    return {entry.key: entry.value for entry in model.metadata_props}

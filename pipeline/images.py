@@ -256,10 +256,24 @@ def _centred(digit: np.ndarray) -> np.ndarray:
 
 
 def png(image: np.ndarray) -> bytes:
-    """An image, uint8 (1, 28, 28), as the bytes of a grayscale PNG."""
+    """An image, uint8 (1, H, W) or (3, H, W), as the bytes of a PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(image[0]).save(buffer, format="PNG")
+    pixels = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def pictured(image: np.ndarray) -> np.ndarray | None:
+    """What a model takes, of any type, as a picture uint8 (1 or 3, H, W); None if it is none."""
+    if image.ndim == 2:
+        image = image[np.newaxis]
+    if image.ndim != 3 or len(image) not in (1, 3):
+        return None
+    if image.dtype == np.uint8:
+        return image
+    values = image.astype(np.float64) - image.min()
+    scaled: np.ndarray = (values * (255 / (values.max() or 1))).astype(np.uint8)
+    return scaled
 
 
 def write_png(image: np.ndarray, path: Path) -> None:

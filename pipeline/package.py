@@ -16,9 +16,9 @@ from pipeline.files import (
     write_bytes,
     write_json,
 )
-from pipeline.paths import Paths
+from pipeline.golden import unpack_golden
+from pipeline.paths import Paths, packaged_name
 from pipeline.policy import check_policy
-from pipeline.validate import unpack_golden
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"
 VALIDATE = "run 'pipeline validate' first"
@@ -28,53 +28,93 @@ VALIDATE = "run 'pipeline validate' first"
 class Packaged:
     """A version that was added to a model repository."""
 
+    name: str
+    precision: str
     folder: Path  # of the version
     version: int
     sha256: str  # of its model.onnx
 
 
-def package(paths: Paths, config: PackageConfig = PackageConfig()) -> Packaged:
-    """Add the export to the repository as its next version, and select it.
+def package(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packaged]:
+    """Add each file of the export to the repository as the next version of its model; select it.
 
-    Raises CheckFailedError when the export was never validated, CorruptError when a file changed
-    since, and CheckFailedError when its signature or classes differ from the repository's.
+    fp32 is called as the model, a variant has its precision behind that. Raises CheckFailedError
+    when the export was never validated, CorruptError when a file changed since, and
+    CheckFailedError when its signature or classes differ from the repository's.
     """
     manifest = check_manifest(paths.export, EXPORT)
-    validation = _require_validation(paths)
-    content = check_digest(paths.onnx, validation["model_sha256"], EXPORT)
-    golden = check_digest(paths.golden, validation["golden_sha256"], VALIDATE)
-    model = graph.parse(content, str(paths.onnx))
-    check_policy(model, str(paths.onnx))
-    found = graph.signature(model, str(paths.onnx))
-    classes = tuple(manifest["classes"])
-    message = triton.model_config(paths.name, found.images, found.outputs, classes, config)
-    if (pictures := pictures_of(manifest["training"]["dataset"])) != "digit":
-        triton.set_parameter(message, "pictures", pictures)
-    digit = unpack_golden(golden, str(paths.golden)).images[0].tobytes()
-    with locked(paths.exported / f".{paths.name}.lock"):
-        version = next_version(paths.packaged)
-        _keep_digests(paths.packaged / "config.pbtxt", message, version)
-        triton.set_parameter(message, f"sha256.{version}", validation["model_sha256"])
+    proven = _require_validation(paths)
+    loads = [_load(paths, manifest, entry, config) for entry in proven]
+    return [_add(paths, load) for load in loads]
+
+
+@dataclass(frozen=True)
+class _Load:
+    """One file of an export, checked, with all that goes into its version."""
+
+    name: str
+    precision: str
+    sha256: str
+    content: bytes
+    golden: bytes
+    manifest: dict[str, Any]
+    message: triton.ModelConfig
+
+
+def _load(
+    paths: Paths, manifest: dict[str, Any], entry: dict[str, Any], config: PackageConfig
+) -> _Load:
+    precision = str(entry["precision"])
+    path, golden_path = paths.variant(precision), paths.variant_golden(precision)
+    content = check_digest(path, entry["sha256"], EXPORT)
+    golden = check_digest(golden_path, entry["golden_sha256"], VALIDATE)
+    model = graph.parse(content, str(path))
+    check_policy(model, str(path))
+    found = graph.signature(model, str(path), batch=None)
+    name, classes = packaged_name(paths.name, precision), manifest["classes"]
+    message = triton.model_config(name, found.images, found.outputs, classes, config)
+    training = manifest.get("training")
+    pictures = pictures_of(training["dataset"]) if training else "arrays"
+    for key, value, usual in (
+        ("pictures", pictures, "digit"),
+        ("outputs", manifest["kind"], "log_probabilities"),
+    ):
+        if value != usual:
+            triton.set_parameter(message, key, value)
+    of_file = {**manifest, "precision": precision}
+    return _Load(name, precision, entry["sha256"], content, golden, of_file, message)
+
+
+def _add(paths: Paths, load: _Load) -> Packaged:
+    packaged, message = paths.repository / load.name, load.message
+    first = unpack_golden(load.golden, "the golden set").images[0].tobytes()
+    classes = "\n".join(load.manifest["classes"]) + "\n"
+    with locked(paths.exported / f".{load.name}.lock"):
+        version = next_version(packaged)
+        _keep_digests(packaged / "config.pbtxt", message, version)
+        triton.set_parameter(message, f"sha256.{version}", load.sha256)
         message.version_policy.specific.versions.append(version)
-        folder = paths.packaged / str(version)
+        folder = packaged / str(version)
         with new_folder(folder) as fresh:
-            _fill(fresh, paths, manifest, content, golden)
-        write_bytes(paths.packaged / triton.LABELS, ("\n".join(classes) + "\n").encode())
-        write_bytes(paths.packaged / "warmup" / triton.WARMUP, digit)
-        write_bytes(paths.packaged / "config.pbtxt", triton.to_text(message).encode())
-    return Packaged(folder, version, validation["model_sha256"])
+            _fill(fresh, paths, load)
+        write_bytes(packaged / triton.LABELS, classes.encode())
+        write_bytes(packaged / "warmup" / triton.WARMUP, first)
+        write_bytes(packaged / "config.pbtxt", triton.to_text(message).encode())
+    return Packaged(load.name, load.precision, folder, version, load.sha256)
 
 
-def _require_validation(paths: Paths) -> dict[str, Any]:
+def _require_validation(paths: Paths) -> list[dict[str, Any]]:
+    """What the validation record says of each file; CheckFailedError if there is none."""
     if not paths.validation.exists():
         failed = (
             f"; its last validation failed, see {paths.failed}" if paths.failed.exists() else ""
         )
         raise CheckFailedError(f"{paths.onnx} is not validated{failed}: {VALIDATE}")
     validation = read_json(paths.validation, VALIDATE)
-    if validation.get("passed") is not True:
+    variants: list[dict[str, Any]] = validation.get("variants", [])
+    if validation.get("passed") is not True or not variants:
         raise CheckFailedError(f"{paths.validation} does not say that it passed: {VALIDATE}")
-    return validation
+    return variants
 
 
 def next_version(folder: Path) -> int:
@@ -108,15 +148,13 @@ def _signature(message: triton.ModelConfig) -> list[tuple[str, int, tuple[int, .
     return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
 
 
-def _fill(
-    folder: Path, paths: Paths, manifest: dict[str, Any], content: bytes, golden: bytes
-) -> None:
+def _fill(folder: Path, paths: Paths, load: _Load) -> None:
     """The files of a version: the model, its proof, and a manifest of just these."""
-    files = {
-        paths.onnx.name: write_bytes(folder / paths.onnx.name, content),
-        paths.golden.name: write_bytes(folder / paths.golden.name, golden),
-        paths.validation.name: write_bytes(
-            folder / paths.validation.name, paths.validation.read_bytes()
-        ),
+    parts = {
+        paths.onnx.name: load.content,
+        paths.golden.name: load.golden,
+        paths.validation.name: paths.validation.read_bytes(),
+        paths.card.name: paths.card.read_bytes(),
     }
-    write_json(folder / paths.manifest.name, {**manifest, "files": files})
+    files = {name: write_bytes(folder / name, content) for name, content in parts.items()}
+    write_json(folder / paths.manifest.name, {**load.manifest, "files": files})

@@ -14,9 +14,11 @@ from markupsafe import Markup
 from pipeline import figures
 from pipeline.answers import Answers, answers, picture
 from pipeline.augment import examples
+from pipeline.card import percent
 from pipeline.config import RECIPES, TrainConfig
 from pipeline.data import Split, load_split
 from pipeline.errors import CorruptError, PipelineError
+from pipeline.evidence import Evidence, evidence
 from pipeline.files import check_manifest, read_json, write_bytes
 from pipeline.paths import MODEL_NAMES, Paths
 from pipeline.predictions import Predictions, load_predictions
@@ -55,6 +57,7 @@ class Page:
     answers: Answers | Note
     pictures: Note | None  # why mistakes have none
     distorted: tuple[Distorted, ...] | Note
+    evidence: Evidence | Note
     proof: Table | Note
     settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's own where it differs
     digests: tuple[tuple[str, str], ...]  # SHA-256, path under the project's root
@@ -82,7 +85,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     return environment.get_template("report.html").render(page=page, is_note=_is_note)
 
 
@@ -104,6 +107,7 @@ def collect(paths: Paths) -> Page:
         else answers(predictions, summary, test if isinstance(test, Split) else None),
         pictures=test if isinstance(test, Note) else None,
         distorted=_distorted(train, config) if isinstance(train, Split) else train,
+        evidence=_evidence(paths, manifest, test),
         proof=_proof(paths, manifest),
         settings=_settings(config),
         digests=_digests(paths, config, summary, manifest),
@@ -113,27 +117,21 @@ def collect(paths: Paths) -> Page:
 
 
 def _then(paths: Paths, manifest: Mapping[str, Any] | Note) -> str:
-    named = "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
     if isinstance(manifest, Note):
         return manifest.command
     if not paths.validation.exists():
-        return f"pipeline validate{named}"
+        return f"pipeline validate{_named(paths)}"
     if not paths.packaged.exists():
-        return f"pipeline package{named}"
+        return f"pipeline package{_named(paths)}"
     return "pipeline serve" if paths.agreement.exists() else f"pipeline validate {paths.repository}"
+
+
+def _named(paths: Paths) -> str:
+    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
 
 
 def _is_note(value: object) -> bool:
     return isinstance(value, Note)
-
-
-def _percent(fraction: float) -> str:
-    """A fraction, 0 to 1, in percent; never rounded to a certainty that it is not."""
-    if 0 < fraction < 0.00005:
-        return "< 0.01 %"
-    if 0.99995 < fraction < 1:
-        return "> 99.99 %"
-    return f"{fraction:.2%}".replace("%", " %")
 
 
 def _train_command(paths: Paths) -> str:
@@ -190,6 +188,16 @@ def _manifest(paths: Paths, summary: Mapping[str, Any]) -> dict[str, Any] | Note
     if manifest.get("weights_sha256") != summary["weights_sha256"]:
         return Note(f"exported/{paths.name} is the export of other weights than these", again)
     return manifest
+
+
+def _evidence(
+    paths: Paths, manifest: Mapping[str, Any] | Note, test: Split | Note
+) -> Evidence | Note:
+    if isinstance(manifest, Note):
+        return manifest
+    shown = evidence(paths, manifest, test if isinstance(test, Split) else None)
+    lack = "The exported files have not been held against their module yet"
+    return shown or Note(lack, f"pipeline validate{_named(paths)}")
 
 
 def _proof(paths: Paths, manifest: Mapping[str, Any] | Note) -> Table | Note:

@@ -28,6 +28,11 @@ def model_name(dataset: str) -> str:
     return MODEL_NAMES.get(dataset) or data_name(dataset)
 
 
+def packaged_name(name: str, precision: str) -> str:
+    """What a variant is called in a model repository: fp32 as the model, the others beside it."""
+    return name if precision == "fp32" else f"{name}-{precision}"
+
+
 @dataclass(frozen=True)
 class Paths:
     """Where each artifact of one model lies under the project's root."""
@@ -101,9 +106,31 @@ class Paths:
     def onnx(self) -> Path:
         return self.export / "model.onnx"
 
+    def variant(self, precision: str) -> Path:
+        return self.onnx if precision == "fp32" else self.export / f"model.{precision}.onnx"
+
     @property
     def golden(self) -> Path:
         return self.export / "golden.npz"
+
+    def variant_golden(self, precision: str) -> Path:
+        return self.golden if precision == "fp32" else self.export / f"golden.{precision}.npz"
+
+    @property
+    def evidence(self) -> Path:
+        return self.export / "evidence.npz"
+
+    @property
+    def images(self) -> Path:
+        return self.export / "images.npz"
+
+    @property
+    def card(self) -> Path:
+        return self.export / "MODEL_CARD.md"
+
+    @property
+    def worst(self) -> Path:
+        return self.failed / "worst.npz"
 
     @property
     def validation(self) -> Path:
@@ -116,6 +143,11 @@ class Paths:
     @property
     def agreement(self) -> Path:
         return self.export / "agreement.json"
+
+    def variant_agreement(self, precision: str) -> Path:
+        return (
+            self.agreement if precision == "fp32" else self.export / f"agreement.{precision}.json"
+        )
 
     @property
     def replay(self) -> Path:

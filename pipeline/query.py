@@ -85,10 +85,18 @@ class Client:
     def classify(
         self, images: Sequence[Path | bytes | np.ndarray], top: int = 3
     ) -> list[Prediction]:
-        """A prediction for each image: a file, its bytes, or an array of the model's shape."""
+        """A prediction for each image: a file, its bytes, or an array of the model's shape.
+
+        Raises PipelineError for a file where the model says that it takes arrays only.
+        """
         if not images:
             return []
         pictures = self.pictures()
+        if pictures == "arrays" and not all(isinstance(image, np.ndarray) for image in images):
+            raise PipelineError(
+                f"{self.name} does not say how a picture becomes what it takes: give arrays of "
+                f"its shape, {list(self.config().input[0].dims)}"
+            )
         arrays = [
             image if isinstance(image, np.ndarray) else read_image(image, pictures=pictures)
             for image in images
@@ -148,7 +156,8 @@ class Client:
         config = self.config()
         labels = triton.classes(config) or tuple(map(str, range(len(row))))
         order = np.argsort(-row)[: max(1, top)]
-        ranked = tuple((labels[index], float(np.exp(row[index]))) for index in order)
+        chances = probabilities(row, triton.kind(config))
+        ranked = tuple((labels[index], float(chances[index])) for index in order)
         return Prediction(*ranked[0], ranked, version, triton.digest(config, version))
 
     def _infer(self, images: np.ndarray, deadline: float) -> tuple[np.ndarray, str]:
@@ -234,6 +243,16 @@ class Client:
         if "UNAVAILABLE" in status:
             return ServerError(f"no answer from {self.endpoint} ({message}): {_START}")
         return PipelineError(f"{self.endpoint} refuses: {message}")
+
+
+def probabilities(row: np.ndarray, kind: str) -> np.ndarray:
+    """The probabilities (K,) in a row of outputs (K,) of that kind."""
+    values = row.astype(np.float64)
+    if kind == "probabilities":
+        return values
+    exponents = np.exp(values - values.max())
+    chances: np.ndarray = exponents / exponents.sum()
+    return chances if kind == "logits" else np.exp(values)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 
 from pipeline import triton
-from pipeline.config import Criterion
 from pipeline.data import Split, scored_split
-from pipeline.errors import CheckFailedError, PipelineError
-from pipeline.evaluate import Predictor, difference, predict, score
+from pipeline.errors import CheckFailedError, CorruptError, PipelineError
+from pipeline.evaluate import Predictor, difference, margins, predict, score
 from pipeline.files import check_digest, check_manifest, read_json, write_json
+from pipeline.golden import Agreement, Golden, compare, require, unpack_golden
 from pipeline.paths import Paths
 from pipeline.query import Client, triton_predictor
-from pipeline.validate import Agreement, Golden, compare, require, unpack_golden
 
 TABLE_BATCH = 64  # images a request in the agreement table
+GOLDEN_BATCHES = (1, 2, 7)  # at which a server is asked the golden set
 REPACKAGE = "package it again with 'pipeline package'"
 
 
@@ -99,32 +99,36 @@ def _row(
     return Row(name, score(outputs, labels).accuracy, apart.differing, known, speed)
 
 
-def require_agreement(table: Table, criterion: Criterion) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """How far a served answer may lie from the first row of its table."""
+
+    max_abs_diff: float
+    differing: int  # images whose class may differ
+
+
+def require_agreement(table: Table, limits: Limits) -> None:
     """Raise CheckFailedError when a row lies too far from the first."""
     wrong = [
         f"{row.name}: {row.differing} differing classes, largest difference {row.max_abs_diff}"
         for row in table.rows
-        if row.differing > criterion.differing
+        if row.differing > limits.differing
         or row.max_abs_diff is None
-        or row.max_abs_diff > criterion.max_abs_diff
+        or row.max_abs_diff > limits.max_abs_diff
     ]
     if wrong:
         raise CheckFailedError(
             f"{table.name}: answers differ from the reference ({table.rows[0].name}) beyond "
-            f"{criterion.max_abs_diff:g}: {'; '.join(wrong)}"
+            f"{limits.max_abs_diff:.3g} or in more than {limits.differing} classes: "
+            f"{'; '.join(wrong)}"
         )
 
 
-def replay_golden(client: Client, golden: Golden, criterion: Criterion) -> Agreement:
+def replay_golden(client: Client, golden: Golden) -> Agreement:
     """How far a server lies from the golden set's answers, at batch sizes that it takes."""
     largest = max(1, client.config().max_batch_size)
-    sizes = tuple(size for size in criterion.batch_sizes if size <= min(largest, 7))
-    return compare(
-        golden.log_probabilities,
-        triton_predictor(client),
-        golden.images,
-        replace(criterion, batch_sizes=sizes or (1,)),
-    )
+    sizes = tuple(size for size in GOLDEN_BATCHES if size <= largest)
+    return compare(golden, triton_predictor(client), sizes)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Release:
     sha256: str  # of its model.onnx
     onnx: bytes
     golden: Golden
+    manifest: dict[str, Any]
+    limits: Limits  # as proven, against eager float32 on the test split
 
 
 def load_release(paths: Paths, version: int) -> Release:
@@ -146,13 +152,30 @@ def load_release(paths: Paths, version: int) -> Release:
     folder = paths.packaged / str(version)
     if not folder.is_dir():
         raise PipelineError(f"no version {version} at {folder}: package it, or give --golden FILE")
-    digests = check_manifest(folder, REPACKAGE)["files"]
+    manifest = check_manifest(folder, REPACKAGE)
+    digests = manifest["files"]
     onnx = check_digest(folder / paths.onnx.name, digests.get(paths.onnx.name), REPACKAGE)
     golden_path = folder / paths.golden.name
     golden = check_digest(golden_path, digests.get(paths.golden.name), REPACKAGE)
+    digest = digests[paths.onnx.name]
     return Release(
-        folder, version, digests[paths.onnx.name], onnx, unpack_golden(golden, str(golden_path))
+        folder,
+        version,
+        digest,
+        onnx,
+        unpack_golden(golden, str(golden_path)),
+        manifest,
+        _limits(folder / paths.validation.name, str(manifest.get("precision"))),
     )
+
+
+def _limits(path: Path, precision: str) -> Limits:
+    """What the validation record grants the file of that precision."""
+    record = read_json(path, REPACKAGE)
+    for entry in record.get("variants", ()):
+        if entry["precision"] == precision:
+            return Limits(entry["allowed_error"], entry["allowed_flips"])
+    raise CorruptError(f"{path} does not speak of the {precision} file beside it: {REPACKAGE}")
 
 
 def selected_releases(paths: Paths) -> dict[str, Release]:
@@ -183,10 +206,10 @@ def selected_releases(paths: Paths) -> dict[str, Release]:
 
 def served_version(client: Client) -> int:
     """The version of the model that answers, by an inference on one blank image."""
-    dims = client.config().input[0].dims
-    if any(dim < 1 for dim in dims):
+    images = client.config().input[0]
+    if any(dim < 1 for dim in images.dims):
         raise PipelineError(f"{client.name} at {client.endpoint} takes images of no fixed shape")
-    answer = client.infer(np.zeros((1, *dims), np.uint8))[1]
+    answer = client.infer(np.zeros((1, *images.dims), triton.dtype(images)))[1]
     return int(answer) if answer.isdigit() else 0
 
 
@@ -195,7 +218,6 @@ def prove_servers(
     urls: Sequence[str],
     golden_file: Path | None = None,
     timeout: float = 60.0,
-    criterion: Criterion = Criterion(),
 ) -> Table:
     """Put a release's golden set to running servers, then the test split where it is at hand.
 
@@ -204,15 +226,15 @@ def prove_servers(
     """
     with contextlib.ExitStack() as stack:
         clients = {url: stack.enter_context(Client(url, paths.name, timeout)) for url in urls}
-        table = _replayed(paths, clients, golden_file, criterion)
+        table, limits = _replayed(paths, clients, golden_file)
     write_json(paths.replay, {**machine(), **asdict(table)})
-    require_agreement(table, criterion)
+    require_agreement(table, limits)
     return table
 
 
 def _replayed(
-    paths: Paths, clients: Mapping[str, Client], golden_file: Path | None, criterion: Criterion
-) -> Table:
+    paths: Paths, clients: Mapping[str, Client], golden_file: Path | None
+) -> tuple[Table, Limits]:
     versions = {url: served_version(client) for url, client in clients.items()}
     if len(set(versions.values())) > 1:
         raise CheckFailedError(f"the servers answer with different versions: {versions}")
@@ -227,7 +249,7 @@ def _replayed(
             )
     golden = release.golden if release else _golden_from(golden_file)
     for url, client in clients.items():
-        agreement = replay_golden(client, golden, criterion)
+        agreement = replay_golden(client, golden)
         what = f"{paths.name} at {url} is not the model of this golden set"
         require(agreement, what, "Serve the release that it belongs to, or give the release's own")
     predictors = {url: triton_predictor(client) for url, client in clients.items()}
@@ -235,9 +257,12 @@ def _replayed(
     if test and release:
         reference = {"ONNX Runtime": _onnx_runtime(release)}
         rows = agree({**reference, **predictors}, test.images, test.labels)
+        limits = release.limits
     else:
-        rows = agree(predictors, golden.images, golden.labels, golden.log_probabilities)
-    return Table(
+        rows = agree(predictors, golden.images, golden.labels, golden.outputs)
+        may_flip = int((margins(golden.outputs) < golden.bounds).sum())
+        limits = Limits(float(golden.bounds.max()), may_flip)
+    table = Table(
         paths.name,
         version,
         release.sha256 if release else None,
@@ -245,6 +270,7 @@ def _replayed(
         "test" if test else "golden",
         rows,
     )
+    return table, limits
 
 
 def _golden_from(path: Path | None) -> Golden:
@@ -259,11 +285,11 @@ def _test_split(paths: Paths, release: Release | None) -> Split | None:
     """The test split that the release was made with, if its files lie in the cache."""
     if not release:
         return None
-    manifest = read_json(release.folder / paths.manifest.name, REPACKAGE)
-    folder = paths.data(manifest["training"]["dataset"])
-    if not folder.is_dir():
+    training = release.manifest.get("training")
+    folder = paths.data(training["dataset"]) if training else None
+    if training is None or folder is None or not folder.is_dir():
         return None
-    return scored_split(manifest["training"], manifest["data_sha256"], folder)
+    return scored_split(training, release.manifest["data_sha256"], folder)
 
 
 def _onnx_runtime(release: Release) -> Predictor:

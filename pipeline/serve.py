@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline import tritonserver
-from pipeline.config import Criterion, ServeConfig
+from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import read_json, write_json
+from pipeline.golden import require
 from pipeline.paths import Paths
 from pipeline.query import Client
 from pipeline.replay import Release, replay_golden, selected_releases
-from pipeline.validate import require
 
 POLL_SECONDS = 0.05
 KILL_SECONDS = 5.0  # in which a killed process is gone
@@ -245,7 +245,7 @@ def await_ready(
             _await_answer(client, server, child, log, deadline, seconds)
         for name, release in releases.items():
             with Client(url, name, timeout=max(1.0, deadline - time.monotonic())) as client:
-                agreement = replay_golden(client, release.golden, Criterion())
+                agreement = replay_golden(client, release.golden)
             what = f"{name} version {release.version} answers wrongly over {url}"
             require(agreement, what, "Look at the server's environment, then package it again")
 

@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.config import Criterion, ServeConfig
+from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
 from pipeline.files import locked
+from pipeline.golden import require
 from pipeline.paths import Paths
 from pipeline.query import Client
 from pipeline.replay import replay_golden, selected_releases
 from pipeline.serve import POLL_SECONDS, Server, clear, is_alive, recorded, running_server
 from pipeline.tritonserver import ports
-from pipeline.validate import require
 
 
 def serve(
@@ -190,7 +190,7 @@ def status(paths: Paths) -> dict[str, Any]:
             continue
         for url in (server.http_url, server.grpc_url):
             with Client(url, name, timeout=5.0) as client:
-                agreement = replay_golden(client, release.golden, Criterion())
+                agreement = replay_golden(client, release.golden)
             require(agreement, f"{name} answers wrongly over {url}", "Restart it, or package anew")
         digests[name] = {"version": server.models[name], "sha256": release.sha256}
     return {

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -13,7 +14,11 @@ from pipeline.errors import PipelineError
 
 LABELS, WARMUP = "labels.txt", "digit"
 
-_TYPES = {"uint8": model_config_pb2.TYPE_UINT8, "float32": model_config_pb2.TYPE_FP32}
+_TYPES = {
+    **{f"uint{bits}": getattr(model_config_pb2, f"TYPE_UINT{bits}") for bits in (8, 16, 32, 64)},
+    **{f"int{bits}": getattr(model_config_pb2, f"TYPE_INT{bits}") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": getattr(model_config_pb2, f"TYPE_FP{bits}") for bits in (16, 32, 64)},
+}
 
 
 def model_config(
@@ -36,7 +41,7 @@ def model_config(
     message.input.add(
         name=images.name,
         data_type=_TYPES[images.dtype],
-        format=model_config_pb2.ModelInput.FORMAT_NCHW,
+        format=_format(images),
         dims=images.shape,
     )
     message.output.add(
@@ -49,6 +54,9 @@ def model_config(
     message.instance_group.add(
         kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=config.instances
     )
+    # Read only where somebody makes the instances KIND_GPU: ONNX Runtime would use TF32 there.
+    gpu = message.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+    gpu.parameters["use_tf32"] = "0"
     message.dynamic_batching.max_queue_delay_microseconds = config.max_queue_delay_us
     digit = message.model_warmup.add(name="digit", batch_size=1).inputs[images.name]
     digit.data_type = _TYPES[images.dtype]
@@ -58,6 +66,12 @@ def model_config(
     set_parameter(message, "inter_op_thread_count", str(config.inter_op_threads))
     set_parameter(message, "classes", json.dumps(list(classes)))
     return message
+
+
+def _format(images: TensorSpec) -> int:
+    """Images of three axes are called channels first; Triton has no word for other ranks."""
+    formats = model_config_pb2.ModelInput
+    return int(formats.FORMAT_NCHW if len(images.shape) == 3 else formats.FORMAT_NONE)
 
 
 def set_parameter(message: ModelConfig, key: str, value: str) -> None:
@@ -86,6 +100,19 @@ def classes(message: ModelConfig) -> tuple[str, ...]:
 def pictures(message: ModelConfig) -> str:
     """How pictures become this model's images: see config.pictures_of."""
     return parameter(message, "pictures") or "digit"
+
+
+def dtype(tensor: Any) -> str:
+    """The name that numpy has for the type of a config's input or output."""
+    names = {number: name for name, number in _TYPES.items()}
+    if tensor.data_type not in names:
+        raise PipelineError(f"{tensor.name} has a type that no image of ours has")
+    return names[tensor.data_type]
+
+
+def kind(message: ModelConfig) -> str:
+    """What the model's outputs are: log_probabilities, probabilities or logits."""
+    return parameter(message, "outputs") or "log_probabilities"
 
 
 def selected(message: ModelConfig) -> list[int]:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from onnx import NodeProto, TensorProto, helper
 
 from pipeline.cli import main
+from pipeline.files import locked
 from pipeline.paths import Paths
 
 # Before torch is loaded: tests run side by side, and threads that wait for each other crawl.
@@ -59,11 +60,17 @@ def project(root: Path) -> Chain:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """Trained, exported, validated and packaged once. Read it; `chain` is for changes."""
-    chain = project(tmp_path_factory.mktemp("made"))
-    for command in (["train", *SHORT_TRAINING], ["export"], ["validate"], ["package"]):
-        result = chain.run(*command)
-        assert result.exit_code == 0, result.output
-    return chain
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # one for all workers: the first makes it, the others wait
+    with locked(folder / "made.lock"):
+        if not (folder / "made").exists():
+            chain = project(folder / "making")
+            for command in (["train", *SHORT_TRAINING], ["export"], ["validate"], ["package"]):
+                result = chain.run(*command)
+                assert result.exit_code == 0, result.output
+            chain.root.rename(folder / "made")
+    return Chain(folder / "made")
 
 
 @pytest.fixture

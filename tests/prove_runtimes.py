@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.config import Criterion, ExportConfig
-from pipeline.data import scored_split
+from pipeline.config import ExportConfig
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Difference, difference, predict
-from pipeline.export import export_program, to_onnx
+from pipeline.export import export_program, signature_of, to_onnx
 from pipeline.files import remove, write_json
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
 from pipeline.replay import machine
 from pipeline.report import render_readme, sources_digest
+from pipeline.subject import Subject, exported_sample, subject_of_run
 from pipeline.targets import dialect, span
 
 ENVIRONMENTS = Path(".venv-runtimes")
+MAX_ABS_DIFF = 1e-4  # between log-probabilities
 RUNNER = Path(__file__).parent / "run_onnx.py"
 
 
@@ -74,9 +74,10 @@ class Row:
             f"differ, largest difference {self.max_abs_diff:.2e}"
         )
 
-    def agrees(self, criterion: Criterion) -> bool:
+    @property
+    def agrees(self) -> bool:
         """Whether the answers are eager PyTorch's; a number that is none agrees with nothing."""
-        return self.differing <= criterion.differing and self.max_abs_diff <= criterion.max_abs_diff
+        return self.differing == 0 and self.max_abs_diff <= MAX_ABS_DIFF
 
 
 def environment(runtime: Runtime) -> Path:
@@ -98,11 +99,10 @@ def environment(runtime: Runtime) -> Path:
     return python
 
 
-def onnx_files(checkpoint: Checkpoint, dialects: set[ExportConfig]) -> dict[ExportConfig, bytes]:
+def onnx_files(subject: Subject, dialects: set[ExportConfig]) -> dict[ExportConfig, bytes]:
     """The network as an ONNX file of each dialect."""
-    program = export_program(checkpoint.model)
-    classes = len(checkpoint.classes)
-    return {config: to_onnx(program, classes, config, {}) for config in dialects}
+    program = export_program(subject.model, subject.images)
+    return {config: to_onnx(program, signature_of(subject, config), {}) for config in dialects}
 
 
 def run_file(python: Path, content: bytes, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
@@ -122,15 +122,15 @@ def run_file(python: Path, content: bytes, images: np.ndarray) -> tuple[np.ndarr
 
 
 def prove(
-    checkpoint: Checkpoint,
+    subject: Subject,
     images: np.ndarray,
     runtimes: tuple[Runtime, ...] = RUNTIMES,
     report: Callable[[str], object] = lambda line: None,
 ) -> list[Row]:
     """Two rows for each runtime, on images (N, 1, 28, 28): the default file, the release's own."""
-    reference = predict(eager_predictor(checkpoint.model), images)
+    reference = predict(eager_predictor(subject.model), images)
     newest = {runtime.release: dialect(runtime.release) for runtime in runtimes}
-    contents = onnx_files(checkpoint, {dialect(), *newest.values()})
+    contents = onnx_files(subject, {dialect(), *newest.values()})
     rows = []
     for runtime in runtimes:
         report(f"{' '.join(runtime.packages)}, as in Triton {runtime.release}")
@@ -159,9 +159,9 @@ def _row(
     )
 
 
-def require(rows: list[Row], criterion: Criterion = Criterion()) -> None:
+def require(rows: list[Row]) -> None:
     """Raise CheckFailedError with every row that does not agree."""
-    wrong = [str(row) for row in rows if not row.agrees(criterion)]
+    wrong = [str(row) for row in rows if not row.agrees]
     if wrong:
         raise CheckFailedError(f"answers differ from eager PyTorch's: {'; '.join(wrong)}")
 
@@ -169,10 +169,10 @@ def require(rows: list[Row], criterion: Criterion = Criterion()) -> None:
 def main(result: Path, run: str) -> None:
     """Prove a finished run on its test images, and keep the result if all agree."""
     paths = Paths(run=run)
-    checkpoint = load_checkpoint(paths)
-    training, summary = checkpoint.config.record(), checkpoint.summary
-    split = scored_split(training, summary["data_sha256"], paths.data(training["dataset"]))
-    rows = prove(checkpoint, split.images, report=lambda line: print(line, flush=True))
+    subject = subject_of_run(paths)
+    training = subject.origin["training"]
+    images = exported_sample(paths, subject.origin).images
+    rows = prove(subject, images, report=lambda line: print(line, flush=True))
     require(rows)
     record: dict[str, Any] = {
         "command": "make prove-runtimes",

@@ -75,6 +75,7 @@ def test_common_options_are_accepted_before_and_after_the_command(made: Chain) -
     assert json.loads(outputs.pop())["folder"] == str((made.root / "data" / "mnist").resolve())
 
 
+@pytest.mark.slow
 def test_flag_wins_over_environment_over_file_over_default(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

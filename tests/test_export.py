@@ -2,18 +2,22 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import onnx
 import pytest
 import torch
 from conftest import REPOSITORY, Chain, edit_json, error_line
+from networks import onnx_of
 
 from pipeline import graph
-from pipeline.config import IMAGES, RECIPES, ExportConfig, log_probabilities
+from pipeline.config import IMAGES, RECIPES, log_probabilities
 from pipeline.errors import CheckFailedError
-from pipeline.export import check_onnx, export_program, to_onnx
+from pipeline.export import check_onnx, export_program
 from pipeline.files import sha256
 from pipeline.model import build
+
+PROOF = ("MODEL_CARD.md", "evidence.npz", "golden.npz")
 
 
 def exported(made: Chain) -> onnx.ModelProto:
@@ -27,7 +31,7 @@ def test_the_file_has_our_signature_and_dialect(made: Chain) -> None:
 
 def test_one_file_is_written_and_nothing_beside_it(made: Chain) -> None:
     names = sorted(path.name for path in made.paths.export.iterdir())
-    assert names == ["golden.npz", "manifest.json", "model.onnx", "model.pt2", "validation.json"]
+    assert names == [*PROOF, "manifest.json", "model.onnx", "model.pt2", "validation.json"]
 
 
 def test_no_path_of_this_machine_is_in_the_files(made: Chain) -> None:
@@ -50,7 +54,7 @@ def test_the_metadata_says_what_a_client_and_an_auditor_need(made: Chain) -> Non
 def test_the_manifest_has_the_digest_of_every_file(made: Chain) -> None:
     manifest = json.loads(made.paths.manifest.read_text())
     assert manifest["schema"] == 1
-    assert set(manifest["files"]) == {"golden.npz", "model.onnx", "model.pt2", "validation.json"}
+    assert set(manifest["files"]) == {*PROOF, "model.onnx", "model.pt2", "validation.json"}
     for name, digest in manifest["files"].items():
         assert digest == sha256(made.paths.export / name)
     assert manifest["training"]["recipe"] == "quick"
@@ -94,9 +98,74 @@ def test_export_of_a_record_that_is_none_is_corrupt(chain: Chain) -> None:
 
 
 def test_an_export_in_another_dialect_is_refused() -> None:
-    program = export_program(build(RECIPES["note"], 10).eval())
-    content = to_onnx(program, 10, ExportConfig(), {})
-    with pytest.raises(CheckFailedError, match="not Signature"):
-        check_onnx(content, 10, ExportConfig(ir_version=8))
-    with pytest.raises(CheckFailedError, match="not Signature"):
-        check_onnx(content, 11, ExportConfig())
+    content = onnx_of(build(RECIPES["note"], 10).eval())
+    wanted = graph.Signature(IMAGES, log_probabilities(10), 18, 9)
+    check_onnx(content, wanted)
+    for other in (
+        replace(wanted, ir_version=8),
+        replace(wanted, outputs=log_probabilities(11)),
+        replace(wanted, images=replace(IMAGES, shape=(3, 28, 28))),
+    ):
+        with pytest.raises(CheckFailedError, match="it should be one that takes images"):
+            check_onnx(content, other)
+
+
+@pytest.mark.slow
+def test_variants_are_files_of_their_own_with_the_signature_unchanged(chain: Chain) -> None:
+    record = chain.record("export", "--precision", "fp32,fp16,int8")
+    assert [one["precision"] for one in record["variants"]] == ["fp32", "fp16", "int8"]
+    manifest = json.loads(chain.paths.manifest.read_text())
+    assert manifest["precisions"] == ["fp32", "fp16", "int8"]
+    sizes = []
+    for precision in manifest["precisions"]:
+        path = chain.paths.variant(precision)
+        assert manifest["files"][path.name] == sha256(path)
+        found = graph.signature(onnx.load_model(path), "it")
+        assert found == graph.Signature(IMAGES, log_probabilities(10), opset=18, ir_version=9)
+        sizes.append(path.stat().st_size)
+    assert sizes[0] > 1.6 * sizes[1] > 1.6 * sizes[2]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_variants(chain: Chain) -> None:
+    digests = set()
+    for seed in "17":
+        arguments = ("--root", str(chain.root), "-q", "export", "--precision", "fp16,int8")
+        command = [sys.executable, "-m", "pipeline", *arguments]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        digests.add(tuple(sha256(chain.paths.variant(p)) for p in ("fp32", "fp16", "int8")))
+    assert len(digests) == 1
+
+
+def test_an_unknown_precision_is_named(chain: Chain) -> None:
+    result = chain.run("export", "--precision", "fp8")
+    assert result.exit_code == 1
+    assert "no precision 'fp8': there are fp32, fp16, int8" in error_line(result)
+
+
+@pytest.mark.slow
+def test_a_target_decides_opset_and_ir(chain: Chain) -> None:
+    record = chain.record("export", "--target-triton", "24.10")
+    assert (record["opset"], record["ir_version"]) == (21, 10)
+    found = graph.signature(onnx.load_model(chain.paths.onnx), "it")
+    assert (found.opset, found.ir_version) == (21, 10)
+    refused = chain.run("export", "--target-triton", "23.10", "--opset", "20")
+    assert refused.exit_code == 1
+    assert "Triton 23.10 cannot load opset 20" in error_line(refused)
+
+
+def test_the_targets_are_listed_without_a_run(empty: Chain) -> None:
+    listed = empty.run("export", "--list-targets")
+    assert listed.exit_code == 0
+    assert "24.08-24.11" in listed.stdout
+    targets = empty.record("export", "--list-targets")["targets"]
+    assert len(targets) == 10
+
+
+def test_a_module_that_only_takes_a_fixed_batch_is_refused_in_words() -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().reshape(2, -1)[:, :10]
+
+    with pytest.raises(CheckFailedError, match="cannot trace Fixed for any number of images"):
+        export_program(Fixed(), IMAGES)

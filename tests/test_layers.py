@@ -12,33 +12,33 @@ PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
     *("errors", "config", "targets", "paths", "files", "images", "datasets", "data", "folders"),
-    *("sources", "archives", "evaluate"),
-    *("predictions", "device", "processes", "augment", "model", "checkpoint", "train", "records"),
-    *("runs", "sizes", "graph", "policy", "export", "runtime", "validate", "triton", "package"),
-    *("query", "replay", "tritonserver", "serve", "supervise", "prove", "gpu", "benchmark"),
-    *("report", "figures"),
-    *("answers", "page", "command", "cli_data", "cli_train", "cli_serve", "cli_measure", "cli"),
-    "__main__",
+    *("sources", "archives", "evaluate", "golden", "validate", "diagnose", "findings", "sample"),
+    *("predictions", "device", "processes", "augment", "model", "reference", "checkpoint", "train"),
+    *("records", "runs", "subject", "sizes", "graph", "policy", "departures", "handed", "variants"),
+    *("export", "runtime", "card", "trial", "proof", "triton", "package", "query", "replay"),
+    *("tritonserver", "serve", "supervise", "prove", "gpu", "benchmark", "report", "figures"),
+    *("answers", "evidence", "page", "command", "cli_data", "cli_train", "cli_export"),
+    *("cli_validate", "cli_serve", "cli_measure", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
     "torch": {
         *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "export"),
-        *("records", "gpu", "benchmark"),
+        *("records", "gpu", "benchmark", "reference", "subject"),
     },
     "safetensors": {"checkpoint"},
-    "onnx": {"sizes", "graph", "policy", "export"},
-    "onnxruntime": {"export", "runtime"},
+    "onnx": {"sizes", "graph", "policy", "departures", "variants", "export"},
+    "onnxruntime": {"export", "runtime", "variants"},
     "tritonclient": {"triton", "query"},
     "google": {"graph", "triton", "query"},
     "geventhttpclient": {"query"},
     "greenlet": {"query"},
     "PIL": {"images"},
     "matplotlib": {"figures"},
-    "jinja2": {"page"},
+    "jinja2": {"page", "card"},
     "pooch": {"sources"},
     "tensorboard": set(),  # through torch, where it is installed
-    "click": {"command", "cli_data", "cli_train", "cli_serve", "cli_measure", "cli"},
+    "click": {p.stem for p in PACKAGE.glob("cli*.py")} | {"command"},
 }
 
 

@@ -23,14 +23,22 @@ def test_a_packaged_model_has_everything_that_triton_and_an_auditor_need(made: C
     folder = made.paths.packaged
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert files == [
-        *("1/golden.npz", "1/manifest.json", "1/model.onnx", "1/validation.json"),
+        *(
+            "1/MODEL_CARD.md",
+            "1/golden.npz",
+            "1/manifest.json",
+            "1/model.onnx",
+            "1/validation.json",
+        ),
         *("config.pbtxt", "labels.txt", "warmup/digit"),
     ]
     assert (folder / "1" / "model.onnx").read_bytes() == made.paths.onnx.read_bytes()
     assert (folder / "labels.txt").read_text().split() == list("0123456789")
     assert len((folder / "warmup" / "digit").read_bytes()) == 28 * 28
     manifest = json.loads((folder / "1" / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"golden.npz", "model.onnx", "validation.json"}
+    assert set(manifest["files"]) == {
+        *("MODEL_CARD.md", "golden.npz", "model.onnx", "validation.json")
+    }
 
 
 def test_the_config_is_what_the_graph_says(made: Chain) -> None:
@@ -105,7 +113,7 @@ def test_a_file_with_a_flipped_bit_is_refused_with_4_and_named(chain: Chain, nam
 
 
 def test_a_validation_of_other_bytes_is_refused_with_4(chain: Chain) -> None:
-    edit_json(chain.paths.validation, lambda record: record.update(model_sha256="0" * 64))
+    edit_json(chain.paths.validation, lambda r: r["variants"][0].update(sha256="0" * 64))
     digest = sha256(chain.paths.validation)
     edit_json(chain.paths.manifest, lambda r: r["files"].update({"validation.json": digest}))
     result = chain.run("package")

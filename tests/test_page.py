@@ -1,17 +1,20 @@
+import io
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Chain, edit_json, error_line, flip_bit
+from conftest import Chain, Edit, edit_json, error_line, flip_bit
 from test_report import proven
 
 from pipeline import page
 from pipeline.answers import Answers
-from pipeline.files import sha256
+from pipeline.evidence import WORST, Evidence
+from pipeline.files import sha256, write_bytes, write_json
 from pipeline.predictions import load_predictions, save_predictions
 
 
@@ -38,8 +41,8 @@ def test_the_page_shows_all_that_the_run_and_its_export_have(chain: Chain) -> No
     summary = json.loads(chain.paths.summary.read_text())
     for name in ("curves", "confusion", "mistakes", "calibration", "classes", "distortion"):
         assert f'<section id="{name}">' in text
-    assert text.count("<svg ") == 4
-    assert text.count("<li>\n<div") == 50
+    assert text.count("<svg ") == 5
+    assert text.count("<li>\n<div") == 50 + WORST
     for key in ("test_loss", "uncalibrated_loss", "test_calibration_error", "uncalibrated_error"):
         assert f"{summary[key]:.5f}" in text
     assert f"{sha256(chain.paths.weights)}  runs/handwriting/model.safetensors" in text
@@ -57,6 +60,7 @@ def test_the_page_is_self_contained_and_runs_nothing(chain: Chain) -> None:
     assert not re.search(r"\bon[a-z]+=", text)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(chain: Chain) -> None:
     assert written(chain) == written(chain)
 
@@ -70,6 +74,7 @@ def test_names_from_strangers_are_text(chain: Chain) -> None:
     assert "T-shirt/top" in text
 
 
+@pytest.mark.slow
 def test_many_classes_make_a_small_matrix(chain: Chain) -> None:
     answered(chain, [f"class {index}" for index in range(47)])
     text = written(chain)
@@ -117,6 +122,7 @@ def test_without_an_export_or_data_the_page_says_what_makes_them(chain: Chain) -
     assert "<img" not in text
 
 
+@pytest.mark.slow
 def test_another_run_is_not_shown_with_this_ones_export(chain: Chain) -> None:
     proven(chain)
     edit_json(chain.paths.manifest, lambda record: record.update(weights_sha256="0" * 64))
@@ -130,6 +136,144 @@ def test_a_proof_of_this_export_is_shown(chain: Chain) -> None:
     assert "The last proof was of another model.onnx" in written(chain)
     edit_json(chain.paths.agreement, lambda record: record.update(sha256=sha256(chain.paths.onnx)))
     assert "Triton gRPC" in written(chain)
+
+
+def proof_of(chain: Chain) -> tuple[Evidence, dict[str, Any], dict[str, np.ndarray]]:
+    """What the page shows of the proof, and the records that it is from."""
+    shown = page.collect(chain.paths).evidence
+    assert isinstance(shown, Evidence)
+    with np.load(chain.paths.evidence) as arrays:
+        return shown, json.loads(chain.paths.validation.read_text()), dict(arrays)
+
+
+def reproved(chain: Chain, arrays: dict[str, np.ndarray]) -> None:
+    """Put other evidence beside the export, as a proof would."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # the stub takes an option
+    digest = write_bytes(chain.paths.evidence, buffer.getvalue())
+    listed = {chain.paths.evidence.name: digest}
+    edit_json(chain.paths.manifest, lambda record: record["files"].update(listed))
+
+
+def revalidated(chain: Chain, edit: Edit) -> None:
+    """Change the validation record, and the manifest's digest of it."""
+    edit_json(chain.paths.validation, edit)
+    listed = {chain.paths.validation.name: sha256(chain.paths.validation)}
+    edit_json(chain.paths.manifest, lambda record: record["files"].update(listed))
+
+
+def test_the_proof_has_a_row_for_each_variant(chain: Chain) -> None:
+    validation = json.loads(chain.paths.validation.read_text())
+    (fp32,) = validation["variants"]
+    text = written(chain)
+    assert f"<td>{fp32['max_error']:.2g}</td>" in text
+    assert f"<td>{fp32['size'] / 1000:,.0f} kB</td>" in text
+    for speed in fp32["images_per_second"].values():
+        assert f"<td>{speed:,.0f}</td>" in text
+    assert f"fp32 {fp32['max_error']:.2g}</text>" in text  # in the figure
+
+
+@pytest.mark.slow
+def test_the_worst_images_have_the_largest_errors_for_their_margins(chain: Chain) -> None:
+    shown, _, arrays = proof_of(chain)
+    ((precision, worst),) = shown.worst
+    images = len(arrays["labels"])
+    shares = arrays["errors_fp32"][:images] / arrays["margins"][:images]
+    assert precision == "fp32"
+    assert [one.index for one in worst] == list(np.argsort(-shares)[:WORST])
+    assert all(one.picture and not one.is_flip for one in worst)
+    assert worst[0].margin == arrays["margins"][worst[0].index]
+    assert "flips to" not in written(chain)
+
+
+@pytest.mark.slow
+def test_an_image_that_flips_says_to_what(chain: Chain) -> None:
+    shown, _, arrays = proof_of(chain)
+    first = shown.worst[0][1][0]
+    arrays["said_fp32"][first.index] = (arrays["reference"][first.index] + 1) % 10
+    arrays["margins"][first.index] = 0  # the reference is between two classes
+    reproved(chain, arrays)
+    flipped = (int(first.reference) + 1) % 10
+    assert f'<div class="said">flips to {flipped}</div>' in written(chain)
+
+
+@pytest.mark.slow
+def test_probes_are_not_among_the_worst_images(chain: Chain) -> None:
+    shown, validation, arrays = proof_of(chain)
+    arrays["errors_fp32"][-validation["probes"] :] = 100
+    reproved(chain, arrays)
+    assert proof_of(chain)[0].worst == shown.worst
+
+
+def test_an_export_without_a_proof_says_what_makes_it(chain: Chain) -> None:
+    manifest = json.loads(chain.paths.manifest.read_text())
+    for path in (chain.paths.validation, chain.paths.evidence):
+        path.unlink()
+        del manifest["files"][path.name]
+    write_json(chain.paths.manifest, manifest)
+    text = written(chain)
+    assert "have not been held against their module yet: <code>pipeline validate</code>" in text
+    assert "No server has been held against this model yet" in text
+
+
+def test_without_an_export_the_proof_says_so_once(chain: Chain) -> None:
+    shutil.rmtree(chain.paths.exported)
+    _, _, proof = written(chain).partition('<section id="proof">')
+    section, _, _ = proof.partition("</section>")
+    assert section.count("This run has not been exported yet") == 1
+
+
+def test_changed_evidence_is_refused_with_4(chain: Chain) -> None:
+    flip_bit(chain.paths.evidence)
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "evidence.npz does not match its digest" in error_line(result)
+
+
+def test_a_proof_of_other_bytes_is_refused_with_4(chain: Chain) -> None:
+    revalidated(chain, lambda record: record["variants"][0].update(sha256="0" * 64))
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "is the proof of other files: run 'pipeline validate' again" in error_line(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda record: record.pop("variants"),
+        lambda record: record.update(images=17),
+        lambda record: record["variants"][0].update(precision="fp64"),
+    ],
+)
+def test_a_proof_that_its_evidence_does_not_fit_is_refused_with_4(chain: Chain, edit: Edit) -> None:
+    revalidated(chain, edit)
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "do not belong together: run 'pipeline validate' again" in error_line(result)
+
+
+def test_evidence_that_is_none_is_refused_with_4(chain: Chain) -> None:
+    digest = write_bytes(chain.paths.evidence, b"no archive")
+    listed = {chain.paths.evidence.name: digest}
+    edit_json(chain.paths.manifest, lambda record: record["files"].update(listed))
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "evidence.npz holds no evidence" in error_line(result)
+
+
+@pytest.mark.slow
+def test_lower_precisions_stand_beside_fp32(chain: Chain) -> None:
+    assert chain.run("export", "--precision", "fp32,fp16,int8").exit_code == 0
+    result = chain.run("validate")
+    assert result.exit_code == 0, result.output
+    shown, _, arrays = proof_of(chain)
+    assert [row.precision for row in shown.rows] == ["fp32", "fp16", "int8"]
+    assert arrays["errors_fp32"].max() < arrays["errors_fp16"].max() < arrays["errors_int8"].max()
+    text = written(chain)
+    assert text.count("<li>\n<div") == 50 + 3 * WORST
+    for precision in ("fp32", "fp16", "int8"):
+        assert f"<h3>{precision}: errors that come closest to the margin</h3>" in text
 
 
 def test_a_run_of_old_without_predictions_still_has_a_page(chain: Chain) -> None:
@@ -156,12 +300,14 @@ def test_without_a_run_one_line_says_which_command_to_type(chain: Chain) -> None
     assert "--resume" in error_line(chain.run("report"))
 
 
+@pytest.mark.slow
 def test_training_anew_removes_the_page_of_the_run_before(chain: Chain) -> None:
     written(chain)
     assert chain.run("train", "--epochs", "0.01").exit_code == 0
     assert not chain.paths.page.exists()
 
 
+@pytest.mark.slow
 def test_chromium_opens_the_page_without_a_network_and_without_a_complaint(
     chain: Chain, tmp_path: Path
 ) -> None:
@@ -185,7 +331,7 @@ def test_chromium_opens_the_page_without_a_network_and_without_a_complaint(
 
     dom, console = opened(chain.paths.page)
     assert console == []
-    assert dom.count("<svg ") == 4
+    assert dom.count("<svg ") == 5
     bad = tmp_path / "bad.html"  # the check can fail
     text = chain.paths.page.read_text()
     bad.write_text(text.replace("</main>", "<script>let x;</script></main>"))

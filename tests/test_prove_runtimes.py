@@ -11,9 +11,9 @@ import pytest
 from conftest import Chain
 from prove_runtimes import Row, Runtime, prove, require, run_file
 
-from pipeline.checkpoint import load_checkpoint
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError
+from pipeline.subject import subject_of_run
 from pipeline.targets import span
 
 HERE = Runtime(onnxruntime.__version__, np.__version__, "26.01")
@@ -24,11 +24,12 @@ def images(made: Chain) -> np.ndarray:
     return load_split("mnist", made.paths.data("mnist"), "test").images[:100]
 
 
+@pytest.mark.slow
 def test_both_files_of_a_runtime_answer_as_eager_pytorch(
     made: Chain, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prove_runtimes, "environment", lambda runtime: Path(sys.executable))
-    rows = prove(load_checkpoint(made.paths), images, (HERE,))
+    rows = prove(subject_of_run(made.paths), images, (HERE,))
     require(rows)
     assert [(row.file, row.opset, row.ir_version) for row in rows] == [
         ("default", 18, 9),
@@ -66,6 +67,7 @@ def test_an_environment_that_is_there_is_not_built_again(
     assert prove_runtimes.environment(HERE) == folder / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_packages_that_cannot_be_installed_name_the_python_that_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def proven(chain: Chain) -> None:
     write_json(chain.paths.agreement, {k: v for k, v in figure.items() if k != "schema"})
 
 
+@pytest.mark.slow
 def test_report_shows_the_last_agreement(chain: Chain) -> None:
     nothing = chain.run("report")
     assert nothing.exit_code == 0

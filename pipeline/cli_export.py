@@ -1,0 +1,157 @@
+"""The commands that export and package, and the options that name anybody's module."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.command import Command, Settings, name_of_run, name_option, paths_of
+from pipeline.config import PRECISIONS, PackageConfig
+from pipeline.errors import PipelineError
+from pipeline.paths import MODEL_NAMES, TAKEN, Paths
+from pipeline.targets import dialect, listing, records
+
+if TYPE_CHECKING:
+    from pipeline.sample import Sample
+
+file_type = click.Path(path_type=Path, dir_okay=False)
+
+
+def module_options(command: Any) -> Any:
+    """The options that name anybody's module, and the images to prove it on."""
+    for option in (
+        click.option("--classes", help="Their names: a,b,c or a file with one a line."),
+        click.option("--labels", type=file_type, help="The images' classes (.npy, .npz or text)."),
+        click.option("--images", type=file_type, help="Images as the module takes them (.npz)."),
+        click.option("--module", help="Anybody's network: package.module:factory."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(cls=Command)
+@click.option("--run", help="The run to export.  [default: the name]")
+@name_option
+@click.option(
+    "--precision", default="fp32", show_default=True, help=f"Any of {','.join(PRECISIONS)}."
+)
+@click.option("--target-triton", metavar="YY.MM", help="The oldest Triton that has to load it.")
+@click.option("--opset", type=int, help="The ONNX opset.  [default: 18, or the target's highest]")
+@click.option("--list-targets", is_flag=True, help="Show which Triton loads what, and export none.")
+@module_options
+@click.option("--calibration", type=file_type, help="Other images, for int8 (.npz, .npy).")
+@click.pass_obj
+def export_command(
+    settings: Settings,
+    run: str | None,
+    name: str | None,
+    precision: str,
+    target_triton: str | None,
+    opset: int | None,
+    list_targets: bool,
+    module: str | None,
+    images: Path | None,
+    labels: Path | None,
+    classes: str | None,
+    calibration: Path | None,
+) -> None:
+    """Export a trained network, or anybody's module, through torch.export to ONNX.
+
+    \b
+    Example:
+      pipeline export
+      pipeline export --precision fp32,fp16,int8 --target-triton 24.10
+      pipeline export --module nets.small:make --images test.npz --name small
+    """
+    if list_targets:
+        settings.result({"targets": records()}, listing())
+        return
+    config = dialect(target_triton, opset)
+    wanted = ["fp32", *(part.strip() for part in precision.split(","))]
+    from pipeline.export import export, export_module
+
+    if module:
+        from pipeline.subject import subject_of_module
+
+        paths = named_paths(settings, name)
+        sample = sample_of(images, labels, calibration)
+        subject = subject_of_module(module, sample, settings.root, class_names(classes))
+        done = export_module(paths, subject, sample, config, wanted, settings.say)
+    else:
+        if images or labels or classes or calibration:
+            raise click.UsageError("--images and what belongs to it go with --module")
+        paths = paths_of(settings, name, run or name)
+        paths = paths if name else replace(paths, name=name_of_run(paths))
+        done = export(paths, config, wanted, settings.say)
+    text = "\n".join(
+        f"wrote {one.path} ({one.size:,} bytes, opset {one.opset}, IR {one.ir_version}, "
+        f"sha256 {one.sha256[:12]})"
+        for one in done
+    )
+    record = {**asdict(done[0]), "variants": [asdict(one) for one in done]}
+    settings.result(record, text, f"pipeline validate{named(paths)}")
+
+
+def named(paths: Paths) -> str:
+    """The option that a next command needs to speak of the same model."""
+    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
+
+
+def named_paths(settings: Settings, name: str | None) -> Paths:
+    """The paths of what is exported from anybody's module, which has to have a name."""
+    if not name:
+        raise click.UsageError("--module needs a --name for what it exports")
+    if name in TAKEN:
+        raise PipelineError(f"the name {name!r} is taken: choose another")
+    return paths_of(settings, name)
+
+
+def sample_of(images: Path | None, labels: Path | None, calibration: Path | None) -> "Sample":
+    """The images that were handed in, with what belongs to them."""
+
+    from pipeline.sample import read_sample
+
+    if not images:
+        raise click.UsageError(
+            "--module needs --images to take its signature from, and to prove it"
+        )
+    return read_sample(images, labels, calibration)
+
+
+def class_names(classes: str | None) -> Sequence[str]:
+    """The classes that are named on the command line or in a file; none where none are."""
+    if not classes:
+        return ()
+    if Path(classes).is_file():
+        return [line.strip() for line in Path(classes).read_text().splitlines() if line.strip()]
+    return [part.strip() for part in classes.split(",")]
+
+
+@click.command(cls=Command)
+@name_option
+@click.option("--max-batch-size", default=PackageConfig.max_batch_size, show_default=True)
+@click.option("--max-queue-delay-us", default=PackageConfig.max_queue_delay_us, show_default=True)
+@click.option("--instances", default=PackageConfig.instances, show_default=True)
+@click.option("--intra-op-threads", default=PackageConfig.intra_op_threads, show_default=True)
+@click.option("--inter-op-threads", default=PackageConfig.inter_op_threads, show_default=True)
+@click.pass_obj
+def package_command(settings: Settings, /, name: str | None, **changes: int) -> None:
+    """Add a validated export to the Triton model repository, each precision as a model.
+
+    \b
+    Example:
+      pipeline package
+    """
+    from pipeline.package import package
+
+    paths = paths_of(settings, name)
+    done = package(paths, PackageConfig(**changes))
+    text = "\n".join(
+        f"wrote {one.folder} (version {one.version}, sha256 {one.sha256[:12]})" for one in done
+    )
+    variants = [{**asdict(one), "folder": str(one.folder)} for one in done]
+    settings.result(
+        {**variants[0], "variants": variants}, text, f"pipeline validate {paths.repository}"
+    )

@@ -1,0 +1,190 @@
+"""The command that proves: an export, an ONNX file of others, a repository, running servers."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.cli_export import (
+    class_names,
+    file_type,
+    module_options,
+    named,
+    named_paths,
+    sample_of,
+)
+from pipeline.command import Command, Settings, name_option, paths_of
+from pipeline.errors import CheckFailedError, PipelineError
+from pipeline.paths import Paths
+
+if TYPE_CHECKING:
+    from pipeline.proof import Proof
+    from pipeline.validate import Verdict
+
+
+@click.command(cls=Command)
+@click.argument("targets", nargs=-1, metavar="[FILE | REPOSITORY | URL...]")
+@name_option
+@click.option("--onnx", type=file_type, help="An ONNX file that something else exported.")
+@click.option("--scrub", is_flag=True, help="Prove a copy of it without source paths, in one file.")
+@module_options
+@click.option(
+    "--replay", type=file_type, help="Only ask about the images in a file; write nothing."
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    default="cpu",
+    show_default=True,
+    help="Where ONNX Runtime has to run every node.",
+)
+@click.option(
+    "--golden",
+    type=click.Path(path_type=Path),
+    help="The golden set to put to a URL.  [default: the packaged version's]",
+)
+@click.option(
+    "--timeout", default=60.0, show_default=True, help="Seconds a call to a URL may take."
+)
+@click.pass_obj
+def validate_command(
+    settings: Settings,
+    /,
+    targets: tuple[str, ...],
+    name: str | None,
+    golden: Path | None,
+    timeout: float,
+    provider: str,
+    onnx: Path | None,
+    scrub: bool,
+    replay: Path | None,
+    **given: Any,
+) -> None:
+    """Prove an export, an ONNX file, a model repository, or running servers.
+
+    Without a target: the exported files in ONNX Runtime against their module in float64. With
+    --onnx: a file that something else exported, against its --module. With a REPOSITORY: served
+    for the occasion, all runtimes against each other, each model or just the one of --name. With
+    a URL: the golden set replayed, which needs neither torch nor data.
+
+    \b
+    Example:
+      pipeline validate
+      pipeline validate --onnx theirs.onnx --module nets.small:make --images test.npz
+      pipeline validate exported/model_repository
+      pipeline validate http://127.0.0.1:8000 grpc://127.0.0.1:8001
+    """
+    paths = paths_of(settings, name)
+    if onnx:
+        _validate_onnx(settings, name, onnx, scrub, provider, replay, given)
+    elif any(given.values()):
+        raise click.UsageError("--module and what belongs to it go with --onnx, or with export")
+    elif replay:
+        from pipeline.proof import replay_export
+        from pipeline.sample import read_sample
+
+        _replayed(settings, replay_export(paths, read_sample(replay), provider=provider))
+    elif not targets:
+        _validate_export(settings, paths, provider)
+    elif len(targets) == 1 and Path(targets[0]).is_file():
+        _validate_export(settings, _paths_of(Path(targets[0])), provider)
+    elif all("://" in target for target in targets):
+        from pipeline.replay import prove_servers
+
+        table = prove_servers(paths, targets, golden, timeout)
+        settings.result(asdict(table), f"{table}\nwrote {paths.replay}")
+    elif len(targets) == 1:
+        _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])), name)
+    else:
+        raise click.UsageError("give one repository, or one or more URLs")
+
+
+def _paths_of(onnx: Path) -> Paths:
+    """The paths whose exported file `onnx` is."""
+    folder = onnx.resolve().parent
+    paths = Paths(folder.parent.parent, name=folder.name, run=folder.name)
+    if paths.onnx != onnx.resolve():
+        raise PipelineError(
+            f"{onnx} is no export of ours: exports are exported/NAME/model.onnx. Prove it against "
+            f"its module: pipeline validate --onnx {onnx} --module package.module:factory --images "
+            "FILE.npz"
+        )
+    return paths
+
+
+def _validate_export(settings: Settings, paths: Paths, provider: str) -> None:
+    from pipeline.proof import prove_export
+
+    _said(settings, paths, prove_export(paths, provider=provider, report=settings.update))
+
+
+def _validate_onnx(
+    settings: Settings,
+    name: str | None,
+    onnx: Path,
+    scrub: bool,
+    provider: str,
+    replay: Path | None,
+    given: dict[str, Any],
+) -> None:
+    from pipeline import proof
+    from pipeline.handed import handed_in
+    from pipeline.subject import subject_of_module
+
+    if not given["module"]:
+        raise click.UsageError("--onnx needs the --module that it was exported from")
+    paths = named_paths(settings, name or onnx.stem)
+    content = handed_in(onnx, scrub)
+    sample = sample_of(replay or given["images"], given["labels"], None)
+    classes = class_names(given["classes"])
+    subject = subject_of_module(given["module"], sample, settings.root, classes)
+    if replay:
+        verdicts = proof.replay(subject, {"fp32": content}, sample, provider=provider)
+        _replayed(settings, verdicts)
+        return
+    options = f"--onnx {onnx} --module {given['module']}{' --scrub' if scrub else ''}"
+    done = proof.prove_onnx(
+        paths, content, subject, sample, provider=provider, report=settings.update, options=options
+    )
+    _said(settings, paths, done)
+
+
+def _said(settings: Settings, paths: Paths, proof: "Proof") -> None:
+    first = proof.verdicts[0]
+    whose = "" if proof.is_labelled else " (against the module's own classes: no labels were given)"
+    runs = (
+        f"{first.images:,} images and {first.probes} probes at batch sizes "
+        f"{', '.join(map(str, first.batch_sizes))} with {' and '.join(map(str, first.threads))} "
+        f"threads, held against the module in float64{whose}"
+    )
+    text = "\n".join(
+        [*map(str, proof.verdicts), runs, f"wrote {paths.validation} and {paths.card.name}"]
+    )
+    record = {
+        "passed": True,
+        "sha256": proof.sha256,
+        "accuracy": proof.accuracy,
+        "variants": [asdict(verdict) for verdict in proof.verdicts],
+    }
+    settings.result(record, text, f"pipeline package{named(paths)}")
+
+
+def _replayed(settings: Settings, verdicts: Sequence["Verdict"]) -> None:
+    wrong = [problem for verdict in verdicts for problem in verdict.problems]
+    record = {"passed": not wrong, "variants": [asdict(verdict) for verdict in verdicts]}
+    settings.result(record, "\n".join(map(str, verdicts)))
+    if wrong:
+        raise CheckFailedError("on these images:\n  " + "\n  ".join(wrong[:10]))
+
+
+def _validate_repository(settings: Settings, paths: Paths, only: str | None) -> None:
+    from pipeline.prove import prove_repository
+
+    tables = prove_repository(paths, report=settings.say, only=only)
+    text = (
+        "\n\n".join(map(str, tables)) + f"\nwrote the tables beside the exports in {paths.exported}"
+    )
+    record = asdict(tables[0]) if len(tables) == 1 else {"models": [asdict(t) for t in tables]}
+    settings.result(record, text, "pipeline serve")

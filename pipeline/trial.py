@@ -1,0 +1,151 @@
+"""A file on trial: everything that it is held against, and why it does not pass."""
+
+# Shape letters: N rows (images, then probes).
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline import graph
+from pipeline.config import Criterion
+from pipeline.departures import between, from_weights
+from pipeline.diagnose import diagnose
+from pipeline.errors import CheckFailedError
+from pipeline.evaluate import Predictor, margins, predict
+from pipeline.export import versions
+from pipeline.files import remove, sha256
+from pipeline.findings import replay_command, write_findings
+from pipeline.model import eager_predictor
+from pipeline.paths import Paths
+from pipeline.reference import reference_predictor
+from pipeline.runtime import onnx_predictor
+from pipeline.sample import Sample
+from pipeline.subject import Subject
+from pipeline.validate import Held, Reference, Verdict, bounds, hold, probe_images, refusals
+
+REFERENCE_BATCH = 64
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the files of one export are held against."""
+
+    paths: Paths
+    subject: Subject
+    rows: np.ndarray  # (N, ...): the images, then the probes
+    reference: Reference
+    criterion: Criterion
+    provider: str
+    report: Say
+    options: str  # of the command that put these files on trial
+
+
+@dataclass(frozen=True)
+class Result:
+    """One file that passed."""
+
+    verdict: Verdict
+    held: Held
+    sha256: str
+    size: int  # bytes
+
+
+def trial_of(
+    paths: Paths,
+    subject: Subject,
+    sample: Sample,
+    criterion: Criterion,
+    provider: str,
+    report: Say,
+    options: str,
+) -> Trial:
+    """The trial of an export's files: its module has answered every image and probe."""
+    rows = np.concatenate([sample.images, probe_images(sample.images)])
+    report(f"the module in float64 on {len(rows):,} images")
+    reference = reference_of(subject, rows, sample)
+    return Trial(paths, subject, rows, reference, criterion, provider, report, options)
+
+
+def reference_of(subject: Subject, rows: np.ndarray, sample: Sample) -> Reference:
+    """What the module says of rows (N, ...), in float64 and in eager float32."""
+    outputs = predict(reference_predictor(subject.model), rows, REFERENCE_BATCH)
+    eager = predict(eager_predictor(subject.model), rows)
+    if sample.labels is not None:
+        return Reference(outputs, eager, sample.labels)
+    return Reference(outputs, eager, outputs[: len(sample.images)].argmax(axis=1), False)
+
+
+def predictors_of(content: bytes, criterion: Criterion, provider: str) -> dict[int, Predictor]:
+    """The file in ONNX Runtime, with each number of threads."""
+    return {threads: onnx_predictor(content, threads, provider) for threads in criterion.threads}
+
+
+def try_file(trial: Trial, precision: str, content: bytes, made: Mapping[str, bytes]) -> Result:
+    """The file's verdict; CheckFailedError with the reasons in words, and findings, if it fails."""
+    predictors = predictors_of(content, trial.criterion, trial.provider)
+    verdict, held = hold(
+        precision, predictors, trial.rows, trial.reference, trial.criterion, trial.report
+    )
+    candidate = next(iter(predictors.values()))
+    problems = [*verdict.problems, *refusals(candidate, trial.rows)]
+    if precision in made and made[precision] != content:
+        problems.append("the file is not what its module exports to, byte for byte")
+    if problems:
+        reasons = _reasons(trial, precision, content, made, candidate)
+        verdict = replace(verdict, problems=(*reasons, *problems))
+        _fail(trial, verdict, held)
+    return Result(verdict, held, sha256(content), len(content))
+
+
+def _reasons(
+    trial: Trial, precision: str, content: bytes, made: Mapping[str, bytes], candidate: Predictor
+) -> list[str]:
+    """Why the file does not say what its module says, as far as it can be told."""
+    images = trial.rows[: len(trial.reference.labels)]
+    reasons = diagnose(candidate, images, trial.reference.outputs, trial.subject.classes)
+    found = graph.parse(content, "the file")
+    if precision in made:
+        wanted = graph.parse(made[precision], "the export")
+        reasons += [f"against its module's export, {said}" for said in between(wanted, found)]
+    elif precision == "fp32":
+        weights = {name: t.cpu().numpy() for name, t in trial.subject.model.state_dict().items()}
+        reasons += [f"against the module, {said}" for said in from_weights(weights, found)]
+    return reasons[:10]
+
+
+def _fail(trial: Trial, verdict: Verdict, held: Held) -> None:
+    paths = trial.paths
+    remove(paths.failed)
+    allowed = bounds(trial.reference.outputs, trial.reference.errors, trial.criterion)
+    record = {**record_of(trial), "passed": False, "variants": [asdict(verdict)]}
+    write_findings(paths, record, trial.rows, held, allowed)
+    shown = "\n  ".join(verdict.problems[:10])
+    again = f"\nReplay them: {replay_command(paths, trial.options)}" if held.errors.any() else ""
+    raise CheckFailedError(
+        f"{paths.name} ({verdict.precision}) is not what its module says:\n  {shown}\n"
+        f"The worst rows, as pictures and arrays: {paths.failed}{again}"
+    )
+
+
+def record_of(trial: Trial) -> dict[str, Any]:
+    """What validation.json says beside the files."""
+    reference = trial.reference
+    images = len(reference.labels)
+    return {
+        "name": trial.paths.name,
+        "reference": "eager PyTorch in float64",
+        "candidate": f"ONNX Runtime, {trial.provider}",
+        "images": images,
+        "probes": len(trial.rows) - images,
+        "is_labelled": reference.is_labelled,
+        "classes": list(trial.subject.classes),
+        "criterion": asdict(trial.criterion),
+        "reference_accuracy": reference.accuracy(reference.outputs),
+        "eager_accuracy": reference.accuracy(reference.eager),
+        "eager_error": float(reference.errors.max()),
+        "smallest_margin": float(margins(reference.outputs[:images]).min()),
+        "versions": versions(),
+    }

@@ -1,0 +1,106 @@
+"""Networks that tests export: ours as ONNX, and somebody's residual network, sound and broken."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import graph
+from pipeline.config import IMAGES, log_probabilities
+from pipeline.export import export_program, to_onnx
+from pipeline.sample import Sample
+
+
+def onnx_of(model: nn.Module) -> bytes:
+    """The network as ONNX, in the name of our signature."""
+    wanted = graph.Signature(IMAGES, log_probabilities(10), 18, 9)
+    return to_onnx(export_program(model, IMAGES), wanted, {})
+
+
+class Residual(nn.Module):
+    """Two residual blocks over images uint8 (B, 3, 32, 32); answers logits (B, 5)."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.49, 0.48, 0.44]).view(1, 3, 1, 1))
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.first, self.second = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.classifier = nn.Linear(8, 5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.float() / 255 - self.mean
+        x = F.relu(self.norm(self.stem(x)))  # (B, 8, 16, 16)
+        x = F.relu(self.first(x) + x)
+        x = F.relu(self.second(x) + x)
+        return self.answer(F.adaptive_avg_pool2d(x, 1))
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Map pooled features (B, 8, 1, 1) to logits (B, 5)."""
+        scores: Tensor = self.classifier(x.flatten(1))
+        return scores
+
+
+class Mixing(Residual):
+    """The same with a reshape that mixes rows."""
+
+    def answer(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.classifier(x.flatten().view(8, -1).t())
+        return scores
+
+
+def _filled(model: nn.Module) -> nn.Module:
+    """The model with weights drawn from a seed and statistics of some images."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        model.train()
+        model(torch.from_numpy(residual_sample().images[:64]))
+    return model
+
+
+def residual() -> nn.Module:
+    """A sound module."""
+    return _filled(Residual())
+
+
+def mixing() -> nn.Module:
+    """A module with the same weights and a planted bug."""
+    model = Mixing()
+    model.load_state_dict(residual().state_dict())
+    return model
+
+
+def unseeded() -> nn.Module:
+    """A module with other weights each time."""
+    return Residual()
+
+
+def failing() -> nn.Module:
+    """A factory that does not come to an end."""
+    raise ValueError("no weights here")
+
+
+def no_module() -> Any:
+    """A factory of something else."""
+    return 3
+
+
+def residual_sample(count: int = 150) -> Sample:
+    """Images for the residual network, five kinds of them under noise."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, count)
+    kinds, noise = rng.integers(0, 128, (5, 3, 32, 32)), rng.integers(0, 128, (count, 3, 32, 32))
+    images = (kinds[labels] + noise).astype(np.uint8)
+    return Sample(images, labels, images)
+
+
+def flat() -> nn.Module:
+    """A module of flat floats (B, 12) that answers log-probabilities (B, 4)."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 4), nn.LogSoftmax(dim=1))

@@ -1,0 +1,329 @@
+"""Broken exports, each of which has to be refused with the reason in words."""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import Chain, small
+from networks import onnx_of
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import quantize_dynamic
+from torch import Tensor, nn
+
+from pipeline.config import IMAGES, Criterion, ExportConfig
+from pipeline.data import load_split
+from pipeline.errors import CheckFailedError
+from pipeline.export import check_onnx, export_program, signature_of, to_onnx
+from pipeline.handed import handed_in
+from pipeline.model import Cnn
+from pipeline.paths import Paths
+from pipeline.sample import Sample
+from pipeline.subject import subject_of_run
+from pipeline.trial import Trial, trial_of, try_file
+from pipeline.variants import to_fp16, to_int8
+
+CRITERION = Criterion(batch_sizes=(1, 3, 64), threads=(1,))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A trained network, its sound export, and the trial that any file of it has to pass."""
+
+    trial: Trial
+    sound: bytes
+    calibration: np.ndarray
+
+    @property
+    def network(self) -> Cnn:
+        model = copy.deepcopy(self.trial.subject.model)
+        assert isinstance(model, Cnn)
+        return model
+
+    def judge(self, content: bytes, precision: str = "fp32", is_ours: bool = True) -> None:
+        """Everything that `pipeline validate` asks of a file."""
+        check_onnx(content, signature_of(self.trial.subject, ExportConfig()))
+        made = {"fp32": self.sound} if is_ours and precision == "fp32" else {}
+        try_file(self.trial, precision, content, made)
+
+
+@pytest.fixture(scope="module")
+def bench(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    subject = subject_of_run(made.paths)
+    test = load_split("mnist", made.paths.data("mnist"), "test")
+    calibration = load_split("mnist", made.paths.data("mnist"), "train").images[:128]
+    sample = Sample(test.images[:400], test.labels[:400], calibration)
+    paths = Paths(tmp_path_factory.mktemp("sabotage"))
+    trial = trial_of(paths, subject, sample, CRITERION, "cpu", lambda line: None, "")
+    return Bench(trial, onnx_of(subject.model), calibration)
+
+
+def test_the_sound_export_passes(bench: Bench) -> None:
+    bench.judge(bench.sound)
+
+
+class Wrapped(nn.Module):
+    """A network whose images or answers are tampered with on the way."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        before: Callable[[Tensor], Tensor] = lambda images: images,
+        after: Callable[[Tensor], Tensor] = lambda outputs: outputs,
+    ) -> None:
+        super().__init__()
+        self.network, self.before, self.after = network, before, after
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.after(self.network(self.before(images)))
+
+
+class Mixing(nn.Module):
+    """A network whose features are reshaped so that rows mix."""
+
+    def __init__(self, network: Cnn) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        network = self.network
+        x = network.features((images / 255.0 - network.mean) / network.std)
+        x = torch.cat([network.maximum(x), network.mean_pool(x)], dim=1)  # (B, 2 d, 1, 1)
+        x = x.flatten().view(x.shape[1], -1).t()
+        return torch.log_softmax(network.classifier(x) / network.temperature, dim=1)
+
+
+def dropout_left_on(network: Cnn) -> nn.Module:
+    network.features.append(nn.Dropout(0.5))
+    return network.train()
+
+
+def wrong_mean(network: Cnn) -> nn.Module:
+    network.mean += 0.05
+    return network
+
+
+def wrong_scale(network: Cnn) -> nn.Module:
+    network.std *= 1.05
+    return network
+
+
+def unfitted_temperature(network: Cnn) -> nn.Module:
+    network.temperature.fill_(1.25)
+    return network
+
+
+def largest_weight_by_a_hundredth(network: Cnn) -> nn.Module:
+    weight = network.classifier.weight.data.view(-1)
+    weight[weight.abs().argmax()] *= 1.01
+    return network
+
+
+def smallest_weight_by_a_hundredth(network: Cnn) -> nn.Module:
+    weight = network.classifier.weight.data.view(-1)
+    weight[weight.abs().argmin()] *= 1.01
+    return network
+
+
+def swapped_labels(network: Cnn) -> nn.Module:
+    for parameter in (network.classifier.weight.data, network.classifier.bias.data):
+        parameter[[3, 5]] = parameter[[5, 3]]
+    return network
+
+
+NETWORKS: list[tuple[Callable[[Cnn], nn.Module], str]] = [
+    (dropout_left_on, "chance: Dropout; export the model in evaluation mode"),
+    (wrong_mean, r"mean is 0\.1807 instead of 0\.1307"),
+    (wrong_scale, r"std is 0\.3235\d* instead of 0\.3081"),
+    (unfitted_temperature, r"temperature is 1\.25 instead of"),
+    (largest_weight_by_a_hundredth, "classifier.weight differs in 1 of 960 values"),
+    (smallest_weight_by_a_hundredth, "classifier.weight differs in 1 of 960 values"),
+    (swapped_labels, "labels are swapped: it says 5 for 3, 3 for 5"),
+    (lambda n: Wrapped(n, lambda images: 255 - images), "the ink is inverted"),
+    (lambda n: Wrapped(n, lambda images: images.transpose(2, 3)), "images are transposed"),
+    (lambda n: Wrapped(n, lambda images: images.flip(3)), "mirrored from left to right"),
+    (lambda n: Wrapped(n, lambda images: images.flip(2)), "upside down"),
+    (lambda n: Wrapped(n, after=torch.exp), "answers probabilities, not their logarithms"),
+    (lambda n: Wrapped(n, after=lambda y: 3 + y), "the final log-softmax is missing"),
+    (lambda n: Wrapped(n, after=lambda y: y - y.mean(0)), "something normalizes over the batch"),
+    (Mixing, "a row's answer depends on its batch or place: a reshape mixes rows"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sabotage", "said"), NETWORKS)
+def test_a_network_that_was_broken_before_export_is_refused(
+    bench: Bench, sabotage: Callable[[Cnn], nn.Module], said: str
+) -> None:
+    with pytest.raises(CheckFailedError, match=said):
+        bench.judge(onnx_of(sabotage(bench.network)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sabotage", "said"),
+    [(s, said) for s, said in NETWORKS if s is not smallest_weight_by_a_hundredth],
+)
+def test_it_is_refused_as_well_where_something_else_exported_it(
+    bench: Bench, sabotage: Callable[[Cnn], nn.Module], said: str
+) -> None:
+    with pytest.raises(CheckFailedError, match=said):
+        bench.judge(onnx_of(sabotage(bench.network)), is_ours=False)
+
+
+def edited(content: bytes, edit: Callable[[onnx.ModelProto], object]) -> bytes:
+    model = onnx.load_model_from_string(content)
+    edit(model)
+    return model.SerializeToString()
+
+
+def flip_the_last_bit_of_a_weight(model: onnx.ModelProto) -> None:
+    weight = next(t for t in model.graph.initializer if t.name == "classifier.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values.view(np.uint32).flat[7] ^= 1
+    weight.raw_data = values.tobytes()
+
+
+def fix_the_batch(model: onnx.ModelProto) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+
+
+def leave_the_norm_in_training_mode(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
+    for attribute in node.attribute:
+        if attribute.name == "training_mode":
+            node.attribute.remove(attribute)
+    node.attribute.append(helper.make_attribute("training_mode", 1))
+
+
+def take_floats(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def keep_a_custom_operator(model: onnx.ModelProto) -> None:
+    model.graph.node[3].domain = "com.example"
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+
+
+def ask_for_eight_gigabytes(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(
+        helper.make_tensor("huge_shape", TensorProto.INT64, [2], [2**15, 2**16])
+    )
+    model.graph.node.append(helper.make_node("ConstantOfShape", ["huge_shape"], ["huge"]))
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (flip_the_last_bit_of_a_weight, "classifier.weight differs in 1 of 960 values"),
+        (leave_the_norm_in_training_mode, "a batch normalization in training mode"),
+        (fix_the_batch, "dimension 0 of images is fixed at 2"),
+        (take_floats, "float32|no valid ONNX model"),
+        (keep_a_custom_operator, "operators of domain com.example"),
+        (ask_for_eight_gigabytes, r"huge \(ConstantOfShape\) takes 8589934592 bytes"),
+    ],
+)
+def test_a_file_that_was_edited_after_export_is_refused(
+    bench: Bench, edit: Callable[[onnx.ModelProto], object], said: str
+) -> None:
+    with pytest.raises(CheckFailedError, match=said):
+        bench.judge(edited(bench.sound, edit))
+
+
+class TakesFloats(nn.Module):
+    """A network whose client has to scale its pixels."""
+
+    def __init__(self, network: Cnn) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.log_softmax(self.network.logits(images), dim=1)
+
+
+@pytest.mark.slow
+def test_a_file_that_takes_floats_is_refused(bench: Bench) -> None:
+    images = replace(IMAGES, dtype="float32")
+    subject = replace(bench.trial.subject, images=images, model=TakesFloats(bench.network))
+    content = to_onnx(
+        export_program(subject.model, images), signature_of(subject, ExportConfig()), {}
+    )
+    with pytest.raises(
+        CheckFailedError, match=r"takes images \(float32 .*should be one that takes images \(uint8"
+    ):
+        bench.judge(content)
+
+
+@pytest.mark.parametrize("place", ["symlink", "hard link", "up"])
+def test_data_in_another_file_is_refused_however_it_lies_there(tmp_path: Path, place: str) -> None:
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(bytes(16))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    location = "../secret.bin" if place == "up" else "weights.bin"
+    if place == "symlink":
+        (folder / location).symlink_to(secret)
+    elif place == "hard link":
+        (folder / location).hardlink_to(secret)
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4])
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    path = folder / "model.onnx"
+    path.write_bytes(small(tensors=[weight]).SerializeToString())
+    with pytest.raises(CheckFailedError, match=f"external data: w in '{re.escape(location)}'"):
+        handed_in(path)
+    with pytest.raises(CheckFailedError, match="w lies in"):
+        handed_in(path, scrub=True)
+
+
+def test_int8_that_was_calibrated_on_blank_images_is_refused(bench: Bench) -> None:
+    blank = np.zeros_like(bench.calibration)
+    with pytest.raises(CheckFailedError, match=r"accuracy falls by \d+\.\d\d points against fp32"):
+        bench.judge(to_int8(bench.sound, 9, blank), "int8")
+
+
+def test_int8_without_any_image_to_calibrate_on_is_refused(bench: Bench) -> None:
+    with pytest.raises(CheckFailedError, match="int8 needs images to be calibrated on"):
+        to_int8(bench.sound, 9, bench.calibration[:0])
+
+
+def test_int8_that_finds_its_ranges_in_each_batch_is_refused(bench: Bench, tmp_path: Path) -> None:
+    source, target = tmp_path / "fp32.onnx", tmp_path / "dynamic.onnx"
+    source.write_bytes(edited(bench.sound, lambda model: model.graph.ClearField("value_info")))
+    quantize_dynamic(source, target)
+    model = onnx.load_model(target)
+    del model.opset_import[1:]
+    model.ir_version = 9
+    with pytest.raises(CheckFailedError, match="depends on its batch or place"):
+        bench.judge(model.SerializeToString(), "int8")
+
+
+def test_half_precision_that_passes_itself_off_as_fp32_is_refused(bench: Bench) -> None:
+    with pytest.raises(CheckFailedError, match="times eager float32's, 8 times is allowed"):
+        bench.judge(to_fp16(bench.sound, 9), is_ours=False)
+
+
+def test_the_variants_that_we_make_pass(bench: Bench) -> None:
+    bench.judge(to_fp16(bench.sound, 9), "fp16")
+    bench.judge(to_int8(bench.sound, 9, bench.calibration), "int8")
+
+
+@pytest.mark.slow
+def test_the_worst_rows_are_left_as_pictures_and_arrays(bench: Bench) -> None:
+    with pytest.raises(
+        CheckFailedError,
+        match="Replay them: pipeline validate --replay exported/handwriting/failed",
+    ):
+        bench.judge(onnx_of(swapped_labels(bench.network)))
+    failed = bench.trial.paths.failed
+    assert len([*failed.glob("worst-*.png")]) == 10
+    worst = np.load(bench.trial.paths.worst)
+    assert worst["images"].shape == (10, 1, 28, 28)
+    assert (worst["reference"].argmax(1) != worst["outputs"].argmax(1)).any()
+    assert (np.abs(worst["reference"] - worst["outputs"]).max(1) > worst["allowed"]).all()
