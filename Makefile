@@ -6,6 +6,8 @@ SHELL := /bin/bash
 DATASET ?= mnist
 RECIPE ?= standard
 SEED ?= 0
+# Any of fp32,fp16,int8: a file each, a proof each, a served model each.
+PRECISION ?= fp32
 # However the PATH of folder:PATH is written, it is one data set, called as the folder.
 ifneq (,$(filter folder:%,$(DATASET)))
 override DATASET := folder:$(abspath $(patsubst folder:%,%,$(DATASET)))
@@ -44,8 +46,8 @@ all: prove ## everything: data to a model proven on a real server, on a fresh ma
 data: $(DATA) ## fetch the data set
 train: $(SUMMARY) ## train the network (RECIPE, DATASET, SEED, RUN, NPROC)
 report: $(PAGE) ## write one page about the run: curves, mistakes, calibration
-export: $(ONNX) ## export it to ONNX (NAME)
-validate: $(VALIDATION) ## prove ONNX Runtime equal to eager PyTorch
+export: $(ONNX) ## export it to ONNX (NAME, PRECISION=fp32,fp16,int8)
+validate: $(VALIDATION) ## prove what was exported against its module in float64
 package: $(PACKAGED) ## add it to the Triton model repository
 prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
 	@$(PIPELINE) report --run $(RUN) --name $(NAME) --table
@@ -62,7 +64,7 @@ $(PAGE): $(SUMMARY) $(wildcard exported/$(NAME)/manifest.json) | .venv/done
 	$(PIPELINE) report --run $(RUN) --name $(NAME)
 
 $(ONNX): $(SUMMARY) exported/$(NAME)/.settings | .venv/done
-	$(PIPELINE) export --run $(RUN) --name $(NAME)
+	$(PIPELINE) export --run $(RUN) --name $(NAME) --precision $(PRECISION)
 
 $(VALIDATION): $(ONNX) | .venv/done
 	$(PIPELINE) validate --name $(NAME)
@@ -76,7 +78,7 @@ $(AGREEMENT): $(PACKAGED) | .venv/done .venv-triton/done
 
 # What a run or an export was asked to be; rewritten only when it changes, so that a change rebuilds.
 runs/$(RUN)/.settings: WANTED = $(DATASET) $(RECIPE) $(SEED) $(NPROC)
-exported/$(NAME)/.settings: WANTED = $(RUN)
+exported/$(NAME)/.settings: WANTED = $(RUN) $(PRECISION)
 %/.settings: FORCE
 	@mkdir -p $(@D)
 	@echo '$(WANTED)' | cmp -s - $@ || echo '$(WANTED)' > $@

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from pipeline.command import Command, Settings, name_of_run, name_option, paths_of
+from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.paths import Paths
 
@@ -40,6 +41,11 @@ def report_command(
         proof = agreement(paths)
         settings.result(asdict(proof), f"{proof}\nread {paths.agreement}", "pipeline serve")
         return
+    if paths.images.exists() and not run:
+        raise PipelineError(
+            f"{paths.name} was not trained here and has no run to report on: its proof is told in "
+            f"{paths.card}"
+        )
     from pipeline.page import write_page  # imports torch
 
     page = write_page(paths)

@@ -15,9 +15,9 @@ from pipeline.device import choose
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.export import export
 from pipeline.files import write_json
+from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.proof import prove_export
-from pipeline.replay import machine
 from pipeline.runs import Summary, run
 
 LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split

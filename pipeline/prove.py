@@ -7,10 +7,11 @@ from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.evaluate import predict
 from pipeline.files import write_json
+from pipeline.machine import machine
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
 from pipeline.query import Client, triton_predictor
-from pipeline.replay import Release, Table, agree, machine, require_agreement, selected_releases
+from pipeline.replay import Release, Table, agree, require_agreement, selected_releases
 from pipeline.runtime import onnx_predictor
 from pipeline.serve import running_server, with_free_ports
 from pipeline.subject import exported_sample, exported_subject
@@ -24,19 +25,21 @@ def prove_repository(
 ) -> list[Table]:
     """Serve the repository for the occasion and put each model's whole test split to it.
 
-    With `only`, just the model of that name is proven, and no other one's record is touched.
+    With `only`, just the model of that name is proven, with the variants of its export, and no
+    other one's record is touched.
     One table a model: eager PyTorch, ONNX Runtime, Triton over HTTP and over gRPC. Writes
     agreement.json beside each export; raises CheckFailedError when a row disagrees.
     """
     releases = selected_releases(paths)
-    if only is not None and only not in releases:
+    names = [n for n, r in releases.items() if only in (None, n, r.manifest["name"])]
+    if not names:
         raise PipelineError(
             f"no model {only} in {paths.repository}, which has {', '.join(releases)}: package it "
             f"with 'pipeline package --name {only}'"
         )
     tables = {}
     with running_server(paths, with_free_ports(config), report=report) as (server, _):
-        for name in [only] if only else releases:
+        for name in names:
             release = releases[name]
             report(f"{name} version {release.version}: the test split through every runtime")
             with Client(server.http_url, name) as http, Client(server.grpc_url, name) as grpc:

@@ -3,12 +3,9 @@
 # Shape letters: N images, K classes.
 
 import contextlib
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from pipeline.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.evaluate import Predictor, difference, margins, predict, score
 from pipeline.files import check_digest, check_manifest, read_json, write_json
 from pipeline.golden import Agreement, Golden, compare, require, unpack_golden
+from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.query import Client, triton_predictor
 
@@ -296,25 +294,3 @@ def _onnx_runtime(release: Release) -> Predictor:
     from pipeline.runtime import onnx_predictor  # a golden set can be replayed without it
 
     return onnx_predictor(release.onnx)
-
-
-def machine() -> dict[str, Any]:
-    """When and on what a figure was measured."""
-    return {
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "processor": _cpu_model() or platform.processor(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _cpu_model() -> str | None:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    except OSError:
-        return None
-    return names[0] if names else None

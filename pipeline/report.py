@@ -7,8 +7,9 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, sha256, write_bytes, write_json
+from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.replay import Row, Table, machine
+from pipeline.replay import Row, Table
 
 MEASURE = "measure it with 'make figures'"
 # What decides the figures: a change of one of these makes them stale.

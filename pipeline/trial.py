@@ -19,11 +19,12 @@ from pipeline.files import remove, sha256
 from pipeline.findings import replay_command, write_findings
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
+from pipeline.probes import probe_images, refusals
 from pipeline.reference import reference_predictor
 from pipeline.runtime import onnx_predictor
 from pipeline.sample import Sample
 from pipeline.subject import Subject
-from pipeline.validate import Held, Reference, Verdict, bounds, hold, probe_images, refusals
+from pipeline.validate import Held, Reference, Verdict, bounds, hold
 
 REFERENCE_BATCH = 64
 Say = Callable[[str], None]
@@ -72,7 +73,8 @@ def trial_of(
 def reference_of(subject: Subject, rows: np.ndarray, sample: Sample) -> Reference:
     """What the module says of rows (N, ...), in float64 and in eager float32."""
     outputs = predict(reference_predictor(subject.model), rows, REFERENCE_BATCH)
-    eager = predict(eager_predictor(subject.model), rows)
+    # In the same batches: a module that mixes its rows must not widen its own bounds by it.
+    eager = predict(eager_predictor(subject.model), rows, REFERENCE_BATCH)
     if sample.labels is not None:
         return Reference(outputs, eager, sample.labels)
     return Reference(outputs, eager, outputs[: len(sample.images)].argmax(axis=1), False)

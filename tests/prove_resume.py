@@ -21,8 +21,8 @@ from pipeline.data import load_split
 from pipeline.device import choose
 from pipeline.errors import PipelineError
 from pipeline.files import remove, sha256, write_json
+from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.replay import machine
 from pipeline.report import render_readme, sources_digest
 from pipeline.runs import identity, recorded_config
 

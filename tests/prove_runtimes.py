@@ -20,9 +20,9 @@ from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Difference, difference, predict
 from pipeline.export import export_program, signature_of, to_onnx
 from pipeline.files import remove, write_json
+from pipeline.machine import machine
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
-from pipeline.replay import machine
 from pipeline.report import render_readme, sources_digest
 from pipeline.subject import Subject, exported_sample, subject_of_run
 from pipeline.targets import dialect, span

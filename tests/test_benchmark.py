@@ -7,7 +7,7 @@ from conftest import Chain, error_line
 from pipeline import benchmark
 from pipeline.benchmark import TrainingRow, Trial, multiply_adds
 from pipeline.config import RECIPES
-from pipeline.replay import machine
+from pipeline.machine import machine
 from pipeline.report import training_markdown
 
 

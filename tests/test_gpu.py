@@ -10,7 +10,7 @@ from pipeline import gpu
 from pipeline.config import TrainConfig, recipe
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import write_json
-from pipeline.replay import machine
+from pipeline.machine import machine
 from pipeline.report import NOT_VERIFIED, gpu_markdown, rendered
 
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="{}" skipped="{}"/></testsuites>'

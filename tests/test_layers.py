@@ -11,14 +11,15 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
-    *("errors", "config", "targets", "paths", "files", "images", "datasets", "data", "folders"),
-    *("sources", "archives", "evaluate", "golden", "validate", "diagnose", "findings", "sample"),
-    *("predictions", "device", "processes", "augment", "model", "reference", "checkpoint", "train"),
-    *("records", "runs", "subject", "sizes", "graph", "policy", "departures", "handed", "variants"),
-    *("export", "runtime", "card", "trial", "proof", "triton", "package", "query", "replay"),
-    *("tritonserver", "serve", "supervise", "prove", "gpu", "benchmark", "report", "figures"),
-    *("answers", "evidence", "page", "command", "cli_data", "cli_train", "cli_export"),
-    *("cli_validate", "cli_serve", "cli_measure", "cli", "__main__"),
+    *("errors", "config", "targets", "paths", "files", "machine", "images", "datasets", "data"),
+    *("folders", "sources", "archives", "evaluate", "golden", "validate", "probes", "diagnose"),
+    *("findings", "sample", "predictions", "device", "processes", "augment", "model"),
+    *("reference", "checkpoint", "train", "records", "runs", "subject", "sizes", "graph"),
+    *("policy", "departures", "handed", "variants", "export", "runtime", "card", "trial"),
+    *("proof", "triton", "package", "query", "replay", "tritonserver", "serve", "supervise"),
+    *("prove", "gpu", "benchmark", "report", "figures", "answers", "evidence", "page"),
+    *("command", "cli_data", "cli_train", "cli_export", "cli_validate", "cli_serve"),
+    *("cli_measure", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {

@@ -3,13 +3,14 @@ import multiprocessing
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Chain, edit_json, error_line, flip_bit
 from tritonclient.grpc import model_config_pb2
 
 from pipeline import triton
 from pipeline.config import IMAGES, PackageConfig, TensorSpec, log_probabilities
-from pipeline.errors import PipelineError
+from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.package import next_version, package
 from pipeline.paths import Paths
@@ -54,6 +55,8 @@ def test_the_config_is_what_the_graph_says(made: Chain) -> None:
     assert config.HasField("dynamic_batching")
     assert config.instance_group[0].count == 1
     assert config.model_warmup[0].inputs["images"].input_data_file == "digit"
+    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (accelerator.name, accelerator.parameters["use_tf32"]) == ("cuda", "0")
     assert triton.parameter(config, "intra_op_thread_count") == "1"
     assert triton.digest(config, "1") == sha256(made.paths.onnx)
     assert triton.selected(config) == [1]
@@ -110,6 +113,21 @@ def test_a_file_with_a_flipped_bit_is_refused_with_4_and_named(chain: Chain, nam
     assert str(chain.paths.export / name) in error_line(result)
     assert "pipeline" in error_line(result)
     assert not chain.paths.repository.exists()
+
+
+@pytest.mark.slow
+def test_a_thousand_bit_flips_of_the_model_are_all_refused(chain: Chain) -> None:
+    shutil.rmtree(chain.paths.repository)
+    sound = chain.paths.onnx.read_bytes()
+    for bit in np.random.default_rng(0).integers(0, 8 * len(sound), 1000):
+        broken = bytearray(sound)
+        broken[bit // 8] ^= 1 << (bit % 8)
+        chain.paths.onnx.write_bytes(broken)
+        with pytest.raises(CorruptError, match=r"model\.onnx does not match its digest"):
+            package(chain.paths)
+    assert not chain.paths.repository.exists()
+    chain.paths.onnx.write_bytes(sound)
+    assert [one.version for one in package(chain.paths)] == [1]
 
 
 def test_a_validation_of_other_bytes_is_refused_with_4(chain: Chain) -> None:

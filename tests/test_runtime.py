@@ -4,8 +4,8 @@ import torch
 from conftest import Chain
 
 from pipeline.errors import CheckFailedError, PipelineError
+from pipeline.probes import probe_images
 from pipeline.runtime import PROVIDERS, onnx_predictor, require_provider
-from pipeline.validate import probe_images
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 

@@ -59,6 +59,14 @@ def test_the_signature_is_that_of_the_sample(proven: Chain) -> None:
     assert found.images.shape == (3, 32, 32)
 
 
+def test_a_module_has_no_run_to_report_on_but_a_card(proven: Chain) -> None:
+    result = proven.run("report", "--name", "residual")
+    assert result.exit_code == 1
+    assert "exported/residual/MODEL_CARD.md" in error_line(result)
+    card = (proven.root / "exported/residual/MODEL_CARD.md").read_text()
+    assert str(proven.root) not in card
+
+
 @pytest.fixture
 def served_module(proven: Chain, tmp_path: Path) -> Iterator[Chain]:
     chain = Chain(tmp_path / "project")

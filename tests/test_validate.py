@@ -9,15 +9,8 @@ import pytest
 from pipeline.config import Criterion
 from pipeline.errors import CheckFailedError
 from pipeline.evaluate import Predictor
-from pipeline.validate import (
-    Reference,
-    Verdict,
-    bounds,
-    hold,
-    intruders,
-    probe_images,
-    refusals,
-)
+from pipeline.probes import intruders, probe_images, refusals
+from pipeline.validate import Reference, Verdict, bounds, hold
 
 CRITERION = Criterion(batch_sizes=(3, 64), threads=(1,))
 ROWS = np.arange(100, dtype=np.float32)[:, np.newaxis]  # each row is its own number

@@ -1,0 +1,28 @@
+"""When and on what a figure was measured."""
+
+import os
+import platform
+from datetime import UTC, datetime
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """When and on what a figure was measured."""
+    return {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _cpu_model() or platform.processor(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _cpu_model() -> str | None:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    except OSError:
+        return None
+    return names[0] if names else None
