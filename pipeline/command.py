@@ -48,7 +48,7 @@ class Settings:
     def say(self, line: object) -> None:
         """A line of progress, on standard error."""
         if not (self.quiet or self.silent):
-            self._clear()
+            self.clear()
             click.echo(str(line), err=True)
 
     def update(self, line: object) -> None:
@@ -62,13 +62,14 @@ class Settings:
         ):
             return
         self.updated = now
-        self._clear()
+        self.clear()
         click.echo(str(line), err=True, nl=not is_terminal)
 
     def result(self, record: Mapping[str, Any], text: object, then: str = "") -> None:
         """The result on standard output: one JSON object, or text and what to type next."""
         if self.silent:
             return
+        self.clear()
         if self.json:
             click.echo(json.dumps(record, default=str))
             return
@@ -76,7 +77,8 @@ class Settings:
         if then:
             click.echo(f"next: {then}")
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Take away a line of progress that nothing followed."""
         if sys.stderr.isatty():
             click.echo("\r\x1b[K", err=True, nl=False)
 
@@ -195,6 +197,8 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
     try:
         return call()
     except PipelineError as error:
+        if context:
+            context.ensure_object(Settings).clear()
         if Settings().silent and not isinstance(error, LostError):
             sys.exit(error.exit_code)  # the first process says it
         if context and context.ensure_object(Settings).debug:

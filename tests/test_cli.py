@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from conftest import REPOSITORY, Chain, error_line
 
 from pipeline.cli import main
+from pipeline.command import Settings
 from pipeline.config import DEFAULT_RECIPE, RECIPES, TrainConfig
 
 PIPELINE = [sys.executable, "-m", "pipeline"]
@@ -213,3 +214,15 @@ def test_make_alone_lists_every_target_that_people_type() -> None:
     )
     for target in ("all", "data", "train", "export", "validate", "package", "serve", "test"):
         assert f"make {target} " in done.stdout
+
+
+def test_a_line_of_progress_is_taken_away_before_the_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    settings = Settings(updated=0)
+    settings.update("half-way")
+    settings.result({}, "done")
+    shown = capsys.readouterr()
+    assert shown.err == "\r\x1b[Khalf-way\r\x1b[K"
+    assert shown.out == "done\n"
