@@ -16,8 +16,11 @@ from pipeline.cli_export import (
     sample_of,
 )
 from pipeline.command import Command, Settings, name_option, paths_of
+from pipeline.config import PRECISIONS
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.paths import Paths
+
+FEW = 100  # images
 
 if TYPE_CHECKING:
     from pipeline.proof import Proof
@@ -105,7 +108,7 @@ def _paths_of(onnx: Path) -> Paths:
     """The paths whose exported file `onnx` is."""
     folder = onnx.resolve().parent
     paths = Paths(folder.parent.parent, name=folder.name, run=folder.name)
-    if paths.onnx != onnx.resolve():
+    if onnx.resolve() not in [paths.variant(precision) for precision in PRECISIONS]:
         raise PipelineError(
             f"{onnx} is no export of ours: exports are exported/NAME/model.onnx. Prove it against "
             f"its module: pipeline validate --onnx {onnx} --module package.module:factory --images "
@@ -159,6 +162,8 @@ def _said(settings: Settings, paths: Paths, proof: "Proof") -> None:
         f"{', '.join(map(str, first.batch_sizes))} with {' and '.join(map(str, first.threads))} "
         f"threads, held against the module in float64{whose}"
     )
+    if first.images < FEW:
+        settings.say(f"note: {first.images} images are few, and a proof says no more than they do")
     text = "\n".join(
         [*map(str, proof.verdicts), runs, f"wrote {paths.validation} and {paths.card.name}"]
     )

@@ -28,8 +28,11 @@ def between(made: onnx.ModelProto, found: onnx.ModelProto) -> list[str]:
     """Where `found` departs from the graph that was `made`, in words."""
     wanted, there = _constants(made), _constants(found)
     said = [_changed(name, wanted[name], there[name]) for name in wanted.keys() & there.keys()]
-    said += [f"{name} is missing" for name in wanted.keys() - there.keys()]
-    said += [f"{name} is added" for name in there.keys() - wanted.keys()]
+    gone, new = wanted.keys() - there.keys(), there.keys() - wanted.keys()
+    if len(gone) + len(new) > FEW:
+        said.append(f"{len(gone)} tensors are missing and {len(new)} are new")
+    else:
+        said += [f"{name} is missing" for name in gone] + [f"{name} is added" for name in new]
     operators = [[node.op_type for node in model.graph.node] for model in (made, found)]
     if operators[0] != operators[1]:
         said.append("it has other operators")

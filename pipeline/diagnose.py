@@ -13,6 +13,7 @@ from pipeline.golden import row_errors
 IMAGES = 64  # that are tried
 # A cause is recognized when its reversal takes away all but this share of the usual difference.
 REMAINS = 0.02
+MOVED = 0.01  # of it, by which a row may differ between a batch of its own and a larger one
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -39,12 +40,26 @@ PICTURES: dict[str, Change] = {
     "images are upside down": lambda images: images[..., ::-1, :],
     "the colour channels are in reverse order": lambda images: images[:, ::-1],
 }
+
+
+def _softmax(outputs: np.ndarray) -> np.ndarray:
+    chances: np.ndarray = np.exp(_log_softmax(outputs))
+    return chances
+
+
+# What would make its answers the expected ones.
 ANSWERS: dict[str, Change] = {
     "the final log-softmax is missing": _log_softmax,
+    "the final softmax is missing": _softmax,
     "it answers probabilities, not their logarithms": (
         lambda outputs: np.log(np.maximum(outputs, 1e-300))
     ),
     "it answers logarithms, not probabilities": lambda outputs: np.exp(np.minimum(outputs, 700)),
+}
+# What would make the expected answers its own.
+ADDED: dict[str, Change] = {
+    "a softmax was added at its end": _softmax,
+    "a log-softmax was added at its end": _log_softmax,
 }
 
 
@@ -60,7 +75,7 @@ def diagnose(
     together = _ask(candidate, images, expected)
     if together is None:
         return []
-    usual = float(np.median(row_errors(expected, together)))
+    usual = _apart(expected, together)
     one_by_one = [_ask(candidate, images[row : row + 1], expected[:1]) for row in range(8)]
     alone = [answer for answer in one_by_one if answer is not None]
     if len(alone) == len(one_by_one) and _moved(np.concatenate(alone), together[:8], usual):
@@ -68,17 +83,23 @@ def diagnose(
             "a row's answer depends on its batch or place: a reshape mixes rows, or something "
             "normalizes over the batch; keep the batch axis first and apart"
         ]
-    found = [
-        what
-        for what, change in PICTURES.items()
-        if images.ndim == 4
-        and _explains(
-            _ask(candidate, np.ascontiguousarray(change(images)), expected), expected, usual
-        )
-    ]
+    left = {}
+    for what, change in PICTURES.items() if images.ndim == 4 else ():
+        answer = _ask(candidate, np.ascontiguousarray(change(images)), expected)
+        left[what] = np.inf if answer is None else _apart(expected, answer)
     outputs = together.astype(np.float64)
-    found += [w for w, change in ANSWERS.items() if _explains(change(outputs), expected, usual)]
-    return found or _swapped(outputs, expected, classes, usual)
+    left |= {what: _apart(expected, change(outputs)) for what, change in ANSWERS.items()}
+    added = {what: _apart(change(expected), outputs) for what, change in ADDED.items()}
+    for causes in (left, added):
+        best = min(causes, key=lambda what: causes[what])
+        if causes[best] < REMAINS * usual:
+            return [best]
+    return _swapped(outputs, expected, classes, usual)
+
+
+def _apart(expected: np.ndarray, outputs: np.ndarray) -> float:
+    """The median of the rows' largest differences."""
+    return float(np.median(row_errors(expected, outputs)))
 
 
 def _ask(candidate: Predictor, images: np.ndarray, like: np.ndarray) -> np.ndarray | None:
@@ -91,14 +112,8 @@ def _ask(candidate: Predictor, images: np.ndarray, like: np.ndarray) -> np.ndarr
     return outputs if is_whole else None
 
 
-def _explains(outputs: np.ndarray | None, expected: np.ndarray, usual: float) -> bool:
-    if outputs is None or not np.isfinite(outputs).all():
-        return False
-    return float(np.median(row_errors(expected, outputs))) < REMAINS * usual
-
-
 def _moved(alone: np.ndarray, together: np.ndarray, usual: float) -> bool:
-    return float(row_errors(alone, together).max()) > 0.1 * usual
+    return float(row_errors(alone, together).max()) > MOVED * usual
 
 
 def _swapped(
@@ -111,7 +126,7 @@ def _swapped(
     if (
         len(set(order)) < len(order)
         or not moved
-        or not _explains(outputs[:, order], expected, usual)
+        or _apart(expected, outputs[:, order]) >= REMAINS * usual
     ):
         return []
     named = ", ".join(f"{classes[order[index]]} for {classes[index]}" for index in moved[:6])

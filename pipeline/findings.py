@@ -11,22 +11,31 @@ import numpy as np
 from pipeline.files import write_bytes, write_json
 from pipeline.images import pictured, png
 from pipeline.paths import Paths
-from pipeline.validate import Held
+from pipeline.validate import Held, Verdict
 
 WORST = 10  # rows that are kept
 
 
 def write_findings(
-    paths: Paths, record: Mapping[str, Any], rows: np.ndarray, held: Held, allowed: np.ndarray
+    paths: Paths,
+    record: Mapping[str, Any],
+    rows: np.ndarray,
+    held: Held,
+    allowed: np.ndarray,
+    verdict: Verdict,
 ) -> None:
     """Write the record of a failed proof with its worst rows, as pictures and as arrays.
 
-    `allowed` (N,) is how far each row may lie from the reference.
+    `allowed` (N,) is how far each row may lie from the reference. In a lower precision the rows
+    that changed class come first: errors alone are no fault there.
     """
     write_json(paths.failed / paths.validation.name, record)
     if not held.errors.any():
         return  # the file never ran
-    worst = np.argsort(-(held.errors / allowed), kind="stable")[:WORST]
+    rank = held.errors / allowed
+    if verdict.precision != "fp32":
+        rank[[flip.row for flip in verdict.flips]] = np.inf
+    worst = np.argsort(-rank, kind="stable")[:WORST]
     reference = held.reference
     own = reference.outputs.argmax(axis=1)
     labels = np.concatenate([reference.labels, own[len(reference.labels) :]])

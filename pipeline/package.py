@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline import graph, triton
 from pipeline.config import PackageConfig, pictures_of
-from pipeline.errors import CheckFailedError
+from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import (
     check_digest,
     check_manifest,
@@ -17,7 +17,7 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.golden import unpack_golden
-from pipeline.paths import Paths, packaged_name
+from pipeline.paths import MODEL_NAMES, Paths, packaged_name
 from pipeline.policy import check_policy
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"
@@ -44,6 +44,12 @@ def package(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packa
     """
     manifest = check_manifest(paths.export, EXPORT)
     proven = _require_validation(paths)
+    largest = max(proven[0]["batch_sizes"])
+    if config.max_batch_size >= largest:
+        raise PipelineError(
+            f"max-batch-size must be below {largest}, the largest batch that the proof has tried, "
+            f"got {config.max_batch_size}"
+        )
     loads = [_load(paths, manifest, entry, config) for entry in proven]
     return [_add(paths, load) for load in loads]
 
@@ -109,7 +115,10 @@ def _require_validation(paths: Paths) -> list[dict[str, Any]]:
         failed = (
             f"; its last validation failed, see {paths.failed}" if paths.failed.exists() else ""
         )
-        raise CheckFailedError(f"{paths.onnx} is not validated{failed}: {VALIDATE}")
+        named = "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
+        raise CheckFailedError(
+            f"{paths.onnx} is not validated{failed}: run 'pipeline validate{named}' first"
+        )
     validation = read_json(paths.validation, VALIDATE)
     variants: list[dict[str, Any]] = validation.get("variants", [])
     if validation.get("passed") is not True or not variants:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.card import model_card
 from pipeline.config import Criterion, ExportConfig
+from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import margins
 from pipeline.export import (
     check_onnx,
@@ -124,6 +125,11 @@ def replay(
     provider: str = "cpu",
 ) -> list[Verdict]:
     """The verdict on files, by precision, over a few images of the subject. Writes nothing."""
+    given, wanted = sample.images, subject.images
+    if (str(given.dtype), given.shape[1:]) != (wanted.dtype, wanted.shape):
+        raise PipelineError(
+            f"the images are {given.dtype} {given.shape[1:]}, the module takes {wanted}"
+        )
     reference = reference_of(subject, sample.images, sample)
     return [
         hold(
@@ -147,10 +153,16 @@ def _contents(paths: Paths, manifest: Mapping[str, Any]) -> dict[str, bytes]:
 def _made_again(trial: Trial, sample: Sample, manifest: Mapping[str, Any]) -> dict[str, bytes]:
     """What exporting the module once more gives, by precision: it has to be the same bytes.
 
-    Empty where something else made the file, or other versions of the libraries.
+    Empty where something else made the file. Raises CheckFailedError when other versions of the
+    libraries did: with them nobody can tell.
     """
-    if manifest.get("is_given") or manifest["versions"] != versions():
+    if manifest.get("is_given"):
         return {}
+    if manifest["versions"] != versions():
+        raise CheckFailedError(
+            f"{trial.paths.export} was exported with {manifest['versions']}, and here are "
+            f"{versions()}: its bytes cannot be made again to compare them. {EXPORT}"
+        )
     trial.report("the export once more, to compare its bytes")
     subject, config = trial.subject, export_config(dict(manifest))
     program = export_program(subject.model, subject.images)

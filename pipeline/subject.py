@@ -87,11 +87,17 @@ def subject_of_module(
         raise PipelineError(
             f"{module} answers {found} to 2 images; wanted is one tensor of numbers, (2, classes)"
         )
+    if outputs.dtype == torch.float64:
+        raise PipelineError(
+            f"{module} answers in float64, which is not served: call .float() on it"
+        )
     answers = outputs.numpy()
     names = tuple(classes) or tuple(map(str, range(answers.shape[1])))
     if len(names) != answers.shape[1]:
         raise PipelineError(f"{module} tells {answers.shape[1]} classes apart, {len(names)} named")
     dtype = str(sample.images.dtype)
+    if len(set(names)) < len(names) or "" in names:
+        raise PipelineError(f"classes need a name each, and not the same: {', '.join(names)}")
     require_labels(sample, names)
     return Subject(
         model=model,

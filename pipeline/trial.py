@@ -67,6 +67,13 @@ def trial_of(
     rows = np.concatenate([sample.images, probe_images(sample.images)])
     report(f"the module in float64 on {len(rows):,} images")
     reference = reference_of(subject, rows, sample)
+    for outputs, what in ((reference.outputs, "in float64"), (reference.eager, "in float32")):
+        if not np.isfinite(outputs).all():
+            row = int(np.flatnonzero(~np.isfinite(outputs).all(axis=1))[0])
+            raise CheckFailedError(
+                f"the module itself answers row {row} with values that are not finite {what}: "
+                "nothing can be proven of it"
+            )
     return Trial(paths, subject, rows, reference, criterion, provider, report, options)
 
 
@@ -95,6 +102,12 @@ def try_file(trial: Trial, precision: str, content: bytes, made: Mapping[str, by
     problems = [*verdict.problems, *refusals(candidate, trial.rows)]
     if precision in made and made[precision] != content:
         problems.append("the file is not what its module exports to, byte for byte")
+    if (
+        precision == "fp32"
+        and not made
+        and from_weights(_weights(trial), graph.parse(content, "the file"))
+    ):
+        problems.append("the file has other weights than its module")
     if problems:
         reasons = _reasons(trial, precision, content, made, candidate)
         verdict = replace(verdict, problems=(*reasons, *problems))
@@ -113,9 +126,12 @@ def _reasons(
         wanted = graph.parse(made[precision], "the export")
         reasons += [f"against its module's export, {said}" for said in between(wanted, found)]
     elif precision == "fp32":
-        weights = {name: t.cpu().numpy() for name, t in trial.subject.model.state_dict().items()}
-        reasons += [f"against the module, {said}" for said in from_weights(weights, found)]
+        reasons += [f"against the module, {s}" for s in from_weights(_weights(trial), found)]
     return reasons[:10]
+
+
+def _weights(trial: Trial) -> dict[str, np.ndarray]:
+    return {name: t.cpu().numpy() for name, t in trial.subject.model.state_dict().items()}
 
 
 def _fail(trial: Trial, verdict: Verdict, held: Held) -> None:
@@ -123,7 +139,7 @@ def _fail(trial: Trial, verdict: Verdict, held: Held) -> None:
     remove(paths.failed)
     allowed = bounds(trial.reference.outputs, trial.reference.errors, trial.criterion)
     record = {**record_of(trial), "passed": False, "variants": [asdict(verdict)]}
-    write_findings(paths, record, trial.rows, held, allowed)
+    write_findings(paths, record, trial.rows, held, allowed, verdict)
     shown = "\n  ".join(verdict.problems[:10])
     again = f"\nReplay them: {replay_command(paths, trial.options)}" if held.errors.any() else ""
     raise CheckFailedError(

@@ -215,7 +215,7 @@ def _verdict(
                 f"{criterion.ratio:g} times is allowed"
             )
     lost = reference.accuracy(reference.eager) - reference.accuracy(own)
-    problems += _lost(precision, lost, criterion)
+    problems += _lost(precision, lost, images, criterion)
     smallest = float(margins(reference.outputs[:images]).min())
     is_known = bool(np.isfinite(largest))
     return Verdict(
@@ -263,13 +263,15 @@ def _forbidden(changed: np.ndarray, held: Held, allowed: np.ndarray) -> list[str
     return [f"{int(wrong.sum()):,} rows change class and none may: row {row} from {was} to {said}"]
 
 
-def _lost(precision: str, lost: float, criterion: Criterion) -> list[str]:
+def _lost(precision: str, lost: float, images: int, criterion: Criterion) -> list[str]:
     allowed = dict(criterion.lost_accuracy).get(precision)
     # A hair above, because accuracies are counts over counts.
     if allowed is None or lost <= allowed + 1e-9:
         return []
+    few = "" if images * allowed >= 1 else "; so few images show no smaller loss, give more"
     return [
-        f"accuracy falls by {100 * lost:.2f} points against fp32, {100 * allowed:.2f} may be lost"
+        f"accuracy falls by {100 * lost:.2f} points against fp32 ({round(lost * images)} of "
+        f"{images:,} images), {100 * allowed:.2f} may be lost{few}, or leave {precision} out"
     ]
 
 

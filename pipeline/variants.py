@@ -42,7 +42,23 @@ def to_fp16(content: bytes, ir_version: int) -> bytes:
     model = graph.parse(content, "the fp32 file")
     metadata = graph.metadata(model)
     half = convert_float_to_float16(model, keep_io_types=True)
+    _sort(half.graph)
     return graph.scrub(half, ir_version, metadata)
+
+
+def _sort(part: onnx.GraphProto) -> None:
+    """Put each node behind those that it takes from: the converter appends its casts at the end."""
+    made = {name for node in part.node for name in node.output}
+    waiting, ordered = list(part.node), []
+    while waiting:
+        ready = [node for node in waiting if not made & set(node.input)]
+        if not ready:
+            raise CheckFailedError("the fp16 variant has a cycle: leave it out of --precision")
+        ordered += ready
+        made -= {name for node in ready for name in node.output}
+        waiting = [node for node in waiting if node not in ready]
+    del part.node[:]
+    part.node.extend(ordered)
 
 
 def to_int8(content: bytes, ir_version: int, images: np.ndarray) -> bytes:

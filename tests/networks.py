@@ -104,3 +104,17 @@ def flat() -> nn.Module:
     """A module of flat floats (B, 12) that answers log-probabilities (B, 4)."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 4), nn.LogSoftmax(dim=1))
+
+
+class Masked(nn.Linear):
+    """A linear classifier that rules its last class out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x)
+        return scores + torch.tensor([0.0, 0.0, 0.0, -torch.inf])
+
+
+def masked() -> nn.Module:
+    """A module whose answers are not finite."""
+    torch.manual_seed(0)
+    return Masked(12, 4)

@@ -130,6 +130,13 @@ def test_a_thousand_bit_flips_of_the_model_are_all_refused(chain: Chain) -> None
     assert [one.version for one in package(chain.paths)] == [1]
 
 
+def test_a_batch_larger_than_the_proof_has_tried_is_refused(chain: Chain) -> None:
+    result = chain.run("package", "--max-batch-size", "256")
+    assert result.exit_code == 1
+    assert "below 256, the largest batch that the proof has tried" in error_line(result)
+    assert chain.run("package", "--max-batch-size", "255").exit_code == 0
+
+
 def test_a_validation_of_other_bytes_is_refused_with_4(chain: Chain) -> None:
     edit_json(chain.paths.validation, lambda r: r["variants"][0].update(sha256="0" * 64))
     digest = sha256(chain.paths.validation)

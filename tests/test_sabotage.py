@@ -151,6 +151,7 @@ NETWORKS: list[tuple[Callable[[Cnn], nn.Module], str]] = [
     (lambda n: Wrapped(n, after=torch.exp), "answers probabilities, not their logarithms"),
     (lambda n: Wrapped(n, after=lambda y: 3 + y), "the final log-softmax is missing"),
     (lambda n: Wrapped(n, after=lambda y: y - y.mean(0)), "something normalizes over the batch"),
+    (lambda n: Wrapped(n, after=lambda y: torch.softmax(3 + y.exp(), 1)), "differs by"),
     (Mixing, "a row's answer depends on its batch or place: a reshape mixes rows"),
 ]
 

@@ -214,6 +214,44 @@ def test_images_that_cannot_be_the_modules_are_refused_in_words(
     assert said in error_line(result)
 
 
+@pytest.mark.slow
+def test_a_module_of_floats_has_an_fp16_variant_too(project: Chain) -> None:
+    images = np.random.default_rng(0).normal(size=(120, 12)).astype(np.float32)
+    np.savez(project.root / "flat.npz", images=images)
+    named = [*options(project, "flat", "flat.npz"), "--name", "flat", "--precision", "fp16"]
+    assert len(project.record("export", *named)["variants"]) == 2
+    assert project.record("validate", "--name", "flat")["passed"] is True
+
+
+@pytest.mark.slow
+def test_a_module_that_is_not_finite_proves_nothing_and_says_so(project: Chain) -> None:
+    images = np.random.default_rng(0).normal(size=(20, 12)).astype(np.float32)
+    np.savez(project.root / "flat.npz", images=images)
+    named = ["--name", "flat"]
+    assert project.run("export", *options(project, "masked", "flat.npz"), *named).exit_code == 0
+    result = project.run("validate", *named)
+    assert result.exit_code == 3
+    assert "answers row 0 with values that are not finite" in error_line(result)
+
+
+def test_names_of_classes_are_not_the_same_twice(project: Chain) -> None:
+    asked = ["export", *options(project), "--name", "it", "--classes"]
+    for classes in ("a,b,c,c,d", "a,b,,c,d"):
+        result = project.run(*asked, classes)
+        assert result.exit_code == 1
+        assert "classes need a name each" in error_line(result)
+
+
+def test_images_of_another_kind_are_not_replayed(proven: Chain) -> None:
+    np.savez(proven.root / "other.npz", images=SAMPLE.images.astype(np.float32))
+    replayed = str(proven.root / "other.npz")
+    result = proven.run("validate", "--name", "residual", "--replay", replayed)
+    assert result.exit_code == 1
+    assert "the images are float32 (3, 32, 32), the module takes images (uint8" in error_line(
+        result
+    )
+
+
 def test_nothing_in_a_file_of_images_is_unpickled(project: Chain) -> None:
     np.savez(project.root / "evil.npz", images=np.array([{"a": 1}], dtype=object))
     result = project.run("export", *options(project, file="evil.npz"), "--name", "it")
