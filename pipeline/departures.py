@@ -9,18 +9,22 @@ from onnx import numpy_helper
 FEW = 4  # values of a mean or a scale, which are told even where all of them changed
 
 
-def from_weights(weights: Mapping[str, np.ndarray], found: onnx.ModelProto) -> list[str]:
+def from_weights(
+    weights: Mapping[str, np.ndarray], found: onnx.ModelProto, few: int = FEW
+) -> list[str]:
     """Where single constants of `found` depart from the module's weights of that name, in words.
 
-    A tensor that is another one altogether is passed over: an exporter may have fused it.
+    A tensor of more than `few` values of which half changed is passed over: an exporter may have
+    fused it. Zeros do not count, since they stay what they are then.
     """
     there = _constants(found)
-    said = [
-        _changed(name, weights[name], there[name])
-        for name in weights.keys() & there.keys()
-        if weights[name].shape == there[name].shape
-        and (there[name].size <= FEW or np.mean(weights[name] != there[name]) < 0.5)
-    ]
+    said = []
+    for name in weights.keys() & there.keys():
+        wanted, other = weights[name], there[name]
+        if wanted.shape == other.shape and (
+            wanted.size <= few or (wanted != other).sum() < 0.5 * np.count_nonzero(wanted)
+        ):
+            said.append(_changed(name, wanted, other))
     return sorted(filter(None, said))
 
 

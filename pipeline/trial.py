@@ -102,11 +102,7 @@ def try_file(trial: Trial, precision: str, content: bytes, made: Mapping[str, by
     problems = [*verdict.problems, *refusals(candidate, trial.rows)]
     if precision in made and made[precision] != content:
         problems.append("the file is not what its module exports to, byte for byte")
-    if (
-        precision == "fp32"
-        and not made
-        and from_weights(_weights(trial), graph.parse(content, "the file"))
-    ):
+    if precision == "fp32" and not made and _differs(trial, content):
         problems.append("the file has other weights than its module")
     if problems:
         reasons = _reasons(trial, precision, content, made, candidate)
@@ -128,6 +124,11 @@ def _reasons(
     elif precision == "fp32":
         reasons += [f"against the module, {s}" for s in from_weights(_weights(trial), found)]
     return reasons[:10]
+
+
+def _differs(trial: Trial, content: bytes) -> bool:
+    """Whether a weight of the file is the module's but for some values: none of it was fused."""
+    return bool(from_weights(_weights(trial), graph.parse(content, "the file"), few=0))
 
 
 def _weights(trial: Trial) -> dict[str, np.ndarray]:
