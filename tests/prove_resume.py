@@ -58,7 +58,10 @@ def start(root: Path, *options: str) -> "subprocess.Popen[bytes]":
 
 def half_written(folder: Path) -> set[Path]:
     """The temporary files below `folder`."""
-    return set(folder.glob("**/.*.tmp"))
+    try:
+        return set(folder.glob("**/.*.tmp"))
+    except FileNotFoundError:  # a run that starts over removes the folder while we look
+        return set()
 
 
 def wait_for_a_write(process: "subprocess.Popen[bytes]", folder: Path, skip: int) -> None:

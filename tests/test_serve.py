@@ -139,7 +139,8 @@ def test_the_readmes_curl_gets_a_right_answer(served: Served) -> None:
 def test_the_readmes_python_gets_a_right_answer(served: Served, position: int, made: Chain) -> None:
     chain, server = served
     made.run("data", "sample", str(chain.root / "digits"), "--count", "1")
-    snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[position]
+    asked = README[README.index("## Ask it from anything") :]
+    snippet = re.findall(r"```python\n(.*?)```", asked, re.DOTALL)[position]
     done = subprocess.run(
         [sys.executable, "-c", at_its_ports(snippet, server)],
         cwd=chain.root,
