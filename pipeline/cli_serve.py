@@ -1,12 +1,19 @@
 """The commands around a running server."""
 
+import sys
+import time
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.command import Group, Settings, paths_of
 from pipeline.config import ServeConfig
+from pipeline.errors import ServerError
+
+if TYPE_CHECKING:
+    from pipeline.serve import Server
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -37,37 +44,86 @@ def serve(context: click.Context, /, port: str | None, detach: bool, **changes: 
     if context.invoked_subcommand:
         return
     from pipeline import supervise
-    from pipeline.serve import Server, with_free_ports
+    from pipeline.serve import with_free_ports
 
     settings = context.ensure_object(Settings)
     paths, config = paths_of(settings), ServeConfig(**changes)
     config = with_free_ports(config) if port else config
 
-    def echo(server: Server) -> None:
-        record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
-        models = ", ".join(f"{name} version {n}" for name, n in server.models.items())
-        text = f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"
-        settings.result(record, text, "pipeline query IMAGE..., pipeline serve stop")
-
     if detach:
-        echo(supervise.detach(paths, config))
+        echo_server(settings, supervise.detach(paths, config))
     else:
-        supervise.serve(paths, config, echo, settings.say)
+        supervise.serve(paths, config, partial(echo_server, settings), settings.say)
+
+
+def echo_server(settings: Settings, server: "Server") -> None:
+    """Say where a server answers, without its admin key."""
+    record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
+    models = ", ".join(f"{name} version {n}" for name, n in server.models.items())
+    text = f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"
+    settings.result(record, text, "pipeline query IMAGE..., pipeline serve stop")
 
 
 @serve.command("status")
+@click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
 @click.pass_obj
-def status_command(settings: Settings) -> None:
-    """Say whether our server runs and answers rightly, by asking it.
+def status_command(settings: Settings, watch: bool) -> None:
+    """Say whether our server runs and answers rightly, by asking it, and what it has done.
 
     \b
     Example:
       pipeline serve status
+      pipeline serve status --watch
     """
-    from pipeline.supervise import status
+    from pipeline.state import State, status
 
-    record = status(paths_of(settings))
-    settings.result(record, "\n".join(f"{key}: {value}" for key, value in record.items()))
+    paths = paths_of(settings)
+    while watch:
+        try:
+            state: object = status(paths)
+        except ServerError as error:  # it may come again
+            state = error
+        if sys.stdout.isatty():
+            click.echo("\x1b[H\x1b[2J", nl=False)
+        record = state.record() if isinstance(state, State) else {"error": str(state)}
+        settings.result(record, state)
+        time.sleep(1.0)
+    state = status(paths)
+    settings.result(state.record(), state)
+
+
+@serve.command("logs")
+@click.option("--lines", default=50, show_default=True, type=click.IntRange(0))
+@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.pass_obj
+def logs_command(settings: Settings, lines: int, follow: bool) -> None:
+    """Show the last lines of the supervisor's log and of tritonserver's.
+
+    \b
+    Example:
+      pipeline serve logs --follow
+    """
+    from pipeline import state
+
+    paths = paths_of(settings)
+    found = state.logs(paths, lines)
+    settings.result({"lines": found}, "\n".join(found))
+    for line in state.follow(paths) if follow else ():
+        click.echo(line)
+
+
+@serve.command("restart")
+@click.pass_obj
+def restart_command(settings: Settings) -> None:
+    """Drain our server and start it anew, with what the repository selects now.
+
+    \b
+    Example:
+      pipeline serve restart
+    """
+    from pipeline.supervise import restart
+
+    echo_server(settings, restart(paths_of(settings)))
 
 
 @serve.command("stop")

@@ -308,7 +308,9 @@ class ServeConfig:
     host: str = "127.0.0.1"
     runtime: str = "auto"  # auto, path, wheel or docker
     start_seconds: float = 60.0
-    stop_seconds: float = 10.0
+    stop_seconds: float = 10.0  # to answer what was accepted, and to end
+    canary_seconds: float = 1.0  # between two questions whose answers are known
+    failed_starts: int = 5  # in a row, after which it is not started again
 
     def __post_init__(self) -> None:
         _choice("runtime", self.runtime, ("auto", "path", "wheel", "docker"))

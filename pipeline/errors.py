@@ -27,3 +27,7 @@ class ServerError(PipelineError):
     """No server, it died, or it gave no answer in time."""
 
     exit_code = 5
+
+
+class SlowError(ServerError):
+    """No answer in time, from a server that may only have too much to do."""

@@ -25,6 +25,11 @@ class Golden:
     outputs: np.ndarray  # float64 (N, K): what the module says without rounding
     bounds: np.ndarray  # float64 (N,): how far any of a row's outputs may lie from that
 
+    def only(self, row: int) -> "Golden":
+        """The set of just one image."""
+        one = slice(row, row + 1)
+        return Golden(self.images[one], self.labels[one], self.outputs[one], self.bounds[one])
+
 
 @dataclass(frozen=True)
 class Agreement:

@@ -1,7 +1,7 @@
 """Where each artifact lies: no other module spells a file name."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import PipelineError
@@ -46,6 +46,10 @@ class Paths:
         for value in (self.name, self.run):
             if not is_name(value):
                 raise PipelineError(f"{value!r} is no name: use {NAME_RULE}")
+
+    def named(self, name: str) -> "Paths":
+        """The paths of another model of the same project."""
+        return replace(self, name=name)
 
     def data(self, dataset: str) -> Path:
         return self.root / "data" / data_name(dataset)

@@ -20,7 +20,7 @@ from greenlet import error as GreenletError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from pipeline import triton
-from pipeline.errors import PipelineError, ServerError
+from pipeline.errors import PipelineError, ServerError, SlowError
 from pipeline.images import fit, read_gray, read_image
 
 FILES_AT_ONCE = 64
@@ -213,24 +213,34 @@ class Client:
         """What `call` answers, given the seconds that are left; every failure one of ours."""
         left = deadline - time.monotonic()
         if left <= 0:
-            raise ServerError(f"no answer from {self.endpoint} in {self.timeout:g} s: {_START}")
+            raise self._slow()
         try:
             return call(left)
         except InferenceServerException as error:
             raise self._explain(error) from error
+        except TimeoutError as error:
+            self.close()
+            raise self._slow() from error
         except _LOST as error:
             self.close()
             reason = str(error) or type(error).__name__
             if isinstance(error, HTTPParseError):
-                reason = "it does not speak HTTP; write grpc:// if this is its gRPC port"
+                reason = "it closed the connection, or does not speak HTTP: is it a gRPC port?"
             raise ServerError(f"no answer from {self.endpoint} ({reason}): {_START}") from error
         except ValueError as error:  # its answer was no JSON
             raise ServerError(f"{self.endpoint} does not answer as Triton does: {error}") from error
 
+    def _slow(self) -> SlowError:
+        return SlowError(f"no answer from {self.endpoint} in {self.timeout:g} s: {_START}")
+
     def _explain(self, error: InferenceServerException) -> PipelineError:
         status, message = str(error.status()), str(error.message())
         if "DEADLINE_EXCEEDED" in status:
-            return ServerError(f"no answer from {self.endpoint} in {self.timeout:g} s: {_START}")
+            return self._slow()
+        if "has no available versions" in message:
+            return ServerError(
+                f"{self.endpoint} has unloaded {self.name}: it is stopping, or starting anew"
+            )
         if "unknown model" in message:
             return PipelineError(
                 f"{self.endpoint} serves no model {self.name!r}: choose with --name"

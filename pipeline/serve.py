@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline import tritonserver
+from pipeline.admin import Admin
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import read_json, write_json
@@ -24,6 +25,8 @@ from pipeline.replay import Release, replay_golden, selected_releases
 
 POLL_SECONDS = 0.05
 KILL_SECONDS = 5.0  # in which a killed process is gone
+END_SECONDS = tritonserver.EXIT_SECONDS + 2.0  # in which a server ends that has nothing to do
+LOG_BYTES = 16 * 1024 * 1024  # of the server's log, of which one more generation is kept
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Server:
     runtime: str
     models: dict[str, int]  # name -> version
     is_ready: bool
+    ready_at: float  # seconds since the epoch; 0.0 until it is ready
+    restarts: int  # how often its supervisor has started it anew
+    why: str  # it was started anew the last time; empty before the first
 
     @property
     def http_url(self) -> str:
@@ -50,6 +56,14 @@ class Server:
     @property
     def grpc_url(self) -> str:
         return f"grpc://127.0.0.1:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
+
+    @property
+    def admin(self) -> Admin:
+        return Admin(f"127.0.0.1:{self.http_port}", self.admin_key)
 
 
 def start_time(pid: int) -> int | None:
@@ -119,8 +133,12 @@ def running_server(
     config: ServeConfig = ServeConfig(),
     is_recorded: bool = False,
     report: Callable[[str], None] = lambda line: None,
+    restarts: int = 0,
+    why: str = "",
 ) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
     """A server on the repository that answers its golden sets rightly, stopped at the end.
+
+    `restarts` and `why` are what its supervisor has to say of the ones before it.
 
     Raises PipelineError when a port is taken or nothing can run, CheckFailedError when it answers
     wrongly, CorruptError when a packaged file changed, ServerError when it does not come up.
@@ -140,7 +158,8 @@ def running_server(
             log = Path(scratch) / log.name
         command = tritonserver.command(runtime, paths.repository, config, server_id, key, backends)
         report(f"starting {runtime}")
-        with _process(command, tritonserver.environment(runtime), log, server_id, config) as child:
+        start = log.stat().st_size if log.exists() else 0
+        with _process(command, runtime, log, server_id) as child:
             server = Server(
                 id=server_id,
                 pid=child.pid,
@@ -154,13 +173,55 @@ def running_server(
                 runtime=runtime.kind,
                 models={name: release.version for name, release in releases.items()},
                 is_ready=False,
+                ready_at=0.0,
+                restarts=restarts,
+                why=why,
             )
-            with _record(paths, server) if is_recorded else contextlib.nullcontext():
-                await_ready(server, child, releases, log, config.start_seconds)
-                server = replace(server, is_ready=True)
-                if is_recorded:
-                    write_record(paths, server)
-                yield server, child
+            if is_recorded:
+                write_record(paths, server)
+            await_ready(server, child, releases, Log(log, start), config.start_seconds)
+            server = replace(server, is_ready=True, ready_at=time.time())
+            if is_recorded:
+                write_record(paths, server)
+            yield server, child
+
+
+@dataclass(frozen=True)
+class Log:
+    """What one server has written into a log that others wrote before it."""
+
+    path: Path
+    start: int  # where its own part begins, in bytes
+
+    def cause(self) -> str:
+        """The error that explains the others, in a line."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return tritonserver.cause(file.read().decode(errors="replace"))
+
+
+def bound_log(path: Path, limit: int = LOG_BYTES) -> None:
+    """Begin a log anew that has become too long, and keep what it was until then beside it."""
+    if path.stat().st_size > limit:
+        shutil.copyfile(path, path.with_name(path.name + ".1"))
+        os.truncate(path, 0)  # its writers append
+
+
+def drain(server: Server, seconds: float) -> bool:
+    """Let a server answer what it has accepted, and refuse what comes from now on.
+
+    Triton's own way out keeps accepting on connections that are open, and cuts them off in the
+    middle of an answer. Returns False when `seconds` were too few, or the server was not there.
+    """
+    deadline = time.monotonic() + seconds
+    admin = server.admin
+    try:
+        ready = {name for (name, _), state in admin.states(seconds).items() if state == "READY"}
+        for name in sorted(ready):
+            admin.unload(name, max(0.1, deadline - time.monotonic()))
+        return admin.await_unloaded(ready, max(0.0, deadline - time.monotonic()))
+    except PipelineError:
+        return False
 
 
 def write_record(paths: Paths, server: Server) -> None:
@@ -173,24 +234,15 @@ def write_record(paths: Paths, server: Server) -> None:
 
 
 @contextlib.contextmanager
-def _record(paths: Paths, server: Server) -> Iterator[None]:
-    write_record(paths, server)
-    try:
-        yield
-    finally:
-        paths.server.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def _process(
-    command: list[str], environment: dict[str, str], log: Path, server_id: str, config: ServeConfig
+    command: list[str], runtime: tritonserver.Runtime, log: Path, server_id: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process in a group of its own, which ends with the block."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         child = subprocess.Popen(
             command,
-            env=environment,
+            env=tritonserver.environment(runtime),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -201,8 +253,8 @@ def _process(
     finally:
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(config.stop_seconds)
-        clear(server_id)
+            child.wait(END_SECONDS)
+        clear(server_id, runtime.kind)
         child.wait()
 
 
@@ -216,8 +268,10 @@ def processes_of(server_id: str) -> list[int]:
     return [pid for pid in found if start_time(pid) is not None]
 
 
-def clear(server_id: str) -> None:
+def clear(server_id: str, runtime: str) -> None:
     """Kill what is left of a server, await its end, and remove its shared memory and files."""
+    if runtime == "docker":
+        tritonserver.remove_container(server_id)
     for pid in processes_of(server_id):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -235,7 +289,7 @@ def await_ready(
     server: Server,
     child: subprocess.Popen[bytes],
     releases: dict[str, Release],
-    log: Path,
+    log: Log,
     seconds: float,
 ) -> None:
     """Return once our server's models answer their golden sets rightly over both protocols."""
@@ -254,21 +308,19 @@ def _await_answer(
     client: Client,
     server: Server,
     child: subprocess.Popen[bytes],
-    log: Path,
+    log: Log,
     deadline: float,
     seconds: float,
 ) -> None:
     while True:
         if child.poll() is not None:
-            cause = tritonserver.cause(log.read_text(errors="replace"))
-            raise ServerError(f"tritonserver did not start: {cause}")
+            raise ServerError(f"tritonserver did not start: {log.cause()}")
         try:
             name = client.server_name()
         except ServerError as error:
             if time.monotonic() > deadline:
-                cause = tritonserver.cause(log.read_text(errors="replace"))
                 raise ServerError(
-                    f"tritonserver was not ready in {seconds:g} s; its log ends: {cause}"
+                    f"tritonserver was not ready in {seconds:g} s; its log ends: {log.cause()}"
                 ) from error
             time.sleep(POLL_SECONDS)
             continue

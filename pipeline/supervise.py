@@ -1,22 +1,64 @@
-"""The server that `pipeline serve` keeps: in the foreground, detached, asked how it is, stopped."""
+"""The server that `pipeline serve` keeps: in the foreground or detached, restarted, stopped."""
 
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
-from pipeline.files import locked
-from pipeline.golden import require
+from pipeline.files import locked, remove
 from pipeline.paths import Paths
-from pipeline.query import Client
-from pipeline.replay import replay_golden, selected_releases
-from pipeline.serve import POLL_SECONDS, Server, clear, is_alive, recorded, running_server
+from pipeline.replay import selected_releases
+from pipeline.serve import (
+    END_SECONDS,
+    POLL_SECONDS,
+    Server,
+    clear,
+    drain,
+    is_alive,
+    recorded,
+    running_server,
+)
+from pipeline.state import last_words
 from pipeline.tritonserver import ports
+from pipeline.watch import Canary, pause_after, watch
+
+RESTART = signal.SIGUSR1  # asks a supervisor to start its server anew
+YOUNG_SECONDS = 10.0  # a server that dies before has not shown that it can live
+Child = subprocess.Popen[bytes]
+
+
+class _Asked:
+    """What the signals that this process got have asked for."""
+
+    def __init__(self) -> None:
+        self.to_restart = False
+        self.to_end = False
+        self._ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def _end(self, number: int, frame: object) -> None:
+        self.to_end = number != signal.SIGINT
+        for other in self._ending:  # what follows is bounded, and is not to be interrupted
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def _restart(self, number: int, frame: object) -> None:
+        self.to_restart = True
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Listen to the signals; to Ctrl-C by name, since a shell's background job ignores it."""
+        previous = {number: signal.signal(number, self._end) for number in self._ending}
+        previous[RESTART] = signal.signal(RESTART, self._restart)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def serve(
@@ -27,37 +69,77 @@ def serve(
 ) -> None:
     """Serve the repository until Ctrl-C (KeyboardInterrupt) or SIGTERM (it returns).
 
-    Raises ServerError when the server dies before.
+    A server that dies or answers wrongly is started anew. Raises what the first start failed
+    with, and ServerError when that many later ones failed in a row.
     """
     refuse_second(paths)
-    is_terminated = False
+    remove(paths.server_log)
+    asked = _Asked()
+    with asked.heard():
+        try:
+            _lives(paths, config, on_ready, report, asked)
+        except KeyboardInterrupt:
+            paths.supervisor_log.unlink(missing_ok=True)  # it ended as it should: no last words
+            if not asked.to_end:
+                raise
+        finally:
+            paths.server.unlink(missing_ok=True)
 
-    def end(number: int, frame: object) -> None:
-        nonlocal is_terminated
-        is_terminated = number == signal.SIGTERM
-        for other in signals:  # what follows is bounded, and is not to be interrupted
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt
 
-    # Both by name: a shell starts a background job with SIGINT ignored.
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, end) for number in signals}
+def _lives(
+    paths: Paths,
+    config: ServeConfig,
+    on_ready: Callable[[Server], None],
+    report: Callable[[str], None],
+    asked: _Asked,
+) -> None:
+    """One server after the other."""
+    restarts, failed, early, why = 0, 0, 0, ""
+    while True:
+        lived = 0.0
+        try:
+            with running_server(paths, config, True, report, restarts, why) as (server, child):
+                began = time.monotonic()
+                if restarts:
+                    report(f"ready again (pid {server.pid})")
+                else:
+                    on_ready(server)
+                asked.to_restart, failed = False, 0
+                why = _life(paths, config, server, child, asked)
+                lived = time.monotonic() - began
+        except PipelineError as error:
+            failed += 1
+            if not restarts:
+                raise
+            why = f"it did not start ({error})"
+            if failed == config.failed_starts:
+                raise ServerError(
+                    f"gave up after {failed} failed starts in a row: {why}"
+                ) from error
+        early = early + 1 if 0 < lived < YOUNG_SECONDS and not asked.to_restart else 0
+        pause = pause_after(failed, early)
+        report(f"{why}: starting it again" + (f" in {pause:g} s" if pause else ""))
+        restarts += 1
+        time.sleep(pause)
+
+
+def _life(paths: Paths, config: ServeConfig, server: Server, child: Child, asked: _Asked) -> str:
+    """Watch a server until it has to be started anew, and why; drained if it can be."""
+    canary = Canary(paths, server, selected_releases(paths))
     try:
-        with running_server(paths, config, is_recorded=True, report=report) as (server, child):
-            on_ready(server)
-            code = child.wait()
-            what = f"signal {-code}" if code < 0 else f"exit status {code}"
-            raise ServerError(
-                f"tritonserver died ({what}): see {paths.server_log}; "
-                "'pipeline serve' starts it again"
-            )
+        why = watch(
+            child, canary, paths.server_log, lambda: asked.to_restart, config.canary_seconds
+        )
+        if asked.to_restart:
+            drain(server, config.stop_seconds - END_SECONDS)
+        else:  # nothing to be waited for
+            clear(server.id, server.runtime)
+        return why
     except KeyboardInterrupt:
-        paths.supervisor_log.unlink(missing_ok=True)  # it ended as it should: no last words
-        if not is_terminated:
-            raise
+        drain(server, config.stop_seconds - END_SECONDS)
+        raise
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        canary.close()
 
 
 def detach(paths: Paths, config: ServeConfig) -> Server:
@@ -101,20 +183,13 @@ def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
         if ended:
             kinds = {kind.exit_code: kind for kind in (CheckFailedError, CorruptError, ServerError)}
             kind = kinds.get(os.waitstatus_to_exitcode(code), PipelineError)
-            raise kind(_last_words(paths) or f"see {paths.supervisor_log}")
+            raise kind(last_words(paths) or f"see {paths.supervisor_log}")
         server = recorded(paths)
         if server and server.supervisor_pid == pid and server.is_ready:
             return server
         if time.monotonic() > deadline:
             raise ServerError(f"the server's supervisor hangs: see {paths.supervisor_log}")
         time.sleep(POLL_SECONDS)
-
-
-def _last_words(paths: Paths) -> str:
-    """The error that ended the last detached server; empty when none did."""
-    if not paths.supervisor_log.exists():
-        return ""
-    return paths.supervisor_log.read_text(errors="replace").partition("Error: ")[2].strip()
 
 
 def refuse_second(paths: Paths) -> None:
@@ -132,8 +207,28 @@ def refuse_second(paths: Paths) -> None:
 
 def clear_dead(paths: Paths, server: Server) -> None:
     """Remove what is left of a server whose supervisor was killed."""
-    clear(server.id)
+    clear(server.id, server.runtime)
     paths.server.unlink(missing_ok=True)
+
+
+def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Server:
+    """Have our server drained and started anew; return it once it is ready.
+
+    Raises ServerError when there is none, or it does not come back.
+    """
+    before = recorded(paths)
+    if before is None or not is_alive(before.supervisor_pid, before.supervisor_start_time):
+        raise ServerError("no server of ours is running: 'pipeline serve' starts one")
+    os.kill(before.supervisor_pid, RESTART)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = recorded(paths)
+        if now and now.id != before.id and now.is_ready:
+            return now
+        if not is_alive(before.supervisor_pid, before.supervisor_start_time):
+            raise ServerError(last_words(paths) or "the server ended instead of starting anew")
+        time.sleep(POLL_SECONDS)
+    raise ServerError(f"the server did not come back in {seconds:g} s: 'pipeline serve logs'")
 
 
 def _await_end(pid: int, started: int, seconds: float) -> bool:
@@ -160,45 +255,3 @@ def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
     was_alive = is_alive(server.pid, server.start_time)
     clear_dead(paths, server)
     return f"cleared a {'server without supervisor' if was_alive else 'dead server'}"
-
-
-def status(paths: Paths) -> dict[str, Any]:
-    """What the recorded server is and does, after it answered its golden sets just now.
-
-    Raises ServerError when there is none or it is dead, CheckFailedError when it answers wrongly.
-    """
-    server = recorded(paths)
-    if server is None:
-        said = _last_words(paths)
-        ended = f"; the last one ended with: {said}" if said else ": 'pipeline serve' starts one"
-        raise ServerError(f"no server of ours is running{ended}")
-    if not is_alive(server.pid, server.start_time):
-        raise ServerError(
-            f"the server (pid {server.pid}) is dead, although {paths.server} speaks of it: "
-            "'pipeline serve' starts it again"
-        )
-    if not is_alive(server.supervisor_pid, server.supervisor_start_time):
-        raise ServerError(
-            f"the server (pid {server.pid}) runs without its supervisor, which was killed: "
-            "'pipeline serve stop' clears it, 'pipeline serve' starts afresh"
-        )
-    if not server.is_ready:
-        raise ServerError(f"the server (pid {server.pid}) is starting: ask again in a moment")
-    digests = {}
-    for name, release in selected_releases(paths).items():
-        if name not in server.models:
-            continue
-        for url in (server.http_url, server.grpc_url):
-            with Client(url, name, timeout=5.0) as client:
-                agreement = replay_golden(client, release.golden)
-            require(agreement, f"{name} answers wrongly over {url}", "Restart it, or package anew")
-        digests[name] = {"version": server.models[name], "sha256": release.sha256}
-    return {
-        "pid": server.pid,
-        "http": server.http_url,
-        "grpc": server.grpc_url,
-        "metrics": f"http://127.0.0.1:{server.metrics_port}/metrics",
-        "runtime": server.runtime,
-        "models": digests,
-        "answers": "right, on its golden sets over HTTP and gRPC just now",
-    }

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.admin import KEY_HEADER
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
@@ -17,7 +18,9 @@ IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
 BACKENDS = Path(__file__).parent / "backend"
 REQUIREMENTS = BACKENDS / "requirements.txt"
 RESTRICTED = "model-repository,shared-memory,trace,logging"
-KEY_HEADER = "triton-admin-key"
+# A minute's latencies as quantiles: which, and how exact in rank.
+SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.99:0.001")
+EXIT_SECONDS = 1  # for connections that stay open, after everything accepted was answered
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def _in_wheel(paths: Paths) -> Runtime | str:
             f"{environment} && {python} -m pip install --no-deps -r {REQUIREMENTS})"
         )
     site = found[0].parent.parent
+    _require_numpy(site)
     # The stub is linked against libpython: that of the environment's own Python, not another.
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -91,9 +95,28 @@ def _in_wheel(paths: Paths) -> Runtime | str:
     )
 
 
+def _require_numpy(site: Path) -> None:
+    """Refuse a numpy with which the wheel's Triton answers wrongly, and with HTTP 200."""
+    found = [entry.name.split("-")[1] for entry in site.glob("numpy-*.dist-info")]
+    is_older_python = site.parent.name in ("python3.11", "python3.12")
+    if is_older_python and found and not found[0].startswith("1."):
+        raise PipelineError(
+            f"the server's environment {site.parents[2]} has numpy {found[0]}, with which this "
+            "tritonserver answers wrongly: build it anew with 'rm -r .venv-triton && make "
+            ".venv-triton'"
+        )
+
+
 def _in_docker(paths: Paths) -> Runtime | str:
     program = shutil.which("docker")
     return Runtime("docker", (program, "run"), {}) if program else "no docker on the PATH"
+
+
+def remove_container(name: str) -> None:
+    """Kill and remove a container of ours: it outlives the command that began it."""
+    program = shutil.which("docker")
+    if program:
+        subprocess.run([program, "rm", "-f", name], capture_output=True, check=False)
 
 
 def lay_out_backends(runtime: Runtime, folder: Path) -> None:
@@ -127,7 +150,8 @@ def command(
         "--model-control-mode=explicit",
         "--load-model=*",
         f"--id={server_id}",
-        f"--exit-timeout-secs={max(1, int(config.stop_seconds) - 3)}",
+        f"--exit-timeout-secs={EXIT_SECONDS}",
+        *(f"--metrics-config={setting}" for setting in SUMMARIES),
         f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={admin_key}",
         f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={admin_key}",
     ]

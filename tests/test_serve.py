@@ -1,3 +1,4 @@
+import http.client
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from conftest import (
     REPOSITORY,
@@ -23,8 +25,10 @@ from conftest import (
     flip_bit,
     link_server_environment,
 )
+from traffic import Traffic, expected, lost, traffic
 
 from pipeline import serve, supervise, tritonserver
+from pipeline.admin import KEY_HEADER
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
@@ -202,25 +206,70 @@ def test_admin_interfaces_are_closed_without_the_key(served: Served, path: str) 
     key = json.loads(chain.paths.server.read_text())["admin_key"]
     index = f"http://127.0.0.1:{server['http_port']}/v2/repository/index"
     with urllib.request.urlopen(
-        urllib.request.Request(index, b"{}", {tritonserver.KEY_HEADER: key})
+        urllib.request.Request(index, b"{}", {KEY_HEADER: key})
     ) as response:
         assert json.load(response)[0]["name"] == "handwriting"
 
 
+def ready_again(chain: Chain, before: dict[str, Any]) -> dict[str, Any]:
+    """What `server.json` says once another server than `before` is ready."""
+
+    def is_another() -> bool:
+        server = serve.recorded(chain.paths)
+        return server is not None and server.id != before["id"] and server.is_ready
+
+    wait_until(is_another)
+    record: dict[str, Any] = json.loads(chain.paths.server.read_text())
+    return record
+
+
+def stubs(server: dict[str, Any]) -> set[int]:
+    return set(serve.processes_of(server["id"])) - {server["pid"]}
+
+
 @pytest.mark.server
-def test_a_killed_server_is_noticed_said_and_started_again(servable: Chain) -> None:
-    server = servable.record("serve", "--detach", "--port", "auto")
-    os.kill(server["pid"], signal.SIGKILL)
-    wait_until(lambda: serve.start_time(server["supervisor_pid"]) is None)
-    assert not servable.paths.server.exists()
-    status = servable.run("serve", "status")
-    assert status.exit_code == 5
-    assert "died (signal 9)" in error_line(status)
-    again = servable.record("serve", "--detach", "--port", "auto")
-    assert again["pid"] != server["pid"]
-    assert servable.run("serve", "status").exit_code == 0
+def test_a_dead_server_and_a_dead_stub_are_said_and_started_again(servable: Chain) -> None:
+    first = servable.record("serve", "--detach", "--port", "auto")
+    os.kill(first["pid"], signal.SIGKILL)
+    second = ready_again(servable, first)
+    assert (second["restarts"], second["why"]) == (1, "tritonserver died (signal 9)")
+    assert second["http_port"] == first["http_port"]
+    for pid in stubs(second):
+        os.kill(pid, signal.SIGKILL)
+    third = ready_again(servable, second)
+    assert third["restarts"] == 2
+    assert third["why"].startswith("handwriting gives no answer")
+    status = servable.record("serve", "status")
+    assert (status["pid"], status["restarts"]) == (third["pid"], 2)
+    said = servable.record("serve", "logs", "--lines", "100")["lines"]
+    assert any("tritonserver died (signal 9): starting it again" in line for line in said)
+    assert sum("ready again" in line for line in said) == 2
     assert servable.run("serve", "stop").exit_code == 0
     assert servable.run("serve", "stop").exit_code == 5
+    assert_nothing_is_left()
+
+
+@pytest.mark.server
+def test_a_server_that_hangs_or_answers_wrongly_is_started_again(servable: Chain) -> None:
+    first = servable.record("serve", "--detach", "--port", "auto")
+    os.kill(first["pid"], signal.SIGSTOP)
+    second = ready_again(servable, first)
+    assert "handwriting gives no answer (no answer from" in second["why"]
+    server = serve.recorded(servable.paths)
+    assert server
+    # The very model, with the classes in another order: Triton itself finds nothing wrong with it.
+    model = onnx.load_model(servable.paths.onnx)
+    for tensor in model.graph.initializer:
+        if list(tensor.dims)[:1] == [10]:
+            values = np.roll(onnx.numpy_helper.to_array(tensor), 1, axis=0)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    wrong = {"backend": "onnxruntime", "max_batch_size": 64}
+    files = {"file:1/model.onnx": model.SerializeToString()}
+    server.admin.load("handwriting", HANG_GUARD, json.dumps(wrong), files)
+    third = ready_again(servable, second)
+    assert third["why"] == "handwriting version 1 answers wrongly"
+    assert servable.run("serve", "status").exit_code == 0
+    assert servable.run("serve", "stop").exit_code == 0
     assert_nothing_is_left()
 
 
@@ -232,6 +281,7 @@ def test_a_killed_supervisor_is_said_and_what_it_left_is_cleared(servable: Chain
     status = servable.run("serve", "status")
     assert status.exit_code == 5
     assert "without its supervisor" in error_line(status)
+    assert servable.run("serve", "restart").exit_code == 5
     again = servable.record("serve", "--detach", "--port", "auto")
     assert serve.start_time(server["pid"]) is None
     os.kill(again["supervisor_pid"], signal.SIGKILL)
@@ -240,23 +290,31 @@ def test_a_killed_supervisor_is_said_and_what_it_left_is_cleared(servable: Chain
         wait_until(lambda pid=pid: serve.start_time(pid) is None)  # type: ignore[misc]
     status = servable.run("serve", "status")
     assert status.exit_code == 5
-    assert "is dead" in error_line(status)
+    assert "died and is dead" in error_line(status)
     stopped = servable.run("serve", "stop")
     assert "cleared a dead server" in stopped.stdout
     assert_nothing_is_left()
 
 
 @pytest.mark.server
-def test_a_dead_stub_is_said_with_what_to_do(servable: Chain) -> None:
+def test_a_restart_and_a_stop_lose_no_request_that_was_accepted(servable: Chain) -> None:
     server = servable.record("serve", "--detach", "--port", "auto")
-    server_id = json.loads(servable.paths.server.read_text())["id"]
-    for pid in set(serve.processes_of(server_id)) - {server["pid"]}:
-        os.kill(pid, signal.SIGKILL)
-    status = servable.run("serve", "status")
-    assert status.exit_code == 5
-    assert "'pipeline serve stop', then 'pipeline serve'" in error_line(status)
-    assert servable.run("serve", "stop").exit_code == 0
-    assert "'pipeline serve' starts one" in error_line(servable.run("serve", "status"))
+    urls = [f"{p}://127.0.0.1:{server[f'{p}_port']}" for p in ("http", "grpc")]
+    images = load_split("mnist", servable.paths.data("mnist"), "test").images[:200]
+    ask = Traffic("", "handwriting", images, expected(servable.paths, [1], images), 1e-3)
+    idle = http.client.HTTPConnection("127.0.0.1", server["http_port"])
+    idle.request("GET", "/v2")
+    idle.getresponse().read()  # and it stays open: Triton waits for it as long as it may
+    with traffic(urls, ask) as clients:
+        again = servable.record("serve", "restart")
+        assert (again["restarts"], again["why"]) == (1, "asked to")
+        clients.await_more(50)
+        assert servable.run("serve", "stop").stdout.startswith("stopped the server")
+        tally = clients.stop()
+    idle.close()
+    assert tally.right > 0
+    assert tally.wrong == 0
+    assert lost(tally) == []
     assert_nothing_is_left()
 
 
@@ -418,13 +476,14 @@ class Asked:
         return self.name
 
 
-def await_answer(tmp_path: Path, name: str | None, code: int | None, log: str) -> None:
+def await_answer(tmp_path: Path, name: str | None, code: int | None, said: str) -> None:
     log_file = tmp_path / "log"
-    log_file.write_text(log)
+    log_file.write_text(said)
     fields = dict.fromkeys(serve.Server.__dataclass_fields__, 1)
     server = replace(serve.Server(**fields), id="ours")  # type: ignore[arg-type]
     expired = time.monotonic() - 1
-    serve._await_answer(Asked(name), server, Child(code), log_file, expired, 1)  # type: ignore[arg-type]
+    log = serve.Log(log_file, 0)
+    serve._await_answer(Asked(name), server, Child(code), log, expired, 1)  # type: ignore[arg-type]
 
 
 def test_a_decoy_on_the_port_is_not_taken_for_ours(tmp_path: Path) -> None:
