@@ -268,6 +268,17 @@ def processes_of(server_id: str) -> list[int]:
     return [pid for pid in found if start_time(pid) is not None]
 
 
+def dead_children(pid: int) -> list[int]:
+    """Processes that `pid` started, that ended, and that it has not noticed: its dead stubs."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state == "Z" and parent == str(pid):
+                found.append(int(entry.name))
+    return found
+
+
 def clear(server_id: str, runtime: str) -> None:
     """Kill what is left of a server, await its end, and remove its shared memory and files."""
     if runtime == "docker":

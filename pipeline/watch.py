@@ -11,7 +11,7 @@ from pipeline.golden import compare
 from pipeline.paths import Paths
 from pipeline.query import Client
 from pipeline.replay import Release, load_release
-from pipeline.serve import POLL_SECONDS, Server, bound_log
+from pipeline.serve import POLL_SECONDS, Server, bound_log, dead_children
 
 MISSES = 3  # in a row, after which a server is taken for dead
 CANARY_TIMEOUT = 1.0  # seconds
@@ -43,7 +43,8 @@ class Canary:
     def ask(self) -> str | None:
         """Ask each model about one image; what is wrong with the server, or None.
 
-        A question without an answer is a miss, and the third in a row is the server's end. A late
+        A question without an answer is a miss, and the third in a row is the server's end, the
+        first where a process that Triton started has died. A late
         answer is none where others are answered meanwhile: a server must not be stopped for
         having much to do.
         """
@@ -51,11 +52,11 @@ class Canary:
         for name, clients in self.clients.items():
             try:
                 wrong = self._ask(name, clients[self.asked % len(clients)])
-            except SlowError as error:
-                if not self._is_busy():
-                    return self._missed(name, error)
             except PipelineError as error:
-                return self._missed(name, error)
+                if dead_children(self.server.pid):
+                    return f"{name}'s process died"
+                if not isinstance(error, SlowError) or not self._is_busy():
+                    return self._missed(name, error)
             else:
                 if wrong:
                     return wrong

@@ -1,7 +1,9 @@
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import Chain
 
-from pipeline import metrics, supervise, watch
+from pipeline import metrics, serve, supervise, watch
 from pipeline.config import ServeConfig
 from pipeline.errors import CorruptError, PipelineError, ServerError, SlowError
 from pipeline.metrics import Load
@@ -18,7 +20,7 @@ from pipeline.replay import selected_releases
 from pipeline.serve import Server, bound_log
 from pipeline.watch import Canary, pause_after
 
-SERVER = Server(**{**dict.fromkeys(Server.__dataclass_fields__, 1), "id": "ours"})  # type: ignore[arg-type]
+SERVER = Server(**{**dict.fromkeys(Server.__dataclass_fields__, 1), "id": "ours", "pid": 2**22})  # type: ignore[arg-type]
 Said = tuple[np.ndarray, str] | PipelineError
 
 
@@ -72,6 +74,15 @@ def test_the_third_question_in_a_row_without_an_answer_is_the_end(
         *(None, None, None, None),
         "handwriting gives no answer (no answer in 1 s)",
     ]
+
+
+def test_a_miss_after_which_a_dead_process_is_found_is_the_end_at_once(made: Chain) -> None:
+    canary = canary_of(made, SlowError("late"))
+    canary.server = replace(SERVER, pid=os.getpid())
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        while serve.start_time(child.pid):  # until it is a zombie, which nobody has waited for
+            os.sched_yield()
+        assert canary.ask() == "handwriting's process died"
 
 
 def test_a_late_answer_is_no_miss_while_others_are_answered(
