@@ -404,6 +404,42 @@ def test_a_packaged_file_with_a_flipped_bit_is_not_served(chain: Chain) -> None:
     assert str(chain.paths.packaged / "1" / "model.onnx") in error_line(result)
 
 
+def test_a_missing_and_a_truncated_model_are_not_served(chain: Chain) -> None:
+    model = chain.paths.packaged / "1" / "model.onnx"
+    content = model.read_bytes()
+    for left, exit_code in ((None, 1), (content[:1000], 4), (b"", 4)):
+        model.unlink()
+        if left is not None:
+            model.write_bytes(left)
+        for extra in ([], ["--detach"]):
+            result = chain.run("serve", "--port", "auto", *extra)
+            assert result.exit_code == exit_code
+            assert str(model) in error_line(result)
+            assert len(error_line(result).splitlines()) == 1
+        model.touch()
+    assert not chain.paths.server.exists()
+    assert_nothing_is_left()
+
+
+def test_numpy_2_in_the_servers_environment_is_refused_in_a_line(chain: Chain) -> None:
+    real = REPOSITORY / ".venv-triton"
+    (packages,) = real.glob("lib/python3.*/site-packages")
+    odd = chain.root / ".venv-triton" / packages.relative_to(real)
+    odd.mkdir(parents=True)
+    (chain.root / ".venv-triton" / "bin").symlink_to(real / "bin")
+    for entry in packages.iterdir():
+        if not entry.name.startswith("numpy-"):
+            (odd / entry.name).symlink_to(entry)
+    (odd / "numpy-2.4.6.dist-info").mkdir()
+    result = chain.run("serve", "--runtime", "wheel", "--port", "auto")
+    is_needed = "python3.13" in odd.parts  # which has no older numpy
+    if not is_needed:
+        assert result.exit_code == 1
+        assert "has numpy 2.4.6" in error_line(result)
+        assert "make .venv-triton" in error_line(result)
+        assert len(error_line(result).splitlines()) == 1
+
+
 def test_a_config_with_another_digest_is_not_served(chain: Chain) -> None:
     config = chain.paths.packaged / "config.pbtxt"
     config.write_text(config.read_text().replace(sha256(chain.paths.onnx), "0" * 64))
