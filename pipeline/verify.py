@@ -1,7 +1,7 @@
 """The proof of servers that run anywhere: a golden set replayed, and evidence of what they said."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -53,10 +53,11 @@ class Evidence:
 
     name: str
     timeout: float  # seconds for a call
-    yardstick: Yardstick | None
-    servers: tuple[Served, ...]
-    table: Table | None  # of the test split, where its files and the release are at hand
-    problems: tuple[str, ...]  # in words; none means that it passed
+    measured: dict[str, Any]  # when, and on what
+    yardstick: Yardstick | None = None
+    servers: tuple[Served, ...] = ()
+    table: Table | None = None  # of the test split, where its files and the release are at hand
+    problems: tuple[str, ...] = ()  # in words; none means that it passed
 
     @property
     def passed(self) -> bool:
@@ -84,7 +85,7 @@ class Evidence:
     def record(self) -> dict[str, Any]:
         """The evidence as JSON has it."""
         return {
-            **machine(),
+            **self.measured,
             "pipeline": _our_version(),
             "name": self.name,
             "passed": self.passed,
@@ -120,29 +121,42 @@ def verify(
     """
     file = file or paths.replay
     _forget(file)
-    found = Evidence(paths.name, timeout, None, (), None, ())
+    found = Evidence(paths.name, timeout, machine())
     try:
         with contextlib.ExitStack() as stack:
             clients = {url: stack.enter_context(Client(url, paths.name, timeout)) for url in urls}
-            yardstick = yardstick_of(paths, clients, golden_file)
-            found = replace(found, yardstick=yardstick)
-            for url, client in clients.items():
-                report(f"asking {url}: one by one, in batches, {rounds.THREADS} at once")
-                served = _served(url, client, yardstick)
-                problems = (f"{url}: {problem}" for problem in served.problems)
-                found = replace(
-                    found,
-                    servers=(*found.servers, served),
-                    problems=(*found.problems, *problems),
-                )
-            found = replace(found, problems=(*found.problems, *_apart(found.servers)))
-            if found.passed and yardstick.release:
-                found = _on_test_split(found, paths, yardstick.release, clients)
+            for grown in _growing(found, paths, clients, golden_file, report):
+                found = grown
     except PipelineError as error:
         write_json(file, replace(found, problems=(*found.problems, str(error))).record())
         raise
     write_json(file, found.record())
     return found
+
+
+def _growing(
+    found: Evidence,
+    paths: Paths,
+    clients: Mapping[str, Client],
+    golden_file: Path | None,
+    report: Callable[[str], None],
+) -> Iterator[Evidence]:
+    """The evidence after each thing that was found out."""
+    yardstick = yardstick_of(paths, clients, golden_file)
+    found = replace(found, yardstick=yardstick)
+    yield found
+    for url, client in clients.items():
+        report(f"asking {url}: one by one, in batches, {rounds.THREADS} at once")
+        served = _served(url, client, yardstick)
+        problems = (f"{url}: {problem}" for problem in served.problems)
+        found = replace(
+            found, servers=(*found.servers, served), problems=(*found.problems, *problems)
+        )
+        yield found
+    found = replace(found, problems=(*found.problems, *_apart(found.servers)))
+    yield found
+    if found.passed and yardstick.release:
+        yield _on_test_split(found, paths, yardstick.release, clients)
 
 
 def require_passed(evidence: Evidence) -> None:
