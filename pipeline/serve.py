@@ -140,7 +140,11 @@ def running_server(
             log = Path(scratch) / log.name
         command = tritonserver.command(runtime, paths.repository, config, server_id, key, backends)
         report(f"starting {runtime}")
-        with _process(command, tritonserver.environment(runtime), log, server_id, config) as child:
+        environment = tritonserver.environment(runtime)
+        with (
+            tritonserver.container(runtime, server_id),
+            _process(command, environment, log, server_id, config) as child,
+        ):
             server = Server(
                 id=server_id,
                 pid=child.pid,
@@ -219,7 +223,7 @@ def processes_of(server_id: str) -> list[int]:
 def clear(server_id: str) -> None:
     """Kill what is left of a server, await its end, and remove its shared memory and files."""
     for pid in processes_of(server_id):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # a container's own
             os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + KILL_SECONDS
     while processes_of(server_id) and time.monotonic() < deadline:

@@ -1,11 +1,13 @@
 """Which tritonserver can run here, how it is started, and what its log says when it fails."""
 
+import contextlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +151,17 @@ def command(
 def ports(config: ServeConfig) -> dict[str, int]:
     """The port of each of Triton's services."""
     return {"http": config.http_port, "grpc": config.grpc_port, "metrics": config.metrics_port}
+
+
+@contextlib.contextmanager
+def container(runtime: Runtime, name: str) -> Iterator[None]:
+    """A block after which no container of that name is left, whatever became of its client."""
+    try:
+        yield
+    finally:
+        if runtime.kind == "docker":
+            command = [runtime.program[0], "rm", "--force", name]
+            subprocess.run(command, capture_output=True, check=False)
 
 
 def environment(runtime: Runtime) -> dict[str, str]:
