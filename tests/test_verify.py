@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
-from conftest import Chain, edit_json, error_line, flip_bit
+from conftest import Chain, edit_json, error_line, flip_bit, link_server_environment
 
 from pipeline import triton
+from pipeline.config import ServeConfig
 from pipeline.errors import CorruptError
 from pipeline.files import sha256, write_bytes
 from pipeline.golden import Golden, pack_golden
+from pipeline.runtime import onnx_predictor
+from pipeline.serve import running_server, with_free_ports
 from pipeline.yardstick import Yardstick, misnamed, stated_classes, yardstick_of
 
 Served = tuple[Chain, dict[str, Any]]
@@ -178,6 +183,50 @@ def test_another_signature_digest_version_or_name_of_a_class_fails_with_3(
     assert "is of 000000000000" in said
     assert "its config calls class 0 '0' instead of '1'" in said
     assert "its label file calls class 0 '0' instead of '1'" in said
+
+
+def poison(chain: Chain) -> None:
+    """Package another network as if it were right: a weight off by 1 %, two labels swapped."""
+    version, config = chain.paths.packaged / "1", chain.paths.packaged / "config.pbtxt"
+    model = onnx.load(version / "model.onnx")
+    first = model.graph.initializer[0]
+    weights = onnx.numpy_helper.to_array(first).copy()
+    weights.flat[np.abs(weights).argmax()] *= 1.01
+    first.CopyFrom(onnx.numpy_helper.from_array(weights, first.name))
+    content = model.SerializeToString()
+    arrays = dict(np.load(version / "golden.npz"))
+    arrays["outputs"] = onnx_predictor(content)(arrays["images"]).astype(np.float64)
+    digests = {
+        "model.onnx": write_bytes(version / "model.onnx", content),
+        "golden.npz": write_bytes(version / "golden.npz", pack_golden(Golden(**arrays))),
+    }
+    edit_json(version / "manifest.json", lambda record: record["files"].update(digests))
+    message = triton.read(config)
+    triton.set_parameter(message, "sha256.1", digests["model.onnx"])
+    write_bytes(config, triton.to_text(message).encode())
+    names = "\n".join(["1", "0", *"23456789"])
+    write_bytes(chain.paths.packaged / "labels.txt", names.encode())
+
+
+@pytest.mark.server
+def test_one_weight_off_by_1_percent_and_swapped_labels_show_on_a_real_server(
+    chain: Chain, elsewhere: Chain, made: Chain, tmp_path: Path
+) -> None:
+    link_server_environment(chain)
+    poison(chain)
+    golden = tmp_path / "golden.npz"
+    shutil.copy(made.paths.packaged / "1" / "golden.npz", golden)  # without its manifest
+    with running_server(chain.paths, with_free_ports(ServeConfig())) as (server, _):
+        result = elsewhere.run("validate", server.http_url, "--golden", str(golden))
+        own = chain.run("validate", server.grpc_url)
+    assert result.exit_code == 3
+    said = error_line(result)
+    for mode in ("single", "batched", "concurrent"):
+        assert f"{server.http_url}: {mode}: " in said
+    assert "answers are too far off; that to image" in said
+    assert "its label file calls class 0 '1' instead of '0'" in said
+    assert own.exit_code == 3  # the labels alone
+    assert len(evidence_of(chain)["problems"]) == 1
 
 
 @pytest.mark.server
