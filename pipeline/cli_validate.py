@@ -88,6 +88,9 @@ def validate_command(
       pipeline validate grpc://host:8001 --golden golden.npz --evidence evidence.json
     """
     paths = paths_of(settings, name)
+    is_remote = bool(targets) and all("://" in target for target in targets)
+    if (golden or evidence) and not is_remote:
+        raise click.UsageError("--golden and --evidence go with one or more URLs")
     if onnx:
         _validate_onnx(settings, name, onnx, scrub, provider, replay, given)
     elif any(given.values()):
@@ -101,7 +104,7 @@ def validate_command(
         _validate_export(settings, paths, provider)
     elif len(targets) == 1 and Path(targets[0]).is_file():
         _validate_export(settings, _paths_of(Path(targets[0])), provider)
-    elif all("://" in target for target in targets):
+    elif is_remote:
         _validate_servers(settings, paths, targets, golden, evidence, timeout)
     elif len(targets) == 1:
         _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])), name)

@@ -399,6 +399,7 @@ def test_evidence_is_written_to_a_json_file_only(elsewhere: Chain, golden_file: 
     assert result.exit_code == 1
     assert "name it FILE.json" in error_line(result)
     assert golden_file.exists()
+    assert elsewhere.run("validate", "--evidence", "evidence.json").exit_code == 2
     (elsewhere.root / "folder.json").mkdir(parents=True)
     result = elsewhere.run("validate", url, "--evidence", str(elsewhere.root / "folder.json"))
     assert result.exit_code == 2
