@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     help="The golden set to put to a URL.  [default: the packaged version's]",
 )
 @click.option(
+    "--evidence",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write what a URL answered.  [default: exported/NAME/replay.json]",
+)
+@click.option(
     "--timeout", default=60.0, show_default=True, help="Seconds a call to a URL may take."
 )
 @click.pass_obj
@@ -58,6 +63,7 @@ def validate_command(
     targets: tuple[str, ...],
     name: str | None,
     golden: Path | None,
+    evidence: Path | None,
     timeout: float,
     provider: str,
     onnx: Path | None,
@@ -70,7 +76,8 @@ def validate_command(
     Without a target: the exported files in ONNX Runtime against their module in float64. With
     --onnx: a file that something else exported, against its --module. With a REPOSITORY: served
     for the occasion, all runtimes against each other, each model or just the one of --name. With
-    a URL: the golden set replayed, which needs neither torch nor data.
+    a URL: the golden set replayed one by one, in batches and by many at once, which needs neither
+    torch nor data. Exit 3 when an answer is wrong; the evidence says which.
 
     \b
     Example:
@@ -78,8 +85,12 @@ def validate_command(
       pipeline validate --onnx theirs.onnx --module nets.small:make --images test.npz
       pipeline validate exported/model_repository
       pipeline validate http://127.0.0.1:8000 grpc://127.0.0.1:8001
+      pipeline validate grpc://host:8001 --golden golden.npz --evidence evidence.json
     """
     paths = paths_of(settings, name)
+    is_remote = bool(targets) and all("://" in target for target in targets)
+    if (golden or evidence) and not is_remote:
+        raise click.UsageError("--golden and --evidence go with one or more URLs")
     if onnx:
         _validate_onnx(settings, name, onnx, scrub, provider, replay, given)
     elif any(given.values()):
@@ -93,11 +104,8 @@ def validate_command(
         _validate_export(settings, paths, provider)
     elif len(targets) == 1 and Path(targets[0]).is_file():
         _validate_export(settings, _paths_of(Path(targets[0])), provider)
-    elif all("://" in target for target in targets):
-        from pipeline.replay import prove_servers
-
-        table = prove_servers(paths, targets, golden, timeout)
-        settings.result(asdict(table), f"{table}\nwrote {paths.replay}")
+    elif is_remote:
+        _validate_servers(settings, paths, targets, golden, evidence, timeout)
     elif len(targets) == 1:
         _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])), name)
     else:
@@ -182,6 +190,21 @@ def _replayed(settings: Settings, verdicts: Sequence["Verdict"]) -> None:
     settings.result(record, "\n".join(map(str, verdicts)))
     if wrong:
         raise CheckFailedError("on these images:\n  " + "\n  ".join(wrong[:10]))
+
+
+def _validate_servers(
+    settings: Settings,
+    paths: Paths,
+    urls: Sequence[str],
+    golden: Path | None,
+    file: Path | None,
+    timeout: float,
+) -> None:
+    from pipeline.verify import require_passed, verify
+
+    evidence = verify(paths, urls, golden, timeout, file, report=settings.say)
+    settings.result(evidence.record(), f"{evidence}\nwrote {file or paths.replay}")
+    require_passed(evidence)
 
 
 def _validate_repository(settings: Settings, paths: Paths, only: str | None) -> None:

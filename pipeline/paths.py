@@ -190,5 +190,9 @@ class Paths:
         return self.figures / "gpu.json"
 
     @property
+    def native(self) -> Path:
+        return self.figures / "native.json"
+
+    @property
     def figures(self) -> Path:
         return self.exported / "figures"

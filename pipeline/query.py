@@ -130,15 +130,37 @@ class Client:
         """How pictures become the served model's images: see config.pictures_of."""
         return triton.pictures(self.config())
 
-    def server_name(self) -> str:
-        """What the server calls itself: the `--id` that it was started with."""
+    def metadata(self, of_model: bool = False) -> dict[str, Any]:
+        """What the server says of itself, or of the model: name, version or versions, and more."""
 
-        def ask(left: float) -> str:
+        def ask(left: float) -> dict[str, Any]:
             if self.endpoint.protocol == "grpc":
-                return str(self._grpc().get_server_metadata(client_timeout=left).name)
-            return str(self._http(left).get_server_metadata()["name"])
+                library, options = self._grpc(), {"as_json": True, "client_timeout": left}
+            else:
+                library, options = self._http(left), {}
+            if of_model:
+                return dict(library.get_model_metadata(self.name, **options))
+            return dict(library.get_server_metadata(**options))
 
         return self._ask(ask, time.monotonic() + self.timeout)
+
+    def server_name(self) -> str:
+        """What the server calls itself: the `--id` that it was started with."""
+        return str(self.metadata().get("name"))
+
+    def labels(self, image: np.ndarray) -> tuple[str, ...]:
+        """What the server calls each class when it is asked to classify an image.
+
+        The names come from its label file; a class without one is called by its number.
+        """
+        config = self.config()
+        count = int(config.output[0].dims[-1])
+        answer, _ = self._infer(image[np.newaxis], time.monotonic() + self.timeout, count)
+        names: dict[int, str] = {}
+        for entry in answer.reshape(-1):  # bytes value:index:label
+            _, index, *label = entry.decode().split(":", 2)
+            names[int(index)] = label[0] if label else index
+        return tuple(names.get(index, str(index)) for index in range(count))
 
     def close(self) -> None:
         """Close this thread's connections."""
@@ -160,7 +182,9 @@ class Client:
         ranked = tuple((labels[index], float(chances[index])) for index in order)
         return Prediction(*ranked[0], ranked, version, triton.digest(config, version))
 
-    def _infer(self, images: np.ndarray, deadline: float) -> tuple[np.ndarray, str]:
+    def _infer(
+        self, images: np.ndarray, deadline: float, class_count: int = 0
+    ) -> tuple[np.ndarray, str]:
         config = self.config(deadline)
         if len(config.input) != 1 or not config.output:
             raise PipelineError(f"{self.name} at {self.endpoint} does not take just one tensor")
@@ -170,7 +194,7 @@ class Client:
         )
         tensor.set_data_from_numpy(np.ascontiguousarray(images))
         output = config.output[0].name
-        wanted = [library.InferRequestedOutput(output)]
+        wanted = [library.InferRequestedOutput(output, class_count=class_count)]
 
         def ask(left: float) -> tuple[np.ndarray | None, str]:
             if self.endpoint.protocol == "grpc":

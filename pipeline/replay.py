@@ -2,22 +2,19 @@
 
 # Shape letters: N images, K classes.
 
-import contextlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import triton
-from pipeline.data import Split, scored_split
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
-from pipeline.evaluate import Predictor, difference, margins, predict, score
-from pipeline.files import check_digest, check_manifest, read_json, write_json
-from pipeline.golden import Agreement, Golden, compare, require, unpack_golden
-from pipeline.machine import machine
+from pipeline.evaluate import Predictor, difference, predict, score
+from pipeline.files import check_digest, check_manifest, read_json
+from pipeline.golden import Agreement, Golden, compare, unpack_golden
 from pipeline.paths import Paths
 from pipeline.query import Client, triton_predictor
 
@@ -209,88 +206,3 @@ def served_version(client: Client) -> int:
         raise PipelineError(f"{client.name} at {client.endpoint} takes images of no fixed shape")
     answer = client.infer(np.zeros((1, *images.dims), triton.dtype(images)))[1]
     return int(answer) if answer.isdigit() else 0
-
-
-def prove_servers(
-    paths: Paths,
-    urls: Sequence[str],
-    golden_file: Path | None = None,
-    timeout: float = 60.0,
-) -> Table:
-    """Put a release's golden set to running servers, then the test split where it is at hand.
-
-    Needs neither torch nor the training data. Writes replay.json. Raises CheckFailedError when
-    a server answers otherwise, states another digest, or serves versions that differ.
-    """
-    with contextlib.ExitStack() as stack:
-        clients = {url: stack.enter_context(Client(url, paths.name, timeout)) for url in urls}
-        table, limits = _replayed(paths, clients, golden_file)
-    write_json(paths.replay, {**machine(), **asdict(table)})
-    require_agreement(table, limits)
-    return table
-
-
-def _replayed(
-    paths: Paths, clients: Mapping[str, Client], golden_file: Path | None
-) -> tuple[Table, Limits]:
-    versions = {url: served_version(client) for url, client in clients.items()}
-    if len(set(versions.values())) > 1:
-        raise CheckFailedError(f"the servers answer with different versions: {versions}")
-    version = next(iter(versions.values()))
-    release = None if golden_file else load_release(paths, version)
-    for url, client in clients.items():
-        stated = triton.digest(client.config(), str(version))
-        if release and stated and stated != release.sha256:
-            raise CheckFailedError(
-                f"{url} serves version {version} with digest {stated[:12]}, the release at "
-                f"{release.folder} has {release.sha256[:12]}"
-            )
-    golden = release.golden if release else _golden_from(golden_file)
-    for url, client in clients.items():
-        agreement = replay_golden(client, golden)
-        what = f"{paths.name} at {url} is not the model of this golden set"
-        require(agreement, what, "Serve the release that it belongs to, or give the release's own")
-    predictors = {url: triton_predictor(client) for url, client in clients.items()}
-    test = _test_split(paths, release)
-    if test and release:
-        reference = {"ONNX Runtime": _onnx_runtime(release)}
-        rows = agree({**reference, **predictors}, test.images, test.labels)
-        limits = release.limits
-    else:
-        rows = agree(predictors, golden.images, golden.labels, golden.outputs)
-        may_flip = int((margins(golden.outputs) < golden.bounds).sum())
-        limits = Limits(float(golden.bounds.max()), may_flip)
-    table = Table(
-        paths.name,
-        version,
-        release.sha256 if release else None,
-        len(test or golden.labels),
-        "test" if test else "golden",
-        rows,
-    )
-    return table, limits
-
-
-def _golden_from(path: Path | None) -> Golden:
-    try:
-        content = Path(path or "").read_bytes()
-    except OSError as error:
-        raise PipelineError(f"no golden set at {path}: {error.strerror}") from error
-    return unpack_golden(content, str(path))
-
-
-def _test_split(paths: Paths, release: Release | None) -> Split | None:
-    """The test split that the release was made with, if its files lie in the cache."""
-    if not release:
-        return None
-    training = release.manifest.get("training")
-    folder = paths.data(training["dataset"]) if training else None
-    if training is None or folder is None or not folder.is_dir():
-        return None
-    return scored_split(training, release.manifest["data_sha256"], folder)
-
-
-def _onnx_runtime(release: Release) -> Predictor:
-    from pipeline.runtime import onnx_predictor  # a golden set can be replayed without it
-
-    return onnx_predictor(release.onnx)

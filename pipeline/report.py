@@ -136,8 +136,27 @@ def gpu_markdown(figure: dict[str, Any]) -> str:
         f"`{figure['command']}`: {figure['device']}, torch {figure['torch']}, CUDA "
         f"{figure['cuda']}; {figure['tests']} tests; recipe `quick` reads "
         f"{figure['test_accuracy']:.2%} after {figure['train_seconds']:.1f} s of training "
-        f"(through `torch.compile` {figure['compiled_train_seconds']:.1f} s). Triton's native "
-        "backend: *not verified*."
+        f"(through `torch.compile` {figure['compiled_train_seconds']:.1f} s)."
+    )
+
+
+def native_markdown(figures: Path) -> str:
+    """The README's sentence about Triton's native backend, which stands behind that about GPUs."""
+    file = figures / "native.json"
+    figure = read_json(file, "run 'make prove-native' again") if file.exists() else {}
+    if figure.get("passed") is not True or figure.get("runtime") not in ("docker", "path"):
+        return NATIVE_NOT_VERIFIED
+    servers = figure["servers"]
+    rounds = [found for served in servers for found in served["rounds"]]
+    answers = sum(found["images"] for found in rounds)
+    names = {"http": "HTTP", "grpc": "gRPC"}
+    return (
+        f"Triton's native backend: verified on {figure['measured_at'][:10]} with "
+        f"`{figure['command']}` ({figure['runs_on']}; Triton {servers[0]['server']['version']}): "
+        f"{answers:,} answers about {figure['golden']['images']} golden images over "
+        f"{' and '.join(names[name] for name in figure['protocols'])}, one by one, in batches and "
+        f"many at once; largest difference {max(found['max_abs_diff'] for found in rounds):.1e}, "
+        f"{max(found['max_ratio'] for found in rounds):.0%} of what the proof allows at most."
     )
 
 
@@ -175,8 +194,11 @@ def runtimes_markdown(figure: dict[str, Any]) -> str:
 
 
 NOT_VERIFIED = (
-    "GPU: *not verified* (nobody has run `make gpu-check SIGNED='your name'` on one yet). The "
-    "packaged bytes are what NVIDIA's container loads; its native backend: *not verified*."
+    "GPU: *not verified* (nobody has run `make gpu-check SIGNED='your name'` on one yet)."
+)
+NATIVE_NOT_VERIFIED = (
+    "What NVIDIA's container loads: *same bytes; native backend not verified* (nobody has run "
+    "`make prove-native` where Docker is yet)."
 )
 MISSING = {
     "gpu": NOT_VERIFIED,
@@ -204,6 +226,8 @@ def rendered(readme: str, figures: Path) -> str:
             text = MISSING[name]
         else:
             text = RENDERERS[name](read_json(figure, MEASURE))
+        if name == "gpu":
+            text = f"{text} {native_markdown(figures)}"
         return f"{match.group(1)}{text}\n{match.group(3)}"
 
     return _BLOCK.sub(block, readme)

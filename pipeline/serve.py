@@ -284,7 +284,7 @@ def clear(server_id: str, runtime: str) -> None:
     if runtime == "docker":
         tritonserver.remove_container(server_id)
     for pid in processes_of(server_id):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # a container's own
             os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + KILL_SECONDS
     while processes_of(server_id) and time.monotonic() < deadline:

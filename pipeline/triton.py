@@ -102,6 +102,12 @@ def pictures(message: ModelConfig) -> str:
     return parameter(message, "pictures") or "digit"
 
 
+def type_name(tensor: Any) -> str:
+    """The name of a config's input or output type, as numpy has it where it has one."""
+    names = {number: name for name, number in _TYPES.items()}
+    return names.get(tensor.data_type) or model_config_pb2.DataType.Name(tensor.data_type)
+
+
 def dtype(tensor: Any) -> str:
     """The name that numpy has for the type of a config's input or output."""
     names = {number: name for name, number in _TYPES.items()}

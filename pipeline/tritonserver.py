@@ -116,7 +116,7 @@ def remove_container(name: str) -> None:
     """Kill and remove a container of ours: it outlives the command that began it."""
     program = shutil.which("docker")
     if program:
-        subprocess.run([program, "rm", "-f", name], capture_output=True, check=False)
+        subprocess.run([program, "rm", "--force", name], capture_output=True, check=False)
 
 
 def lay_out_backends(runtime: Runtime, folder: Path) -> None:

@@ -153,7 +153,7 @@ def digit(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_query_loads_neither_torch_nor_onnxruntime() -> None:
     code = (
-        "import sys, pipeline.query, pipeline.replay, pipeline.supervise, pipeline.package;"
+        "import sys, pipeline.query, pipeline.verify, pipeline.supervise, pipeline.package;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'onnxruntime', 'onnxscript')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -591,50 +591,6 @@ def test_the_wheel_is_refused_for_a_network_and_for_a_python_without_stub(
         tritonserver.lay_out_backends(odd, tmp_path / "backends")
 
 
-@pytest.mark.server
-def test_proving_a_url_needs_the_golden_set_only(served: Served, tmp_path: Path) -> None:
-    chain, server = served
-    urls = [f"{p}://127.0.0.1:{server[f'{p}_port']}" for p in ("http", "grpc")]
-    with_data = chain.record("validate", *urls)
-    assert json.loads(chain.paths.replay.read_text())["images"] == 10_000
-    assert not chain.paths.agreement.exists()  # the release's own proof is another record
-    assert [row["name"] for row in with_data["rows"]] == ["ONNX Runtime", *urls]
-    assert with_data["images"] == 10_000
-    elsewhere = Chain(tmp_path)
-    golden = str(chain.paths.packaged / "1" / "golden.npz")
-    alone = elsewhere.record("validate", urls[1], "--golden", golden)
-    assert [row["name"] for row in alone["rows"]] == ["golden set", urls[1]]
-    assert alone["images"] == 100
-    assert alone["rows"][1]["differing"] == 0
-    without = elsewhere.run("validate", urls[1])
-    assert without.exit_code == 1
-    assert "--golden FILE" in error_line(without)
-
-
-@pytest.mark.server
-def test_a_server_with_another_model_fails_the_replay_with_3(
-    served: Served, chain: Chain, tmp_path: Path
-) -> None:
-    _, server = served
-    url = f"grpc://127.0.0.1:{server['grpc_port']}"
-    other = chain.paths.packaged / "1"
-    edit_json(other / "manifest.json", lambda r: r["files"].update({"model.onnx": "0" * 64}))
-    corrupt = chain.run("validate", url)
-    assert corrupt.exit_code == 4
-    (other / "model.onnx").write_bytes(b"another")
-    digest = sha256(other / "model.onnx")
-    edit_json(other / "manifest.json", lambda r: r["files"].update({"model.onnx": digest}))
-    result = chain.run("validate", url)
-    assert result.exit_code == 3
-    assert "serves version 1 with digest" in error_line(result)
-    arrays = dict(np.load(other / "golden.npz"))
-    arrays["outputs"] *= 1.01
-    np.savez(tmp_path / "golden.npz", **arrays)
-    replayed = chain.run("validate", url, "--golden", str(tmp_path / "golden.npz"))
-    assert replayed.exit_code == 3
-    assert "is not the model of this golden set" in error_line(replayed)
-
-
 def test_rows_that_disagree_fail_the_table() -> None:
     from pipeline.replay import Limits, Row, Table, require_agreement
 
