@@ -16,10 +16,11 @@ ORDER = [
     *("findings", "sample", "predictions", "device", "processes", "augment", "model"),
     *("reference", "checkpoint", "train", "records", "runs", "subject", "sizes", "graph"),
     *("policy", "departures", "handed", "variants", "export", "runtime", "card", "trial"),
-    *("proof", "triton", "package", "query", "replay", "tritonserver", "serve", "supervise"),
+    *("proof", "triton", "running", "package", "query", "replay", "versions", "tritonserver"),
+    *("admin", "serve", "supervise", "swap"),
     *("prove", "gpu", "benchmark", "report", "figures", "answers", "evidence", "page"),
     *("command", "cli_data", "cli_train", "cli_export", "cli_validate", "cli_serve"),
-    *("cli_measure", "cli", "__main__"),
+    *("cli_versions", "cli_measure", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
