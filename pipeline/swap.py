@@ -89,7 +89,8 @@ def _prove(paths: Paths, server: Server, admin: Admin, release: Release, report:
         except ServerError:
             raise
         except PipelineError as error:
-            raise CheckFailedError(f"{what} is not loaded: {error}. {goes_on}") from error
+            said = str(error).strip().rstrip(";")
+            raise CheckFailedError(f"{what} is not loaded: {said}. {goes_on}") from error
         report(f"asking {name} the golden set")
         _require_right(server, name, release, f"{what} answers wrongly", goes_on)
     finally:
@@ -123,19 +124,20 @@ def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before
     """Select the version and load it; on any failure, back to what was selected and served."""
     configs = {path: path.read_bytes() for path in triton.config_files(paths.packaged)}
     what = f"{paths.name} version {release.version}"
-    versions.select(paths, release)
+    mend = f"Version {before} is served again"
     try:
+        versions.select(paths, release)
         admin.load(paths.name)
-        mend = f"Version {before} is served again"
+        _record(paths, server, release.version)
         _require_right(server, paths.name, release, f"{what} answers wrongly once it serves", mend)
     except PipelineError as error:
         for path, content in configs.items():
             write_bytes(path, content)
         with contextlib.suppress(PipelineError):
             admin.load(paths.name)
-        kind = CheckFailedError if isinstance(error, CheckFailedError) else ServerError
-        raise kind(f"{what} is not promoted, version {before} stays: {error}") from error
-    _record(paths, server, release.version)
+        _record(paths, server, before)
+        said = str(error).strip().rstrip(";")
+        raise type(error)(f"{what} is not promoted, version {before} stays: {said}") from error
 
 
 def _record(paths: Paths, server: Server, version: int) -> None:
