@@ -137,13 +137,15 @@ figures: $(AGREEMENT) ## measure the README's figures anew and render them
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
-.PHONY: gpu-check prove-resume prove-runtimes prove-best prove-kill prove-soak prove-native
+.PHONY: gpu-check prove-resume prove-runtimes prove-best prove-kill prove-soak prove-native prove-swap
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(PIPELINE) gpu-check --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
 	$(PIPELINE) benchmark --what train --recipes best --resume --figures
 prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_resume.py exported/figures/resume.json 100 30
+prove-swap: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## change the served version 100 times under 100,000 requests
+	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_swap.py exported/figures/swap.json 100 100000
 prove-runtimes: $(SUMMARY) | .venv/done ## run what is exported for older Tritons on the ONNX Runtimes inside them (RUN)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_runtimes.py exported/figures/runtimes.json $(RUN)
 prove-kill: $(PACKAGED) .venv-triton/done ## kill stub, server and supervisor 20 times, and drain 50 times, under load

@@ -1,82 +1,58 @@
-"""The interfaces of a running tritonserver that only the holder of its admin key may use."""
+"""Load and unload models on a running server, with the key that our servers ask for."""
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import tritonclient.http
-from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
-from greenlet import error as GreenletError
-from tritonclient.utils import InferenceServerException
-
-from pipeline.errors import PipelineError, ServerError
-
-KEY_HEADER = "triton-admin-key"
-POLL_SECONDS = 0.02
-_LOST = (OSError, HTTPConnectionClosed, HTTPParseError, GreenletError, ValueError)
+from pipeline import triton
+from pipeline.query import Client
+from pipeline.tritonserver import KEY_HEADER
 
 
-@dataclass(frozen=True)
-class Admin:
-    """The model repository's interface of the server at `address`, over HTTP."""
+class Admin(Client):
+    """A client that may load and unload models.
 
-    address: str  # host:port
-    key: str
+    Over gRPC: over HTTP, a load holds one of the threads that answer, and whoever is connected to
+    that one waits for seconds.
+    """
 
-    def states(self, seconds: float = 5.0) -> dict[tuple[str, str], str]:
-        """The state of each version that was ever loaded: READY, LOADING, UNLOADING, UNAVAILABLE.
+    def __init__(self, grpc_url: str, admin_key: str, timeout: float) -> None:
+        super().__init__(grpc_url, timeout=timeout)
+        self._headers = {f"triton-grpc-protocol-{KEY_HEADER}": admin_key}
 
-        Keys are name and version; ServerError when no answer comes in `seconds`.
-        """
-        with self._client(seconds) as client:
-            index = client.get_model_repository_index(headers=self._headers())
-        return {(e["name"], e.get("version", "")): e.get("state", "UNAVAILABLE") for e in index}
-
-    def load(
-        self,
-        name: str,
-        seconds: float,
-        config: str | None = None,
-        files: Mapping[str, bytes] | None = None,
-    ) -> None:
-        """Load a model anew, from the repository or, with `config` as JSON, from `files`.
-
-        Returns when it serves. Raises PipelineError with Triton's reason when it is refused, and
-        ServerError when that takes longer than `seconds`.
-        """
-        with self._client(seconds) as client:
-            client.load_model(name, headers=self._headers(), config=config, files=files)
-
-    def unload(self, name: str, seconds: float = 5.0) -> None:
-        """Take a model away: what it has accepted is answered, what is new is refused."""
-        with self._client(seconds) as client:
-            client.unload_model(name, headers=self._headers())
-
-    def await_unloaded(self, names: set[str], seconds: float) -> bool:
-        """Wait until nothing of these models runs any more; False when `seconds` were too few."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            states = self.states(max(0.1, deadline - time.monotonic()))
-            if all(state == "UNAVAILABLE" for (name, _), state in states.items() if name in names):
-                return True
-            time.sleep(POLL_SECONDS)
-        return False
-
-    def _headers(self) -> dict[str, str]:
-        return {KEY_HEADER: self.key}
-
-    @contextlib.contextmanager
-    def _client(self, seconds: float) -> Iterator[tritonclient.http.InferenceServerClient]:
-        client = tritonclient.http.InferenceServerClient(
-            self.address, connection_timeout=seconds, network_timeout=seconds
+    def load(self, name: str) -> None:
+        """Load a model as the repository has it now; what was served until then goes."""
+        self._ask(
+            lambda left: self._grpc().load_model(name, self._headers, client_timeout=left),
+            time.monotonic() + self.timeout,
         )
-        try:
-            yield client
-        except InferenceServerException as error:
-            raise PipelineError(f"http://{self.address} refuses: {error.message()}") from error
-        except _LOST as error:
-            reason = str(error) or type(error).__name__
-            raise ServerError(f"no answer from http://{self.address} ({reason})") from error
-        finally:
-            client.close()
+
+    def load_files(self, config: triton.ModelConfig, files: Mapping[str, bytes]) -> None:
+        """Load a model from these files alone, by their paths in a model's folder."""
+        text = triton.to_json(config)
+        contents = {f"file:{path}": content for path, content in files.items()}
+        self._ask(
+            lambda left: self._grpc().load_model(
+                config.name, self._headers, config=text, files=contents, client_timeout=left
+            ),
+            time.monotonic() + self.timeout,
+        )
+
+    def unload(self, name: str) -> None:
+        """Stop serving a model."""
+        self._ask(
+            lambda left: self._grpc().unload_model(name, self._headers, client_timeout=left),
+            time.monotonic() + self.timeout,
+        )
+
+    def states(self) -> dict[tuple[str, str], str]:
+        """The state of each version that was ever loaded, by name and version.
+
+        READY, LOADING, UNLOADING or UNAVAILABLE.
+        """
+        index = self._ask(
+            lambda left: self._grpc().get_model_repository_index(
+                self._headers, client_timeout=left
+            ),
+            time.monotonic() + self.timeout,
+        )
+        return {(entry.name, entry.version): entry.state for entry in index.models}

@@ -13,6 +13,7 @@ from pipeline.cli_measure import benchmark_command, gpu_check_command, report_co
 from pipeline.cli_serve import serve
 from pipeline.cli_train import train_command
 from pipeline.cli_validate import validate_command
+from pipeline.cli_versions import versions_group
 from pipeline.command import Group, Settings, name_option, paths_of
 from pipeline.errors import PipelineError
 
@@ -33,6 +34,7 @@ main.add_command(train_command)
 main.add_command(export_command)
 main.add_command(validate_command)
 main.add_command(package_command)
+main.add_command(versions_group)
 main.add_command(report_command)
 main.add_command(benchmark_command)
 main.add_command(gpu_check_command)

@@ -148,10 +148,14 @@ def package_command(settings: Settings, /, name: str | None, **changes: int) -> 
 
     paths = paths_of(settings, name)
     done = package(paths, PackageConfig(**changes))
-    text = "\n".join(
-        f"wrote {one.folder} (version {one.version}, sha256 {one.sha256[:12]})" for one in done
-    )
     variants = [{**asdict(one), "folder": str(one.folder)} for one in done]
+    waiting = [one for one in done if not one.is_selected]
+    promote = [
+        f"pipeline versions promote {one.version}{named(replace(paths, name=one.name))}"
+        for one in waiting
+    ]
     settings.result(
-        {**variants[0], "variants": variants}, text, f"pipeline validate {paths.repository}"
+        {**variants[0], "variants": variants},
+        "\n".join(map(str, done)),
+        ", ".join(promote) or f"pipeline validate {paths.repository}",
     )

@@ -1,6 +1,6 @@
 """A validated export becomes the next version in a Triton model repository."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pipeline.files import (
 from pipeline.golden import unpack_golden
 from pipeline.paths import MODEL_NAMES, Paths, packaged_name
 from pipeline.policy import check_policy
+from pipeline.running import serving
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"
 VALIDATE = "run 'pipeline validate' first"
@@ -33,11 +34,17 @@ class Packaged:
     folder: Path  # of the version
     version: int
     sha256: str  # of its model.onnx
+    is_selected: bool  # Triton loads it; not where a server of ours serves another one
+
+    def __str__(self) -> str:
+        said = "" if self.is_selected else "; the running server goes on with what it serves"
+        return f"wrote {self.folder} (version {self.version}, sha256 {self.sha256[:12]}){said}"
 
 
 def package(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packaged]:
-    """Add each file of the export to the repository as the next version of its model; select it.
+    """Add each file of the export to the repository as the next version of its model.
 
+    It is selected, unless our server runs: then nothing but a promotion changes what is served.
     fp32 is called as the model, a variant has its precision behind that. Raises CheckFailedError
     when the export was never validated, CorruptError when a file changed since, and
     CheckFailedError when its signature or classes differ from the repository's.
@@ -92,21 +99,58 @@ def _load(
 
 
 def _add(paths: Paths, load: _Load) -> Packaged:
-    packaged, message = paths.repository / load.name, load.message
-    first = unpack_golden(load.golden, "the golden set").images[0].tobytes()
-    classes = "\n".join(load.manifest["classes"]) + "\n"
-    with locked(paths.exported / f".{load.name}.lock"):
-        version = next_version(packaged)
-        _keep_digests(packaged / "config.pbtxt", message, version)
-        triton.set_parameter(message, f"sha256.{version}", load.sha256)
-        message.version_policy.specific.versions.append(version)
-        folder = packaged / str(version)
+    model = replace(paths, name=load.name)
+    with locked(model.lock):
+        version = next_version(model.packaged)
+        old = _fitting(model.packaged / "config.pbtxt", load.message, version)
+        is_selected = old is None or serving(model) is None
+        if old and not is_selected:
+            _refuse_change(model, old, load.message)
+        folder = model.packaged / str(version)
         with new_folder(folder) as fresh:
             _fill(fresh, paths, load)
-        write_bytes(packaged / triton.LABELS, classes.encode())
-        write_bytes(packaged / "warmup" / triton.WARMUP, first)
-        write_bytes(packaged / "config.pbtxt", triton.to_text(message).encode())
-    return Packaged(load.name, load.precision, folder, version, load.sha256)
+        if is_selected:
+            _select(model, load, version, old)
+        else:
+            _announce(model, load, version)
+    return Packaged(load.name, load.precision, folder, version, load.sha256, is_selected)
+
+
+def _select(model: Paths, load: _Load, version: int, old: triton.ModelConfig | None) -> None:
+    """Write all that Triton reads beside the versions; config.pbtxt last."""
+    message = load.message
+    if old:
+        message.version_policy.CopyFrom(old.version_policy)
+        for key in old.parameters:
+            if key.startswith("sha256.") or key == triton.PREVIOUS:
+                triton.set_parameter(message, key, old.parameters[key].string_value)
+    triton.set_parameter(message, f"sha256.{version}", load.sha256)
+    triton.select(message, version)
+    classes = "\n".join(load.manifest["classes"]) + "\n"
+    first = unpack_golden(load.golden, "the golden set").images[0].tobytes()
+    write_bytes(model.packaged / triton.LABELS, classes.encode())
+    write_bytes(model.packaged / "warmup" / triton.WARMUP, first)
+    write_bytes(model.packaged / "config.pbtxt", triton.to_text(message).encode())
+
+
+def _announce(model: Paths, load: _Load, version: int) -> None:
+    """State the new version's digest in every config, and change nothing else there."""
+    for path in triton.config_files(model.packaged):
+        message = triton.read(path)
+        triton.set_parameter(message, f"sha256.{version}", load.sha256)
+        write_bytes(path, triton.to_text(message).encode())
+
+
+def _refuse_change(model: Paths, old: triton.ModelConfig, new: triton.ModelConfig) -> None:
+    """Raise PipelineError when `new` would run the model otherwise than `old`, which is served."""
+    before, after = triton.settings(old), triton.settings(new)
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    if changed:
+        raise PipelineError(
+            f"{model.name} is being served, and its config would change ({', '.join(changed)}): "
+            "package with the options that it was packaged with, or run 'pipeline serve stop' "
+            "first"
+        )
 
 
 def _require_validation(paths: Paths) -> list[dict[str, Any]]:
@@ -132,20 +176,17 @@ def next_version(folder: Path) -> int:
     return max(versions, default=0) + 1
 
 
-def _keep_digests(path: Path, message: triton.ModelConfig, version: int) -> None:
-    """Carry the digests of earlier versions over, if `message` fits what `path` has promised."""
+def _fitting(path: Path, message: triton.ModelConfig, version: int) -> triton.ModelConfig | None:
+    """The config that is there, if there is one; `message` must fit what it has promised."""
     if not path.exists():
-        return
+        return None
     old = triton.read(path)
     if triton.classes(old) != triton.classes(message):
         differing = f"classes {triton.classes(old)}, the export has {triton.classes(message)}"
     elif _signature(old) != _signature(message):
         differing = f"{_signature(old)}, the export has {_signature(message)}"
     else:
-        for key in old.parameters:
-            if key.startswith("sha256."):
-                triton.set_parameter(message, key, old.parameters[key].string_value)
-        return
+        return old
     raise CheckFailedError(
         f"version {version} would change what {path.parent} promises its clients: it has "
         f"{differing}. Package it under a name of its own (--name)"

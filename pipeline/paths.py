@@ -170,6 +170,11 @@ class Paths:
         return self.repository / self.name
 
     @property
+    def lock(self) -> Path:
+        """Held by whoever changes the packaged model."""
+        return self.exported / f".{self.name}.lock"
+
+    @property
     def server(self) -> Path:
         return self.exported / "server.json"
 

@@ -17,78 +17,20 @@ from pipeline import tritonserver
 from pipeline.admin import Admin
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError, ServerError
-from pipeline.files import read_json, write_json
+from pipeline.files import write_json
 from pipeline.golden import require
 from pipeline.paths import Paths
 from pipeline.query import Client
 from pipeline.replay import Release, replay_golden, selected_releases
+from pipeline.running import Server as Server
+from pipeline.running import is_alive as is_alive
+from pipeline.running import recorded as recorded
+from pipeline.running import start_time as start_time
 
 POLL_SECONDS = 0.05
 KILL_SECONDS = 5.0  # in which a killed process is gone
 END_SECONDS = tritonserver.EXIT_SECONDS + 2.0  # in which a server ends that has nothing to do
 LOG_BYTES = 16 * 1024 * 1024  # of the server's log, of which one more generation is kept
-
-
-@dataclass(frozen=True)
-class Server:
-    """A tritonserver that we started. What `server.json` records."""
-
-    id: str
-    pid: int
-    start_time: int  # of the process, in clock ticks since boot: a pid may come again
-    supervisor_pid: int
-    supervisor_start_time: int
-    http_port: int
-    grpc_port: int
-    metrics_port: int
-    admin_key: str
-    runtime: str
-    models: dict[str, int]  # name -> version
-    is_ready: bool
-    ready_at: float  # seconds since the epoch; 0.0 until it is ready
-    restarts: int  # how often its supervisor has started it anew
-    why: str  # it was started anew the last time; empty before the first
-
-    @property
-    def http_url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
-
-    @property
-    def grpc_url(self) -> str:
-        return f"grpc://127.0.0.1:{self.grpc_port}"
-
-    @property
-    def metrics_url(self) -> str:
-        return f"http://127.0.0.1:{self.metrics_port}/metrics"
-
-    @property
-    def admin(self) -> Admin:
-        return Admin(f"127.0.0.1:{self.http_port}", self.admin_key)
-
-
-def start_time(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot; None when it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def is_alive(pid: int, started: int) -> bool:
-    """Whether that very process still runs."""
-    return started > 0 and start_time(pid) == started
-
-
-def recorded(paths: Paths) -> Server | None:
-    """The server that `server.json` speaks of, alive or not; None when it speaks of none."""
-    if not paths.server.exists():
-        return None
-    record = read_json(paths.server, f"stop what you started and remove {paths.server}")
-    try:
-        return Server(**{name: record[name] for name in Server.__dataclass_fields__})
-    except KeyError as error:
-        raise PipelineError(f"{paths.server} lacks {error}: remove it") from error
 
 
 def default_url(paths: Paths) -> str:
@@ -214,14 +156,18 @@ def drain(server: Server, seconds: float) -> bool:
     middle of an answer. Returns False when `seconds` were too few, or the server was not there.
     """
     deadline = time.monotonic() + seconds
-    admin = server.admin
     try:
-        ready = {name for (name, _), state in admin.states(seconds).items() if state == "READY"}
-        for name in sorted(ready):
-            admin.unload(name, max(0.1, deadline - time.monotonic()))
-        return admin.await_unloaded(ready, max(0.0, deadline - time.monotonic()))
+        with Admin(server.grpc_url, server.admin_key, seconds) as admin:
+            ready = {name for (name, _), state in admin.states().items() if state == "READY"}
+            for name in sorted(ready):
+                admin.unload(name)
+            while any(n in ready and s != "UNAVAILABLE" for (n, _), s in admin.states().items()):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(POLL_SECONDS)
     except PipelineError:
         return False
+    return True
 
 
 def write_record(paths: Paths, server: Server) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfig
 
@@ -13,6 +13,7 @@ from pipeline.config import PackageConfig, TensorSpec
 from pipeline.errors import PipelineError
 
 LABELS, WARMUP = "labels.txt", "digit"
+PREVIOUS = "previous_version"  # the parameter that says which version was selected before
 
 _TYPES = {
     **{f"uint{bits}": getattr(model_config_pb2, f"TYPE_UINT{bits}") for bits in (8, 16, 32, 64)},
@@ -124,6 +125,40 @@ def kind(message: ModelConfig) -> str:
 def selected(message: ModelConfig) -> list[int]:
     """The versions that the config's policy names; empty when Triton chooses by itself."""
     return list(message.version_policy.specific.versions)
+
+
+def previous(message: ModelConfig) -> int | None:
+    """The version that was selected before, or None."""
+    stated = parameter(message, PREVIOUS) or ""
+    return int(stated) if stated.isdigit() else None
+
+
+def select(message: ModelConfig, version: int) -> None:
+    """Let the policy name just this version, and remember the one that it named before."""
+    before = max(selected(message), default=version)
+    if before != version:
+        set_parameter(message, PREVIOUS, str(before))
+    message.version_policy.specific.versions[:] = [version]
+
+
+def settings(message: ModelConfig) -> dict[str, Any]:
+    """How the model is run, by field and parameter, whichever versions there are."""
+    record: dict[str, Any] = json.loads(to_json(message))
+    record.pop("version_policy", None)
+    for key, value in record.pop("parameters", {}).items():
+        if key != PREVIOUS and not key.startswith("sha256."):
+            record[key] = value
+    return record
+
+
+def to_json(message: ModelConfig) -> str:
+    """The message as Triton's JSON has it."""
+    return str(json_format.MessageToJson(message, preserving_proto_field_name=True))
+
+
+def config_files(packaged: Path) -> list[Path]:
+    """The model's configs: profiles in order, config.pbtxt last."""
+    return [*sorted((packaged / "configs").glob("*.pbtxt")), packaged / "config.pbtxt"]
 
 
 def to_text(message: ModelConfig) -> str:

@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.admin import KEY_HEADER
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
@@ -18,6 +17,7 @@ IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
 BACKENDS = Path(__file__).parent / "backend"
 REQUIREMENTS = BACKENDS / "requirements.txt"
 RESTRICTED = "model-repository,shared-memory,trace,logging"
+KEY_HEADER = "triton-admin-key"
 # A minute's latencies as quantiles: which, and how exact in rank.
 SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.99:0.001")
 EXIT_SECONDS = 1  # for connections that stay open, after everything accepted was answered

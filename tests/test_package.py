@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.package import next_version, package
 from pipeline.paths import Paths
+
+HANG_GUARD = 60.0  # seconds
 
 
 def config_of(chain: Chain) -> triton.ModelConfig:
@@ -78,22 +82,30 @@ def test_versions_count_as_numbers(tmp_path: Path) -> None:
     assert next_version(tmp_path) == 11
 
 
-def _package(root: Path) -> None:
-    package(Paths(root))
+def _package(root: Path, begin: Barrier, count: int) -> None:
+    def one() -> int:
+        begin.wait(HANG_GUARD)
+        return package(Paths(root))[0].version
+
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(one) for _ in range(count)]:
+            future.result()
 
 
-def test_packagers_at_once_get_a_version_each(chain: Chain) -> None:
+def test_sixteen_packagers_at_once_get_a_version_each(chain: Chain) -> None:
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_package, args=(chain.root,)) for _ in range(4)]
+    begin = spawn.Barrier(16)  # two processes of eight threads each
+    processes = [spawn.Process(target=_package, args=(chain.root, begin, 8)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
-    assert next_version(chain.paths.packaged) == 6
-    assert {triton.digest(config_of(chain), str(n)) for n in range(1, 6)} == {
-        sha256(chain.paths.onnx)
-    }
+    assert [process.exitcode for process in processes] == [0] * 2
+    folders = sorted(int(path.name) for path in chain.paths.packaged.glob("[0-9]*"))
+    assert folders == list(range(1, 18))
+    config = config_of(chain)
+    assert {triton.digest(config, str(n)) for n in folders} == {sha256(chain.paths.onnx)}
+    assert (triton.selected(config), triton.previous(config)) == ([17], 16)
 
 
 def test_an_export_that_was_never_validated_is_refused_with_3(chain: Chain) -> None:

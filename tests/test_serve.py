@@ -28,12 +28,13 @@ from conftest import (
 from traffic import Traffic, expected, lost, traffic
 
 from pipeline import serve, supervise, tritonserver
-from pipeline.admin import KEY_HEADER
+from pipeline.admin import Admin
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.files import sha256, write_json
 from pipeline.paths import Paths
+from pipeline.triton import ModelConfig
 from pipeline.tritonserver import Runtime
 
 Served = tuple[Chain, dict[str, Any]]
@@ -206,7 +207,7 @@ def test_admin_interfaces_are_closed_without_the_key(served: Served, path: str) 
     key = json.loads(chain.paths.server.read_text())["admin_key"]
     index = f"http://127.0.0.1:{server['http_port']}/v2/repository/index"
     with urllib.request.urlopen(
-        urllib.request.Request(index, b"{}", {KEY_HEADER: key})
+        urllib.request.Request(index, b"{}", {tritonserver.KEY_HEADER: key})
     ) as response:
         assert json.load(response)[0]["name"] == "handwriting"
 
@@ -263,9 +264,9 @@ def test_a_server_that_hangs_or_answers_wrongly_is_started_again(servable: Chain
         if list(tensor.dims)[:1] == [10]:
             values = np.roll(onnx.numpy_helper.to_array(tensor), 1, axis=0)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    wrong = {"backend": "onnxruntime", "max_batch_size": 64}
-    files = {"file:1/model.onnx": model.SerializeToString()}
-    server.admin.load("handwriting", HANG_GUARD, json.dumps(wrong), files)
+    wrong = ModelConfig(name="handwriting", backend="onnxruntime", max_batch_size=64)
+    with Admin(server.grpc_url, server.admin_key, HANG_GUARD) as admin:
+        admin.load_files(wrong, {"1/model.onnx": model.SerializeToString()})
     third = ready_again(servable, second)
     assert third["why"] == "handwriting version 1 answers wrongly"
     assert servable.run("serve", "status").exit_code == 0

@@ -105,11 +105,15 @@ def test_logs_of_no_server_say_so(chain: Chain) -> None:
 def test_the_admin_interface_needs_its_key_and_says_what_it_is_refused(served: Served) -> None:
     chain, server = served
     key = json.loads(chain.paths.server.read_text())["admin_key"]
-    address = f"127.0.0.1:{server['http_port']}"
-    assert Admin(address, key).states() == {("handwriting", "1"): "READY"}
-    with pytest.raises(PipelineError, match="refuses"):
-        Admin(address, "guessed").states()
-    with pytest.raises(PipelineError, match="refuses: .*nobody"):
-        Admin(address, key).load("nobody", 10)
-    with pytest.raises(ServerError, match="no answer from http"):
-        Admin(f"127.0.0.1:{free_port()}", key).states()
+    url = f"grpc://127.0.0.1:{server['grpc_port']}"
+    with Admin(url, key, 10) as admin:
+        assert admin.states() == {("handwriting", "1"): "READY"}
+        with pytest.raises(PipelineError, match="refuses: .*nobody"):
+            admin.load("nobody")
+    with Admin(url, "guessed", 10) as guessing, pytest.raises(PipelineError, match="restricted"):
+        guessing.states()
+    with (
+        Admin(f"grpc://127.0.0.1:{free_port()}", key, 10) as nobody,
+        pytest.raises(ServerError, match="no answer from grpc"),
+    ):
+        nobody.states()

@@ -36,6 +36,7 @@ class Traffic:
     timeout: float = 10.0  # seconds for a request
     sizes: tuple[int, ...] = SIZES  # none above the model's largest batch
     seed: int = 0
+    pause: float = 0.0  # seconds after a request: the machine has other things to do as well
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def _client(ask: Traffic, counter: Any, stop: Any, results: Any) -> None:
             problem = judge(ask, rows, outputs, version)
             tallied.add(sent, "wrong" if problem else "right", problem or version)
         counter.value += 1
+        if ask.pause:
+            time.sleep(ask.pause)
     if client:
         client.close()
     results.put(tallied.tally())

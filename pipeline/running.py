@@ -1,0 +1,79 @@
+"""The server that `server.json` speaks of, and whether it still runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+from pipeline.files import read_json
+from pipeline.paths import Paths
+
+
+@dataclass(frozen=True)
+class Server:
+    """A tritonserver that we started. What `server.json` records."""
+
+    id: str
+    pid: int
+    start_time: int  # of the process, in clock ticks since boot: a pid may come again
+    supervisor_pid: int
+    supervisor_start_time: int
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    admin_key: str
+    runtime: str
+    models: dict[str, int]  # name -> version
+    is_ready: bool
+    ready_at: float  # seconds since the epoch; 0.0 until it is ready
+    restarts: int  # how often its supervisor has started it anew
+    why: str  # it was started anew the last time; empty before the first
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"grpc://127.0.0.1:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
+
+
+def start_time(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot; None when it is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_alive(pid: int, started: int) -> bool:
+    """Whether that very process still runs."""
+    return started > 0 and start_time(pid) == started
+
+
+def recorded(paths: Paths) -> Server | None:
+    """The server that `server.json` speaks of, alive or not; None when it speaks of none."""
+    if not paths.server.exists():
+        return None
+    record = read_json(paths.server, f"stop what you started and remove {paths.server}")
+    try:
+        return Server(**{name: record[name] for name in Server.__dataclass_fields__})
+    except KeyError as error:
+        raise PipelineError(f"{paths.server} lacks {error}: remove it") from error
+
+
+def serving(paths: Paths) -> Server | None:
+    """Our server, if it runs and serves this model of this repository."""
+    server = None if paths.repository_folder else recorded(paths)
+    if server is None or paths.name not in server.models:
+        return None
+    # A supervisor whose tritonserver died may be about to start it again.
+    processes = (
+        (server.pid, server.start_time),
+        (server.supervisor_pid, server.supervisor_start_time),
+    )
+    return server if any(is_alive(*process) for process in processes) else None

@@ -1,0 +1,167 @@
+"""Promote and roll back under a running server: nobody gets an answer of an unproven version.
+
+Triton sends requests that name no version to the highest that is ready, and a load is the switch.
+So the candidate is first loaded under a name of its own and answers its golden set there. A kill
+in between leaves a config that selects one version and a server that answers with another:
+`pipeline versions list` shows both, and the same promotion again ends it.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import FrameType
+
+from pipeline import triton, versions
+from pipeline.admin import Admin
+from pipeline.errors import CheckFailedError, PipelineError, ServerError
+from pipeline.files import locked, write_bytes
+from pipeline.golden import require
+from pipeline.paths import Paths
+from pipeline.query import Client
+from pipeline.replay import Release, replay_golden, served_version
+from pipeline.running import serving
+from pipeline.serve import Server, recorded, write_record
+from pipeline.versions import Change
+
+LOAD_SECONDS = 60.0  # in which Triton has loaded a model
+ANSWER_SECONDS = 10.0
+
+Report = Callable[[str], None]
+
+
+def promote(paths: Paths, version: int, report: Report = lambda line: None) -> Change:
+    """Select a version; where our server runs, it answers with it from now on.
+
+    Raises as `versions.promote`, CheckFailedError when the candidate is not loaded or answers
+    wrongly, and ServerError when the server gives no answer: what was served goes on being served.
+    """
+    with locked(paths.lock):
+        return _promote(paths, version, report)
+
+
+def rollback(paths: Paths, report: Report = lambda line: None) -> Change:
+    """Promote the version that was selected before. Twice is there and back again."""
+    with locked(paths.lock):
+        return _promote(paths, versions.previous(paths), report)
+
+
+def served(paths: Paths) -> int | None:
+    """The version that our server answers with at this moment; None where none answers."""
+    server = serving(paths)
+    if server is None:
+        return None
+    try:
+        with Client(server.grpc_url, paths.name, ANSWER_SECONDS) as client:
+            return served_version(client)
+    except ServerError:
+        return None
+
+
+def _promote(paths: Paths, version: int, report: Report) -> Change:
+    release = versions.checked(paths, version)
+    server = serving(paths)
+    if server is None:
+        return versions.select(paths, release)
+    if not server.is_ready:
+        raise ServerError(f"the server (pid {server.pid}) is starting: try again in a moment")
+    with Client(server.grpc_url, paths.name, ANSWER_SECONDS) as client:
+        before = served_version(client)
+    with Admin(server.grpc_url, server.admin_key, LOAD_SECONDS) as admin:
+        _prove(paths, server, admin, release, report)
+        with _unbroken():
+            _switch(paths, server, admin, release, before)
+    return Change(paths.name, version, release.sha256, before, is_served=True)
+
+
+def _prove(paths: Paths, server: Server, admin: Admin, release: Release, report: Report) -> None:
+    """Return when the version, loaded under another name, answers its golden set rightly."""
+    name = f"{paths.name}.candidate"
+    if (paths.repository / name).exists():
+        raise PipelineError(f"{paths.repository} has a model {name}, a name that is needed here")
+    what = f"{paths.name} version {release.version}"
+    goes_on = f"What was served goes on being served; look at {release.folder}, or package again"
+    report(f"loading {what} as {name}")
+    try:
+        try:
+            admin.load_files(*_candidate(paths, name, release))
+        except ServerError:
+            raise
+        except PipelineError as error:
+            said = str(error).strip().rstrip(";")
+            raise CheckFailedError(f"{what} is not loaded: {said}. {goes_on}") from error
+        report(f"asking {name} the golden set")
+        _require_right(server, name, release, f"{what} answers wrongly", goes_on)
+    finally:
+        with contextlib.suppress(PipelineError):
+            admin.unload(name)
+
+
+def _candidate(
+    paths: Paths, name: str, release: Release
+) -> tuple[triton.ModelConfig, dict[str, bytes]]:
+    """The version as a model of its own: its config, and its files by their paths."""
+    config = triton.read(paths.packaged / "config.pbtxt")
+    config.name = name
+    triton.select(config, release.version)
+    beside = [paths.packaged / triton.LABELS, *(paths.packaged / "warmup").iterdir()]
+    files = {str(path.relative_to(paths.packaged)): path.read_bytes() for path in beside}
+    return config, {**files, f"{release.version}/{paths.onnx.name}": release.onnx}
+
+
+def _require_right(server: Server, name: str, release: Release, what: str, mend: str) -> None:
+    """Raise CheckFailedError unless this very version answers, and rightly, over both protocols."""
+    for url in (server.http_url, server.grpc_url):
+        with Client(url, name, LOAD_SECONDS) as client:
+            require(replay_golden(client, release.golden), f"{what} over {url}", mend)
+            answering = served_version(client)
+        if answering != release.version:
+            raise CheckFailedError(f"{what} over {url}: version {answering} answers. {mend}")
+
+
+def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before: int) -> None:
+    """Select the version and load it; on any failure, back to what was selected and served."""
+    configs = {path: path.read_bytes() for path in triton.config_files(paths.packaged)}
+    what = f"{paths.name} version {release.version}"
+    mend = f"Version {before} is served again"
+    try:
+        versions.select(paths, release)
+        admin.load(paths.name)
+        _record(paths, server, release.version)
+        _require_right(server, paths.name, release, f"{what} answers wrongly once it serves", mend)
+    except PipelineError as error:
+        for path, content in configs.items():
+            write_bytes(path, content)
+        with contextlib.suppress(PipelineError):
+            admin.load(paths.name)
+        _record(paths, server, before)
+        said = str(error).strip().rstrip(";")
+        raise type(error)(f"{what} is not promoted, version {before} stays: {said}") from error
+
+
+def _record(paths: Paths, server: Server, version: int) -> None:
+    """Tell `status` and the supervisor, unless the server was started anew meanwhile."""
+    now = recorded(paths)
+    if now and now.id == server.id:
+        write_record(paths, replace(now, models={**now.models, paths.name: version}))
+
+
+@contextlib.contextmanager
+def _unbroken() -> Iterator[None]:
+    """Let Ctrl-C wait until the block, which has deadlines, is through."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+    pending: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pending.append(number)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending:
+        raise KeyboardInterrupt
