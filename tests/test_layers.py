@@ -16,8 +16,8 @@ ORDER = [
     *("findings", "sample", "predictions", "device", "processes", "augment", "model"),
     *("reference", "checkpoint", "train", "records", "runs", "subject", "sizes", "graph"),
     *("policy", "departures", "handed", "variants", "export", "runtime", "card", "trial"),
-    *("proof", "triton", "package", "query", "replay", "tritonserver", "serve", "supervise"),
-    *("prove", "gpu", "benchmark", "report", "figures", "answers", "evidence", "page"),
+    *("proof", "triton", "package", "query", "replay", "tritonserver", "deploy", "serve"),
+    *("supervise", "prove", "gpu", "benchmark", "report", "figures", "answers", "evidence", "page"),
     *("command", "cli_data", "cli_train", "cli_export", "cli_validate", "cli_serve"),
     *("cli_measure", "cli", "__main__"),
 ]
@@ -36,7 +36,7 @@ HOMES = {
     "greenlet": {"query"},
     "PIL": {"images"},
     "matplotlib": {"figures"},
-    "jinja2": {"page", "card"},
+    "jinja2": {"page", "card", "deploy"},
     "pooch": {"sources"},
     "tensorboard": set(),  # through torch, where it is installed
     "click": {p.stem for p in PACKAGE.glob("cli*.py")} | {"command"},
