@@ -161,6 +161,7 @@ HEALTHY = {
     "nv_inference_pending_request_count": "3x60",
     "nv_inference_queue_duration_us": "0+60000x60",  # a millisecond a request
 }
+IDLE = {"nv_inference_request_success": "5x60", "nv_inference_queue_duration_us": "5x60"}
 
 
 @needs_promtool
@@ -170,15 +171,15 @@ HEALTHY = {
         ("", {}),
         (
             "",
-            {"nv_inference_request_success": "5x60", "nv_inference_pending_request_count": "0x60"},
+            {**IDLE, "nv_inference_pending_request_count": "0x60"},
         ),
         ("TritonDown", {"up": "0x60"}),
         ("TritonDown", {"up": None}),
         ("TritonModelGone", {"nv_inference_request_success": None}),
         ("TritonFailures", {"nv_inference_request_failure": "0+1x60"}),
-        ("TritonStuck", {"nv_inference_request_success": "5x60"}),
+        ("TritonStuck", IDLE),
         ("TritonQueueLong", {"nv_inference_queue_duration_us": "0+900000x60"}),
-        ("TritonRestarts", {"nv_inference_request_success": "9+9x19 9+9x19 9+9x19 9+9x19"}),
+        ("TritonRestarts", {"nv_inference_request_success": " ".join(["9+9x9"] * 6)}),
     ],
 )
 def test_an_alert_fires_when_it_should_and_is_silent_when_all_is_well(
@@ -241,7 +242,8 @@ def test_the_health_checks_of_both_kinds_tell_a_right_server_from_none_or_anothe
     served: Served, tmp_path: Path
 ) -> None:
     chain, server = served
-    (folder, *_) = (Path(chain.record("package", "--deploy", "compose")["files"][0]).parent,)
+    chain.record("package", "--deploy", "compose")
+    folder = chain.paths.deployment("compose")
     check = read(folder / "compose.yaml")["services"]["triton"]["healthcheck"]["test"]
     chain.record("package", "--deploy", "kubernetes")
     manifests = chain.paths.deployment("kubernetes") / "manifests"
