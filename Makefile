@@ -159,6 +159,9 @@ system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends curl chromium dataset-fashion-mnist > /dev/null
+	@echo "promtool, out of its package: the whole of it would start a server"
+	cd "$$(mktemp -d)" && apt-get download -qq prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb | \
+		tar -xC /usr/local --strip-components=2 ./usr/bin/promtool && rm -r "$$PWD"
 
 .PHONY: clean clean-venv
 clean: ## remove exports and caches, never data or runs

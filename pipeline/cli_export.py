@@ -1,11 +1,12 @@
 """The commands that export and package, and the options that name anybody's module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from pipeline.command import Command, Settings, name_of_run, name_option, paths_of
 from pipeline.config import PRECISIONS, PackageConfig
@@ -136,14 +137,31 @@ def class_names(classes: str | None) -> Sequence[str]:
 @click.option("--instances", default=PackageConfig.instances, show_default=True)
 @click.option("--intra-op-threads", default=PackageConfig.intra_op_threads, show_default=True)
 @click.option("--inter-op-threads", default=PackageConfig.inter_op_threads, show_default=True)
+@click.option(
+    "--deploy",
+    type=click.Choice(["compose", "kubernetes"]),
+    help="Write the files that run what is packaged already, and package nothing.",
+)
+@click.option("--target-triton", metavar="YY.MM", help="The Triton that --deploy is for.")
 @click.pass_obj
-def package_command(settings: Settings, /, name: str | None, **changes: int) -> None:
+def package_command(
+    settings: Settings,
+    /,
+    name: str | None,
+    deploy: str | None,
+    target_triton: str | None,
+    **changes: int,
+) -> None:
     """Add a validated export to the Triton model repository, each precision as a model.
 
     \b
     Example:
       pipeline package
+      pipeline package --deploy compose
     """
+    if deploy or target_triton:
+        _deploy(settings, paths_of(settings, name), deploy, target_triton, changes)
+        return
     from pipeline.package import package
 
     paths = paths_of(settings, name)
@@ -159,3 +177,20 @@ def package_command(settings: Settings, /, name: str | None, **changes: int) -> 
         "\n".join(map(str, done)),
         ", ".join(promote) or f"pipeline validate {paths.repository}",
     )
+
+
+def _deploy(
+    settings: Settings, paths: Paths, kind: str | None, release: str | None, others: Iterable[str]
+) -> None:
+    """Write the deployment of what is packaged; options of packaging have no place there."""
+    if not kind:
+        raise click.UsageError("--target-triton goes with --deploy (and with 'pipeline export')")
+    source = click.get_current_context().get_parameter_source
+    given = [name for name in others if source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(f"--deploy packages nothing: leave out {options}")
+    from pipeline.deploy import deploy
+
+    done = deploy(paths, kind, release)
+    settings.result(asdict(done), done, done.then)

@@ -8,7 +8,8 @@ from pipeline.errors import PipelineError
 
 MODEL_NAMES = {"mnist": "handwriting"}
 FOLDER = "folder:"  # stands before the path of a folder of pictures, where a data set is named
-TAKEN = ("handwriting", "model_repository", "figures", "failed")  # under runs/ or exported/
+# Under runs/ or exported/.
+TAKEN = ("handwriting", "model_repository", "figures", "failed", "deploy")
 NAME_RULE = "up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -168,6 +169,9 @@ class Paths:
     @property
     def packaged(self) -> Path:
         return self.repository / self.name
+
+    def deployment(self, kind: str) -> Path:
+        return self.exported / "deploy" / self.name / kind
 
     @property
     def lock(self) -> Path:

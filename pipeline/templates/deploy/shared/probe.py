@@ -1,0 +1,51 @@
+"""Exit 0 when a Triton knows an image: probe.py URL IMAGE CLASS TYPE. Otherwise 1, and why.
+
+Health endpoints stay green while every inference fails, so a health check has to infer. Runs
+inside NVIDIA's container, with nothing but Python.
+"""
+
+import http.client
+import struct
+import sys
+import urllib.parse
+
+SECONDS = 4.0  # below the time-out of whoever runs this
+
+
+def outputs(url: str, image: bytes, letter: str) -> list[float]:
+    """What the model at `url` says of one image, its bytes as they are."""
+    place = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(place.netloc, timeout=SECONDS)
+    # Closed, because an idle connection would hold up the server's end.
+    headers = {"Inference-Header-Content-Length": "0", "Connection": "close"}
+    connection.request("POST", place.path, image, headers)
+    response = connection.getresponse()
+    body = response.read()
+    if response.status != 200:
+        raise ValueError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")
+    start = int(response.headers["Inference-Header-Content-Length"])
+    return [value for (value,) in struct.iter_unpack(f"<{letter}", body[start:])]
+
+
+def is_ahead(values: list[float], expected: int) -> bool:
+    """Whether that class is ahead of all others: of equal values none is, and no NaN counts."""
+    others = values[:expected] + values[expected + 1 :]
+    return all(values[expected] > value for value in others)
+
+
+def main(url: str, file: str, expected: str, letter: str) -> str:
+    """What is wrong, or nothing."""
+    try:
+        with open(file, "rb") as image:
+            values = outputs(url, image.read(), letter)
+        if is_ahead(values, int(expected)):
+            return ""
+    except (OSError, http.client.HTTPException, ValueError, TypeError, struct.error) as error:
+        return f"no answer from {url}: {error}"
+    except IndexError:
+        return f"{url} knows {len(values)} classes, the image is of class {expected}"
+    return f"{url} answers {values[:20]}, class {expected} should be ahead"
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]) or 0)
