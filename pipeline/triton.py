@@ -13,6 +13,7 @@ from pipeline.config import PackageConfig, TensorSpec
 from pipeline.errors import PipelineError
 
 LABELS, WARMUP = "labels.txt", "digit"
+CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
 
 _TYPES = {
     **{f"uint{bits}": getattr(model_config_pb2, f"TYPE_UINT{bits}") for bits in (8, 16, 32, 64)},
@@ -133,3 +134,26 @@ def read(path: Path) -> ModelConfig:
         raise PipelineError(f"no {path}: run 'pipeline package'") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} does not parse: {error}") from error
+
+
+def config_files(packaged: Path) -> list[Path]:
+    """The model's configs: profiles in order, config.pbtxt last."""
+    return [*sorted((packaged / PROFILES).glob("*.pbtxt")), packaged / CONFIG]
+
+
+def profile_file(packaged: Path, profile: str = "") -> Path:
+    """The config that `--model-config-name` chooses, config.pbtxt without a profile.
+
+    Raises PipelineError when the model has no such profile: Triton would take config.pbtxt then,
+    and say nothing (GetModelConfigFullPath in core's model_repository_manager.cc).
+    """
+    if not profile:
+        return packaged / CONFIG
+    found = [path for path in config_files(packaged)[:-1] if path.stem == profile]
+    if not found:
+        known = ", ".join(path.stem for path in config_files(packaged)[:-1]) or "none"
+        raise PipelineError(
+            f"{packaged} has no profile {profile!r}, it has {known}: choose one of them, or "
+            "package the model again with 'pipeline package'"
+        )
+    return found[0]
