@@ -132,26 +132,59 @@ def class_names(classes: str | None) -> Sequence[str]:
 @click.command(cls=Command)
 @name_option
 @click.option("--max-batch-size", default=PackageConfig.max_batch_size, show_default=True)
-@click.option("--max-queue-delay-us", default=PackageConfig.max_queue_delay_us, show_default=True)
-@click.option("--instances", default=PackageConfig.instances, show_default=True)
-@click.option("--intra-op-threads", default=PackageConfig.intra_op_threads, show_default=True)
-@click.option("--inter-op-threads", default=PackageConfig.inter_op_threads, show_default=True)
+@click.option("--max-queue-delay-us", type=int, help="For every profile, as the next three.")
+@click.option("--instances", type=int)
+@click.option("--intra-op-threads", type=int)
+@click.option("--inter-op-threads", type=int)
+@click.option("--cores", type=int, help="Of the machine that will serve.  [default: this one's]")
+@click.option(
+    "--explain",
+    is_flag=False,
+    flag_value="all",
+    metavar="[PROFILE]",
+    help="Say what a profile's config would be, and why; package nothing.",
+)
+@click.option(
+    "--archive",
+    is_flag=False,
+    flag_value="",
+    metavar="[PATH]",
+    help="Write the version as a tar too.  [without a path: exported/NAME-VERSION.tar]",
+)
 @click.pass_obj
-def package_command(settings: Settings, /, name: str | None, **changes: int) -> None:
+def package_command(
+    settings: Settings,
+    /,
+    name: str | None,
+    explain: str | None,
+    archive: str | None,
+    **changes: int | None,
+) -> None:
     """Add a validated export to the Triton model repository, each precision as a model.
 
     \b
     Example:
       pipeline package
+      pipeline package --explain latency
+      pipeline package --archive release.tar
     """
-    from pipeline.package import package
+    from pipeline import package
+    from pipeline.profiles import table
 
-    paths = paths_of(settings, name)
-    done = package(paths, PackageConfig(**changes))
-    text = "\n".join(
-        f"wrote {one.folder} (version {one.version}, sha256 {one.sha256[:12]})" for one in done
-    )
-    variants = [{**asdict(one), "folder": str(one.folder)} for one in done]
-    settings.result(
-        {**variants[0], "variants": variants}, text, f"pipeline validate {paths.repository}"
-    )
+    paths, config = paths_of(settings, name), PackageConfig(**changes)  # type: ignore[arg-type]
+    if explain:
+        found = package.explain(paths, config, explain)
+        fields = {name: [asdict(choice) for choice in choices] for name, choices in found.items()}
+        settings.result({"profiles": fields}, table(found), f"pipeline package{named(paths)}")
+        return
+    lines, variants = [], []
+    for one in package.package(paths, config):
+        digest = one.sha256[:12]
+        lines.append(f"wrote {one.folder} (version {one.version}, sha256 {digest})")
+        variants.append({**asdict(one), "folder": str(one.folder)})
+        if archive is not None:
+            path, digest = package.archive(paths, one, Path(archive) if archive else None)
+            lines.append(f"wrote {path} (sha256 {digest})")
+            variants[-1] |= {"archive": str(path), "archive_sha256": digest}
+    record = {**variants[0], "variants": variants}
+    settings.result(record, "\n".join(lines), f"pipeline validate {paths.repository}")

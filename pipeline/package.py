@@ -1,10 +1,10 @@
 """A validated export becomes the next version in a Triton model repository."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import graph, triton
+from pipeline import graph, profiles, triton
 from pipeline.config import PackageConfig, pictures_of
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import (
@@ -13,12 +13,14 @@ from pipeline.files import (
     locked,
     new_folder,
     read_json,
+    refuse_shared,
     write_bytes,
     write_json,
 )
 from pipeline.golden import unpack_golden
 from pipeline.paths import MODEL_NAMES, Paths, packaged_name
 from pipeline.policy import check_policy
+from pipeline.tarball import write_tar
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"
 VALIDATE = "run 'pipeline validate' first"
@@ -42,6 +44,35 @@ def package(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packa
     when the export was never validated, CorruptError when a file changed since, and
     CheckFailedError when its signature or classes differ from the repository's.
     """
+    return [_add(paths, load) for load in _loads(paths, config)]
+
+
+def explain(
+    paths: Paths, config: PackageConfig, profile: str = "all"
+) -> dict[str, list[profiles.Choice]]:
+    """What `package` would write into each config of the fp32 model, with reasons; none is written.
+
+    Raises what `package` raises, and PipelineError for a profile that there is not.
+    """
+    chosen = [name for name in profiles.PROFILES if profile in (name, "all")]
+    if not chosen:
+        raise PipelineError(f"no profile {profile!r}: there are {', '.join(profiles.PROFILES)}")
+    load = _loads(paths, config)[0]
+    _, base = _prepare(paths.repository / load.name, load)
+    return {name: profiles.explain(name, base, config) for name in chosen}
+
+
+def archive(paths: Paths, done: Packaged, target: Path | None = None) -> tuple[Path, str]:
+    """Write a packaged version as a tar (exported/NAME-VERSION.tar); its path and SHA-256."""
+    model = replace(paths, name=done.name)
+    path = target or model.archive(done.version)
+    if target and done.precision != "fp32":  # one tar for each model
+        path = target.with_stem(f"{target.stem}-{done.precision}")
+    return path, write_tar(model.packaged, done.version, paths.onnx.name, path)
+
+
+def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
+    """Each file of the export with what goes into its version, all of it checked."""
     manifest = check_manifest(paths.export, EXPORT)
     proven = _require_validation(paths)
     largest = max(proven[0]["batch_sizes"])
@@ -50,8 +81,7 @@ def package(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packa
             f"max-batch-size must be below {largest}, the largest batch that the proof has tried, "
             f"got {config.max_batch_size}"
         )
-    loads = [_load(paths, manifest, entry, config) for entry in proven]
-    return [_add(paths, load) for load in loads]
+    return [_load(paths, manifest, entry, config) for entry in proven]
 
 
 @dataclass(frozen=True)
@@ -65,6 +95,7 @@ class _Load:
     golden: bytes
     manifest: dict[str, Any]
     message: triton.ModelConfig
+    config: PackageConfig
 
 
 def _load(
@@ -88,25 +119,32 @@ def _load(
         if value != usual:
             triton.set_parameter(message, key, value)
     of_file = {**manifest, "precision": precision}
-    return _Load(name, precision, entry["sha256"], content, golden, of_file, message)
+    return _Load(name, precision, entry["sha256"], content, golden, of_file, message, config)
 
 
 def _add(paths: Paths, load: _Load) -> Packaged:
-    packaged, message = paths.repository / load.name, load.message
+    packaged = paths.repository / load.name
     first = unpack_golden(load.golden, "the golden set").images[0].tobytes()
     classes = "\n".join(load.manifest["classes"]) + "\n"
     with locked(paths.exported / f".{load.name}.lock"):
-        version = next_version(packaged)
-        _keep_digests(packaged / "config.pbtxt", message, version)
-        triton.set_parameter(message, f"sha256.{version}", load.sha256)
-        message.version_policy.specific.versions.append(version)
+        refuse_shared(paths.repository, [packaged] if packaged.exists() else [])
+        version, message = _prepare(packaged, load)
         folder = packaged / str(version)
         with new_folder(folder) as fresh:
             _fill(fresh, paths, load)
         write_bytes(packaged / triton.LABELS, classes.encode())
         write_bytes(packaged / "warmup" / triton.WARMUP, first)
-        write_bytes(packaged / "config.pbtxt", triton.to_text(message).encode())
+        profiles.write_configs(packaged, message, load.config)
     return Packaged(load.name, load.precision, folder, version, load.sha256)
+
+
+def _prepare(packaged: Path, load: _Load) -> tuple[int, triton.ModelConfig]:
+    """The next version, and what all its configs have: digests, and the version selected."""
+    version, message = next_version(packaged), load.message
+    _keep_digests(packaged / triton.CONFIG, message, version)
+    triton.set_parameter(message, f"sha256.{version}", load.sha256)
+    triton.select(message, version)
+    return version, message
 
 
 def _require_validation(paths: Paths) -> list[dict[str, Any]]:

@@ -165,6 +165,9 @@ class Paths:
     def packaged(self) -> Path:
         return self.repository / self.name
 
+    def archive(self, version: int) -> Path:
+        return self.exported / f"{self.name}-{version}.tar"
+
     @property
     def server(self) -> Path:
         return self.exported / "server.json"

@@ -125,7 +125,7 @@ def running_server(
     Raises PipelineError when a port is taken or nothing can run, CheckFailedError when it answers
     wrongly, CorruptError when a packaged file changed, ServerError when it does not come up.
     """
-    releases = selected_releases(paths)
+    releases = selected_releases(paths, config.profile)
     runtime = tritonserver.find(paths, config.runtime)
     if config.host != "127.0.0.1" and runtime.kind == "wheel":
         raise PipelineError("the wheel's tritonserver is too old for a network: loopback only")

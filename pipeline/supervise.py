@@ -82,6 +82,7 @@ def _spawn(paths: Paths, config: ServeConfig) -> int:
     options = [f"--{service}-port={port}" for service, port in ports(config).items()]
     command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve", *options]
     command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
+    command += [f"--profile={config.profile}"] if config.profile else []
     log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     streams = [(os.POSIX_SPAWN_DUP2, log, stream) for stream in (1, 2)]
     silence = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]

@@ -14,6 +14,9 @@ from pipeline.errors import PipelineError
 
 LABELS, WARMUP = "labels.txt", "digit"
 CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
+ENGINES = "trt_engine_cache_path"
+
+Value = str | int | tuple[int, ...]
 
 _TYPES = {
     **{f"uint{bits}": getattr(model_config_pb2, f"TYPE_UINT{bits}") for bits in (8, 16, 32, 64)},
@@ -29,7 +32,7 @@ def model_config(
     classes: Sequence[str],
     config: PackageConfig,
 ) -> ModelConfig:
-    """The configuration of a packaged model, without its versions.
+    """What every config of a packaged model has, without its versions; profiles.py adds the rest.
 
     Raises PipelineError for a tensor type that Triton's config has no use for here.
     """
@@ -51,22 +54,52 @@ def model_config(
         dims=outputs.shape,
         label_filename=LABELS,
     )
-    # A count, because without one Triton starts two; CPU, because this config runs anywhere.
-    message.instance_group.add(
-        kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=config.instances
-    )
-    # Read only where somebody makes the instances KIND_GPU: ONNX Runtime would use TF32 there.
-    gpu = message.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
-    gpu.parameters["use_tf32"] = "0"
-    message.dynamic_batching.max_queue_delay_microseconds = config.max_queue_delay_us
-    digit = message.model_warmup.add(name="digit", batch_size=1).inputs[images.name]
-    digit.data_type = _TYPES[images.dtype]
-    digit.dims.extend(images.shape)
-    digit.input_data_file = WARMUP
-    set_parameter(message, "intra_op_thread_count", str(config.intra_op_threads))
-    set_parameter(message, "inter_op_thread_count", str(config.inter_op_threads))
     set_parameter(message, "classes", json.dumps(list(classes)))
     return message
+
+
+def put(message: ModelConfig, field: str, value: Value) -> None:
+    """Set a field by its path in config.pbtxt; an accelerator for GPUs goes by its name."""
+    part, _, key = field.partition(".")
+    if part == "parameters":
+        set_parameter(message, key, str(value))
+    elif part in ("cuda", "tensorrt"):
+        _accelerator(message, part).parameters[key] = str(value)
+    elif part == "instance_group":
+        groups = message.instance_group
+        kinds = model_config_pb2.ModelInstanceGroup.Kind
+        group = groups[0] if groups else groups.add()
+        setattr(group, key, kinds.Value(value) if key == "kind" else value)
+    elif field == "model_warmup.batch_size" and isinstance(value, tuple):
+        for size in value:
+            _warm_up(message, size)
+    elif isinstance(value, tuple):
+        getattr(getattr(message, part), key).extend(value)
+    else:
+        parent = getattr(message, part) if key else message
+        if key:
+            parent.SetInParent()  # so that it is there when all its fields are zero
+        setattr(parent, key or part, value)
+
+
+def _accelerator(message: ModelConfig, name: str) -> Any:
+    """The GPU accelerator of that name, added where there is none yet."""
+    accelerators = message.optimization.execution_accelerators.gpu_execution_accelerator
+    found = [accelerator for accelerator in accelerators if accelerator.name == name]
+    return found[0] if found else accelerators.add(name=name)
+
+
+def _warm_up(message: ModelConfig, size: int) -> None:
+    """Add a batch of `size` to the warm-up.
+
+    Triton runs as many requests of one image together, and reads each from the same file, which
+    holds a single one (GenerateWarmupData in core's backend_model_instance.cc).
+    """
+    images = message.input[0]
+    digit = message.model_warmup.add(name=f"digit-{size}", batch_size=size).inputs[images.name]
+    digit.data_type = images.data_type
+    digit.dims.extend(images.dims)
+    digit.input_data_file = WARMUP
 
 
 def _format(images: TensorSpec) -> int:
@@ -119,6 +152,26 @@ def kind(message: ModelConfig) -> str:
 def selected(message: ModelConfig) -> list[int]:
     """The versions that the config's policy names; empty when Triton chooses by itself."""
     return list(message.version_policy.specific.versions)
+
+
+def select(message: ModelConfig, version: int) -> None:
+    """Let the config serve that version alone, with the TensorRT engines of its own weights."""
+    del message.version_policy.specific.versions[:]
+    message.version_policy.specific.versions.append(version)
+    for accelerator in message.optimization.execution_accelerators.gpu_execution_accelerator:
+        if ENGINES in accelerator.parameters:
+            accelerator.parameters[ENGINES] = engine_folder(message)
+
+
+def engine_folder(message: ModelConfig) -> str:
+    """Where TensorRT keeps the engines of the selected version's file.
+
+    A folder for each digest: ONNX Runtime names an engine by the graph, not by its weights, and
+    takes another version's engine without a word (its issue 6455).
+    """
+    versions = selected(message)
+    stated = digest(message, str(max(versions))) if versions else None
+    return f"/tmp/tensorrt-{(stated or 'unknown')[:16]}"
 
 
 def to_text(message: ModelConfig) -> str:
