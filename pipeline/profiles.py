@@ -26,7 +26,7 @@ ASKED = "asked for"
 ON_GPU = ("gpu", "tensorrt-fp16")
 ALL_CORES = ("cpu", "throughput")  # profiles whose one session works on every core
 MOST_INSTANCES = 8  # that are derived: each has its own copy of the weights
-DELAY_US, LONG_DELAY_US = 500, 5000
+DELAY_US, LONG_DELAY_US = 500, 2000
 WORKSPACE = 1 << 30  # bytes
 LONG = 36  # characters of a value that are shown
 
@@ -134,8 +134,11 @@ def _batching(profile: str, config: PackageConfig) -> list[Choice]:
     largest = config.max_batch_size
     delay, why = {
         "latency": (0, "no wait: what is queued when a session is free runs together"),
-        "throughput": (LONG_DELAY_US, f"10 x {DELAY_US}: what a batch may wait to become full"),
-    }.get(profile, (DELAY_US, "half a millisecond for company, less than a request's own way"))
+        "throughput": (LONG_DELAY_US, f"4 x {DELAY_US}: what a batch may wait to become full"),
+    }.get(
+        profile,
+        (DELAY_US, "half a millisecond for company, which a lone request waits for in vain"),
+    )
     if config.max_queue_delay_us is not None:
         delay, why = config.max_queue_delay_us, ASKED
     is_usual = largest == PackageConfig.max_batch_size
