@@ -100,10 +100,9 @@ def _write(path: Path, message: triton.ModelConfig) -> None:
 
 
 def _in_step(message: triton.ModelConfig, base: triton.ModelConfig) -> triton.ModelConfig:
-    """The message with the versions and digests of `base`."""
+    """The message with the versions of `base`, and what it says of them and to clients."""
     for key in base.parameters:
-        if key.startswith("sha256."):
-            triton.set_parameter(message, key, base.parameters[key].string_value)
+        triton.set_parameter(message, key, base.parameters[key].string_value)
     message.version_policy.CopyFrom(base.version_policy)
     return message
 
@@ -160,7 +159,9 @@ def _batching(profile: str, config: PackageConfig) -> list[Choice]:
 def _kind(profile: str) -> Choice:
     if profile in ON_GPU:
         return Choice(
-            "instance_group.kind", "KIND_GPU", "or the GPU is left out; without one the load fails"
+            "instance_group.kind",
+            "KIND_GPU",
+            "else no GPU is used; where there is none the load fails",
         )
     return Choice("instance_group.kind", "KIND_CPU", "needs nothing that a machine may lack")
 
@@ -225,8 +226,8 @@ def _tensorrt(base: triton.ModelConfig, config: PackageConfig) -> list[Choice]:
     reasons = {
         "precision_mode": (
             "FP16",
-            "float16: answers differ from float32's, so only the golden set of an fp16 variant "
-            "passes (pipeline export --precision fp16)",
+            "float16: an fp32 file's golden set refuses such answers, so this is for the fp16 "
+            "variant (pipeline export --precision fp16)",
         ),
         "max_workspace_size_bytes": (str(WORKSPACE), "1024 x 1024 x 1024: a bound while it builds"),
         "trt_engine_cache_enable": ("1", "building takes minutes, and is for this GPU only"),
@@ -278,6 +279,6 @@ def _common(base: triton.ModelConfig) -> list[Choice]:
         "outputs": "what the numbers are, for clients",
     }
     for key in sorted(base.parameters):
-        why = reasons[key.partition(".")[0]]
+        why = reasons.get(key.partition(".")[0], "no server reads it; the pipeline does")
         found.append(Choice(f"parameters.{key}", base.parameters[key].string_value, why))
     return found

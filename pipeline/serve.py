@@ -40,6 +40,7 @@ class Server:
     metrics_port: int
     admin_key: str
     runtime: str
+    profile: str  # which of configs/*.pbtxt; empty: config.pbtxt
     models: dict[str, int]  # name -> version
     is_ready: bool
 
@@ -152,6 +153,7 @@ def running_server(
                 metrics_port=config.metrics_port,
                 admin_key=key,
                 runtime=runtime.kind,
+                profile=config.profile,
                 models={name: release.version for name, release in releases.items()},
                 is_ready=False,
             )

@@ -14,6 +14,7 @@ from pipeline.errors import PipelineError
 
 LABELS, WARMUP = "labels.txt", "digit"
 CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
+PREVIOUS = "previous_version"  # the parameter that says which version was selected before
 ENGINES = "trt_engine_cache_path"
 
 Value = str | int | tuple[int, ...]

@@ -28,6 +28,7 @@ def packaged(tmp_path: Path) -> Path:
     base = triton.model_config("m", IMAGES, log_probabilities(2), "01", config)
     for version in ("1", "2"):
         triton.set_parameter(base, f"sha256.{version}", version * 64)
+    triton.set_parameter(base, triton.PREVIOUS, "2")
     triton.select(base, 1)
     profiles.write_configs(folder, base, config)
     return folder
@@ -71,7 +72,7 @@ def test_a_tar_selects_the_version_that_it_has_and_knows_no_other(
         message = triton.read(path)
         assert triton.selected(message) == [2]
         assert triton.digest(message, "2") == "2" * 64
-        assert triton.digest(message, "1") is None
+        assert triton.digest(message, "1") is triton.parameter(message, triton.PREVIOUS) is None
     assert triton.selected(triton.read(packaged / "config.pbtxt")) == [1]  # it only reads
 
 
