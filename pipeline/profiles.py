@@ -24,7 +24,7 @@ PROFILES = {
 }
 ASKED = "asked for"
 ON_GPU = ("gpu", "tensorrt-fp16")
-ALL_CORES = ("cpu", "throughput")  # profiles whose one session works on every core
+SIDE_BY_SIDE = ("latency", "throughput")  # with a session for each core
 MOST_INSTANCES = 8  # that are derived: each has its own copy of the weights
 DELAY_US, LONG_DELAY_US = 500, 2000
 WORKSPACE = 1 << 30  # bytes
@@ -167,9 +167,10 @@ def _kind(profile: str) -> Choice:
 
 
 def _instances(profile: str, cores: int) -> tuple[int, str]:
-    if profile == "latency":
+    if profile in SIDE_BY_SIDE:
         count = min(cores, MOST_INSTANCES)
-        return count, f"min({cores} cores, {MOST_INSTANCES}) = {count} requests side by side"
+        lone = "threads of one session wait for each other, sessions do not"
+        return count, f"min({_count(cores, 'core')}, {MOST_INSTANCES}) = {count}: {lone}"
     if profile in ON_GPU:
         return 1, "one session on each GPU: batches fill it, and a second one needs its own memory"
     return 1, "one session takes whole batches; without a count Triton starts two on a CPU"
@@ -179,7 +180,7 @@ def _threads(profile: str, cores: int, instances: int, config: PackageConfig) ->
     threads, why = 1, "a single core; the rest of the machine is somebody else's"
     if profile in ON_GPU:
         why = "the GPU computes; one thread hands it its work"
-    elif profile in (*ALL_CORES, "latency"):
+    elif profile in ("cpu", *SIDE_BY_SIDE):
         threads = max(1, cores // instances)
         why = f"{_count(cores, 'core')} / {_count(instances, 'instance')} = {threads}"
         why += " thread" if threads == 1 else " threads"

@@ -103,10 +103,14 @@ def test_threads_and_instances_come_from_the_cores_with_their_arithmetic(
     two, many = PackageConfig(cores=2), PackageConfig(cores=65)
     assert value_of(threads, "cpu", base, two).value == "2"
     assert value_of(threads, "cpu", base, two).reason == "2 cores / 1 instance = 2 threads"
-    assert value_of(count, "latency", base, two).value == 2
-    assert value_of(threads, "latency", base, two).reason == "2 cores / 2 instances = 1 thread"
-    assert value_of(count, "latency", base, many).value == 8
-    assert value_of(threads, "latency", base, many).reason == "65 cores / 8 instances = 8 threads"
+    for profile in ("latency", "throughput"):
+        assert value_of(count, profile, base, two).value == 2
+        assert value_of(count, profile, base, two).reason.startswith("min(2 cores, 8) = 2: ")
+        reason = value_of(threads, profile, base, two).reason
+        assert reason == "2 cores / 2 instances = 1 thread"
+        assert value_of(count, profile, base, many).value == 8
+        reason = value_of(threads, profile, base, many).reason
+        assert reason == "65 cores / 8 instances = 8 threads"
     assert value_of(threads, "config", base, many).value == "1"
 
 
