@@ -86,17 +86,13 @@ def message_of(profile: str, base: triton.ModelConfig, config: PackageConfig) ->
 
 def write_configs(packaged: Path, base: triton.ModelConfig, config: PackageConfig) -> None:
     """Write every profile's config, config.pbtxt last, and keep others' profiles in step."""
-    for profile in [name for name in PROFILES if name != "config"]:
-        path = packaged / triton.PROFILES / f"{profile}.pbtxt"
-        _write(path, message_of(profile, base, config))
-    for path in triton.config_files(packaged)[:-1]:
-        if path.stem not in PROFILES:  # somebody's own
-            _write(path, _in_step(triton.read(path), base))
-    _write(packaged / triton.CONFIG, message_of("config", base, config))
-
-
-def _write(path: Path, message: triton.ModelConfig) -> None:
-    write_bytes(path, triton.to_text(message).encode())
+    folder = packaged / triton.PROFILES
+    own = [path for path in triton.config_files(packaged)[:-1] if path.stem not in PROFILES]
+    messages = {path: _in_step(triton.read(path), base) for path in own}
+    messages |= {folder / f"{name}.pbtxt": message_of(name, base, config) for name in PROFILES}
+    messages[packaged / triton.CONFIG] = messages.pop(folder / "config.pbtxt")
+    for path, message in messages.items():
+        write_bytes(path, triton.to_text(message).encode())
 
 
 def _in_step(message: triton.ModelConfig, base: triton.ModelConfig) -> triton.ModelConfig:

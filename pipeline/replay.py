@@ -15,13 +15,7 @@ from pipeline import triton
 from pipeline.data import Split, scored_split
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.evaluate import Predictor, difference, margins, predict, score
-from pipeline.files import (
-    check_digest,
-    check_manifest,
-    read_json,
-    refuse_shared,
-    write_json,
-)
+from pipeline.files import check_digest, check_manifest, read_json, refuse_shared, write_json
 from pipeline.golden import Agreement, Golden, compare, require, unpack_golden
 from pipeline.machine import machine
 from pipeline.paths import Paths
