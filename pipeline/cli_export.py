@@ -133,10 +133,25 @@ def class_names(classes: str | None) -> Sequence[str]:
 @click.command(cls=Command)
 @name_option
 @click.option("--max-batch-size", default=PackageConfig.max_batch_size, show_default=True)
-@click.option("--max-queue-delay-us", default=PackageConfig.max_queue_delay_us, show_default=True)
-@click.option("--instances", default=PackageConfig.instances, show_default=True)
-@click.option("--intra-op-threads", default=PackageConfig.intra_op_threads, show_default=True)
-@click.option("--inter-op-threads", default=PackageConfig.inter_op_threads, show_default=True)
+@click.option("--max-queue-delay-us", type=int, help="For every profile, as the next three.")
+@click.option("--instances", type=int)
+@click.option("--intra-op-threads", type=int)
+@click.option("--inter-op-threads", type=int)
+@click.option("--cores", type=int, help="Of the machine that will serve.  [default: this one's]")
+@click.option(
+    "--explain",
+    is_flag=False,
+    flag_value="all",
+    metavar="[PROFILE]",
+    help="Say what a profile's config would be, and why; package nothing.",
+)
+@click.option(
+    "--archive",
+    is_flag=False,
+    flag_value="",
+    metavar="[PATH]",
+    help="Write the version as a tar too.  [without a path: exported/NAME-VERSION.tar]",
+)
 @click.option(
     "--deploy",
     type=click.Choice(["compose", "kubernetes"]),
@@ -148,35 +163,55 @@ def package_command(
     settings: Settings,
     /,
     name: str | None,
+    explain: str | None,
+    archive: str | None,
     deploy: str | None,
     target_triton: str | None,
-    **changes: int,
+    **changes: int | None,
 ) -> None:
     """Add a validated export to the Triton model repository, each precision as a model.
 
     \b
     Example:
       pipeline package
+      pipeline package --explain latency
+      pipeline package --archive release.tar
       pipeline package --deploy compose
     """
-    if deploy or target_triton:
-        _deploy(settings, paths_of(settings, name), deploy, target_triton, changes)
-        return
-    from pipeline.package import package
-
     paths = paths_of(settings, name)
-    done = package(paths, PackageConfig(**changes))
-    variants = [{**asdict(one), "folder": str(one.folder)} for one in done]
-    waiting = [one for one in done if not one.is_selected]
-    promote = [
-        f"pipeline versions promote {one.version}{named(replace(paths, name=one.name))}"
-        for one in waiting
-    ]
-    settings.result(
-        {**variants[0], "variants": variants},
-        "\n".join(map(str, done)),
-        ", ".join(promote) or f"pipeline validate {paths.repository}",
-    )
+    if deploy or target_triton:
+        others = {"explain": explain, "archive": archive, **changes}
+        _deploy(settings, paths, deploy, target_triton, others)
+        return
+    from pipeline import package
+
+    config = PackageConfig(**changes)  # type: ignore[arg-type]
+    if explain:
+        _explain(settings, paths, config, explain)
+        return
+    lines, variants, promote = [], [], []
+    for one in package.package(paths, config):
+        lines.append(str(one))
+        variants.append({**asdict(one), "folder": str(one.folder)})
+        if not one.is_selected:
+            of_model = named(paths.named(one.name))
+            promote.append(f"pipeline versions promote {one.version}{of_model}")
+        if archive is not None:
+            path, digest = package.archive(paths, one, Path(archive) if archive else None)
+            lines.append(f"wrote {path} (sha256 {digest})")
+            variants[-1] |= {"archive": str(path), "archive_sha256": digest}
+    then = ", ".join(promote) or f"pipeline validate {paths.repository}"
+    settings.result({**variants[0], "variants": variants}, "\n".join(lines), then)
+
+
+def _explain(settings: Settings, paths: Paths, config: PackageConfig, profile: str) -> None:
+    """Say what each field would be, and why."""
+    from pipeline.package import explain
+    from pipeline.profiles import table
+
+    found = explain(paths, config, profile)
+    fields = {name: [asdict(choice) for choice in choices] for name, choices in found.items()}
+    settings.result({"profiles": fields}, table(found), f"pipeline package{named(paths)}")
 
 
 def _deploy(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     default=ServeConfig.runtime,
     show_default=True,
 )
+@click.option("--profile", default=ServeConfig.profile, help="One of configs/: cpu, latency, ...")
 @click.option("--start-seconds", default=ServeConfig.start_seconds, show_default=True)
 @click.option("--detach", is_flag=True, help="Return once it is ready, and let it run.")
 @click.pass_context
@@ -38,6 +39,7 @@ def serve(context: click.Context, /, port: str | None, detach: bool, **changes: 
     \b
     Example:
       pipeline serve --detach
+      pipeline serve --profile throughput
       pipeline serve status
       pipeline serve stop
     """

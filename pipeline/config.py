@@ -282,19 +282,22 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class PackageConfig:
-    """How Triton runs the packaged model."""
+    """How Triton runs the packaged model. What is None each profile derives: see profiles.py."""
 
     max_batch_size: int = 64
-    max_queue_delay_us: int = 500  # how long a request may wait for company
-    instances: int = 1
-    intra_op_threads: int = 1
-    inter_op_threads: int = 1
+    max_queue_delay_us: int | None = None  # how long a request may wait for company
+    instances: int | None = None
+    intra_op_threads: int | None = None
+    inter_op_threads: int | None = None
+    cores: int | None = None  # of the machine that will serve; None: as many as this one has
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "instances", "intra_op_threads", "inter_op_threads"):
-            if getattr(self, name) < 1:
-                raise PipelineError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_queue_delay_us < 0:
+        counts = ("max_batch_size", "instances", "intra_op_threads", "inter_op_threads", "cores")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PipelineError(f"{name} must be at least 1, got {value}")
+        if self.max_queue_delay_us is not None and self.max_queue_delay_us < 0:
             raise PipelineError(f"max_queue_delay_us is negative: {self.max_queue_delay_us}")
 
 
@@ -307,6 +310,7 @@ class ServeConfig:
     metrics_port: int = 8002
     host: str = "127.0.0.1"
     runtime: str = "auto"  # auto, path, wheel or docker
+    profile: str = ""  # which of configs/*.pbtxt; empty: config.pbtxt
     start_seconds: float = 60.0
     stop_seconds: float = 10.0  # to answer what was accepted, and to end
     canary_seconds: float = 1.0  # between two questions whose answers are known

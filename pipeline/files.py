@@ -7,11 +7,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CorruptError, PipelineError
+from pipeline.errors import CheckFailedError, CorruptError, PipelineError
 
 SCHEMA = 1  # of every JSON that this project writes
 
@@ -129,6 +130,41 @@ def check_manifest(folder: Path, mend: str) -> dict[str, Any]:
             raise CorruptError(f"{folder / 'manifest.json'} names a file outside: {name!r}: {mend}")
         check_digest(folder / name, digest, mend)
     return manifest
+
+
+def refuse_shared(folder: Path, below: Iterable[Path]) -> None:
+    """Raise CheckFailedError when anybody may change what is in `folder` and the folders `below`.
+
+    That is what the world may write to, and links, whose ends lie who knows where. `folder`
+    itself may be reached by a link.
+    """
+    if folder.is_dir():
+        _refuse_open_to_all(folder, folder.stat().st_mode)
+    for top in below:
+        _refuse_shared(top)
+        for parent, folders, files in os.walk(top):
+            for name in (*folders, *files):
+                _refuse_shared(Path(parent, name))
+
+
+def _refuse_shared(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # it went while we looked, as somebody's temporary files do
+        return
+    if stat.S_ISLNK(mode):
+        raise CheckFailedError(
+            f"{path} is a link: remove it, and copy what it leads to ({os.readlink(path)}) here"
+        )
+    _refuse_open_to_all(path, mode)
+
+
+def _refuse_open_to_all(path: Path, mode: int) -> None:
+    if mode & stat.S_IWOTH:
+        raise CheckFailedError(
+            f"{path} can be changed by anybody on this machine: chmod o-w '{path}', after a look "
+            "at what is there"
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""When and on what a figure was measured."""
+"""When and on what a figure was measured; how many cores there are."""
 
 import os
 import platform
@@ -17,6 +17,13 @@ def machine() -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu_model() -> str | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import graph, triton
+from pipeline import graph, profiles, triton
 from pipeline.config import PackageConfig, pictures_of
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import (
@@ -13,6 +13,7 @@ from pipeline.files import (
     locked,
     new_folder,
     read_json,
+    refuse_shared,
     write_bytes,
     write_json,
 )
@@ -20,6 +21,7 @@ from pipeline.golden import unpack_golden
 from pipeline.paths import MODEL_NAMES, Paths, packaged_name
 from pipeline.policy import check_policy
 from pipeline.running import serving
+from pipeline.tarball import write_tar
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"
 VALIDATE = "run 'pipeline validate' first"
@@ -49,6 +51,37 @@ def package(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packa
     when the export was never validated, CorruptError when a file changed since, and
     CheckFailedError when its signature or classes differ from the repository's.
     """
+    return [_add(paths, load) for load in _loads(paths, config)]
+
+
+def explain(
+    paths: Paths, config: PackageConfig, profile: str = "all"
+) -> dict[str, list[profiles.Choice]]:
+    """What `package` would write into each config of the fp32 model, with reasons; none is written.
+
+    Raises what `package` raises, and PipelineError for a profile that there is not.
+    """
+    chosen = [name for name in profiles.PROFILES if profile in (name, "all")]
+    if not chosen:
+        raise PipelineError(f"no profile {profile!r}: there are {', '.join(profiles.PROFILES)}")
+    load = _loads(paths, config)[0]
+    packaged = paths.repository / load.name
+    version = next_version(packaged)
+    base = _selecting(load, version, _fitting(packaged / triton.CONFIG, load.message, version))
+    return {name: profiles.explain(name, base, config) for name in chosen}
+
+
+def archive(paths: Paths, done: Packaged, target: Path | None = None) -> tuple[Path, str]:
+    """Write a packaged version as a tar (exported/NAME-VERSION.tar); its path and SHA-256."""
+    model = replace(paths, name=done.name)
+    path = target or model.archive(done.version)
+    if target and done.precision != "fp32":  # one tar for each model
+        path = target.with_stem(f"{target.stem}-{done.precision}")
+    return path, write_tar(model.packaged, done.version, paths.onnx.name, path)
+
+
+def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
+    """Each file of the export with what goes into its version, all of it checked."""
     manifest = check_manifest(paths.export, EXPORT)
     proven = _require_validation(paths)
     largest = max(proven[0]["batch_sizes"])
@@ -57,8 +90,7 @@ def package(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packa
             f"max-batch-size must be below {largest}, the largest batch that the proof has tried, "
             f"got {config.max_batch_size}"
         )
-    loads = [_load(paths, manifest, entry, config) for entry in proven]
-    return [_add(paths, load) for load in loads]
+    return [_load(paths, manifest, entry, config) for entry in proven]
 
 
 @dataclass(frozen=True)
@@ -72,6 +104,7 @@ class _Load:
     golden: bytes
     manifest: dict[str, Any]
     message: triton.ModelConfig
+    config: PackageConfig
 
 
 def _load(
@@ -95,17 +128,18 @@ def _load(
         if value != usual:
             triton.set_parameter(message, key, value)
     of_file = {**manifest, "precision": precision}
-    return _Load(name, precision, entry["sha256"], content, golden, of_file, message)
+    return _Load(name, precision, entry["sha256"], content, golden, of_file, message, config)
 
 
 def _add(paths: Paths, load: _Load) -> Packaged:
-    model = replace(paths, name=load.name)
+    model = paths.named(load.name)
     with locked(model.lock):
+        refuse_shared(model.repository, [model.packaged] if model.packaged.exists() else [])
         version = next_version(model.packaged)
-        old = _fitting(model.packaged / "config.pbtxt", load.message, version)
+        old = _fitting(model.packaged / triton.CONFIG, load.message, version)
         is_selected = old is None or serving(model) is None
         if old and not is_selected:
-            _refuse_change(model, old, load.message)
+            _refuse_change(model, old, load)
         folder = model.packaged / str(version)
         with new_folder(folder) as fresh:
             _fill(fresh, paths, load)
@@ -118,6 +152,15 @@ def _add(paths: Paths, load: _Load) -> Packaged:
 
 def _select(model: Paths, load: _Load, version: int, old: triton.ModelConfig | None) -> None:
     """Write all that Triton reads beside the versions; config.pbtxt last."""
+    classes = "\n".join(load.manifest["classes"]) + "\n"
+    first = unpack_golden(load.golden, "the golden set").images[0].tobytes()
+    write_bytes(model.packaged / triton.LABELS, classes.encode())
+    write_bytes(model.packaged / "warmup" / triton.WARMUP, first)
+    profiles.write_configs(model.packaged, _selecting(load, version, old), load.config)
+
+
+def _selecting(load: _Load, version: int, old: triton.ModelConfig | None) -> triton.ModelConfig:
+    """What all configs have: every version's digest, the one selected and the one before."""
     message = load.message
     if old:
         message.version_policy.CopyFrom(old.version_policy)
@@ -126,11 +169,7 @@ def _select(model: Paths, load: _Load, version: int, old: triton.ModelConfig | N
                 triton.set_parameter(message, key, old.parameters[key].string_value)
     triton.set_parameter(message, f"sha256.{version}", load.sha256)
     triton.select(message, version)
-    classes = "\n".join(load.manifest["classes"]) + "\n"
-    first = unpack_golden(load.golden, "the golden set").images[0].tobytes()
-    write_bytes(model.packaged / triton.LABELS, classes.encode())
-    write_bytes(model.packaged / "warmup" / triton.WARMUP, first)
-    write_bytes(model.packaged / "config.pbtxt", triton.to_text(message).encode())
+    return message
 
 
 def _announce(model: Paths, load: _Load, version: int) -> None:
@@ -141,8 +180,9 @@ def _announce(model: Paths, load: _Load, version: int) -> None:
         write_bytes(path, triton.to_text(message).encode())
 
 
-def _refuse_change(model: Paths, old: triton.ModelConfig, new: triton.ModelConfig) -> None:
-    """Raise PipelineError when `new` would run the model otherwise than `old`, which is served."""
+def _refuse_change(model: Paths, old: triton.ModelConfig, load: _Load) -> None:
+    """Raise PipelineError when the model would be run otherwise than as it is served."""
+    new = profiles.message_of("config", load.message, load.config)
     before, after = triton.settings(old), triton.settings(new)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     if changed:

@@ -178,6 +178,9 @@ class Paths:
         """Held by whoever changes the packaged model."""
         return self.exported / f".{self.name}.lock"
 
+    def archive(self, version: int) -> Path:
+        return self.exported / f"{self.name}-{version}.tar"
+
     @property
     def server(self) -> Path:
         return self.exported / "server.json"

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline import triton
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.evaluate import Predictor, difference, predict, score
-from pipeline.files import check_digest, check_manifest, read_json
+from pipeline.files import check_digest, check_manifest, read_json, refuse_shared
 from pipeline.golden import Agreement, Golden, compare, unpack_golden
 from pipeline.paths import Paths
 from pipeline.query import Client, triton_predictor
@@ -173,17 +173,19 @@ def _limits(path: Path, precision: str) -> Limits:
     raise CorruptError(f"{path} does not speak of the {precision} file beside it: {REPACKAGE}")
 
 
-def selected_releases(paths: Paths) -> dict[str, Release]:
+def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
     """The release of each model in the repository that its config selects, all of it intact.
 
-    Raises CheckFailedError when a config states another digest than the version's file has.
+    With a profile, its config in place of config.pbtxt. Raises CheckFailedError when a config
+    states another digest than the version's file has, and when anybody may change the repository.
     """
     configs = sorted(paths.repository.glob("*/config.pbtxt"))
     if not configs:
         raise PipelineError(f"no model in {paths.repository}: run 'pipeline package' first")
+    refuse_shared(paths.repository, [path.parent for path in configs])
     releases = {}
-    for path in configs:
-        model = replace(paths, name=path.parent.name)
+    for folder in [path.parent for path in configs]:
+        path, model = triton.profile_file(folder, profile), replace(paths, name=folder.name)
         config = triton.read(path)
         versions = triton.selected(config)
         if not versions:

@@ -22,6 +22,7 @@ class Server:
     metrics_port: int
     admin_key: str
     runtime: str
+    profile: str  # which of configs/*.pbtxt; empty: config.pbtxt
     models: dict[str, int]  # name -> version
     is_ready: bool
     ready_at: float  # seconds since the epoch; 0.0 until it is ready

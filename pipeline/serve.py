@@ -85,7 +85,7 @@ def running_server(
     Raises PipelineError when a port is taken or nothing can run, CheckFailedError when it answers
     wrongly, CorruptError when a packaged file changed, ServerError when it does not come up.
     """
-    releases = selected_releases(paths)
+    releases = selected_releases(paths, config.profile)
     runtime = tritonserver.find(paths, config.runtime)
     if config.host != "127.0.0.1" and runtime.kind == "wheel":
         raise PipelineError("the wheel's tritonserver is too old for a network: loopback only")
@@ -113,6 +113,7 @@ def running_server(
                 metrics_port=config.metrics_port,
                 admin_key=key,
                 runtime=runtime.kind,
+                profile=config.profile,
                 models={name: release.version for name, release in releases.items()},
                 is_ready=False,
                 ready_at=0.0,

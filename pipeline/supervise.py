@@ -125,7 +125,7 @@ def _lives(
 
 def _life(paths: Paths, config: ServeConfig, server: Server, child: Child, asked: _Asked) -> str:
     """Watch a server until it has to be started anew, and why; drained if it can be."""
-    canary = Canary(paths, server, selected_releases(paths))
+    canary = Canary(paths, server, selected_releases(paths, config.profile))
     try:
         why = watch(
             child, canary, paths.server_log, lambda: asked.to_restart, config.canary_seconds
@@ -164,6 +164,7 @@ def _spawn(paths: Paths, config: ServeConfig) -> int:
     options = [f"--{service}-port={port}" for service, port in ports(config).items()]
     command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve", *options]
     command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
+    command += [f"--profile={config.profile}"] if config.profile else []
     log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     streams = [(os.POSIX_SPAWN_DUP2, log, stream) for stream in (1, 2)]
     silence = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]

@@ -85,7 +85,7 @@ def _prove(paths: Paths, server: Server, admin: Admin, release: Release, report:
     report(f"loading {what} as {name}")
     try:
         try:
-            admin.load_files(*_candidate(paths, name, release))
+            admin.load_files(*_candidate(paths, name, release, server.profile))
         except ServerError:
             raise
         except PipelineError as error:
@@ -99,10 +99,10 @@ def _prove(paths: Paths, server: Server, admin: Admin, release: Release, report:
 
 
 def _candidate(
-    paths: Paths, name: str, release: Release
+    paths: Paths, name: str, release: Release, profile: str
 ) -> tuple[triton.ModelConfig, dict[str, bytes]]:
     """The version as a model of its own: its config, and its files by their paths."""
-    config = triton.read(paths.packaged / "config.pbtxt")
+    config = triton.read(triton.profile_file(paths.packaged, profile))
     config.name = name
     triton.select(config, release.version)
     beside = [paths.packaged / triton.LABELS, *(paths.packaged / "warmup").iterdir()]

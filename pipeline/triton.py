@@ -13,7 +13,11 @@ from pipeline.config import PackageConfig, TensorSpec
 from pipeline.errors import PipelineError
 
 LABELS, WARMUP = "labels.txt", "digit"
+CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
 PREVIOUS = "previous_version"  # the parameter that says which version was selected before
+ENGINES = "trt_engine_cache_path"
+
+Value = str | int | tuple[int, ...]
 
 _TYPES = {
     **{f"uint{bits}": getattr(model_config_pb2, f"TYPE_UINT{bits}") for bits in (8, 16, 32, 64)},
@@ -29,7 +33,7 @@ def model_config(
     classes: Sequence[str],
     config: PackageConfig,
 ) -> ModelConfig:
-    """The configuration of a packaged model, without its versions.
+    """What every config of a packaged model has, without its versions; profiles.py adds the rest.
 
     Raises PipelineError for a tensor type that Triton's config has no use for here.
     """
@@ -51,22 +55,52 @@ def model_config(
         dims=outputs.shape,
         label_filename=LABELS,
     )
-    # A count, because without one Triton starts two; CPU, because this config runs anywhere.
-    message.instance_group.add(
-        kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=config.instances
-    )
-    # Read only where somebody makes the instances KIND_GPU: ONNX Runtime would use TF32 there.
-    gpu = message.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
-    gpu.parameters["use_tf32"] = "0"
-    message.dynamic_batching.max_queue_delay_microseconds = config.max_queue_delay_us
-    digit = message.model_warmup.add(name="digit", batch_size=1).inputs[images.name]
-    digit.data_type = _TYPES[images.dtype]
-    digit.dims.extend(images.shape)
-    digit.input_data_file = WARMUP
-    set_parameter(message, "intra_op_thread_count", str(config.intra_op_threads))
-    set_parameter(message, "inter_op_thread_count", str(config.inter_op_threads))
     set_parameter(message, "classes", json.dumps(list(classes)))
     return message
+
+
+def put(message: ModelConfig, field: str, value: Value) -> None:
+    """Set a field by its path in config.pbtxt; an accelerator for GPUs goes by its name."""
+    part, _, key = field.partition(".")
+    if part == "parameters":
+        set_parameter(message, key, str(value))
+    elif part in ("cuda", "tensorrt"):
+        _accelerator(message, part).parameters[key] = str(value)
+    elif part == "instance_group":
+        groups = message.instance_group
+        kinds = model_config_pb2.ModelInstanceGroup.Kind
+        group = groups[0] if groups else groups.add()
+        setattr(group, key, kinds.Value(value) if key == "kind" else value)
+    elif field == "model_warmup.batch_size" and isinstance(value, tuple):
+        for size in value:
+            _warm_up(message, size)
+    elif isinstance(value, tuple):
+        getattr(getattr(message, part), key).extend(value)
+    else:
+        parent = getattr(message, part) if key else message
+        if key:
+            parent.SetInParent()  # so that it is there when all its fields are zero
+        setattr(parent, key or part, value)
+
+
+def _accelerator(message: ModelConfig, name: str) -> Any:
+    """The GPU accelerator of that name, added where there is none yet."""
+    accelerators = message.optimization.execution_accelerators.gpu_execution_accelerator
+    found = [accelerator for accelerator in accelerators if accelerator.name == name]
+    return found[0] if found else accelerators.add(name=name)
+
+
+def _warm_up(message: ModelConfig, size: int) -> None:
+    """Add a batch of `size` to the warm-up.
+
+    Triton runs as many requests of one image together, and reads each from the same file, which
+    holds a single one (GenerateWarmupData in core's backend_model_instance.cc).
+    """
+    images = message.input[0]
+    digit = message.model_warmup.add(name=f"digit-{size}", batch_size=size).inputs[images.name]
+    digit.data_type = images.data_type
+    digit.dims.extend(images.dims)
+    digit.input_data_file = WARMUP
 
 
 def _format(images: TensorSpec) -> int:
@@ -134,11 +168,28 @@ def previous(message: ModelConfig) -> int | None:
 
 
 def select(message: ModelConfig, version: int) -> None:
-    """Let the policy name just this version, and remember the one that it named before."""
+    """Let the policy name just this version, and remember the one that it named before.
+
+    TensorRT's engines become those of its own weights.
+    """
     before = max(selected(message), default=version)
     if before != version:
         set_parameter(message, PREVIOUS, str(before))
     message.version_policy.specific.versions[:] = [version]
+    for accelerator in message.optimization.execution_accelerators.gpu_execution_accelerator:
+        if ENGINES in accelerator.parameters:
+            accelerator.parameters[ENGINES] = engine_folder(message)
+
+
+def engine_folder(message: ModelConfig) -> str:
+    """Where TensorRT keeps the engines of the selected version's file.
+
+    A folder for each digest: ONNX Runtime names an engine by the graph, not by its weights, and
+    takes another version's engine without a word (its issue 6455).
+    """
+    versions = selected(message)
+    stated = digest(message, str(max(versions))) if versions else None
+    return f"/tmp/tensorrt-{(stated or 'unknown')[:16]}"
 
 
 def settings(message: ModelConfig) -> dict[str, Any]:
@@ -156,11 +207,6 @@ def to_json(message: ModelConfig) -> str:
     return str(json_format.MessageToJson(message, preserving_proto_field_name=True))
 
 
-def config_files(packaged: Path) -> list[Path]:
-    """The model's configs: profiles in order, config.pbtxt last."""
-    return [*sorted((packaged / "configs").glob("*.pbtxt")), packaged / "config.pbtxt"]
-
-
 def to_text(message: ModelConfig) -> str:
     """The message as config.pbtxt has it."""
     return str(text_format.MessageToString(message))
@@ -174,3 +220,26 @@ def read(path: Path) -> ModelConfig:
         raise PipelineError(f"no {path}: run 'pipeline package'") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} does not parse: {error}") from error
+
+
+def config_files(packaged: Path) -> list[Path]:
+    """The model's configs: profiles in order, config.pbtxt last."""
+    return [*sorted((packaged / PROFILES).glob("*.pbtxt")), packaged / CONFIG]
+
+
+def profile_file(packaged: Path, profile: str = "") -> Path:
+    """The config that `--model-config-name` chooses, config.pbtxt without a profile.
+
+    Raises PipelineError when the model has no such profile: Triton would take config.pbtxt then,
+    and say nothing (GetModelConfigFullPath in core's model_repository_manager.cc).
+    """
+    if not profile:
+        return packaged / CONFIG
+    found = [path for path in config_files(packaged)[:-1] if path.stem == profile]
+    if not found:
+        known = ", ".join(path.stem for path in config_files(packaged)[:-1]) or "none"
+        raise PipelineError(
+            f"{packaged} has no profile {profile!r}, it has {known}: choose one of them, or "
+            "package the model again with 'pipeline package'"
+        )
+    return found[0]

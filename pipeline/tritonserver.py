@@ -157,6 +157,8 @@ def command(
     ]
     for service, port in ports(config).items():
         arguments += [f"--{service}-address={host}", f"--{service}-port={port}"]
+    if config.profile:
+        arguments.append(f"--model-config-name={config.profile}")
     if runtime.kind == "wheel":
         arguments += [
             f"--backend-directory={backends}",

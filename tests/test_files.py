@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import files
-from pipeline.errors import CorruptError, PipelineError
+from pipeline.errors import CheckFailedError, CorruptError, PipelineError
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -108,3 +108,32 @@ def test_a_lock_keeps_processes_apart(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert (tmp_path / "counter").read_text() == "150"
+
+
+def test_what_anybody_may_change_is_refused_with_its_path_and_the_mend(tmp_path: Path) -> None:
+    model = tmp_path / "repository" / "m"
+    (model / "1").mkdir(parents=True)
+    file = model / "1" / "model.onnx"
+    file.write_bytes(b"")
+    files.refuse_shared(model.parent, [model])
+    for path in (file, model / "1", model, model.parent):
+        mode = path.stat().st_mode & 0o777
+        path.chmod(mode | 0o002)
+        with pytest.raises(CheckFailedError, match=f"{path} can be changed by .*chmod o-w"):
+            files.refuse_shared(model.parent, [model])
+        path.chmod(mode)
+    files.refuse_shared(model.parent, [model])
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_inside_is_refused_and_one_that_leads_there_is_not(
+    tmp_path: Path, target: str
+) -> None:
+    model = tmp_path / "repository" / "m"
+    model.mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(model.parent)
+    files.refuse_shared(tmp_path / "link", [tmp_path / "link" / "m"])
+    (model / "1").symlink_to(tmp_path / target)
+    with pytest.raises(CheckFailedError, match=f"{model / '1'} is a link.*{target}"):
+        files.refuse_shared(model.parent, [model])

@@ -16,6 +16,7 @@ from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.package import next_version, package
 from pipeline.paths import Paths
+from pipeline.profiles import PROFILES
 
 HANG_GUARD = 60.0  # seconds
 
@@ -35,7 +36,9 @@ def test_a_packaged_model_has_everything_that_triton_and_an_auditor_need(made: C
             "1/model.onnx",
             "1/validation.json",
         ),
-        *("config.pbtxt", "labels.txt", "warmup/digit"),
+        "config.pbtxt",
+        *(f"configs/{name}.pbtxt" for name in sorted(PROFILES) if name != "config"),
+        *("labels.txt", "warmup/digit"),
     ]
     assert (folder / "1" / "model.onnx").read_bytes() == made.paths.onnx.read_bytes()
     assert (folder / "labels.txt").read_text().split() == list("0123456789")
@@ -58,6 +61,7 @@ def test_the_config_is_what_the_graph_says(made: Chain) -> None:
     assert outputs.label_filename == "labels.txt"
     assert config.HasField("dynamic_batching")
     assert config.instance_group[0].count == 1
+    assert [rung.batch_size for rung in config.model_warmup] == [1, 2, 4, 8, 16, 32, 64]
     assert config.model_warmup[0].inputs["images"].input_data_file == "digit"
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert (accelerator.name, accelerator.parameters["use_tf32"]) == ("cuda", "0")
@@ -198,6 +202,21 @@ def test_a_config_of_others_has_numbers_for_classes() -> None:
     assert triton.classes(message) == ("0", "1", "2")
     assert triton.classes(triton.ModelConfig()) == ()
     assert triton.digest(message, "1") is None
+
+
+def test_a_repository_that_anybody_may_change_gets_no_version_and_is_not_served(
+    chain: Chain,
+) -> None:
+    folder = chain.paths.packaged / "1"
+    folder.chmod(0o777)
+    for command in ("package", "serve"):
+        result = chain.run(command)
+        assert result.exit_code == 3
+        assert error_line(result).startswith(f"{folder} can be changed by anybody")
+    folder.chmod(0o755)
+    (chain.paths.packaged / "2").symlink_to(folder)
+    assert chain.run("package").exit_code == 3
+    assert "is a link" in error_line(chain.run("serve"))
 
 
 def test_a_missing_repository_says_how_to_make_one(empty: Chain) -> None:
