@@ -2,8 +2,8 @@
 
 Triton sends requests that name no version to the highest that is ready, and a load is the switch.
 So the candidate is first loaded under a name of its own and answers its golden set there. A kill
-in between leaves a config that selects one version and a server that answers with another:
-`pipeline versions list` shows both, and the same promotion again ends it.
+in between leaves a config that selects one version and a server that answers with another, or a
+candidate that nobody asks: `pipeline versions list` shows it, the same promotion again ends it.
 """
 
 import contextlib
