@@ -2,8 +2,8 @@
 
 Triton sends requests that name no version to the highest that is ready, and a load is the switch.
 So the candidate is first loaded under a name of its own and answers its golden set there. A kill
-in between leaves a config that selects one version and a server that answers with another:
-`pipeline versions list` shows both, and the same promotion again ends it.
+in between leaves a config that selects one version and a server that answers with another, or a
+candidate that nobody asks: `pipeline versions list` shows it, the same promotion again ends it.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 from pipeline import triton, versions
@@ -122,7 +123,7 @@ def _require_right(server: Server, name: str, release: Release, what: str, mend:
 
 def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before: int) -> None:
     """Select the version and load it; on any failure, back to what was selected and served."""
-    configs = {path: path.read_bytes() for path in triton.config_files(paths.packaged)}
+    configs = {path: _selecting(path, before) for path in triton.config_files(paths.packaged)}
     what = f"{paths.name} version {release.version}"
     mend = f"Version {before} is served again"
     try:
@@ -138,6 +139,15 @@ def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before
         _record(paths, server, before)
         said = str(error).strip().rstrip(";")
         raise type(error)(f"{what} is not promoted, version {before} stays: {said}") from error
+
+
+def _selecting(path: Path, version: int) -> bytes:
+    """The config as it is, unless a kill left it selecting what is not served."""
+    message = triton.read(path)
+    if triton.selected(message) == [version]:
+        return path.read_bytes()
+    triton.select(message, version)
+    return triton.to_text(message).encode()
 
 
 def _record(paths: Paths, server: Server, version: int) -> None:

@@ -68,7 +68,7 @@ def prove(
     report: Callable[[str], object] = lambda line: None,
     pause: float = 0.0,
 ) -> Outcome:
-    """Go to and fro between the two versions until both numbers are reached, under four clients.
+    """Change between the two versions until both numbers are reached, under four clients.
 
     Each rests for `pause` seconds after a request.
     """

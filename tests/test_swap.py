@@ -1,10 +1,11 @@
 """Promotions under a running server: what is served changes at once, or not at all."""
 
+import contextlib
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -84,10 +85,11 @@ def add_wrong(chain: Chain) -> int:
     return version
 
 
+@pytest.mark.timeout(600)  # its setup makes the chain where no test did before
 def test_ten_promotions_and_rollbacks_under_four_clients_and_every_answer_is_right(
     live: Chain,
 ) -> None:
-    outcome = prove(live.paths, server_of(live), images_of(live), 10, 0, pause=0.01)
+    outcome = prove(live.paths, server_of(live), images_of(live), 10, 0, pause=0.02)
     assert outcome.problems == ()
     assert outcome.is_perfect, outcome
     assert outcome.promotes == 10
@@ -138,21 +140,30 @@ def test_a_candidate_that_triton_does_not_load_is_refused_with_3(live: Chain) ->
     assert not has_candidate(live)
 
 
-def test_a_load_that_fails_after_all_leaves_the_old_version_serving(live: Chain) -> None:
-    before, version = state(live), other_version(live)
-    model = live.paths.packaged / str(version) / "model.onnx"
+@contextlib.contextmanager
+def lost_before_the_load(chain: Chain, version: int) -> Iterator[Callable[[str], None]]:
+    """What takes a version's file away as soon as its candidate is loaded; it comes back."""
+    model = chain.paths.packaged / str(version) / "model.onnx"
     content = model.read_bytes()
 
-    def lose_the_file(line: str) -> None:
-        if line.startswith("asking"):  # the candidate is loaded, and checked already
+    def lose(line: str) -> None:
+        if line.startswith("asking"):
             model.unlink()
 
+    yield lose
+    model.write_bytes(content)
+
+
+def test_a_load_that_fails_after_all_leaves_the_old_version_serving(live: Chain) -> None:
+    before, version = state(live), other_version(live)
     images, server = images_of(live), server_of(live)
     ask = Traffic("", "handwriting", images, expected(live.paths, [1, 2], images), TOLERANCE)
     with traffic([server.http_url, server.grpc_url], replace(ask, pause=0.01)) as running:
-        with pytest.raises(PipelineError, match=f"is not promoted, version {before[0]} stays"):
-            swap.promote(live.paths, version, lose_the_file)
-        model.write_bytes(content)
+        with (
+            lost_before_the_load(live, version) as lose,
+            pytest.raises(PipelineError, match=f"is not promoted, version {before[0]} stays"),
+        ):
+            swap.promote(live.paths, version, lose)
         running.await_more(5)
         tally = running.stop()
     assert (tally.wrong, tally.failed) == (0, 0)
@@ -192,8 +203,17 @@ def test_a_promotion_cut_off_before_the_load_is_shown_and_ended_by_another(live:
     version = other_version(live)
     versions.promote(live.paths, version)  # as a kill leaves it: selected, and not loaded
     assert state(live) == (served, version, recorded)
-    text = live.run("versions", "list").stdout
-    assert any(line.rstrip().endswith("  served") for line in text.splitlines())
+    listing = live.run("versions", "list").stdout.splitlines()
+    marks = {line.split()[0]: line for line in listing if line.strip()[:1].isdigit()}
+    assert marks[str(served)].endswith("previous, served")
+    assert marks[str(version)].endswith("selected")
+    with (
+        lost_before_the_load(live, version) as lose,
+        pytest.raises(PipelineError, match=f"version {served} stays"),
+    ):
+        swap.promote(live.paths, version, lose)
+    assert state(live) == settled(served or 0)  # not what the kill left selected
+    versions.promote(live.paths, version)
     assert live.run("versions", "promote", str(version)).exit_code == 0
     assert state(live) == settled(version)
 
