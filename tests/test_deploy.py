@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import Chain, error_line
 
-from pipeline import serve, triton
+from pipeline import profiles, serve, triton
 from pipeline.config import IMAGES, PackageConfig, TensorSpec, log_probabilities
 from pipeline.deploy import deploy
 from pipeline.errors import CorruptError, PipelineError
@@ -57,7 +57,7 @@ def packaged(
     tensor = TensorSpec(IMAGES.name, IMAGES.dtype, shape)
     message = triton.model_config(name, tensor, log_probabilities(3), "abc", config)
     message.version_policy.specific.versions.append(1)
-    write_bytes(paths.packaged / "config.pbtxt", triton.to_text(message).encode())
+    profiles.write_configs(paths.packaged, message, config)
     return paths
 
 

@@ -103,7 +103,7 @@ def test_a_promoted_version_is_what_status_and_query_tell(live: Chain) -> None:
     assert (change["version"], change["is_served"]) == (version, True)
     assert state(live) == settled(version)
     status = live.record("serve", "status")["models"]["handwriting"]
-    assert status == {"version": version, "sha256": change["sha256"]}
+    assert (status["version"], status["sha256"]) == (version, change["sha256"])
     listing = live.run("versions", "list").stdout
     assert "selected, served" in listing
 
