@@ -125,8 +125,6 @@ def _lint_config(
     if not lint_files.is_onnx(model.config.message, model.folder):
         yield from _other_backend(model)
         return
-    for onnx_rule in OF_ONNX:
-        yield from onnx_rule(model)
     graphs = {}
     for version in model.selected:
         file = model.file(version)
@@ -136,6 +134,8 @@ def _lint_config(
         if graph := read.get(file):
             graphs[version] = graph
     model = replace(model, graphs=graphs)
+    for onnx_rule in OF_ONNX:
+        yield from onnx_rule(model)
     for version in graphs:
         yield from lint_rules.signature(model, version)
         yield from lint_rules.completion(model, version)

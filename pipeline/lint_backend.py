@@ -1,4 +1,4 @@
-"""Warm-up samples, parameters and accelerators of a config, as the onnxruntime backend reads them."""
+"""Warm-up, parameters and accelerators of a config, as the onnxruntime backend reads them."""
 
 import difflib
 import math
@@ -14,8 +14,8 @@ from pipeline.lint_text import Finding, Level
 
 WARMUP = "core src/backend_model_instance.cc GenerateWarmupData"
 BACKEND = "onnxruntime_backend src/onnxruntime.cc"
-_SIZES = {"BOOL": 1, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8}
-_SIZES |= {f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16, 32, 64)}
+SIZES = {"BOOL": 1, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8}
+SIZES |= {f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16, 32, 64)}
 
 
 def type_name(number: int) -> str:
@@ -26,7 +26,7 @@ def type_name(number: int) -> str:
 
 def warmups(model: Model) -> Iterator[Finding]:
     """The requests that each instance answers before it is ready."""
-    config, largest = model.config, max(1, model.config.message.max_batch_size)
+    config, largest = model.config, max(1, model.max_batch_size)
     given = {tensor.name: tensor for tensor in config.message.input}
     for index, sample in enumerate(config.message.model_warmup):
         at = f"model_warmup[{index}]"
@@ -78,7 +78,7 @@ def _entry(model: Model, name: str, entry: Any, tensor: Any) -> Iterator[tuple[s
         said = f"failed to open text file for read warmup/{file}"
         yield "input_data_file", said, f"write the request's bytes to {path}"
         return
-    needed = math.prod(dims) * _SIZES.get(kind.removeprefix("TYPE_"), 0)
+    needed = math.prod(dims) * SIZES.get(kind.removeprefix("TYPE_"), 0)
     if path.stat().st_size < needed:
         said = f"warmup setting expects {needed} bytes, but the data provided from {file} only has "
         yield "input_data_file", f"{said}{path.stat().st_size} bytes", "write a whole request"
@@ -189,9 +189,7 @@ def accelerators(model: Model) -> Iterator[Finding]:
         if one.name in ("cuda", "tensorrt"):
             for key, said, fix in check(message, dict(one.parameters)):
                 where = f"{at}.parameters[{key}]"
-                yield config.finding(
-                    "accelerator", level, where, said, fix, f"{BACKEND} LoadModel"
-                )
+                yield config.finding("accelerator", level, where, said, fix, f"{BACKEND} LoadModel")
     for index, one in enumerate(asked.cpu_execution_accelerator):
         if one.name != "openvino":
             said = f"unknown Execution Accelerator '{one.name}' is requested"
@@ -209,7 +207,11 @@ def _tensorrt(message: Any, given: dict[str, str]) -> Iterator[tuple[str, str, s
             said = f"unknown parameter '{key}' is provided for TensorRT Execution Accelerator"
             yield key, said, f"did you mean {close[0]}?" if close else "leave it out"
         elif kind == "switch" and value.lower() not in SWITCHES:
-            yield key, f"failed to convert '{value}' to boolean, as {key}", 'write "true" or "false"'
+            yield (
+                key,
+                f"failed to convert '{value}' to boolean, as {key}",
+                'write "true" or "false"',
+            )
         elif kind == "number" and not re.match(r"\s*[+-]?\d", value):
             yield key, f"failed to convert '{value}' to integral number, as {key}", "write a number"
         elif kind == "precision" and value not in ("FP32", "FP16", "BF16", "INT8"):
@@ -236,4 +238,8 @@ def _cuda(message: Any, given: dict[str, str]) -> Iterator[tuple[str, str, str]]
             yield key, said, f"did you mean {close[0]}?" if close else "leave it out"
         flags = ("do_copy_in_default_stream", "use_ep_level_unified_stream")
         if key in flags and value.lower() not in SWITCHES:
-            yield key, f"failed to convert '{value}' to boolean, as {key}", 'write "true" or "false"'
+            yield (
+                key,
+                f"failed to convert '{value}' to boolean, as {key}",
+                'write "true" or "false"',
+            )

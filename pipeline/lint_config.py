@@ -13,6 +13,7 @@ from pipeline.lint_text import Finding
 
 CORE = "core src/model_config_utils.cc"
 KINDS = model_config_pb2.ModelInstanceGroup
+INPUTS = "onnxruntime_backend src/onnxruntime.cc ValidateInputs"
 CPU_COUNT = 2  # sessions that Triton opens for KIND_CPU without a count
 ONNX_PLATFORM = "onnxruntime_onnx"
 # Backends of NVIDIA's container, which lint leaves to themselves.
@@ -64,9 +65,12 @@ def batching(model: Model) -> Iterator[Finding]:
     if message.HasField("dynamic_batching") and 0 <= largest <= 1:
         said = f"nothing is ever batched with a max_batch_size of {largest}"
         fix = "raise max_batch_size, or leave dynamic_batching out"
-        if message.input and message.output:  # else Triton fills in a larger one
+        if model.is_complete:  # else Triton fills in a larger one
             yield config.finding("no-batching", "warning", "dynamic_batching", said, fix)
-    if batcher.priority_levels and not 1 <= batcher.default_priority_level <= batcher.priority_levels:
+    if (
+        batcher.priority_levels
+        and not 1 <= batcher.default_priority_level <= batcher.priority_levels
+    ):
         said = f"default priority level must be in range [1, {batcher.priority_levels}]"
         at = "dynamic_batching.priority_levels"
         yield config.finding("priority", "error", at, said, "set default_priority_level", source)
@@ -104,7 +108,7 @@ def tensors(model: Model) -> Iterator[Finding]:
                 said = f"the {kind} '{name}' is described twice"
                 yield model.config.finding(
                     "tensor", "error" if kind == "input" else "warning", f"{kind}[{index}]",
-                    said, "describe each once", "onnxruntime_backend src/onnxruntime.cc ValidateInputs",
+                    said, "describe each once", INPUTS,
                 )  # fmt: skip
 
 
@@ -217,9 +221,7 @@ def labels(model: Model) -> Iterator[Finding]:
         if not path.resolve().is_relative_to(model.folder.resolve()):
             said = f"label file path '{output.label_filename}' is outside model directory"
             fix = "put the file into the model's folder"
-            yield model.config.finding(
-                "labels", "error", at, said, fix, "core src/model.cc Init"
-            )
+            yield model.config.finding("labels", "error", at, said, fix, "core src/model.cc Init")
             continue
         try:
             lines = path.read_bytes().split(b"\n")

@@ -14,6 +14,8 @@ from pipeline.lint_graph import Graph
 from pipeline.lint_text import Config, Finding, Level
 
 ONNX = "model.onnx"  # where the config names no other file
+DEFAULT_BATCH = 4  # which Triton fills in where a config leaves its tensors to the graph
+LARGEST_VERSION = 2**63 - 1
 VERSIONS = "core src/model_repository_manager/model_lifecycle.cc VersionsToLoad"
 _INTEGER = re.compile(r"\s*([+-]?[0-9]+)")  # what std::stoll takes for a number: a prefix is enough
 _REPACKAGE = "package it again, or put the right file back"
@@ -31,6 +33,20 @@ class Model:
     @property
     def filename(self) -> str:
         return str(self.config.message.default_model_filename) or ONNX
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the config describes the tensors, so that Triton fills nothing in."""
+        return bool(self.config.message.input and self.config.message.output)
+
+    @property
+    def max_batch_size(self) -> int:
+        """The largest batch, as Triton fills it in."""
+        stated = int(self.config.message.max_batch_size)
+        graphs = self.graphs.values()
+        if stated or self.is_complete or not graphs:
+            return stated
+        return DEFAULT_BATCH if all(graph.can_batch for graph in graphs) else 0
 
     def file(self, version: int) -> Path:
         """The file of a version; a large model may be a folder that holds it."""
@@ -78,8 +94,10 @@ def versions(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
         elif not number and re.search(r"[0-9]", name) and not name.startswith("."):
             said = f"ignore version directory '{name}' which fails to convert to integral number"
             say("warning", entry, said, "a version is called by its number alone")
+        elif number and abs(version := int(number[1])) > LARGEST_VERSION:
+            said = f"'{name}' is beyond all version numbers, and takes the whole server down"
+            say("error", entry, said, "call it otherwise")
         elif number:
-            version = int(number[1])
             found[version] = folder / str(version)
             if name != str(version):
                 said = f"Triton takes the folder '{name}' for version {version}"
@@ -198,9 +216,9 @@ def manifest(folder: Path) -> Iterator[Finding]:
             return
         file = folder / name
         if not file.is_file():
-            yield Finding("digest", "error", path, f"lists '{name}', which is not there", _REPACKAGE)
+            yield Finding(
+                "digest", "error", path, f"lists '{name}', which is not there", _REPACKAGE
+            )
         elif sha256(file) != digest:
             said = f"does not match its digest in {path.name} ({digest[:12]})"
             yield Finding("digest", "error", file, said, _REPACKAGE)
-
-

@@ -1,4 +1,4 @@
-"""What ONNX Runtime would say of a model file: its tensors, and what it would refuse. Runs nothing."""
+"""What ONNX Runtime would say of a model file: its tensors, its faults. Runs nothing."""
 
 import os
 import stat
@@ -35,7 +35,14 @@ KNOWN_DOMAINS = STANDARD | {"ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.t
 KNOWN_DOMAIN_ROOTS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")
 # Operators of the standard domain that ONNX never had or has given up, and ONNX Runtime knows.
 RUNTIME_ONLY = frozenset(
-    {"Affine", "Crop", "DynamicSlice", "GivenTensorFill", "ImageScaler", "MeanVarianceNormalization"}
+    {
+        "Affine",
+        "Crop",
+        "DynamicSlice",
+        "GivenTensorFill",
+        "ImageScaler",
+        "MeanVarianceNormalization",
+    }
     | {"ParametricSoftplus", "Scale", "ScaledTanh", "ThresholdedRelu"}
 )
 SMALL = 1024  # elements: what may be somebody's shape

@@ -1,8 +1,9 @@
-"""A trial load of each model of a repository in a scratch server, and the real cause of a failure."""
+"""A trial of each model of a repository in a scratch server, and the real cause of a failure."""
 
 import contextlib
-import http.client
+import re
 import secrets
+import signal
 import subprocess
 import tempfile
 import time
@@ -15,15 +16,29 @@ from pipeline import lint_files, tritonserver
 from pipeline.config import ServeConfig
 from pipeline.errors import ServerError
 from pipeline.lint import CONFIG, Linted, in_order
-from pipeline.lint_backend import BACKEND, runs_on_gpu, type_name
+from pipeline.lint_ask import GoneError, Server, SilentError, wrong_answer
+from pipeline.lint_backend import BACKEND, runs_on_gpu
 from pipeline.lint_config import OTHER_BACKENDS
 from pipeline.lint_files import Model
-from pipeline.lint_text import Config, Finding, read_config
+from pipeline.lint_text import Config, Finding, Level, read_config
 from pipeline.paths import Paths
 from pipeline.serve import POLL_SECONDS, clear, with_free_ports
 
 LOAD_SECONDS = 30.0  # in which a model loads, or never will
 STOP_SECONDS = 3.0
+# What our python-based backend refuses and the native one may not, in its words.
+_LIMITS = re.compile(
+    r"is optional, ragged or a scalar|the python-based backend does not support"
+    r"|unsupported datatype tensor\((string|bfloat16)\)"
+)
+_SAID = {
+    "refused": "does not load",
+    "hangs": "never loads",
+    "ends": "takes the whole server down",
+    "unready": "is not ready",
+    "wrong": "loads, and answers wrongly",
+    "unanswered": "loads, and may not answer",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class Trial:
     """What a server made of one model."""
 
     model: str
-    outcome: str  # loads, refused, hangs, unready or not judged
+    outcome: str  # loads, not judged, or one of those in _SAID
     cause: str = ""
     source: str | None = None  # of the native backend, where only that can judge
 
@@ -49,14 +64,14 @@ def _findings(repository: Path, trial: Trial) -> Iterator[Finding]:
         said = f"not judged on a server here: {trial.cause}"
         yield Finding("live", "note", file, said, source=trial.source)
     elif trial.outcome != "loads":
-        verb = {"refused": "does not load", "hangs": "never loads", "unready": "is not ready"}
-        yield Finding("live", "error", file, f"{verb[trial.outcome]}: {trial.cause}")
+        level: Level = "warning" if trial.outcome == "unanswered" else "error"
+        yield Finding("live", level, file, f"{_SAID[trial.outcome]}: {trial.cause}")
 
 
 def try_models(
     repository: Path, names: Iterable[str], paths: Paths, seconds: float = LOAD_SECONDS
 ) -> list[Trial]:
-    """Load each model by itself, and unload it. One that hangs costs a server, not the others."""
+    """Load each model by itself, ask it, unload it. One that hangs costs a server, not the rest."""
     runtime = tritonserver.find(paths, "auto")
     waiting = list(names)
     trials = []
@@ -64,99 +79,83 @@ def try_models(
         with _server(runtime, repository) as server:
             while waiting:
                 name = waiting.pop(0)
-                unable = _beyond(repository / name, runtime.kind)
-                trials.append(unable or server.trial(name, seconds))
-                if trials[-1].outcome == "hangs":
-                    break  # it holds a lock that the next load would wait for
+                beyond = _beyond(repository / name, runtime.kind)
+                trials.append(beyond or _limited(_try(server, name, seconds), runtime.kind))
+                if trials[-1].outcome in ("hangs", "ends"):
+                    break  # what a load holds, the next one would wait for
     return trials
 
 
 def _beyond(folder: Path, kind: str) -> Trial | None:
     """A verdict on a model that the server here cannot judge, or must not try."""
-    read = read_config(folder / CONFIG) if (folder / CONFIG).exists() else Config(folder / CONFIG)
-    config: Any = read.message if isinstance(read, Config) else None
-    if config is None:
-        return None
+    config = read_config(folder / CONFIG) if (folder / CONFIG).exists() else Config(folder / CONFIG)
+    if isinstance(config, Finding):
+        return None  # the server will say it
+    message: Any = config.message
 
     def say(why: str, where: str = "") -> Trial:
         return Trial(folder.name, "not judged", why, f"{BACKEND} {where}" if where else None)
 
-    model = Model(folder, Config(folder, config), lint_files.versions(folder)[0])
-    if lint_files.brought_code(model) or config.model_operations.op_library_filename:
+    model = Model(folder, config, lint_files.versions(folder)[0])
+    if lint_files.brought_code(model) or message.model_operations.op_library_filename:
         return say("it brings code of its own, which is not run here")
-    if not lint_files.is_onnx(config, folder) and config.platform != "ensemble":
-        return say(f"it is for the backend {config.backend or config.platform}") if (
-            config.backend in OTHER_BACKENDS
-        ) else None  # fmt: skip
-    if runs_on_gpu(config):
-        return say("it asks for a GPU", "LoadModel") if not _has_gpu() else None
-    if kind != "wheel":
-        return None
-    asked = config.optimization.execution_accelerators
-    accelerators = [*asked.gpu_execution_accelerator, *asked.cpu_execution_accelerator]
-    for one in accelerators:
-        if one.name != "cuda":
-            return say(f"it asks for the accelerator '{one.name}'", "LoadModel")
-    for tensor in (*config.input, *config.output):
-        if type_name(tensor.data_type) in ("TYPE_STRING", "TYPE_BF16"):
-            return say(f"'{tensor.name}' is a type that only the native backend takes", "ValidateInputs")
-    if any(tensor.optional or tensor.allow_ragged_batch for tensor in config.input):
-        return say("an optional or ragged input is for the native backend only", "ValidateInputs")
-    if config.HasField("sequence_batching") or config.batch_input or config.batch_output:
-        return say("sequences and batch inputs are for the native backend only", "ModelInstanceState")
+    if message.backend in OTHER_BACKENDS:
+        return say(f"it is for the backend {message.backend}")
+    if runs_on_gpu(message) and not any(Path("/dev").glob("nvidia[0-9]*")):
+        return say("it asks for a GPU, and there is none", "LoadModel")
+    asked = message.optimization.execution_accelerators
+    for one in (*asked.gpu_execution_accelerator, *asked.cpu_execution_accelerator):
+        if kind == "wheel" and one.name != "cuda":
+            return say(f"only the native backend has the accelerator '{one.name}'", "LoadModel")
     return None
 
 
-def _has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+def _limited(trial: Trial, kind: str) -> Trial:
+    """The trial, or that our own backend cannot tell."""
+    if trial.outcome == "refused" and kind == "wheel" and _LIMITS.search(trial.cause):
+        said = f"only the native backend can tell ({trial.cause})"
+        return Trial(trial.model, "not judged", said, f"{BACKEND} ModelInstanceState")
+    return trial
 
 
-@dataclass(frozen=True)
-class _Server:
-    """A server without models that loads what it is told to."""
-
-    child: subprocess.Popen[bytes]
-    log: Path
-    port: int
-    headers: dict[str, str]
-
-    def ask(self, method: str, path: str, seconds: float, body: str = "") -> tuple[int, str]:
-        """Status and text of an answer; OSError or HTTPException when there is none."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
-        try:
-            connection.request(method, path, body or None, self.headers)
-            response = connection.getresponse()
-            return response.status, response.read().decode(errors="replace")
-        finally:
-            connection.close()
-
-    def trial(self, name: str, seconds: float) -> Trial:
-        """Load the model, ask whether it is ready, and unload it."""
-        start = self.log.stat().st_size
-        action = f"/v2/repository/models/{name}"
-        try:
-            status, text = self.ask("POST", f"{action}/load", seconds, "{}")
-            ready = status == 200 and self.ask("GET", f"/v2/models/{name}/ready", 5.0)[0] == 200
-        except TimeoutError:
-            said = f"nothing happened for {seconds:g} s; its log ends: {self._cause(start, '')}"
-            return Trial(name, "hangs", said)
-        except (OSError, http.client.HTTPException):
-            return Trial(name, "hangs", f"the server ended: {self._cause(start, '')}")
+def _try(server: Server, name: str, seconds: float) -> Trial:
+    """Load the model, ask it whether it is ready and for an answer, and unload it."""
+    start = server.log.stat().st_size
+    action = f"/v2/repository/models/{name}"
+    outcome, said = "loads", ""
+    try:
+        status, _ = server.ask("POST", f"{action}/load", seconds, b"{}")
         if status != 200:
-            return Trial(name, "refused", self._cause(start, text))
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            self.ask("POST", f"{action}/unload", 5.0, '{"parameters":{"unload_dependents":false}}')
-        return Trial(name, "loads") if ready else Trial(name, "unready", self._cause(start, ""))
+            outcome = "refused"
+        elif server.ask("GET", f"/v2/models/{name}/ready", seconds)[0] != 200:
+            outcome = "unready"
+        else:
+            said, is_certain = wrong_answer(server, name)
+            outcome = ("wrong" if is_certain else "unanswered") if said else "loads"
+            server.ask("POST", f"{action}/unload", seconds, b"{}")
+    except SilentError:
+        outcome, said = "hangs", f"no answer in {seconds:g} s"
+    except GoneError:
+        outcome = "ends"
+    if outcome != "loads":
+        said = said or cause(server.said(start))
+    return Trial(name, outcome, said)
 
-    def _cause(self, start: int, answer: str) -> str:
-        with self.log.open("rb") as log:
-            log.seek(start)
-            text = log.read().decode(errors="replace")
-        return tritonserver.cause(text) or answer
+
+def cause(log: str) -> str:
+    """The real cause of a failure in a part of tritonserver's log, in a line."""
+    if crash := re.search(r"^Signal \((\d+)\) received", log, re.MULTILINE):
+        number = int(crash[1])
+        known = number in signal.valid_signals()
+        name = signal.Signals(number).name if known else f"signal {number}"
+        what = re.search(r"what\(\):\s*(.*)", log)
+        return f"the server crashes ({name}{', ' + what[1] if what else ''})"
+    parsing = re.findall(r"Error parsing text-format inference\.ModelConfig: (.*)", log)
+    return parsing[-1] if parsing else tritonserver.cause(log)
 
 
 @contextlib.contextmanager
-def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[_Server]:
+def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[Server]:
     """A scratch server on `repository` that has loaded nothing yet."""
     config = replace(with_free_ports(ServeConfig()), stop_seconds=STOP_SECONDS)
     server_id, key = f"handwriting-{secrets.token_hex(6)}", secrets.token_urlsafe(24)
@@ -176,8 +175,7 @@ def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[_Server
                 start_new_session=True,
             )
         try:
-            headers = {tritonserver.KEY_HEADER: key, "Content-Type": "application/json"}
-            server = _Server(child, log, config.http_port, headers)
+            server = Server(child, log, config.http_port, {tritonserver.KEY_HEADER: key})
             _await(server, config.start_seconds)
             yield server
         finally:
@@ -188,13 +186,13 @@ def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[_Server
             child.wait()
 
 
-def _await(server: _Server, seconds: float) -> None:
+def _await(server: Server, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(OSError, http.client.HTTPException):
+        with contextlib.suppress(SilentError, GoneError):
             if server.ask("GET", "/v2/health/ready", 2.0)[0] == 200:
                 return
         if server.child.poll() is not None or time.monotonic() > deadline:
-            cause = tritonserver.cause(server.log.read_text(errors="replace"))
-            raise ServerError(f"the scratch server did not start: {cause}")
+            said = tritonserver.cause(server.log.read_text(errors="replace"))
+            raise ServerError(f"the scratch server did not start: {said}")
         time.sleep(POLL_SECONDS)

@@ -62,9 +62,7 @@ def _counts(model: Model, graph: Graph) -> Iterator[Finding]:
         )
 
 
-def _type(
-    model: Model, kind: str, tensor: Any, where: str, provided: Tensor
-) -> Iterator[Finding]:
+def _type(model: Model, kind: str, tensor: Any, where: str, provided: Tensor) -> Iterator[Finding]:
     asked, found = type_name(tensor.data_type), provided.data_type
     if provided.kind == "tensor_type" and asked != found and tensor.data_type:
         said = f"configuration expects datatype {asked} for {kind} '{tensor.name}', model provides "
@@ -77,8 +75,8 @@ def _type(
 def _dims(
     model: Model, kind: str, tensor: Any, where: str, provided: Tensor, graph: Graph
 ) -> Iterator[Finding]:
-    """Shapes as the backend compares them: an output's must be equal, an input's may be narrower."""
-    config, is_batched = model.config, model.config.message.max_batch_size > 0
+    """Shapes as the backend compares them: an output's must be equal, an input's narrower."""
+    config, is_batched = model.config, model.max_batch_size > 0
     shape = list(provided.shape)
     if provided.kind != "tensor_type" or not tensor.dims:
         return
@@ -101,7 +99,9 @@ def _dims(
         return
     if not shape:
         if any(dim != 1 for dim in dims):
-            said = f"scalar tensor '{tensor.name}', should only provide 1 in the model configuration"
+            said = (
+                f"scalar tensor '{tensor.name}', should only provide 1 in the model configuration"
+            )
             yield config.finding("tensor-dims", "error", at, said, "write dims: 1", source)
         return
     if is_batched and shape[0] != -1:
@@ -140,7 +140,7 @@ def _dims_fix(shape: list[int], full: list[int], is_batched: bool) -> str:
 def completion(model: Model, version: int) -> Iterator[Finding]:
     """What Triton fills in where the config is silent, and cannot."""
     message, graph = model.config.message, model.graphs[version]
-    if message.input and message.output:
+    if model.is_complete:
         return
     if message.max_batch_size > 0 and not graph.can_batch:
         said = f"autofill failed for model '{model.folder.name}': model does not support batching "
@@ -155,9 +155,7 @@ def completion(model: Model, version: int) -> Iterator[Finding]:
             if tensor.data_type == "TYPE_INVALID" or 0 in tensor.shape:
                 said = f"model {kind} '{tensor.name}' has a type or a shape that Triton has no word"
                 fix = "export it with another type"
-                yield Finding(
-                    "tensor-type", "error", graph.path, f"{said} for", fix, source=UTILS
-                )
+                yield Finding("tensor-type", "error", graph.path, f"{said} for", fix, source=UTILS)
 
 
 def dialect(model: Model, version: int, wanted: Target | None) -> Iterator[Finding]:
@@ -166,8 +164,10 @@ def dialect(model: Model, version: int, wanted: Target | None) -> Iterator[Findi
     oldest = loaded_by(graph.opset, graph.ir_version)
     asked = wanted or target(NEWEST)
     if graph.opset > asked.opset or graph.ir_version > asked.ir_version:
-        said = f"opset {graph.opset}, IR {graph.ir_version}: Triton {asked.release} has ONNX Runtime "
-        said += f"{asked.onnxruntime}, which loads opset {asked.opset} and IR {asked.ir_version} at most"
+        said = (
+            f"opset {graph.opset}, IR {graph.ir_version}: Triton {asked.release} has ONNX Runtime "
+        )
+        said += f"{asked.onnxruntime}, which loads opset {asked.opset}, IR {asked.ir_version} at most"
         later = f", or serve it with {oldest.release} or later" if oldest else ""
         fix = f"export it with --target-triton {asked.release}{later}"
         yield Finding("dialect", "error", graph.path, said, fix, source=FILE)

@@ -67,12 +67,7 @@ def read_config(path: Path) -> Config | Finding:
         content = path.read_bytes()
     except OSError as error:
         return Finding("config-text", "error", path, f"cannot be read: {error.strerror}")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        said = f"byte {content[error.start]:#04x} is no UTF-8"
-        return Finding("config-text", "error", path, said, "save it as UTF-8", line)
+    text = content.decode(errors="replace")  # Triton minds no strange byte in a comment
     try:
         message = text_format.Parse(text, ModelConfig())
     except text_format.ParseError as error:
@@ -87,6 +82,8 @@ def read_config(path: Path) -> Config | Finding:
 
 def _meant(said: str) -> str:
     """The known name that is nearest to the one that a parser does not know."""
+    if "\ufeff" in said:
+        return "save it without a byte order mark"
     unknown = re.search(r'"inference\.([\w.]+)" has no (?:field|value) named "?(\w+)', said)
     if not unknown:
         return "look at the line and at the one above it"

@@ -16,10 +16,12 @@ ORDER = [
     *("findings", "sample", "predictions", "device", "processes", "augment", "model"),
     *("reference", "checkpoint", "train", "records", "runs", "subject", "sizes", "graph"),
     *("policy", "departures", "handed", "variants", "export", "runtime", "card", "trial"),
-    *("proof", "triton", "package", "query", "replay", "tritonserver", "serve", "supervise"),
+    *("proof", "triton", "package", "lint_text", "lint_graph", "lint_files", "lint_config"),
+    *("lint_backend", "lint_rules", "lint", "query", "replay", "tritonserver", "serve"),
+    *("supervise", "lint_ask", "lint_live"),
     *("prove", "gpu", "benchmark", "report", "figures", "answers", "evidence", "page"),
     *("command", "cli_data", "cli_train", "cli_export", "cli_validate", "cli_serve"),
-    *("cli_measure", "cli", "__main__"),
+    *("cli_repository", "cli_measure", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
@@ -28,10 +30,10 @@ HOMES = {
         *("records", "gpu", "benchmark", "reference", "subject"),
     },
     "safetensors": {"checkpoint"},
-    "onnx": {"sizes", "graph", "policy", "departures", "variants", "export"},
+    "onnx": {"sizes", "graph", "policy", "departures", "variants", "export", "lint_graph"},
     "onnxruntime": {"export", "runtime", "variants"},
-    "tritonclient": {"triton", "query"},
-    "google": {"graph", "triton", "query"},
+    "tritonclient": {"triton", "query", "lint_config", "lint_backend"},
+    "google": {"graph", "triton", "query", "lint_text", "lint_graph"},
     "geventhttpclient": {"query"},
     "greenlet": {"query"},
     "PIL": {"images"},
