@@ -137,7 +137,7 @@ figures: $(AGREEMENT) ## measure the README's figures anew and render them
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
-.PHONY: gpu-check prove-resume prove-runtimes prove-best
+.PHONY: gpu-check prove-resume prove-runtimes prove-best prove-lint
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(PIPELINE) gpu-check --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
@@ -146,6 +146,8 @@ prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_resume.py exported/figures/resume.json 100 30
 prove-runtimes: $(SUMMARY) | .venv/done ## run what is exported for older Tritons on the ONNX Runtimes inside them (RUN)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_runtimes.py exported/figures/runtimes.json $(RUN)
+prove-lint: .venv/done .venv-triton/done ## mutate a model repository, and hold lint against a real Triton
+	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_lint.py exported/figures/lint.json
 
 system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }

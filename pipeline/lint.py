@@ -18,6 +18,7 @@ CONFIG, PROFILES = "config.pbtxt", "configs"
 OF_ANY_BACKEND = (
     lint_config.identity,
     lint_config.batching,
+    lint_config.scheduling,
     lint_config.tensors,
     lint_config.instances,
     lint_config.labels,

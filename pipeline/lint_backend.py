@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2
@@ -17,6 +17,9 @@ BACKEND = "onnxruntime_backend src/onnxruntime.cc"
 SIZES = {"BOOL": 1, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8}
 SIZES |= {f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16, 32, 64)}
 
+Problems = Iterator[tuple[str, str, str]]  # at which field, what is wrong, and the fix
+Check = Callable[[Any, dict[str, str]], Problems]
+
 
 def type_name(number: int) -> str:
     """Triton's name of a data type; TYPE_INVALID for a number that has none."""
@@ -27,34 +30,37 @@ def type_name(number: int) -> str:
 def warmups(model: Model) -> Iterator[Finding]:
     """The requests that each instance answers before it is ready."""
     config, largest = model.config, max(1, model.max_batch_size)
-    given = {tensor.name: tensor for tensor in config.message.input}
     for index, sample in enumerate(config.message.model_warmup):
-        at = f"model_warmup[{index}]"
+        at, called = f"model_warmup[{index}]", f"warmup sample '{sample.name}'"
         if sample.batch_size == 0:
-            said = f"warmup sample '{sample.name}' has no batch_size: Triton skips it"
+            said = f"{called} has no batch_size: Triton skips it"
             yield config.finding("warmup", "warning", at, said, "write batch_size: 1", WARMUP)
             continue
         if sample.batch_size > largest:
-            said = f"batch size {sample.batch_size} of warmup sample '{sample.name}', max allowed "
+            said = f"batch size {sample.batch_size} of {called}, max allowed is {largest}"
+            fix, source = f"take at most {largest}", f"{BACKEND} ProcessRequests"
+            yield config.finding("warmup-batch", "error", f"{at}.batch_size", said, fix, source)
+        for field, said, fix in _sample(model, sample):
             yield config.finding(
-                "warmup-batch", "error", f"{at}.batch_size", f"{said}is {largest}",
-                f"take at most {largest}", f"{BACKEND} ProcessRequests",
-            )  # fmt: skip
-        required = {tensor.name for tensor in config.message.input if not tensor.optional}
-        for name in sorted(required - set(sample.inputs)):
-            said = f"warmup sample '{sample.name}' lacks the input '{name}'"
-            yield config.finding("warmup", "error", at, said, "give every input", WARMUP)
-        for name, entry in sample.inputs.items():
-            if given and name not in given:
-                said = f"unexpected inference input '{name}' in warmup sample '{sample.name}'"
-                fix = f"the inputs are: {', '.join(given)}"
-                yield config.finding("warmup", "error", f"{at}.inputs[{name}]", said, fix, WARMUP)
-            for field, said, fix in _entry(model, name, entry, given.get(name)):
-                where = f"{at}.inputs[{name}].value.{field}"
-                yield config.finding("warmup", "error", where, said, fix, WARMUP)
+                "warmup", "error", f"{at}{field}", f"{called}: {said}", fix, WARMUP
+            )
 
 
-def _entry(model: Model, name: str, entry: Any, tensor: Any) -> Iterator[tuple[str, str, str]]:
+def _sample(model: Model, sample: Any) -> Problems:
+    """What is wrong with the inputs of a warm-up sample: at which field, what, and the fix."""
+    given = {tensor.name: tensor for tensor in model.config.message.input}
+    for tensor in given.values():
+        if not tensor.optional and tensor.name not in sample.inputs:
+            yield "", f"missing required input(s) ['{tensor.name}']", "give every input"
+    for name, entry in sample.inputs.items():
+        if given and name not in given:
+            said = f"unexpected inference input '{name}'"
+            yield f".inputs[{name}]", said, f"the inputs are: {', '.join(given)}"
+        for field, said, fix in _entry(model, name, entry, given.get(name)):
+            yield f".inputs[{name}].value.{field}", said, fix
+
+
+def _entry(model: Model, name: str, entry: Any, tensor: Any) -> Problems:
     """What is wrong with one input of a warm-up sample: at which field, what, and the fix."""
     kind, dims = type_name(entry.data_type), list(entry.dims)
     if tensor is not None and entry.data_type != tensor.data_type:
@@ -100,23 +106,13 @@ KNOWN = (*_NUMBERS, *_FLAGS, *_TEXTS, *_OF_CUDA)
 
 def parameters(model: Model) -> Iterator[Finding]:
     """The parameters that the backend reads. All others are free to say anything."""
-    config = model.config
-    on_gpu = runs_on_gpu(config.message)
+    config, on_gpu = model.config, runs_on_gpu(model.config.message)
     for key, holder in config.message.parameters.items():
-        value, at, fix = holder.string_value, f"parameters[{key}]", "such as string_value: "
-        source = f"{BACKEND} ModelState"
-        if key in (*_NUMBERS, *_FOR_CUDA):
-            level: Level = "error" if key in _NUMBERS or on_gpu else "warning"
-            largest = {"execution_mode": 1, **_FOR_CUDA}.get(key)
-            if not re.match(r"\s*[+-]?\d", value):
-                said = f"failed to convert '{value}' to integral number, as {key}"
-                yield config.finding("parameters", level, at, said, f'{fix}"1"', source)
-            elif largest is not None and not 0 <= int(re.findall(r"-?\d+", value)[0]) <= largest:
-                said = f"unsupported {key} value '{value}', expected are 0 to {largest}"
-                yield config.finding("parameters", level, at, said, f'{fix}"0"', source)
-        elif key in _FLAGS and value.lower() not in SWITCHES:
-            said = f"failed to convert '{value}' to boolean, as {key}"
-            yield config.finding("parameters", "error", at, said, f'{fix}"1"', source)
+        at, said = f"parameters[{key}]", _parameter(key, holder.string_value)
+        if said:
+            level: Level = "warning" if key in _FOR_CUDA and not on_gpu else "error"
+            source = f"{BACKEND} {'LoadModel' if key in _FOR_CUDA else 'ModelState'}"
+            yield config.finding("parameters", level, at, said, 'such as "1"', source)
         elif key not in KNOWN and (close := difflib.get_close_matches(key, KNOWN, 1, 0.85)):
             said = f"the backend does not know the parameter {key} and ignores it"
             yield config.finding("parameters", "warning", at, said, f"did you mean {close[0]}?")
@@ -125,6 +121,21 @@ def parameters(model: Model) -> Iterator[Finding]:
         said = f"the backend does not know the graph level {level_of_graph} and ignores it"
         fix = "-1 is basic, 1 extended, 2 none"
         yield config.finding("parameters", "warning", "optimization.graph.level", said, fix)
+
+
+def _parameter(key: str, value: str) -> str:
+    """What is wrong with the value of a parameter that the backend reads; empty when nothing."""
+    if key in _FLAGS and value.lower() not in SWITCHES:
+        return f"failed to convert '{value}' to boolean, as {key}"
+    if key not in (*_NUMBERS, *_FOR_CUDA):
+        return ""
+    number = re.match(r"\s*([+-]?\d+)", value)
+    if not number:
+        return f"failed to convert '{value}' to integral number, as {key}"
+    largest = {"execution_mode": 1, **_FOR_CUDA}.get(key)
+    if largest is not None and not 0 <= int(number[1]) <= largest:
+        return f"unsupported {key} value '{value}', expected are 0 to {largest}"
+    return ""
 
 
 def runs_on_gpu(message: Any) -> bool:
@@ -174,72 +185,78 @@ _CUDA = frozenset(
 
 def accelerators(model: Model) -> Iterator[Finding]:
     """What the config asks of CUDA and TensorRT. Without a GPU, nothing but the source tells."""
-    config, message = model.config, model.config.message
-    level: Level = "error" if may_run_on_gpu(message) else "warning"
+    message = model.config.message
     asked = message.optimization.execution_accelerators
-    for index, one in enumerate(asked.gpu_execution_accelerator):
-        at = f"optimization.execution_accelerators.gpu_execution_accelerator[{index}]"
-        if one.name not in ("cuda", "tensorrt"):
-            said = f"unknown Execution Accelerator '{one.name}' is requested"
-            fix = 'there are "tensorrt" and "cuda"'
-            yield config.finding(
-                "accelerator", level, f"{at}.name", said, fix, f"{BACKEND} LoadModel"
-            )
-        check = _tensorrt if one.name == "tensorrt" else _cuda
-        if one.name in ("cuda", "tensorrt"):
-            for key, said, fix in check(message, dict(one.parameters)):
-                where = f"{at}.parameters[{key}]"
-                yield config.finding("accelerator", level, where, said, fix, f"{BACKEND} LoadModel")
-    for index, one in enumerate(asked.cpu_execution_accelerator):
-        if one.name != "openvino":
-            said = f"unknown Execution Accelerator '{one.name}' is requested"
-            at = f"optimization.execution_accelerators.cpu_execution_accelerator[{index}]"
-            yield config.finding(
-                "accelerator", "error", at, said, 'there is "openvino"', f"{BACKEND} LoadModel"
-            )
+    known: dict[str, dict[str, Check]]
+    known = {"gpu": {"cuda": _cuda, "tensorrt": _tensorrt}, "cpu": {"openvino": _openvino}}
+    for device, ones in (
+        ("gpu", asked.gpu_execution_accelerator),
+        ("cpu", asked.cpu_execution_accelerator),
+    ):
+        level: Level = "error" if device == "cpu" or may_run_on_gpu(message) else "warning"
+        for index, one in enumerate(ones):
+            at = f"optimization.execution_accelerators.{device}_execution_accelerator[{index}]"
+            check = known[device].get(one.name, _unknown(one.name, known[device]))
+            for field, said, fix in check(message, dict(one.parameters)):
+                yield model.config.finding(
+                    "accelerator", level, f"{at}.{field}", said, fix, f"{BACKEND} LoadModel"
+                )
 
 
-def _tensorrt(message: Any, given: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+def _unknown(name: str, known: Iterable[str]) -> Check:
+    def check(message: Any, given: dict[str, str]) -> Problems:
+        said = f"unknown Execution Accelerator '{name}' is requested"
+        yield "name", said, f"there are: {', '.join(known)}"
+
+    return check
+
+
+def _openvino(message: Any, given: dict[str, str]) -> Problems:
+    return iter(())
+
+
+def _tensorrt(message: Any, given: dict[str, str]) -> Problems:
     for key, value in given.items():
-        kind = _TENSORRT.get(key)
+        kind, at = _TENSORRT.get(key), f"parameters[{key}]"
         if not kind:
-            close = difflib.get_close_matches(key, _TENSORRT, 1)
             said = f"unknown parameter '{key}' is provided for TensorRT Execution Accelerator"
-            yield key, said, f"did you mean {close[0]}?" if close else "leave it out"
+            yield at, said, _nearest(key, _TENSORRT)
         elif kind == "switch" and value.lower() not in SWITCHES:
-            yield (
-                key,
-                f"failed to convert '{value}' to boolean, as {key}",
-                'write "true" or "false"',
-            )
+            yield at, f"failed to convert '{value}' to boolean, as {key}", 'write "true" or "false"'
         elif kind == "number" and not re.match(r"\s*[+-]?\d", value):
-            yield key, f"failed to convert '{value}' to integral number, as {key}", "write a number"
+            said = f"failed to convert '{value}' to integral number, as {key}"
+            yield at, said, "write a number"
         elif kind == "precision" and value not in ("FP32", "FP16", "BF16", "INT8"):
             said = f"unsupported precision mode '{value}' is requested"
-            yield key, said, "there are FP32, FP16, BF16 and INT8"
-    shapes = [given[key] for key in _PROFILES if key in given]
-    if shapes and len(shapes) < len(_PROFILES):
-        said = "TensorRT needs the shapes of a profile all together"
-        yield next(iter(given)), said, f"give {', '.join(_PROFILES)}"
+            yield at, said, "there are FP32, FP16, BF16 and INT8"
+    yield from _profiles(message, {key: given[key] for key in _PROFILES if key in given})
+
+
+def _profiles(message: Any, given: dict[str, str]) -> Problems:
+    """The shapes that TensorRT is to be built for, NAME:1x3x8 with commas between the inputs."""
     names = {tensor.name for tensor in message.input}
-    for key in _PROFILES:
-        for part in filter(None, given.get(key, "").split(",")):
+    for key, value in given.items():
+        if len(given) < len(_PROFILES):
+            said = "TensorRT needs the shapes of a profile all together"
+            yield f"parameters[{key}]", said, f"give {', '.join(_PROFILES)}"
+        for part in value.split(","):
             name, _, shape = part.rpartition(":")
             if not re.fullmatch(r"\d+(x\d+)*", shape) or (names and name not in names):
-                said = f"'{part}' is no input with its shape"
-                yield key, said, f"write NAME:1x3x8 for the inputs {', '.join(sorted(names))}"
+                fix = f"write NAME:1x3x8 for the inputs {', '.join(sorted(names))}"
+                yield f"parameters[{key}]", f"'{part}' is no input with its shape", fix
 
 
-def _cuda(message: Any, given: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+def _cuda(message: Any, given: dict[str, str]) -> Problems:
     for key, value in given.items():
+        at = f"parameters[{key}]"
         if key not in _CUDA:
-            close = difflib.get_close_matches(key, _CUDA, 1)
             said = f"CUDA's provider does not know the option '{key}'"
-            yield key, said, f"did you mean {close[0]}?" if close else "leave it out"
+            yield at, said, _nearest(key, _CUDA)
         flags = ("do_copy_in_default_stream", "use_ep_level_unified_stream")
         if key in flags and value.lower() not in SWITCHES:
-            yield (
-                key,
-                f"failed to convert '{value}' to boolean, as {key}",
-                'write "true" or "false"',
-            )
+            yield at, f"failed to convert '{value}' to boolean, as {key}", 'write "true" or "false"'
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, known, 1)
+    return f"did you mean {close[0]}?" if close else "leave it out"

@@ -4,6 +4,7 @@ import difflib
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2
@@ -12,6 +13,7 @@ from pipeline.lint_files import Model
 from pipeline.lint_text import Finding
 
 CORE = "core src/model_config_utils.cc"
+VALIDATE = f"{CORE} ValidateModelConfig"
 KINDS = model_config_pb2.ModelInstanceGroup
 INPUTS = "onnxruntime_backend src/onnxruntime.cc ValidateInputs"
 CPU_COUNT = 2  # sessions that Triton opens for KIND_CPU without a count
@@ -37,7 +39,7 @@ def identity(model: Model) -> Iterator[Finding]:
         said = "unexpected 'platform' and 'backend' pair, got:"
         yield config.finding(
             "backend", "error", "platform", f"{said}{message.platform}, {message.backend}",
-            f'leave platform out, or write "{ONNX_PLATFORM}"', f"{CORE} ValidateModelConfig",
+            f'leave platform out, or write "{ONNX_PLATFORM}"', VALIDATE,
         )  # fmt: skip
 
 
@@ -45,52 +47,53 @@ def batching(model: Model) -> Iterator[Finding]:
     """The largest batch, and the sizes that the batcher prefers."""
     config, message = model.config, model.config.message
     largest = message.max_batch_size
-    source = f"{CORE} ValidateModelConfig"
     if largest < 0:
         said = f"'max_batch_size' must be non-negative value for {model.folder.name}"
         fix = "0 means that the model takes no batches"
-        yield config.finding("max-batch-size", "error", "max_batch_size", said, fix, source)
-    batcher = message.dynamic_batching
+        yield config.finding("max-batch-size", "error", "max_batch_size", said, fix, VALIDATE)
     for where, sizes in (
-        ("dynamic_batching", batcher.preferred_batch_size),
+        ("dynamic_batching", message.dynamic_batching.preferred_batch_size),
         ("sequence_batching.oldest", message.sequence_batching.oldest.preferred_batch_size),
     ):
         for index, size in enumerate(sizes):
-            at, kind = f"{where}.preferred_batch_size[{index}]", where.partition("_")[0]
-            if size <= 0 or size > largest:
+            if not 0 < size <= largest:
                 rule = "be positive" if size <= 0 else "be <= max batch size"
-                said = f"{kind} batching preferred size must {rule}, got {size}"
+                said = f"{where.partition('_')[0]} batching preferred size must {rule}, got {size}"
                 fix = f"take sizes from 1 to {largest}" if largest > 0 else "set max_batch_size"
-                yield config.finding("preferred-sizes", "error", at, said, fix, source)
-    if message.HasField("dynamic_batching") and 0 <= largest <= 1:
+                at = f"{where}.preferred_batch_size[{index}]"
+                yield config.finding("preferred-sizes", "error", at, said, fix, VALIDATE)
+    # Where the config is not complete, Triton fills in a largest batch.
+    if message.HasField("dynamic_batching") and 0 <= largest <= 1 and model.is_complete:
         said = f"nothing is ever batched with a max_batch_size of {largest}"
         fix = "raise max_batch_size, or leave dynamic_batching out"
-        if model.is_complete:  # else Triton fills in a larger one
-            yield config.finding("no-batching", "warning", "dynamic_batching", said, fix)
-    if (
-        batcher.priority_levels
-        and not 1 <= batcher.default_priority_level <= batcher.priority_levels
-    ):
-        said = f"default priority level must be in range [1, {batcher.priority_levels}]"
-        at = "dynamic_batching.priority_levels"
-        yield config.finding("priority", "error", at, said, "set default_priority_level", source)
+        yield config.finding("no-batching", "warning", "dynamic_batching", said, fix)
+
+
+def scheduling(model: Model) -> Iterator[Finding]:
+    """Priorities and the response cache."""
+    message, batcher = model.config.message, model.config.message.dynamic_batching
+    levels = batcher.priority_levels
+    wrong = []
+    if levels and not 1 <= batcher.default_priority_level <= levels:
+        said = f"default priority level must be in range [1, {levels}]"
+        wrong.append(("dynamic_batching.priority_levels", said, "set default_priority_level"))
     for level in batcher.priority_queue_policy:
-        if batcher.priority_levels and not 1 <= level <= batcher.priority_levels:
-            said = f"priority queue policy must have priority level in range [1, {level}]"
+        if levels and not 1 <= level <= levels:
+            said = f"priority queue policy must have priority level in range [1, {levels}]"
             at = f"dynamic_batching.priority_queue_policy[{level}]"
-            yield config.finding("priority", "error", at, said, "choose another", source)
-    if batcher.preserve_ordering and batcher.priority_levels > 1:
+            wrong.append((at, said, "choose another level"))
+    if batcher.preserve_ordering and levels > 1:
         said = "Only one priority level is allowed when 'preserve_ordering' is true"
-        at = "dynamic_batching.preserve_ordering"
-        yield config.finding("priority", "error", at, said, "leave one of them out", source)
-    if message.response_cache.enable and message.HasField("sequence_batching"):
-        said = "Response Cache does not currently support a model with sequence batching scheduler"
-        fix = "Please disable the response cache"
-        yield config.finding("response-cache", "error", "response_cache", said, fix, source)
-    if message.response_cache.enable and message.model_transaction_policy.decoupled:
-        said = "Response Cache does not currently support a 'decoupled' transaction policy"
-        fix = "Please disable the response cache"
-        yield config.finding("response-cache", "error", "response_cache", said, fix, source)
+        wrong.append(("dynamic_batching.preserve_ordering", said, "leave one of them out"))
+    for is_used, what in (
+        (message.HasField("sequence_batching"), "sequence batching scheduler"),
+        (message.model_transaction_policy.decoupled, "'decoupled' transaction policy"),
+    ):
+        if message.response_cache.enable and is_used:
+            said = f"Response Cache does not currently support a model with {what}"
+            wrong.append(("response_cache", said, "disable the response cache"))
+    for at, said, fix in wrong:
+        yield model.config.finding("scheduling", "error", at, said, fix, VALIDATE)
 
 
 def tensors(model: Model) -> Iterator[Finding]:
@@ -132,9 +135,9 @@ def _tensor(kind: str, tensor: Any, largest: int) -> Iterator[tuple[str, str, st
         if dim < 1 and dim != -1:
             said = "dimension must be integer >= 1, or -1 to indicate a variable-size dimension"
             yield f"dims[{index}]", f"{called}{said}, got {dim}", "write -1 where it is open"
-    if tensor.HasField("reshape"):
-        if said := _misfit(list(tensor.dims), list(tensor.reshape.shape), largest):
-            yield "reshape", called + said, "both must hold as many elements"
+    shape = list(tensor.reshape.shape)
+    if tensor.HasField("reshape") and (said := _misfit(list(tensor.dims), shape, largest)):
+        yield "reshape", called + said, "both must hold as many elements"
     pictures = model_config_pb2.ModelInput
     formats = (pictures.FORMAT_NHWC, pictures.FORMAT_NCHW)
     if kind == "input" and tensor.format in formats and len(tensor.dims) != 3:
@@ -214,39 +217,36 @@ def _threads(model: Model) -> Iterator[Finding]:
 def labels(model: Model) -> Iterator[Finding]:
     """Files of labels against the number of classes."""
     for index, output in enumerate(model.config.message.output):
+        path = model.folder / output.label_filename
         if not output.label_filename:
             continue
-        at = f"output[{index}].label_filename"
-        path = model.folder / output.label_filename
+        said, fix, source = "", "", "core src/label_provider.cc AddLabels"
         if not path.resolve().is_relative_to(model.folder.resolve()):
             said = f"label file path '{output.label_filename}' is outside model directory"
-            fix = "put the file into the model's folder"
-            yield model.config.finding("labels", "error", at, said, fix, "core src/model.cc Init")
-            continue
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            said = f"failed to open text file for read {output.label_filename}: {error.strerror}"
-            yield model.config.finding(
-                "labels", "error", at, said, "add it, or leave label_filename out",
-                "core src/label_provider.cc AddLabels",
-            )  # fmt: skip
-            continue
-        count = len(lines) - (not lines[-1])
-        classes = math.prod(output.dims)
-        if -1 in output.dims or not output.dims:
-            continue
-        if count < classes:
-            said = f"has {count} labels for the {classes} classes of '{output.name}': "
-            said += "the classification extension answers with an empty label for the others"
-            yield Finding("labels", "error", path, said, "write one label a line", line=count)
-        elif count > classes:
-            said = f"has {count} labels for the {classes} classes of '{output.name}'"
-            fix = "check that line n is class n - 1"
-            yield Finding("labels", "warning", path, said, fix, line=classes + 1)
-        elif any(line.endswith(b"\r") for line in lines):
-            said = "has Windows line ends, which Triton keeps as a part of the labels"
-            yield Finding("labels", "warning", path, said, "save it with plain line ends", line=1)
+            fix, source = "put the file into the model's folder", "core src/model.cc Init"
+        elif not path.is_file():
+            said = f"failed to open text file for read {output.label_filename}"
+            fix = "write one label a line there, or leave label_filename out"
+        if said:
+            at = f"output[{index}].label_filename"
+            yield model.config.finding("labels", "error", at, said, fix, source)
+        elif output.dims and -1 not in output.dims:
+            yield from _labels(path, output.name, math.prod(output.dims))
+
+
+def _labels(path: Path, output: str, classes: int) -> Iterator[Finding]:
+    lines = path.read_bytes().split(b"\n")
+    count = len(lines) - (not lines[-1])
+    said = f"has {count} labels for the {classes} classes of '{output}'"
+    if count < classes:
+        said += ": the classification extension answers with an empty label for the others"
+        yield Finding("labels", "error", path, said, "write one label a line", count or None)
+    elif count > classes:
+        fix = "check that line n is the label of class n - 1"
+        yield Finding("labels", "warning", path, said, fix, classes + 1)
+    elif any(line.endswith(b"\r") for line in lines):
+        said = "has Windows line ends, which Triton keeps as a part of the labels"
+        yield Finding("labels", "warning", path, said, "save it with plain line ends", 1)
 
 
 def backend_names(name: str) -> str:

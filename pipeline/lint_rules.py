@@ -11,6 +11,7 @@ from pipeline.lint_text import Finding, Level
 from pipeline.targets import NEWEST, Target, loaded_by, target
 
 UTILS = "onnxruntime_backend src/onnxruntime_utils.cc"
+COMPARE = f"{UTILS} CompareDimsSupported"
 
 
 def signature(model: Model, version: int) -> Iterator[Finding]:
@@ -76,56 +77,66 @@ def _dims(
     model: Model, kind: str, tensor: Any, where: str, provided: Tensor, graph: Graph
 ) -> Iterator[Finding]:
     """Shapes as the backend compares them: an output's must be equal, an input's narrower."""
-    config, is_batched = model.config, model.max_batch_size > 0
-    shape = list(provided.shape)
+    config, shape = model.config, list(provided.shape)
     if provided.kind != "tensor_type" or not tensor.dims:
         return
     field = "reshape" if tensor.HasField("reshape") else "dims"
     dims = list(tensor.reshape.shape) if field == "reshape" else list(tensor.dims)
-    at, source = f"{where}.{field}", f"{UTILS} CompareDimsSupported"
-    called = f"tensor '{tensor.name}': "
-    if kind == "input" and tensor.optional:
-        if is_batched:
-            said = f"optional input '{tensor.name}' is not supported for models that batch"
-            fix = "set max_batch_size: 0, or describe it as required"
-            yield config.finding("tensor-dims", "error", at, said, fix, f"{BACKEND} ValidateInputs")
-        return
-    if kind == "input" and tensor.allow_ragged_batch:
-        if shape != [-1]:
-            said = "configuration expects model provides input with shape [-1] for ragged input "
-            said += f"'{tensor.name}', model provides {shape}"
-            fix = "leave allow_ragged_batch out"
-            yield config.finding("tensor-dims", "error", at, said, fix, f"{BACKEND} ValidateInputs")
-        return
-    if not shape:
-        if any(dim != 1 for dim in dims):
-            said = (
-                f"scalar tensor '{tensor.name}', should only provide 1 in the model configuration"
-            )
-            yield config.finding("tensor-dims", "error", at, said, "write dims: 1", source)
-        return
-    if is_batched and shape[0] != -1:
-        said = f"{called}for the model to support batching the shape should have at least 1 "
-        said += f"dimension and the first dimension must be -1; the model's shape is {shape}"
+    is_input = kind == "input"
+    if (is_input and (tensor.optional or tensor.allow_ragged_batch)) or not shape:
+        said, fix = _unusual(tensor, is_input, dims, shape, model.max_batch_size)
+        if said:
+            source = f"{BACKEND} Validate{kind.title()}s"
+            yield config.finding("tensor-dims", "error", f"{where}.{field}", said, fix, source)
+    elif model.max_batch_size > 0 and shape[0] != -1:
+        said = f"tensor '{tensor.name}': for the model to support batching the shape should have "
+        said += "at least 1 dimension and the first dimension must be -1; but shape expected by "
         fix = "export it with a dynamic batch axis, or set max_batch_size: 0 and the whole shape"
-        yield config.finding("batch-axis", "error", at, said, fix, source)
+        yield config.finding(
+            "batch-axis", "error", where, f"{said}the model is {shape}", fix, COMPARE
+        )
+    else:
+        full = [-1, *dims] if model.max_batch_size > 0 else dims
+        yield from _compare(model, is_input, tensor.name, f"{where}.{field}", full, shape, graph)
+
+
+def _unusual(
+    tensor: Any, is_input: bool, dims: list[int], shape: list[int], largest: int
+) -> tuple[str, str]:
+    """What is wrong with an input that is optional or ragged, or with a scalar, and the fix."""
+    if is_input and tensor.optional:
+        said = f"optional input '{tensor.name}' is not supported for models that support batching"
+        return (said, "set max_batch_size: 0, or describe it as required") if largest else ("", "")
+    if is_input and tensor.allow_ragged_batch:
+        said = "configuration expects model provides input with shape [-1] for ragged input "
+        said += f"'{tensor.name}', model provides {shape}"
+        return (said, "leave allow_ragged_batch out") if shape != [-1] else ("", "")
+    said = f"scalar tensor '{tensor.name}', should only provide 1 in the model configuration"
+    return (said, "write dims: 1") if any(dim != 1 for dim in dims) else ("", "")
+
+
+def _compare(
+    model: Model,
+    is_input: bool,
+    name: str,
+    at: str,
+    full: list[int],
+    shape: list[int],
+    graph: Graph,
+) -> Iterator[Finding]:
+    """The config's shape, the batch included, against the graph's."""
+    pairs = list(zip(full, shape, strict=False))
+    may_match = len(full) == len(shape) and all(ours == of or of == -1 for ours, of in pairs)
+    if full == shape or (is_input and may_match):
         return
-    full = [-1, *dims] if is_batched else dims
-    matches = len(full) == len(shape) and all(
-        ours == theirs or (kind == "input" and theirs == -1)
-        for ours, theirs in zip(full, shape, strict=False)
-    )
-    if matches:
-        return
-    may_match = len(full) == len(shape) and all(
-        ours == theirs or theirs == -1 for ours, theirs in zip(full, shape, strict=False)
-    )
+    is_batched = model.max_batch_size > 0
     note = " (an initial batch dimension because max_batch_size > 0)" if is_batched else ""
-    said = f"{called}the model expects {len(shape)} dimensions (shape {shape}) but the model "
-    said += f"configuration specifies {len(full)} dimensions (shape {full}){note}"
+    said = f"tensor '{name}': the model expects {len(shape)} dimensions (shape {shape}) but the "
+    said += f"model configuration specifies {len(full)} dimensions (shape {full}){note}"
     # A shape that the graph computes may be known to ONNX Runtime, where it is open to us.
     level: Level = "warning" if may_match and graph.computes_shapes else "error"
-    yield config.finding("tensor-dims", level, at, said, _dims_fix(shape, full, is_batched), source)
+    fix = _dims_fix(shape, full, is_batched)
+    yield model.config.finding("tensor-dims", level, at, said, fix, COMPARE)
 
 
 def _dims_fix(shape: list[int], full: list[int], is_batched: bool) -> str:
@@ -167,7 +178,9 @@ def dialect(model: Model, version: int, wanted: Target | None) -> Iterator[Findi
         said = (
             f"opset {graph.opset}, IR {graph.ir_version}: Triton {asked.release} has ONNX Runtime "
         )
-        said += f"{asked.onnxruntime}, which loads opset {asked.opset}, IR {asked.ir_version} at most"
+        said += (
+            f"{asked.onnxruntime}, which loads opset {asked.opset}, IR {asked.ir_version} at most"
+        )
         later = f", or serve it with {oldest.release} or later" if oldest else ""
         fix = f"export it with --target-triton {asked.release}{later}"
         yield Finding("dialect", "error", graph.path, said, fix, source=FILE)

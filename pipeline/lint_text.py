@@ -80,6 +80,17 @@ def read_config(path: Path) -> Config | Finding:
     return Config(path, message, field_lines(text))
 
 
+# What other libraries call Triton's types.
+_OTHERS_SAY = {
+    **dict.fromkeys(("TYPE_FLOAT", "TYPE_FLOAT32"), "TYPE_FP32"),
+    **dict.fromkeys(("TYPE_DOUBLE", "TYPE_FLOAT64"), "TYPE_FP64"),
+    **dict.fromkeys(("TYPE_HALF", "TYPE_FLOAT16"), "TYPE_FP16"),
+    "TYPE_BYTES": "TYPE_STRING",
+    "TYPE_LONG": "TYPE_INT64",
+    "TYPE_BYTE": "TYPE_UINT8",
+}
+
+
 def _meant(said: str) -> str:
     """The known name that is nearest to the one that a parser does not know."""
     if "\ufeff" in said:
@@ -87,6 +98,8 @@ def _meant(said: str) -> str:
     unknown = re.search(r'"inference\.([\w.]+)" has no (?:field|value) named "?(\w+)', said)
     if not unknown:
         return "look at the line and at the one above it"
+    if unknown[2] in _OTHERS_SAY:
+        return f"did you mean {_OTHERS_SAY[unknown[2]]}?"
     known = _names(unknown[1])
     close = difflib.get_close_matches(unknown[2], known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"

@@ -12,11 +12,23 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.files import sha256
+from pipeline.lint_text import Finding
 
-# Refused: by Triton or its backend, here too. Wrong: it loads, and serves wrongly or unsafely.
-# Native: only where there is a GPU or the native backend, whose source is cited. Loads: and is
-# right, maybe with a warning.
-REFUSED, WRONG, NATIVE, LOADS = "refused", "wrong", "native", "loads"
+# What a case is expected to be, and what a server here makes of it:
+REFUSED = "refused"  # by Triton or its backend
+WRONG = "wrong"  # it loads, and serves what was not meant, or unsafely
+NATIVE = "native"  # refused where there is a GPU or the native backend, whose source is cited
+SILENT = "answers wrongly"  # it loads, and only a request tells
+LOADS = "loads"  # and is right, maybe with a warning
+UNTRIED = "loads natively"  # and is right, and our own backend cannot run it
+ON_A_SERVER = {
+    REFUSED: ("refused", "hangs", "ends"),
+    WRONG: ("loads",),
+    NATIVE: ("not judged",),
+    SILENT: ("wrong",),
+    LOADS: ("loads",),
+    UNTRIED: ("not judged",),
+}
 CONFIG = """name: "{name}"
 backend: "onnxruntime"
 max_batch_size: 8
@@ -95,9 +107,21 @@ class Case:
     name: str
     expected: str
     mutate: Callable[[Path], None]
-    rule: str = ""  # of lint, which says so; empty where it has nothing to say
+    rule: str = ""  # of lint, which says so; empty where only a server tells, or nothing is wrong
     why: str = ""
     source: str = ""  # where Triton decides it
+
+
+def static_fault(one: Case, findings: Sequence[Finding]) -> str:
+    """Where lint does not say of a case what it should; empty when it does."""
+    said = {level: {f.rule for f in findings if f.level == level} for level in ("error", "warning")}
+    is_error = one.expected in (REFUSED, WRONG, NATIVE) and one.rule
+    if is_error:
+        return "" if one.rule in said["error"] else f"no error of {one.rule} among {said}"
+    if said["error"]:
+        return f"refused by {said['error']}"
+    wanted = {one.rule} if one.rule else set()
+    return "" if said["warning"] == wanted else f"warned of {said['warning']}, not of {wanted}"
 
 
 CASES: list[Case] = []
@@ -178,6 +202,21 @@ def json_instead_of_text(folder: Path) -> None:
     (folder / "config.pbtxt").write_text('{"name": "x", "max_batch_size": 8}')
 
 
+@case(REFUSED, "config-text")
+def byte_order_mark(folder: Path) -> None:
+    """An editor put a byte order mark before the text."""
+    path = folder / "config.pbtxt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+
+@case(WRONG, "config-text")
+def misspelt_field_in_a_profile(folder: Path) -> None:
+    """Only who asks for that profile would see it."""
+    (folder / "configs").mkdir()
+    text = (folder / "config.pbtxt").read_text()
+    (folder / "configs" / "fast.pbtxt").write_text(text.replace("dynamic_batching", "batching"))
+
+
 # --- name, backend, policy ---
 
 
@@ -217,6 +256,14 @@ def latest_of_none(folder: Path) -> None:
     append(folder, "version_policy { latest { } }\n")
 
 
+@case(REFUSED, "backend", MODEL_CONFIG)
+def folder_that_is_no_model(folder: Path) -> None:
+    """Triton takes every folder of the repository for a model."""
+    bare(folder)
+    shutil.rmtree(folder / "1")
+    (folder / "notes.txt").write_text("no model")
+
+
 # --- folders and files ---
 
 
@@ -243,6 +290,18 @@ def version_called_v1(folder: Path) -> None:
 def backup_of_a_version(folder: Path) -> None:
     """Triton takes 2.bak for version 2, and finds no folder 2."""
     shutil.copytree(folder / "1", folder / "2.bak")
+
+
+@case(REFUSED, "version-name")
+def version_called_1a(folder: Path) -> None:
+    """Triton takes 1a for version 1, and looks for it in 1."""
+    (folder / "1").rename(folder / "1a")
+
+
+@case(REFUSED, "version-name")
+def version_beyond_all_numbers(folder: Path) -> None:
+    """Triton's own number overflows, and the server aborts."""
+    (folder / ("9" * 20)).mkdir()
 
 
 @case(REFUSED, "model-file", BACKEND)
@@ -351,6 +410,67 @@ def opset_of_the_future(folder: Path) -> None:
 def ir_of_the_future(folder: Path) -> None:
     """No ONNX Runtime knows IR version 99."""
     save(folder, graph(ir_version=99))
+
+
+@case(REFUSED)
+def operator_for_a_gpu_only(folder: Path) -> None:
+    """ONNX Runtime knows the operator, and has no implementation for a CPU."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Squeeze", ["floats", "axis"], ["rows"]),
+        helper.make_node("BiasAdd", ["rows", "bias", "rows"], ["sum"], domain="com.microsoft"),
+        helper.make_node("Flatten", ["sum"], ["scores"]),
+    ]
+    weights = {"axis": np.array([1]), "bias": np.ones(2, np.float32)}
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    model = graph(nodes, tensors=tensors)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    save(folder, model)
+
+
+@case(REFUSED)
+def types_that_do_not_meet(folder: Path) -> None:
+    """Bytes are added to floats."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["floats", "images"], ["sum"]),
+        helper.make_node("Flatten", ["sum"], ["scores"]),
+    ]
+    save(folder, graph(nodes))
+
+
+@case(SILENT)
+def memory_for_one_image(folder: Path) -> None:
+    """A recurrent network's first state is exported for a batch of one."""
+    ones = np.ones((1, 4, 4), np.float32)
+    weights = {"W": ones, "R": ones, "state": ones[:, :1], "axis": np.array([0])}
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["floats"], ["flat"]),
+        helper.make_node("Unsqueeze", ["flat", "axis"], ["steps"]),
+        helper.make_node("RNN", ["steps", "W", "R", "", "", "state"], ["", "last"], hidden_size=4),
+        helper.make_node("Squeeze", ["last", "axis"], ["scores"]),
+    ]
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    save(folder, graph(nodes, tensors=tensors))
+
+
+@case(SILENT)
+def rows_of_a_batch_added_up(folder: Path) -> None:
+    """The graph gives one row, however many images it got."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["floats"], ["flat"]),
+        helper.make_node("NonZero", ["flat"], ["places"]),
+        helper.make_node("Cast", ["places"], ["place"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["place"], ["zero"], keepdims=0),
+        helper.make_node("ReduceSum", ["flat", "axis"], ["row"], keepdims=1),
+        helper.make_node("Compress", ["row", "first"], ["kept"], axis=0),
+        helper.make_node("Add", ["kept", "zero"], ["scores"]),
+    ]
+    weights = {"axis": np.array([0]), "first": np.array([True])}
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    save(folder, graph(nodes, tensors=tensors))
 
 
 def external(folder: Path, location: str, size: int) -> None:
@@ -476,6 +596,16 @@ def input_not_described(folder: Path) -> None:
     save(folder, graph(nodes, inputs=inputs))
 
 
+@case(REFUSED, "tensor-count", BACKEND)
+def input_described_twice(folder: Path) -> None:
+    """The config has two inputs of one name, the graph one."""
+    edit(
+        folder,
+        "output {",
+        'input { name: "images" data_type: TYPE_UINT8 dims: [ 1, 2, 2 ] }\noutput {',
+    )
+
+
 @case(REFUSED, "tensor-type", BACKEND)
 def output_that_is_a_sequence(folder: Path) -> None:
     """Triton takes tensors only, and scikit-learn's ZipMap gives a sequence."""
@@ -510,7 +640,7 @@ def preferred_size_of_zero(folder: Path) -> None:
     edit(folder, "[ 4, 8 ]", "[ 0, 8 ]")
 
 
-@case(REFUSED, "priority", MODEL_CONFIG)
+@case(REFUSED, "scheduling", MODEL_CONFIG)
 def priorities_without_a_default(folder: Path) -> None:
     """Three priority levels, and none is the default."""
     edit(folder, "dynamic_batching {", "dynamic_batching {\n  priority_levels: 3")
@@ -589,6 +719,13 @@ def labels_missing(folder: Path) -> None:
 def labels_too_few(folder: Path) -> None:
     """Three labels for four classes: the fourth has none."""
     (folder / "labels.txt").write_text("a\nb\nc\n")
+
+
+@case(WRONG, "labels", "core src/model.cc Init (refused since Triton 26.02)")
+def labels_outside_of_the_model(folder: Path) -> None:
+    """A newer Triton refuses labels that lie elsewhere."""
+    (folder / "labels.txt").rename(folder.parent.parent / f"labels-{folder.name}.txt")
+    edit(folder, '"labels.txt"', f'"../../labels-{folder.name}.txt"')
 
 
 @case(REFUSED, "warmup-batch", BACKEND)
@@ -906,6 +1043,84 @@ def comments_and_other_spellings(folder: Path) -> None:
     """Lists, colons and comments are free."""
     edit(folder, "input {", "# what goes in\ninput: [ {")
     edit(folder, "dims: [ 1, 2, 2 ]\n}", "dims: 1 dims: 2, dims: 2;\n} ]")
+
+
+@case(LOADS)
+def comment_in_latin_1(folder: Path) -> None:
+    """Triton minds no strange byte in a comment."""
+    path = folder / "config.pbtxt"
+    path.write_bytes(b"# caf\xe9\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+@case(LOADS)
+def only_the_input_described(folder: Path) -> None:
+    """Triton fills in the outputs, and a largest batch of four."""
+    bare(
+        folder,
+        'backend: "onnxruntime"\n'
+        'input { name: "images" data_type: TYPE_UINT8 dims: [ 1, 2, 2 ] }\n',
+    )
+
+
+@case(LOADS)
+def two_inputs_and_two_outputs(folder: Path) -> None:
+    """Of several types, in another order than the graph's."""
+    inputs = [
+        helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 1, 2, 2]),
+        helper.make_tensor_value_info("factor", TensorProto.DOUBLE, ["batch", 1]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("scores", TensorProto.DOUBLE, ["batch", 4]),
+        helper.make_tensor_value_info("best", TensorProto.INT64, ["batch", 1]),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["numbers"], to=TensorProto.DOUBLE),
+        helper.make_node("Flatten", ["numbers"], ["flat"]),
+        helper.make_node("Mul", ["flat", "factor"], ["scores"]),
+        helper.make_node("ArgMax", ["scores"], ["best"], axis=1),
+    ]
+    bare(
+        folder,
+        'backend: "onnxruntime"\nmax_batch_size: 4\ninput [\n'
+        '  { name: "factor" data_type: TYPE_FP64 dims: 1 },\n'
+        '  { name: "images" data_type: TYPE_UINT8 dims: [ 1, 2, 2 ] }\n]\noutput [\n'
+        '  { name: "best" data_type: TYPE_INT64 dims: 1 },\n'
+        '  { name: "scores" data_type: TYPE_FP64 dims: 4 }\n]\n',
+        graph(nodes, inputs=inputs, outputs=outputs),
+    )
+
+
+@case(UNTRIED, source=BACKEND)
+def scalar_output(folder: Path) -> None:
+    """The native backend serves a scalar as dims of 1."""
+    outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [])]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["floats"], ["scores"], keepdims=0),
+    ]
+    bare(
+        folder,
+        'backend: "onnxruntime"\n'
+        'input { name: "images" data_type: TYPE_UINT8 dims: [ -1, 1, 2, 2 ] }\n'
+        'output { name: "scores" data_type: TYPE_FP32 dims: 1 }\n',
+        graph(nodes, outputs=outputs),
+    )
+
+
+@case(UNTRIED, source=BACKEND)
+def strings(folder: Path) -> None:
+    """The native backend takes strings."""
+    bare(
+        folder,
+        'backend: "onnxruntime"\nmax_batch_size: 4\n'
+        'input { name: "words" data_type: TYPE_STRING dims: 1 }\n'
+        'output { name: "same" data_type: TYPE_STRING dims: 1 }\n',
+        graph(
+            [helper.make_node("Identity", ["words"], ["same"])],
+            inputs=[helper.make_tensor_value_info("words", TensorProto.STRING, ["batch", 1])],
+            outputs=[helper.make_tensor_value_info("same", TensorProto.STRING, ["batch", 1])],
+        ),
+    )
 
 
 # --- what loads, with a warning ---
