@@ -1,5 +1,6 @@
 """Would Triton load this model repository, and serve it rightly? Told from the files alone."""
 
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -59,8 +60,14 @@ class Linted:
     def __str__(self) -> str:
         names = ", ".join(self.models)
         tried = "tried on a server" if self.live else "not tried on a server"
-        counts = f"{self.count('error')} errors, {self.count('warning')} warnings"
+        counts = (
+            f"{_plural(self.count('error'), 'error')}, {_plural(self.count('warning'), 'warning')}"
+        )
         return "\n".join([*map(str, self.findings), f"{names}: {counts}, {tried}"])
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def require_clean(linted: Linted) -> None:
@@ -68,7 +75,7 @@ def require_clean(linted: Linted) -> None:
     if errors := linted.count("error"):
         found = Counter(one.rule for one in linted.findings if one.level == "error")
         raise CheckFailedError(
-            f"Triton would not serve {linted.repository} rightly: {errors} errors "
+            f"Triton would not serve {linted.repository} rightly: {_plural(errors, 'error')} "
             f"({', '.join(found)}). Mend what is listed above, then run 'pipeline lint' again"
         )
 
@@ -87,6 +94,12 @@ def lint(repository: Path, target: Target | None = None) -> Linted:
     """
     folders = model_folders(repository)
     findings = [finding for folder in folders for finding in lint_model(folder, target)]
+    facts = repository.stat().st_mode
+    if facts & stat.S_IWOTH and not facts & stat.S_ISVTX:
+        said = "is writable by everyone: anybody here can put a model there"
+        findings.append(
+            Finding("world-writable", "error", repository, said, f"chmod o-w {repository}")
+        )
     if not folders:
         said = "holds no model; a server that has none is ready all the same"
         fix = "run 'pipeline package'"

@@ -6,6 +6,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Model:
 def is_onnx(config: Any, folder: Path) -> bool:
     """Whether Triton gives the model to its onnxruntime backend."""
     if config.backend or config.platform:
-        return str(config.backend or config.platform).startswith("onnxruntime")
+        return str(config.backend or config.platform) in ("onnxruntime", "onnxruntime_onnx")
     if config.default_model_filename:
         return str(config.default_model_filename) == ONNX
     first = min((entry.name for entry in folder.iterdir() if entry.is_dir()), default="")
@@ -184,6 +185,17 @@ def brought_code(model: Model) -> list[Path]:
     return [path for folder in folders for name in names for path in folder.glob(name)]
 
 
+def digest(path: Path) -> str:
+    """A file's SHA-256, computed once for all the configs that state it."""
+    facts = path.stat()
+    return _digest(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, modified_ns: int) -> str:
+    return sha256(path)
+
+
 def digests(model: Model) -> Iterator[Finding]:
     """Files that differ from the digests that the config and the manifest state."""
     for key, value in model.config.message.parameters.items():
@@ -195,7 +207,7 @@ def digests(model: Model) -> Iterator[Finding]:
             said = f"states a digest for version {version}, which is not there"
             yield model.config.finding("digest", "warning", where, said, "remove it")
         elif model.file(int(version)).is_file():
-            found = sha256(model.file(int(version)))
+            found = digest(model.file(int(version)))
             if found != stated:
                 said = f"version {version} has digest {found[:12]}, the config states "
                 yield model.config.finding(
@@ -207,18 +219,18 @@ def manifest(folder: Path) -> Iterator[Finding]:
     """Files of a version that differ from its manifest, where it has one of ours."""
     path = folder / "manifest.json"
     try:
-        listed = json.loads(path.read_bytes())["files"]
-        stated = {Path(str(name)).name: str(digest) for name, digest in listed.items()}
+        files = json.loads(path.read_bytes())["files"]
+        stated = {Path(str(name)).name: str(listed) for name, listed in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # somebody else's, or none
-    for name, digest in stated.items():
-        if not re.fullmatch("[0-9a-f]{64}", digest):
+    for name, listed in stated.items():
+        if not re.fullmatch("[0-9a-f]{64}", listed):
             return
         file = folder / name
         if not file.is_file():
             yield Finding(
                 "digest", "error", path, f"lists '{name}', which is not there", _REPACKAGE
             )
-        elif sha256(file) != digest:
-            said = f"does not match its digest in {path.name} ({digest[:12]})"
+        elif digest(file) != listed:
+            said = f"does not match its digest in {path.name} ({listed[:12]})"
             yield Finding("digest", "error", file, said, _REPACKAGE)

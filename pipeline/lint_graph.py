@@ -31,7 +31,7 @@ TYPES = {
 }
 STANDARD = frozenset({"", "ai.onnx"})
 # Domains that ONNX Runtime brings along.
-KNOWN_DOMAINS = STANDARD | {"ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training"}
+KNOWN_DOMAINS = STANDARD | {"ai.onnx.ml"}
 KNOWN_DOMAIN_ROOTS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")
 # Operators of the standard domain that ONNX never had or has given up, and ONNX Runtime knows.
 RUNTIME_ONLY = frozenset(

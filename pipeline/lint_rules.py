@@ -11,6 +11,7 @@ from pipeline.lint_text import Finding, Level
 from pipeline.targets import NEWEST, Target, loaded_by, target
 
 UTILS = "onnxruntime_backend src/onnxruntime_utils.cc"
+OLDEST_OPSET = 7  # of which ONNX Runtime has all operators
 COMPARE = f"{UTILS} CompareDimsSupported"
 
 
@@ -184,6 +185,10 @@ def dialect(model: Model, version: int, wanted: Target | None) -> Iterator[Findi
         later = f", or serve it with {oldest.release} or later" if oldest else ""
         fix = f"export it with --target-triton {asked.release}{later}"
         yield Finding("dialect", "error", graph.path, said, fix, source=FILE)
+    if 0 < graph.opset < OLDEST_OPSET:
+        said = f"ONNX Runtime lacks operators of opsets below {OLDEST_OPSET}, this has "
+        fix = "convert it with onnx.version_converter, or try it with --live"
+        yield Finding("dialect", "warning", graph.path, f"{said}{graph.opset}", fix, source=FILE)
     if graph.foreign and not model.config.message.model_operations.op_library_filename:
         said = f"operators of domain {', '.join(sorted(graph.foreign))} are not registered"
         fix = "name their library in model_operations, or export it without them"

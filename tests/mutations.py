@@ -1156,6 +1156,12 @@ def another_version_with_leading_zero(folder: Path) -> None:
     shutil.copytree(folder / "1", folder / "02")
 
 
+@case(LOADS, "dialect")
+def opset_of_long_ago(folder: Path) -> None:
+    """ONNX Runtime has some operators of opset 6, not all."""
+    save(folder, graph(opset=6))
+
+
 @case(LOADS, "digest")
 def digest_of_a_version_that_went(folder: Path) -> None:
     """A version that was pruned."""
