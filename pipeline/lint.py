@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import lint_backend, lint_config, lint_files, lint_rules
+from pipeline import lint_accelerators, lint_backend, lint_config, lint_files, lint_rules
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.lint_files import Model
 from pipeline.lint_graph import Graph, read_graph
@@ -30,7 +30,8 @@ OF_ONNX = (
     lint_files.digests,
     lint_backend.warmups,
     lint_backend.parameters,
-    lint_backend.accelerators,
+    lint_accelerators.accelerators,
+    lint_accelerators.overwritten,
 )
 
 

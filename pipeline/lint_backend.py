@@ -1,9 +1,9 @@
-"""Warm-up, parameters and accelerators of a config, as the onnxruntime backend reads them."""
+"""Warm-up and parameters of a config, as Triton and its onnxruntime backend read them."""
 
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2
@@ -18,7 +18,6 @@ SIZES = {"BOOL": 1, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8}
 SIZES |= {f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16, 32, 64)}
 
 Problems = Iterator[tuple[str, str, str]]  # at which field, what is wrong, and the fix
-Check = Callable[[Any, dict[str, str]], Problems]
 
 
 def type_name(number: int) -> str:
@@ -100,8 +99,8 @@ _NUMBERS = ("execution_mode", "intra_op_thread_count", "inter_op_thread_count")
 _TEXTS = ("memory.enable_memory_arena_shrinkage", "session.use_device_allocator_for_initializers")
 _FLAGS = ("enable_mem_arena", "enable_mem_pattern")
 _FOR_CUDA = {"cudnn_conv_algo_search": 2, "arena_extend_strategy": 1}  # the largest that it knows
-_OF_CUDA = (*_FOR_CUDA, "gpu_mem_limit", "do_copy_in_default_stream")
-KNOWN = (*_NUMBERS, *_FLAGS, *_TEXTS, *_OF_CUDA)
+OF_CUDA = (*_FOR_CUDA, "gpu_mem_limit", "do_copy_in_default_stream")
+KNOWN = (*_NUMBERS, *_FLAGS, *_TEXTS, *OF_CUDA)
 
 
 def parameters(model: Model) -> Iterator[Finding]:
@@ -147,116 +146,3 @@ def may_run_on_gpu(message: Any) -> bool:
     """Whether some instance would be on a GPU where there is one."""
     kinds = {group.kind for group in message.instance_group} or {KINDS.KIND_AUTO}
     return bool(kinds & {KINDS.KIND_GPU, KINDS.KIND_AUTO})
-
-
-_TENSORRT = {  # what each parameter is
-    **dict.fromkeys(
-        ("trt_dla_enable", "trt_engine_cache_enable", "trt_dump_subgraphs", "trt_sparsity_enable"),
-        "switch",
-    ),
-    **dict.fromkeys(
-        ("trt_force_sequential_engine_build", "trt_context_memory_sharing_enable"), "switch"
-    ),
-    **dict.fromkeys(("trt_layer_norm_fp32_fallback", "trt_timing_cache_enable"), "switch"),
-    **dict.fromkeys(("trt_force_timing_cache", "trt_detailed_build_log"), "switch"),
-    **dict.fromkeys(("trt_build_heuristics_enable", "trt_cuda_graph_enable"), "switch"),
-    **dict.fromkeys(("trt_dump_ep_context_model", "int8_use_native_calibration_table"), "switch"),
-    **dict.fromkeys(("max_workspace_size_bytes", "trt_max_partition_iterations"), "number"),
-    **dict.fromkeys(("trt_min_subgraph_size", "trt_dla_core", "trt_auxiliary_streams"), "number"),
-    **dict.fromkeys(("trt_builder_optimization_level", "trt_ep_context_embed_mode"), "number"),
-    **dict.fromkeys(("int8_calibration_table_name", "trt_engine_cache_path"), "text"),
-    **dict.fromkeys(("trt_engine_cache_prefix", "trt_timing_cache_path"), "text"),
-    **dict.fromkeys(("trt_tactic_sources", "trt_extra_plugin_lib_paths"), "text"),
-    **dict.fromkeys(("trt_profile_min_shapes", "trt_profile_opt_shapes"), "text"),
-    **dict.fromkeys(("trt_profile_max_shapes", "trt_ep_context_file_path"), "text"),
-    "precision_mode": "precision",
-}
-_PROFILES = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
-_CUDA = frozenset(
-    {"arena_extend_strategy", "cudnn_conv1d_pad_to_nc1d", "cudnn_conv_algo_search", "device_id"}
-    | {"cudnn_conv_use_max_workspace", "do_copy_in_default_stream", "enable_cuda_graph"}
-    | {"enable_skip_layer_norm_strict_mode", "fuse_conv_bias", "gpu_mem_limit", "prefer_nhwc"}
-    | {"sdpa_kernel", "tunable_op_enable", "tunable_op_max_tuning_duration_ms", "use_tf32"}
-    | {"tunable_op_tuning_enable", "use_ep_level_unified_stream", "user_compute_stream"}
-    | {"default_memory_arena_cfg", "gpu_external_alloc", "gpu_external_empty_cache"}
-    | {"gpu_external_free", "has_user_compute_stream"}
-)
-
-
-def accelerators(model: Model) -> Iterator[Finding]:
-    """What the config asks of CUDA and TensorRT. Without a GPU, nothing but the source tells."""
-    message = model.config.message
-    asked = message.optimization.execution_accelerators
-    known: dict[str, dict[str, Check]]
-    known = {"gpu": {"cuda": _cuda, "tensorrt": _tensorrt}, "cpu": {"openvino": _openvino}}
-    for device, ones in (
-        ("gpu", asked.gpu_execution_accelerator),
-        ("cpu", asked.cpu_execution_accelerator),
-    ):
-        level: Level = "error" if device == "cpu" or may_run_on_gpu(message) else "warning"
-        for index, one in enumerate(ones):
-            at = f"optimization.execution_accelerators.{device}_execution_accelerator[{index}]"
-            check = known[device].get(one.name, _unknown(one.name, known[device]))
-            for field, said, fix in check(message, dict(one.parameters)):
-                yield model.config.finding(
-                    "accelerator", level, f"{at}.{field}", said, fix, f"{BACKEND} LoadModel"
-                )
-
-
-def _unknown(name: str, known: Iterable[str]) -> Check:
-    def check(message: Any, given: dict[str, str]) -> Problems:
-        said = f"unknown Execution Accelerator '{name}' is requested"
-        yield "name", said, f"there are: {', '.join(known)}"
-
-    return check
-
-
-def _openvino(message: Any, given: dict[str, str]) -> Problems:
-    return iter(())
-
-
-def _tensorrt(message: Any, given: dict[str, str]) -> Problems:
-    for key, value in given.items():
-        kind, at = _TENSORRT.get(key), f"parameters[{key}]"
-        if not kind:
-            said = f"unknown parameter '{key}' is provided for TensorRT Execution Accelerator"
-            yield at, said, _nearest(key, _TENSORRT)
-        elif kind == "switch" and value.lower() not in SWITCHES:
-            yield at, f"failed to convert '{value}' to boolean, as {key}", 'write "true" or "false"'
-        elif kind == "number" and not re.match(r"\s*[+-]?\d", value):
-            said = f"failed to convert '{value}' to integral number, as {key}"
-            yield at, said, "write a number"
-        elif kind == "precision" and value not in ("FP32", "FP16", "BF16", "INT8"):
-            said = f"unsupported precision mode '{value}' is requested"
-            yield at, said, "there are FP32, FP16, BF16 and INT8"
-    yield from _profiles(message, {key: given[key] for key in _PROFILES if key in given})
-
-
-def _profiles(message: Any, given: dict[str, str]) -> Problems:
-    """The shapes that TensorRT is to be built for, NAME:1x3x8 with commas between the inputs."""
-    names = {tensor.name for tensor in message.input}
-    for key, value in given.items():
-        if len(given) < len(_PROFILES):
-            said = "TensorRT needs the shapes of a profile all together"
-            yield f"parameters[{key}]", said, f"give {', '.join(_PROFILES)}"
-        for part in value.split(","):
-            name, _, shape = part.rpartition(":")
-            if not re.fullmatch(r"\d+(x\d+)*", shape) or (names and name not in names):
-                fix = f"write NAME:1x3x8 for the inputs {', '.join(sorted(names))}"
-                yield f"parameters[{key}]", f"'{part}' is no input with its shape", fix
-
-
-def _cuda(message: Any, given: dict[str, str]) -> Problems:
-    for key, value in given.items():
-        at = f"parameters[{key}]"
-        if key not in _CUDA:
-            said = f"CUDA's provider does not know the option '{key}'"
-            yield at, said, _nearest(key, _CUDA)
-        flags = ("do_copy_in_default_stream", "use_ep_level_unified_stream")
-        if key in flags and value.lower() not in SWITCHES:
-            yield at, f"failed to convert '{value}' to boolean, as {key}", 'write "true" or "false"'
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, known, 1)
-    return f"did you mean {close[0]}?" if close else "leave it out"

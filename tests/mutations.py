@@ -811,6 +811,28 @@ def unknown_accelerator(folder: Path) -> None:
     accelerated(folder, "tensorrt_rtx", "")
 
 
+@case(NATIVE, "accelerator", BACKEND)
+def tensorrt_profile_incomplete(folder: Path) -> None:
+    """A profile has a smallest, a usual and a largest shape."""
+    accelerated(
+        folder, "tensorrt", 'parameters { key: "trt_profile_min_shapes" value: "images:1x1x2x2" }'
+    )
+
+
+@case(NATIVE, "accelerator", BACKEND)
+def cache_switched_perhaps(folder: Path) -> None:
+    """A switch that is neither on nor off."""
+    accelerated(
+        folder, "tensorrt", 'parameters { key: "trt_engine_cache_enable" value: "perhaps" }'
+    )
+
+
+@case(NATIVE, "accelerator", BACKEND)
+def unknown_cuda_option(folder: Path) -> None:
+    """CUDA's provider knows use_tf32."""
+    accelerated(folder, "cuda", 'parameters { key: "use_tf_32" value: "0" }')
+
+
 @case(NATIVE, "parameters", BACKEND)
 def unknown_cudnn_search(folder: Path) -> None:
     """There are three ways to search."""
@@ -1142,6 +1164,16 @@ def threads_beyond_the_cores(folder: Path) -> None:
 def parameter_nearly_known(folder: Path) -> None:
     """The backend ignores what it does not know."""
     edit(folder, "intra_op_thread_count", "intra_op_threads_count")
+
+
+@case(LOADS, "accelerator")
+def cudnn_search_in_the_wrong_place(folder: Path) -> None:
+    """The backend overwrites it with its default."""
+    append(
+        folder,
+        'optimization { execution_accelerators { gpu_execution_accelerator { name: "cuda"\n'
+        'parameters { key: "cudnn_conv_algo_search" value: "HEURISTIC" } } } }\n',
+    )
 
 
 @case(LOADS, "warmup")
