@@ -22,6 +22,9 @@ ONNX_PLATFORM = "onnxruntime_onnx"
 OTHER_BACKENDS = frozenset(
     {"dali", "ensemble", "fil", "identity", "openvino", "python", "pytorch", "repeat", "square"}
     | {"tensorflow", "tensorrt", "tensorrtllm", "vllm"}
+    # Platforms, which say the same.
+    | {"libtorch", "pytorch_libtorch", "tensorflow_graphdef", "tensorflow_savedmodel"}
+    | {"tensorrt_plan", "torch_aoti"}
 )
 
 

@@ -73,17 +73,14 @@ def try_models(
 ) -> list[Trial]:
     """Load each model by itself, ask it, unload it. One that hangs costs a server, not the rest."""
     runtime = tritonserver.find(paths, "auto")
-    waiting = list(names)
-    trials = []
-    while waiting:
+    trials = {name: _beyond(repository / name, runtime.kind) for name in names}
+    while waiting := [name for name, trial in trials.items() if trial is None]:
         with _server(runtime, repository) as server:
-            while waiting:
-                name = waiting.pop(0)
-                beyond = _beyond(repository / name, runtime.kind)
-                trials.append(beyond or _limited(_try(server, name, seconds), runtime.kind))
-                if trials[-1].outcome in ("hangs", "ends"):
+            for name in waiting:
+                trial = trials[name] = _limited(_try(server, name, seconds), runtime.kind)
+                if trial.outcome in ("hangs", "ends"):
                     break  # what a load holds, the next one would wait for
-    return trials
+    return [trial for trial in trials.values() if trial]
 
 
 def _beyond(folder: Path, kind: str) -> Trial | None:
@@ -92,15 +89,15 @@ def _beyond(folder: Path, kind: str) -> Trial | None:
     if isinstance(config, Finding):
         return None  # the server will say it
     message: Any = config.message
+    named = str(message.backend or message.platform)
 
     def say(why: str, where: str = "") -> Trial:
         return Trial(folder.name, "not judged", why, f"{BACKEND} {where}" if where else None)
 
-    model = Model(folder, config, lint_files.versions(folder)[0])
-    if lint_files.brought_code(model) or message.model_operations.op_library_filename:
-        return say("it brings code of its own, which is not run here")
-    if message.backend in OTHER_BACKENDS:
-        return say(f"it is for the backend {message.backend}")
+    if named in OTHER_BACKENDS:
+        return say(f"it is for the backend {named}")
+    if _brings_code(Model(folder, config, lint_files.versions(folder)[0])):
+        return say("it may bring code of its own, which is not run here")
     if runs_on_gpu(message) and not any(Path("/dev").glob("nvidia[0-9]*")):
         return say("it asks for a GPU, and there is none", "LoadModel")
     asked = message.optimization.execution_accelerators
@@ -108,6 +105,23 @@ def _beyond(folder: Path, kind: str) -> Trial | None:
         if kind == "wheel" and one.name != "cuda":
             return say(f"only the native backend has the accelerator '{one.name}'", "LoadModel")
     return None
+
+
+def _brings_code(model: Model) -> bool:
+    """Whether a load might run more than ONNX Runtime: a stranger's code is not run for a trial."""
+    message: Any = model.config.message
+    if message.model_operations.op_library_filename or message.runtime:
+        return True
+    if message.model_repository_agents.agents or lint_files.brought_code(model):
+        return True
+    if {"EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"} & set(message.parameters):
+        return True
+    if lint_files.is_onnx(message, model.folder):
+        return False
+    if message.backend:  # which Triton looks for in a folder of that name
+        return re.fullmatch(r"\w+", message.backend) is None
+    # Triton guesses: from the files, else from the end of the folder's name.
+    return "." in model.folder.name or any(model.folder.rglob("*.py"))
 
 
 def _limited(trial: Trial, kind: str) -> Trial:

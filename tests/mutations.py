@@ -1071,7 +1071,7 @@ def comments_and_other_spellings(folder: Path) -> None:
 def comment_in_latin_1(folder: Path) -> None:
     """Triton minds no strange byte in a comment."""
     path = folder / "config.pbtxt"
-    path.write_bytes(b"# caf\xe9\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
+    path.write_bytes(b"# \xe9t\xe9\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
 
 
 @case(LOADS)

@@ -216,7 +216,7 @@ def test_models_of_other_backends_are_left_to_themselves(repository: Path) -> No
     assert "not judged: it is for the backend python" in str(finding)
 
 
-@pytest.mark.parametrize("name", ["onnxruntim", "onnxruntimes", "onnx_runtime", "pyton"])
+@pytest.mark.parametrize("name", ["onnxruntim", "onnxruntimes", "onnx_runtime", "openvinoo"])
 def test_a_backend_that_nobody_has_is_answered_with_the_nearest(
     repository: Path, name: str
 ) -> None:
@@ -228,6 +228,36 @@ def test_code_that_a_model_brings_is_said_and_never_run(repository: Path) -> Non
     (repository / "net" / "1" / "libtriton_onnxruntime.so").write_bytes(b"")
     (finding,) = lint(repository).findings
     assert (finding.rule, finding.level) == ("brings-code", "warning")
+
+
+BRINGS_CODE = {
+    "python": 'backend: "python"',
+    "guessed": "max_batch_size: 1",
+    "elsewhere": 'backend: "../../repository/elsewhere/1"',
+    "agents": 'backend: "onnxruntime" model_repository_agents { agents { name: "x" } }',
+    "runtime": 'backend: "onnxruntime" runtime: "model.py"',
+    "operators": 'backend: "onnxruntime" model_operations { op_library_filename: "x.so" }',
+    "ensemble": 'platform: "ensemble"',
+}
+
+
+@pytest.mark.server
+def test_no_code_of_a_model_is_run_for_a_trial(repository: Path) -> None:
+    for name, text in BRINGS_CODE.items():
+        write_model(repository / name)
+        bare(repository / name, text)
+        if name in ("python", "guessed", "elsewhere", "runtime"):
+            (repository / name / "1" / "model.onnx").rename(repository / name / "1" / "model.py")
+    trials = try_models(repository, BRINGS_CODE, Paths(REPOSITORY))
+    assert {trial.model: trial.outcome for trial in trials} == dict.fromkeys(
+        BRINGS_CODE, "not judged"
+    )
+
+
+@pytest.mark.parametrize("platform", ["tensorrt_plan", "pytorch_libtorch", "ensemble"])
+def test_platforms_of_others_are_left_to_themselves(repository: Path, platform: str) -> None:
+    bare(repository / "net", f'platform: "{platform}"\n')
+    assert [finding.level for finding in lint(repository).findings] == ["note"]
 
 
 def test_the_threads_of_all_instances_are_counted(repository: Path) -> None:
