@@ -104,7 +104,7 @@ def versions(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
                 said = f"Triton takes the folder '{name}' for version {version}"
                 is_there = (folder / str(version)).is_dir()
                 more = "" if is_there else f", looks for it in '{version}', and finds nothing there"
-                say("warning" if is_there else "error", entry, said + more, "call it otherwise")
+                say("warning", entry, said + more, "call it otherwise, or move it elsewhere")
     return found, findings
 
 
@@ -129,7 +129,7 @@ def version_files(model: Model) -> Iterator[Finding]:
             "no-version", "error", "version_policy", f"{said}'{name}'", fix, VERSIONS
         )
     for version, path in model.versions.items():
-        if not model.file(version).is_file():
+        if (version in chosen or path.is_dir()) and not model.file(version).is_file():
             said = f"unable to find '{model.file(version).relative_to(model.folder)}'"
             hangs = "; a version without its file can hang the server's start for ever"
             level: Level = "error" if version in chosen else "warning"

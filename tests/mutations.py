@@ -286,13 +286,13 @@ def version_called_v1(folder: Path) -> None:
     (folder / "1").rename(folder / "v1")
 
 
-@case(REFUSED, "version-name")
+@case(REFUSED, "model-file")
 def backup_of_a_version(folder: Path) -> None:
     """Triton takes 2.bak for version 2, and finds no folder 2."""
     shutil.copytree(folder / "1", folder / "2.bak")
 
 
-@case(REFUSED, "version-name")
+@case(REFUSED, "model-file")
 def version_called_1a(folder: Path) -> None:
     """Triton takes 1a for version 1, and looks for it in 1."""
     (folder / "1").rename(folder / "1a")
@@ -1186,6 +1186,13 @@ def warmup_without_a_size(folder: Path) -> None:
 def another_version_with_leading_zero(folder: Path) -> None:
     """Triton ignores it, which somebody may not have meant."""
     shutil.copytree(folder / "1", folder / "02")
+
+
+@case(LOADS, "version-name")
+def backup_beside_a_chosen_version(folder: Path) -> None:
+    """Triton takes 2.bak for version 2, which nobody asked for."""
+    shutil.copytree(folder / "1", folder / "2.bak")
+    append(folder, "version_policy { specific { versions: 1 } }\n")
 
 
 @case(LOADS, "dialect")
