@@ -79,7 +79,8 @@ def _dims(
 ) -> Iterator[Finding]:
     """Shapes as the backend compares them: an output's must be equal, an input's narrower."""
     config, shape = model.config, list(provided.shape)
-    if provided.kind != "tensor_type" or not tensor.dims:
+    gathered = {name for one in config.message.batch_output for name in one.target_name}
+    if provided.kind != "tensor_type" or not tensor.dims or tensor.name in gathered:
         return
     field = "reshape" if tensor.HasField("reshape") else "dims"
     dims = list(tensor.reshape.shape) if field == "reshape" else list(tensor.dims)
