@@ -10,6 +10,7 @@ from pipeline import __doc__ as summary
 from pipeline.cli_data import data_group
 from pipeline.cli_export import export_command, package_command
 from pipeline.cli_measure import benchmark_command, gpu_check_command, report_command
+from pipeline.cli_repository import lint_command
 from pipeline.cli_serve import serve
 from pipeline.cli_train import train_command
 from pipeline.cli_validate import validate_command
@@ -35,6 +36,7 @@ main.add_command(export_command)
 main.add_command(validate_command)
 main.add_command(package_command)
 main.add_command(versions_group)
+main.add_command(lint_command)
 main.add_command(report_command)
 main.add_command(benchmark_command)
 main.add_command(gpu_check_command)

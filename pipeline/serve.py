@@ -19,6 +19,7 @@ from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import write_json
 from pipeline.golden import require
+from pipeline.lint import require_loadable
 from pipeline.paths import Paths
 from pipeline.query import Client
 from pipeline.replay import Release, replay_golden, selected_releases
@@ -86,6 +87,8 @@ def running_server(
     wrongly, CorruptError when a packaged file changed, ServerError when it does not come up.
     """
     releases = selected_releases(paths, config.profile)
+    if not restarts:
+        require_loadable(paths.repository)
     runtime = tritonserver.find(paths, config.runtime)
     if config.host != "127.0.0.1" and runtime.kind == "wheel":
         raise PipelineError("the wheel's tritonserver is too old for a network: loopback only")

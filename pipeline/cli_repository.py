@@ -1,0 +1,39 @@
+"""The commands about a model repository as a whole."""
+
+from pathlib import Path
+
+import click
+
+from pipeline.command import Command, Settings, paths_of
+
+
+@click.command(cls=Command)
+@click.argument("repository", required=False, type=click.Path(path_type=Path))
+@click.option("--live", is_flag=True, help="Also load each model in a scratch server, and ask it.")
+@click.option("--target-triton", metavar="YY.MM", help="The Triton release that is to serve it.")
+@click.pass_obj
+def lint_command(
+    settings: Settings, repository: Path | None, live: bool, target_triton: str | None
+) -> None:
+    """Say whether Triton would load a model repository, and serve it rightly.
+
+    Of any repository of ONNX models; ours if none is named. Exits with 3 where Triton would not.
+
+    \b
+    Example:
+      pipeline lint
+      pipeline lint path/to/models --live --target-triton 24.10
+    """
+    from pipeline.lint import lint, require_clean
+    from pipeline.targets import target
+
+    paths = paths_of(settings)
+    linted = lint(repository or paths.repository, target(target_triton) if target_triton else None)
+    if live:
+        from pipeline.lint_live import lint_live
+
+        settings.say("trying each model in a scratch server")
+        linted = lint_live(linted, paths)
+    then = "" if linted.count("error") else "pipeline serve" if live else "pipeline lint --live"
+    settings.result(linted.record(), linted, then)
+    require_clean(linted)
