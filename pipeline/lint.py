@@ -117,9 +117,13 @@ def lint(repository: Path, target: Target | None = None) -> Linted:
 
 
 def in_order(findings: Sequence[Finding]) -> list[Finding]:
-    """Each finding once, errors first."""
+    """Each finding once: errors first, then as they stand in the files."""
     levels = ("error", "warning", "note")
-    return sorted(dict.fromkeys(findings), key=lambda one: levels.index(one.level))
+
+    def place(one: Finding) -> tuple[int, str, int]:
+        return levels.index(one.level), str(one.file), one.line or 0
+
+    return sorted(dict.fromkeys(findings), key=place)
 
 
 def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:

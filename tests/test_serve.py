@@ -386,16 +386,37 @@ def test_a_server_with_another_network_is_not_ready_and_exits_3(servable: Chain)
     assert_nothing_is_left()
 
 
+def test_a_config_that_triton_would_refuse_is_one_line_with_its_place_and_exits_3(
+    chain: Chain,
+) -> None:
+    config = chain.paths.packaged / "config.pbtxt"
+    for right, wrong in (('name: "images"', 'name: "pictures"'), ("max_batch_size", "max_bach")):
+        text = config.read_text()
+        config.write_text(text.replace(right, wrong, 1))
+        for extra in ([], ["--detach"]):
+            result = chain.run("serve", "--port", "auto", *extra)
+            assert result.exit_code == 3 if "images" in right else 1
+            message = error_line(result)
+            assert str(config) in message
+            assert wrong.split('"')[-2 if '"' in wrong else 0] in message
+            assert len(message.splitlines()) == 1
+        config.write_text(text)
+    assert not chain.paths.server.exists()
+    assert_nothing_is_left()
+
+
 @pytest.mark.server
-def test_a_config_that_triton_refuses_is_one_line_and_exits_5(servable: Chain) -> None:
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="there is a GPU")
+def test_a_load_that_no_file_foretells_is_one_line_and_exits_5(servable: Chain) -> None:
     config = servable.paths.packaged / "config.pbtxt"
-    config.write_text(config.read_text().replace('name: "images"', 'name: "pictures"'))
+    config.write_text(config.read_text().replace("KIND_CPU", "KIND_GPU"))
     result = servable.run("serve", "--detach", "--port", "auto", "--start-seconds", "30")
     assert result.exit_code == 5
     message = error_line(result)
-    assert "pictures" in message
+    assert "GPU" in message
     assert len(message.splitlines()) == 1
     assert not servable.paths.server.exists()
+    assert_nothing_is_left()
 
 
 def test_a_packaged_file_with_a_flipped_bit_is_not_served(chain: Chain) -> None:
