@@ -11,7 +11,7 @@ import ctypes
 import gc
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,13 +83,11 @@ class TritonPythonModel:
         if not (self._batching and self._input):
             return None
         try:
-            arrays = [_from_triton(request.inputs()[0]) for request in requests]
+            arrays = [np.from_dlpack(request.inputs()[0]) for request in requests]
         except Exception:  # whose fault it is comes out when they are sorted
             return None
-        shape = arrays[0].shape[1:]
-        if any(array.shape[1:] != shape for array in arrays):
-            return None
-        return {self._input: arrays}
+        is_alike = len({array.shape[1:] for array in arrays}) == 1
+        return {self._input: arrays} if is_alike else None
 
     def _sorted_out(self, requests: list[Any]) -> list[Any]:
         """An answer to each request, of any inputs and shapes; what fails, fails alone."""
@@ -133,23 +131,26 @@ class TritonPythonModel:
             feeds[name] = feeds[name].reshape(())
         arrays = self._session.run(self._outputs, feeds, self._run_options)
         sizes = [len(array) for array in next(iter(columns.values()))]
-        if len(sizes) == 1:
-            return [self._response(arrays)]
-        if any(len(array) != sum(sizes) for array in arrays):
+        if len(sizes) > 1 and any(len(array) != sum(sizes) for array in arrays):
             raise ValueError(f"the model does not answer a batch of {sum(sizes)} with as many rows")
+        return self._shared_out(arrays, sizes)
+
+    def _shared_out(self, arrays: list[np.ndarray], sizes: list[int]) -> list[Any]:
+        """A response for each request, from arrays that hold the rows of all; lean, it counts."""
+        outputs = []
+        for name, array in zip(self._outputs, arrays, strict=True):
+            whole = array.reshape(self._dims[name]) if name in self._scalars else array
+            to_triton = pb_utils.Tensor if array.dtype.hasobject else _to_triton
+            outputs.append((name, whole, to_triton))
+        respond = pb_utils.InferenceResponse  # Triton drops the outputs that nobody asked for
+        if len(sizes) == 1:
+            return [respond([to_triton(name, array) for name, array, to_triton in outputs])]
         answers, end = [], 0
         for size in sizes:
             start, end = end, end + size
-            answers.append(self._response([array[start:end] for array in arrays]))
+            tensors = [to_triton(name, array[start:end]) for name, array, to_triton in outputs]
+            answers.append(respond(tensors))
         return answers
-
-    def _response(self, arrays: Iterable[np.ndarray]) -> Any:
-        # Triton drops the outputs that this request did not ask for.
-        tensors = [
-            _to_triton(name, array.reshape(self._dims[name]) if name in self._scalars else array)
-            for name, array in zip(self._outputs, arrays, strict=True)
-        ]
-        return pb_utils.InferenceResponse(tensors)
 
 
 def _from_triton(tensor: Any) -> np.ndarray:
@@ -164,9 +165,7 @@ def _from_triton(tensor: Any) -> np.ndarray:
 
 
 def _to_triton(name: str, array: np.ndarray) -> Any:
-    """The array as Triton's tensor, sharing its memory; strings are copied."""
-    if array.dtype == np.object_:
-        return pb_utils.Tensor(name, array)
+    """The array as Triton's tensor, sharing its memory."""
     capsule = array.__dlpack__()
     tensor = pb_utils.Tensor.from_dlpack(name, capsule)
     # Triton marks the capsule as taken in a word of its own. With any word but DLPack's, numpy
