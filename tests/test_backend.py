@@ -518,7 +518,7 @@ def test_a_scalar_has_one_dim_of_1_in_the_config(backend: Any, folder: Path) -> 
 
 
 def test_an_input_with_a_default_may_be_optional_and_left_out(backend: Any, folder: Path) -> None:
-    values = [("x", TensorProto.FLOAT, [2]), ("scale", TensorProto.FLOAT, [1])]
+    values: list[Value] = [("x", TensorProto.FLOAT, [2]), ("scale", TensorProto.FLOAT, [1])]
     save(
         folder / "model.onnx",
         [helper.make_node("Mul", ["x", "scale"], ["y"])],
@@ -536,7 +536,7 @@ def test_an_input_with_a_default_may_be_optional_and_left_out(backend: Any, fold
 
 
 def test_inputs_are_told_apart_by_name_whatever_their_order(backend: Any, folder: Path) -> None:
-    values = [(name, TensorProto.FLOAT, ["n", 2]) for name in ("a", "b")]
+    values: list[Value] = [(name, TensorProto.FLOAT, ["n", 2]) for name in ("a", "b")]
     save(
         folder / "model.onnx",
         [helper.make_node("Sub", ["a", "b"], ["y"])],
