@@ -93,7 +93,7 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     specification = importlib.util.spec_from_file_location("backend_under_test", BACKEND)
     assert specification
     assert specification.loader
-    module = importlib.util.module_from_spec(specification)
+    module: Any = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     module.ort_settings = sys.modules["ort_settings"]
     yield module

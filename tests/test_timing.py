@@ -62,7 +62,8 @@ def test_a_closed_loop_asks_every_batch_in_turn_and_counts_wrong_answers() -> No
 
     def predictor(images: np.ndarray) -> np.ndarray:
         asked.append(images[0, 0])
-        return np.eye(2)[images[:, 0].astype(int)]
+        answers: np.ndarray = np.eye(2)[images[:, 0].astype(int)]
+        return answers
 
     right = closed_loop(predictor, batches, [np.zeros(2, int), np.ones(2, int)], 0.01)
     assert right.wrong == 0
