@@ -126,9 +126,9 @@ def benchmark_serving(
                 message = triton.read(served.packaged / "config.pbtxt")
                 asked.load(_add_noop(repository, message))
                 rows = _rounds(asked, message, release, config, report)
+    _require_right(rows)
     result = Serving(paths.name, release.version, release.sha256, config, rows)
     write_json(paths.serving, result.record())
-    _require_right(rows)
     return result
 
 
@@ -136,6 +136,12 @@ def _copied(paths: Paths, repository: Path) -> Paths:
     """The packaged model alone, in a repository of its own."""
     if not (paths.packaged / "config.pbtxt").exists():
         raise PipelineError(f"no model at {paths.packaged}: run 'pipeline package' first")
+    largest = triton.read(paths.packaged / "config.pbtxt").max_batch_size
+    if largest < MANY:
+        raise PipelineError(
+            f"{paths.packaged} takes batches of {largest} at most, and {MANY} are measured: "
+            f"package it with --max-batch-size {MANY}"
+        )
     shutil.copytree(paths.packaged, repository / paths.name)
     return replace(paths, repository_folder=repository)
 
@@ -170,8 +176,9 @@ def _rounds(
     windows: dict[Cell, list[Window]] = {cell: [] for cell in measures}
     for turn in range(config.rounds):
         report(f"round {turn + 1} of {config.rounds}")
-        for cell, measure in measures.items():
-            windows[cell].append(measure())
+        order = list(measures) if turn % 2 == 0 else list(reversed(measures))
+        for cell in order:
+            windows[cell].append(measures[cell]())
     return tuple(
         Row(cell.name, cell.way, cell.batch, cell.concurrency, tuple(found))
         for cell, found in windows.items()
@@ -217,6 +224,12 @@ def _onnx_runtime(release: Release, threads: str | None) -> Predictor:
 
 
 def _require_right(rows: tuple[Row, ...]) -> None:
-    bad = [f"{row.name}: {row.wrong} wrong, {row.failed} failed" for row in rows]
-    if any(row.wrong or row.failed for row in rows):
+    """Raise where an answer was wrong or missing: how fast it came is no figure then."""
+    bad = [
+        f"{row.name}, {row.batch} images a request, {row.concurrency} at once: "
+        f"{row.wrong} wrong, {row.failed} failed"
+        for row in rows
+        if row.wrong or row.failed or not all(row.speeds)
+    ]
+    if bad:
         raise CheckFailedError(f"answers were wrong or missing: {'; '.join(bad)}")

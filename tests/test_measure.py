@@ -1,6 +1,7 @@
 """The benchmark of serving, and the load that it is made with."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def test_the_benchmark_sets_the_served_model_beside_a_noop_and_beside_onnx_runti
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link_server_environment(chain)
-    monkeypatch.setattr(measure, "SHORT", ServeBenchmark(rounds=2, seconds=0.1))
+    monkeypatch.setattr(measure, "SHORT", ServeBenchmark(rounds=2, seconds=0.3))
     record = chain.record("benchmark", "--what", "serve", "--short")
     assert json.loads(chain.paths.serving.read_text())["ratios"] == record["ratios"]
     assert set(record["ratios"]) == {"single_of_noop", "batch64_of_in_process"}
@@ -68,7 +69,10 @@ def test_an_answer_that_is_no_answer_is_wrong_for_all_of_its_images() -> None:
 
 
 def test_wrong_or_missing_answers_fail_the_benchmark() -> None:
-    for found in (Window(1, 1, np.ones(1), wrong=1), Window(1, 1, np.ones(1), failed=1)):
+    right = Window(1, 1, np.ones(1))
+    measure._require_right((Row("net", "grpc", 1, 1, (right,)),))
+    silent = replace(right, latencies=np.ones(0))
+    for found in (replace(right, wrong=1), replace(right, failed=1), silent):
         with pytest.raises(CheckFailedError, match="answers were wrong or missing: net: "):
             measure._require_right((Row("net", "grpc", 1, 1, (found,)),))
 
@@ -78,6 +82,14 @@ def test_counters_become_what_a_window_cost() -> None:
     before = load.Counters(10, 1, 10, dict.fromkeys(parts, 1000))
     after = load.Counters(74, 3, 18, {"queue": 9000, "compute_infer": 81000})
     assert after.since(before) == {"queue_us": 1.0, "compute_infer_us": 10.0, "batch": 32.0}
+
+
+def test_a_model_that_takes_smaller_batches_only_is_refused(empty: Chain) -> None:
+    empty.paths.packaged.mkdir(parents=True)
+    (empty.paths.packaged / "config.pbtxt").write_text('name: "handwriting" max_batch_size: 8')
+    result = empty.run("benchmark", "--what", "serve")
+    assert result.exit_code == 1
+    assert "takes batches of 8 at most" in error_line(result)
 
 
 def test_a_model_that_is_not_packaged_has_nothing_to_measure(empty: Chain) -> None:
