@@ -73,7 +73,7 @@ def test_wrong_or_missing_answers_fail_the_benchmark() -> None:
     measure._require_right((Row("net", "grpc", 1, 1, (right,)),))
     silent = replace(right, latencies=np.ones(0))
     for found in (replace(right, wrong=1), replace(right, failed=1), silent):
-        with pytest.raises(CheckFailedError, match="answers were wrong or missing: net: "):
+        with pytest.raises(CheckFailedError, match="answers were wrong or missing: net, "):
             measure._require_right((Row("net", "grpc", 1, 1, (found,)),))
 
 
