@@ -71,21 +71,34 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
 
 
 @click.command(cls=Command)
-@click.option("--what", type=click.Choice(["train"]), default="train", show_default=True)
+@click.option("--what", type=click.Choice(["train", "serve"]), default="train", show_default=True)
+@name_option
+@click.option("--short", is_flag=True, help="serve: measure for seconds, not minutes.")
 @click.option("--recipes", default="quick,record,standard", show_default=True)
 @click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
 @click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
 @click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
 @click.pass_obj
 def benchmark_command(
-    settings: Settings, what: str, recipes: str, seeds: int | None, resume: bool, figures: bool
+    settings: Settings,
+    what: str,
+    name: str | None,
+    short: bool,
+    recipes: str,
+    seeds: int | None,
+    resume: bool,
+    figures: bool,
 ) -> None:
-    """Measure recipes against the yardstick, in one run.
+    """Measure recipes against the yardstick, or a served model against what could be, in one run.
 
     \b
     Example:
       pipeline benchmark --what train --recipes quick --seeds 3
+      pipeline benchmark --what serve --name quick
     """
+    if what == "serve":
+        _measure_serving(settings, paths_of(settings, name), short)
+        return
     from pipeline.benchmark import benchmark_training
     from pipeline.report import render_readme, save_training
 
@@ -98,6 +111,13 @@ def benchmark_command(
         text += f"\nwrote {save_training(paths, records)}"
         render_readme(paths.root / "README.md", paths.figures)
     settings.result({"what": what, "rows": records}, text, "pipeline train")
+
+
+def _measure_serving(settings: Settings, paths: Paths, short: bool) -> None:
+    from pipeline.measure import SHORT, ServeBenchmark, benchmark_serving
+
+    found = benchmark_serving(paths, SHORT if short else ServeBenchmark(), settings.say)
+    settings.result(found.record(), f"{found}\nwrote {paths.serving}", "pipeline serve")
 
 
 @click.command(cls=Command)

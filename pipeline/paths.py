@@ -159,6 +159,10 @@ class Paths:
         return self.export / "replay.json"
 
     @property
+    def serving(self) -> Path:
+        return self.export / "serving.json"
+
+    @property
     def manifest(self) -> Path:
         return self.export / "manifest.json"
 

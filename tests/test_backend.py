@@ -1,9 +1,11 @@
 """The python-based backend, beside a stand-in for Triton's own Python module."""
 
 import ctypes
+import gc
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,11 +16,15 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
 BACKEND = Path(__file__).parents[1] / "pipeline" / "backend" / "onnxruntime" / "model.py"
+PARTS = ("ort_settings", "ort_checks")  # the modules beside it
 CAPSULE = ctypes.pythonapi
 CAPSULE.PyCapsule_SetName.argtypes = [ctypes.py_object, ctypes.c_char_p]
 CAPSULE.PyCapsule_IsValid.argtypes = [ctypes.py_object, ctypes.c_char_p]
 Config = dict[str, Any]
+ZEBRA: Config = {"name": "zebra"}
+OPTIONAL: Config = {"name": "scale", "data_type": "TYPE_FP32", "dims": [1], "optional": True}
 
 
 class Tensor:
@@ -32,7 +38,16 @@ class Tensor:
     def name(self) -> str:
         return self._name
 
+    def as_numpy(self) -> np.ndarray:
+        """Strings as bytes."""
+        if self.array.dtype != np.object_:
+            return self.array
+        texts = [text.encode() for text in self.array.flat]
+        return np.array(texts, object).reshape(self.array.shape)
+
     def __dlpack__(self, stream: object = None) -> Any:
+        if self.array.dtype == np.object_:
+            raise ValueError("DLPack does not have support for string tensors.")
         return self.array.__dlpack__()
 
     def __dlpack_device__(self) -> tuple[Any, Any]:
@@ -65,7 +80,7 @@ def request(**arrays: np.ndarray) -> Any:
 
 
 @pytest.fixture
-def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The backend's module, whose model folder is version 3 of a model under tmp_path."""
     utilities: Any = ModuleType("triton_python_backend_utils")
     utilities.Tensor, utilities.InferenceResponse, utilities.TritonError = Tensor, Response, str
@@ -74,12 +89,17 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     utilities.get_model_dir = lambda: str(tmp_path / "repository" / "net" / "3")
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utilities)
     monkeypatch.setattr(Tensor, "capsules", [], raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BACKEND.parent)])  # as Triton has it
     specification = importlib.util.spec_from_file_location("backend_under_test", BACKEND)
     assert specification
     assert specification.loader
-    module = importlib.util.module_from_spec(specification)
+    module: Any = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    return module
+    module.ort_settings = sys.modules["ort_settings"]
+    yield module
+    gc.unfreeze()
+    for name in PARTS:
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -144,6 +164,12 @@ def parameters(**values: str) -> Config:
     return config(parameters={name: {"string_value": value} for name, value in values.items()})
 
 
+def gpu(block: Config, **values: str) -> Config:
+    """A config that asks for an accelerator on a GPU."""
+    accelerators = {"execution_accelerators": {"gpu_execution_accelerator": [block]}}
+    return (parameters(**values) if values else config()) | {"optimization": accelerators}
+
+
 def started(backend: Any, settings: Config, kind: str = "CPU") -> Any:
     model = backend.TritonPythonModel()
     model.initialize(
@@ -175,9 +201,9 @@ def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     session = model._session
 
-    def run(names: list[str], feeds: dict[str, np.ndarray]) -> Any:
+    def run(names: list[str], feeds: dict[str, np.ndarray], options: Any) -> Any:
         sizes.append(len(next(iter(feeds.values()))))
-        return session.run(names, feeds)
+        return session.run(names, feeds, options)
 
     monkeypatch.setattr(model, "_session", SimpleNamespace(run=run))
     return sizes
@@ -403,8 +429,8 @@ def test_a_folder_model_onnx_holds_the_model(backend: Any, net: Path) -> None:
             "specifies 3 dimensions (shape [1,2,2])",
         ),
         (
-            {"input": [tensor_config("images", "TYPE_UINT8", 1, 2, 2, optional=True)]},
-            "input 'images' is optional, ragged or a scalar, which is not supported",
+            {"input": [tensor_config("images", "TYPE_UINT8", 1, 2, 2, allow_ragged_batch=True)]},
+            "the python-based backend does not support allow_ragged_batch",
         ),
         (
             {"sequence_batching": {"direct": {}}},
@@ -416,7 +442,15 @@ def test_a_folder_model_onnx_holds_the_model(backend: Any, net: Path) -> None:
                     "execution_accelerators": {"cpu_execution_accelerator": [{"name": "openvino"}]}
                 }
             },
-            "unknown Execution Accelerator 'openvino' is requested",
+            "ONNX Runtime has no OpenVINOExecutionProvider here",
+        ),
+        (
+            {"optimization": {"execution_accelerators": {"cpu_execution_accelerator": [ZEBRA]}}},
+            "unknown Execution Accelerator 'zebra' is requested",
+        ),
+        (
+            {"input": [tensor_config("images", "TYPE_UINT8", 1, 2, 2), OPTIONAL]},
+            "optional input 'scale' is not supported for models that support batching",
         ),
     ],
 )
@@ -442,10 +476,107 @@ def test_a_fixed_batch_is_refused_when_batches_are_asked_for(backend: Any, folde
     )
 
 
-def test_strings_are_refused(backend: Any, folder: Path) -> None:
+def test_strings_pass_as_text(backend: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules["ort_checks"].DATA_TYPES, "tensor(string)", "TYPE_STRING")
+    unary(folder, TensorProto.STRING, ["n", 2])
+    model = started(backend, unary_config("TYPE_STRING", 2))
+    answers = model.execute([request(x=np.array([["a", "ü"]], object)) for _ in range(2)])
+    for answer in answers:
+        assert answer.array("y").tolist() == [["a", "ü"]]
+
+
+def test_strings_are_refused_beside_a_numpy_that_triton_cannot_hand_them_to(
+    backend: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules["ort_checks"].DATA_TYPES, "tensor(string)", raising=False)
     unary(folder, TensorProto.STRING, ["n", 3])
     line = refused(backend, unary_config("TYPE_STRING", 3))
     assert line.endswith("unsupported datatype tensor(string) of tensor 'x'")
+
+
+def test_a_type_that_numpy_lacks_is_refused(backend: Any, folder: Path) -> None:
+    unary(folder, TensorProto.BFLOAT16, ["n", 3])
+    line = refused(backend, unary_config("TYPE_BF16", 3))
+    assert line.endswith("unsupported datatype tensor(bfloat16) of tensor 'x'")
+
+
+def test_a_scalar_has_one_dim_of_1_in_the_config(backend: Any, folder: Path) -> None:
+    unary(folder, TensorProto.FLOAT, [], "Neg")
+    model = started(backend, unary_config("TYPE_FP32", 1, max_batch_size=0))
+    [answer] = model.execute([request(x=np.array([2], np.float32))])
+    assert answer.array("y").tolist() == [-2]
+    empty = {"name": "net", "max_batch_size": 0, "input": [], "output": []}
+    assert completed(backend, empty) == unary_config("TYPE_FP32", 1, max_batch_size=0)
+    line = refused(backend, unary_config("TYPE_FP32", 2, max_batch_size=0))
+    assert line.endswith(
+        "scalar tensor 'x', should only provide 1 in the model configuration when the model "
+        "doesn't support batching. Model configuration provided: [2]."
+    )
+    assert "but shape expected by the model is []" in refused(
+        backend, unary_config("TYPE_FP32", 1, max_batch_size=8)
+    )
+
+
+def test_an_input_with_a_default_may_be_optional_and_left_out(backend: Any, folder: Path) -> None:
+    values: list[Value] = [("x", TensorProto.FLOAT, [2]), ("scale", TensorProto.FLOAT, [1])]
+    save(
+        folder / "model.onnx",
+        [helper.make_node("Mul", ["x", "scale"], ["y"])],
+        values,
+        [("y", TensorProto.FLOAT, [2])],
+        scale=np.array([3], np.float32),
+    )
+    settings = unary_config("TYPE_FP32", 2, max_batch_size=0)
+    settings["input"].append(OPTIONAL)
+    model = started(backend, settings)
+    x = np.array([1, 2], np.float32)
+    usual, other = model.execute([request(x=x), request(x=x, scale=np.array([5], np.float32))])
+    assert usual.array("y").tolist() == [3, 6]
+    assert other.array("y").tolist() == [5, 10]
+
+
+def test_inputs_are_told_apart_by_name_whatever_their_order(backend: Any, folder: Path) -> None:
+    values: list[Value] = [(name, TensorProto.FLOAT, ["n", 2]) for name in ("a", "b")]
+    save(
+        folder / "model.onnx",
+        [helper.make_node("Sub", ["a", "b"], ["y"])],
+        values,
+        [("y", TensorProto.FLOAT, ["n", 2])],
+    )
+    settings = config(
+        input=[tensor_config(name, "TYPE_FP32", 2) for name in ("a", "b")],
+        output=[tensor_config("y", "TYPE_FP32", 2)],
+    )
+    ones = np.ones((1, 2), np.float32)
+    asked = [request(a=5 * ones, b=ones), request(b=2 * ones, a=ones)]
+    one, other = started(backend, settings).execute(asked)
+    assert (one.array("y").tolist(), other.array("y").tolist()) == ([[4, 4]], [[-1, -1]])
+
+
+@pytest.mark.usefixtures("net")
+def test_the_arena_can_be_told_to_shrink_after_each_run(backend: Any) -> None:
+    settings = parameters(
+        **{
+            "memory.enable_memory_arena_shrinkage": "cpu:0",
+            "session.use_device_allocator_for_initializers": "1",
+        }
+    )
+    model = started(backend, settings)
+    key = "memory.enable_memory_arena_shrinkage"
+    assert model._run_options.get_run_config_entry(key) == "cpu:0"
+    [answer] = model.execute([request(images=pictures(1))])
+    np.testing.assert_array_equal(answer.array("halves"), halves(pictures(1)))
+    options = backend.ort_settings.session_options(settings)
+    key = "session.use_device_allocator_for_initializers"
+    assert options.get_session_config_entry(key) == "1"
+
+
+@pytest.mark.usefixtures("net")
+def test_a_library_of_operators_that_is_not_there_is_refused(backend: Any) -> None:
+    settings = config(model_operations={"op_library_filename": ["/opt/somewhere/zebra.so"]})
+    line = refused(backend, settings)
+    assert "zebra.so" in line
+    assert "somewhere" not in line
 
 
 def test_an_input_may_be_narrower_than_the_models_and_an_output_may_not(
@@ -486,7 +617,7 @@ def test_a_parameter_that_is_no_number_or_switch_is_refused(
 
 
 def test_parameters_become_session_options_and_unknown_ones_are_ignored(backend: Any) -> None:
-    options = backend.session_options(
+    options = backend.ort_settings.session_options(
         parameters(
             intra_op_thread_count="3",
             inter_op_thread_count="2",
@@ -506,7 +637,7 @@ def test_parameters_become_session_options_and_unknown_ones_are_ignored(backend:
     ("level", "name"), [(-1, "BASIC"), (0, "ALL"), (1, "EXTENDED"), (2, "DISABLE_ALL")]
 )
 def test_the_graph_level_is_the_native_backends(backend: Any, level: int, name: str) -> None:
-    options = backend.session_options(config(optimization={"graph": {"level": level}}))
+    options = backend.ort_settings.session_options(config(optimization={"graph": {"level": level}}))
     assert options.graph_optimization_level.name.endswith(name)
 
 
@@ -518,24 +649,118 @@ def test_an_instance_on_a_gpu_asks_for_cuda_with_the_configs_settings(backend: A
         "use_tf32": "0",
         "cudnn_conv_algo_search": "HEURISTIC",
         "gpu_mem_limit": "1000",
+        # As in the native backend, these are set as soon as there is any parameter.
+        "arena_extend_strategy": "kNextPowerOfTwo",
+        "do_copy_in_default_stream": "1",
         "device_id": "1",
     }
-    cpu: tuple[str, Config] = ("CPUExecutionProvider", {})
-    assert backend.providers(settings, "GPU", "1") == [("CUDAExecutionProvider", options), cpu]
-    assert backend.providers(settings, "CPU", "0") == [cpu]
+    assert backend.providers(settings, "GPU", "1") == [("CUDAExecutionProvider", options), CPU]
+    assert backend.providers(settings, "CPU", "0") == [CPU]
+    del settings["parameters"]
+    ((_, of_block), _) = backend.providers(settings, "GPU", "1")
+    assert of_block == {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT", "device_id": "1"}
+
+
+@pytest.mark.parametrize(
+    ("block", "values", "message"),
+    [
+        (ZEBRA, {}, "unknown Execution Accelerator 'zebra' is requested"),
+        (
+            {"name": "cuda", "parameters": {"do_copy_in_default_stream": "maybe"}},
+            {},
+            "failed to convert 'maybe' to boolean",
+        ),
+        (
+            {"name": "cuda"},
+            {"cudnn_conv_algo_search": "3"},
+            "unsupported cudnn_conv_algo_search value '3' is requested",
+        ),
+        (
+            {"name": "tensorrt", "parameters": {"precision_mode": "INT4"}},
+            {},
+            "unsupported precision mode 'INT4' is requested",
+        ),
+        (
+            {"name": "tensorrt", "parameters": {"trt_zebra": "1"}},
+            {},
+            "unknown parameter 'trt_zebra' is provided for TensorRT Execution Accelerator",
+        ),
+        (
+            {"name": "tensorrt", "parameters": {"trt_dla_core": "one"}},
+            {},
+            "failed to convert 'one' to integral number",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("net")
+def test_an_accelerator_of_a_gpu_is_refused_in_the_native_words_and_ignored_on_a_cpu(
+    backend: Any, block: Config, values: dict[str, str], message: str
+) -> None:
+    settings = gpu(block, **values)
+    assert refused(backend, settings, kind="GPU") == f"unable to load model 'net', {message}"
+    with pytest.raises(backend.LoadError, match=message.replace("'", ".")):
+        completed(backend, settings | {"instance_group": [{"kind": "KIND_GPU"}]})
+    started(backend, settings, kind="CPU")
+
+
+def test_tensorrt_comes_before_cuda_with_its_settings_in_onnx_runtimes_words(backend: Any) -> None:
+    asked = {
+        "precision_mode": "FP16",
+        "max_workspace_size_bytes": "1000",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": "cache",
+        "int8_use_native_calibration_table": "off",
+        "trt_profile_min_shapes": "images:1x1x28x28",
+        "trt_profile_max_shapes": "",
+    }
+    block = {"name": "tensorrt", "parameters": asked}
+    (name, options), cuda, cpu = backend.providers(gpu(block), "GPU", "1")
+    assert (name, cuda[0], cpu) == ("TensorrtExecutionProvider", "CUDAExecutionProvider", CPU)
+    assert options == {
+        "trt_fp16_enable": "True",
+        "trt_max_workspace_size": "1000",
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": "cache",
+        "trt_int8_use_native_calibration_table": "False",
+        "trt_profile_min_shapes": "images:1x1x28x28",
+        "device_id": "1",
+    }
+
+
+@pytest.mark.usefixtures("net")
+def test_a_provider_that_onnx_runtime_was_built_without_is_refused_before_any_instance_starts(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = {"get_available_providers": lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+    monkeypatch.setattr(
+        backend.ort_settings, "onnxruntime", SimpleNamespace(**vars(onnxruntime) | built)
+    )
+    settings = gpu({"name": "tensorrt"}) | {"instance_group": [{"kind": "KIND_GPU"}]}
+    with pytest.raises(backend.LoadError) as caught:
+        completed(backend, settings)
+    assert str(caught.value).endswith("ONNX Runtime has no TensorrtExecutionProvider here")
+    assert refused(backend, settings, kind="GPU") == str(caught.value)
+
+
+@pytest.mark.usefixtures("net")
+def test_a_session_never_falls_back_to_another_provider_later(backend: Any) -> None:
+    assert not started(backend, config())._session._enable_fallback
 
 
 @pytest.mark.usefixtures("net")
 def test_a_provider_that_does_not_start_fails_the_load(
     backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def on_the_cpu(path: str, options: Any, _: Any) -> onnxruntime.InferenceSession:
+    def on_the_cpu(path: str, options: Any, *_: Any, **__: Any) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
-    fallen_back = SimpleNamespace(**vars(onnxruntime) | {"InferenceSession": on_the_cpu})
-    monkeypatch.setattr(backend, "onnxruntime", fallen_back)
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    fallen_back = {"InferenceSession": on_the_cpu, "get_available_providers": lambda: names}
+    monkeypatch.setattr(
+        backend.ort_settings, "onnxruntime", SimpleNamespace(**vars(onnxruntime) | fallen_back)
+    )
     line = refused(backend, config(), kind="GPU")
-    assert line == "unable to load model 'net', ONNX Runtime has no CUDAExecutionProvider here"
+    assert line == "unable to load model 'net', ONNX Runtime cannot start its CUDAExecutionProvider"
 
 
 def test_an_error_is_cut_to_one_short_line_without_folders(backend: Any) -> None:
@@ -591,7 +816,7 @@ def test_auto_complete_refuses_batches_of_a_model_that_has_none(backend: Any, fo
     with pytest.raises(backend.LoadError) as caught:
         completed(backend, {"name": "net", "max_batch_size": 8, "input": [], "output": []})
     assert str(caught.value) == (
-        "unable to load model 'net', model does not support batching while non-zero "
-        "max_batch_size is specified"
+        "unable to load model 'net', autofill failed for model 'net': model does not support "
+        "batching while non-zero max_batch_size is specified"
     )
     assert all(entry.path != BACKEND for entry in caught.traceback)

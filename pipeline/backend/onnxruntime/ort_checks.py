@@ -1,0 +1,148 @@
+"""What a config leaves open is filled in, and one that does not describe its model is refused."""
+
+import numpy as np
+import onnxruntime
+from ort_settings import CPU, Config, LoadError, open_session, providers, require_present
+
+DEFAULT_MAX_BATCH_SIZE = 4  # what Triton fills in where the config leaves it open
+DATA_TYPES = {  # ONNX Runtime's names to Triton's
+    **{f"tensor(int{bits})": f"TYPE_INT{bits}" for bits in (8, 16, 32, 64)},
+    **{f"tensor(uint{bits})": f"TYPE_UINT{bits}" for bits in (8, 16, 32, 64)},
+    "tensor(float16)": "TYPE_FP16",
+    "tensor(float)": "TYPE_FP32",
+    "tensor(double)": "TYPE_FP64",
+    "tensor(bool)": "TYPE_BOOL",
+}
+# DLPack knows no strings, and Triton's own way of handing them over needs an older numpy.
+if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+    DATA_TYPES["tensor(string)"] = "TYPE_STRING"
+
+
+def _data_type(node: onnxruntime.NodeArg) -> str:
+    if node.type not in DATA_TYPES:
+        raise LoadError(f"unsupported datatype {node.type} of tensor '{node.name}'")
+    return DATA_TYPES[node.type]
+
+
+def _shape_of(node: onnxruntime.NodeArg) -> list[int]:
+    return [dim if isinstance(dim, int) else -1 for dim in node.shape]
+
+
+def check(config: Config, session: onnxruntime.InferenceSession) -> None:
+    """Refuse a config that does not describe the model."""
+    for feature in ("sequence_batching", "batch_input", "batch_output"):
+        if config.get(feature):
+            raise LoadError(f"the python-based backend does not support {feature}")
+    required = [spec for spec in config["input"] if not spec.get("optional")]
+    expected, provided = len(required), len(session.get_inputs())
+    if expected != provided:
+        raise LoadError(f"configuration expects {expected} inputs, model provides {provided}")
+    inputs = session.get_inputs() + session.get_overridable_initializers()
+    for role, nodes in (("input", inputs), ("output", session.get_outputs())):
+        named = {node.name: node for node in nodes}
+        for spec in config[role]:
+            _check_feature(role, spec, config["max_batch_size"] > 0)
+            name = spec["name"]
+            if name not in named:
+                allowed = f"allowed {role}s are: {', '.join(sorted(named))}"
+                raise LoadError(f"unexpected inference {role} '{name}', {allowed}")
+            _check_type(role, spec, _data_type(named[name]))
+            _check_dims(role, spec, _shape_of(named[name]), config["max_batch_size"] > 0)
+
+
+def _check_feature(role: str, spec: Config, is_batched: bool) -> None:
+    if spec.get("optional") and is_batched:
+        raise LoadError(
+            f"optional input '{spec['name']}' is not supported for models that support batching"
+        )
+    if spec.get("allow_ragged_batch"):
+        raise LoadError("the python-based backend does not support allow_ragged_batch")
+
+
+def _check_type(role: str, spec: Config, provided: str) -> None:
+    asked = spec["data_type"]
+    if asked != provided:
+        what = f"configuration expects datatype {asked} for {role} '{spec['name']}'"
+        raise LoadError(f"{what}, model provides {provided}")
+
+
+def _check_dims(role: str, spec: Config, provided: list[int], is_batched: bool) -> None:
+    dims = spec["reshape"]["shape"] if "reshape" in spec else spec["dims"]
+    if not provided:
+        _check_scalar(spec["name"], dims, is_batched)
+        return
+    tensor = f"tensor '{spec['name']}': "
+    if is_batched and provided[0] != -1:
+        raise LoadError(
+            f"{tensor}for the model to support batching the shape should have at least 1 dimension "
+            "and the first dimension must be -1; but shape expected by the model is "
+            f"{_spelled(provided)}"
+        )
+    full = [-1, *dims] if is_batched else [*dims]
+    if len(full) != len(provided) or any(
+        # An output must be the model's own, -1 included; an input may be narrower.
+        ours != theirs and (role == "output" or theirs != -1)
+        for ours, theirs in zip(full, provided, strict=True)
+    ):
+        note = (
+            "an initial batch dimension because max_batch_size > 0 followed by the explicit tensor "
+            "shape, making complete "
+        )
+        raise LoadError(
+            f"{tensor}the model expects {len(provided)} dimensions (shape {_spelled(provided)}) "
+            f"but the model configuration specifies {len(full)} dimensions "
+            f"({note if is_batched else ''}shape {_spelled(full)})"
+        )
+
+
+def _check_scalar(name: str, dims: list[int], is_batched: bool) -> None:
+    if is_batched:
+        raise LoadError(
+            f"tensor '{name}': for the model to support batching the shape should have at least 1 "
+            "dimension and the first dimension must be -1; but shape expected by the model is []"
+        )
+    if any(dim != 1 for dim in dims):
+        raise LoadError(
+            f"scalar tensor '{name}', should only provide 1 in the model configuration when the "
+            f"model doesn't support batching. Model configuration provided: {_spelled(dims)}."
+        )
+
+
+def _spelled(shape: list[int]) -> str:
+    return str(shape).replace(" ", "")
+
+
+def prepare(config: Config) -> None:
+    """Complete the config, and refuse it before any instance starts."""
+    kinds = {group.get("kind") for group in config.get("instance_group", [])}
+    require_present(providers(config, "GPU" if "KIND_GPU" in kinds else "CPU", "0"))
+    session = open_session(config, [CPU])
+    if not (config["input"] and config["output"]):
+        _complete(config, session.get_inputs(), session.get_outputs())
+    check(config, session)
+
+
+def _complete(
+    config: Config, inputs: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg]
+) -> None:
+    if all(_shape_of(node)[:1] == [-1] for node in inputs + outputs):
+        config["max_batch_size"] = config["max_batch_size"] or DEFAULT_MAX_BATCH_SIZE
+        if config["max_batch_size"] > 1 and "sequence_batching" not in config:
+            config.setdefault("dynamic_batching", {})
+    elif config["max_batch_size"]:
+        raise LoadError(
+            f"autofill failed for model '{config['name']}': model does not support batching while "
+            "non-zero max_batch_size is specified"
+        )
+    batch_dims = 1 if config["max_batch_size"] else 0
+    config["input"] = config["input"] or [_described(node, batch_dims) for node in inputs]
+    config["output"] = config["output"] or [_described(node, batch_dims) for node in outputs]
+
+
+def _described(node: onnxruntime.NodeArg, batch_dims: int) -> Config:
+    dims = _shape_of(node)[batch_dims:]
+    spec = {"name": node.name, "data_type": _data_type(node)}
+    if dims:
+        return {**spec, "dims": dims}
+    # Triton wants at least one dim. In a batch the reshape takes it away again; a scalar is one.
+    return {**spec, "dims": [1], **({"reshape": {"shape": []}} if batch_dims else {})}

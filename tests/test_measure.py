@@ -1,0 +1,98 @@
+"""The benchmark of serving, and the load that it is made with."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Chain, error_line, link_server_environment
+
+from pipeline import load, measure, triton
+from pipeline.errors import CheckFailedError
+from pipeline.measure import NOOP, ServeBenchmark
+from pipeline.serve import recorded
+from pipeline.timing import Row, Window
+from pipeline.tritonserver import KEY_HEADER
+
+Served = tuple[Chain, dict[str, Any]]
+
+
+@pytest.mark.server
+def test_the_benchmark_sets_the_served_model_beside_a_noop_and_beside_onnx_runtime(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_server_environment(chain)
+    monkeypatch.setattr(measure, "SHORT", ServeBenchmark(rounds=2, seconds=0.3))
+    record = chain.record("benchmark", "--what", "serve", "--short")
+    assert json.loads(chain.paths.serving.read_text())["ratios"] == record["ratios"]
+    assert set(record["ratios"]) == {"single_of_noop", "batch64_of_in_process"}
+    assert all(ratio > 0 for ratio in record["ratios"].values())
+    asked = {(row["name"], row["batch"], row["concurrency"]) for row in record["rows"]}
+    assert {("handwriting", 1, 32), (NOOP, 1, 32), ("handwriting", 64, 4)} <= asked
+    for row in record["rows"]:
+        assert (row["wrong"], row["failed"]) == (0, 0)
+        assert len(row["images_per_second"]["rounds"]) == 2
+        assert set(row["latency_ms"]) == {"p50", "p90", "p95", "p99"}
+        assert bool(row["server"]) == (row["way"] == "grpc")
+    (many,) = [row for row in record["rows"] if row["batch"] == 64 and row["server"]]
+    assert many["server"]["batch"] == 64
+    assert many["server"]["compute_infer_us"] > 0
+    assert record["machine"]["cores"]
+    assert not (chain.paths.repository / NOOP).exists()  # it was served from a copy
+
+
+@pytest.mark.server
+def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served) -> None:
+    chain, _ = served
+    server = recorded(chain.paths)
+    assert server
+    config = triton.read(chain.paths.packaged / "config.pbtxt")
+    images = [np.zeros((2, 1, 28, 28), np.uint8)]
+    with load.Server(f"127.0.0.1:{server.grpc_port}", server.admin_key, KEY_HEADER) as asked:
+        named = [
+            asked.measure(config.name, load.questions(config, images, [np.full(2, label)]), 2, 0.05)
+            for label in range(10)
+        ]
+        assert sum(window.wrong == 0 for window in named) == 1  # a blank image has one class
+        assert all(window.wrong == 0 or window.wrong >= 4 for window in named)
+        config.name = "nobody"
+        lost = load.questions(config, images, [np.zeros(2)])
+        window = load.closed_loop(asked.address, lost, 2, 0.05)
+    assert window.failed > 0
+    assert len(window.latencies) == 0
+
+
+def test_an_answer_that_is_no_answer_is_wrong_for_all_of_its_images() -> None:
+    for content in (b"", b"\xff\xff"):  # without outputs; not a message at all
+        assert load._wrong(content, np.zeros(3), "float32") == 3
+
+
+def test_wrong_or_missing_answers_fail_the_benchmark() -> None:
+    right = Window(1, 1, np.ones(1))
+    measure._require_right((Row("net", "grpc", 1, 1, (right,)),))
+    silent = replace(right, latencies=np.ones(0))
+    for found in (replace(right, wrong=1), replace(right, failed=1), silent):
+        with pytest.raises(CheckFailedError, match="answers were wrong or missing: net, "):
+            measure._require_right((Row("net", "grpc", 1, 1, (found,)),))
+
+
+def test_counters_become_what_a_window_cost() -> None:
+    parts = ("queue", "compute_infer")
+    before = load.Counters(10, 1, 10, dict.fromkeys(parts, 1000))
+    after = load.Counters(74, 3, 18, {"queue": 9000, "compute_infer": 81000})
+    assert after.since(before) == {"queue_us": 1.0, "compute_infer_us": 10.0, "batch": 32.0}
+
+
+def test_a_model_that_takes_smaller_batches_only_is_refused(empty: Chain) -> None:
+    empty.paths.packaged.mkdir(parents=True)
+    (empty.paths.packaged / "config.pbtxt").write_text('name: "handwriting" max_batch_size: 8')
+    result = empty.run("benchmark", "--what", "serve")
+    assert result.exit_code == 1
+    assert "takes batches of 8 at most" in error_line(result)
+
+
+def test_a_model_that_is_not_packaged_has_nothing_to_measure(empty: Chain) -> None:
+    result = empty.run("benchmark", "--what", "serve")
+    assert result.exit_code == 1
+    assert "run 'pipeline package' first" in error_line(result)

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from pipeline.timing import HEADER, Row, Window, closed_loop, ratio, wrong_classes
+
+
+def window(answers: int, ms: float = 2.0, split: dict[str, float] | None = None) -> Window:
+    return Window(2.0, 64, np.full(answers, ms / 1e3), split=split or {})
+
+
+def row(*answers: int) -> Row:
+    return Row("net", "grpc", 64, 4, tuple(map(window, answers)))
+
+
+def test_a_windows_speed_counts_the_images_of_its_requests() -> None:
+    assert window(100).images_per_second == 100 * 64 / 2
+
+
+def test_a_row_has_the_median_of_its_windows_and_the_percentiles_of_all_requests() -> None:
+    slow = Window(2.0, 64, np.full(100, 0.1))
+    of_both = Row("net", "grpc", 64, 4, (window(300), slow, window(200)))
+    record = of_both.record()
+    assert record["images_per_second"] == {
+        "median": 200 * 32,
+        "min": 100 * 32,
+        "max": 300 * 32,
+        "rounds": [300 * 32, 100 * 32, 200 * 32],
+    }
+    latency = record["latency_ms"]
+    assert (latency["p50"], latency["p99"]) == (pytest.approx(2), pytest.approx(100))
+    assert (record["requests"], record["concurrency"]) == (600, 4)
+    assert len(str(of_both)) == len(HEADER)
+
+
+def test_a_row_has_the_median_of_what_the_server_says() -> None:
+    windows = [window(9, split={"queue_us": us, "batch": us / 10}) for us in (10, 30, 20)]
+    found = Row("net", "grpc", 1, 4, tuple(windows))
+    assert found.split() == {"queue_us": 20, "batch": 2}
+    assert row(1).split() == {}
+
+
+def test_a_ratio_is_of_the_medians_and_of_each_pair() -> None:
+    found = ratio(row(10, 20, 30), row(40, 25, 30))
+    assert found["of_medians"] == pytest.approx(20 / 30)
+    assert (found["min"], found["median_of_pairs"], found["max"]) == (0.25, 0.8, 1.0)
+
+
+def test_a_row_without_any_answer_says_so() -> None:
+    assert row(0).record()["latency_ms"] == {}
+    assert "nan" in str(row(0))
+
+
+def test_wrong_classes_are_counted_and_a_missing_row_makes_all_wrong() -> None:
+    outputs = np.array([[0, 1], [1, 0], [0, 1]])
+    assert wrong_classes(outputs, np.array([1, 0, 0])) == 1
+    assert wrong_classes(outputs[:2], np.array([1, 0, 0])) == 3
+
+
+def test_a_closed_loop_asks_every_batch_in_turn_and_counts_wrong_answers() -> None:
+    batches = [np.zeros((2, 3)), np.ones((2, 3))]
+    asked = []
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        asked.append(images[0, 0])
+        answers: np.ndarray = np.eye(2)[images[:, 0].astype(int)]
+        return answers
+
+    right = closed_loop(predictor, batches, [np.zeros(2, int), np.ones(2, int)], 0.01)
+    assert right.wrong == 0
+    assert 0 < len(right.latencies) < len(asked)  # the warm-up does not count
+    assert asked[:4] == [0, 1, 0, 1]
+    asked.clear()
+    assert closed_loop(predictor, batches, [np.ones(2, int)] * 2, 0.01).wrong >= len(asked) - 1
