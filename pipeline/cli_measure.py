@@ -97,7 +97,7 @@ def benchmark_command(
       pipeline benchmark --what serve --name quick
     """
     if what == "serve":
-        _measure_serving(settings, paths_of(settings, name), short)
+        _measure_serving(settings, paths_of(settings, name), short, figures)
         return
     from pipeline.benchmark import benchmark_training
     from pipeline.report import render_readme, save_training
@@ -113,11 +113,16 @@ def benchmark_command(
     settings.result({"what": what, "rows": records}, text, "pipeline train")
 
 
-def _measure_serving(settings: Settings, paths: Paths, short: bool) -> None:
+def _measure_serving(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:
     from pipeline.measure import SHORT, ServeBenchmark, benchmark_serving
+    from pipeline.report import render_readme, save_serving
 
     found = benchmark_serving(paths, SHORT if short else ServeBenchmark(), settings.say)
-    settings.result(found.record(), f"{found}\nwrote {paths.serving}", "pipeline serve")
+    text = f"{found}\nwrote {paths.serving}"
+    if figures:
+        text += f"\nwrote {save_serving(paths, found.record())}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result(found.record(), text, "pipeline serve")
 
 
 @click.command(cls=Command)

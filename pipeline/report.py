@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import proofs
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, sha256, write_bytes, write_json
 from pipeline.machine import machine
@@ -15,7 +16,9 @@ MEASURE = "measure it with 'make figures'"
 # What decides the figures: a change of one of these makes them stale.
 SOURCES = (
     *("config.py", "augment.py", "model.py", "train.py", "runs.py", "export.py", "query.py"),
-    *("replay.py", "triton.py", "package.py", "serve.py", "backend/onnxruntime/model.py"),
+    *("replay.py", "triton.py", "profiles.py", "package.py", "serve.py", "watch.py"),
+    *("supervise.py", "swap.py", "lint.py", "lint_rules.py", "lint_config.py", "lint_backend.py"),
+    *("backend/onnxruntime/model.py", "backend/onnxruntime/ort_settings.py"),
 )
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
@@ -48,6 +51,14 @@ def save_figures(paths: Paths) -> Path:
         },
     }
     write_json(figure, record)
+    return figure
+
+
+def save_serving(paths: Paths, record: dict[str, Any]) -> Path:
+    """Keep a benchmark of serving as the figure that the README quotes."""
+    figure = paths.figures / "serving.json"
+    command = f"pipeline benchmark --what serve --name {paths.name} --figures"
+    write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
     return figure
 
 
@@ -204,6 +215,7 @@ MISSING = {
     "gpu": NOT_VERIFIED,
     "resume": "*Not proven yet*: `make prove-resume`.",
     "runtimes": "*Not proven yet*: `make prove-runtimes`.",
+    **proofs.MISSING,
 }
 RENDERERS = {
     "agreement": agreement_markdown,
@@ -211,6 +223,7 @@ RENDERERS = {
     "gpu": gpu_markdown,
     "resume": resume_markdown,
     "runtimes": runtimes_markdown,
+    **proofs.RENDERERS,
 }
 
 

@@ -25,6 +25,7 @@ from pipeline.data import load_split
 from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
+from pipeline.report import render_readme, sources_digest
 
 WITHIN = 10.0  # seconds, for right answers to come again and for a drain to be done
 HANG_SECONDS = 60.0
@@ -159,6 +160,8 @@ def main(result: Path, kills: int, drains: int) -> None:
     gone = lost(Tally(events=tuple(e for e in tally.events if e.answered >= drains_from)))
     left = leftovers(ids)
     record = {
+        "command": "make prove-kill",
+        "sources_sha256": sources_digest(),
         **machine(),
         "kills": {
             kind: {"times": len(all_), "median": statistics.median(all_), "longest": max(all_)}
@@ -180,6 +183,8 @@ def main(result: Path, kills: int, drains: int) -> None:
     assert max((s for all_ in outages.values() for s in all_), default=0.0) < WITHIN
     assert max(drained, default=0.0) < WITHIN
     write_json(result, record)
+    render_readme(Path("README.md"), Path("exported/figures"))
+    print(f"wrote {result}")
 
 
 if __name__ == "__main__":

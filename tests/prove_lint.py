@@ -24,7 +24,7 @@ from pipeline.lint_live import Trial, try_models
 from pipeline.lint_text import Finding
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.report import sources_digest
+from pipeline.report import render_readme, sources_digest
 
 COMMAND = "make prove-lint"
 RUNTIME_TYPES = {
@@ -137,6 +137,7 @@ def main() -> None:
     }
     record["faults"] += record["corpus"]["refused_though_sound"]
     write_json(Path(sys.argv[1]), {**machine(), **record})
+    render_readme(Path("README.md"), Path("exported/figures"))
     print(f"{record['mutations']} mutations, {record['sound']} sound variations, ", end="")
     print(f"{record['faults']} not as expected; ONNX's own tests: {record['corpus']}")
     sys.exit(1 if record["faults"] else 0)

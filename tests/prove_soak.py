@@ -15,6 +15,7 @@ from pipeline import serve, supervise
 from pipeline.config import ServeConfig
 from pipeline.files import write_json
 from pipeline.machine import machine
+from pipeline.report import render_readme, sources_digest
 
 MAY_GROW = 5 * 1024 * 1024  # bytes
 WARM = 0.1  # of the requests, before it is first looked at
@@ -68,6 +69,8 @@ def main(result: Path, requests: int) -> None:
             supervise.stop(paths)
     first, last = sizes[0][1], sizes[-1][1]
     record = {
+        "command": "make prove-soak",
+        "sources_sha256": sources_digest(),
         **machine(),
         "requests": tally.requests,
         "wrong": tally.wrong,
@@ -83,6 +86,8 @@ def main(result: Path, requests: int) -> None:
     assert last.shared_memory == first.shared_memory
     assert not leftovers({server.id})
     write_json(result, record)
+    render_readme(Path("README.md"), Path("exported/figures"))
+    print(f"wrote {result}")
 
 
 if __name__ == "__main__":

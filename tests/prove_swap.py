@@ -23,7 +23,7 @@ from pipeline.data import load_split
 from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.report import sources_digest
+from pipeline.report import render_readme, sources_digest
 from pipeline.serve import Server, with_free_ports
 from pipeline.versions import versions
 
@@ -154,6 +154,7 @@ def main(result: Path, promotes: int, requests: int) -> None:
     record: dict[str, Any] = {"command": "make prove-swap", "sources_sha256": sources_digest()}
     write_json(result, record | {**machine(), **asdict(outcome)})
     say(f"{outcome}")
+    render_readme(Path("README.md"), Path("exported/figures"))
     say(f"wrote {result}")
     if not outcome.is_perfect:
         raise SystemExit(3)

@@ -22,7 +22,7 @@ ORDER = [
     *("lint_accelerators", "lint_rules", "lint", "query", "load", "replay", "yardstick"),
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "metrics", "serve"),
     *("measure", "watch", "state", "supervise", "swap", "lint_ask", "lint_live"),
-    *("prove", "gpu", "benchmark", "report", "figures", "answers", "evidence", "page"),
+    *("prove", "gpu", "benchmark", "proofs", "report", "figures", "answers", "evidence", "page"),
     *("command", "cli_data", "cli_train", "cli_export", "cli_validate", "cli_serve"),
     *("cli_versions", "cli_repository", "cli_measure", "cli", "__main__"),
 ]

@@ -1,0 +1,94 @@
+"""What the README says of the proofs under load, each from the result file of its command."""
+
+from collections.abc import Callable
+from typing import Any
+
+MEBIBYTE = 1024 * 1024
+
+
+def _when(figure: dict[str, Any]) -> str:
+    return f"`{figure['command']}` on {figure['measured_at'][:10]}"
+
+
+def swap_markdown(figure: dict[str, Any]) -> str:
+    """A sentence about the versions that were changed while clients asked."""
+    return (
+        f"{_when(figure)}: {figure['promotes']} promotes and rollbacks under "
+        f"{figure['requests']:,} requests of {len(figure['clients'])} clients over HTTP and gRPC, "
+        f"every answer held against its own image: {figure['failed']} failed, {figure['wrong']} "
+        f"wrong, the slowest took {figure['slowest_request_seconds']:.2f} s."
+    )
+
+
+def kill_markdown(figure: dict[str, Any]) -> str:
+    """A sentence about the kills and drains of a server while clients asked."""
+    kills, drains = figure["kills"], figure["drains"]
+    longest = ", ".join(f"{kind} {found['longest']:.1f} s" for kind, found in kills.items())
+    return (
+        f"{_when(figure)}, under {figure['requests']:,} requests: "
+        f"{sum(found['times'] for found in kills.values())} kills, right answers for every client "
+        f"again after at most: {longest}; {drains['times']} drains in at most "
+        f"{drains['longest']:.1f} s with {drains['lost']} accepted requests lost; "
+        f"{figure['wrong']} wrong answers, {len(figure['left_behind'])} processes or regions of "
+        "shared memory left behind."
+    )
+
+
+def soak_markdown(figure: dict[str, Any]) -> str:
+    """A sentence about a server's size."""
+    return (
+        f"{_when(figure)}: {figure['requests']:,} requests, {figure['failed'] + figure['wrong']} "
+        f"not right; the server grew by {figure['grown_bytes'] / MEBIBYTE:.1f} MiB."
+    )
+
+
+def lint_markdown(figure: dict[str, Any]) -> str:
+    """A sentence about what lint makes of mutated repositories."""
+    corpus = figure["corpus"]
+    return (
+        f"{_when(figure)}: {figure['mutations']} mutations of a repository and {figure['sound']} "
+        f"sound variations, held against a real Triton: {figure['faults']} not as expected. Of the "
+        f"{corpus['sound']:,} models of ONNX's own tests that ONNX Runtime loads, "
+        f"{corpus['refused_though_sound']} are refused. The table: `exported/figures/lint.json`."
+    )
+
+
+def serving_markdown(figure: dict[str, Any]) -> str:
+    """The README's table of a served model's speed."""
+    lines = [
+        "| | images a request | at once | images/s, median (least to most) | p50 | p99 |",
+        "|--|--|--|--|--|--|",
+    ]
+    for row in figure["rows"]:
+        speed, latency = row["images_per_second"], row["latency_ms"]
+        lines.append(
+            f"| {row['name']}, {row['way']} | {row['batch']} | {row['concurrency']} | "
+            f"{speed['median']:,.0f} ({speed['min']:,.0f} to {speed['max']:,.0f}) | "
+            f"{latency['p50']:.1f} ms | {latency['p99']:.1f} ms |"
+        )
+    ratios, host = figure["ratios"], figure["machine"]
+    lines += [
+        "",
+        f"{_when(figure)}, {host['processor']} with {host['cores']} cores that server and clients "
+        f"share, all in one run: single images come at {ratios['single_of_noop']:.2f} of the rate "
+        "of a model that computes nothing on the same server, batches of 64 at "
+        f"{ratios['batch64_of_in_process']:.2f} of ONNX Runtime's in process.",
+    ]
+    return "\n".join(lines)
+
+
+RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "swap": swap_markdown,
+    "kill": kill_markdown,
+    "soak": soak_markdown,
+    "lint": lint_markdown,
+    "serving": serving_markdown,
+}
+COMMANDS = {
+    "swap": "make prove-swap",
+    "kill": "make prove-kill",
+    "soak": "make prove-soak",
+    "lint": "make prove-lint",
+    "serving": "pipeline benchmark --what serve --figures",
+}
+MISSING = {name: f"*Not proven yet*: `{command}`." for name, command in COMMANDS.items()}
