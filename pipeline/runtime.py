@@ -29,7 +29,7 @@ _CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})
 PROVIDERS: dict[str, list[Any]] = {
     "cpu": [_CPU],
     "cuda": [_CUDA, _CPU],
-    "tensorrt": [("TensorrtExecutionProvider", {"trt_fp16_enable": "0"}), _CUDA, _CPU],
+    "tensorrt": [("TensorrtExecutionProvider", {"trt_fp16_enable": "False"}), _CUDA, _CPU],
 }
 
 
