@@ -133,6 +133,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.slow
 def test_a_training_step_reuses_the_memory_of_the_one_before() -> None:
     done = subprocess.run(
         [sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True

@@ -75,6 +75,7 @@ def test_two_processes_export_the_same_bytes(made: Chain, chain: Chain) -> None:
     assert sha256(chain.paths.onnx) == sha256(made.paths.onnx)
 
 
+@pytest.mark.slow
 def test_a_new_export_takes_the_old_proof_away(chain: Chain) -> None:
     assert chain.run("export").exit_code == 0
     assert not chain.paths.validation.exists()
@@ -97,6 +98,7 @@ def test_export_of_a_record_that_is_none_is_corrupt(chain: Chain) -> None:
     assert chain.run("export").exit_code == 4
 
 
+@pytest.mark.slow
 def test_an_export_in_another_dialect_is_refused() -> None:
     content = onnx_of(build(RECIPES["note"], 10).eval())
     wanted = graph.Signature(IMAGES, log_probabilities(10), 18, 9)

@@ -96,6 +96,7 @@ def _package(root: Path, begin: Barrier, count: int) -> None:
             future.result()
 
 
+@pytest.mark.slow
 def test_sixteen_packagers_at_once_get_a_version_each(chain: Chain) -> None:
     spawn = multiprocessing.get_context("spawn")
     begin = spawn.Barrier(16)  # two processes of eight threads each

@@ -82,6 +82,7 @@ def test_many_classes_make_a_small_matrix(chain: Chain) -> None:
     assert text.count('class="right"') == 47
 
 
+@pytest.mark.slow
 def test_worst_mistakes_on_the_page_are_those_of_the_predictions(chain: Chain) -> None:
     summary = json.loads(chain.paths.summary.read_text())
     predictions = load_predictions(chain.paths, summary["predictions_sha256"])
@@ -131,6 +132,7 @@ def test_another_run_is_not_shown_with_this_ones_export(chain: Chain) -> None:
     assert "Triton gRPC" not in text
 
 
+@pytest.mark.slow
 def test_a_proof_of_this_export_is_shown(chain: Chain) -> None:
     proven(chain)
     assert "The last proof was of another model.onnx" in written(chain)

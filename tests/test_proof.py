@@ -113,6 +113,7 @@ def test_validate_exits_3_on_a_broken_export_and_leaves_no_proof_but_findings(
     assert not paths.validation.exists()
 
 
+@pytest.mark.slow
 def test_an_export_of_other_libraries_cannot_be_made_again_and_is_refused(chain: Chain) -> None:
     edit_json(chain.paths.manifest, lambda record: record["versions"].update(torch="2.12.0"))
     result = chain.run("validate")
@@ -120,6 +121,7 @@ def test_an_export_of_other_libraries_cannot_be_made_again_and_is_refused(chain:
     assert "its bytes cannot be made again to compare them" in error_line(result)
 
 
+@pytest.mark.slow
 def test_validate_refuses_an_export_of_other_weights(chain: Chain) -> None:
     assert chain.run("train", "--recipe", "quick", "--epochs", "0.01").exit_code == 0
     result = chain.run("validate")

@@ -386,6 +386,7 @@ def test_a_server_with_another_network_is_not_ready_and_exits_3(servable: Chain)
     assert_nothing_is_left()
 
 
+@pytest.mark.slow
 def test_a_config_that_triton_would_refuse_is_one_line_with_its_place_and_exits_3(
     chain: Chain,
 ) -> None:
@@ -426,6 +427,7 @@ def test_a_packaged_file_with_a_flipped_bit_is_not_served(chain: Chain) -> None:
     assert str(chain.paths.packaged / "1" / "model.onnx") in error_line(result)
 
 
+@pytest.mark.slow
 def test_a_missing_and_a_truncated_model_are_not_served(chain: Chain) -> None:
     model = chain.paths.packaged / "1" / "model.onnx"
     content = model.read_bytes()

@@ -225,6 +225,7 @@ def interrupt_after(epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "train", watched)
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_and_the_run_resumes_to_the_same_bytes(
     made: Chain, empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
