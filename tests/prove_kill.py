@@ -19,7 +19,7 @@ from pathlib import Path
 
 from traffic import PAUSE_SECONDS, Running, Tally, Traffic, expected, lost, traffic
 
-from pipeline import serve, supervise
+from pipeline import serve, supervise, triton
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.files import write_json
@@ -54,7 +54,7 @@ def project() -> Iterator[Paths]:
 
 def ask_of(paths: Paths) -> Traffic:
     """What the clients ask: test images, single and five at a time."""
-    version = max(int(p.name) for p in paths.packaged.glob("[1-9]*"))
+    (version,) = triton.selected(triton.read(paths.packaged / triton.CONFIG))
     images = load_split("mnist", Paths().data("mnist"), "test").images[:1000]
     return Traffic("", paths.name, images, expected(paths, [version], images), 1e-3, timeout=5.0)
 
