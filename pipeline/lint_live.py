@@ -4,7 +4,6 @@ import contextlib
 import re
 import secrets
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -22,10 +21,9 @@ from pipeline.lint_config import OTHER_BACKENDS
 from pipeline.lint_files import Model
 from pipeline.lint_text import Config, Finding, Level, read_config
 from pipeline.paths import Paths
-from pipeline.serve import POLL_SECONDS, clear, with_free_ports
+from pipeline.serve import POLL_SECONDS, process, with_free_ports
 
 LOAD_SECONDS = 30.0  # in which a model loads, or never will
-STOP_SECONDS = 3.0
 # What our python-based backend refuses and the native one may not, in its words.
 _LIMITS = re.compile(
     r"is optional, ragged or a scalar|the python-based backend does not support"
@@ -171,7 +169,7 @@ def cause(log: str) -> str:
 @contextlib.contextmanager
 def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[Server]:
     """A scratch server on `repository` that has loaded nothing yet."""
-    config = replace(with_free_ports(ServeConfig()), stop_seconds=STOP_SECONDS)
+    config = with_free_ports(ServeConfig())
     server_id, key = f"handwriting-{secrets.token_hex(6)}", secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory(prefix=f"{server_id}-") as scratch:
         backends, log = Path(scratch) / "backends", Path(scratch) / "server.log"
@@ -179,25 +177,10 @@ def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[Server]
             tritonserver.lay_out_backends(runtime, backends)
         command = tritonserver.command(runtime, repository, config, server_id, key, backends)
         command = [part for part in command if not part.startswith("--load-model")]
-        with log.open("wb") as output:
-            child = subprocess.Popen(
-                command,
-                env=tritonserver.environment(runtime),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
+        with process(command, runtime, log, server_id) as child:
             server = Server(child, log, config.http_port, {tritonserver.KEY_HEADER: key})
             _await(server, config.start_seconds)
             yield server
-        finally:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(STOP_SECONDS)
-            clear(server_id, runtime.kind)
-            child.wait()
 
 
 def _await(server: Server, seconds: float) -> None:

@@ -104,7 +104,7 @@ def running_server(
         command = tritonserver.command(runtime, paths.repository, config, server_id, key, backends)
         report(f"starting {runtime}")
         start = log.stat().st_size if log.exists() else 0
-        with _process(command, runtime, log, server_id) as child:
+        with process(command, runtime, log, server_id) as child:
             server = Server(
                 id=server_id,
                 pid=child.pid,
@@ -184,7 +184,7 @@ def write_record(paths: Paths, server: Server) -> None:
 
 
 @contextlib.contextmanager
-def _process(
+def process(
     command: list[str], runtime: tritonserver.Runtime, log: Path, server_id: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process in a group of its own, which ends with the block."""
