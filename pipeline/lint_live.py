@@ -26,8 +26,7 @@ from pipeline.serve import POLL_SECONDS, process, with_free_ports
 LOAD_SECONDS = 30.0  # in which a model loads, or never will
 # What our python-based backend refuses and the native one may not, in its words.
 _LIMITS = re.compile(
-    r"is optional, ragged or a scalar|the python-based backend does not support"
-    r"|unsupported datatype tensor\((string|bfloat16)\)"
+    r"the python-based backend does not support|unsupported datatype tensor\((string|bfloat16)\)"
 )
 _SAID = {
     "refused": "does not load",
