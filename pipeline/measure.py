@@ -195,7 +195,7 @@ def _measure(
     """What measures one window of the cell."""
     images, classes = _batches(release.golden, cell.batch)
     if cell.way == "in process":
-        predictor = _onnx_runtime(release, triton.parameter(message, "intra_op_thread_count"))
+        predictor = _onnx_runtime(release, _threads(message))
         return lambda: closed_loop(predictor, images, classes, seconds)
     model = triton.ModelConfig()
     model.CopyFrom(message)
@@ -217,10 +217,17 @@ def _batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarr
     return [images[row] for row in rows], [classes[row] for row in rows]
 
 
-def _onnx_runtime(release: Release, threads: str | None) -> Predictor:
+def _threads(message: triton.ModelConfig) -> int:
+    """How many threads compute in the server: those of a session, times the sessions."""
+    of_session = int(triton.parameter(message, "intra_op_thread_count") or 0)
+    instances = sum(int(group.count) for group in message.instance_group)
+    return of_session * instances
+
+
+def _onnx_runtime(release: Release, threads: int) -> Predictor:
     from pipeline.runtime import onnx_predictor
 
-    return onnx_predictor(release.onnx, int(threads or 0))
+    return onnx_predictor(release.onnx, threads)
 
 
 def _require_right(rows: tuple[Row, ...]) -> None:

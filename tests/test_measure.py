@@ -96,3 +96,10 @@ def test_a_model_that_is_not_packaged_has_nothing_to_measure(empty: Chain) -> No
     result = empty.run("benchmark", "--what", "serve")
     assert result.exit_code == 1
     assert "run 'pipeline package' first" in error_line(result)
+
+
+def test_a_runtime_in_process_has_as_many_threads_as_all_sessions_of_the_server() -> None:
+    message = triton.ModelConfig()
+    message.instance_group.add(count=2)
+    triton.set_parameter(message, "intra_op_thread_count", "3")
+    assert measure._threads(message) == 6
