@@ -173,9 +173,12 @@ def test_a_load_that_fails_after_all_leaves_the_old_version_serving(live: Chain)
 
 
 def test_ctrl_c_leaves_what_was_or_what_was_to_be(
-    live: Chain, monkeypatch: pytest.MonkeyPatch
+    live: Chain, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     before, version = state(live), other_version(live)
+    # A shell starts its background jobs with SIGINT ignored; tests may run in one.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
 
     def interrupt(line: str) -> None:
         if line.startswith("asking"):

@@ -187,7 +187,7 @@ def test_another_signature_digest_version_or_name_of_a_class_fails_with_3(
 
 def poison(chain: Chain) -> None:
     """Package another network as if it were right: a weight off by 1 %, two labels swapped."""
-    version, config = chain.paths.packaged / "1", chain.paths.packaged / "config.pbtxt"
+    version = chain.paths.packaged / "1"
     model = onnx.load(version / "model.onnx")
     first = model.graph.initializer[0]
     weights = onnx.numpy_helper.to_array(first).copy()
@@ -201,9 +201,10 @@ def poison(chain: Chain) -> None:
         "golden.npz": write_bytes(version / "golden.npz", pack_golden(Golden(**arrays))),
     }
     edit_json(version / "manifest.json", lambda record: record["files"].update(digests))
-    message = triton.read(config)
-    triton.set_parameter(message, "sha256.1", digests["model.onnx"])
-    write_bytes(config, triton.to_text(message).encode())
+    for config in triton.config_files(chain.paths.packaged):
+        message = triton.read(config)
+        triton.set_parameter(message, "sha256.1", digests["model.onnx"])
+        write_bytes(config, triton.to_text(message).encode())
     names = "\n".join(["1", "0", *"23456789"])
     write_bytes(chain.paths.packaged / "labels.txt", names.encode())
 
