@@ -66,7 +66,7 @@ class Serving:
         many = found[IN_PROCESS, MANY, 1]
         return {
             "single_of_noop": ratio(found[self.name, 1, 32], found[NOOP, 1, 32]),
-            "batch64_of_in_process": ratio(found[self.name, MANY, 4], many),
+            "batch64_of_in_process": ratio(found[self.name, MANY, 8], many),
         }
 
     def record(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def cells(name: str) -> list[Cell]:
     return [
         Cell(name, "grpc", 1, 32),
         Cell(NOOP, "grpc", 1, 32),
-        Cell(name, "grpc", MANY, 4),
+        Cell(name, "grpc", MANY, 8),
         Cell(IN_PROCESS, "in process", MANY, 1),
         Cell(name, "grpc", 1, 8),
         Cell(name, "grpc", 1, 1),
