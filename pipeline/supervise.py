@@ -105,7 +105,7 @@ def _lives(
                 else:
                     on_ready(server)
                 asked.to_restart, failed = False, 0
-                why = _life(paths, config, server, child, asked)
+                why = _life(paths, config, server, child, asked, report)
                 lived = time.monotonic() - began
         except PipelineError as error:
             failed += 1
@@ -123,7 +123,14 @@ def _lives(
         time.sleep(pause)
 
 
-def _life(paths: Paths, config: ServeConfig, server: Server, child: Child, asked: _Asked) -> str:
+def _life(
+    paths: Paths,
+    config: ServeConfig,
+    server: Server,
+    child: Child,
+    asked: _Asked,
+    report: Callable[[str], None],
+) -> str:
     """Watch a server until it has to be started anew, and why; drained if it can be."""
     canary = Canary(paths, server, selected_releases(paths, config.profile))
     try:
@@ -131,15 +138,21 @@ def _life(paths: Paths, config: ServeConfig, server: Server, child: Child, asked
             child, canary, paths.server_log, lambda: asked.to_restart, config.canary_seconds
         )
         if asked.to_restart:
-            drain(server, config.stop_seconds - END_SECONDS)
+            _drain(server, config, report)
         else:  # nothing to be waited for
             clear(server.id, server.runtime)
         return why
     except KeyboardInterrupt:
-        drain(server, config.stop_seconds - END_SECONDS)
+        _drain(server, config, report)
         raise
     finally:
         canary.close()
+
+
+def _drain(server: Server, config: ServeConfig, report: Callable[[str], None]) -> None:
+    seconds = config.stop_seconds - END_SECONDS
+    if not drain(server, seconds):
+        report(f"not drained in {seconds:g} s: what it had accepted may be without an answer")
 
 
 def detach(paths: Paths, config: ServeConfig) -> Server:

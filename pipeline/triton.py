@@ -219,7 +219,9 @@ def read(path: Path) -> ModelConfig:
     except OSError as error:
         raise PipelineError(f"no {path}: run 'pipeline package'") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path} does not parse: {error}") from error
+        raise PipelineError(
+            f"{path} does not parse: {error} Mend it there; 'pipeline lint' says what was meant"
+        ) from error
 
 
 def config_files(packaged: Path) -> list[Path]:

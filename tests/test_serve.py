@@ -396,7 +396,7 @@ def test_a_config_that_triton_would_refuse_is_one_line_with_its_place_and_exits_
         config.write_text(text.replace(right, wrong, 1))
         for extra in ([], ["--detach"]):
             result = chain.run("serve", "--port", "auto", *extra)
-            assert result.exit_code == 3 if "images" in right else 1
+            assert result.exit_code == (3 if "images" in right else 1)
             message = error_line(result)
             assert str(config) in message
             assert wrong.split('"')[-2 if '"' in wrong else 0] in message
