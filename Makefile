@@ -115,7 +115,7 @@ test: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## every t
 	.venv/bin/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 test-fast: .venv/done ## the tests without a server and without long training
-	.venv/bin/python -m pytest -m "not server and not slow" -n 2 --dist loadfile
+	.venv/bin/python -m pytest -m "not server and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/done ## ruff and codespell
 	.venv/bin/ruff check .

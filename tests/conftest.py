@@ -25,6 +25,19 @@ REPOSITORY = Path(__file__).parent.parent
 SHORT_TRAINING = ["--recipe", "quick", "--epochs", "0.125"]
 
 
+@pytest.hookimpl(trylast=True)  # after those that are not asked for have gone
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One file that reads the small chain comes first, the others that do come last.
+
+    So one worker makes the chain while the next has other work and does not wait for it.
+    """
+    reading = dict.fromkeys(
+        item.path for item in items if "made" in getattr(item, "fixturenames", ())
+    )
+    first = next(iter(reading), None)
+    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in reading else 1)
+
+
 @dataclass(frozen=True)
 class Chain:
     """A project's folder with everything in it, and a way to run commands there."""
