@@ -507,8 +507,8 @@ def test_a_mirror_fills_the_cache(
 @pytest.mark.parametrize(
     ("folder", "problem", "requests"),
     [
-        ("hanging", "too slow: 0 bytes|timed out", 1),
-        ("trickling", "too slow: [0-9]+ bytes in 2 s", 1),
+        pytest.param("hanging", "too slow: 0 bytes|timed out", 1, marks=pytest.mark.slow),
+        pytest.param("trickling", "too slow: [0-9]+ bytes in 2 s", 1, marks=pytest.mark.slow),
         ("missing", "404", 1),
         ("nonsense", "BadStatusLine|Connection aborted", 1),
         ("endless", "more than", 1),

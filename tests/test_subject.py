@@ -47,6 +47,7 @@ def proven(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return chain
 
 
+@pytest.mark.slow
 def test_the_signature_is_that_of_the_sample(proven: Chain) -> None:
     manifest = json.loads((proven.root / "exported/residual/manifest.json").read_text())
     assert manifest["images"] == {"name": "images", "dtype": "uint8", "shape": [3, 32, 32]}
@@ -59,6 +60,7 @@ def test_the_signature_is_that_of_the_sample(proven: Chain) -> None:
     assert found.images.shape == (3, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_module_has_no_run_to_report_on_but_a_card(proven: Chain) -> None:
     result = proven.run("report", "--name", "residual")
     assert result.exit_code == 1
@@ -242,6 +244,7 @@ def test_names_of_classes_are_not_the_same_twice(project: Chain) -> None:
         assert "classes need a name each" in error_line(result)
 
 
+@pytest.mark.slow
 def test_images_of_another_kind_are_not_replayed(proven: Chain) -> None:
     np.savez(proven.root / "other.npz", images=SAMPLE.images.astype(np.float32))
     replayed = str(proven.root / "other.npz")
