@@ -149,6 +149,7 @@ def class_names(classes: str | None) -> Sequence[str]:
     "--archive",
     is_flag=False,
     flag_value="",
+    type=click.Path(dir_okay=False),
     metavar="[PATH]",
     help="Write the version as a tar too.  [without a path: exported/NAME-VERSION.tar]",
 )

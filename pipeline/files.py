@@ -34,9 +34,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> PipelineError:
+    mend = "Free some space or choose another folder with --root"
+    if isinstance(error, IsADirectoryError):
+        mend = "Name a file, not a folder"
     return PipelineError(
-        f"cannot write {path}: {error.strerror or error}; what was there before is intact. "
-        "Free some space or choose another folder with --root"
+        f"cannot write {path}: {error.strerror or error}; what was there before is intact. {mend}"
     )
 
 

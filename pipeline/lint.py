@@ -59,7 +59,7 @@ class Linted:
         }
 
     def __str__(self) -> str:
-        names = ", ".join(self.models)
+        names = ", ".join(self.models) or "no model"
         tried = "tried on a server" if self.live else "not tried on a server"
         counts = (
             f"{_plural(self.count('error'), 'error')}, {_plural(self.count('warning'), 'warning')}"

@@ -23,6 +23,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_where_a_file_should_be_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="Is a directory.* Name a file, not a folder"):
+        files.write_bytes(tmp_path, b"content")
+
+
 def test_a_write_returns_the_digest_of_what_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     assert files.write_bytes(path, b"content") == files.sha256(path) == files.sha256(b"content")

@@ -157,6 +157,7 @@ def test_a_missing_repository_and_an_empty_one_are_told_apart(tmp_path: Path) ->
     with pytest.raises(PipelineError, match="no model repository at"):
         lint(tmp_path / "none")
     assert "holds no model" in errors(tmp_path)[0]
+    assert str(lint(tmp_path)).splitlines()[-1].startswith("no model: 1 error")
 
 
 def test_a_repository_that_anyone_may_write_is_refused(repository: Path) -> None:

@@ -89,3 +89,5 @@ def test_an_unpacked_release_is_a_repository_that_can_be_served(
     assert {name: release.version for name, release in releases.items()} == {"handwriting": 2}
     named = chain.record("package", "--archive", str(tmp_path / "mine.tar"))
     assert (named["archive"], named["version"]) == (str(tmp_path / "mine.tar"), 3)
+    refused = chain.run("package", "--archive", str(tmp_path))  # a folder, seen before packaging
+    assert (refused.exit_code, (chain.paths.packaged / "4").exists()) == (2, False)
