@@ -1,4 +1,4 @@
-"""Ask a server as hard as it can answer, over gRPC, at a cost that stays small beside its own.
+"""Ask a server as hard as it can answer, at a cost that stays small beside its own.
 
 Requests are built once and sent as bytes; answers are kept as bytes and read when the time is up.
 """
@@ -7,7 +7,7 @@ Requests are built once and sent as bytes; answers are kept as bytes and read wh
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from pipeline import triton
+from pipeline import load_http, triton
 from pipeline.errors import ServerError
+from pipeline.load_http import Found
 from pipeline.timing import WARM_UP, Window, wrong_classes
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -31,6 +32,7 @@ _PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
 class Questions:
     """Requests of one size, ready to be sent, and the classes that their answers must have."""
 
+    way: str  # grpc or http
     batch: int
     requests: tuple[bytes, ...]
     classes: tuple[np.ndarray, ...]  # int64 (B,) each
@@ -38,45 +40,58 @@ class Questions:
 
 
 def questions(
-    config: triton.ModelConfig, batches: Sequence[np.ndarray], classes: Sequence[np.ndarray]
+    config: triton.ModelConfig,
+    batches: Sequence[np.ndarray],
+    classes: Sequence[np.ndarray],
+    way: str = "grpc",
 ) -> Questions:
     """Requests to a served model for each of the batches (B, ...), whose classes are known."""
-    requests = []
-    for images in batches:
-        message = service_pb2.ModelInferRequest(model_name=config.name)
-        tensor = message.inputs.add(name=config.input[0].name, shape=images.shape)
-        tensor.datatype = np_to_triton_dtype(images.dtype)
-        message.outputs.add(name=config.output[0].name)
-        message.raw_input_contents.append(np.ascontiguousarray(images).tobytes())
-        requests.append(message.SerializeToString())
+    request = _WAYS[way].request
+    requests = tuple(request(config, images) for images in batches)
     dtype = triton.dtype(config.output[0])
-    return Questions(len(batches[0]), tuple(requests), tuple(classes), dtype)
+    return Questions(way, len(batches[0]), requests, tuple(classes), dtype)
+
+
+def _request(config: triton.ModelConfig, images: np.ndarray) -> bytes:
+    message = service_pb2.ModelInferRequest(model_name=config.name)
+    tensor = message.inputs.add(name=config.input[0].name, shape=images.shape)
+    tensor.datatype = np_to_triton_dtype(images.dtype)
+    message.outputs.add(name=config.output[0].name)
+    message.raw_input_contents.append(np.ascontiguousarray(images).tobytes())
+    return bytes(message.SerializeToString())
 
 
 def closed_loop(address: str, asked: Questions, concurrency: int, seconds: float) -> Window:
     """Keep so many requests under way for so long, each answer held to the classes of its own."""
-    latencies, answers, failed = asyncio.run(_ask(address, asked, concurrency, seconds))
+    begin = time.perf_counter() + WARM_UP
+    way = _WAYS[asked.way]
+    found = way.ask(address, asked.requests, concurrency, begin, begin + seconds)
+    latencies, answers, failed = found
     wrong = sum(
-        _wrong(answer, asked.classes[turn % len(asked.classes)], asked.dtype)
+        _wrong(way.content, answer, asked.classes[turn % len(asked.classes)], asked.dtype)
         for turn, answer in answers
     )
     return Window(seconds, asked.batch, np.array(latencies), wrong, failed)
 
 
-async def _ask(
-    address: str, asked: Questions, concurrency: int, seconds: float
-) -> tuple[list[float], list[tuple[int, bytes]], int]:
+def _ask(
+    address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
+) -> Found:
+    return asyncio.run(_ask_all(address, requests, concurrency, begin, end))
+
+
+async def _ask_all(
+    address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
+) -> Found:
     latencies: list[float] = []
     answers: list[tuple[int, bytes]] = []
     failed = 0
-    begin = time.perf_counter() + WARM_UP
-    end = begin + seconds
 
     async def caller(turn: int, call: Any) -> None:
         nonlocal failed
         now = time.perf_counter()
         while now < end:
-            request = asked.requests[turn % len(asked.requests)]
+            request = requests[turn % len(requests)]
             try:
                 answers.append((turn, await call(request, timeout=TIMEOUT)))
             except grpc.aio.AioRpcError:
@@ -94,14 +109,35 @@ async def _ask(
     return latencies, answers, failed
 
 
-def _wrong(answer: bytes, classes: np.ndarray, dtype: str) -> int:
+def _content(answer: bytes) -> bytes:
+    (content,) = service_pb2.ModelInferResponse.FromString(answer).raw_output_contents
+    return bytes(content)
+
+
+def _wrong(
+    content: Callable[[bytes], bytes], answer: bytes, classes: np.ndarray, dtype: str
+) -> int:
     """How many of an answer's images have another class than they should."""
     try:
-        (content,) = service_pb2.ModelInferResponse.FromString(answer).raw_output_contents
-        outputs = np.frombuffer(content, dtype).reshape(len(classes), -1)
+        outputs = np.frombuffer(content(answer), dtype).reshape(len(classes), -1)
         return wrong_classes(outputs, classes)
     except (DecodeError, ValueError):  # not one output, or not a row for each image
         return len(classes)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a protocol says it."""
+
+    request: Callable[[triton.ModelConfig, np.ndarray], bytes]
+    ask: Callable[[str, tuple[bytes, ...], int, float, float], Found]
+    content: Callable[[bytes], bytes]
+
+
+_WAYS = {
+    "grpc": _Way(_request, _ask, _content),
+    "http": _Way(load_http.request, load_http.ask, load_http.content),
+}
 
 
 @dataclass(frozen=True)
@@ -127,10 +163,10 @@ class Counters:
 class Server:
     """The side of a running server that is not for clients: its counters and its models."""
 
-    def __init__(self, address: str, admin_key: str, key_header: str) -> None:
-        self.address = address
+    def __init__(self, http: str, grpc: str, admin_key: str, key_header: str) -> None:
+        self.addresses = {"http": http, "grpc": grpc}
         self._headers = {f"triton-grpc-protocol-{key_header}": admin_key}
-        self._client = tritonclient.grpc.InferenceServerClient(address)
+        self._client = tritonclient.grpc.InferenceServerClient(grpc)
 
     def __enter__(self) -> "Server":
         return self
@@ -156,5 +192,5 @@ class Server:
     def measure(self, name: str, asked: Questions, concurrency: int, seconds: float) -> Window:
         """A window of load on the model, with what the server says of its own part."""
         before = self.counters(name)
-        window = closed_loop(self.address, asked, concurrency, seconds)
+        window = closed_loop(self.addresses[asked.way], asked, concurrency, seconds)
         return replace(window, split=self.counters(name).since(before))

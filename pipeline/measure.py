@@ -14,7 +14,7 @@ import numpy as np
 from pipeline import load, triton
 from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, PipelineError
-from pipeline.evaluate import Predictor, margins
+from pipeline.evaluate import margins
 from pipeline.files import write_json
 from pipeline.golden import Golden
 from pipeline.machine import machine
@@ -26,6 +26,7 @@ from pipeline.tritonserver import BACKENDS, KEY_HEADER
 
 NOOP = "no-op"
 IN_PROCESS = "ONNX Runtime"
+PROFILE = "throughput"  # which large requests are meant for
 MANY = 64  # images in a large request
 
 
@@ -45,7 +46,7 @@ class Cell:
     """One way to ask: whom, how many images a request, how many requests at once."""
 
     name: str
-    way: str  # grpc or in process
+    way: str  # grpc, http or in process
     batch: int
     concurrency: int
 
@@ -57,16 +58,17 @@ class Serving:
     name: str
     version: int
     sha256: str  # of the model.onnx that was served
+    threads: int  # that compute under the throughput profile, and in process
     config: ServeBenchmark
     rows: tuple[Row, ...]
 
     def ratios(self) -> dict[str, dict[str, Any]]:
         """The two that say what serving costs: see `ratio`."""
         found = {(row.name, row.batch, row.concurrency): row for row in self.rows}
-        many = found[IN_PROCESS, MANY, 1]
+        ours, many = found[profiled(self.name), MANY, 8], found[IN_PROCESS, MANY, 1]
         return {
             "single_of_noop": ratio(found[self.name, 1, 32], found[NOOP, 1, 32]),
-            "batch64_of_in_process": ratio(found[self.name, MANY, 8], many),
+            "batch64_of_in_process": ratio(ours, many),
         }
 
     def record(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ class Serving:
             "name": self.name,
             "version": self.version,
             "sha256": self.sha256,
+            "threads": self.threads,
             "config": asdict(self.config),
             "rows": [row.record() for row in self.rows],
             "ratios": {name: parts["of_medians"] for name, parts in self.ratios().items()},
@@ -86,7 +89,10 @@ class Serving:
     def __str__(self) -> str:
         said = {
             "single_of_noop": "single images, 32 at once, beside a model that computes nothing",
-            "batch64_of_in_process": "batches of 64, beside ONNX Runtime in process",
+            "batch64_of_in_process": (
+                f"batches of {MANY} under the {PROFILE} profile, beside ONNX Runtime in process, "
+                f"{self.threads} threads each"
+            ),
         }
         ratios = [
             f"{parts['of_medians']:.2f} ({parts['min']:.2f} to {parts['max']:.2f}) {said[name]}"
@@ -95,13 +101,19 @@ class Serving:
         return "\n".join([HEADER, *map(str, self.rows), *ratios])
 
 
+def profiled(name: str) -> str:
+    """What the model is called that runs under the throughput profile."""
+    return f"{name}-{PROFILE}"
+
+
 def cells(name: str) -> list[Cell]:
     """What is measured, in the order of a round: what is compared stands side by side."""
     return [
         Cell(name, "grpc", 1, 32),
         Cell(NOOP, "grpc", 1, 32),
-        Cell(name, "grpc", MANY, 8),
+        Cell(profiled(name), "http", MANY, 8),
         Cell(IN_PROCESS, "in process", MANY, 1),
+        Cell(name, "grpc", MANY, 8),
         Cell(name, "grpc", 1, 8),
         Cell(name, "grpc", 1, 1),
     ]
@@ -121,13 +133,19 @@ def benchmark_serving(
         served = _copied(paths, repository)
         release = selected_releases(served)[paths.name]
         with running_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
-            address = f"127.0.0.1:{server.grpc_port}"
-            with load.Server(address, server.admin_key, KEY_HEADER) as asked:
-                message = triton.read(served.packaged / "config.pbtxt")
-                asked.load(_add_noop(repository, message))
-                rows = _rounds(asked, message, release, config, report)
+            http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
+            with load.Server(http, grpc, server.admin_key, KEY_HEADER) as asked:
+                configs = [
+                    triton.read(served.packaged / "config.pbtxt"),
+                    _add_noop(repository, served),
+                    _add_profiled(repository, served),
+                ]
+                for added in configs[1:]:
+                    asked.load(added.name)
+                threads = _threads(configs[-1])
+                rows = _rounds(asked, configs, threads, release, config, report)
     _require_right(rows)
-    result = Serving(paths.name, release.version, release.sha256, config, rows)
+    result = Serving(paths.name, release.version, release.sha256, threads, config, rows)
     write_json(paths.serving, result.record())
     return result
 
@@ -146,10 +164,19 @@ def _copied(paths: Paths, repository: Path) -> Paths:
     return replace(paths, repository_folder=repository)
 
 
-def _add_noop(repository: Path, message: triton.ModelConfig) -> str:
-    """Put the no-op model beside ours, configured as ours is; its name."""
-    noop = triton.ModelConfig()
-    noop.CopyFrom(message)
+def _add_profiled(repository: Path, served: Paths) -> triton.ModelConfig:
+    """Put the model beside itself, under its throughput profile; that config."""
+    message = triton.read(triton.profile_file(served.packaged, PROFILE))
+    message.name = profiled(served.name)
+    folder = repository / message.name
+    shutil.copytree(served.packaged, folder)
+    (folder / "config.pbtxt").write_text(triton.to_text(message))
+    return message
+
+
+def _add_noop(repository: Path, served: Paths) -> triton.ModelConfig:
+    """Put a model beside it that computes nothing, configured as it is; that config."""
+    noop = triton.read(served.packaged / "config.pbtxt")
     noop.name, noop.backend = NOOP, "python"
     for only_ours in ("version_policy", "model_warmup", "optimization", "parameters"):
         noop.ClearField(only_ours)
@@ -159,19 +186,23 @@ def _add_noop(repository: Path, message: triton.ModelConfig) -> str:
     (folder / "1").mkdir(parents=True)
     shutil.copy(BACKENDS / "noop.py", folder / "1" / "model.py")
     (folder / "config.pbtxt").write_text(triton.to_text(noop))
-    return NOOP
+    return noop
 
 
 def _rounds(
     server: load.Server,
-    message: triton.ModelConfig,
+    configs: list[triton.ModelConfig],
+    threads: int,
     release: Release,
     config: ServeBenchmark,
     report: Callable[[str], None],
 ) -> tuple[Row, ...]:
+    of_name = {message.name: message for message in configs}
     measures = {
-        cell: _measure(cell, server, message, release, config.seconds)
-        for cell in cells(message.name)
+        cell: _served(cell, server, of_name[cell.name], release, config.seconds)
+        if cell.name in of_name
+        else _in_process(cell, threads, release, config.seconds)
+        for cell in cells(configs[0].name)
     }
     windows: dict[Cell, list[Window]] = {cell: [] for cell in measures}
     for turn in range(config.rounds):
@@ -185,25 +216,28 @@ def _rounds(
     )
 
 
-def _measure(
+def _served(
     cell: Cell,
     server: load.Server,
     message: triton.ModelConfig,
     release: Release,
     seconds: float,
 ) -> Callable[[], Window]:
-    """What measures one window of the cell."""
+    """What measures one window of a served model."""
     images, classes = _batches(release.golden, cell.batch)
-    if cell.way == "in process":
-        predictor = _onnx_runtime(release, _threads(message))
-        return lambda: closed_loop(predictor, images, classes, seconds)
-    model = triton.ModelConfig()
-    model.CopyFrom(message)
-    model.name = cell.name
     if cell.name == NOOP:  # zeros: the first class is the largest
         classes = [np.zeros_like(of_batch) for of_batch in classes]
-    asked = load.questions(model, images, classes)
+    asked = load.questions(message, images, classes, cell.way)
     return lambda: server.measure(cell.name, asked, cell.concurrency, seconds)
+
+
+def _in_process(cell: Cell, threads: int, release: Release, seconds: float) -> Callable[[], Window]:
+    """What measures one window of ONNX Runtime without a server."""
+    from pipeline.runtime import onnx_predictor
+
+    images, classes = _batches(release.golden, cell.batch)
+    predictor = onnx_predictor(release.onnx, threads)
+    return lambda: closed_loop(predictor, images, classes, seconds)
 
 
 def _batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -218,16 +252,10 @@ def _batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarr
 
 
 def _threads(message: triton.ModelConfig) -> int:
-    """How many threads compute in the server: those of a session, times the sessions."""
+    """How many threads compute for the model: those of a session, times the sessions."""
     of_session = int(triton.parameter(message, "intra_op_thread_count") or 0)
     instances = sum(int(group.count) for group in message.instance_group)
     return of_session * instances
-
-
-def _onnx_runtime(release: Release, threads: int) -> Predictor:
-    from pipeline.runtime import onnx_predictor
-
-    return onnx_predictor(release.onnx, threads)
 
 
 def _require_right(rows: tuple[Row, ...]) -> None:

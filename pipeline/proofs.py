@@ -71,8 +71,9 @@ def serving_markdown(figure: dict[str, Any]) -> str:
         "",
         f"{_when(figure)}, {host['processor']} with {host['cores']} cores that server and clients "
         f"share, all in one run: single images come at {ratios['single_of_noop']:.2f} of the rate "
-        "of a model that computes nothing on the same server, batches of 64 at "
-        f"{ratios['batch64_of_in_process']:.2f} of ONNX Runtime's in process.",
+        "of a model that computes nothing on the same server; batches of 64, under the throughput "
+        f"profile, at {ratios['batch64_of_in_process']:.2f} of ONNX Runtime's in process with as "
+        f"many threads ({figure['threads']}).",
     ]
     return "\n".join(lines)
 

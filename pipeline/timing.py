@@ -97,14 +97,14 @@ class Row:
         p50, p99 = latency.get("p50", np.nan), latency.get("p99", np.nan)
         formed = f"{self.split()['batch']:.1f}" if self.split() else ""
         return (
-            f"{self.name:<16} {self.way:<10} {self.batch:>5} {self.concurrency:>6} "
+            f"{self.name:<22} {self.way:<10} {self.batch:>5} {self.concurrency:>6} "
             f"{self.speed:>9,.0f} {min(self.speeds):>9,.0f} {max(self.speeds):>9,.0f} "
             f"{p50:>8.2f} {p99:>8.2f} {formed:>6}"
         )
 
 
 HEADER = (
-    f"{'':<16} {'':<10} {'batch':>5} {'asking':>6} {'images/s':>9} {'least':>9} {'most':>9} "
+    f"{'':<22} {'':<10} {'batch':>5} {'asking':>6} {'images/s':>9} {'least':>9} {'most':>9} "
     f"{'p50 ms':>8} {'p99 ms':>8} {'formed':>6}"
 )
 

@@ -44,7 +44,7 @@ class Models:
             save(folder / "model.onnx", nodes, [("x", kind, shape)], [("y", kind, shape)])
         text = f'name: "{name}" backend: "onnxruntime" {config}'
         (self.repository / name / "config.pbtxt").write_text(text)
-        with Server(self.address, self._key, KEY_HEADER) as admin:
+        with Server("", self.address, self._key, KEY_HEADER) as admin:
             admin.load(name)
 
     def ask(self, name: str, array: np.ndarray, version: str = "") -> np.ndarray:

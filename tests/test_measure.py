@@ -1,6 +1,8 @@
 """The benchmark of serving, and the load that it is made with."""
 
 import json
+import os
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Chain, error_line, link_server_environment
 
-from pipeline import load, measure, triton
+from pipeline import load, load_http, measure, triton
 from pipeline.errors import CheckFailedError
 from pipeline.measure import NOOP, ServeBenchmark
 from pipeline.serve import recorded
@@ -29,43 +31,71 @@ def test_the_benchmark_sets_the_served_model_beside_a_noop_and_beside_onnx_runti
     assert set(record["ratios"]) == {"single_of_noop", "batch64_of_in_process"}
     assert all(ratio > 0 for ratio in record["ratios"].values())
     asked = {(row["name"], row["batch"], row["concurrency"]) for row in record["rows"]}
+    profiled = "handwriting-throughput"
     assert {("handwriting", 1, 32), (NOOP, 1, 32), ("handwriting", 64, 8)} <= asked
+    assert (profiled, 64, 8) in asked
+    assert record["threads"] == os.cpu_count()  # a session for each core
     for row in record["rows"]:
         assert (row["wrong"], row["failed"]) == (0, 0)
         assert len(row["images_per_second"]["rounds"]) == 2
         assert set(row["latency_ms"]) == {"p50", "p90", "p95", "p99"}
-        assert bool(row["server"]) == (row["way"] == "grpc")
-    (many,) = [row for row in record["rows"] if row["batch"] == 64 and row["server"]]
-    assert many["server"]["batch"] == 64
-    assert many["server"]["compute_infer_us"] > 0
+        assert bool(row["server"]) == (row["way"] in ("grpc", "http"))
+    for many in [row for row in record["rows"] if row["batch"] == 64 and row["server"]]:
+        assert many["server"]["batch"] == 64
+        assert many["server"]["compute_infer_us"] > 0
     assert record["machine"]["cores"]
     assert not (chain.paths.repository / NOOP).exists()  # it was served from a copy
 
 
 @pytest.mark.server
-def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served) -> None:
+@pytest.mark.parametrize("way", ["grpc", "http"])
+def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way: str) -> None:
     chain, _ = served
     server = recorded(chain.paths)
     assert server
     config = triton.read(chain.paths.packaged / "config.pbtxt")
     images = [np.zeros((2, 1, 28, 28), np.uint8)]
-    with load.Server(f"127.0.0.1:{server.grpc_port}", server.admin_key, KEY_HEADER) as asked:
-        named = [
-            asked.measure(config.name, load.questions(config, images, [np.full(2, label)]), 2, 0.05)
-            for label in range(10)
-        ]
+    http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
+    with load.Server(http, grpc, server.admin_key, KEY_HEADER) as asked:
+        labelled = [load.questions(config, images, [np.full(2, label)], way) for label in range(10)]
+        named = [asked.measure(config.name, questions, 2, 0.05) for questions in labelled]
         assert sum(window.wrong == 0 for window in named) == 1  # a blank image has one class
         assert all(window.wrong == 0 or window.wrong >= 4 for window in named)
         config.name = "nobody"
-        lost = load.questions(config, images, [np.zeros(2)])
-        window = load.closed_loop(asked.address, lost, 2, 0.05)
+        lost = load.questions(config, images, [np.zeros(2)], way)
+        window = load.closed_loop(asked.addresses[way], lost, 2, 0.05)
     assert window.failed > 0
     assert len(window.latencies) == 0
 
 
 def test_an_answer_that_is_no_answer_is_wrong_for_all_of_its_images() -> None:
-    for content in (b"", b"\xff\xff"):  # without outputs; not a message at all
-        assert load._wrong(content, np.zeros(3), "float32") == 3
+    for answer in (b"", b"\xff\xff"):  # without outputs; not a message at all
+        assert load._wrong(load._content, answer, np.zeros(3), "float32") == 3
+    head = b"HTTP/1.1 200 OK\r\n"
+    named = head + b"Inference-Header-Content-Length: 2\r\n\r\n{}"
+    for answer in (head + b"\r\n{}", named + b"\0" * 10):  # JSON alone; too short for three
+        assert load._wrong(load_http.content, answer, np.zeros(3), "float32") == 3
+    right = named + np.eye(3, dtype=np.float32).tobytes()
+    assert load._wrong(load_http.content, right, np.arange(3), "float32") == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\n\r\nwithout a length",
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+def test_an_answer_over_http_that_breaks_off_or_refuses_is_no_answer(answer: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(answer)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(ValueError, match="answer"):
+            load_http._answer(ours)
 
 
 def test_wrong_or_missing_answers_fail_the_benchmark() -> None:
