@@ -15,6 +15,7 @@ from pipeline import page
 from pipeline.answers import Answers
 from pipeline.evidence import WORST, Evidence
 from pipeline.files import sha256, write_bytes, write_json
+from pipeline.golden import unpack_golden
 from pipeline.predictions import load_predictions, save_predictions
 
 
@@ -265,10 +266,21 @@ def test_evidence_that_is_none_is_refused_with_4(chain: Chain) -> None:
 
 
 @pytest.mark.slow
-def test_lower_precisions_stand_beside_fp32(chain: Chain) -> None:
-    assert chain.run("export", "--precision", "fp32,fp16,int8").exit_code == 0
-    result = chain.run("validate")
-    assert result.exit_code == 0, result.output
+def test_all_variants_pass_each_with_its_golden_set_and_the_page_sets_them_beside_fp32(
+    chain: Chain,
+) -> None:
+    chain.record("export", "--precision", "fp32,fp16,int8")
+    record = chain.record("validate")
+    assert [one["precision"] for one in record["variants"]] == ["fp32", "fp16", "int8"]
+    widest = []
+    for precision in ("fp32", "fp16", "int8"):
+        path = chain.paths.variant_golden(precision)
+        widest.append(unpack_golden(path.read_bytes(), "it").bounds.max())
+    assert widest[0] < widest[1] < widest[2]
+    packaged = chain.record("package")["variants"]
+    assert [one["name"] for one in packaged] == [
+        *("handwriting", "handwriting-fp16", "handwriting-int8")
+    ]
     shown, _, arrays = proof_of(chain)
     assert [row.precision for row in shown.rows] == ["fp32", "fp16", "int8"]
     assert arrays["errors_fp32"].max() < arrays["errors_fp16"].max() < arrays["errors_int8"].max()

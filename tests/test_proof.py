@@ -58,22 +58,6 @@ def test_the_evidence_has_a_margin_and_an_error_for_every_row(made: Chain) -> No
     assert np.array_equal(evidence["reference"], evidence["said_fp32"])
 
 
-@pytest.mark.slow
-def test_all_variants_pass_and_each_has_a_golden_set_of_its_own(chain: Chain) -> None:
-    chain.record("export", "--precision", "fp32,fp16,int8")
-    record = chain.record("validate")
-    assert [one["precision"] for one in record["variants"]] == ["fp32", "fp16", "int8"]
-    widest = []
-    for precision in ("fp32", "fp16", "int8"):
-        path = chain.paths.variant_golden(precision)
-        widest.append(unpack_golden(path.read_bytes(), "it").bounds.max())
-    assert widest[0] < widest[1] < widest[2]
-    packaged = chain.record("package")["variants"]
-    assert [one["name"] for one in packaged] == [
-        *("handwriting", "handwriting-fp16", "handwriting-int8")
-    ]
-
-
 def swap_onnx(chain: Chain, model: nn.Module) -> None:
     """Put another network's graph into an export, as if it had been exported so."""
     chain.paths.onnx.write_bytes(onnx_of(model))
