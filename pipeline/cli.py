@@ -8,6 +8,7 @@ import click
 
 from pipeline import __doc__ as summary
 from pipeline.cli_data import data_group
+from pipeline.cli_doctor import doctor_command
 from pipeline.cli_export import export_command, package_command
 from pipeline.cli_measure import benchmark_command, gpu_check_command, report_command
 from pipeline.cli_repository import lint_command
@@ -40,6 +41,7 @@ main.add_command(lint_command)
 main.add_command(report_command)
 main.add_command(benchmark_command)
 main.add_command(gpu_check_command)
+main.add_command(doctor_command)
 
 
 @main.command()

@@ -97,7 +97,8 @@ def _in_wheel(paths: Paths) -> Runtime | str:
 
 def _require_numpy(site: Path) -> None:
     """Refuse a numpy with which the wheel's Triton answers wrongly, and with HTTP 200."""
-    found = [entry.name.split("-")[1] for entry in site.glob("numpy-*.dist-info")]
+    records = site.glob("numpy-*.dist-info")
+    found = [entry.name.removesuffix(".dist-info").split("-")[1] for entry in records]
     is_older_python = site.parent.name in ("python3.11", "python3.12")
     if is_older_python and found and not found[0].startswith("1."):
         raise PipelineError(

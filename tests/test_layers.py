@@ -24,18 +24,21 @@ ORDER = [
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "metrics", "serve"),
     *("measure", "watch", "state", "supervise", "swap", "lint_ask", "lint_live"),
     *("prove", "gpu", "benchmark", "proofs", "report", "figures", "answers", "evidence", "page"),
-    *("command", "cli_data", "cli_train", "cli_export", "cli_validate", "cli_serve"),
+    *("installed", "doctor_probes", "doctor"),
+    *("command", "cli_data", "cli_doctor", "cli_train", "cli_export", "cli_validate", "cli_serve"),
     *("cli_versions", "cli_repository", "cli_measure", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
     "torch": {
         *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "export"),
-        *("records", "gpu", "benchmark", "reference", "subject"),
+        *("records", "gpu", "benchmark", "reference", "subject", "doctor_probes"),
     },
     "safetensors": {"checkpoint"},
-    "onnx": {"sizes", "graph", "policy", "departures", "variants", "export", "lint_graph"},
-    "onnxruntime": {"export", "runtime", "variants"},
+    "onnx": {
+        *("sizes", "graph", "policy", "departures", "variants", "export", "lint_graph", "doctor"),
+    },
+    "onnxruntime": {"export", "runtime", "variants", "doctor_probes"},
     "tritonclient": {"triton", "query", "load_http", "load", "lint_config", "lint_backend"},
     "google": {"graph", "triton", "query", "load", "lint_text", "lint_graph"},
     "grpc": {"load"},

@@ -1,0 +1,31 @@
+"""The command that looks at the machine."""
+
+import click
+
+from pipeline.command import Command, Settings, paths_of
+
+
+@click.command(cls=Command)
+@click.pass_obj
+def doctor_command(settings: Settings) -> None:
+    """Say what this machine has and lacks, and how to mend it.
+
+    Starts a server for a moment. Exits with 1 where training, exporting or serving would fail.
+
+    \b
+    Example:
+      pipeline doctor
+      pipeline doctor --json
+    """
+    from pipeline import installed
+
+    settings.say("looking; a server is started for a moment")
+    try:
+        from pipeline.doctor import examine
+    except ImportError as error:
+        examined = installed.alone(error)
+    else:
+        examined = examine(paths_of(settings))
+    then = "" if examined.count("problem") else "make all"
+    settings.result(examined.record(), examined, then)
+    installed.require_sound(examined)
