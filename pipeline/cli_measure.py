@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -9,6 +10,8 @@ from pipeline.command import Command, Settings, name_of_run, name_option, paths_
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.paths import Paths
+
+WHATS = ("train", "infer", "serve", "all")  # all: infer and serve
 
 
 @click.command(cls=Command)
@@ -71,9 +74,18 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
 
 
 @click.command(cls=Command)
-@click.option("--what", type=click.Choice(["train", "serve"]), default="train", show_default=True)
+@click.option(
+    "--what",
+    type=click.Choice(["train", "infer", "serve", "all"]),
+    default="train",
+    show_default=True,
+)
 @name_option
-@click.option("--short", is_flag=True, help="serve: measure for seconds, not minutes.")
+@click.option("--short", is_flag=True, help="infer, serve: measure for seconds, not minutes.")
+@click.option(
+    "--csv", type=click.Path(path_type=Path), help="infer, serve: write the rows here too."
+)
+@click.option("--compare", type=click.Path(path_type=Path), help="Hold it against such a JSON.")
 @click.option("--recipes", default="quick,record,standard", show_default=True)
 @click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
 @click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
@@ -84,20 +96,26 @@ def benchmark_command(
     what: str,
     name: str | None,
     short: bool,
+    csv: Path | None,
+    compare: Path | None,
     recipes: str,
     seeds: int | None,
     resume: bool,
     figures: bool,
 ) -> None:
-    """Measure recipes against the yardstick, or a served model against what could be, in one run.
+    """Measure recipes, an export in its runtimes, or a served model, each beside a yardstick.
+
+    With --compare, exits with 3 where something got slower or less accurate beyond the noise.
 
     \b
     Example:
       pipeline benchmark --what train --recipes quick --seeds 3
+      pipeline benchmark --what infer --compare before.json
       pipeline benchmark --what serve --name quick
     """
-    if what == "serve":
-        _measure_serving(settings, paths_of(settings, name), short, figures)
+    if what != "train":
+        asked = ("infer", "serve") if what == "all" else (what,)
+        _measure(settings, paths_of(settings, name), asked, short, csv, compare, figures)
         return
     from pipeline.benchmark import benchmark_training
     from pipeline.report import render_readme, save_training
@@ -113,16 +131,51 @@ def benchmark_command(
     settings.result({"what": what, "rows": records}, text, "pipeline train")
 
 
-def _measure_serving(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:
-    from pipeline.measure import SHORT, ServeBenchmark, benchmark_serving
+def _measure(
+    settings: Settings,
+    paths: Paths,
+    asked: tuple[str, ...],
+    short: bool,
+    csv: Path | None,
+    compare: Path | None,
+    figures: bool,
+) -> None:
+    from pipeline import comparison
+    from pipeline.files import write_bytes
     from pipeline.report import render_readme, save_serving
+    from pipeline.timing import csv_of
 
-    found = benchmark_serving(paths, SHORT if short else ServeBenchmark(), settings.say)
-    text = f"{found}\nwrote {paths.serving}"
-    if figures:
-        text += f"\nwrote {save_serving(paths, found.record())}"
+    before = comparison.read(compare, asked) if compare else {}
+    found: dict[str, Any] = {}
+    if "infer" in asked:
+        from pipeline import infer
+
+        found["infer"] = infer.benchmark_inference(
+            paths, infer.SHORT if short else infer.InferBenchmark(), settings.say
+        )
+    if "serve" in asked:
+        from pipeline import measure
+
+        found["serve"] = measure.benchmark_serving(
+            paths, measure.SHORT if short else measure.ServeBenchmark(), settings.say
+        )
+    written = {"infer": paths.inference, "serve": paths.serving}
+    lines = [f"{one}\nwrote {written[what]}" for what, one in found.items()]
+    records = {what: one.record() for what, one in found.items()}
+    if figures and "serve" in found:
+        lines.append(f"wrote {save_serving(paths, records['serve'])}")
         render_readme(paths.root / "README.md", paths.figures)
-    settings.result(found.record(), text, "pipeline serve")
+    if csv:
+        write_bytes(csv, csv_of([row for one in found.values() for row in one.rows]).encode())
+        lines.append(f"wrote {csv}")
+    record = records[asked[0]] if len(asked) == 1 else {"what": "all", **records}
+    compared = [comparison.compare(before[what], records[what]) for what in before]
+    lines += [f"against {compare}:\n{one}" for one in compared]
+    if compared:
+        record = {**record, "compared": [one.record() for one in compared]}
+    settings.result(record, "\n".join(lines), "pipeline serve")
+    for one in compared:
+        comparison.require_no_worse(one)
 
 
 @click.command(cls=Command)

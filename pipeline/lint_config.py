@@ -230,6 +230,8 @@ def labels(model: Model) -> Iterator[Finding]:
         elif not path.is_file():
             said = f"failed to open text file for read {output.label_filename}"
             fix = "write one label a line there, or leave label_filename out"
+            if path.exists():
+                fix = f"that is no file: remove it, and {fix}"
         if said:
             at = f"output[{index}].label_filename"
             yield model.config.finding("labels", "error", at, said, fix, source)

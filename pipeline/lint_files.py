@@ -131,8 +131,10 @@ def version_files(model: Model) -> Iterator[Finding]:
     for version, path in model.versions.items():
         if (version in chosen or path.is_dir()) and not model.file(version).is_file():
             said = f"unable to find '{model.file(version).relative_to(model.folder)}'"
-            hangs = "; a version without its file can hang the server's start for ever"
             level: Level = "error" if version in chosen else "warning"
+            hangs = "; a version without its file can hang the server's start for ever"
+            if version not in chosen:
+                hangs += " once the version policy selects it, as today's does not"
             fix = f"put {model.filename} there, remove the folder, or set default_model_filename"
             source = "onnxruntime_backend src/onnxruntime.cc LoadModel"
             yield Finding("model-file", level, path, said + hangs, fix, source=source)

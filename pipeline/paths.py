@@ -159,6 +159,10 @@ class Paths:
         return self.export / "replay.json"
 
     @property
+    def inference(self) -> Path:
+        return self.export / "inference.json"
+
+    @property
     def serving(self) -> Path:
         return self.export / "serving.json"
 

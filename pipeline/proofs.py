@@ -53,6 +53,10 @@ def lint_markdown(figure: dict[str, Any]) -> str:
     )
 
 
+def _milliseconds(latency: dict[str, float], percentile: str) -> str:
+    return f"{latency[percentile]:.1f} ms" if percentile in latency else "too few"
+
+
 def serving_markdown(figure: dict[str, Any]) -> str:
     """The README's table of a served model's speed."""
     lines = [
@@ -64,7 +68,7 @@ def serving_markdown(figure: dict[str, Any]) -> str:
         lines.append(
             f"| {row['name']}, {row['way']} | {row['batch']} | {row['concurrency']} | "
             f"{speed['median']:,.0f} ({speed['min']:,.0f} to {speed['max']:,.0f}) | "
-            f"{latency['p50']:.1f} ms | {latency['p99']:.1f} ms |"
+            f"{_milliseconds(latency, 'p50')} | {_milliseconds(latency, 'p99')} |"
         )
     ratios, host = figure["ratios"], figure["machine"]
     lines += [

@@ -267,7 +267,7 @@ class Client:
             )
         if "unknown model" in message:
             return PipelineError(
-                f"{self.endpoint} serves no model {self.name!r}: choose with --name"
+                f"{self.endpoint} serves no model {self.name!r}: say with --name which it serves"
             )
         if "Stub process" in message:
             return ServerError(

@@ -6,10 +6,12 @@ turns, window by window, so that whatever else a machine does meets both.
 
 # Shape letters: N images, B batch, K classes.
 
+import csv
+import io
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from pipeline.evaluate import Predictor
 
 WARM_UP = 0.3  # seconds at the beginning of a window that do not count
 PERCENTILES = (50, 90, 95, 99)
+BEYOND = 10  # requests slower than a percentile, at least, for it to be claimed
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,17 @@ class Window:
     @property
     def images_per_second(self) -> float:
         return len(self.latencies) * self.batch / self.seconds
+
+
+def together(windows: Sequence[Window]) -> Window:
+    """Windows of the same requests as one."""
+    return replace(
+        windows[0],
+        seconds=sum(window.seconds for window in windows),
+        latencies=np.concatenate([window.latencies for window in windows]),
+        wrong=sum(window.wrong for window in windows),
+        failed=sum(window.failed for window in windows),
+    )
 
 
 @dataclass(frozen=True)
@@ -64,12 +78,11 @@ class Row:
         return sum(window.failed for window in self.windows)
 
     def latency_ms(self) -> dict[str, float]:
-        """Percentiles over the requests of all windows."""
+        """Percentiles over the requests of all windows, where enough lie beyond to claim one."""
         every = np.concatenate([window.latencies for window in self.windows])
-        if not len(every):
-            return {}
-        found = np.percentile(every, PERCENTILES) * 1e3
-        return {f"p{part}": float(ms) for part, ms in zip(PERCENTILES, found, strict=True)}
+        parts = [part for part in PERCENTILES if len(every) * (100 - part) >= 100 * BEYOND]
+        found = np.percentile(every, parts) * 1e3 if parts else np.zeros(0)
+        return {f"p{part}": float(ms) for part, ms in zip(parts, found, strict=True)}
 
     def split(self) -> dict[str, float]:
         """The median over the windows of each part that the server states."""
@@ -97,14 +110,19 @@ class Row:
         p50, p99 = latency.get("p50", np.nan), latency.get("p99", np.nan)
         formed = f"{self.split()['batch']:.1f}" if self.split() else ""
         return (
-            f"{self.name:<22} {self.way:<10} {self.batch:>5} {self.concurrency:>6} "
+            f"{self.name:<28} {self.way:<10} {self.batch:>5} {self.concurrency:>6} "
             f"{self.speed:>9,.0f} {min(self.speeds):>9,.0f} {max(self.speeds):>9,.0f} "
-            f"{p50:>8.2f} {p99:>8.2f} {formed:>6}"
+            f"{_shown(p50)} {_shown(p99)} {formed:>6}"
         )
 
 
+def _shown(milliseconds: float) -> str:
+    """A percentile, or nothing where it could not be claimed."""
+    return f"{'':>8}" if np.isnan(milliseconds) else f"{milliseconds:>8.2f}"
+
+
 HEADER = (
-    f"{'':<22} {'':<10} {'batch':>5} {'asking':>6} {'images/s':>9} {'least':>9} {'most':>9} "
+    f"{'':<28} {'':<10} {'batch':>5} {'asking':>6} {'images/s':>9} {'least':>9} {'most':>9} "
     f"{'p50 ms':>8} {'p99 ms':>8} {'formed':>6}"
 )
 
@@ -146,3 +164,30 @@ def closed_loop(
             latencies.append(now - then)
     wrong = sum(wrong_classes(o, classes[turn % len(classes)]) for turn, o in enumerate(outputs))
     return Window(seconds, len(batches[0]), np.array(latencies), wrong)
+
+
+# perf_analyzer's names, where it has one; what it measures and we do not is left out.
+CSV = (
+    *("Model", "Way", "Batch", "Concurrency", "Inferences/Second"),
+    *("Server Queue", "Server Compute Input", "Server Compute Infer", "Server Compute Output"),
+    *("p50 latency", "p90 latency", "p95 latency", "p99 latency"),
+)
+
+
+def csv_of(rows: Sequence[Row]) -> str:
+    """The rows as CSV, in perf_analyzer's columns and units: microseconds."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(CSV)
+    for row in rows:
+        split, latency = row.split(), row.latency_ms()
+        parts = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
+        microseconds = [latency.get(f"p{part}", np.nan) * 1e3 for part in PERCENTILES]
+        table.writerow(
+            [
+                *(row.name, row.way, row.batch, row.concurrency, f"{row.speed:.1f}"),
+                *(f"{split[part]:.0f}" if part in split else "" for part in parts),
+                *("" if np.isnan(one) else f"{one:.0f}" for one in microseconds),
+            ]
+        )
+    return text.getvalue()

@@ -19,10 +19,20 @@ ORDER = [
     *("policy", "departures", "handed", "variants", "export", "runtime", "card", "trial"),
     *("proof", "triton", "running", "profiles", "tarball", "package"),
     *("lint_text", "lint_graph", "lint_files", "lint_config", "lint_backend"),
-    *("lint_accelerators", "lint_rules", "lint", "query", "load_http", "load", "replay"),
-    *("yardstick",),
+    *("lint_accelerators", "lint_rules", "lint", "query", "load_http", "load"),
+    *("replay", "yardstick"),
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "metrics", "serve"),
-    *("measure", "watch", "state", "supervise", "swap", "lint_ask", "lint_live"),
+    *(
+        "comparison",
+        "infer",
+        "measure",
+        "watch",
+        "state",
+        "supervise",
+        "swap",
+        "lint_ask",
+        "lint_live",
+    ),
     *("prove", "gpu", "benchmark", "proofs", "report", "figures", "answers", "evidence", "page"),
     *("installed", "doctor_probes", "doctor"),
     *("command", "cli_data", "cli_doctor", "cli_train", "cli_export", "cli_validate", "cli_serve"),
@@ -32,7 +42,7 @@ ORDER = [
 HOMES = {
     "torch": {
         *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "export"),
-        *("records", "gpu", "benchmark", "reference", "subject", "doctor_probes"),
+        *("records", "gpu", "benchmark", "reference", "subject", "doctor_probes", "infer"),
     },
     "safetensors": {"checkpoint"},
     "onnx": {

@@ -1,7 +1,19 @@
+import csv
+import io
+
 import numpy as np
 import pytest
 
-from pipeline.timing import HEADER, Row, Window, closed_loop, ratio, wrong_classes
+from pipeline.timing import (
+    HEADER,
+    Row,
+    Window,
+    closed_loop,
+    csv_of,
+    ratio,
+    together,
+    wrong_classes,
+)
 
 
 def window(answers: int, ms: float = 2.0, split: dict[str, float] | None = None) -> Window:
@@ -17,18 +29,18 @@ def test_a_windows_speed_counts_the_images_of_its_requests() -> None:
 
 
 def test_a_row_has_the_median_of_its_windows_and_the_percentiles_of_all_requests() -> None:
-    slow = Window(2.0, 64, np.full(100, 0.1))
-    of_both = Row("net", "grpc", 64, 4, (window(300), slow, window(200)))
+    slow = Window(2.0, 64, np.full(1000, 0.1))
+    of_both = Row("net", "grpc", 64, 4, (window(3000), slow, window(2000)))
     record = of_both.record()
     assert record["images_per_second"] == {
-        "median": 200 * 32,
-        "min": 100 * 32,
-        "max": 300 * 32,
-        "rounds": [300 * 32, 100 * 32, 200 * 32],
+        "median": 2000 * 32,
+        "min": 1000 * 32,
+        "max": 3000 * 32,
+        "rounds": [3000 * 32, 1000 * 32, 2000 * 32],
     }
     latency = record["latency_ms"]
     assert (latency["p50"], latency["p99"]) == (pytest.approx(2), pytest.approx(100))
-    assert (record["requests"], record["concurrency"]) == (600, 4)
+    assert (record["requests"], record["concurrency"]) == (6000, 4)
     assert len(str(of_both)) == len(HEADER)
 
 
@@ -47,7 +59,30 @@ def test_a_ratio_is_of_the_medians_and_of_each_pair() -> None:
 
 def test_a_row_without_any_answer_says_so() -> None:
     assert row(0).record()["latency_ms"] == {}
-    assert "nan" in str(row(0))
+    assert "nan" not in str(row(0))
+
+
+def test_a_percentile_is_claimed_where_ten_requests_lie_beyond_it() -> None:
+    assert set(row(19).latency_ms()) == set()
+    assert set(row(20).latency_ms()) == {"p50"}
+    assert set(row(199).latency_ms()) == {"p50", "p90"}
+    assert set(row(1000).latency_ms()) == {"p50", "p90", "p95", "p99"}
+
+
+def test_windows_together_are_one_of_all_their_requests() -> None:
+    both = together([window(300), window(100)])
+    assert (both.seconds, len(both.latencies)) == (4.0, 400)
+    assert both.images_per_second == 400 * 64 / 4
+
+
+def test_rows_as_csv_have_perf_analyzers_columns_in_microseconds() -> None:
+    split = {"queue_us": 12.0, "compute_infer_us": 34.0, "batch": 8.0}
+    rows = [Row("net", "grpc", 64, 4, (window(1000, split=split),)), row(10)]
+    first, second = csv.DictReader(io.StringIO(csv_of(rows)))
+    assert (first["Concurrency"], first["Inferences/Second"]) == ("4", "32000.0")
+    assert (first["Server Queue"], first["Server Compute Infer"]) == ("12", "34")
+    assert first["p99 latency"] == "2000"
+    assert (second["Server Queue"], second["p50 latency"]) == ("", "")
 
 
 def test_wrong_classes_are_counted_and_a_missing_row_makes_all_wrong() -> None:

@@ -1,0 +1,107 @@
+"""Two measurements held against each other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.comparison import Comparison, compare, read, require_no_worse
+from pipeline.errors import CheckFailedError, PipelineError
+
+Rng = np.random.Generator
+ROWS = 48
+
+
+def measured(rng: Rng, machine: float = 1.0, noise: float = 0.03, **of_row: float) -> Any:
+    """A record as a machine of that speed would make it; rows may be faster or slower."""
+    rounds = machine * rng.lognormal(0, 0.05, 7)  # what all rows of a round share
+
+    def row(name: str, speed: float) -> dict[str, Any]:
+        speeds = speed * of_row.get(name, 1.0) * rounds * rng.lognormal(0, noise, 7)
+        return {
+            "name": name,
+            "way": "in process",
+            "batch": 1,
+            "concurrency": 1,
+            "images_per_second": {"rounds": list(speeds)},
+        }
+
+    return {
+        "what": "infer",
+        "rows": [row("yardstick", 9000), *(row(f"row{n}", 1000.0 + n) for n in range(ROWS))],
+        "scores": {"row0": {"accuracy": 0.99}},
+    }
+
+
+def verdicts(found: Comparison) -> dict[str, str]:
+    return {one.row.split(",")[0]: one.verdict for one in found.changes if one.verdict != "same"}
+
+
+def test_a_row_that_is_a_fifth_slower_is_found_on_a_machine_of_another_speed() -> None:
+    rng = np.random.default_rng(0)
+    found = compare(measured(rng), measured(rng, machine=0.6, row7=0.8))
+    assert verdicts(found) == {"row7": "worse"}
+    with pytest.raises(CheckFailedError, match=r"1 of 49 got worse: worse +speed .*row7"):
+        require_no_worse(found)
+
+
+def test_what_is_faster_is_said_and_raises_nothing() -> None:
+    rng = np.random.default_rng(1)
+    found = compare(measured(rng), measured(rng, row3=1.5))
+    assert verdicts(found) == {"row3": "better"}
+    require_no_worse(found)
+
+
+def test_a_hundred_measurements_of_the_same_raise_no_alarm() -> None:
+    rng = np.random.default_rng(2)
+    for noise in (0.01, 0.05, 0.2):
+        for _ in range(100):
+            before = measured(rng, noise=noise)
+            assert not compare(before, measured(rng, machine=1.3, noise=noise)).worse
+
+
+def test_a_loss_of_accuracy_is_found_however_small_the_noise() -> None:
+    rng = np.random.default_rng(3)
+    before, after = measured(rng), measured(rng)
+    after["scores"]["row0"]["accuracy"] = 0.9894
+    assert verdicts(compare(before, after)) == {"row0": "worse"}
+    after["scores"]["row0"]["accuracy"] = 0.9896  # within the threshold
+    assert not verdicts(compare(before, after))
+
+
+def test_rows_that_only_one_has_are_named() -> None:
+    rng = np.random.default_rng(4)
+    before, after = measured(rng), measured(rng)
+    del before["rows"][-1], after["rows"][1]
+    found = compare(before, after)
+    assert len(found.changes) == ROWS - 2 + 1
+    assert "only before: row0," in str(found)
+    assert f"only now: row{ROWS - 1}," in str(found)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"what": "serve", "rows": []},
+        {"what": "infer"},
+        {"what": "infer", "rows": [{"name": "row1"}]},
+        {"what": "infer", "rows": []},
+        {"rows": 3},
+    ],
+)
+def test_a_file_that_is_no_such_measurement_is_refused(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    file = tmp_path / "before.json"
+    file.write_text(json.dumps(record))
+    with pytest.raises(PipelineError, match="must be what 'pipeline benchmark --json' printed"):
+        read(file, ["infer"])
+
+
+def test_a_measurement_of_all_has_one_of_each(tmp_path: Path) -> None:
+    record = measured(np.random.default_rng(5))
+    file = tmp_path / "all.json"
+    file.write_text(json.dumps({"what": "all", "infer": record}))
+    assert read(file, ["infer"]) == {"infer": record}
