@@ -30,7 +30,8 @@ class Prediction:
     def record(self) -> dict[str, Any]:
         """The prediction as JSON has it."""
         record = asdict(self)
-        return {**record, "sure": record.pop("is_sure")}
+        is_sure = record.pop("is_sure")
+        return {**record, "sure": is_sure}
 
 
 def predicted(
