@@ -78,7 +78,7 @@ def _inferred(images: np.ndarray, asked: Asked) -> bytes:
 
 @contextlib.contextmanager
 def tcp(
-    script: Callable[[socket.socket], None], context: ssl.SSLContext | None = None
+    script: Callable[[socket.socket], None], context: ssl.SSLContext | None = None, port: int = 0
 ) -> Iterator[int]:
     """The port of a server that runs the script on each connection, each in its own thread."""
     stopping, open_ones = threading.Event(), list[socket.socket]()
@@ -94,7 +94,7 @@ def tcp(
                 connection, _ = listener.accept()
                 threading.Thread(target=serve, args=(connection,), daemon=True).start()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
         acceptor = threading.Thread(target=accept, daemon=True)
         acceptor.start()
         try:
@@ -145,7 +145,7 @@ def _over_http(path: str, headers: Mapping[str, str], body: bytes, asked: Asked)
 
 @contextlib.contextmanager
 def http_server(
-    before: Before, context: ssl.SSLContext | None = None
+    before: Before, context: ssl.SSLContext | None = None, port: int = 0
 ) -> Iterator[tuple[int, Asked]]:
     """The port of an HTTP server, and what it was asked."""
     asked = Asked()
@@ -159,13 +159,13 @@ def http_server(
             reply = before(method, asked) or _over_http(path, headers, body, asked)
             connection.sendall(response(reply))
 
-    with tcp(script, context) as port:
-        yield port, asked
+    with tcp(script, context, port) as found:
+        yield found, asked
 
 
 @contextlib.contextmanager
 def grpc_server(
-    before: Before, credentials: grpc.ServerCredentials | None = None
+    before: Before, credentials: grpc.ServerCredentials | None = None, port: int = 0
 ) -> Iterator[tuple[int, Asked]]:
     """The port of a gRPC server, and what it was asked."""
     asked = Asked()
@@ -187,15 +187,15 @@ def grpc_server(
             )
 
     server = grpc.server(ThreadPoolExecutor(8), handlers=[Handler()])
-    address = "127.0.0.1:0"
-    port = (
+    address = f"127.0.0.1:{port}"
+    found = (
         server.add_secure_port(address, credentials)
         if credentials
         else server.add_insecure_port(address)
     )
     server.start()
     try:
-        yield port, asked
+        yield found, asked
     finally:
         server.stop(None).wait()
 
