@@ -86,7 +86,12 @@ def tcp(
     def serve(connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError), connection:
             open_ones.append(connection)
-            script(context.wrap_socket(connection, server_side=True) if context else connection)
+            if context is None:
+                script(connection)
+            else:
+                with context.wrap_socket(connection, server_side=True) as secured:
+                    open_ones.append(secured)
+                    script(secured)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -126,6 +131,8 @@ def response(reply: Reply) -> bytes:
 
 
 def _over_http(path: str, headers: Mapping[str, str], body: bytes, asked: Asked) -> Reply:
+    if not path.startswith("/v2/models/handwriting/"):
+        return Reply(400, headers={"Connection": "close"})
     if path.endswith("/config"):
         return Reply(body=triton.to_json(config()).encode())
     length = int(headers["inference-header-content-length"])
@@ -158,6 +165,8 @@ def http_server(
             asked.methods.append(method)
             reply = before(method, asked) or _over_http(path, headers, body, asked)
             connection.sendall(response(reply))
+            if reply.headers.get("Connection") == "close":
+                return
 
     with tcp(script, context, port) as found:
         yield found, asked

@@ -210,7 +210,7 @@ def test_a_server_that_takes_the_request_and_never_answers(ask: Ask, protocol: s
 @each_client
 @pytest.mark.parametrize("what", ["status", "headers", "body"])
 def test_an_answer_that_comes_drop_by_drop(ask: Ask, what: str) -> None:
-    start = {"status": b"HTTP/1.1 ", "headers": b"HTTP/1.1 200 OK\r\nX: ", "body": b""}[what]
+    start = {"status": b"HTTP/1.1 200 ", "headers": b"HTTP/1.1 200 OK\r\nX: ", "body": b""}[what]
     start = start or b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
     done = threading.Event()
 
@@ -237,7 +237,7 @@ def test_death_with_the_request_in_hand(ask: Ask, protocol: str) -> None:
         message = failure(ask, f"{protocol}://127.0.0.1:{port}", ServerError)
     assert "no answer from" in message
     assert "tried 4 times" in message
-    assert len(seen) > 1
+    assert seen
 
 
 @each_client
@@ -494,7 +494,7 @@ def test_no_tls_where_the_server_speaks_it(ask: Ask, protocol: str, ours: Author
 @each_client
 @over_both
 def test_a_handshake_that_hangs(ask: Ask, protocol: str) -> None:
-    with tcp(lambda connection: threading.Event().wait(TIMEOUT * 3)) as port:  # type: ignore[arg-type, return-value]
+    with tcp(lambda connection: threading.Event().wait(TIMEOUT * 3)) as port:  # type: ignore[arg-type]
         failure(ask, f"{protocol}s://127.0.0.1:{port}", SlowError, TIMEOUT)
 
 
