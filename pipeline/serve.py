@@ -15,13 +15,13 @@ from pathlib import Path
 
 from pipeline import tritonserver
 from pipeline.admin import Admin
+from pipeline.client import Client
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import write_json
 from pipeline.golden import require
 from pipeline.lint import require_loadable
 from pipeline.paths import Paths
-from pipeline.query import Client
 from pipeline.replay import Release, replay_golden, selected_releases
 from pipeline.running import Server as Server
 from pipeline.running import is_alive as is_alive
@@ -256,7 +256,7 @@ def await_ready(
     """Return once our server's models answer their golden sets rightly over both protocols."""
     deadline = time.monotonic() + seconds
     for url in (server.http_url, server.grpc_url):
-        with Client(url, timeout=2.0) as client:
+        with Client(url, timeout=2.0, retries=0) as client:
             _await_answer(client, server, child, log, deadline, seconds)
         for name, release in releases.items():
             with Client(url, name, timeout=max(1.0, deadline - time.monotonic())) as client:

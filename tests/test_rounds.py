@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline import triton
+from pipeline.client import Client
 from pipeline.errors import ServerError
 from pipeline.golden import Golden
-from pipeline.query import Client
 from pipeline.rounds import Round, ask, plans
 
 COUNT, CLASSES = 20, 5
@@ -27,9 +27,11 @@ class Asked(Client):
         super().__init__("http://127.0.0.1:1", "m", timeout)
         self.change = change
         self.sizes: list[int] = []
-        self._config = triton.ModelConfig(max_batch_size=8)
 
-    def infer(self, images: np.ndarray) -> tuple[np.ndarray, str]:
+    def config(self) -> triton.ModelConfig:
+        return triton.ModelConfig(max_batch_size=8)
+
+    def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
         self.sizes.append(len(images))
         return self.change(OUTPUTS[images[:, 0]].astype(np.float32)), "1"
 
