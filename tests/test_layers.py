@@ -22,9 +22,10 @@ ORDER = [
     *("lint_accelerators", "lint_rules", "lint", "query", "load", "replay", "yardstick"),
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "metrics", "serve"),
     *("measure", "watch", "state", "supervise", "swap", "lint_ask", "lint_live"),
+    *("limits", "counters", "guard", "link", "gateway", "webserver"),
     *("prove", "gpu", "benchmark", "proofs", "report", "figures", "answers", "evidence", "page"),
     *("command", "cli_data", "cli_train", "cli_export", "cli_validate", "cli_serve"),
-    *("cli_versions", "cli_repository", "cli_measure", "cli", "__main__"),
+    *("cli_versions", "cli_repository", "cli_measure", "cli_web", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
@@ -40,8 +41,10 @@ HOMES = {
     "grpc": {"load"},
     "geventhttpclient": {"query"},
     "greenlet": {"query"},
-    "prometheus_client": {"metrics"},
-    "PIL": {"images"},
+    "prometheus_client": {"metrics", "counters"},
+    "PIL": {"images", "limits"},
+    "starlette": {"guard", "gateway"},
+    "uvicorn": {"webserver"},
     "matplotlib": {"figures"},
     "jinja2": {"page", "card", "deploy"},
     "pooch": {"sources"},

@@ -1,0 +1,487 @@
+// The page: what is drawn goes to the gateway, its answer is shown. Nothing is kept.
+
+const SIDE = 560; // pixels of the canvas; its size on the screen may differ
+const PEN = SIDE / 13; // as wide as MNIST's strokes are, of a digit that fills the paper
+const STEP = SIDE / 28; // of the keyboard's pen
+const WAIT_MS = 60; // after the last stroke's move, before it is asked about
+const SPEAK_MS = 700; // of quiet, before the answer is spoken
+const TIMEOUT_MS = 15_000;
+const RETRY_MS = 1_500; // between two looks for a server that was lost
+const MAX_BYTES = 10 * 2 ** 20; // the gateway's own limit
+const REDUCED_SIDE = 3072; // a photo too large for the gateway is reduced to this
+const KINDS = ["image/png", "image/jpeg", "image/webp"];
+
+const byId = (id) => document.getElementById(id);
+const canvas = byId("canvas");
+const context = canvas.getContext("2d");
+
+// What is on the paper: strokes, each a list of {x, y, width}, or a picture.
+let strokes = [];
+let picture = null; // {blob, bitmap}
+let stroke = null; // that is being drawn
+let pen = { x: SIDE / 2, y: SIDE / 2, isDown: false, isShown: false }; // the keyboard's
+
+// --- drawing
+
+function line(target, points, colour) {
+  target.strokeStyle = target.fillStyle = colour;
+  target.lineCap = target.lineJoin = "round";
+  points.forEach((point, index) => {
+    const before = points[Math.max(0, index - 1)];
+    target.beginPath();
+    if (points.length === 1 || index === 0) {
+      target.arc(point.x, point.y, point.width / 2, 0, 2 * Math.PI);
+      target.fill();
+    } else {
+      target.lineWidth = (before.width + point.width) / 2;
+      target.moveTo(before.x, before.y);
+      target.lineTo(point.x, point.y);
+      target.stroke();
+    }
+  });
+}
+
+function fitted(bitmap) {
+  const scale = Math.min(SIDE / bitmap.width, SIDE / bitmap.height);
+  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
+  return [(SIDE - width) / 2, (SIDE - height) / 2, width, height];
+}
+
+function paint() {
+  const style = getComputedStyle(canvas);
+  context.clearRect(0, 0, SIDE, SIDE);
+  if (picture) context.drawImage(picture.bitmap, ...fitted(picture.bitmap));
+  for (const points of strokes) line(context, points, style.color);
+  if (pen.isShown) {
+    context.beginPath();
+    context.arc(pen.x, pen.y, PEN / 2 + 4, 0, 2 * Math.PI);
+    context.lineWidth = 4;
+    context.strokeStyle = style.caretColor;
+    context.setLineDash(pen.isDown ? [] : [9, 7]);
+    context.stroke();
+    context.setLineDash([]);
+  }
+  const isEmpty = !picture && !strokes.length;
+  byId("hint").hidden = !isEmpty || pen.isShown;
+  byId("undo").disabled = byId("clear").disabled = byId("save").disabled = isEmpty;
+}
+
+// The picture as a file: what was given as it is, what was drawn as black on white.
+function asBlob() {
+  if (picture) return Promise.resolve(picture.blob);
+  const sheet = document.createElement("canvas");
+  sheet.width = sheet.height = SIDE;
+  const target = sheet.getContext("2d");
+  target.fillStyle = "white";
+  target.fillRect(0, 0, SIDE, SIDE);
+  for (const points of strokes) line(target, points, "black");
+  return new Promise((resolve) => sheet.toBlob(resolve, "image/png"));
+}
+
+function changed() {
+  paint();
+  if (picture || strokes.length) later();
+  else showNothing();
+}
+
+function place(event) {
+  const box = canvas.getBoundingClientRect();
+  const scale = SIDE / box.width;
+  // A pen's pressure widens its stroke; a mouse and a finger have none to speak of.
+  const width = event.pointerType === "pen" ? PEN * (0.6 + 0.8 * event.pressure) : PEN;
+  return { x: (event.clientX - box.left) * scale, y: (event.clientY - box.top) * scale, width };
+}
+
+function begin(points) {
+  picture = null;
+  stroke = points;
+  strokes.push(stroke);
+}
+
+canvas.addEventListener("pointerdown", (event) => {
+  if (!event.isPrimary || event.button !== 0) return;
+  event.preventDefault();
+  canvas.focus({ preventScroll: true, focusVisible: false });
+  canvas.setPointerCapture(event.pointerId);
+  pen.isShown = pen.isDown = false;
+  begin([place(event)]);
+  changed();
+});
+
+canvas.addEventListener("pointermove", (event) => {
+  if (!stroke || !event.isPrimary || !canvas.hasPointerCapture(event.pointerId)) return;
+  const events = event.getCoalescedEvents?.() ?? [];
+  stroke.push(...(events.length ? events : [event]).map(place));
+  changed();
+});
+
+for (const name of ["pointerup", "pointercancel"]) {
+  canvas.addEventListener(name, (event) => {
+    if (event.isPrimary) stroke = null;
+  });
+}
+
+function undo() {
+  if (picture) picture = null;
+  else strokes.pop();
+  stroke = null;
+  pen.isDown = false;
+  changed();
+}
+
+function clear() {
+  strokes = [];
+  picture = stroke = null;
+  pen = { x: SIDE / 2, y: SIDE / 2, isDown: false, isShown: pen.isShown };
+  changed();
+}
+
+byId("undo").addEventListener("click", () => { undo(); keepFocus(byId("undo")); });
+byId("clear").addEventListener("click", () => { clear(); keepFocus(byId("clear")); });
+
+// A button that has just been disabled would drop the focus to the top of the page.
+function keepFocus(button) {
+  if (button.disabled) canvas.focus({ preventScroll: true });
+}
+
+// --- the keyboard
+
+const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const within = (value) => Math.min(SIDE - PEN / 2, Math.max(PEN / 2, value));
+
+canvas.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === " ") {
+    pen.isShown = true;
+    pen.isDown = !pen.isDown;
+    if (pen.isDown) begin([{ x: pen.x, y: pen.y, width: PEN }]);
+    else stroke = null;
+    say(pen.isDown ? "pen down" : "pen up");
+  } else if (event.key in MOVES) {
+    const [x, y] = MOVES[event.key];
+    const step = event.shiftKey ? 3 * STEP : STEP;
+    pen = { ...pen, x: within(pen.x + x * step), y: within(pen.y + y * step), isShown: true };
+    if (pen.isDown) stroke.push({ x: pen.x, y: pen.y, width: PEN });
+  } else {
+    return;
+  }
+  event.preventDefault();
+  changed();
+});
+
+canvas.addEventListener("focus", () => {
+  if (canvas.matches(":focus-visible")) pen.isShown = true;
+  paint();
+});
+
+canvas.addEventListener("blur", () => {
+  pen.isShown = pen.isDown = false;
+  stroke = null;
+  paint();
+});
+
+document.addEventListener("keydown", (event) => {
+  if ((event.ctrlKey || event.metaKey) && !event.shiftKey && event.key.toLowerCase() === "z") undo();
+  else if (event.key === "Escape") clear();
+  else return;
+  event.preventDefault();
+});
+
+// --- a picture that is given
+
+async function take(file) {
+  if (!KINDS.includes(file.type)) {
+    showFailure("Not a picture for here", "Give a PNG, JPEG or WebP.");
+    return;
+  }
+  try {
+    const bitmap = await createImageBitmap(file);
+    strokes = [];
+    stroke = null;
+    picture = { bitmap, blob: file.size > MAX_BYTES ? await reduced(bitmap) : file };
+    changed();
+  } catch {
+    showFailure("The picture cannot be read", "Is it damaged? Give another one.");
+  }
+}
+
+async function reduced(bitmap) {
+  const scale = Math.min(1, REDUCED_SIDE / Math.max(bitmap.width, bitmap.height));
+  const sheet = document.createElement("canvas");
+  [sheet.width, sheet.height] = [bitmap.width * scale, bitmap.height * scale];
+  sheet.getContext("2d").drawImage(bitmap, 0, 0, sheet.width, sheet.height);
+  return new Promise((resolve) => sheet.toBlob(resolve, "image/jpeg", 0.92));
+}
+
+function firstFile(list) {
+  return [...(list?.files ?? [])][0];
+}
+
+byId("choose").addEventListener("click", () => byId("file").click());
+byId("file").addEventListener("change", (event) => {
+  const file = firstFile(event.target);
+  if (file) take(file);
+  event.target.value = ""; // so that the same file can be chosen again
+});
+
+document.addEventListener("paste", (event) => {
+  const file = firstFile(event.clipboardData);
+  if (file) take(file);
+});
+
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  byId("paper").classList.add("dropping");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) byId("paper").classList.remove("dropping");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  byId("paper").classList.remove("dropping");
+  const file = firstFile(event.dataTransfer);
+  if (file) take(file);
+});
+
+byId("save").addEventListener("click", async () => {
+  const blob = await asBlob();
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = `digit.${blob.type.split("/")[1]}`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+});
+
+// --- asking: the newest picture wins
+
+let timer = 0;
+let asked = 0; // number of the newest question
+let asking = null; // its AbortController
+
+function later() {
+  clearTimeout(timer);
+  timer = setTimeout(ask, WAIT_MS);
+}
+
+function forget() {
+  clearTimeout(timer);
+  asking?.abort();
+  asked += 1;
+}
+
+async function ask() {
+  forget();
+  const number = asked;
+  asking = new AbortController();
+  const signal = AbortSignal.any([asking.signal, AbortSignal.timeout(TIMEOUT_MS)]);
+  try {
+    const body = await asBlob();
+    const start = performance.now();
+    const response = await fetch("classify", { method: "POST", body, signal });
+    const answer = await response.json();
+    if (number !== asked) return;
+    if (response.ok) showAnswer(answer, performance.now() - start);
+    else showRefusal(response, answer.error);
+  } catch {
+    if (number === asked) lose("The gateway does not answer", "Is 'pipeline web' still running?");
+  }
+}
+
+function showRefusal(response, error) {
+  if (response.status === 422) {
+    showFailure("No digit found", "There is too little ink on the paper.");
+  } else if (response.status === 503) {
+    lose("The server does not answer", error);
+  } else {
+    showFailure("Not answered", error);
+  }
+}
+
+// --- what is shown
+
+const percent = (value) => `${(100 * value).toFixed(1)} %`;
+const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
+
+let speaking = 0;
+function say(text) {
+  clearTimeout(speaking);
+  byId("spoken").textContent = text;
+}
+function sayLater(text) {
+  clearTimeout(speaking);
+  speaking = setTimeout(say, SPEAK_MS, text);
+}
+
+function show(state, label, verdict, detail) {
+  byId("answer").dataset.state = state;
+  document.body.classList.toggle("unsure", state === "unsure");
+  byId("label").textContent = label;
+  byId("label").classList.toggle("long", label.length > 2);
+  byId("verdict").textContent = verdict;
+  byId("detail").textContent = detail;
+}
+
+function showAnswer(answer, roundTrip) {
+  const share = percent(answer.probability);
+  if (answer.sure) show("sure", answer.label, `It is ${answer.label}`, `${share} likely`);
+  else show("unsure", "?", "Not sure", `Perhaps ${answer.label}, ${share} likely`);
+  sayLater(`${byId("verdict").textContent}. ${byId("detail").textContent}.`);
+  showBars(answer.classes, Object.fromEntries(answer.top), answer.label);
+  showSeen(Uint8Array.from(atob(answer.seen), (letter) => letter.charCodeAt(0)));
+  byId("round-trip").textContent = milliseconds(roundTrip);
+  byId("server-time").textContent =
+    `${milliseconds(answer.server_ms)} (model ${milliseconds(answer.model_ms)})`;
+  showModel(answer);
+  setState("ready", "ready");
+}
+
+function showModel({ model, version, sha256 }) {
+  byId("model").textContent = `${model}, version ${version}`;
+  byId("digest").textContent = sha256 ? sha256.slice(0, 16) : "not stated";
+  byId("digest").title = sha256 ?? "";
+}
+
+function showBars(classes, shares = {}, first = null) {
+  const rows = classes.map((name) => {
+    const row = document.createElement("li");
+    row.classList.toggle("first", name === first);
+    const [label, track, fill, share] = ["b", "span", "span", "span"].map((tag) => document.createElement(tag));
+    [track.className, fill.className, share.className] = ["track", "fill", "share"];
+    track.append(fill);
+    label.textContent = name;
+    share.textContent = name in shares ? percent(shares[name]) : "–";
+    row.append(label, track, share);
+    return row;
+  });
+  const bars = byId("bars");
+  const widths = [...bars.querySelectorAll(".fill")].map((fill) => fill.style.width);
+  bars.replaceChildren(...rows);
+  rows.forEach((row, index) => { // from where the bar was, so that it moves
+    const fill = row.querySelector(".fill");
+    fill.style.width = widths[index] ?? "0";
+    fill.getBoundingClientRect();
+    fill.style.width = `${100 * (shares[classes[index]] ?? 0)}%`;
+  });
+}
+
+function showSeen(levels) {
+  const target = byId("seen").getContext("2d");
+  const image = target.createImageData(28, 28);
+  levels.forEach((level, index) => image.data.set([level, level, level, 255], 4 * index));
+  target.putImageData(image, 0, 0);
+}
+
+function forgetAnswer() {
+  showBars([...byId("bars").querySelectorAll("b")].map((label) => label.textContent));
+  showSeen(new Uint8Array(28 * 28));
+  byId("round-trip").textContent = byId("server-time").textContent = "–";
+}
+
+function showNothing() {
+  forget();
+  show("empty", "–", "Nothing drawn yet", "The answer appears while you draw.");
+  forgetAnswer();
+  say("");
+}
+
+function showFailure(verdict, detail) {
+  forget();
+  show("failed", "–", verdict, detail);
+  forgetAnswer();
+  say(`${verdict}. ${detail}`);
+}
+
+// --- the server: lost, and found again
+
+let looking = 0;
+
+function setState(state, text) {
+  byId("state").dataset.state = state;
+  byId("state-text").textContent = text;
+}
+
+function lose(verdict, detail) {
+  showFailure(verdict, `${detail}`);
+  setState("lost", "no server; looking for it");
+  clearTimeout(looking);
+  looking = setTimeout(look, RETRY_MS);
+}
+
+async function look() {
+  try {
+    const response = await fetch("readyz", { signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const record = await response.json();
+    if (!response.ok) {
+      lose("The server does not answer", record.error);
+      return;
+    }
+    setState("ready", "ready");
+    showModel(record);
+    const isDigits = record.classes.join("") === "0123456789";
+    byId("title").textContent = document.title = isDigits ? "Draw a digit" : "Draw or give a picture";
+    if (!byId("bars").children.length) showBars(record.classes);
+    if (picture || strokes.length) ask();
+    else showNothing();
+  } catch {
+    lose("The gateway does not answer", "Is 'pipeline web' still running?");
+  }
+}
+
+// --- the same request from a program
+
+const address = new URL("classify", location.href).href;
+const SNIPPETS = {
+  curl: `curl --data-binary @digit.png ${address}`,
+  python: `import json, urllib.request
+
+with open("digit.png", "rb") as file:
+    request = urllib.request.Request("${address}", file.read())
+with urllib.request.urlopen(request) as response:
+    answer = json.load(response)
+print(answer["label"] if answer["sure"] else "not sure", answer["probability"])`,
+  javascript: `import { readFile } from "node:fs/promises";
+
+const body = await readFile("digit.png");
+const response = await fetch("${address}", { method: "POST", body });
+const answer = await response.json();
+console.log(answer.sure ? answer.label : "not sure", answer.probability);`,
+};
+const tabs = [...document.querySelectorAll("[role=tab]")];
+
+function choose(tab) {
+  for (const other of tabs) {
+    other.setAttribute("aria-selected", String(other === tab));
+    other.tabIndex = other === tab ? 0 : -1;
+  }
+  byId("code").setAttribute("aria-labelledby", tab.id);
+  byId("snippet").textContent = SNIPPETS[tab.id.replace("tab-", "")];
+}
+
+tabs.forEach((tab, index) => {
+  tab.addEventListener("click", () => choose(tab));
+  tab.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    const next = tabs[(index + step + tabs.length) % tabs.length];
+    next.focus();
+    choose(next);
+  });
+});
+
+byId("copy").addEventListener("click", async () => {
+  let said = "Copied";
+  try {
+    await navigator.clipboard.writeText(byId("snippet").textContent);
+  } catch { // not over plain http from another machine: select it, for the reader to copy
+    getSelection().selectAllChildren(byId("snippet"));
+    said = "Selected";
+  }
+  byId("copy").textContent = said;
+  say(said);
+  setTimeout(() => { byId("copy").textContent = "Copy"; }, 1500);
+});
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+choose(tabs[0]);
+paint();
+look();
