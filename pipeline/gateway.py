@@ -21,7 +21,7 @@ from pipeline import triton
 from pipeline.config import GatewayConfig
 from pipeline.counters import Counters
 from pipeline.errors import PipelineError, ServerError
-from pipeline.guard import Guard, host_names
+from pipeline.guard import Guard, host_names, stated_length
 from pipeline.images import read_image
 from pipeline.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture
 from pipeline.link import Link
@@ -189,8 +189,7 @@ def _read(content: bytes, pictures: str) -> np.ndarray:
 
 def _check_length(request: Request) -> None:
     """Refuse by its own word what is too long, before a byte of it is read."""
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length[:20]) > MAX_BYTES:
+    if stated_length(request.headers) > MAX_BYTES:
         raise _too_long()
 
 

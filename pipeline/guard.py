@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.counters import Counters
-from pipeline.limits import RefusedError
+from pipeline.limits import MAX_BYTES, RefusedError
 
 # No inline script or style, nothing from elsewhere, in nobody's frame.
 HEADERS = {
@@ -70,6 +70,18 @@ def _name(host: str | None) -> str | None:
     return parts.hostname
 
 
+def _may_go_on(scope: Scope) -> bool:
+    """Whether a body may follow that is too long to be read to its end only to be dropped."""
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or stated_length(headers) > MAX_BYTES
+
+
+def stated_length(headers: Mapping[str, str]) -> int:
+    """How many bytes the body has by its own word; 0 where it says nothing."""
+    length = headers.get("content-length", "0")[:20]
+    return int(length) if length.isdecimal() else 0
+
+
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -99,6 +111,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(HEADERS)
+                if status >= 400 and _may_go_on(scope):
+                    MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
         try:

@@ -9,7 +9,8 @@ from PIL import Image, PngImagePlugin
 from pipeline.errors import PipelineError
 
 MAX_BYTES = 10 * 2**20  # of one picture
-MAX_PIXELS = 25_000_000  # the widest photos of telephones have 24 million
+# Telephones make JPEGs of up to 24.5 million pixels; 8.9 are a page's scan, or a 4K screenshot.
+MAX_PIXELS = {"JPEG": 24_500_000, "PNG": 8_900_000, "WEBP": 8_900_000}
 MAX_SCANS = 64  # of a JPEG, each of which decodes the whole picture again; cameras write about ten
 MAX_TEXT_BYTES = 2**20  # that a PNG's compressed texts may have together
 _KINDS = "a PNG, JPEG or WebP picture"
@@ -58,9 +59,10 @@ def check_picture(content: bytes) -> None:
         raise RefusedError(413, f"the JPEG has more than {MAX_SCANS} scans: save it again")
     # Pillow makes room for a WebP's pixels as soon as it opens one.
     width, height = _webp_size(content) if kind == "WEBP" else _size(content, kind)
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_PIXELS[kind]:
         raise RefusedError(
-            413, f"the picture has {width} x {height} pixels, {MAX_PIXELS} are allowed: reduce it"
+            413,
+            f"the {kind} has {width} x {height} pixels, {MAX_PIXELS[kind]} are allowed: reduce it",
         )
 
 

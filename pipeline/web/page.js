@@ -3,12 +3,14 @@
 const SIDE = 560; // pixels of the canvas; its size on the screen may differ
 const PEN = SIDE / 13; // as wide as MNIST's strokes are, of a digit that fills the paper
 const STEP = SIDE / 28; // of the keyboard's pen
-const WAIT_MS = 60; // after the last stroke's move, before it is asked about
+const SHEET = 280; // pixels of a drawing as it is sent
+const WAIT_MS = 60; // between a change and the question about it
 const SPEAK_MS = 700; // of quiet, before the answer is spoken
 const TIMEOUT_MS = 15_000;
 const RETRY_MS = 1_500; // between two looks for a server that was lost
-const MAX_BYTES = 10 * 2 ** 20; // the gateway's own limit
-const REDUCED_SIDE = 3072; // a photo too large for the gateway is reduced to this
+const MAX_BYTES = 10 * 2 ** 20; // the gateway refuses more ...
+const MAX_PIXELS = 8_900_000; // ... and more of these
+const REDUCED_SIDE = 2048; // a picture too large for it is reduced to this
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
 const byId = (id) => document.getElementById(id);
@@ -70,10 +72,11 @@ function paint() {
 function asBlob() {
   if (picture) return Promise.resolve(picture.blob);
   const sheet = document.createElement("canvas");
-  sheet.width = sheet.height = SIDE;
+  sheet.width = sheet.height = SHEET;
   const target = sheet.getContext("2d");
   target.fillStyle = "white";
-  target.fillRect(0, 0, SIDE, SIDE);
+  target.fillRect(0, 0, SHEET, SHEET);
+  target.scale(SHEET / SIDE, SHEET / SIDE);
   for (const points of strokes) line(target, points, "black");
   return new Promise((resolve) => sheet.toBlob(resolve, "image/png"));
 }
@@ -190,6 +193,7 @@ document.addEventListener("keydown", (event) => {
 // --- a picture that is given
 
 async function take(file) {
+  forget();
   if (!KINDS.includes(file.type)) {
     showFailure("Not a picture for here", "Give a PNG, JPEG or WebP.");
     return;
@@ -198,7 +202,8 @@ async function take(file) {
     const bitmap = await createImageBitmap(file);
     strokes = [];
     stroke = null;
-    picture = { bitmap, blob: file.size > MAX_BYTES ? await reduced(bitmap) : file };
+    const isLarge = file.size > MAX_BYTES || bitmap.width * bitmap.height > MAX_PIXELS;
+    picture = { bitmap, blob: isLarge ? await reduced(bitmap) : file };
     changed();
   } catch {
     showFailure("The picture cannot be read", "Is it damaged? Give another one.");
@@ -252,38 +257,44 @@ byId("save").addEventListener("click", async () => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 });
 
-// --- asking: the newest picture wins
+// --- asking: one question at a time, and the newest picture is always asked about last
 
 let timer = 0;
-let asked = 0; // number of the newest question
-let asking = null; // its AbortController
+let isAsking = false;
+let isStale = false; // what is asked about has changed since
+let wanted = 0; // which paper: an answer about one that was cleared is not shown
 
 function later() {
-  clearTimeout(timer);
-  timer = setTimeout(ask, WAIT_MS);
+  if (!timer) timer = setTimeout(ask, WAIT_MS);
 }
 
 function forget() {
   clearTimeout(timer);
-  asking?.abort();
-  asked += 1;
+  timer = 0;
+  isStale = false;
+  wanted += 1;
 }
 
 async function ask() {
-  forget();
-  const number = asked;
-  asking = new AbortController();
-  const signal = AbortSignal.any([asking.signal, AbortSignal.timeout(TIMEOUT_MS)]);
+  timer = 0;
+  isStale = isAsking;
+  if (isAsking) return;
+  isAsking = true;
+  const paper = wanted;
   try {
     const body = await asBlob();
+    const signal = AbortSignal.timeout(TIMEOUT_MS);
     const start = performance.now();
     const response = await fetch("classify", { method: "POST", body, signal });
     const answer = await response.json();
-    if (number !== asked) return;
+    if (paper !== wanted) return;
     if (response.ok) showAnswer(answer, performance.now() - start);
     else showRefusal(response, answer.error);
   } catch {
-    if (number === asked) lose("The gateway does not answer", "Is 'pipeline web' still running?");
+    if (paper === wanted) lose("The gateway does not answer", "Is 'pipeline web' still running?");
+  } finally {
+    isAsking = false;
+    if (isStale) later();
   }
 }
 
@@ -305,7 +316,7 @@ const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 let speaking = 0;
 function say(text) {
   clearTimeout(speaking);
-  byId("spoken").textContent = text;
+  if (byId("spoken").textContent !== text) byId("spoken").textContent = text;
 }
 function sayLater(text) {
   clearTimeout(speaking);
@@ -332,7 +343,7 @@ function showAnswer(answer, roundTrip) {
   byId("server-time").textContent =
     `${milliseconds(answer.server_ms)} (model ${milliseconds(answer.model_ms)})`;
   showModel(answer);
-  setState("ready", "ready");
+  setState("ready", `${answer.model} is ready`);
 }
 
 function showModel({ model, version, sha256 }) {
@@ -385,7 +396,6 @@ function showNothing() {
 }
 
 function showFailure(verdict, detail) {
-  forget();
   show("failed", "–", verdict, detail);
   forgetAnswer();
   say(`${verdict}. ${detail}`);
@@ -401,7 +411,8 @@ function setState(state, text) {
 }
 
 function lose(verdict, detail) {
-  showFailure(verdict, `${detail}`);
+  forget();
+  showFailure(verdict, detail);
   setState("lost", "no server; looking for it");
   clearTimeout(looking);
   looking = setTimeout(look, RETRY_MS);
@@ -415,12 +426,12 @@ async function look() {
       lose("The server does not answer", record.error);
       return;
     }
-    setState("ready", "ready");
+    setState("ready", `${record.model} is ready`);
     showModel(record);
     const isDigits = record.classes.join("") === "0123456789";
     byId("title").textContent = document.title = isDigits ? "Draw a digit" : "Draw or give a picture";
     if (!byId("bars").children.length) showBars(record.classes);
-    if (picture || strokes.length) ask();
+    if (picture || strokes.length) later();
     else showNothing();
   } catch {
     lose("The gateway does not answer", "Is 'pipeline web' still running?");
