@@ -1,11 +1,15 @@
 """Load and unload models on a running server, with the key that our servers ask for."""
 
-import time
 from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.message import Message
+from tritonclient.grpc import service_pb2
 
 from pipeline import triton
 from pipeline.client import Client
 from pipeline.tritonserver import KEY_HEADER
+from pipeline.wire import Call
 
 
 class Admin(Client):
@@ -16,43 +20,34 @@ class Admin(Client):
     """
 
     def __init__(self, grpc_url: str, admin_key: str, timeout: float) -> None:
-        super().__init__(grpc_url, timeout=timeout)
-        self._headers = {f"triton-grpc-protocol-{KEY_HEADER}": admin_key}
+        headers = {f"triton-grpc-protocol-{KEY_HEADER}": admin_key}
+        super().__init__(grpc_url, timeout=timeout, headers=headers)
 
     def load(self, name: str) -> None:
         """Load a model as the repository has it now; what was served until then goes."""
-        self._ask(
-            lambda left: self._grpc().load_model(name, self._headers, client_timeout=left),
-            time.monotonic() + self.timeout,
-        )
+        self._change("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=name))
 
     def load_files(self, config: triton.ModelConfig, files: Mapping[str, bytes]) -> None:
         """Load a model from these files alone, by their paths in a model's folder."""
-        text = triton.to_json(config)
-        contents = {f"file:{path}": content for path, content in files.items()}
-        self._ask(
-            lambda left: self._grpc().load_model(
-                config.name, self._headers, config=text, files=contents, client_timeout=left
-            ),
-            time.monotonic() + self.timeout,
-        )
+        request = service_pb2.RepositoryModelLoadRequest(model_name=config.name)
+        request.parameters["config"].string_param = triton.to_json(config)
+        for path, content in files.items():
+            request.parameters[f"file:{path}"].bytes_param = content
+        self._change("RepositoryModelLoad", request)
 
     def unload(self, name: str) -> None:
         """Stop serving a model."""
-        self._ask(
-            lambda left: self._grpc().unload_model(name, self._headers, client_timeout=left),
-            time.monotonic() + self.timeout,
-        )
+        request = service_pb2.RepositoryModelUnloadRequest(model_name=name)
+        request.parameters["unload_dependents"].bool_param = False
+        self._change("RepositoryModelUnload", request)
 
     def states(self) -> dict[tuple[str, str], str]:
         """The state of each version that was ever loaded, by name and version.
 
         READY, LOADING, UNLOADING or UNAVAILABLE.
         """
-        index = self._ask(
-            lambda left: self._grpc().get_model_repository_index(
-                self._headers, client_timeout=left
-            ),
-            time.monotonic() + self.timeout,
-        )
+        index: Any = self._call(Call("RepositoryIndex", service_pb2.RepositoryIndexRequest()))
         return {(entry.name, entry.version): entry.state for entry in index.models}
+
+    def _change(self, method: str, request: Message) -> None:
+        self._call(Call(method, request, may_repeat=False))

@@ -1,134 +1,81 @@
-"""A client of one served model, over HTTP or gRPC."""
+"""A client of one served model, over HTTP or gRPC, with or without TLS."""
 
-# Shape letters: N images, B batch, K classes.
+# Shape letters: N images, K classes.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
 
+import grpc
 import numpy as np
-import tritonclient.grpc
-import tritonclient.http
-from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
-from google.protobuf import json_format
-from greenlet import error as GreenletError
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from google.protobuf.message import Message
 
-from pipeline import triton
-from pipeline.errors import PipelineError, ServerError, SlowError
-from pipeline.images import read_image
+from pipeline import grpc_channel, triton, wire
+from pipeline.asking import RETRIES as RETRIES
+from pipeline.asking import TIMEOUT as TIMEOUT
+from pipeline.asking import Asking, Attempt, Deadline, Pause, Steps
+from pipeline.endpoint import Certificates as Certificates
+from pipeline.endpoint import Endpoint as Endpoint
+from pipeline.endpoint import check
+from pipeline.endpoint import endpoint as endpoint
+from pipeline.faults import Fault, of_grpc
+from pipeline.http_connection import HttpConnection
+from pipeline.prediction import Image as Image
+from pipeline.prediction import Prediction as Prediction
+from pipeline.prediction import probabilities as probabilities
 
-TIMEOUT = 10.0  # seconds for a whole call
-_PORTS = {"http": 8000, "grpc": 8001}
-# tritonclient lets these through beside its own exception.
-_LOST = (OSError, HTTPConnectionClosed, HTTPParseError, GreenletError)
-_START = "is it running? 'pipeline serve status' tells, 'pipeline serve' starts it"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one image."""
-
-    label: str
-    probability: float  # of that label, 0 to 1
-    top: tuple[tuple[str, float], ...]  # labels with probabilities, the likeliest first
-    version: str  # of the model that answered
-    sha256: str | None  # of its file, as the server's config states it
-    is_sure: bool = True  # its probability is at or above the model's threshold
-
-    def record(self) -> dict[str, Any]:
-        """The prediction as JSON has it."""
-        record = asdict(self)
-        return {**record, "sure": record.pop("is_sure")}
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a server listens, and for which protocol."""
-
-    protocol: str  # http or grpc
-    address: str  # host:port
-
-    def __str__(self) -> str:
-        return f"{self.protocol}://{self.address}"
-
-
-def endpoint(url: str) -> Endpoint:
-    """The endpoint that `url` names: http://HOST:PORT or grpc://HOST:PORT."""
-    parts = urlsplit(url)
-    try:
-        port = parts.port
-    except ValueError as error:
-        raise PipelineError(f"{url!r} has no valid port: {error}") from error
-    if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/"):
-        raise PipelineError(f"{url!r} is no server: write http://HOST:8000 or grpc://HOST:8001")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return Endpoint(parts.scheme, f"{host}:{port or _PORTS[parts.scheme]}")
 
 
 class Client:
     """A client of one served model, over HTTP or gRPC, that threads may share.
 
-    Every failure is a PipelineError: a ServerError when no answer came in `timeout` seconds.
+    `url` is http, https, grpc or grpcs://HOST:PORT. Every failure is a PipelineError that says
+    what was tried and how to mend it, a ServerError when there was no answer. `timeout` is for a
+    whole call: all requests that it takes, and all retries. What may pass (a refused or lost
+    connection, a server with too much to do) is tried again up to `retries` times, after pauses
+    of random length; that is safe because an inference changes nothing on the server, so that
+    asked twice is as good as asked once. No proxy is used. Close it when you are done.
     """
 
-    def __init__(self, url: str, name: str = "handwriting", timeout: float = TIMEOUT) -> None:
-        if not timeout > 0:
-            raise PipelineError(f"the timeout must be above 0 seconds, got {timeout}")
-        self.endpoint = endpoint(url)
-        self.name = name
-        self.timeout = timeout
-        self._local = threading.local()
-        self._config: triton.ModelConfig | None = None
+    def __init__(
+        self,
+        url: str,
+        name: str = "handwriting",
+        timeout: float = TIMEOUT,
+        *,
+        version: int | str = "",
+        certificates: Certificates = Certificates(),
+        headers: Mapping[str, str] | None = None,
+        retries: int = RETRIES,
+    ) -> None:
+        self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
+        self._asking = Asking(self.endpoint, name, str(version), timeout, retries)
+        check(self.endpoint, certificates)
+        wire_class = _Grpc if self.endpoint.is_grpc else _Http
+        self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))
 
-    def classify(
-        self, images: Sequence[Path | bytes | np.ndarray], top: int = 3
-    ) -> list[Prediction]:
-        """A prediction for each image: a file, its bytes, or an array of the model's shape.
+    def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
+        """A prediction for each image: one or many, in order.
 
-        Raises PipelineError for a file where the model says that it takes arrays only.
+        An image is a file's path or bytes, an image of Pillow, or an array: of the model's shape
+        it is taken as it is (0 for paper, 255 for ink), any other is a picture and is prepared.
+        Raises PipelineError for a picture where the model says that it takes arrays only.
         """
-        if not images:
-            return []
-        pictures = self.pictures()
-        if pictures == "arrays" and not all(isinstance(image, np.ndarray) for image in images):
-            raise PipelineError(
-                f"{self.name} does not say how a picture becomes what it takes: give arrays of "
-                f"its shape, {list(self.config().input[0].dims)}"
-            )
-        arrays = [
-            image if isinstance(image, np.ndarray) else read_image(image, pictures=pictures)
-            for image in images
-        ]
-        outputs, version = self.infer(np.stack(arrays))
-        return [self._prediction(row, version, top) for row in outputs]
+        deadline = Deadline(self.timeout)
+        return self._run(self._asking.classify(images, top, deadline))
 
     def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
         """Log-probabilities (N, K) of images (N, ...), and the version that answered last.
 
         Asks as often as the server's largest batch needs, within one timeout.
         """
-        deadline = time.monotonic() + (timeout or self.timeout)
-        size = max(1, self.config(deadline).max_batch_size)
-        answers, version = [], ""
-        for start in range(0, len(images), size):
-            outputs, version = self._infer(images[start : start + size], deadline)
-            answers.append(outputs)
-        return np.concatenate(answers), version
+        return self._run(self._asking.infer(images, self._deadline(timeout)))
 
-    def config(self, deadline: float | None = None) -> triton.ModelConfig:
+    def config(self) -> triton.ModelConfig:
         """The served model's configuration, asked for once."""
-        if self._config is None:
-            self._config = self._ask(
-                self._grpc_config if self.endpoint.protocol == "grpc" else self._http_config,
-                deadline or time.monotonic() + self.timeout,
-            )
-        return self._config
+        return self._run(self._asking.config(self._deadline()))
 
     def pictures(self) -> str:
         """How pictures become the served model's images: see config.pictures_of."""
@@ -136,17 +83,7 @@ class Client:
 
     def metadata(self, of_model: bool = False) -> dict[str, Any]:
         """What the server says of itself, or of the model: name, version or versions, and more."""
-
-        def ask(left: float) -> dict[str, Any]:
-            if self.endpoint.protocol == "grpc":
-                library, options = self._grpc(), {"as_json": True, "client_timeout": left}
-            else:
-                library, options = self._http(left), {}
-            if of_model:
-                return dict(library.get_model_metadata(self.name, **options))
-            return dict(library.get_server_metadata(**options))
-
-        return self._ask(ask, time.monotonic() + self.timeout)
+        return self._run(self._asking.metadata(of_model, self._deadline()))
 
     def server_name(self) -> str:
         """What the server calls itself: the `--id` that it was started with."""
@@ -157,20 +94,11 @@ class Client:
 
         The names come from its label file; a class without one is called by its number.
         """
-        config = self.config()
-        count = int(config.output[0].dims[-1])
-        answer, _ = self._infer(image[np.newaxis], time.monotonic() + self.timeout, count)
-        names: dict[int, str] = {}
-        for entry in answer.reshape(-1):  # bytes value:index:label
-            _, index, *label = entry.decode().split(":", 2)
-            names[int(index)] = label[0] if label else index
-        return tuple(names.get(index, str(index)) for index in range(count))
+        return self._run(self._asking.labels(image, self._deadline()))
 
     def close(self) -> None:
-        """Close this thread's connections."""
-        for connection in vars(self._local).values():
-            connection.close()
-        vars(self._local).clear()
+        """Close its connections; a further call opens new ones."""
+        self._wire.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,117 +106,98 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _prediction(self, row: np.ndarray, version: str, top: int) -> Prediction:
-        config = self.config()
-        labels = triton.classes(config) or tuple(map(str, range(len(row))))
-        order = np.argsort(-row)[: max(1, top)]
-        chances = probabilities(row, triton.kind(config))
-        ranked = tuple((labels[index], float(chances[index])) for index in order)
-        is_sure = ranked[0][1] >= triton.min_probability(config)
-        return Prediction(*ranked[0], ranked, version, triton.digest(config, version), is_sure)
+    def _deadline(self, timeout: float | None = None) -> Deadline:
+        return Deadline(self.timeout if timeout is None else timeout)
 
-    def _infer(
-        self, images: np.ndarray, deadline: float, class_count: int = 0
-    ) -> tuple[np.ndarray, str]:
-        config = self.config(deadline)
-        if len(config.input) != 1 or not config.output:
-            raise PipelineError(f"{self.name} at {self.endpoint} does not take just one tensor")
-        library = tritonclient.grpc if self.endpoint.protocol == "grpc" else tritonclient.http
-        tensor = library.InferInput(
-            config.input[0].name, images.shape, np_to_triton_dtype(images.dtype)
-        )
-        tensor.set_data_from_numpy(np.ascontiguousarray(images))
-        output = config.output[0].name
-        wanted = [library.InferRequestedOutput(output, class_count=class_count)]
+    def _call(self, call: wire.Call) -> Message:
+        """The answer to a call of any kind."""
+        return self._run(self._asking.call(call, self._deadline()))
 
-        def ask(left: float) -> tuple[np.ndarray | None, str]:
-            if self.endpoint.protocol == "grpc":
-                result = self._grpc().infer(
-                    self.name, [tensor], outputs=wanted, client_timeout=left
+    def _run(self, steps: Steps[T]) -> T:
+        """Do what the steps ask for, one after the other."""
+        result: Any = None
+        while True:
+            try:
+                step = steps.send(result)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            if isinstance(step, Attempt):
+                result = self._wire.exchange(step.call, step.seconds)
+            elif isinstance(step, Pause):
+                time.sleep(step.seconds)
+                result = None
+            else:
+                result = step.do()
+
+
+class _Http:
+    """Connections that threads take and give back."""
+
+    def __init__(
+        self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
+    ) -> None:
+        self._endpoint, self._headers = target, headers
+        self._context = certificates.context() if target.is_secure else None
+        self._lock, self._idle = threading.Lock(), list[HttpConnection]()
+
+    def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
+        request = wire.to_http(call, self._headers)
+        connection = self._taken()
+        answer = connection.exchange(request, seconds)
+        with self._lock:
+            self._idle.append(connection)
+        return answer if isinstance(answer, Fault) else wire.from_http(call, answer)
+
+    def _taken(self) -> HttpConnection:
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or HttpConnection(self._endpoint, self._context)
+        if connection.is_stale():
+            connection.close()
+        return connection
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+
+class _Grpc:
+    """One channel, which threads share."""
+
+    def __init__(
+        self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
+    ) -> None:
+        self._endpoint = target
+        self._metadata = tuple((name.lower(), value) for name, value in headers.items())
+        self._credentials = grpc_channel.credentials(target, certificates)
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+
+    def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
+        send = self._open().unary_unary(call.path)  # bytes out, bytes in
+        try:
+            content = send(call.content, timeout=seconds, metadata=self._metadata)
+        except grpc.RpcError as error:
+            return of_grpc(error.code().name, error.details() or "", error)
+        except ValueError as error:  # another thread closed the channel
+            return Fault("lost", "the client was closed", error)
+        return wire.from_grpc(call, content)
+
+    def _open(self) -> grpc.Channel:
+        address, options = self._endpoint.address, grpc_channel.OPTIONS
+        with self._lock:
+            if self._channel is None:
+                self._channel = (
+                    grpc.secure_channel(address, self._credentials, options)
+                    if self._credentials
+                    else grpc.insecure_channel(address, options)
                 )
-                return result.as_numpy(output), result.get_response().model_version
-            result = self._http(left).infer(self.name, [tensor], outputs=wanted)
-            return result.as_numpy(output), str(result.get_response().get("model_version", ""))
+            return self._channel
 
-        answer, version = self._ask(ask, deadline)
-        if answer is None or len(answer) != len(images):
-            raise ServerError(f"{self.endpoint} answered without a row for each image")
-        return answer, version
-
-    def _grpc_config(self, left: float) -> triton.ModelConfig:
-        return self._grpc().get_model_config(self.name, client_timeout=left).config
-
-    def _http_config(self, left: float) -> triton.ModelConfig:
-        answer = self._http(left).get_model_config(self.name)
-        message = triton.ModelConfig()
-        try:
-            return json_format.ParseDict(answer, message, ignore_unknown_fields=True)
-        except json_format.ParseError as error:
-            raise ServerError(f"{self.endpoint} does not answer as Triton does") from error
-
-    def _grpc(self) -> Any:
-        if not hasattr(self._local, "grpc"):
-            self._local.grpc = tritonclient.grpc.InferenceServerClient(self.endpoint.address)
-        return self._local.grpc
-
-    def _http(self, left: float) -> Any:
-        if not hasattr(self._local, "http"):
-            self._local.http = tritonclient.http.InferenceServerClient(
-                self.endpoint.address, connection_timeout=left, network_timeout=left
-            )
-        return self._local.http
-
-    def _ask(self, call: Callable[[float], T], deadline: float) -> T:
-        """What `call` answers, given the seconds that are left; every failure one of ours."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise self._slow()
-        try:
-            return call(left)
-        except InferenceServerException as error:
-            raise self._explain(error) from error
-        except TimeoutError as error:
-            self.close()
-            raise self._slow() from error
-        except _LOST as error:
-            self.close()
-            reason = str(error) or type(error).__name__
-            if isinstance(error, HTTPParseError):
-                reason = "it closed the connection, or does not speak HTTP: is it a gRPC port?"
-            raise ServerError(f"no answer from {self.endpoint} ({reason}): {_START}") from error
-        except ValueError as error:  # its answer was no JSON
-            raise ServerError(f"{self.endpoint} does not answer as Triton does: {error}") from error
-
-    def _slow(self) -> SlowError:
-        return SlowError(f"no answer from {self.endpoint} in {self.timeout:g} s: {_START}")
-
-    def _explain(self, error: InferenceServerException) -> PipelineError:
-        status, message = str(error.status()), str(error.message())
-        if "DEADLINE_EXCEEDED" in status:
-            return self._slow()
-        if "has no available versions" in message:
-            return ServerError(
-                f"{self.endpoint} has unloaded {self.name}: it is stopping, or starting anew"
-            )
-        if "unknown model" in message:
-            return PipelineError(
-                f"{self.endpoint} serves no model {self.name!r}: choose with --name"
-            )
-        if "Stub process" in message:
-            return ServerError(
-                f"the model's process at {self.endpoint} died: 'pipeline serve stop', then "
-                "'pipeline serve' starts it again"
-            )
-        if "UNAVAILABLE" in status:
-            return ServerError(f"no answer from {self.endpoint} ({message}): {_START}")
-        return PipelineError(f"{self.endpoint} refuses: {message}")
-
-
-def probabilities(row: np.ndarray, kind: str) -> np.ndarray:
-    """The probabilities (K,) in a row of outputs (K,) of that kind."""
-    values = row.astype(np.float64)
-    if kind == "probabilities":
-        return values
-    exponents = np.exp(values - values.max())
-    chances: np.ndarray = exponents / exponents.sum()
-    return chances if kind == "logits" else np.exp(values)
+    def close(self) -> None:
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel:
+            channel.close()

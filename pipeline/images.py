@@ -4,6 +4,7 @@ Polarity is found, the paper made even, noise dropped; what is left is cropped t
 into 20 x 20 and centred by its mass. Everything from gray levels on is in `prepare`.
 """
 
+import contextlib
 import io
 import math
 import warnings
@@ -20,6 +21,7 @@ from pipeline.files import write_bytes
 
 # Shape letters: H height, W width, of the image at hand. Gray levels go from 0 to 255.
 
+Picture = Path | bytes | Image.Image | np.ndarray  # a file, its content, or its pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM is Pillow's word for PNM
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
@@ -32,10 +34,8 @@ FAINT = 0.2  # of the darkest ink: what is fainter does not count for the crop
 MIN_CONTRAST = 16.0  # gray levels between paper and ink; below, the paper is blank
 
 
-def read_image(
-    source: Path | bytes, name: str = "the image", pictures: str = "digit"
-) -> np.ndarray:
-    """The image in a file as uint8 (1, 28, 28).
+def read_image(source: Picture, name: str = "the image", pictures: str = "digit") -> np.ndarray:
+    """The image in a picture as uint8 (1, 28, 28).
 
     A `digit` has 0 for paper and 255 for ink, zeros if it is blank; a `whole` picture has its
     gray levels. `name` is what messages call an image that comes as bytes.
@@ -43,11 +43,11 @@ def read_image(
     return fit(read_gray(source, name), pictures)
 
 
-def read_gray(source: Path | bytes, name: str = "the image") -> np.ndarray:
-    """The gray levels uint8 (H, W) in a file, at most 1024 on the longer side."""
+def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
+    """The gray levels uint8 (H, W) in a picture, at most 1024 on the longer side."""
     if isinstance(source, Path):
         name, source = str(source), _read_file(source)
-    if len(source) > MAX_FILE_BYTES:
+    if isinstance(source, bytes) and len(source) > MAX_FILE_BYTES:
         raise PipelineError(f"{name} is larger than {MAX_FILE_BYTES} bytes: reduce it")
     return _decode(source, name)
 
@@ -69,13 +69,13 @@ def _read_file(path: Path) -> bytes:
         raise PipelineError(f"cannot read {path} ({error.strerror}): check its rights") from error
 
 
-def _decode(content: bytes, name: str) -> np.ndarray:
-    """The gray levels uint8 (H, W) of an image file's content, upright and without alpha."""
+def _decode(source: bytes | Image.Image | np.ndarray, name: str) -> np.ndarray:
+    """The gray levels uint8 (H, W) of a picture, upright and without alpha."""
     try:
         # Pillow warns of odd metadata, and of sizes that are refused here anyway.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            with _opened(source) as image:
                 _check_size(image, name)
                 return _upright(_gray(image), image.getexif().get(ExifTags.Base.Orientation))
     except _DECODING_ERRORS as error:
@@ -83,6 +83,15 @@ def _decode(content: bytes, name: str) -> np.ndarray:
             f"{name} cannot be read as an image ({_reason(error)}): "
             "give a whole PNG, JPEG, WebP, BMP, GIF, TIFF or PNM file"
         ) from error
+
+
+def _opened(
+    source: bytes | Image.Image | np.ndarray,
+) -> contextlib.AbstractContextManager[Image.Image]:
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source), formats=FORMATS)
+    image = Image.fromarray(source) if isinstance(source, np.ndarray) else source
+    return contextlib.nullcontext(image)  # the caller's own: not ours to close
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -154,8 +154,6 @@ def _answers(
         except BaseException:
             failed.set()
             raise
-        finally:
-            client.close()  # this thread's connection
         return done
 
     with ThreadPoolExecutor(threads) as pool:

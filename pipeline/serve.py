@@ -256,7 +256,7 @@ def await_ready(
     """Return once our server's models answer their golden sets rightly over both protocols."""
     deadline = time.monotonic() + seconds
     for url in (server.http_url, server.grpc_url):
-        with Client(url, timeout=2.0) as client:
+        with Client(url, timeout=2.0, retries=0) as client:
             _await_answer(client, server, child, log, deadline, seconds)
         for name, release in releases.items():
             with Client(url, name, timeout=max(1.0, deadline - time.monotonic())) as client:

@@ -39,7 +39,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def strokes_of(image: np.ndarray) -> Strokes:
-    """A digit, uint8 (1, 28, 28), as short strokes along the middle of its lines."""
+    """A digit, uint8 (1, 28, 28), as strokes along the middle of its lines."""
     levels = image[0].astype(int)
     order = np.argsort(-levels, axis=None, kind="stable")
     points: list[np.ndarray] = []
@@ -48,12 +48,23 @@ def strokes_of(image: np.ndarray) -> Strokes:
         if all(np.hypot(*(point - other)) > NEAR for other in points):
             points.append(point)
     places = [((column + 0.5) / 28, (row + 0.5) / 28) for row, column in points]
-    joined: Strokes = [[place] for place in places]
-    for one in range(len(points)):
-        for other in range(one):
-            if np.hypot(*(points[one] - points[other])) < LINKED:
-                joined.append([places[one], places[other]])
-    return joined
+    linked = {
+        one: [other for other, there in enumerate(points) if 0 < np.hypot(*(here - there)) < LINKED]
+        for one, here in enumerate(points)
+    }
+    seen: set[frozenset[int]] = set()
+    walks = [[one, *_walk(one, linked, seen)] for one in linked]
+    return [[places[one] for one in walk] for walk in walks if len(walk) > 1]
+
+
+def _walk(one: int, linked: dict[int, list[int]], seen: set[frozenset[int]]) -> list[int]:
+    """Over every link that was not seen yet, and back to where it began."""
+    path = []
+    for other in linked[one]:
+        if frozenset((one, other)) not in seen:
+            seen.add(frozenset((one, other)))
+            path += [other, *_walk(other, linked, seen), one]
+    return path
 
 
 @dataclass

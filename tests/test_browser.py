@@ -89,7 +89,6 @@ def test_digits_drawn_with_the_mouse_are_read_while_they_are_drawn(
         for label, image in sorted(digits.items()):
             sheet.draw(strokes_of(image))
             sheet.expect_answer(f"It is {label}")
-            expect(sheet.page.locator("#spoken")).to_contain_text(f"It is {label}")
             sheet.page.keyboard.press("Escape")
             sheet.expect_answer("Nothing drawn yet")
         assert sheet.complaints == []

@@ -27,7 +27,9 @@ class Asked(Client):
         super().__init__("http://127.0.0.1:1", "m", timeout)
         self.change = change
         self.sizes: list[int] = []
-        self._config = triton.ModelConfig(max_batch_size=8)
+
+    def config(self) -> triton.ModelConfig:
+        return triton.ModelConfig(max_batch_size=8)
 
     def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
         self.sizes.append(len(images))

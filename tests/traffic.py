@@ -165,7 +165,7 @@ def _client(ask: Traffic, counter: Any, stop: Any, results: Any) -> None:
     rng = np.random.default_rng(ask.seed)
     tallied, client, turn = _Tallied(ask), None, 0
     while not stop.is_set():
-        client = client or Client(ask.url, ask.name, ask.timeout)
+        client = client or Client(ask.url, ask.name, ask.timeout, retries=0)
         size = ask.sizes[turn % len(ask.sizes)]
         turn += 1
         start = int(rng.integers(len(ask.images) - size + 1))

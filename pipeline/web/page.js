@@ -49,7 +49,13 @@ function fitted(bitmap) {
   return [(SIDE - width) / 2, (SIDE - height) / 2, width, height];
 }
 
+let frame = 0;
 function paint() {
+  if (!frame) frame = requestAnimationFrame(paintNow);
+}
+
+function paintNow() {
+  frame = 0;
   const style = getComputedStyle(canvas);
   context.clearRect(0, 0, SIDE, SIDE);
   if (picture) context.drawImage(picture.bitmap, ...fitted(picture.bitmap));
@@ -63,9 +69,12 @@ function paint() {
     context.stroke();
     context.setLineDash([]);
   }
-  const isEmpty = !picture && !strokes.length;
-  byId("hint").hidden = !isEmpty || pen.isShown;
-  byId("undo").disabled = byId("clear").disabled = byId("save").disabled = isEmpty;
+  byId("hint").hidden = !isEmpty() || pen.isShown;
+  for (const id of ["undo", "clear", "save"]) byId(id).disabled = isEmpty();
+}
+
+function isEmpty() {
+  return !picture && !strokes.length;
 }
 
 // The picture as a file: what was given as it is, what was drawn as black on white.
@@ -83,8 +92,8 @@ function asBlob() {
 
 function changed() {
   paint();
-  if (picture || strokes.length) later();
-  else showNothing();
+  if (isEmpty()) showNothing();
+  else later();
 }
 
 function place(event) {
@@ -139,12 +148,12 @@ function clear() {
   changed();
 }
 
-byId("undo").addEventListener("click", () => { undo(); keepFocus(byId("undo")); });
-byId("clear").addEventListener("click", () => { clear(); keepFocus(byId("clear")); });
-
-// A button that has just been disabled would drop the focus to the top of the page.
-function keepFocus(button) {
-  if (button.disabled) canvas.focus({ preventScroll: true });
+for (const [id, action] of [["undo", undo], ["clear", clear]]) {
+  byId(id).addEventListener("click", () => {
+    action();
+    // A button that is disabled while it has the focus drops it to the top of the page.
+    if (isEmpty()) canvas.focus({ preventScroll: true });
+  });
 }
 
 // --- the keyboard
@@ -310,7 +319,8 @@ function showRefusal(response, error) {
 
 // --- what is shown
 
-const percent = (value) => `${(100 * value).toFixed(1)} %`;
+const percent = (value) => (value > 0.9994 ? "over 99.9 %" : `${(100 * value).toFixed(1)} %`);
+const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
 let speaking = 0;
@@ -329,14 +339,14 @@ function show(state, label, verdict, detail) {
   byId("label").textContent = label;
   byId("label").classList.toggle("long", label.length > 2);
   byId("verdict").textContent = verdict;
-  byId("detail").textContent = detail;
+  byId("detail").textContent = sentence(detail);
 }
 
 function showAnswer(answer, roundTrip) {
   const share = percent(answer.probability);
   if (answer.sure) show("sure", answer.label, `It is ${answer.label}`, `${share} likely`);
   else show("unsure", "?", "Not sure", `Perhaps ${answer.label}, ${share} likely`);
-  sayLater(`${byId("verdict").textContent}. ${byId("detail").textContent}.`);
+  sayLater(`${byId("verdict").textContent}. ${byId("detail").textContent}`);
   showBars(answer.classes, Object.fromEntries(answer.top), answer.label);
   showSeen(Uint8Array.from(atob(answer.seen), (letter) => letter.charCodeAt(0)));
   byId("round-trip").textContent = milliseconds(roundTrip);
@@ -360,7 +370,7 @@ function showBars(classes, shares = {}, first = null) {
     [track.className, fill.className, share.className] = ["track", "fill", "share"];
     track.append(fill);
     label.textContent = name;
-    share.textContent = name in shares ? percent(shares[name]) : "–";
+    share.textContent = name in shares ? `${(100 * shares[name]).toFixed(1)} %` : "–";
     row.append(label, track, share);
     return row;
   });
@@ -398,7 +408,7 @@ function showNothing() {
 function showFailure(verdict, detail) {
   show("failed", "–", verdict, detail);
   forgetAnswer();
-  say(`${verdict}. ${detail}`);
+  say(`${verdict}. ${sentence(detail)}`);
 }
 
 // --- the server: lost, and found again
@@ -431,8 +441,8 @@ async function look() {
     const isDigits = record.classes.join("") === "0123456789";
     byId("title").textContent = document.title = isDigits ? "Draw a digit" : "Draw or give a picture";
     if (!byId("bars").children.length) showBars(record.classes);
-    if (picture || strokes.length) later();
-    else showNothing();
+    if (isEmpty()) showNothing();
+    else later();
   } catch {
     lose("The gateway does not answer", "Is 'pipeline web' still running?");
   }

@@ -1,0 +1,127 @@
+"""From pictures to what a model takes, and from its outputs to predictions."""
+
+# Shape letters: N images, H height, W width, K classes.
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import triton
+from pipeline.errors import PipelineError
+from pipeline.images import Picture, read_image
+
+Image = Picture | str  # a string is the path of a file
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image."""
+
+    label: str
+    probability: float  # of that label, 0 to 1
+    top: tuple[tuple[str, float], ...]  # labels with probabilities, the likeliest first
+    version: str  # of the model that answered
+    sha256: str | None  # of its file, as the server's config states it
+    is_sure: bool = True  # its probability is at or above the model's threshold
+
+    def record(self) -> dict[str, Any]:
+        """The prediction as JSON has it."""
+        record = asdict(self)
+        is_sure = record.pop("is_sure")
+        return {**record, "sure": is_sure}
+
+
+def predicted(
+    row: np.ndarray, config: triton.ModelConfig, classes: tuple[str, ...], version: str, top: int
+) -> Prediction:
+    """What a row of outputs (K,) says."""
+    chances = probabilities(row, triton.kind(config))
+    order = np.argsort(-row)[: max(1, top)]
+    # Where the config names fewer classes than there are, the others go by their number.
+    names = {index: str(index) for index in range(len(row))} | dict(enumerate(classes))
+    ranked = tuple((names[int(index)], float(chances[index])) for index in order)
+    is_sure = ranked[0][1] >= triton.min_probability(config)
+    return Prediction(*ranked[0], ranked, version, triton.digest(config, version), is_sure)
+
+
+def probabilities(row: np.ndarray, kind: str) -> np.ndarray:
+    """The probabilities (K,) in a row of outputs (K,) of that kind."""
+    values = row.astype(np.float64)
+    if kind == "probabilities":
+        return values
+    exponents = np.exp(values - values.max())
+    chances: np.ndarray = exponents / exponents.sum()
+    return chances if kind == "logits" else np.exp(values)
+
+
+def listed(images: Image | Iterable[Image]) -> list[Image]:
+    """One picture or many, as a list; an array may be either, which the model's shape decides."""
+    if isinstance(images, str | bytes | Path | np.ndarray) or not isinstance(images, Iterable):
+        return [images]
+    return list(images)
+
+
+def shape_of(config: triton.ModelConfig) -> tuple[int, ...]:
+    """The shape of one image as the model takes it; -1 is any size."""
+    return tuple(config.input[0].dims)
+
+
+def prepared(images: list[Image], config: triton.ModelConfig) -> np.ndarray:
+    """What the model takes (N, ...), of pictures and of arrays that have its shape already.
+
+    Raises PipelineError for a picture where the model says that it takes arrays only.
+    """
+    arrays = [array for image in images for array in _arrays(image, config)]
+    for array in arrays:
+        require_fit(array[np.newaxis], config)
+    return np.stack(arrays)
+
+
+def _arrays(image: Image, config: triton.ModelConfig) -> list[np.ndarray]:
+    shape, pictures = shape_of(config), triton.pictures(config)
+    if isinstance(image, np.ndarray):
+        if is_of(image.shape, shape) or pictures == "arrays":
+            return [image]
+        if is_of(image.shape[1:], shape):
+            return list(image)
+        if is_of((1, *image.shape), shape):
+            return [image[np.newaxis]]
+    elif pictures == "arrays":
+        raise PipelineError(
+            f"{config.name} does not say how a picture becomes what it takes: give arrays of its "
+            f"shape, {list(shape)}"
+        )
+    if not isinstance(image, str | Picture):
+        raise PipelineError(
+            f"{type(image).__name__} is no picture: give a path, the bytes of a file, an image of "
+            "Pillow or an array"
+        )
+    return [read_image(Path(image) if isinstance(image, str) else image, pictures=pictures)]
+
+
+def is_of(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a shape is the wanted one, in which -1 is any size."""
+    return len(shape) == len(wanted) and all(
+        want in (-1, size) for size, want in zip(shape, wanted, strict=True)
+    )
+
+
+def require_fit(images: np.ndarray, config: triton.ModelConfig) -> None:
+    """Raise PipelineError for images (N, ...) that the model cannot take, before they are sent."""
+    tensor = config.input[0]
+    wanted, got = list(tensor.dims), list(images.shape[1 if config.max_batch_size else 0 :])
+    if str(images.dtype) != triton.type_name(tensor):
+        raise PipelineError(
+            f"{config.name} takes {triton.type_name(tensor)}, not {images.dtype}: give pixels from "
+            "0 for paper to 255 for ink, images.astype(np.uint8)"
+            if triton.type_name(tensor) == "uint8"
+            else f"{config.name} takes {triton.type_name(tensor)}, not {images.dtype}: convert it"
+        )
+    if not is_of(tuple(got), tuple(wanted)):
+        raise PipelineError(
+            f"{config.name} takes images of shape {wanted}, not {got}: give an array "
+            f"{['N', *wanted]}, or a picture, which is fitted"
+        )
