@@ -22,7 +22,7 @@ OPTIONS = (
 DESKTOP = {"width": 1180, "height": 800}
 PHONE = {"width": 390, "height": 844}
 WAIT_MS = 20_000
-NEAR, LINKED = 1.5, 3.0  # pixels of MNIST: points of a stroke are further apart, and joined up to
+NEAR, LINKED = 1.5, 3.7  # pixels of MNIST: points of a stroke are further apart, and joined up to
 Strokes = list[list[tuple[float, float]]]  # each a list of points, 0 to 1 on both axes
 
 
@@ -48,23 +48,27 @@ def strokes_of(image: np.ndarray) -> Strokes:
         if all(np.hypot(*(point - other)) > NEAR for other in points):
             points.append(point)
     places = [((column + 0.5) / 28, (row + 0.5) / 28) for row, column in points]
-    linked = {
-        one: [other for other, there in enumerate(points) if 0 < np.hypot(*(here - there)) < LINKED]
-        for one, here in enumerate(points)
-    }
-    seen: set[frozenset[int]] = set()
-    walks = [[one, *_walk(one, linked, seen)] for one in linked]
-    return [[places[one] for one in walk] for walk in walks if len(walk) > 1]
+    left = set(range(len(points)))
+    strokes = []
+    while left:
+        walk = [left.pop()]
+        while near := _nearest(walk, points, left):
+            here, there = near
+            back = walk[walk[::-1].index(here) * -1 - 1 :]  # over what is drawn already
+            walk += [*back[-2::-1], there]
+            left.remove(there)
+        strokes.append([places[one] for one in walk])
+    return strokes
 
 
-def _walk(one: int, linked: dict[int, list[int]], seen: set[frozenset[int]]) -> list[int]:
-    """Over every link that was not seen yet, and back to where it began."""
-    path = []
-    for other in linked[one]:
-        if frozenset((one, other)) not in seen:
-            seen.add(frozenset((one, other)))
-            path += [other, *_walk(other, linked, seen), one]
-    return path
+def _nearest(walk: list[int], points: list[np.ndarray], left: set[int]) -> tuple[int, int] | None:
+    """The point of the walk, the latest first, that has another one near, and that one."""
+    for reach in (2.3, LINKED):
+        for here in walk[::-1]:
+            near = [(np.hypot(*(points[here] - points[one])), one) for one in sorted(left)]
+            if near and min(near)[0] < reach:
+                return here, min(near)[1]
+    return None
 
 
 @dataclass
