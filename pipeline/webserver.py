@@ -40,6 +40,7 @@ def settings(gateway: Gateway) -> uvicorn.Config:
         ws="none",
         lifespan="on",
         log_config=None,
+        log_level="error",  # not a line for each request that is none
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -235,3 +235,25 @@ def bombs() -> dict[str, bytes]:
         "a lossless WebP of 268 million pixels": webp(b"VP8L", 16_383, 16_383),
         "a lossy WebP of 268 million pixels": webp(b"VP8 ", 16_383, 16_383),
     }
+
+
+# Requests that come from elsewhere: their headers, and the status that refuses them.
+OURS = b"Host: 127.0.0.1\r\n"
+ATTEMPTS = {
+    "a rebound name": (b"Host: evil.example\r\n", 421),
+    "a rebound name with our port": (b"Host: evil.example:8080\r\n", 421),
+    "a name that begins as ours": (b"Host: localhost.evil.example\r\n", 421),
+    "our name before an @": (b"Host: localhost@evil.example\r\n", 400),
+    "another address": (b"Host: 192.168.0.7\r\n", 421),
+    "no host at all": (b"", 400),
+    "two hosts": (OURS + b"Host: evil.example\r\n", 400),
+    "a page of another site": (OURS + b"Origin: https://evil.example\r\n", 403),
+    "a page of another port": (OURS + b"Origin: http://127.0.0.1:3000\r\n", 403),
+    "a frame without an origin": (OURS + b"Origin: null\r\n", 403),
+    "a form of another site": (OURS + b"Sec-Fetch-Site: cross-site\r\n", 403),
+    "a page of the same site": (OURS + b"Sec-Fetch-Site: same-site\r\n", 403),
+    "a rebound page, sure of itself": (
+        b"Host: evil.example\r\nOrigin: http://evil.example\r\nSec-Fetch-Site: same-origin\r\n",
+        421,
+    ),
+}
