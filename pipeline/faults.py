@@ -42,6 +42,7 @@ _SAID: tuple[tuple[str, Kind], ...] = (
 )
 # Parts of what gRPC says of a connection that it could not make, in lower case.
 _CONNECTING: tuple[tuple[str, Kind], ...] = (
+    ("errors resolving", "unnamed"),
     ("dns resolution failed", "unnamed"),
     ("name resolution", "unnamed"),
     ("certificate", "insecure"),
@@ -53,11 +54,11 @@ _CONNECTING: tuple[tuple[str, Kind], ...] = (
     ("http2 header with status", "alien"),
     ("parsing http/2", "alien"),
     ("connection refused", "unreached"),
-    ("failed to connect", "unreached"),
     ("socket closed", "lost"),
     ("connection reset", "lost"),
     ("broken pipe", "lost"),
     ("goaway", "lost"),
+    ("failed to connect", "unreached"),
 )
 
 
@@ -114,7 +115,9 @@ def of_connection(error: BaseException, is_connected: bool) -> Fault:
         return Fault("insecure", reason, error)
     if isinstance(error, socket.gaierror | UnicodeError):
         return Fault("unnamed", reason, error)
-    if isinstance(error, RemoteDisconnected | IncompleteRead | ConnectionError) and is_connected:
+    if isinstance(error, ConnectionRefusedError):
+        return Fault("unreached", reason, error)
+    if isinstance(error, RemoteDisconnected | IncompleteRead | ConnectionError):
         return Fault("lost", reason, error)
     if isinstance(error, BadStatusLine):
         return Fault("alien", f"no HTTP, but {reason}", error)
@@ -139,7 +142,8 @@ def explained(fault: Fault, asked: Asked) -> PipelineError:
     reason, where = fault.reason, asked.endpoint
     tried = f"{reason}, tried {asked.times} times" if asked.times > 1 else reason
     if fault.kind in _EXPLAINED:
-        return ServerError(_EXPLAINED[fault.kind].format(where=where, tried=tried, asked=asked))
+        words = {"where": where, "tried": tried, "asked": asked, "other": _other(where)}
+        return ServerError(_EXPLAINED[fault.kind].format(**words))
     if fault.kind == "slow":
         return SlowError(f"no answer from {where} in {asked.timeout:g} s: {_START}")
     if fault.kind == "insecure":
@@ -160,8 +164,8 @@ def explained(fault: Fault, asked: Asked) -> PipelineError:
 
 _EXPLAINED: dict[Kind, str] = {
     "unreached": f"no answer from {{where}} ({{tried}}): {_START}",
-    "lost": "no answer from {where} ({tried}): it closed the connection. It died, or it speaks "
-    f"another protocol on that port: {_PORTS}; 'pipeline serve status' tells how ours is",
+    "lost": "no answer from {where} ({tried}): it closed the connection. It died ('pipeline "
+    f"serve status' tells), or that port is for another protocol: {_PORTS}; {{other}}",
     "unnamed": "no answer from {where}: its host's name has no address ({tried}): check its "
     "spelling, or give the address itself",
     "busy": "{where} has too much to do ({tried}): ask again later, or less at once",
@@ -184,15 +188,21 @@ def _unknown(asked: Asked) -> str:
 def _secured(where: Endpoint, reason: str) -> str:
     """How to mend a secure connection that did not come about."""
     said = reason.lower().replace("_", " ")
-    plain = f"{where.protocol.removesuffix('s')}://{where.address}"
     if "verify failed" in said or "self-signed" in said or "peer name" in said:
         return "give the certificate of the CA that signed the server's, and the host's name in it"
     if "wrong version" in said or "record layer" in said or "unexpected eof" in said:
-        return f"where it speaks without TLS, write {plain}"
+        return _other(where)
     return (
         "give the CA that signed the server's certificate; the client's own certificate and key "
-        f"where it asks for them; where it speaks without TLS, write {plain}"
+        f"where it asks for them; {_other(where)}"
     )
+
+
+def _other(where: Endpoint) -> str:
+    """The way to ask with TLS where there was none, and without where there was."""
+    if where.is_secure:
+        return f"where it speaks without TLS, write {where.protocol[:-1]}://{where.address}"
+    return f"where it speaks TLS, write {where.protocol}s://{where.address}"
 
 
 def _error_of(body: bytes) -> str:

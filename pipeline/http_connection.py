@@ -117,6 +117,8 @@ class HttpConnection:
         body = response.read(MAX_ANSWER_BYTES + 1)
         if len(body) > MAX_ANSWER_BYTES:
             raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+        if response.length:  # what it announced and did not send
+            raise http.client.IncompleteRead(body, response.length)
         headers = {name.lower(): value for name, value in response.getheaders()}
         if response.will_close:
             self.close()

@@ -201,7 +201,7 @@ def outputs(answer: Any, name: str, images: int) -> np.ndarray | Fault:
         index = [output.name for output in answer.outputs].index(name)
         tensor, content = answer.outputs[index], answer.raw_output_contents[index]
         shape = tuple(tensor.shape)
-        if not shape or shape[0] != images:
+        if not shape or shape[0] != images or min(shape) < 0:
             raise ValueError(f"answers of shape {list(shape)} to {images} images")
         if tensor.datatype == "BYTES":
             return np.asarray(deserialize_bytes_tensor(content)).reshape(shape)

@@ -176,7 +176,8 @@ class Sheet:
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Sheet]:
     """The page in a window of its own, once it has found its server."""
-    context = browser.new_context(**{"viewport": DESKTOP, **options})
+    settings = {"viewport": DESKTOP, "reduced_motion": "reduce", **options}
+    context = browser.new_context(**settings)
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
     sheet = Sheet(page)

@@ -78,7 +78,7 @@ def _inferred(images: np.ndarray, asked: Asked) -> bytes:
 
 @contextlib.contextmanager
 def tcp(
-    script: Callable[[socket.socket], None], context: ssl.SSLContext | None = None
+    script: Callable[[socket.socket], None], context: ssl.SSLContext | None = None, port: int = 0
 ) -> Iterator[int]:
     """The port of a server that runs the script on each connection, each in its own thread."""
     stopping, open_ones = threading.Event(), list[socket.socket]()
@@ -86,7 +86,12 @@ def tcp(
     def serve(connection: socket.socket) -> None:
         with contextlib.suppress(OSError, ValueError), connection:
             open_ones.append(connection)
-            script(context.wrap_socket(connection, server_side=True) if context else connection)
+            if context is None:
+                script(connection)
+            else:
+                with context.wrap_socket(connection, server_side=True) as secured:
+                    open_ones.append(secured)
+                    script(secured)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -94,7 +99,7 @@ def tcp(
                 connection, _ = listener.accept()
                 threading.Thread(target=serve, args=(connection,), daemon=True).start()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
         acceptor = threading.Thread(target=accept, daemon=True)
         acceptor.start()
         try:
@@ -126,6 +131,8 @@ def response(reply: Reply) -> bytes:
 
 
 def _over_http(path: str, headers: Mapping[str, str], body: bytes, asked: Asked) -> Reply:
+    if not path.startswith("/v2/models/handwriting/"):
+        return Reply(400, headers={"Connection": "close"})
     if path.endswith("/config"):
         return Reply(body=triton.to_json(config()).encode())
     length = int(headers["inference-header-content-length"])
@@ -145,7 +152,7 @@ def _over_http(path: str, headers: Mapping[str, str], body: bytes, asked: Asked)
 
 @contextlib.contextmanager
 def http_server(
-    before: Before, context: ssl.SSLContext | None = None
+    before: Before, context: ssl.SSLContext | None = None, port: int = 0
 ) -> Iterator[tuple[int, Asked]]:
     """The port of an HTTP server, and what it was asked."""
     asked = Asked()
@@ -158,14 +165,16 @@ def http_server(
             asked.methods.append(method)
             reply = before(method, asked) or _over_http(path, headers, body, asked)
             connection.sendall(response(reply))
+            if reply.headers.get("Connection") == "close":
+                return
 
-    with tcp(script, context) as port:
-        yield port, asked
+    with tcp(script, context, port) as found:
+        yield found, asked
 
 
 @contextlib.contextmanager
 def grpc_server(
-    before: Before, credentials: grpc.ServerCredentials | None = None
+    before: Before, credentials: grpc.ServerCredentials | None = None, port: int = 0
 ) -> Iterator[tuple[int, Asked]]:
     """The port of a gRPC server, and what it was asked."""
     asked = Asked()
@@ -187,15 +196,15 @@ def grpc_server(
             )
 
     server = grpc.server(ThreadPoolExecutor(8), handlers=[Handler()])
-    address = "127.0.0.1:0"
-    port = (
+    address = f"127.0.0.1:{port}"
+    found = (
         server.add_secure_port(address, credentials)
         if credentials
         else server.add_insecure_port(address)
     )
     server.start()
     try:
-        yield port, asked
+        yield found, asked
     finally:
         server.stop(None).wait()
 

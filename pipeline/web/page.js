@@ -363,26 +363,26 @@ function showModel({ model, version, sha256 }) {
 }
 
 function showBars(classes, shares = {}, first = null) {
-  const rows = classes.map((name) => {
-    const row = document.createElement("li");
-    row.classList.toggle("first", name === first);
-    const [label, track, fill, share] = ["b", "span", "span", "span"].map((tag) => document.createElement(tag));
-    [track.className, fill.className, share.className] = ["track", "fill", "share"];
-    track.append(fill);
-    label.textContent = name;
-    share.textContent = name in shares ? `${(100 * shares[name]).toFixed(1)} %` : "–";
-    row.append(label, track, share);
-    return row;
-  });
   const bars = byId("bars");
-  const widths = [...bars.querySelectorAll(".fill")].map((fill) => fill.style.width);
-  bars.replaceChildren(...rows);
-  rows.forEach((row, index) => { // from where the bar was, so that it moves
-    const fill = row.querySelector(".fill");
-    fill.style.width = widths[index] ?? "0";
-    fill.getBoundingClientRect();
-    fill.style.width = `${100 * (shares[classes[index]] ?? 0)}%`;
+  const names = [...bars.querySelectorAll("b")].map((label) => label.textContent);
+  if (names.join("\n") !== classes.join("\n")) bars.replaceChildren(...classes.map(bar));
+  classes.forEach((name, index) => {
+    const row = bars.children[index];
+    row.classList.toggle("first", name === first);
+    row.querySelector(".fill").style.width = `${100 * (shares[name] ?? 0)}%`;
+    row.querySelector(".share").textContent =
+      name in shares ? `${(100 * shares[name]).toFixed(1)} %` : "–";
   });
+}
+
+function bar(name) {
+  const row = document.createElement("li");
+  const [label, track, fill, share] = ["b", "span", "span", "span"].map((tag) => document.createElement(tag));
+  [track.className, fill.className, share.className] = ["track", "fill", "share"];
+  label.textContent = name;
+  track.append(fill);
+  row.append(label, track, share);
+  return row;
 }
 
 function showSeen(levels) {
