@@ -101,7 +101,7 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	$(PIP) install -q -c constraints.txt pip
 	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
 	@echo "installing the project's environment (some minutes the first time)"
-	$(PIP) install -q -c constraints.txt -e . --group dev
+	$(PIP) install -q -c constraints.txt -e '.[web]' --group dev
 	@touch $@
 
 .venv-triton/done: pipeline/backend/requirements.txt
@@ -138,7 +138,7 @@ best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes o
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
 .PHONY: gpu-check prove-resume prove-runtimes prove-best
-.PHONY: prove-lint prove-swap prove-kill prove-soak prove-native
+.PHONY: prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(PIPELINE) gpu-check --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
@@ -155,6 +155,8 @@ prove-soak: $(PACKAGED) .venv-triton/done ## 200,000 requests: the server keeps 
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_soak.py exported/figures/soak.json 200000
 prove-native: .venv/done ## put the golden set to NVIDIA's image on what is packaged, where Docker is (NAME)
 	.venv/bin/python tests/prove_native.py exported/figures/native.json --name $(NAME)
+prove-gateway: $(PACKAGED) .venv-triton/done ## 50,000 fuzzed requests, 20,000 damaged pictures and 200 users at once before the page's gateway
+	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_gateway.py exported/figures/gateway.json 50000 20000 200 30
 prove-lint: .venv/done .venv-triton/done ## mutate a model repository, and hold lint against a real Triton
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_lint.py exported/figures/lint.json
 

@@ -16,6 +16,7 @@ from pipeline.cli_serve import serve
 from pipeline.cli_train import train_command
 from pipeline.cli_validate import validate_command
 from pipeline.cli_versions import versions_group
+from pipeline.cli_web import web_command
 from pipeline.command import Group, Settings, name_option, paths_of
 from pipeline.errors import PipelineError
 
@@ -42,6 +43,7 @@ main.add_command(report_command)
 main.add_command(benchmark_command)
 main.add_command(gpu_check_command)
 main.add_command(doctor_command)
+main.add_command(web_command)
 
 
 @main.command()

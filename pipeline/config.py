@@ -321,3 +321,21 @@ class ServeConfig:
         ports = (self.http_port, self.grpc_port, self.metrics_port)
         if len(set(ports)) < len(ports) or not all(0 < port < 65536 for port in ports):
             raise PipelineError(f"three different ports from 1 to 65535 are needed, got {ports}")
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """How much the gateway takes on, and from whom."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    allow_hosts: tuple[str, ...] = ()  # further names by which it may be asked
+    timeout: float = 10.0  # seconds for a whole request, its upload included
+    requests: int = 64  # that may be under way at once; one more is refused with 503
+    decoders: int = 2  # threads
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise PipelineError(f"the timeout must be above 0 seconds, got {self.timeout}")
+        if self.requests < 1 or self.decoders < 1:
+            raise PipelineError("requests and decoders must be at least 1")

@@ -1,0 +1,66 @@
+"""The command that serves a page to draw on."""
+
+from typing import Any
+
+import click
+
+from pipeline.command import Settings, name_option, paths_of
+from pipeline.config import GatewayConfig
+from pipeline.errors import PipelineError
+
+
+@click.command()
+@click.option("--url", help="grpc://HOST:PORT of a Triton server.  [default: our server]")
+@name_option
+@click.option("--host", default=GatewayConfig.host, show_default=True, help="Where to listen.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=GatewayConfig.port,
+    show_default=True,
+    help="0 takes a free one.",
+)
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A further name for this machine, as browsers write it.",
+)
+@click.option(
+    "--timeout", default=GatewayConfig.timeout, show_default=True, help="Seconds for an answer."
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(1),
+    default=GatewayConfig.requests,
+    show_default=True,
+    help="How many may be under way at once.",
+)
+@click.pass_obj
+def web_command(settings: Settings, /, url: str | None, name: str | None, **changes: Any) -> None:
+    """Serve a page to draw on, which asks the served model while you draw.
+
+    On loopback, until Ctrl-C. It waits for a server that is not there yet, and finds it again.
+
+    \b
+    Example:
+      pipeline web
+      pipeline web --port 0 --url grpc://127.0.0.1:8001
+    """
+    try:
+        from pipeline.webserver import serve_page
+    except ModuleNotFoundError as error:
+        raise PipelineError(
+            f"the page needs {error.name}: pip install 'handwriting-pipeline[web]'"
+        ) from error
+    paths, config = paths_of(settings, name), GatewayConfig(**changes)
+
+    def started(address: str) -> None:
+        where = url or "our server"
+        record = {"url": address, "classify": f"{address}classify", "asks": where}
+        settings.result(
+            record, f"draw at {address}, which asks {paths.name} of {where}; Ctrl-C stops it"
+        )
+
+    serve_page(paths, config, url, started)
