@@ -36,7 +36,6 @@ def fitted(ink: np.ndarray, threshold: int) -> np.ndarray:
 
 def _window(levels: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
     """A part of the levels (H, W), zero where it lies outside."""
-    height, width = levels.shape
     part = levels[max(top, 0) : bottom, max(left, 0) : right]
     before = (max(-top, 0), max(-left, 0))
     found = np.zeros((bottom - top, right - left), levels.dtype)

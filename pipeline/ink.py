@@ -9,11 +9,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pipeline.ruled import without_lines
+
 THUMBNAIL = 160  # pixels at most on a side of what the paper is estimated from
-STROKE = 5  # the thumbnail's longer side by this: ink wider than that is taken for paper
+STROKE = 4  # the thumbnail's longer side by this: ink wider than that is taken for paper
 NOISE = 2  # deviations of the paper's levels that are taken off
 MIN_DISTANCE = 5  # deviations above the paper at which ink may begin
 FAINT = 5  # on flat paper ink begins at its highest level by this
+MAX_NOISE = 3  # a picture with more is smoothed
+SMOOTHINGS = 3  # times at most
 MIN_CONTRAST = 16  # gray levels between paper and ink; below, the paper is blank
 
 
@@ -54,21 +58,42 @@ def ink(gray: np.ndarray) -> tuple[np.ndarray, int]:
 
     That level is 0 where there is no ink at all.
     """
-    border = frame(gray)
-    if border.min() == border.max():  # drawn on a screen, or prepared already
-        raised = _on_flat(gray, int(border[0]))
+    paper = middle(frame(gray))
+    if _is_flat(gray, paper):  # drawn on a screen, or prepared already
+        raised = without_lines(_on_flat(gray, paper), 0)
         highest = int(raised.max())
         return raised, highest // FAINT + 1 if highest >= MIN_CONTRAST else 0
     raised = _raised(gray)
+    for _ in range(SMOOTHINGS):
+        if _noise(raised, middle(raised)) <= MAX_NOISE:
+            break
+        raised = _smoothed(raised)
     level = middle(raised)
-    # 3/2 of the median distance is a standard deviation.
-    noise = 3 * middle(np.abs(raised - level)) // 2
+    noise = _noise(raised, level)
     distance = max(MIN_CONTRAST // 2, MIN_DISTANCE * noise)
-    raised = np.maximum(raised - level, 0)
+    raised = without_lines(np.maximum(raised - level, 0), noise)
     threshold = max(_otsu(raised, distance), distance)
     if raised.max() < max(MIN_CONTRAST, distance):
         return raised, 0
     return np.maximum(raised - NOISE * noise, 0), max(threshold - NOISE * noise, 1)
+
+
+def _is_flat(gray: np.ndarray, paper: int) -> bool:
+    """Whether most of the border has the very same level."""
+    border = frame(gray)
+    return int((border == paper).sum()) * 3 >= 2 * len(border)
+
+
+def _noise(raised: np.ndarray, level: int) -> int:
+    """The standard deviation of the paper's levels: 3/2 of the median distance."""
+    return 3 * middle(np.abs(raised - level)) // 2
+
+
+def _smoothed(levels: np.ndarray) -> np.ndarray:
+    """The mean (H, W) of the 3 x 3 pixels around each, the border's pixels going on outside."""
+    wide = np.pad(levels, 1, mode="edge")
+    rows = wide[:-2] + wide[1:-1] + wide[2:]
+    return np.asarray((rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4) // 9)
 
 
 def _on_flat(gray: np.ndarray, paper: int) -> np.ndarray:

@@ -129,10 +129,6 @@ def thinned(ink: np.ndarray) -> np.ndarray:
             count = np.sum(ring, axis=0)
             steps = np.sum([~a & b for a, b in zip(ring, (*ring[1:], p2), strict=True)], axis=0)
             ends = (p4 & p6 & (p2 | p8)) if first else (p2 & p8 & (p4 | p6))
-            if first:
-                ends = (p2 & p4 & p6) | (p4 & p6 & p8)
-            else:
-                ends = (p2 & p4 & p8) | (p2 & p6 & p8)
             gone = ink[1:-1, 1:-1] & (count >= 2) & (count <= 6) & (steps == 1) & ~ends
             ink = ink.copy()
             ink[1:-1, 1:-1] &= ~gone

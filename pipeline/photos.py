@@ -57,7 +57,7 @@ def glyph(digit: np.ndarray, side: float, pen: str, rng: Rng) -> np.ndarray:
         )
         large = large.filter(ImageFilter.GaussianBlur(fine / 100))
     if pen == "hair":
-        thin = light.thinned(np.asarray(large) > 110)
+        thin = light.thinned(np.asarray(large) > 150)
         large = Image.fromarray((thin * 255).astype(np.uint8))
         large = large.filter(ImageFilter.MaxFilter(3)).resize(
             (length, length), Image.Resampling.BICUBIC
