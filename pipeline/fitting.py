@@ -151,7 +151,8 @@ def _scaled(levels: np.ndarray, box: tuple[int, int, int, int], side: int) -> np
     rows = how(levels.shape[0], top, height, side)
     columns = how(levels.shape[1], left, width, side)
     # Floating point is exact for whole numbers below 2^53.
-    return np.maximum(rows @ levels.astype(np.float64) @ columns.T, 0)
+    found = np.maximum(rows @ levels.astype(np.float64) @ columns.T, 0)
+    return found if side > DIGIT else np.floor(found / 4096)  # so that what follows is exact, too
 
 
 def _areas(length: int, start: int, extent: int, side: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from pipeline.config import IMAGES
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 from pipeline.fitting import fitted
-from pipeline.ink import frame, ink, reduced
+from pipeline.ink import frame, ink, middle, reduced
 
 # Shape letters: H height, W width, of the image at hand. Gray levels go from 0 to 255.
 
@@ -23,12 +23,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM is Pillow'
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 640  # pixels; a larger image is first reduced to this
-DIGIT_SIDE = 20  # pixels that the longer side of a digit has in MNIST
-PAPER_SIDE = 64  # pixels of the thumbnail on which the paper is estimated
-STROKE = 0.4  # of the image's shorter side: ink wider than this is taken for paper
-NOISE = 6.0  # standard deviations of the paper's gray levels that are no ink
-FAINT = 0.2  # of the darkest ink: what is fainter does not count for the crop
-MIN_CONTRAST = 16.0  # gray levels between paper and ink; below, the paper is blank
 
 
 def read_image(
@@ -43,7 +37,7 @@ def read_image(
 
 
 def read_gray(source: Path | bytes, name: str = "the image") -> np.ndarray:
-    """The gray levels uint8 (H, W) in a file, at most 1024 on the longer side."""
+    """The gray levels uint8 (H, W) in a file, upright and without alpha."""
     if isinstance(source, Path):
         name, source = str(source), _read_file(source)
     if len(source) > MAX_FILE_BYTES:
@@ -127,33 +121,32 @@ def _reason(error: BaseException) -> str:
 
 
 def _gray(image: Image.Image) -> np.ndarray:
-    """The gray levels uint8 (H, W) of an image in any of Pillow's modes, reduced if it is large."""
+    """The gray levels uint8 (H, W) of an image in any of Pillow's modes."""
     if image.mode[0] in "IF":  # 16 or 32 bits, of any range
         levels = np.nan_to_num(np.asarray(image, np.float32))
         levels = levels - levels.min()
-        levels = _uint8(levels * (255 / max(levels.max(), 1)))
-        return np.asarray(_reduced(Image.fromarray(levels), WORK_SIDE))
+        return _uint8(levels * (255 / max(levels.max(), 1)))
     if not image.has_transparency_data:
-        return np.asarray(_reduced(image.convert("L"), WORK_SIDE))
-    image = _reduced(image.convert("RGBA"), WORK_SIDE).convert("LA")
-    levels, alpha = np.asarray(image, np.float32).transpose(2, 0, 1)
-    opacity = alpha / 255  # (H, W), 0 to 1
-    if opacity.mean() > 0.5:  # the paper is in the picture: what is cut away is paper too
-        paper = np.median(levels[opacity > 0.5])
-    else:  # only ink is in the picture: the paper is what the ink stands out from
-        paper = 0 if np.average(levels, weights=opacity + 1e-9) > 127 else 255
-    return _uint8(levels * opacity + paper * (1 - opacity))
+        return np.asarray(image.convert("L"))
+    levels, alpha = np.asarray(image.convert("RGBA").convert("LA"), np.uint16).transpose(2, 0, 1)
+    if alpha.min() == 255:
+        return levels.astype(np.uint8)
+    paper = _paper_behind(levels, alpha)
+    # At most 255 * 255 + 127, which 16 bits hold.
+    return ((levels * alpha + paper * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _paper_behind(levels: np.ndarray, alpha: np.ndarray) -> np.uint16:
+    """The level of the paper where a picture is transparent."""
+    if 2 * alpha.sum(dtype=np.int64) > 255 * alpha.size:  # the paper is in it: the rest is paper
+        return np.uint16(middle(levels[alpha > 127]))
+    weighted = np.multiply(levels, alpha, dtype=np.int64).sum()
+    # Only ink is in the picture: the paper is what the ink stands out from.
+    return np.uint16(0 if weighted > 127 * alpha.sum(dtype=np.int64) else 255)
 
 
 def _uint8(levels: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(np.clip(levels, 0, 255)), np.uint8)
-
-
-def _reduced(image: Image.Image, side: int) -> Image.Image:
-    """The image with at most `side` pixels on its longer side, by averaging."""
-    scale = min(1.0, side / max(image.size))
-    width, height = (max(1, round(length * scale)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BOX)
 
 
 def prepare(gray: np.ndarray) -> np.ndarray:

@@ -145,9 +145,17 @@ def _paper(small: np.ndarray) -> np.ndarray:
     of the levels. A stroke is narrower than the square, so it does not lift it.
     """
     side = max(3, max(small.shape) // STROKE)
-    # Odd reflection goes on as the paper rises or falls, so that the border is no exception.
-    levels = np.pad(small, side - 1, mode="reflect", reflect_type="odd")
+    levels = _continued(_continued(small, side - 1).T, side - 1).T
     return slide(slide(levels, side, np.minimum), side, np.maximum)
+
+
+def _continued(levels: np.ndarray, by: int) -> np.ndarray:
+    """Levels (H, W) with `by` more columns on both sides, that go on as the levels rise or fall."""
+    last = levels.shape[1] - 1
+    steps = np.arange(1, by + 1)
+    before = 2 * levels[:, :1] - levels[:, np.minimum(steps[::-1], last)]
+    after = 2 * levels[:, last:] - levels[:, np.maximum(last - steps, 0)]
+    return np.concatenate([before, levels, after], axis=1)
 
 
 def slide(
