@@ -150,9 +150,9 @@ def _scaled(levels: np.ndarray, box: tuple[int, int, int, int], side: int) -> np
     how = _areas if side > DIGIT else _cubics
     rows = how(levels.shape[0], top, height, side)
     columns = how(levels.shape[1], left, width, side)
-    # Floating point is exact for whole numbers below 2^53.
+    # Floating point is exact for whole numbers below 2^53; / 4096, so that what follows is, too.
     found = np.maximum(rows @ levels.astype(np.float64) @ columns.T, 0)
-    return found if side > DIGIT else np.floor(found / 4096)  # so that what follows is exact, too
+    return np.asarray(found if side > DIGIT else np.floor(found / 4096))
 
 
 def _areas(length: int, start: int, extent: int, side: int) -> np.ndarray:
@@ -161,7 +161,7 @@ def _areas(length: int, start: int, extent: int, side: int) -> np.ndarray:
     begin = start * DIGIT + side * (np.arange(count) - 1)[:, np.newaxis]
     pixel = DIGIT * np.arange(length)
     covered = np.minimum(begin + side, pixel + DIGIT) - np.maximum(begin, pixel)
-    return np.maximum(covered, 0).astype(np.float64)
+    return np.asarray(np.maximum(covered, 0), np.float64)
 
 
 def _cubics(length: int, start: int, extent: int, side: int) -> np.ndarray:

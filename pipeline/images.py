@@ -130,10 +130,10 @@ def _gray(image: Image.Image) -> np.ndarray:
         return np.asarray(image.convert("L"))
     levels, alpha = np.asarray(image.convert("RGBA").convert("LA"), np.uint16).transpose(2, 0, 1)
     if alpha.min() == 255:
-        return levels.astype(np.uint8)
+        return np.asarray(levels, np.uint8)
     paper = _paper_behind(levels, alpha)
     # At most 255 * 255 + 127, which 16 bits hold.
-    return ((levels * alpha + paper * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return np.asarray((levels * alpha + paper * (255 - alpha) + 127) // 255, np.uint8)
 
 
 def _paper_behind(levels: np.ndarray, alpha: np.ndarray) -> np.uint16:

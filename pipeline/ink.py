@@ -101,7 +101,7 @@ def _on_flat(gray: np.ndarray, paper: int) -> np.ndarray:
     distance = gray - paper
     if _cubes(distance) <= 0:
         distance = -distance
-    return np.maximum(distance, 0)
+    return np.asarray(np.maximum(distance, 0))
 
 
 def _cubes(distance: np.ndarray) -> int:
@@ -115,7 +115,8 @@ def _raised(gray: np.ndarray) -> np.ndarray:
     small = reduced(gray, factor)
     is_bright = _cubes(small - _mean_around(small)) > 0
     if is_bright:
-        return np.maximum(gray - _enlarged(_paper(small), factor, gray.shape), 0)
+        bright = _enlarged(_paper(small), factor, gray.shape)
+        return np.asarray(np.maximum(gray - bright, 0))
     paper = np.maximum(255 - _enlarged(_paper(255 - small), factor, gray.shape), 1)
     # Of light that falls on it, paper and ink reflect shares: the same in the shadow.
     return np.asarray((np.maximum(paper - gray, 0) * 255 + paper // 2) // paper)

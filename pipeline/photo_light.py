@@ -48,7 +48,8 @@ def shadow(rng: Rng, shape: Shape) -> np.ndarray:
     across = x * float(np.cos(angle)) + y * float(np.sin(angle)) + bend * (x * x - y * y)
     softness = rng.uniform(0.01, 0.06)
     edge = 1 / (1 + np.exp(-np.clip((across - place) / softness, -30, 30)))
-    return gradient(rng, shape) ** 0.5 * (1 - rng.uniform(0.3, 0.6) * edge)
+    lit: np.ndarray = gradient(rng, shape) ** 0.5 * (1 - rng.uniform(0.3, 0.6) * edge)
+    return lit
 
 
 def glare(rng: Rng, shape: Shape) -> np.ndarray:
@@ -56,7 +57,8 @@ def glare(rng: Rng, shape: Shape) -> np.ndarray:
     y, x = _plane(shape)
     at_y, at_x = rng.uniform(-0.5, 0.5, 2)
     spot = np.exp(-((x - at_x) ** 2 + (y - at_y) ** 2) / rng.uniform(0.01, 0.05))
-    return gradient(rng, shape) * (1 + rng.uniform(0.1, 0.4) * spot)
+    lit: np.ndarray = gradient(rng, shape) * (1 + rng.uniform(0.1, 0.4) * spot)
+    return lit
 
 
 def crumpled(rng: Rng, shape: Shape) -> np.ndarray:
@@ -88,7 +90,7 @@ def squared(rng: Rng, shape: Shape) -> np.ndarray:
     state = rng.integers(2**31)
     across = ruled(np.random.default_rng(state), shape)
     upright = ruled(np.random.default_rng(state), shape, upright=True)
-    return np.maximum(across, upright)
+    return np.asarray(np.maximum(across, upright))
 
 
 def seen_askew(image: Image.Image, by: float, rng: Rng) -> Image.Image:

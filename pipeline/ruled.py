@@ -57,7 +57,7 @@ def _lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
 
 def _peaks(scores: np.ndarray, least: int, gap: int, steepest: int) -> list[tuple[int, int]]:
     """Where scores (S, H) are highest, ten times `least` or more, one for each line."""
-    found = []
+    found: list[tuple[int, int]] = []
     while True:
         slope, row = np.unravel_index(int(scores.argmax()), scores.shape)
         if 10 * scores[slope, row] < least:

@@ -73,7 +73,10 @@ def blank() -> Iterator[tuple[str, Image.Image]]:
     light = np.linspace(150, 230, 90) + rng.normal(0, 4, (70, 90))
     yield "uneven", Image.fromarray(light.astype(np.uint8))
     yield "faint", Image.fromarray(rng.integers(200, 214, (25, 25), np.uint8))
-    yield "edge", Image.fromarray(np.repeat(np.arange(0, 240, 4, np.uint8), 40).reshape(60, 40))
+    yield (
+        "edge",
+        Image.fromarray(np.repeat(np.arange(0, 240, 4), 40).reshape(60, 40).astype(np.uint8)),
+    )
 
 
 def _lines(first: list[tuple[int, int]], width: int, *more: list[tuple[int, int]]) -> Image.Image:

@@ -126,6 +126,46 @@ def test_blank_paper_is_all_zero_even_if_it_is_uneven_and_noisy() -> None:
         assert not prepare(blank.astype(np.uint8)).any()
 
 
+def lined(picture: Image.Image, rows: range, columns: range, level: int = 0) -> Image.Image:
+    draw = ImageDraw.Draw(picture)
+    for row in rows:
+        draw.line([(0, row), (picture.width, row + 8)], fill=level, width=2)
+    for column in columns:
+        draw.line([(column, 0), (column - 8, picture.height)], fill=level, width=2)
+    return picture
+
+
+@pytest.mark.parametrize("level", [0, 90, 170])
+@pytest.mark.parametrize("columns", [range(0), range(5, 220, 26)])
+def test_the_lines_of_ruled_and_squared_paper_are_no_ink(
+    digit: np.ndarray, level: int, columns: range
+) -> None:
+    picture = lined(seven(), range(4, 290, 26), columns, level)
+    assert_alike(as_mnist(picture), digit, mean=14)
+
+
+def test_a_stroke_across_the_whole_picture_is_no_line_of_the_paper() -> None:
+    one = Image.new("L", (200, 300), 255)
+    ImageDraw.Draw(one).line([(90, 0), (110, 300)], fill=0, width=3)
+    assert prepare(np.asarray(one)).any()
+
+
+def test_specks_and_what_touches_the_border_are_dropped(digit: np.ndarray) -> None:
+    picture = seven(400, 300)
+    assert_alike(as_mnist(picture), as_mnist(picture.copy()), mean=0)
+    spoiled = picture.copy()
+    draw = ImageDraw.Draw(spoiled)
+    draw.rectangle((0, 250, 20, 300), fill=0)  # a finger
+    draw.point([(200, 290), (20, 20), (380, 100)], fill=0)
+    np.testing.assert_array_equal(as_mnist(spoiled), as_mnist(picture))
+
+
+def test_a_hairline_is_made_as_wide_as_a_pen(digit: np.ndarray) -> None:
+    picture = Image.new("L", (600, 900), 255)
+    ImageDraw.Draw(picture).line([(120, 180), (450, 225), (270, 720)], fill=0, width=2)
+    assert (as_mnist(picture) > 127).sum() > 0.6 * (digit > 127).sum()
+
+
 # Files
 
 
