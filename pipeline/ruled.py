@@ -7,6 +7,7 @@ import numpy as np
 STRIP = 16  # pixels that a strip is wide; a line is looked for in each
 FEWEST_STRIPS = 8  # a narrower picture is not searched
 FEWEST_LINES = 3  # paper is ruled from so many parallel lines on
+SURE, POSSIBLE = 7, 5  # of ten strips that a line crosses; a digit hides some
 STEEPEST = 14  # a line rises by at most the picture's width by this on each half
 RIDGE = 5  # levels that a line stands out from what is beside it, at least
 
@@ -24,7 +25,7 @@ def _without_rows(levels: np.ndarray, noise: int) -> np.ndarray:
     if width < STRIP * FEWEST_STRIPS or height < 8 * gap:
         return levels
     lines = _lines(levels, max(RIDGE, 2 * noise), gap)
-    if len(lines) < FEWEST_LINES:
+    if not lines:
         return levels
     levels = levels.copy()
     for slope, row in lines:
@@ -52,16 +53,19 @@ def _lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
     rows = np.arange(steepest, steepest + height)
     for strip in range(strips):
         scores += hits[:, strip][rows + shifts[:, strip, np.newaxis]]
-    return _peaks(scores, 7 * strips, gap, steepest)
+    return _peaks(scores, strips, gap, steepest)
 
 
-def _peaks(scores: np.ndarray, least: int, gap: int, steepest: int) -> list[tuple[int, int]]:
-    """Where scores (S, H) are highest, ten times `least` or more, one for each line."""
+def _peaks(scores: np.ndarray, strips: int, gap: int, steepest: int) -> list[tuple[int, int]]:
+    """Where scores (S, H) are highest, one for each line; none where too few lines are sure."""
     found: list[tuple[int, int]] = []
+    sure = 0
     while True:
         slope, row = np.unravel_index(int(scores.argmax()), scores.shape)
-        if 10 * scores[slope, row] < least:
-            return found
+        score = 10 * scores[slope, row]
+        if score < POSSIBLE * strips:
+            return found if sure >= FEWEST_LINES else []
+        sure += int(score >= SURE * strips)
         found.append((int(slope) - steepest, int(row)))
         scores[:, max(int(row) - 2 * gap, 0) : int(row) + 2 * gap + 1] = 0
 

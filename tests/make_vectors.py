@@ -75,7 +75,7 @@ def blank() -> Iterator[tuple[str, Image.Image]]:
     yield "faint", Image.fromarray(rng.integers(200, 214, (25, 25), np.uint8))
     yield (
         "edge",
-        Image.fromarray(np.repeat(np.arange(0, 240, 4), 40).reshape(60, 40).astype(np.uint8)),
+        Image.fromarray(np.tile(np.uint8(range(0, 240, 4)), (40, 1))),
     )
 
 

@@ -14,6 +14,8 @@ const MIN_CONTRAST = 16;
 const STRIP = 16;
 const FEWEST_STRIPS = 8;
 const FEWEST_LINES = 3;
+const SURE = 7;
+const POSSIBLE = 5;
 const STEEPEST = 14;
 const RIDGE = 5;
 const SIDE = 28;
@@ -278,7 +280,7 @@ function withoutRows(p, noise) {
   const gap = Math.max(2, div(Math.max(p.w, p.h), 120));
   if (p.w < STRIP * FEWEST_STRIPS || p.h < 8 * gap) return p;
   const lines = linesIn(p, Math.max(RIDGE, 2 * noise), gap);
-  if (lines.length < FEWEST_LINES) return p;
+  if (!lines.length) return p;
   const out = { ...p, v: p.v.slice() };
   for (const [slope, row] of lines) erase(out, (x) => row + div(slope * (2 * x + 1 - p.w), p.w), gap);
   return out;
@@ -308,15 +310,18 @@ function linesIn(p, ridge, gap) {
       for (let y = Math.max(0, -shift); y < Math.min(p.h, p.h - shift); y++)
         scores.v[(slope + steepest) * p.h + y] += hits.v[(y + shift) * strips + strip];
     }
-  return peaks(scores, 7 * strips, gap, steepest);
+  return peaks(scores, strips, gap, steepest);
 }
 
-function peaks(scores, least, gap, steepest) {
+function peaks(scores, strips, gap, steepest) {
   const found = [];
+  let sure = 0;
   for (;;) {
     let best = 0;
     for (let i = 1; i < scores.v.length; i++) if (scores.v[i] > scores.v[best]) best = i;
-    if (10 * scores.v[best] < least) return found;
+    const score = 10 * scores.v[best];
+    if (score < POSSIBLE * strips) return sure >= FEWEST_LINES ? found : [];
+    if (score >= SURE * strips) sure++;
     const [slope, row] = [div(best, scores.w), best % scores.w];
     found.push([slope - steepest, row]);
     for (let y = Math.max(row - 2 * gap, 0); y <= Math.min(row + 2 * gap, scores.w - 1); y++)
