@@ -45,7 +45,9 @@ def _window(levels: np.ndarray, top: int, bottom: int, left: int, right: int) ->
 
 def _grown(levels: np.ndarray, by: int) -> np.ndarray:
     """The highest level within `by` pixels in both directions (H, W)."""
-    return slide(np.pad(levels, by), 2 * by + 1, np.maximum)
+    wide = np.zeros([length + 2 * by for length in levels.shape], levels.dtype)
+    wide[by:-by, by:-by] = levels
+    return slide(wide, 2 * by + 1, np.maximum)
 
 
 def _thickened(levels: np.ndarray, window: np.ndarray, side: int) -> tuple[np.ndarray, int]:

@@ -73,10 +73,8 @@ def blank() -> Iterator[tuple[str, Image.Image]]:
     light = np.linspace(150, 230, 90) + rng.normal(0, 4, (70, 90))
     yield "uneven", Image.fromarray(light.astype(np.uint8))
     yield "faint", Image.fromarray(rng.integers(200, 214, (25, 25), np.uint8))
-    yield (
-        "edge",
-        Image.fromarray(np.tile(np.uint8(range(0, 240, 4)), (40, 1))),
-    )
+    edge = np.tile(np.arange(0, 240, 4), (40, 1))
+    yield "edge", Image.fromarray(edge.astype(np.uint8))
 
 
 def _lines(first: list[tuple[int, int]], width: int, *more: list[tuple[int, int]]) -> Image.Image:
