@@ -76,12 +76,12 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
 @click.command(cls=Command)
 @click.option(
     "--what",
-    type=click.Choice(["train", "infer", "serve", "all"]),
+    type=click.Choice(["train", "infer", "serve", "photos", "all"]),
     default="train",
     show_default=True,
 )
 @name_option
-@click.option("--short", is_flag=True, help="infer, serve: measure for seconds, not minutes.")
+@click.option("--short", is_flag=True, help="All but train: measure for seconds, not minutes.")
 @click.option(
     "--csv", type=click.Path(path_type=Path), help="infer, serve: write the rows here too."
 )
@@ -103,7 +103,7 @@ def benchmark_command(
     resume: bool,
     figures: bool,
 ) -> None:
-    """Measure recipes, an export in its runtimes, or a served model, each beside a yardstick.
+    """Measure recipes, an export in its runtimes, a served model, or photos.
 
     With --compare, exits with 3 where something got slower or less accurate beyond the noise.
 
@@ -112,7 +112,11 @@ def benchmark_command(
       pipeline benchmark --what train --recipes quick --seeds 3
       pipeline benchmark --what infer --compare before.json
       pipeline benchmark --what serve --name quick
+      pipeline benchmark --what photos
     """
+    if what == "photos":
+        _measure_photos(settings, paths_of(settings, name), short, figures)
+        return
     if what != "train":
         asked = ("infer", "serve") if what == "all" else (what,)
         _measure(settings, paths_of(settings, name), asked, short, csv, compare, figures)
@@ -176,6 +180,18 @@ def _measure(
     settings.result(record, "\n".join(lines), "pipeline serve")
     for one in compared:
         comparison.require_no_worse(one)
+
+
+def _measure_photos(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:
+    from pipeline.photo_table import SHORT, PhotoBenchmark, benchmark_photos
+    from pipeline.report import render_readme, save_photos
+
+    found = benchmark_photos(paths, SHORT if short else PhotoBenchmark(), settings.say)
+    text = f"{found}\nwrote {paths.photos}"
+    if figures:
+        text += f"\nwrote {save_photos(paths, found.record())}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result(found.record(), text, "pipeline query FILE")
 
 
 @click.command(cls=Command)

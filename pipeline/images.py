@@ -6,18 +6,17 @@ into 20 x 20 and centred by its mass. Everything from gray levels on is in `prep
 
 import contextlib
 import io
-import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.config import IMAGES
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
+from pipeline.fitting import fitted
+from pipeline.ink import frame, ink, middle, reduced
 
 # Shape letters: H height, W width, of the image at hand. Gray levels go from 0 to 255.
 
@@ -25,13 +24,7 @@ Picture = Path | bytes | Image.Image | np.ndarray  # a file, its content, or its
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM is Pillow's word for PNM
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
-WORK_SIDE = 1024  # pixels; a larger image is first reduced to this
-DIGIT_SIDE = 20  # pixels that the longer side of a digit has in MNIST
-PAPER_SIDE = 64  # pixels of the thumbnail on which the paper is estimated
-STROKE = 0.4  # of the image's shorter side: ink wider than this is taken for paper
-NOISE = 6.0  # standard deviations of the paper's gray levels that are no ink
-FAINT = 0.2  # of the darkest ink: what is fainter does not count for the crop
-MIN_CONTRAST = 16.0  # gray levels between paper and ink; below, the paper is blank
+WORK_SIDE = 640  # pixels; a larger image is first reduced to this
 
 
 def read_image(source: Picture, name: str = "the image", pictures: str = "digit") -> np.ndarray:
@@ -44,7 +37,7 @@ def read_image(source: Picture, name: str = "the image", pictures: str = "digit"
 
 
 def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
-    """The gray levels uint8 (H, W) in a picture, at most 1024 on the longer side."""
+    """The gray levels uint8 (H, W) in a picture, upright and without alpha."""
     if isinstance(source, Path):
         name, source = str(source), _read_file(source)
     if isinstance(source, bytes) and len(source) > MAX_FILE_BYTES:
@@ -137,43 +130,42 @@ def _reason(error: BaseException) -> str:
 
 
 def _gray(image: Image.Image) -> np.ndarray:
-    """The gray levels uint8 (H, W) of an image in any of Pillow's modes, reduced if it is large."""
+    """The gray levels uint8 (H, W) of an image in any of Pillow's modes."""
     if image.mode[0] in "IF":  # 16 or 32 bits, of any range
         levels = np.nan_to_num(np.asarray(image, np.float32))
         levels = levels - levels.min()
-        levels = _uint8(levels * (255 / max(levels.max(), 1)))
-        return np.asarray(_reduced(Image.fromarray(levels), WORK_SIDE))
+        return _uint8(levels * (255 / max(levels.max(), 1)))
     if not image.has_transparency_data:
-        return np.asarray(_reduced(image.convert("L"), WORK_SIDE))
-    image = _reduced(image.convert("RGBA"), WORK_SIDE).convert("LA")
-    levels, alpha = np.asarray(image, np.float32).transpose(2, 0, 1)
-    opacity = alpha / 255  # (H, W), 0 to 1
-    if opacity.mean() > 0.5:  # the paper is in the picture: what is cut away is paper too
-        paper = np.median(levels[opacity > 0.5])
-    else:  # only ink is in the picture: the paper is what the ink stands out from
-        paper = 0 if np.average(levels, weights=opacity + 1e-9) > 127 else 255
-    return _uint8(levels * opacity + paper * (1 - opacity))
+        return np.asarray(image.convert("L"))
+    levels, alpha = np.asarray(image.convert("RGBA").convert("LA"), np.uint16).transpose(2, 0, 1)
+    if alpha.min() == 255:
+        return np.asarray(levels, np.uint8)
+    paper = _paper_behind(levels, alpha)
+    # At most 255 * 255 + 127, which 16 bits hold.
+    return np.asarray((levels * alpha + paper * (255 - alpha) + 127) // 255, np.uint8)
+
+
+def _paper_behind(levels: np.ndarray, alpha: np.ndarray) -> np.uint16:
+    """The level of the paper where a picture is transparent."""
+    if 2 * alpha.sum(dtype=np.int64) > 255 * alpha.size:  # the paper is in it: the rest is paper
+        return np.uint16(middle(levels[alpha > 127]))
+    weighted = np.multiply(levels, alpha, dtype=np.int64).sum()
+    # Only ink is in the picture: the paper is what the ink stands out from.
+    return np.uint16(0 if weighted > 127 * alpha.sum(dtype=np.int64) else 255)
 
 
 def _uint8(levels: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(np.clip(levels, 0, 255)), np.uint8)
 
 
-def _reduced(image: Image.Image, side: int) -> Image.Image:
-    """The image with at most `side` pixels on its longer side, by averaging."""
-    scale = min(1.0, side / max(image.size))
-    width, height = (max(1, round(length * scale)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BOX)
-
-
 def prepare(gray: np.ndarray) -> np.ndarray:
     """Gray levels uint8 (H, W) as the model takes them: uint8 (1, 28, 28), zeros without ink."""
     if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
         raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
-    ink = _ink(np.asarray(_reduced(Image.fromarray(gray), WORK_SIDE), np.float32))
-    if ink.max() < MIN_CONTRAST:
+    levels, threshold = ink(reduced(gray, -(-max(gray.shape) // WORK_SIDE)))
+    if not threshold:
         return np.zeros(IMAGES.shape, np.uint8)
-    return _centred(_fitted(ink))[np.newaxis]
+    return fitted(levels, threshold)[np.newaxis]
 
 
 def fit_whole(gray: np.ndarray) -> np.ndarray:
@@ -185,83 +177,11 @@ def fit_whole(gray: np.ndarray) -> np.ndarray:
     scale = side / max(gray.shape)
     height, width = (max(1, round(length * scale)) for length in gray.shape)
     how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-    canvas = np.full(IMAGES.shape, np.uint8(np.median(_frame(gray))))
+    canvas = np.full(IMAGES.shape, np.uint8(np.median(frame(gray))))
     top, left = (side - height) // 2, (side - width) // 2
     fitted = Image.fromarray(gray).resize((width, height), how)
     canvas[0, top : top + height, left : left + width] = np.asarray(fitted)
     return canvas
-
-
-def _frame(levels: np.ndarray) -> np.ndarray:
-    """The levels along the image's border (n,), where paper is to be expected."""
-    inside = np.zeros(levels.shape, bool)
-    width = max(1, min(levels.shape) // 14)
-    inside[width:-width, width:-width] = True
-    return levels[~inside]
-
-
-def _ink(gray: np.ndarray) -> np.ndarray:
-    """How far each pixel (H, W) stands out from the paper, in gray levels; 0 where it is paper."""
-    # Ink is rare and far from the paper; the cube lets the far outweigh uneven paper.
-    distance = gray - np.median(_frame(gray))
-    bright = gray if np.mean(distance * distance * distance) > 0 else 255 - gray
-    raised = bright - _paper(bright)
-    frame = _frame(raised)
-    level = np.median(frame)
-    noise = 1.4826 * np.median(np.abs(frame - level))  # a standard deviation, robustly
-    return np.asarray(np.maximum(raised - level - NOISE * noise, 0))
-
-
-def _paper(bright: np.ndarray) -> np.ndarray:
-    """The level of the paper under each pixel (H, W), where ink is brighter than paper.
-
-    It is an opening: the level to which a square can rise from below without cutting the surface
-    of the levels. A stroke is narrower than the square, so it does not lift it.
-    """
-    small = _reduced(Image.fromarray(bright), PAPER_SIDE)
-    side = max(3, round(STROKE * max(small.size)))
-    # Odd reflection goes on as the paper rises or falls, so that the border is no exception.
-    levels = np.pad(np.asarray(small), side - 1, mode="reflect", reflect_type="odd")
-    levels = _slide(_slide(levels, side, np.min), side, np.max)
-    height, width = bright.shape
-    return np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def _slide(levels: np.ndarray, side: int, extreme: Callable[..., np.ndarray]) -> np.ndarray:
-    """The extreme of each square of `side` pixels that lies within levels (H, W)."""
-    for axis in (0, 1):  # row by row, then column by column, is the same and faster
-        levels = extreme(sliding_window_view(levels, side, axis), axis=-1)
-    return levels
-
-
-def _fitted(ink: np.ndarray) -> np.ndarray:
-    """The digit in ink (H, W) as uint8, 20 on its longer side, and a faint margin around it."""
-    rows, columns = np.nonzero(ink > FAINT * ink.max())
-    top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
-    pixel = max(bottom - top, right - left) / DIGIT_SIDE  # how many of ink's make one of MNIST's
-    height = max(1, round((bottom - top) / pixel)) + 2
-    width = max(1, round((right - left) / pixel)) + 2
-    border = math.ceil(pixel)
-    box = np.add((left - pixel, top - pixel, right + pixel, bottom + pixel), border)
-    how = Image.Resampling.BOX if pixel > 1 else Image.Resampling.BICUBIC
-    padded = Image.fromarray(np.pad(ink, border))
-    digit = np.asarray(padded.resize((width, height), how, tuple(box)))
-    return _uint8(digit * (255 / digit.max()))
-
-
-def _centred(digit: np.ndarray) -> np.ndarray:
-    """The digit, uint8 (H, W), on 28 x 28, its centre of mass in the middle as in MNIST."""
-    canvas = np.zeros([side + 2 for side in IMAGES.shape[1:]], np.uint8)  # (30, 30)
-    place = []
-    for axis, side in enumerate(canvas.shape):
-        mass = digit.sum(axis=1 - axis)
-        centre = np.average(np.arange(len(mass)), weights=mass)
-        # Every digit of MNIST has its centre at 13.5 or more and below 14.5.
-        start = math.ceil((side - 1) / 2 - centre)
-        start = min(max(start, 0), side - len(mass))  # whole, even where it is lopsided
-        place.append(slice(start, start + len(mass)))
-    canvas[tuple(place)] = digit
-    return canvas[1:-1, 1:-1]  # only faint margins can be lost
 
 
 def png(image: np.ndarray) -> bytes:

@@ -130,6 +130,10 @@ class Paths:
         return self.export / "images.npz"
 
     @property
+    def photos(self) -> Path:
+        return self.export / "photos.json"
+
+    @property
     def card(self) -> Path:
         return self.export / "MODEL_CARD.md"
 

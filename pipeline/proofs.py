@@ -82,12 +82,30 @@ def serving_markdown(figure: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def photos_markdown(figure: dict[str, Any]) -> str:
+    """The README's table of pictures that people have."""
+    lines = ["| pictures | accuracy | mean confidence | calibration error |", "|--|--|--|--|"]
+    for row in (*figure["rows"], figure["tuned"], figure["held_back"], figure["total"]):
+        held = " (held back)" if row["name"] in figure["held_back_names"] else ""
+        lines.append(
+            f"| {row['name']}{held} | {row['accuracy']:.1%} | {row['confidence']:.1%} | "
+            f"{row['calibration_error']:.3f} |"
+        )
+    lines += [
+        "",
+        f"{_when(figure)}: {figure['config']['digits']} test digits of MNIST in each row, drawn "
+        "into pictures that the model never saw. Nothing was tuned on the rows held back.",
+    ]
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "swap": swap_markdown,
     "kill": kill_markdown,
     "soak": soak_markdown,
     "lint": lint_markdown,
     "serving": serving_markdown,
+    "photos": photos_markdown,
 }
 COMMANDS = {
     "swap": "make prove-swap",
@@ -95,5 +113,6 @@ COMMANDS = {
     "soak": "make prove-soak",
     "lint": "make prove-lint",
     "serving": "pipeline benchmark --what serve --figures",
+    "photos": "pipeline benchmark --what photos --figures",
 }
 MISSING = {name: f"*Not proven yet*: `{command}`." for name, command in COMMANDS.items()}

@@ -18,6 +18,7 @@ SOURCES = (
     *("config.py", "augment.py", "model.py", "train.py", "runs.py", "export.py", "query.py"),
     *("replay.py", "triton.py", "profiles.py", "package.py", "serve.py", "watch.py"),
     *("supervise.py", "swap.py", "lint.py", "lint_rules.py", "lint_config.py", "lint_backend.py"),
+    *("images.py", "ink.py", "ruled.py", "fitting.py", "photos.py", "photo_light.py"),
     *("backend/onnxruntime/model.py", "backend/onnxruntime/ort_settings.py"),
 )
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -58,6 +59,14 @@ def save_serving(paths: Paths, record: dict[str, Any]) -> Path:
     """Keep a benchmark of serving as the figure that the README quotes."""
     figure = paths.figures / "serving.json"
     command = f"pipeline benchmark --what serve --name {paths.name} --figures"
+    write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
+    return figure
+
+
+def save_photos(paths: Paths, record: dict[str, Any]) -> Path:
+    """Keep a benchmark of photos as the figure that the README quotes."""
+    figure = paths.figures / "photos.json"
+    command = "pipeline benchmark --what photos --figures"
     write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
     return figure
 

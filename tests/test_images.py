@@ -115,7 +115,8 @@ def test_a_photo_with_uneven_light_and_noise_is_the_digit(
     paper = (200 + 40 * (x / 1000 - 0.5) - 70 * (y / 1400 - 0.5))[..., np.newaxis]
     photo = paper * (1 - ink) + np.array(pen) * ink + rng.normal(0, 6, (1400, 1000, 3))
     content = as_file(Image.fromarray(np.clip(photo, 0, 255).astype(np.uint8)), "JPEG", quality=85)
-    assert_alike(read_image(content), digit, mean=8)
+    # Its centre may be rounded to the next pixel, which moves the whole digit.
+    assert_alike(read_image(content), digit, mean=14)
 
 
 def test_blank_paper_is_all_zero_even_if_it_is_uneven_and_noisy() -> None:
@@ -123,6 +124,46 @@ def test_blank_paper_is_all_zero_even_if_it_is_uneven_and_noisy() -> None:
     light = np.linspace(150, 230, 400) + rng.normal(0, 4, (300, 400))
     for blank in (np.full((50, 50), 255), np.zeros((50, 50)), np.full((9, 9), 77), light):
         assert not prepare(blank.astype(np.uint8)).any()
+
+
+def lined(picture: Image.Image, rows: range, columns: range, level: int = 0) -> Image.Image:
+    draw = ImageDraw.Draw(picture)
+    for row in rows:
+        draw.line([(0, row), (picture.width, row + 8)], fill=level, width=2)
+    for column in columns:
+        draw.line([(column, 0), (column - 8, picture.height)], fill=level, width=2)
+    return picture
+
+
+@pytest.mark.parametrize("level", [0, 90, 170])
+@pytest.mark.parametrize("columns", [range(0), range(5, 220, 26)])
+def test_the_lines_of_ruled_and_squared_paper_are_no_ink(
+    digit: np.ndarray, level: int, columns: range
+) -> None:
+    picture = lined(seven(), range(4, 290, 26), columns, level)
+    assert_alike(as_mnist(picture), digit, mean=14)
+
+
+def test_a_stroke_across_the_whole_picture_is_no_line_of_the_paper() -> None:
+    one = Image.new("L", (200, 300), 255)
+    ImageDraw.Draw(one).line([(90, 0), (110, 300)], fill=0, width=3)
+    assert prepare(np.asarray(one)).any()
+
+
+def test_specks_and_what_touches_the_border_are_dropped(digit: np.ndarray) -> None:
+    picture = seven(400, 300)
+    assert_alike(as_mnist(picture), as_mnist(picture.copy()), mean=0)
+    spoiled = picture.copy()
+    draw = ImageDraw.Draw(spoiled)
+    draw.rectangle((0, 250, 20, 300), fill=0)  # a finger
+    draw.point([(200, 290), (20, 20), (380, 100)], fill=0)
+    np.testing.assert_array_equal(as_mnist(spoiled), as_mnist(picture))
+
+
+def test_a_hairline_is_made_as_wide_as_a_pen(digit: np.ndarray) -> None:
+    picture = Image.new("L", (600, 900), 255)
+    ImageDraw.Draw(picture).line([(120, 180), (450, 225), (270, 720)], fill=0, width=2)
+    assert (as_mnist(picture) > 127).sum() > 0.6 * (digit > 127).sum()
 
 
 # Files

@@ -11,12 +11,14 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
-    *("errors", "config", "targets", "paths", "files", "machine", "images", "datasets", "data"),
+    *("errors", "config", "targets", "paths", "files", "machine", "ruled", "ink", "fitting"),
+    *("images", "datasets", "data", "photo_light", "photos"),
     *("folders", "sources", "archives", "evaluate", "timing", "golden", "validate", "probes"),
     "diagnose",
     *("findings", "sample", "predictions", "device", "processes", "augment", "model"),
     *("reference", "checkpoint", "train", "records", "runs", "subject", "sizes", "graph"),
-    *("policy", "departures", "handed", "variants", "export", "runtime", "card", "trial"),
+    *("policy", "departures", "handed", "variants", "export", "runtime", "photo_table"),
+    *("card", "trial"),
     *("proof", "triton", "running", "profiles", "tarball", "package"),
     *("lint_text", "lint_graph", "lint_files", "lint_config", "lint_backend"),
     *("lint_accelerators", "lint_rules", "lint"),
@@ -51,7 +53,7 @@ HOMES = {
     "grpc": {"grpc_channel", "client", "async_client", "load"},
     "aiohttp": {"async_client"},
     "prometheus_client": {"metrics", "counters"},
-    "PIL": {"images", "limits"},
+    "PIL": {"images", "limits", "photos", "photo_light"},
     "starlette": {"guard", "gateway"},
     "uvicorn": {"webserver"},
     "matplotlib": {"figures"},

@@ -1,0 +1,538 @@
+// A picture of a digit as the model takes it, by the rules of RULES.md, in whole numbers only.
+// prepare(rgba, width, height) -> Uint8Array(784): 0 is paper, 255 is ink; zeros without ink.
+// A picture here is {w, h, v}: v has the levels, row by row.
+
+const WORK_SIDE = 640;
+const THUMBNAIL = 160;
+const STROKE = 4;
+const NOISE = 2;
+const MIN_DISTANCE = 5;
+const FAINT = 5;
+const MAX_NOISE = 3;
+const SMOOTHINGS = 3;
+const MIN_CONTRAST = 16;
+const STRIP = 16;
+const FEWEST_STRIPS = 8;
+const FEWEST_LINES = 3;
+const SURE = 7;
+const POSSIBLE = 5;
+const STEEPEST = 14;
+const RIDGE = 5;
+const SIDE = 28;
+const DIGIT = 20;
+const FULL = 16;
+const THIN = 26;
+const SMALLEST = 40;
+const NEAR = 4;
+
+const div = (a, b) => Math.floor(a / b);
+const clip = (x, low, high) => Math.max(low, Math.min(high, x));
+const picture = (w, h) => ({ w, h, v: new Int32Array(w * h) });
+const mapped = (p, f) => ({ w: p.w, h: p.h, v: p.v.map(f) });
+
+export function prepare(rgba, width, height) {
+  const found = ink(reduced(gray(rgba, width, height), Math.ceil(Math.max(width, height) / WORK_SIDE)));
+  return found.threshold ? fitted(found.levels, found.threshold) : new Uint8Array(SIDE * SIDE);
+}
+
+// 1. Gray levels
+
+function gray(rgba, w, h) {
+  const p = picture(w, h);
+  const count = w * h;
+  let alphas = 0;
+  for (let i = 0; i < count; i++) {
+    const [r, g, b] = [rgba[4 * i], rgba[4 * i + 1], rgba[4 * i + 2]];
+    p.v[i] = (r * 19595 + g * 38470 + b * 7471 + 32768) >> 16;
+    alphas += rgba[4 * i + 3];
+  }
+  if (alphas === 255 * count) return p;
+  let paper = 255;
+  if (2 * alphas > 255 * count) {
+    paper = middle(p.v.filter((_, i) => rgba[4 * i + 3] > 127));
+  } else {
+    let sum = 0;
+    for (let i = 0; i < count; i++) sum += p.v[i] * rgba[4 * i + 3];
+    if (sum > 127 * alphas) paper = 0;
+  }
+  for (let i = 0; i < count; i++) {
+    const a = rgba[4 * i + 3];
+    p.v[i] = div(p.v[i] * a + paper * (255 - a) + 127, 255);
+  }
+  return p;
+}
+
+function reduced(p, factor) {
+  if (factor === 1) return p;
+  const out = picture(Math.ceil(p.w / factor), Math.ceil(p.h / factor));
+  for (let y = 0; y < p.h; y++)
+    for (let x = 0; x < p.w; x++) out.v[div(y, factor) * out.w + div(x, factor)] += p.v[y * p.w + x];
+  for (let y = 0; y < out.h; y++)
+    for (let x = 0; x < out.w; x++) {
+      const n = Math.min(factor, p.h - y * factor) * Math.min(factor, p.w - x * factor);
+      out.v[y * out.w + x] = div(out.v[y * out.w + x] + div(n, 2), n);
+    }
+  return out;
+}
+
+// 2. Ink
+
+function ink(g) {
+  const paper = middle(frame(g));
+  const border = frame(g);
+  const same = border.reduce((count, level) => count + (level === paper), 0);
+  if (3 * same >= 2 * border.length) {
+    const levels = withoutLines(onFlat(g, paper), 0);
+    const highest = largest(levels.v);
+    return { levels, threshold: highest >= MIN_CONTRAST ? div(highest, FAINT) + 1 : 0 };
+  }
+  let up = raised(g);
+  for (let i = 0; i < SMOOTHINGS && noiseOf(up, middle(up.v)) > MAX_NOISE; i++) up = smoothed(up);
+  const level = middle(up.v);
+  const noise = noiseOf(up, level);
+  const distance = Math.max(div(MIN_CONTRAST, 2), MIN_DISTANCE * noise);
+  up = withoutLines(mapped(up, (x) => Math.max(x - level, 0)), noise);
+  const threshold = Math.max(otsu(up.v, distance), distance);
+  if (largest(up.v) < Math.max(MIN_CONTRAST, distance)) return { levels: up, threshold: 0 };
+  return {
+    levels: mapped(up, (x) => Math.max(x - NOISE * noise, 0)),
+    threshold: Math.max(threshold - NOISE * noise, 1),
+  };
+}
+
+function frame(p) {
+  const edge = Math.max(1, div(Math.min(p.w, p.h), 14));
+  return p.v.filter((_, i) => {
+    const [y, x] = [div(i, p.w), i % p.w];
+    return y < edge || y >= p.h - edge || x < edge || x >= p.w - edge;
+  });
+}
+
+function largest(levels) {
+  return levels.reduce((most, level) => Math.max(most, level), 0);
+}
+
+function middle(levels) {
+  const counts = new Int32Array(largest(levels) + 1);
+  for (const level of levels) counts[level]++;
+  const half = div(levels.length + 1, 2);
+  let level = 0;
+  for (let below = counts[0]; below < half; below += counts[level]) level++;
+  return level;
+}
+
+function noiseOf(p, level) {
+  return div(3 * middle(p.v.map((x) => Math.abs(x - level))), 2);
+}
+
+function smoothed(p) {
+  const out = picture(p.w, p.h);
+  for (let y = 0; y < p.h; y++)
+    for (let x = 0; x < p.w; x++) {
+      let sum = 4;
+      for (let dy = -1; dy <= 1; dy++)
+        for (let dx = -1; dx <= 1; dx++)
+          sum += p.v[clip(y + dy, 0, p.h - 1) * p.w + clip(x + dx, 0, p.w - 1)];
+      out.v[y * p.w + x] = div(sum, 9);
+    }
+  return out;
+}
+
+// Ink is rare and far from the paper, so the sum of cubes has its sign.
+function isRaised(levels) {
+  return levels.reduce((sum, level) => sum + level ** 3, 0) > 0;
+}
+
+function onFlat(g, paper) {
+  const distance = mapped(g, (x) => x - paper);
+  const sign = isRaised(distance.v) ? 1 : -1;
+  return mapped(distance, (x) => Math.max(sign * x, 0));
+}
+
+function raised(g) {
+  const factor = Math.ceil(Math.max(g.w, g.h) / THUMBNAIL);
+  const small = reduced(g, factor);
+  const around = meanAround(small);
+  if (isRaised(small.v.map((x, i) => x - around.v[i]))) {
+    const paper = enlarged(paperOf(small), factor, g);
+    return { ...g, v: g.v.map((x, i) => Math.max(x - paper.v[i], 0)) };
+  }
+  const dark = enlarged(paperOf(mapped(small, (x) => 255 - x)), factor, g);
+  const share = (x, i) => {
+    const paper = Math.max(255 - dark.v[i], 1);
+    return div(Math.max(paper - x, 0) * 255 + div(paper, 2), paper);
+  };
+  return { ...g, v: g.v.map(share) };
+}
+
+function meanAround(p) {
+  const half = Math.max(1, div(Math.max(p.w, p.h), 4));
+  const sums = new Float64Array((p.w + 1) * (p.h + 1)); // of all above and to the left
+  const at = (y, x) => sums[y * (p.w + 1) + x];
+  for (let y = 0; y < p.h; y++)
+    for (let x = 0; x < p.w; x++)
+      sums[(y + 1) * (p.w + 1) + x + 1] = p.v[y * p.w + x] + at(y, x + 1) + at(y + 1, x) - at(y, x);
+  const out = picture(p.w, p.h);
+  for (let y = 0; y < p.h; y++)
+    for (let x = 0; x < p.w; x++) {
+      const [top, bottom] = [Math.max(y - half, 0), Math.min(y + half + 1, p.h)];
+      const [left, right] = [Math.max(x - half, 0), Math.min(x + half + 1, p.w)];
+      const count = (bottom - top) * (right - left);
+      const sum = at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left);
+      out.v[y * p.w + x] = div(sum + div(count, 2), count);
+    }
+  return out;
+}
+
+function paperOf(small) {
+  const side = Math.max(3, div(Math.max(small.w, small.h), STROKE));
+  const wide = continued(continued(small, side - 1), side - 1);
+  return slide(slide(wide, side, Math.min), side, Math.max);
+}
+
+// The picture with its rows continued by `by` on both sides by odd reflection, transposed.
+function continued(p, by) {
+  const out = picture(p.h, p.w + 2 * by);
+  for (let y = 0; y < p.h; y++) {
+    const row = p.v.subarray(y * p.w, (y + 1) * p.w);
+    const last = p.w - 1;
+    const level = (x) => {
+      if (x < 0) return 2 * row[0] - row[Math.min(-x, last)];
+      return x > last ? 2 * row[last] - row[Math.max(2 * last - x, 0)] : row[x];
+    };
+    for (let x = 0; x < out.h; x++) out.v[x * p.h + y] = level(x - by);
+  }
+  return out;
+}
+
+function slide(p, side, extreme) {
+  let q = p;
+  for (let turn = 0; turn < 2; turn++) {
+    let done = 1;
+    while (done < side) {
+      const step = Math.min(done, side - done);
+      const next = picture(q.w, q.h - step);
+      for (let i = 0; i < next.v.length; i++) next.v[i] = extreme(q.v[i], q.v[i + step * q.w]);
+      q = next;
+      done += step;
+    }
+    q = transposed(q);
+  }
+  return q;
+}
+
+function transposed(p) {
+  const out = picture(p.h, p.w);
+  for (let y = 0; y < p.h; y++)
+    for (let x = 0; x < p.w; x++) out.v[x * p.h + y] = p.v[y * p.w + x];
+  return out;
+}
+
+function enlarged(small, factor, shape) {
+  if (factor === 1) return small;
+  const between = (length, last) =>
+    Array.from({ length }, (_, i) => {
+      const place = 2 * i + 1 - factor;
+      const first = div(place, 2 * factor);
+      return [clip(first, 0, last), clip(first + 1, 0, last), place - 2 * factor * first];
+    });
+  const columns = between(shape.w, small.w - 1);
+  const out = picture(shape.w, shape.h);
+  const whole = 4 * factor * factor;
+  between(shape.h, small.h - 1).forEach(([top, bottom, down], y) => {
+    columns.forEach(([left, right, across], x) => {
+      const mixed = (row) =>
+        small.v[row * small.w + left] * (2 * factor - across) + small.v[row * small.w + right] * across;
+      const sum = mixed(top) * (2 * factor - down) + mixed(bottom) * down;
+      out.v[y * shape.w + x] = div(sum + whole / 2, whole);
+    });
+  });
+  return out;
+}
+
+function otsu(levels, distance) {
+  const counts = new Float64Array(256);
+  for (const level of levels) if (level >= distance) counts[level]++;
+  let [total, whole] = [0, 0];
+  for (let level = 0; level < 256; level++) {
+    total += counts[level];
+    whole += counts[level] * level;
+  }
+  let [count, mass, best, found] = [0, 0, -1, 0];
+  for (let level = 0; level < 256; level++) {
+    count += counts[level];
+    mass += counts[level] * level;
+    if (!counts[level] || count === total) continue;
+    const apart = mass * (total - count) - (whole - mass) * count;
+    const spread = (apart * apart) / (count * (total - count));
+    if (spread > best) [best, found] = [spread, level + 1];
+  }
+  return found;
+}
+
+// 3. Lines
+
+function withoutLines(levels, noise) {
+  return transposed(withoutRows(transposed(withoutRows(levels, noise)), noise));
+}
+
+function withoutRows(p, noise) {
+  const gap = Math.max(2, div(Math.max(p.w, p.h), 120));
+  if (p.w < STRIP * FEWEST_STRIPS || p.h < 8 * gap) return p;
+  const lines = linesIn(p, Math.max(RIDGE, 2 * noise), gap);
+  if (!lines.length) return p;
+  const out = { ...p, v: p.v.slice() };
+  for (const [slope, row] of lines) erase(out, (x) => row + div(slope * (2 * x + 1 - p.w), p.w), gap);
+  return out;
+}
+
+function linesIn(p, ridge, gap) {
+  const strips = div(p.w, STRIP);
+  const isRidge = (y, x) =>
+    y >= gap &&
+    y < p.h - gap &&
+    p.v[y * p.w + x] > Math.max(p.v[(y - gap) * p.w + x], p.v[(y + gap) * p.w + x]) + ridge;
+  const ridges = picture(p.w, p.h);
+  for (let y = 0; y < p.h; y++) for (let x = 0; x < p.w; x++) ridges.v[y * p.w + x] = isRidge(y, x) ? 1 : 0;
+  const at = (y, x) => (y >= 0 && y < p.h ? ridges.v[y * p.w + x] : 0);
+  const hits = picture(strips, p.h);
+  for (let y = 0; y < p.h; y++)
+    for (let strip = 0; strip < strips; strip++) {
+      let count = 0;
+      for (let x = strip * STRIP; x < (strip + 1) * STRIP; x++) count += at(y - 1, x) | at(y, x) | at(y + 1, x);
+      hits.v[y * strips + strip] = 2 * count >= STRIP ? 1 : 0;
+    }
+  const steepest = div(p.w, STEEPEST);
+  const scores = picture(p.h, 2 * steepest + 1);
+  for (let slope = -steepest; slope <= steepest; slope++)
+    for (let strip = 0; strip < strips; strip++) {
+      const shift = div(slope * (2 * strip + 1 - strips), strips);
+      for (let y = Math.max(0, -shift); y < Math.min(p.h, p.h - shift); y++)
+        scores.v[(slope + steepest) * p.h + y] += hits.v[(y + shift) * strips + strip];
+    }
+  return peaks(scores, strips, gap, steepest);
+}
+
+function peaks(scores, strips, gap, steepest) {
+  const found = [];
+  let sure = 0;
+  for (;;) {
+    let best = 0;
+    for (let i = 1; i < scores.v.length; i++) if (scores.v[i] > scores.v[best]) best = i;
+    const score = 10 * scores.v[best];
+    if (score < POSSIBLE * strips) return sure >= FEWEST_LINES ? found : [];
+    if (score >= SURE * strips) sure++;
+    const [slope, row] = [div(best, scores.w), best % scores.w];
+    found.push([slope - steepest, row]);
+    for (let y = Math.max(row - 2 * gap, 0); y <= Math.min(row + 2 * gap, scores.w - 1); y++)
+      for (let s = 0; s < scores.h; s++) scores.v[s * scores.w + y] = 0;
+  }
+}
+
+function erase(p, rowOf, gap) {
+  const at = (y, x) => (y >= 0 && y < p.h ? p.v[y * p.w + x] : 0);
+  const highest = new Int32Array(p.w);
+  for (let x = 0; x < p.w; x++)
+    for (let d = 1 - gap; d < gap; d++) highest[x] = Math.max(highest[x], at(rowOf(x) + d, x));
+  const line = highest.slice().sort()[div(p.w - 1, 2)];
+  const above = Array.from(highest, (_, x) => at(rowOf(x) - gap, x));
+  const below = Array.from(highest, (_, x) => at(rowOf(x) + gap, x));
+  const spread = (levels, x) => Math.max(levels[Math.max(x - 1, 0)], levels[x], levels[Math.min(x + 1, p.w - 1)]);
+  for (let x = 0; x < p.w; x++) {
+    const across = Math.min(spread(above, x), spread(below, x));
+    for (let d = 1 - gap; d < gap; d++) {
+      const y = rowOf(x) + d;
+      if (y < 0 || y >= p.h || p.v[y * p.w + x] > 2 * line) continue;
+      p.v[y * p.w + x] = Math.min(p.v[y * p.w + x], across);
+    }
+  }
+}
+
+// 4. The digit
+
+function fitted(levels, threshold) {
+  const kept = keptOf(levels, threshold);
+  let [top, bottom, left, right] = [levels.h, 0, levels.w, 0];
+  for (let y = 0; y < levels.h; y++)
+    for (let x = 0; x < levels.w; x++)
+      if (kept.v[y * kept.w + x]) {
+        [top, bottom] = [Math.min(top, y), Math.max(bottom, y + 1)];
+        [left, right] = [Math.min(left, x), Math.max(right, x + 1)];
+      }
+  const side = Math.max(bottom - top, right - left);
+  const edge = 2 * (div(side, DIGIT) + 1);
+  const cut = (p) => windowOf(p, top - edge, bottom + edge, left - edge, right + edge);
+  const mask = cut(kept);
+  const soft = grown(mask, Math.max(1, div(side, DIGIT)));
+  const cleaned = mapped(cut(levels), (x, i) => x * soft.v[i]);
+  const by = thickening(mask, side);
+  const thick = by ? grown(cleaned, by) : cleaned;
+  const box = [edge - by, edge - by, bottom - top + 2 * by, right - left + 2 * by];
+  return centred(full(scaled(thick, box, side + 2 * by)));
+}
+
+function windowOf(p, top, bottom, left, right) {
+  const out = picture(right - left, bottom - top);
+  for (let y = Math.max(top, 0); y < Math.min(bottom, p.h); y++)
+    for (let x = Math.max(left, 0); x < Math.min(right, p.w); x++)
+      out.v[(y - top) * out.w + x - left] = p.v[y * p.w + x];
+  return out;
+}
+
+function grown(p, by) {
+  return slide(windowOf(p, -by, p.h + by, -by, p.w + by), 2 * by + 1, Math.max);
+}
+
+function thickening(mask, side) {
+  let [area, edges] = [0, 0];
+  for (let y = 0; y < mask.h; y++)
+    for (let x = 0; x < mask.w; x++) {
+      const i = y * mask.w + x;
+      area += mask.v[i];
+      if (y + 1 < mask.h && mask.v[i] !== mask.v[i + mask.w]) edges++;
+      if (x + 1 < mask.w && mask.v[i] !== mask.v[i + 1]) edges++;
+    }
+  const width = div(2 * area * DIGIT * 20, edges * side);
+  return Math.min(Math.max(0, div((THIN - width) * side, 2 * DIGIT * 20)), div(side, DIGIT));
+}
+
+function keptOf(levels, threshold) {
+  const mask = mapped(levels, (x) => (x >= threshold ? 1 : 0));
+  const { labels, boxes } = partsOf(mask, levels);
+  if (boxes.length === 1) return mask;
+  const isChosen = chosenOf(boxes);
+  return { ...mask, v: labels.map((label) => (label && isChosen[label - 1] ? 1 : 0)) };
+}
+
+// Each part is flooded from its first pixel; its box is inclusive.
+function partsOf(mask, levels) {
+  const labels = new Int32Array(mask.v.length);
+  const boxes = [];
+  for (let first = 0; first < labels.length; first++) {
+    if (!mask.v[first] || labels[first]) continue;
+    const box = { mass: 0, top: mask.h, bottom: 0, left: mask.w, right: 0 };
+    boxes.push(box);
+    labels[first] = boxes.length;
+    const open = [first];
+    while (open.length) {
+      const i = open.pop();
+      const [y, x] = [div(i, mask.w), i % mask.w];
+      box.mass += levels.v[i];
+      [box.top, box.bottom] = [Math.min(box.top, y), Math.max(box.bottom, y)];
+      [box.left, box.right] = [Math.min(box.left, x), Math.max(box.right, x)];
+      for (let v = Math.max(y - 1, 0); v <= Math.min(y + 1, mask.h - 1); v++)
+        for (let u = Math.max(x - 1, 0); u <= Math.min(x + 1, mask.w - 1); u++) {
+          const j = v * mask.w + u;
+          if (mask.v[j] && !labels[j]) {
+            labels[j] = boxes.length;
+            open.push(j);
+          }
+        }
+    }
+    box.atBorder = !box.top || !box.left || box.bottom === mask.h - 1 || box.right === mask.w - 1;
+  }
+  return { labels, boxes };
+}
+
+function chosenOf(boxes) {
+  const heaviest = (part) =>
+    part.reduce((best, box) => (best === null || box.mass > best.mass ? box : best), null);
+  const all = heaviest(boxes);
+  const inside = heaviest(boxes.filter((box) => !box.atBorder));
+  const main = inside && inside.mass * 8 >= all.mass ? inside : all;
+  const isPossible = (box) => box.mass * SMALLEST >= main.mass && (main.atBorder || !box.atBorder);
+  const chosen = boxes.map((box) => box === main);
+  let { top, bottom, left, right } = main;
+  for (;;) {
+    const near = div(Math.max(bottom - top, right - left), NEAR) + 1;
+    const more = [];
+    boxes.forEach((box, i) => {
+      const gapY = Math.max(box.top - bottom, top - box.bottom);
+      const gapX = Math.max(box.left - right, left - box.right);
+      if (!chosen[i] && isPossible(box) && Math.max(gapY, gapX) <= near) more.push(i);
+    });
+    if (!more.length) return chosen;
+    for (const i of more) {
+      chosen[i] = true;
+      [top, bottom] = [Math.min(top, boxes[i].top), Math.max(bottom, boxes[i].bottom)];
+      [left, right] = [Math.min(left, boxes[i].left), Math.max(right, boxes[i].right)];
+    }
+  }
+}
+
+function scaled(p, [top, left, height, width], side) {
+  if (side >= DIGIT - 2 && side <= DIGIT + 1) {
+    const { w, h, v } = windowOf(p, top - 1, top + height + 1, left - 1, left + width + 1);
+    return { w, h, v: Float64Array.from(v) };
+  }
+  const weights = side > DIGIT ? areas : cubics;
+  const rows = weights(p.h, top, height, side);
+  const columns = weights(p.w, left, width, side);
+  const out = { w: columns.length, h: rows.length, v: new Float64Array(columns.length * rows.length) };
+  rows.forEach((row, j) => {
+    const line = new Float64Array(p.w);
+    for (const [y, weight] of row) for (let x = 0; x < p.w; x++) line[x] += weight * p.v[y * p.w + x];
+    columns.forEach((column, i) => {
+      let sum = 0;
+      for (const [x, weight] of column) sum += weight * line[x];
+      out.v[j * out.w + i] = div(Math.max(sum, 0), side > DIGIT ? 1 : 4096);
+    });
+  });
+  return out;
+}
+
+// For each scaled pixel, the pixels that make it with their weights, [pixel, weight].
+function weighted(length, start, extent, side, weightOf) {
+  const count = Math.ceil((extent * DIGIT) / side) + 2;
+  return Array.from({ length: count }, (_, j) => {
+    const found = [];
+    for (let pixel = 0; pixel < length; pixel++) {
+      const weight = weightOf(j - 1, pixel);
+      if (weight) found.push([pixel, weight]);
+    }
+    return found;
+  });
+}
+
+function areas(length, start, extent, side) {
+  return weighted(length, start, extent, side, (j, pixel) => {
+    const begin = start * DIGIT + side * j;
+    return Math.max(0, Math.min(begin + side, (pixel + 1) * DIGIT) - Math.max(begin, pixel * DIGIT));
+  });
+}
+
+function cubics(length, start, extent, side) {
+  return weighted(length, start, extent, side, (j, pixel) => {
+    const t = Math.abs(2 * start * DIGIT + side * (2 * j + 1) - 40 * pixel - 20);
+    if (t <= 40) return 3 * t ** 3 - 200 * t ** 2 + 128000;
+    return t < 80 ? -(t ** 3) + 200 * t ** 2 - 12800 * t + 256000 : 0;
+  });
+}
+
+function full(p) {
+  const ordered = p.v.slice().sort().reverse();
+  const level = ordered[Math.min(FULL, ordered.length) - 1] || ordered[0];
+  return { w: p.w, h: p.h, v: Int32Array.from(p.v, (x) => Math.min(div(x * 510 + level, 2 * level), 255)) };
+}
+
+function centred(digit) {
+  const side = SIDE + 2;
+  const start = (length, at) => {
+    let [total, moment] = [0, 0];
+    digit.v.forEach((level, i) => {
+      total += level;
+      moment += level * at(i);
+    });
+    const place = Math.ceil(((side - 1) * total - 2 * moment) / (2 * total));
+    return clip(place, 0, side - length);
+  };
+  const top = start(digit.h, (i) => div(i, digit.w));
+  const left = start(digit.w, (i) => i % digit.w);
+  const out = new Uint8Array(SIDE * SIDE);
+  for (let y = 0; y < digit.h; y++)
+    for (let x = 0; x < digit.w; x++) {
+      const [v, u] = [top + y - 1, left + x - 1];
+      if (v >= 0 && v < SIDE && u >= 0 && u < SIDE) out[v * SIDE + u] = digit.v[y * digit.w + x];
+    }
+  return out;
+}
