@@ -1,6 +1,7 @@
 """What can go wrong between a client and a server: known by its kind, explained to a user."""
 
 import json
+import re
 import socket
 import ssl
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ Kind = Literal[
 PASSING: frozenset[Kind] = frozenset({"unreached", "lost", "busy", "unloaded"})
 _START = "is it running? 'pipeline serve status' tells, 'pipeline serve' starts it"
 _PORTS = "check host and port; by default Triton's HTTP is on 8000 and its gRPC on 8001"
+_CLIENTS = "where it asks who you are, give the client's own certificate and key"
 _LONGEST = 300  # characters of a server's own words that are passed on
 # Parts of what Triton says, in lower case.
 _SAID: tuple[tuple[str, Kind], ...] = (
@@ -60,6 +62,8 @@ _CONNECTING: tuple[tuple[str, Kind], ...] = (
     ("goaway", "lost"),
     ("failed to connect", "unreached"),
 )
+# What gRPC puts before the reason for which it has no connection.
+_CONNECTED = re.compile(r"^failed to connect to all addresses; last error: [A-Z_]+: \S+:\d+: ")
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def of_grpc(code: str, details: str, error: BaseException) -> Fault:
             kind = "busy" if code == "UNAVAILABLE" else "lost"
     elif kind is None:
         kind = {"RESOURCE_EXHAUSTED": "busy", "UNIMPLEMENTED": "alien"}.get(code)  # type: ignore[assignment]
-    return Fault(kind or "refused", _short(details) or code, error)
+    reason = _short(_CONNECTED.sub("", details)).removesuffix(": OK") or code
+    return Fault(kind or "refused", reason, error)
 
 
 def of_http(status: int, body: bytes, retry_after: str | None, location: str | None) -> Fault:
@@ -142,7 +147,8 @@ def explained(fault: Fault, asked: Asked) -> PipelineError:
     reason, where = fault.reason, asked.endpoint
     tried = f"{reason}, tried {asked.times} times" if asked.times > 1 else reason
     if fault.kind in _EXPLAINED:
-        words = {"where": where, "tried": tried, "asked": asked, "other": _other(where)}
+        other = f"{_other(where)}; {_CLIENTS}" if where.is_secure else _other(where)
+        words = {"where": where, "tried": tried, "asked": asked, "other": other}
         return ServerError(_EXPLAINED[fault.kind].format(**words))
     if fault.kind == "slow":
         return SlowError(f"no answer from {where} in {asked.timeout:g} s: {_START}")
@@ -188,20 +194,20 @@ def _unknown(asked: Asked) -> str:
 def _secured(where: Endpoint, reason: str) -> str:
     """How to mend a secure connection that did not come about."""
     said = reason.lower().replace("_", " ")
+    if "hostname" in said or "mismatch" in said or "not valid for" in said:
+        return "its certificate is for another host: ask it by a name that stands in there"
     if "verify failed" in said or "self-signed" in said or "peer name" in said:
-        return "give the certificate of the CA that signed the server's, and the host's name in it"
+        return "give the certificate of the CA that signed the server's own"
     if "wrong version" in said or "record layer" in said or "unexpected eof" in said:
         return _other(where)
-    return (
-        "give the CA that signed the server's certificate; the client's own certificate and key "
-        f"where it asks for them; {_other(where)}"
-    )
+    return f"give the CA that signed the server's certificate; {_CLIENTS}; {_other(where)}"
 
 
 def _other(where: Endpoint) -> str:
     """The way to ask with TLS where there was none, and without where there was."""
     if where.is_secure:
-        return f"where it speaks without TLS, write {where.protocol[:-1]}://{where.address}"
+        plain = f"{where.protocol[:-1]}://{where.address}"
+        return f"where it speaks without TLS, write {plain}"
     return f"where it speaks TLS, write {where.protocol}s://{where.address}"
 
 

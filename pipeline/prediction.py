@@ -113,15 +113,15 @@ def require_fit(images: np.ndarray, config: triton.ModelConfig) -> None:
     """Raise PipelineError for images (N, ...) that the model cannot take, before they are sent."""
     tensor = config.input[0]
     wanted, got = list(tensor.dims), list(images.shape[1 if config.max_batch_size else 0 :])
-    if str(images.dtype) != triton.type_name(tensor):
-        raise PipelineError(
-            f"{config.name} takes {triton.type_name(tensor)}, not {images.dtype}: give pixels from "
-            "0 for paper to 255 for ink, images.astype(np.uint8)"
-            if triton.type_name(tensor) == "uint8"
-            else f"{config.name} takes {triton.type_name(tensor)}, not {images.dtype}: convert it"
-        )
+    dtype = triton.type_name(tensor)
+    if str(images.dtype) != dtype:
+        mend = f"images.astype(np.{dtype})"
+        if dtype == "uint8":
+            mend = f"give pixels from 0 for paper to 255 for ink, {mend}"
+        raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {mend}")
     if not is_of(tuple(got), tuple(wanted)):
+        array = ", ".join(map(str, ["N", *wanted] if config.max_batch_size else wanted))
         raise PipelineError(
-            f"{config.name} takes images of shape {wanted}, not {got}: give an array "
-            f"{['N', *wanted]}, or a picture, which is fitted"
+            f"{config.name} takes images of shape {wanted}, not {got}: give an array [{array}], or "
+            "a picture, which is fitted"
         )

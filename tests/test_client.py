@@ -4,14 +4,19 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from fakes import DIGEST, LARGEST, Asked, Before, Reply, as_triton, config, grpc_server, http_server
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 from pipeline.async_client import AsyncClient
@@ -337,3 +342,36 @@ def test_the_client_loads_neither_torch_nor_what_trains_exports_and_serves(modul
     code = f"import sys, pipeline.{module}; print([n for n in {heavy} if n in sys.modules])"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, check=True, capture_output=True).stdout.strip() == b"[]"
+
+
+def distributions(names: list[str]) -> set[str]:
+    """These distributions and what they need, as this environment has them."""
+    found: set[str] = set()
+    waiting = [Requirement(name) for name in names]
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        extras = wanted.extras or {""}
+        if name in found and wanted.extras == set():
+            continue
+        found.add(name)
+        for line in metadata.requires(name) or ():
+            needed = Requirement(line)
+            if not needed.marker or any(needed.marker.evaluate({"extra": e}) for e in extras):
+                waiting.append(needed)
+    return found
+
+
+def test_the_client_and_query_need_only_what_is_installed_without_an_extra() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    known = distributions(project["dependencies"])
+    code = (
+        "import sys; before = set(sys.modules);"
+        "import pipeline.client, pipeline.async_client, pipeline.cli, pipeline.query;"
+        "print(*set(sys.modules) - before)"
+    )
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    homes = metadata.packages_distributions()
+    for name in {name.partition(".")[0] for name in loaded} & homes.keys() - {"pipeline"}:
+        assert {canonicalize_name(home) for home in homes[name]} & known, f"{name} is imported"

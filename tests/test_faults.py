@@ -78,6 +78,7 @@ def quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     yield
     said = "".join(capfd.readouterr())
     assert "Traceback" not in said, said
+    assert "Handshake failed" not in said, said
 
 
 def failure(
@@ -453,7 +454,7 @@ def test_a_server_that_asks_for_a_certificate_answers_who_has_one(
         assert ask(url, certificates=mine)[0].label == "0"
         stranger = Certificates(ca=ours.file("ca.crt"))
         message = failure(ask, url, ServerError, certificates=stranger)
-    assert "no answer" in message or "certificate and key" in message
+    assert "give the client's own certificate and key" in message
 
 
 @each_client
@@ -462,8 +463,7 @@ def test_an_unknown_authority(ask: Ask, protocol: str, ours: Authority) -> None:
     with secure(protocol, ours) as url:
         message = failure(ask, url, ServerError)
     assert "no secure connection to" in message
-    assert "give the " in message
-    assert "CA" in message
+    assert "give the certificate of the CA" in message
 
 
 @each_client
@@ -473,6 +473,7 @@ def test_a_certificate_of_another_host(ask: Ask, protocol: str, ours: Authority)
         known = Certificates(ca=ours.file("ca.crt"))
         message = failure(ask, url, ServerError, certificates=known)
     assert "no secure connection to" in message
+    assert "is for another host" in message
 
 
 @each_client
@@ -488,7 +489,7 @@ def test_tls_where_the_server_speaks_without(ask: Ask, protocol: str) -> None:
 def test_no_tls_where_the_server_speaks_it(ask: Ask, protocol: str, ours: Authority) -> None:
     with secure(protocol, ours) as url:
         message = failure(ask, url.replace("s://", "://"), ServerError)
-    assert "no answer from" in message or "does not answer as Triton" in message
+    assert f"write {url}" in message
 
 
 @each_client

@@ -243,9 +243,9 @@ def test_what_the_server_refuses_is_said_without_a_traceback(served: Served, pro
     with Client(url, "nobody") as nobody, Client(url) as client:
         with pytest.raises(PipelineError, match="serves no model 'nobody'"):
             nobody.infer(np.zeros((1, 1, 28, 28), np.uint8))
-        with pytest.raises(PipelineError, match="refuses: .*shape"):
+        with pytest.raises(PipelineError, match="takes images of shape"):
             client.infer(np.zeros((1, 1, 27, 28), np.uint8))
-        with pytest.raises(PipelineError, match="refuses: .*data-?type|refuses: .*UINT8"):
+        with pytest.raises(PipelineError, match="takes uint8, not float32"):
             client.infer(np.zeros((1, 1, 28, 28), np.float32))
 
 
