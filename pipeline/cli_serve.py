@@ -11,6 +11,7 @@ import click
 from pipeline.command import Group, Settings, paths_of
 from pipeline.config import ServeConfig
 from pipeline.errors import ServerError
+from pipeline.paths import Paths
 
 if TYPE_CHECKING:
     from pipeline.serve import Server
@@ -63,7 +64,20 @@ def echo_server(settings: Settings, server: "Server") -> None:
     record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
     models = ", ".join(f"{name} version {n}" for name, n in server.models.items())
     text = f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"
+    text += "".join(_by_curl(paths_of(settings, name), server) for name in [*server.models][:1])
     settings.result(record, text, "pipeline query IMAGE..., pipeline serve stop")
+
+
+def _by_curl(paths: Paths, server: "Server") -> str:
+    """How to ask for the first model without anything of ours; nothing where it has no digit."""
+    digit, labels = paths.packaged / "warmup" / "digit", paths.packaged / "labels.txt"
+    if not (digit.exists() and labels.exists()):
+        return ""
+    size = 4 * len(labels.read_text().splitlines())  # bytes of the answer: a float for each class
+    return (
+        f"\nask it: curl -s --data-binary @{digit} -H 'Inference-Header-Content-Length: 0' "
+        f"{server.http_url}/v2/models/{paths.name}/infer | tail -c {size} | od -A n -t f4"
+    )
 
 
 @serve.command("status")

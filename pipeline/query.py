@@ -1,91 +1,222 @@
-"""Ask a served model about files, and predictors that ask a server."""
+"""Ask a served model about files, many at a time, and predictors that ask a server."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import os
+import queue
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
 from pipeline.client import Client, Prediction
 from pipeline.errors import PipelineError
-from pipeline.images import fit, read_gray
+from pipeline.inputs import Seen, Source, fitted, gray_of, look
 
 FILES_AT_ONCE = 64
+UNDER_WAY = 6  # batches that are being read, or wait to be asked about
+LINGER = 0.02  # seconds that a batch waits for one more name
+NOT_SURE = "not sure"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one file: a prediction, or why there is none."""
+    """What became of one picture: a prediction, or why there is none."""
 
-    file: Path
+    file: str
     prediction: Prediction | None
     error: str | None = None
+    image: np.ndarray | None = field(default=None, compare=False, repr=False)  # as it was asked
 
     def record(self) -> dict[str, Any]:
         """The answer as one line of JSON has it."""
-        return {"file": str(self.file), **(self.prediction.record() if self.prediction else {})}
+        return {"file": self.file, **(self.prediction.record() if self.prediction else {})}
 
     def __str__(self) -> str:
         if not self.prediction:
             return f"{self.file}: {self.error}"
-        others = ", ".join(f"{label} {chance:.2%}" for label, chance in self.prediction.top[1:])
-        also = f"  (then {others})" if others else ""
+        ranked = [f"{label} {chance:.2%}" for label, chance in self.prediction.top]
+        if not self.prediction.is_sure:
+            return f"{self.file}: {NOT_SURE}  (perhaps {', '.join(ranked)})"
+        also = f"  (then {', '.join(ranked[1:])})" if ranked[1:] else ""
         return f"{self.file}: {self.prediction.label}  {self.prediction.probability:.2%}{also}"
 
 
-def ask_files(
-    connect: Callable[[], Client], files: Sequence[Path], top: int = 3
-) -> Iterator[Answer]:
-    """An answer for each file, in order; a file that is no image does not stop the others.
+@dataclass
+class Count:
+    """How many pictures got which answer so far."""
 
-    Connects when there is something to ask, so that unreadable files are named in any case.
+    answered: int = 0
+    unsure: int = 0  # of those answered
+    failed: int = 0
+
+    def add(self, answer: Answer) -> None:
+        self.failed += answer.prediction is None
+        self.answered += answer.prediction is not None
+        self.unsure += answer.prediction is not None and not answer.prediction.is_sure
+
+    def __str__(self) -> str:
+        unsure = f" ({self.unsure} of them {NOT_SURE})" if self.unsure else ""
+        return f"{self.answered} answered{unsure}"
+
+
+def ask_files(
+    connect: Callable[[], Client],
+    sources: Iterable[Source],
+    top: int = 3,
+    min_confidence: float | None = None,
+    workers: int | None = None,
+) -> Iterator[Answer]:
+    """An answer for each picture, in order; one that cannot be read does not stop the others.
+
+    At most a few batches are in memory. `min_confidence` takes the place of the model's own
+    threshold. Connects when there is something to ask, so that what cannot be read is named in
+    any case. Once the first batch is answered, `workers` processes read ahead.
     """
     with contextlib.ExitStack() as stack:
+        names = _Names(sources)
         client: Client | None = None
-        for start in range(0, len(files), FILES_AT_ONCE):
-            part = files[start : start + FILES_AT_ONCE]
-            grays, answers = _readable(part)
-            if grays:
-                client = client or stack.enter_context(connect())
-                images = _fitted(grays, client.pictures(), answers)
-                predictions = client.classify(list(images.values()), top)
-                for file, prediction in zip(images, predictions, strict=True):
-                    answers[file] = Answer(file, prediction)
-            yield from (answers[file] for file in part)
+        while client is None and (batch := names.take(wait=True)):
+            grays = [gray_of(source) for source in batch]
+            seen = [Seen(None, gray if isinstance(gray, str) else None) for gray in grays]
+            if any(isinstance(gray, np.ndarray) for gray in grays):
+                client = stack.enter_context(connect())
+                pictures = _pictures(client)
+                seen = [fitted(*pair, pictures) for pair in zip(batch, grays, strict=True)]
+            yield from _answers(client, batch, seen, top, min_confidence)
+        if client is None:
+            return
+        readers = stack.enter_context(_Readers(pictures, workers or _cores()))
+        for batch, seen in _read(names, readers):
+            yield from _answers(client, batch, seen, top, min_confidence)
 
 
-def _readable(files: Sequence[Path]) -> tuple[dict[Path, np.ndarray], dict[Path, Answer]]:
-    """The gray levels of each file that shows something, and an answer for each that cannot."""
-    grays: dict[Path, np.ndarray] = {}
-    answers: dict[Path, Answer] = {}
-    for file in files:
+def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], list[Seen]]]:
+    """Every batch with what it shows, in order, while the next few are being read."""
+    under_way: deque[tuple[list[Source], Future[list[Seen]]]] = deque()
+    while True:
+        while len(under_way) < UNDER_WAY and (batch := names.take(wait=not under_way)):
+            under_way.append((batch, readers.submit(batch)))
+        if not under_way:
+            return
+        batch, future = under_way.popleft()
         try:
-            gray = read_gray(file)
-        except PipelineError as error:
-            answers[file] = Answer(file, None, str(error))
+            seen = future.result()
+        except BrokenProcessPool as error:
+            raise PipelineError(
+                f"a process that reads pictures died, at {batch[0].name} or up to "
+                f"{UNDER_WAY * FILES_AT_ONCE} pictures later: is there enough memory?"
+            ) from error
+        yield batch, seen
+
+
+def _answers(
+    client: Client | None,
+    batch: list[Source],
+    seen: list[Seen],
+    top: int,
+    min_confidence: float | None,
+) -> Iterator[Answer]:
+    images = [each.image for each in seen if each.image is not None]
+    predictions = iter(client.classify(images, top) if client and images else ())
+    for source, each in zip(batch, seen, strict=True):
+        if each.image is None:
+            yield Answer(source.name, None, each.error)
             continue
-        if np.ptp(gray):
-            grays[file] = gray
-        else:  # whatever the model is, there is nothing to ask about
-            answers[file] = _blank(file)
-    return grays, answers
+        prediction = next(predictions)
+        if min_confidence is not None:
+            is_sure = prediction.probability >= min_confidence
+            prediction = replace(prediction, is_sure=is_sure)
+        yield Answer(source.name, prediction, image=each.image)
 
 
-def _blank(file: Path) -> Answer:
-    return Answer(file, None, f"{file} shows no ink on its paper: try another")
+def _pictures(client: Client) -> str:
+    """How pictures become the served model's images."""
+    pictures = client.pictures()
+    if pictures == "arrays":
+        raise PipelineError(
+            f"{client.name} does not say how a picture becomes what it takes: ask it from Python, "
+            "with arrays"
+        )
+    return pictures
 
 
-def _fitted(
-    grays: dict[Path, np.ndarray], pictures: str, answers: dict[Path, Answer]
-) -> dict[Path, np.ndarray]:
-    """The images to ask about; a blank one has no digit, which is its answer."""
-    images = {file: fit(gray, pictures) for file, gray in grays.items()}
-    for file, image in images.items():
-        if pictures == "digit" and not image.any():
-            answers[file] = _blank(file)
-    return {file: image for file, image in images.items() if file not in answers}
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Names:
+    """Sources that a thread takes from their iterator, so that slow ones hold up no answer."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self._queue: queue.Queue[Source | BaseException | None] = queue.Queue(4 * FILES_AT_ONCE)
+        self._end: BaseException | bool = False
+        # A daemon: nothing ends a wait for standard input.
+        threading.Thread(target=self._fill, args=(sources,), daemon=True).start()
+
+    def take(self, wait: bool) -> list[Source]:
+        """The next batch; nothing at the end, or where none is at hand and we need not wait."""
+        batch: list[Source] = []
+        while not self._end and len(batch) < FILES_AT_ONCE:
+            try:
+                source = self._queue.get(timeout=None if wait and not batch else LINGER)
+            except queue.Empty:
+                break
+            if isinstance(source, Source):
+                batch.append(source)
+            else:
+                self._end = source or True
+        if not batch and isinstance(self._end, BaseException):
+            raise self._end
+        return batch
+
+    def _fill(self, sources: Iterable[Source]) -> None:
+        try:
+            for source in sources:
+                self._queue.put(source)
+        except BaseException as error:  # the thread that takes raises it
+            self._queue.put(error)
+        else:
+            self._queue.put(None)
+
+
+class _Readers:
+    """Processes that read pictures; Ctrl-C is for us, they end with us."""
+
+    def __init__(self, pictures: str, workers: int) -> None:
+        self._pictures = pictures
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
+
+    def submit(self, batch: list[Source]) -> Future[list[Seen]]:
+        with _without_interrupts():  # a process that starts here inherits this
+            return self._pool.submit(look, batch, self._pictures)
+
+    def __enter__(self) -> "_Readers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def triton_predictor(client: Client) -> Callable[[np.ndarray], np.ndarray]:

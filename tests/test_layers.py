@@ -23,14 +23,15 @@ ORDER = [
     *("lint_text", "lint_graph", "lint_files", "lint_config", "lint_backend"),
     *("lint_accelerators", "lint_rules", "lint"),
     *("endpoint", "faults", "wire", "prediction", "asking", "http_connection", "grpc_channel"),
-    *("client", "async_client", "query", "load_http", "load", "replay", "yardstick"),
+    *("client", "async_client", "inputs", "query", "load_http", "load", "replay"),
+    "yardstick",
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "metrics", "serve"),
     *("comparison", "infer", "measure", "watch", "state", "supervise", "swap"),
     *("lint_ask", "lint_live", "limits", "counters", "guard", "link", "gateway", "webserver"),
     *("prove", "gpu", "benchmark", "proofs", "report", "figures", "answers", "evidence", "page"),
     *("installed", "doctor_probes", "doctor"),
     *("command", "cli_data", "cli_doctor", "cli_train", "cli_export", "cli_validate", "cli_serve"),
-    *("cli_versions", "cli_repository", "cli_measure", "cli_web", "cli", "__main__"),
+    *("cli_query", "cli_versions", "cli_repository", "cli_measure", "cli_web", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {

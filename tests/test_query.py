@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -133,13 +134,14 @@ def test_a_text_file_as_image_exits_1_naming_it_even_without_a_server(
     assert str(text) in result.stderr
 
 
-def test_a_folder_and_a_blank_picture_are_named_for_what_they_are(
+def test_an_empty_folder_and_a_blank_picture_are_named_for_what_they_are(
     empty: Chain, tmp_path: Path
 ) -> None:
     write_png(np.zeros((1, 28, 28), np.uint8), tmp_path / "blank.png")
-    result = empty.run("query", str(tmp_path), str(tmp_path / "blank.png"))
+    (tmp_path / "nothing").mkdir()
+    result = empty.run("query", str(tmp_path / "nothing"), str(tmp_path / "blank.png"))
     assert result.exit_code == 1
-    assert f"{tmp_path} is a folder" in result.stderr
+    assert f"{tmp_path / 'nothing'} holds no files" in result.stderr
     assert "blank.png shows no ink" in result.stderr
 
 
@@ -258,3 +260,38 @@ def test_query_into_a_closed_pipe_is_quiet(served: Served, digit: Path) -> None:
     )
     os.close(writer)
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.server
+def test_of_1000_files_the_900_good_are_answered_in_order_and_the_100_bad_are_named(
+    served: Served, tmp_path: Path
+) -> None:
+    chain, _ = served
+    images = load_split("mnist", chain.paths.data("mnist"), "test").images
+    files = [tmp_path / "all" / f"{index:04d}.png" for index in range(1000)]
+    files[0].parent.mkdir()
+    for index, file in enumerate(files):
+        if index % 10:
+            write_png(images[index], file)
+        else:
+            file.write_text("no image")
+    result = chain.run("--json", "query", "--top", "1", str(files[0].parent))
+    assert result.exit_code == 1
+    answered = [json.loads(line)["file"] for line in result.stdout.splitlines()]
+    assert answered == [str(file) for index, file in enumerate(files) if index % 10]
+    assert all(f"Error: {file} cannot be read" in result.stderr for file in files[::10])
+    assert "100 of 1000 images could not be read; 900 answered" in result.stderr
+
+
+@pytest.mark.server
+def test_ctrl_c_in_the_middle_is_130_without_a_traceback(served: Served, digit: Path) -> None:
+    chain, _ = served
+    command = [sys.executable, "-m", "pipeline", "--root", str(chain.root), "query", "-"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:  # type: ignore[call-overload]
+        process.stdin.write(f"{digit}\n".encode() * 200)
+        process.stdin.flush()
+        assert [process.stdout.readline() for _ in range(200)]  # and it waits for more
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(HANG_GUARD) == 130
+        assert process.stderr.read() == b"interrupted\n"

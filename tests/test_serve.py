@@ -157,6 +157,23 @@ def test_the_readmes_python_gets_a_right_answer(served: Served, position: int, m
 
 
 @pytest.mark.server
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node: make system")
+def test_the_readmes_javascript_gets_a_right_answer(served: Served) -> None:
+    chain, server = served
+    (snippet,) = re.findall(r"```js\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", at_its_ports(snippet, server)],
+        cwd=chain.root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    digit, probability = done.stdout.split()
+    assert digit == "0"
+    assert 0.5 < float(probability) <= 1.001
+
+
+@pytest.mark.server
 def test_a_json_request_that_names_no_output_gets_them_all_as_json(served: Served) -> None:
     chain, server = served
     split = load_split("mnist", chain.paths.data("mnist"), "test")
