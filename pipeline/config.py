@@ -80,6 +80,7 @@ class Recipe:
     elastic: float = 0.0  # of half the image's side
     fade: float = 0.0  # of the steps, the last ones, over which the distortion fades
     stroke: float = 0.0  # how much strokes are thickened or thinned; 1 is a pixel on each side
+    outliers: float = 0.0  # things that are no digits in each batch, as a part of its digits
 
     def __post_init__(self) -> None:
         _choice("network", self.network, tuple(LAYERS))
@@ -106,6 +107,7 @@ class Recipe:
             "dropout",
             "fade",
             "stroke",
+            "outliers",
         ):
             if not 0 <= getattr(self, name) < 1:
                 raise PipelineError(f"{name} must be 0 to 1, got {getattr(self, name)}")
@@ -147,6 +149,7 @@ RECIPES = {
         shear=0.2,
         shift=0.07,
         elastic=0.06,
+        outliers=0.2,
     ),
     # Minutes, for a little more: `make best`.
     "best": Recipe(
