@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 
 from pipeline import triton
-from pipeline.query import Client
+from pipeline.client import Client
 from pipeline.tritonserver import KEY_HEADER
 
 

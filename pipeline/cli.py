@@ -64,7 +64,8 @@ def query_command(
       pipeline query digit.png
       pipeline query --json --top 1 digits/*.png
     """
-    from pipeline.query import Client, ask_files
+    from pipeline.client import Client
+    from pipeline.query import ask_files
     from pipeline.serve import default_url
 
     paths = paths_of(settings, name)

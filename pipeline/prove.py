@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from pipeline.client import Client
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.evaluate import predict
@@ -10,7 +11,7 @@ from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
-from pipeline.query import Client, triton_predictor
+from pipeline.query import triton_predictor
 from pipeline.replay import Release, Table, agree, require_agreement, selected_releases
 from pipeline.runtime import onnx_predictor
 from pipeline.serve import running_server, with_free_ports

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from pipeline import triton
+from pipeline.client import Client
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.evaluate import Predictor, difference, predict, score
 from pipeline.files import check_digest, check_manifest, read_json, refuse_shared
 from pipeline.golden import Agreement, Golden, compare, unpack_golden
 from pipeline.paths import Paths
-from pipeline.query import Client, triton_predictor
+from pipeline.query import triton_predictor
 
 TABLE_BATCH = 64  # images a request in the agreement table
 GOLDEN_BATCHES = (1, 2, 7)  # at which a server is asked the golden set

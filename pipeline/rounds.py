@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.client import Client
 from pipeline.errors import ServerError
 from pipeline.evaluate import margins
 from pipeline.golden import Golden, row_errors
-from pipeline.query import Client
 
 THREADS = 16  # that ask at once, through one client
 SIZES = (2, 7)  # of batches, beside the largest that the server takes

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from pipeline import tritonserver
 from pipeline.admin import Admin
+from pipeline.client import Client
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import write_json
 from pipeline.golden import require
 from pipeline.lint import require_loadable
 from pipeline.paths import Paths
-from pipeline.query import Client
 from pipeline.replay import Release, replay_golden, selected_releases
 from pipeline.running import Server as Server
 from pipeline.running import is_alive as is_alive

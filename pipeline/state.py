@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import metrics
+from pipeline.client import Client
 from pipeline.errors import ServerError
 from pipeline.golden import require
 from pipeline.metrics import Load
 from pipeline.paths import Paths
-from pipeline.query import Client
 from pipeline.replay import load_release, replay_golden
 from pipeline.serve import POLL_SECONDS, Server, is_alive, recorded
 

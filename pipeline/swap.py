@@ -16,11 +16,11 @@ from types import FrameType
 
 from pipeline import triton, versions
 from pipeline.admin import Admin
+from pipeline.client import Client
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.files import locked, write_bytes
 from pipeline.golden import require
 from pipeline.paths import Paths
-from pipeline.query import Client
 from pipeline.replay import Release, replay_golden, served_version
 from pipeline.running import serving
 from pipeline.serve import Server, recorded, write_record

@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError
 LABELS, WARMUP = "labels.txt", "digit"
 CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
 PREVIOUS = "previous_version"  # the parameter that says which version was selected before
+MIN_PROBABILITY = "min_probability"  # the parameter: a float, below it an answer is not sure
 ENGINES = "trt_engine_cache_path"
 
 Value = str | int | tuple[int, ...]
@@ -154,6 +155,14 @@ def dtype(tensor: Any) -> str:
 def kind(message: ModelConfig) -> str:
     """What the model's outputs are: log_probabilities, probabilities or logits."""
     return parameter(message, "outputs") or "log_probabilities"
+
+
+def min_probability(message: ModelConfig) -> float:
+    """The probability below which the model is not sure; 0 where the config states none."""
+    try:
+        return float(parameter(message, MIN_PROBABILITY) or 0)
+    except ValueError:
+        return 0.0
 
 
 def selected(message: ModelConfig) -> list[int]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import rounds, triton
+from pipeline.client import Client
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor
 from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.query import Client, triton_predictor
+from pipeline.query import triton_predictor
 from pipeline.replay import Release, Table, agree, require_agreement
 from pipeline.rounds import Round
 from pipeline.yardstick import Yardstick, misnamed, stated_classes, yardstick_of

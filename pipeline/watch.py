@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline import metrics
+from pipeline.client import Client
 from pipeline.errors import PipelineError, ServerError, SlowError
 from pipeline.golden import compare
 from pipeline.paths import Paths
-from pipeline.query import Client
 from pipeline.replay import Release, load_release
 from pipeline.serve import POLL_SECONDS, Server, bound_log, dead_children
 

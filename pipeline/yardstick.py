@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import triton
+from pipeline.client import Client
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.golden import Golden, unpack_golden
 from pipeline.paths import Paths
-from pipeline.query import Client
 from pipeline.replay import Release, load_release, served_version
 
 

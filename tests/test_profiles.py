@@ -8,11 +8,11 @@ import tritonclient.grpc as grpc
 from conftest import Chain, error_line
 
 from pipeline import profiles, triton
+from pipeline.client import Client
 from pipeline.config import IMAGES, PackageConfig, log_probabilities
 from pipeline.errors import PipelineError
 from pipeline.golden import compare, unpack_golden
 from pipeline.profiles import PROFILES, Choice
-from pipeline.query import Client
 from pipeline.serve import default_url
 
 TWO_CORES = PackageConfig(cores=2)

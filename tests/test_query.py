@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import Chain, error_line
 
+from pipeline.client import Client, endpoint
 from pipeline.data import load_split
 from pipeline.errors import PipelineError, ServerError
 from pipeline.images import write_png
-from pipeline.query import Client, endpoint
 from pipeline.serve import free_port
 
 TIMEOUT = 1.0  # seconds

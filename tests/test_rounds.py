@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline import triton
+from pipeline.client import Client
 from pipeline.errors import ServerError
 from pipeline.golden import Golden
-from pipeline.query import Client
 from pipeline.rounds import Round, ask, plans
 
 COUNT, CLASSES = 20, 5
@@ -29,7 +29,7 @@ class Asked(Client):
         self.sizes: list[int] = []
         self._config = triton.ModelConfig(max_batch_size=8)
 
-    def infer(self, images: np.ndarray) -> tuple[np.ndarray, str]:
+    def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
         self.sizes.append(len(images))
         return self.change(OUTPUTS[images[:, 0]].astype(np.float32)), "1"
 

@@ -14,8 +14,8 @@ from conftest import Chain, error_line, link_server_environment
 from torch import nn
 
 from pipeline import graph
+from pipeline.client import Client
 from pipeline.errors import PipelineError
-from pipeline.query import Client
 from pipeline.reference import reference_predictor
 from pipeline.sample import Sample, pack_sample, read_sample
 from pipeline.subject import kind_of, subject_of_module, weights_digest

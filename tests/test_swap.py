@@ -17,9 +17,9 @@ from traffic import Traffic, expected, judge, traffic
 
 from pipeline import serve, swap, versions
 from pipeline.admin import Admin
+from pipeline.client import Client
 from pipeline.data import load_split
 from pipeline.errors import PipelineError, ServerError
-from pipeline.query import Client
 from pipeline.serve import Server
 
 pytestmark = pytest.mark.server

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.client import Client
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
-from pipeline.query import Client
 from pipeline.replay import load_release
 
 HANG_SECONDS = 60.0  # in which a client has started or come to its end
