@@ -71,7 +71,9 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
 
 
 @click.command(cls=Command)
-@click.option("--what", type=click.Choice(["train", "serve"]), default="train", show_default=True)
+@click.option(
+    "--what", type=click.Choice(["train", "serve", "unsure"]), default="train", show_default=True
+)
 @name_option
 @click.option("--short", is_flag=True, help="serve: measure for seconds, not minutes.")
 @click.option("--recipes", default="quick,record,standard", show_default=True)
@@ -91,11 +93,17 @@ def benchmark_command(
 ) -> None:
     """Measure recipes against the yardstick, or a served model against what could be, in one run.
 
+    Or how much of what is no digit a model is not sure of.
+
     \b
     Example:
       pipeline benchmark --what train --recipes quick --seeds 3
       pipeline benchmark --what serve --name quick
+      pipeline benchmark --what unsure
     """
+    if what == "unsure":
+        _measure_unsure(settings, paths_of(settings, name), figures)
+        return
     if what == "serve":
         _measure_serving(settings, paths_of(settings, name), short, figures)
         return
@@ -111,6 +119,18 @@ def benchmark_command(
         text += f"\nwrote {save_training(paths, records)}"
         render_readme(paths.root / "README.md", paths.figures)
     settings.result({"what": what, "rows": records}, text, "pipeline train")
+
+
+def _measure_unsure(settings: Settings, paths: Paths, figures: bool) -> None:
+    from pipeline.report import render_readme, save_unsure
+    from pipeline.unsure import measure_unsure
+
+    found = measure_unsure(paths)
+    text = f"{found}\nwrote {paths.unsure}"
+    if figures:
+        text += f"\nwrote {save_unsure(paths, found.record())}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result(found.record(), text, "pipeline report")
 
 
 def _measure_serving(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:

@@ -5,7 +5,6 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.config import Recipe
 from pipeline.evaluate import Predictor
@@ -56,9 +55,12 @@ class DigitNorm(nn.BatchNorm2d):
         if not (self.training and self.outliers):
             return super().forward(x)
         digits = x[: round(len(x) / (1 + self.outliers))]
-        variance, mean = torch.var_mean(digits.detach(), dim=(0, 2, 3), correction=0)
-        affine = (self.weight, self.bias)
-        others = functional.batch_norm(x[len(digits) :], mean, variance, *affine, eps=self.eps)
+        # With their gradients: else what is no digit would drag the statistics along without end.
+        variance, mean = torch.var_mean(
+            digits, dim=(0, 2, 3), correction=0, keepdim=True
+        )  # (1, C, 1, 1) each
+        scale = self.weight.view(1, -1, 1, 1) * torch.rsqrt(variance + self.eps)
+        others = (x[len(digits) :] - mean) * scale + self.bias.view(1, -1, 1, 1)
         return torch.cat([super().forward(digits), others])
 
 

@@ -68,8 +68,7 @@ def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
     things = digits[chosen]
     things = torch.where(way & 4 > 0, things.mT, things)
     things = torch.where(way & 2 > 0, things.flip(-1), things)
-    things = torch.where(way & 1 > 0, things.flip(-2), things)
-    return things
+    return torch.where(way & 1 > 0, things.flip(-2), things)
 
 
 @cache

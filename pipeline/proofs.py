@@ -77,12 +77,30 @@ def serving_markdown(figure: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def unsure_markdown(figure: dict[str, Any]) -> str:
+    """The README's table of what a model is not sure of."""
+    lines = ['| what it is shown | images | "not sure" |', "|--|--|--|"]
+    parts = [figure[name] for name in ("digits", "right", "wrong")]
+    for row in (*figure["rows"], *parts):
+        share = row["refused"] / max(1, row["images"])
+        lines.append(f"| {row['name']} | {row['images']:,} | {share:.2%} |")
+    lines += [
+        "",
+        f"{_when(figure)}: {figure['share']:.1%} of what is no digit is refused (the mean of its "
+        "kinds; letters that look like digits are not among them). Refused is an answer whose "
+        f"probability is below {figure['min_probability']:g}, which was fitted on the validation "
+        "split of the digits alone.",
+    ]
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "swap": swap_markdown,
     "kill": kill_markdown,
     "soak": soak_markdown,
     "lint": lint_markdown,
     "serving": serving_markdown,
+    "unsure": unsure_markdown,
 }
 COMMANDS = {
     "swap": "make prove-swap",
@@ -90,5 +108,6 @@ COMMANDS = {
     "soak": "make prove-soak",
     "lint": "make prove-lint",
     "serving": "pipeline benchmark --what serve --figures",
+    "unsure": "pipeline benchmark --what unsure --figures",
 }
 MISSING = {name: f"*Not proven yet*: `{command}`." for name, command in COMMANDS.items()}

@@ -15,7 +15,16 @@ from pipeline.replay import Row, Table
 MEASURE = "measure it with 'make figures'"
 # What decides the figures: a change of one of these makes them stale.
 SOURCES = (
-    *("config.py", "augment.py", "model.py", "train.py", "runs.py", "export.py", "query.py"),
+    *(
+        "config.py",
+        "augment.py",
+        "outliers.py",
+        "model.py",
+        "train.py",
+        "runs.py",
+        "export.py",
+        "query.py",
+    ),
     *("replay.py", "triton.py", "profiles.py", "package.py", "serve.py", "watch.py"),
     *("supervise.py", "swap.py", "lint.py", "lint_rules.py", "lint_config.py", "lint_backend.py"),
     *("backend/onnxruntime/model.py", "backend/onnxruntime/ort_settings.py"),
@@ -58,6 +67,14 @@ def save_serving(paths: Paths, record: dict[str, Any]) -> Path:
     """Keep a benchmark of serving as the figure that the README quotes."""
     figure = paths.figures / "serving.json"
     command = f"pipeline benchmark --what serve --name {paths.name} --figures"
+    write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
+    return figure
+
+
+def save_unsure(paths: Paths, record: dict[str, Any]) -> Path:
+    """Keep what a model is not sure of as the figure that the README quotes."""
+    figure = paths.figures / "unsure.json"
+    command = f"pipeline benchmark --what unsure --name {paths.name} --figures"
     write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
     return figure
 
