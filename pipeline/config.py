@@ -231,6 +231,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _choice("device", self.device, ("auto", "cpu", "cuda"))
+        if self.settings.outliers and self.dataset != "mnist":
+            raise PipelineError(
+                f"outliers are things that are no digits, and {self.dataset} is trained without: "
+                f"leave --outliers out, got {self.settings.outliers}"
+            )
         if not 0 <= self.seed < 2**31:
             raise PipelineError(f"seed must be 0 to 2147483647, got {self.seed}")
 
@@ -254,6 +259,8 @@ def recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
     """The recipe called `name` for a data set, with some fields changed; None changes nothing."""
     _choice("recipe", name, tuple(RECIPES))
     of_dataset = FOR_DATASET.get(dataset, {}) if RECIPES[name].distorts else {}
+    if dataset != "mnist":  # what is none of other classes, nobody knows
+        of_dataset = {**of_dataset, "outliers": 0.0}
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(RECIPES[name], **{**of_dataset, **given})
 

@@ -36,11 +36,7 @@ class Outliers:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        torch.manual_seed(seed)
-        pieces = [255 * _strokes(PIECE, device) for _ in range(STOCK // PIECE)]
-        self.strokes = torch.cat(pieces).round().to(torch.uint8)  # (STOCK, 1, H, W)
-        pieces = [255 * _filled(PIECE, device) for _ in range(STOCK // PIECE)]
-        self.filled = torch.cat(pieces).round().to(torch.uint8)
+        self.strokes, self.filled = _stock(seed, device)
 
     def written(self, digits: Tensor, labels: Tensor, count: int) -> Tensor:
         """Things of strokes (M, 1, H, W), most made of digits (B, 1, H, W) with labels (B,)."""
@@ -58,6 +54,22 @@ class Outliers:
     def painted(self, count: int) -> Tensor:
         """Filled shapes, clouds and plain paper (M, 1, H, W)."""
         return _some(self.filled, count)
+
+
+@cache
+def _stock(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Things of strokes, and filled shapes, uint8 (STOCK, 1, H, W) each."""
+    torch.manual_seed(seed)
+    strokes, filled = (
+        torch.cat([make(PIECE, device) for _ in range(STOCK // PIECE)])
+        for make in (_strokes, _filled)
+    )
+    return _levels(strokes), _levels(filled)
+
+
+def _levels(ink: Tensor) -> Tensor:
+    """Ink from 0 to 1 as gray levels."""
+    return (255 * ink).round().to(torch.uint8)
 
 
 def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
