@@ -149,7 +149,7 @@ RECIPES = {
         shear=0.2,
         shift=0.07,
         elastic=0.06,
-        outliers=0.2,
+        outliers=0.25,
     ),
     # Minutes, for a little more: `make best`.
     "best": Recipe(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 SIDE, HALF = 28, 14  # pixels
-STROKES, POINTS = 6, 16  # of one thing at most; of one stroke
+STROKES, POINTS = 8, 20  # of one thing at most; of one stroke
 STOCK, PIECE = 4096, 256  # drawings of either kind; so many are made at a time
 # How each digit may be turned and be none. 4: along its diagonal, 2: left to right, 1: upside down.
 # A 2 mirrored is nearly a 5, a 6 turned twice is a 9; 0 and 1 stay too much what they are.
@@ -40,13 +40,14 @@ class Outliers:
 
     def written(self, digits: Tensor, labels: Tensor, count: int) -> Tensor:
         """Things of strokes (M, 1, H, W), most made of digits (B, 1, H, W) with labels (B,)."""
-        turned, cut = round(0.4 * count), count // 6
-        strokes = count - turned - 2 * cut
+        turned, mixed = round(0.28 * count), count // 8
+        strokes = count - turned - 3 * mixed
         return torch.cat(
             [
                 _turned(digits, labels, turned),
-                _cut(digits, cut),
-                _pairs(digits, cut),
+                _cut(digits, mixed),
+                _pairs(digits, mixed),
+                _over(digits, labels, mixed),
                 _some(self.strokes, strokes),
             ]
         )
@@ -109,24 +110,57 @@ def _pairs(digits: Tensor, count: int) -> Tensor:
     return torch.cat([_some(digits, count)[..., ::2], _some(digits, count)[..., 1::2]], dim=-1)
 
 
+def _over(digits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """A digit written over another that lies on its side; 0 and 1 would still leave a digit."""
+    wide = (labels > 1).float() + 1e-9
+    first, second = torch.multinomial(wide, 2 * count, replacement=True).view(2, -1)
+    return torch.maximum(digits[first], digits[second].mT)
+
+
 def _strokes(count: int, device: torch.device) -> Tensor:
-    """Two to six strokes, straight or bent, between the points of a jittered lattice; 0 to 1."""
-    shape = (count, STROKES, 1, 2)
-    room = 5 + torch.rand(count, 1, 1, 2, device=device) * 5  # half a side of the thing, in pixels
-    ends = torch.randint(-1, 2, (2, *shape), device=device) + _spread(2, *shape, device=device) / 8
-    # Half of the strokes begin where the one before ends.
-    goes_on = torch.rand(shape[:-1], device=device)[..., None] < 0.5
-    ends[0] = torch.where(goes_on, ends[1].roll(1, dims=1), ends[0])
-    bent = torch.rand(shape[:-1], device=device)[..., None] < 0.5
-    middle = ends.mean(dim=0) + _spread(*shape, device=device) * 1.2 * bent
+    """Strokes between the points of a jittered lattice, or one long curl; some mirrored; 0 to 1."""
+    is_curl = _coin(count, device, 0.4)
+    ways = zip(_curls(count, device), _segments(count, device), strict=True)
+    first, second, third = (torch.where(is_curl, *pair) for pair in ways)
     along = torch.linspace(0, 1, POINTS, device=device)[:, None]  # (P, 1)
-    paths = (1 - along) ** 2 * ends[0] + 2 * along * (1 - along) * middle + along**2 * ends[1]
-    used = torch.randint(2, STROKES + 1, (count, 1, 1, 1), device=device)
+    paths = (1 - along) ** 2 * first + 2 * along * (1 - along) * second + along**2 * third
+    least, most = torch.where(is_curl, 4, 3), torch.where(is_curl, STROKES, 5)
+    used = least + (torch.rand(count, 1, 1, 1, device=device) * (most - least + 1)).int()
     order = torch.arange(STROKES, device=device).view(1, -1, 1, 1)
-    paths = torch.where(order < used, paths, paths[:, :1]) * room  # (M, S, P, 2)
-    away = torch.cdist(_pixels(device).expand(count, -1, -1), paths.flatten(1, 2)).amin(dim=2)
-    width = 0.9 + torch.rand(count, 1, device=device) * 1.6  # half of it, in pixels
-    return (width + 0.5 - away).clamp(0, 1).view(count, 1, SIDE, SIDE)
+    paths = torch.where(order < used, paths, paths[:, :1]).flatten(1, 2)  # (M, S P, 2)
+    paths = _sized(paths) * (7.5 + 2.5 * torch.rand(count, 1, 1, device=device))
+    away = torch.cdist(_pixels(device).expand(count, -1, -1), paths).amin(dim=2)
+    width = 0.6 + torch.rand(count, 1, device=device) * 1.4  # half of it, in pixels
+    ink = (width + 0.5 - away).clamp(0, 1).view(count, 1, SIDE, SIDE)
+    return torch.where(_coin(count, device, 0.25), torch.maximum(ink, ink.flip(-1)), ink)
+
+
+def _sized(paths: Tensor) -> Tensor:
+    """Points (M, P, 2) about their middle, at most 1 away from it in the longer direction."""
+    least, most = paths.amin(dim=1, keepdim=True), paths.amax(dim=1, keepdim=True)
+    half = ((most - least) / 2).amax(dim=2, keepdim=True).clamp(min=0.1)
+    return (paths - (least + most) / 2) / half
+
+
+def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where strokes begin, what they bend towards, and where they end: (M, S, 1, 2) each.
+
+    Half of them begin where the one before ends, and half are straight.
+    """
+    shape = (count, STROKES, 1, 2)
+    begin, end = (
+        torch.randint(-1, 2, (2, *shape), device=device) + _spread(2, *shape, device=device) / 8
+    )
+    goes_on, is_bent = torch.rand(2, *shape[:-1], 1, device=device) < 0.5
+    begin = torch.where(goes_on, end.roll(1, dims=1), begin)
+    return begin, (begin + end) / 2 + _spread(*shape, device=device) * 1.2 * is_bent, end
+
+
+def _curls(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of strokes that go on without a corner: a quadratic spline between any points."""
+    points = _spread(count, STROKES + 2, 1, 2, device=device) * 1.4
+    halfway = (points[:, 1:] + points[:, :-1]) / 2  # (M, S + 1, 1, 2)
+    return halfway[:, :-1], points[:, 1:-1], halfway[:, 1:]
 
 
 def _filled(count: int, device: torch.device) -> Tensor:
@@ -139,7 +173,7 @@ def _filled(count: int, device: torch.device) -> Tensor:
     corner = 2 + 6 * _share(count, 1, device=device)  # 2 is an ellipse; more is nearly a box
     inside = (x.abs() ** corner + y.abs() ** corner < 1).view(-1, 1, SIDE, SIDE)
     blob = _clouds(count, 4, device) > 0.5
-    everywhere = torch.rand(count, 1, 1, 1, device=device) < 0.2
+    everywhere = _coin(count, device, 0.2)
     inside = torch.where(_coin(count, device), inside, blob & inside.roll(1, dims=0)) | everywhere
     grain = int(torch.randint(2, SIDE // 2, ()))
     contrast, level = _share(2, count, 1, 1, 1, device=device)
@@ -153,8 +187,8 @@ def _clouds(count: int, grain: int, device: torch.device) -> Tensor:
     return functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear")
 
 
-def _coin(count: int, device: torch.device) -> Tensor:
-    return torch.rand(count, 1, 1, 1, device=device) < 0.5
+def _coin(count: int, device: torch.device, share: float = 0.5) -> Tensor:
+    return torch.rand(count, 1, 1, 1, device=device) < share
 
 
 def _share(*shape: int, device: torch.device) -> Tensor:

@@ -126,7 +126,7 @@ class Batches:
         if not self.outliers:
             return augment(images, self.recipe, strength), labels
         count = round(self.recipe.outliers * len(labels))
-        painted = self.outliers.painted(count // 4)
+        painted = self.outliers.painted(count // 6)
         written = self.outliers.written(images, labels, count - len(painted))
         images = augment(torch.cat([images, written]), self.recipe, strength)
         return torch.cat([images, painted]), with_unknown(labels, count, self.classes)
