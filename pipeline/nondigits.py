@@ -42,16 +42,16 @@ class Kind:
 def kinds(clothes: Path, seed: int = 0) -> list[Kind]:
     """Every kind; the clothes of Fashion-MNIST's test split from its cache in `clothes`."""
     rng = np.random.default_rng(seed)
+    worn = load_split("fashion-mnist", clothes, "test").images  # first: it may not be there
     others, similar = letters()
-    worn = load_split("fashion-mnist", clothes, "test").images
     return [
         Kind("clothes (Fashion-MNIST)", worn),
         Kind("clothes, dark on light", 255 - worn),
         Kind("letters of 15 fonts", others),
         Kind("scribbles", _each(scribble, rng)),
-        Kind("uniform noise", _each(_uniform, rng)),
-        Kind("Gaussian noise", _each(_gaussian, rng)),
-        Kind("blank paper", _each(_blank, rng)),
+        Kind("uniform noise", _each(uniform, rng)),
+        Kind("Gaussian noise", _each(gaussian, rng)),
+        Kind("blank paper", _each(blank, rng)),
         Kind("letters that look like digits", similar, is_counted=False),
     ]
 
@@ -106,17 +106,18 @@ def scribble(rng: np.random.Generator) -> np.ndarray:
     return prepare(np.asarray(canvas))
 
 
-def _uniform(rng: np.random.Generator) -> np.ndarray:
+def uniform(rng: np.random.Generator) -> np.ndarray:
+    """Noise of every gray level alike, uint8 (1, 28, 28)."""
     return rng.integers(0, 256, IMAGES.shape, np.uint8)
 
 
-def _gaussian(rng: np.random.Generator) -> np.ndarray:
+def gaussian(rng: np.random.Generator) -> np.ndarray:
     """Noise about a gray level of its own, as much of it as there is room."""
     level, deviation = rng.uniform(30, 225), rng.uniform(15, 80)
     return rng.normal(level, deviation, IMAGES.shape).clip(0, 255).astype(np.uint8)
 
 
-def _blank(rng: np.random.Generator) -> np.ndarray:
+def blank(rng: np.random.Generator) -> np.ndarray:
     """Paper of one level, more or less: white is 0, as ink is what the model sees."""
     level, deviation = rng.choice([0.0, rng.uniform(0, 255)]), rng.uniform(0, 4)
     return rng.normal(level, deviation, IMAGES.shape).clip(0, 255).astype(np.uint8)
