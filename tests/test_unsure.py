@@ -10,6 +10,7 @@ from mutations import write_model
 
 from pipeline import nondigits, triton
 from pipeline.data import load_split
+from pipeline.evaluate import REFUSED
 from pipeline.lint import lint
 from pipeline.report import rendered
 from pipeline.runtime import onnx_predictor
@@ -46,12 +47,12 @@ def test_the_threshold_of_a_run_stands_in_every_config_of_its_model(made: Chain)
     assert thresholds(made) == {(fitted, fitted)}
 
 
-def test_the_threshold_refuses_one_in_two_hundred_validation_images(made: Chain) -> None:
+def test_the_threshold_refuses_its_share_of_the_validation_images(made: Chain) -> None:
     fitted = json.loads(made.paths.summary.read_text())["min_probability"]
     validation = load_split("mnist", made.paths.data("mnist"), "validation").images
     likeliest = onnx_predictor(made.paths.onnx.read_bytes())(validation).max(axis=1)
     refused = (np.exp(likeliest) < fitted).sum()
-    assert abs(int(refused) - len(validation) // 200) <= 1  # rounding of another runtime
+    assert abs(int(refused) - int(REFUSED * len(validation))) <= 1  # rounding of another runtime
 
 
 def test_each_version_keeps_its_own_threshold(chain: Chain) -> None:
