@@ -17,6 +17,7 @@ from pipeline.evaluate import (
     ClassScore,
     class_scores,
     confusion,
+    is_refused,
     reliability,
     wilson_interval,
     worst_mistakes,
@@ -42,6 +43,16 @@ class Mistake:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """How many of the test images the model is not sure of, the threshold being what it is."""
+
+    min_probability: float
+    right: float  # fraction of the right answers, 0 to 1
+    wrong: float | None  # and of the wrong ones, where there are any
+    all: float
+
+
+@dataclass(frozen=True)
 class Answers:
     """What the run's predictions show."""
 
@@ -53,6 +64,7 @@ class Answers:
     mistakes: tuple[Mistake, ...]
     scores: tuple[ClassScore, ...]
     figures: tuple[Markup, ...]
+    refused: Refused | None  # of runs of old nothing is known
 
 
 def answers(predictions: Predictions, summary: Mapping[str, Any], test: Split | None) -> Answers:
@@ -78,6 +90,21 @@ def answers(predictions: Predictions, summary: Mapping[str, Any], test: Split | 
             Markup(figures.reliability_diagram(before, after)),
             Markup(figures.confidence_histogram(before, after)),
         ),
+        refused=_refused(predictions, summary.get("min_probability")),
+    )
+
+
+def _refused(predictions: Predictions, min_probability: float | None) -> Refused | None:
+    if min_probability is None:
+        return None
+    outputs = predictions.log_probabilities
+    refused = is_refused(outputs, min_probability)
+    right = outputs.argmax(axis=1) == predictions.labels
+    return Refused(
+        min_probability=min_probability,
+        right=float(refused[right].mean()) if right.any() else 0.0,
+        wrong=float(refused[~right].mean()) if not right.all() else None,
+        all=float(refused.mean()),
     )
 
 

@@ -76,7 +76,7 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
 @click.command(cls=Command)
 @click.option(
     "--what",
-    type=click.Choice(["train", "infer", "serve", "photos", "all"]),
+    type=click.Choice(["train", "infer", "serve", "photos", "unsure", "all"]),
     default="train",
     show_default=True,
 )
@@ -103,7 +103,7 @@ def benchmark_command(
     resume: bool,
     figures: bool,
 ) -> None:
-    """Measure recipes, an export in its runtimes, a served model, or photos.
+    """Measure recipes, an export in its runtimes, a served model, photos, or what is no digit.
 
     With --compare, exits with 3 where something got slower or less accurate beyond the noise.
 
@@ -113,7 +113,11 @@ def benchmark_command(
       pipeline benchmark --what infer --compare before.json
       pipeline benchmark --what serve --name quick
       pipeline benchmark --what photos
+      pipeline benchmark --what unsure
     """
+    if what == "unsure":
+        _measure_unsure(settings, paths_of(settings, name), figures)
+        return
     if what == "photos":
         _measure_photos(settings, paths_of(settings, name), short, figures)
         return
@@ -133,6 +137,18 @@ def benchmark_command(
         text += f"\nwrote {save_training(paths, records)}"
         render_readme(paths.root / "README.md", paths.figures)
     settings.result({"what": what, "rows": records}, text, "pipeline train")
+
+
+def _measure_unsure(settings: Settings, paths: Paths, figures: bool) -> None:
+    from pipeline.report import render_readme, save_unsure
+    from pipeline.unsure import measure_unsure
+
+    found = measure_unsure(paths)
+    text = f"{found}\nwrote {paths.unsure}"
+    if figures:
+        text += f"\nwrote {save_unsure(paths, found.record())}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result(found.record(), text, "pipeline report")
 
 
 def _measure(

@@ -80,6 +80,7 @@ class Recipe:
     elastic: float = 0.0  # of half the image's side
     fade: float = 0.0  # of the steps, the last ones, over which the distortion fades
     stroke: float = 0.0  # how much strokes are thickened or thinned; 1 is a pixel on each side
+    outliers: float = 0.0  # things that are no digits in each batch, as a part of its digits
 
     def __post_init__(self) -> None:
         _choice("network", self.network, tuple(LAYERS))
@@ -106,6 +107,7 @@ class Recipe:
             "dropout",
             "fade",
             "stroke",
+            "outliers",
         ):
             if not 0 <= getattr(self, name) < 1:
                 raise PipelineError(f"{name} must be 0 to 1, got {getattr(self, name)}")
@@ -147,6 +149,7 @@ RECIPES = {
         shear=0.2,
         shift=0.07,
         elastic=0.06,
+        outliers=0.25,
     ),
     # Minutes, for a little more: `make best`.
     "best": Recipe(
@@ -228,6 +231,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _choice("device", self.device, ("auto", "cpu", "cuda"))
+        if self.settings.outliers and self.dataset != "mnist":
+            raise PipelineError(
+                f"outliers are things that are no digits, and {self.dataset} is trained without: "
+                f"leave --outliers out, got {self.settings.outliers}"
+            )
         if not 0 <= self.seed < 2**31:
             raise PipelineError(f"seed must be 0 to 2147483647, got {self.seed}")
 
@@ -251,6 +259,8 @@ def recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
     """The recipe called `name` for a data set, with some fields changed; None changes nothing."""
     _choice("recipe", name, tuple(RECIPES))
     of_dataset = FOR_DATASET.get(dataset, {}) if RECIPES[name].distorts else {}
+    if dataset != "mnist":  # what is none of other classes, nobody knows
+        of_dataset = {**of_dataset, "outliers": 0.0}
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(RECIPES[name], **{**of_dataset, **given})
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+REFUSED = 0.006  # of the validation images, where the threshold of being sure is fitted
 # uint8 (B, 1, 28, 28) -> float32 (B, K): PyTorch, ONNX Runtime and a Triton client are all one.
 Predictor = Callable[[np.ndarray], np.ndarray]
 
@@ -93,6 +94,21 @@ def fit_temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
         losses = [score(tempered(outputs, np.exp(at)), labels).loss for at in (first, second)]
         low, high = (low, second) if losses[0] < losses[1] else (first, high)
     return float(np.exp((low + high) / 2))
+
+
+def fit_min_probability(outputs: np.ndarray, share: float = REFUSED) -> float:
+    """The probability that the likeliest class of all but a `share` of rows (N, K) reaches.
+
+    Rounded down, so that whoever is at it is not below it.
+    """
+    likeliest = np.sort(np.exp(outputs.max(axis=1).astype(np.float64)))
+    return math.floor(float(likeliest[int(share * len(likeliest))]) * 1e6) / 1e6
+
+
+def is_refused(outputs: np.ndarray, min_probability: float) -> np.ndarray:
+    """Whether the likeliest class of each row (N, K) is less probable than that, bool (N,)."""
+    below: np.ndarray = np.exp(outputs.max(axis=1)) < min_probability
+    return below
 
 
 def calibration_error(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:

@@ -28,6 +28,7 @@ OF_ANY_BACKEND = (
 OF_ONNX = (
     lint_files.version_files,
     lint_files.digests,
+    lint_backend.threshold,
     lint_backend.warmups,
     lint_backend.parameters,
     lint_accelerators.accelerators,

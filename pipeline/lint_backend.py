@@ -11,6 +11,7 @@ from tritonclient.grpc import model_config_pb2
 from pipeline.lint_config import KINDS
 from pipeline.lint_files import Model
 from pipeline.lint_text import Finding, Level
+from pipeline.triton import MIN_PROBABILITY
 
 WARMUP = "core src/backend_model_instance.cc GenerateWarmupData"
 BACKEND = "onnxruntime_backend src/onnxruntime.cc"
@@ -120,6 +121,22 @@ def parameters(model: Model) -> Iterator[Finding]:
         said = f"the backend does not know the graph level {level_of_graph} and ignores it"
         fix = "-1 is basic, 1 extended, 2 none"
         yield config.finding("parameters", "warning", "optimization.graph.level", said, fix)
+
+
+def threshold(model: Model) -> Iterator[Finding]:
+    """The probability below which our clients say that the model is not sure."""
+    for key, holder in model.config.message.parameters.items():
+        if key.partition(".")[0] == MIN_PROBABILITY and not _is_share(holder.string_value):
+            said = f"'{holder.string_value}' is no probability, and clients take 0 for it"
+            at, fix = f"parameters[{key}]", "write a number from 0 to 1, or package the model again"
+            yield model.config.finding("min-probability", "error", at, said, fix)
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _parameter(key: str, value: str) -> str:

@@ -41,8 +41,27 @@ class Network(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no logits")
 
 
-def _normalized(channels: int, momentum: float) -> list[nn.Module]:
-    return [nn.BatchNorm2d(channels, momentum=momentum), nn.ReLU()]
+class DigitNorm(nn.BatchNorm2d):
+    """Batch normalization by the digits of a batch, behind which `outliers` times as many follow.
+
+    What is no digit varies so much that statistics of everything would fit neither.
+    """
+
+    def __init__(self, channels: int, momentum: float, outliers: float) -> None:
+        super().__init__(channels, momentum=momentum)
+        self.outliers = outliers
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.outliers):
+            return super().forward(x)
+        digits = x[: round(len(x) / (1 + self.outliers))]
+        # With their gradients: else what is no digit would drag the statistics along without end.
+        variance, mean = torch.var_mean(
+            digits, dim=(0, 2, 3), correction=0, keepdim=True
+        )  # (1, C, 1, 1) each
+        scale = self.weight.view(1, -1, 1, 1) * torch.rsqrt(variance + self.eps)
+        others = (x[len(digits) :] - mean) * scale + self.bias.view(1, -1, 1, 1)
+        return torch.cat([super().forward(digits), others])
 
 
 class Cnn(Network):
@@ -58,21 +77,26 @@ class Cnn(Network):
         norm_momentum: float = 0.1,
         padded: bool = False,
         dropout: float = 0.0,
+        outliers: float = 0.0,
     ) -> None:
         super().__init__()
         a, b, c, d = channels
+
+        def normalized(channels: int) -> list[nn.Module]:
+            return [DigitNorm(channels, norm_momentum, outliers), nn.ReLU()]
+
         pad = int(padded)
         self.features = nn.Sequential(
             nn.Conv2d(1, a, 5, stride=2, padding=2 * pad),  # (B, a, 12, 12); padded 14
             nn.ReLU(),
             nn.Conv2d(a, b, 3, padding=pad, bias=False),  # (B, b, 10, 10); 14
             nn.MaxPool2d(2),  # (B, b, 5, 5); 7; before the normalization, which is cheaper so
-            *_normalized(b, norm_momentum),
+            *normalized(b),
             nn.Dropout(dropout),
             nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5); 7
-            *_normalized(c, norm_momentum),
+            *normalized(c),
             nn.Conv2d(c, d, 3, padding=pad, bias=False),  # (B, d, 3, 3); 7
-            *_normalized(d, norm_momentum),
+            *normalized(d),
         )
         side = 7 if padded else 3
         self.maximum, self.mean_pool = nn.MaxPool2d(side), nn.AvgPool2d(side)
@@ -152,7 +176,7 @@ class Net(Network):
 def build(recipe: Recipe, classes: int) -> Network:
     """The recipe's network with random weights, drawn from torch's global generator."""
     if recipe.network == "cnn":
-        settings = (recipe.norm_momentum, recipe.padded, recipe.dropout)
+        settings = (recipe.norm_momentum, recipe.padded, recipe.dropout, recipe.outliers)
         return Cnn(recipe.channels, classes, *settings)
     if recipe.network == "classic":
         return ClassicCnn(recipe.channels, classes)

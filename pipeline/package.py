@@ -106,6 +106,11 @@ class _Load:
     message: triton.ModelConfig
     config: PackageConfig
 
+    @property
+    def min_probability(self) -> float | None:
+        """Below which the model is not sure; none where it was fitted on nothing."""
+        return self.manifest.get("min_probability")
+
 
 def _load(
     paths: Paths, manifest: dict[str, Any], entry: dict[str, Any], config: PackageConfig
@@ -164,19 +169,20 @@ def _selecting(load: _Load, version: int, old: triton.ModelConfig | None) -> tri
     message = load.message
     if old:
         message.version_policy.CopyFrom(old.version_policy)
-        for key in old.parameters:
-            if key.startswith("sha256.") or key == triton.PREVIOUS:
-                triton.set_parameter(message, key, old.parameters[key].string_value)
-    triton.set_parameter(message, f"sha256.{version}", load.sha256)
+        for key, value in triton.statements(old).items():
+            triton.set_parameter(message, key, value)
+        if before := triton.parameter(old, triton.PREVIOUS):
+            triton.set_parameter(message, triton.PREVIOUS, before)
+    triton.state(message, version, load.sha256, load.min_probability)
     triton.select(message, version)
     return message
 
 
 def _announce(model: Paths, load: _Load, version: int) -> None:
-    """State the new version's digest in every config, and change nothing else there."""
+    """State the new version's digest and threshold in every config, and change nothing else."""
     for path in triton.config_files(model.packaged):
         message = triton.read(path)
-        triton.set_parameter(message, f"sha256.{version}", load.sha256)
+        triton.state(message, version, load.sha256, load.min_probability)
         write_bytes(path, triton.to_text(message).encode())
 
 

@@ -171,6 +171,10 @@ class Paths:
         return self.export / "serving.json"
 
     @property
+    def unsure(self) -> Path:
+        return self.export / "unsure.json"
+
+    @property
     def manifest(self) -> Path:
         return self.export / "manifest.json"
 

@@ -99,6 +99,23 @@ def photos_markdown(figure: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def unsure_markdown(figure: dict[str, Any]) -> str:
+    """The README's table of what a model is not sure of."""
+    lines = ['| what it is shown | images | "not sure" |', "|--|--|--|"]
+    parts = [figure[name] for name in ("digits", "right", "wrong")]
+    for row in (*figure["rows"], *parts):
+        share = row["refused"] / max(1, row["images"])
+        lines.append(f"| {row['name']} | {row['images']:,} | {share:.2%} |")
+    lines += [
+        "",
+        f"{_when(figure)}: {figure['share']:.1%} of what is no digit is refused (the mean of its "
+        "kinds; letters that look like digits are not among them). Refused is an answer whose "
+        f"probability is below {figure['min_probability']:g}, which was fitted on the validation "
+        "split of the digits alone.",
+    ]
+    return "\n".join(lines)
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "swap": swap_markdown,
     "kill": kill_markdown,
@@ -106,6 +123,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "lint": lint_markdown,
     "serving": serving_markdown,
     "photos": photos_markdown,
+    "unsure": unsure_markdown,
 }
 COMMANDS = {
     "swap": "make prove-swap",
@@ -114,5 +132,6 @@ COMMANDS = {
     "lint": "make prove-lint",
     "serving": "pipeline benchmark --what serve --figures",
     "photos": "pipeline benchmark --what photos --figures",
+    "unsure": "pipeline benchmark --what unsure --figures",
 }
 MISSING = {name: f"*Not proven yet*: `{command}`." for name, command in COMMANDS.items()}

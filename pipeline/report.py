@@ -15,7 +15,8 @@ from pipeline.replay import Row, Table
 MEASURE = "measure it with 'make figures'"
 # What decides the figures: a change of one of these makes them stale.
 SOURCES = (
-    *("config.py", "augment.py", "model.py", "train.py", "runs.py", "export.py", "query.py"),
+    *("config.py", "augment.py", "outliers.py", "model.py", "train.py", "runs.py", "export.py"),
+    "query.py",
     *("replay.py", "triton.py", "profiles.py", "package.py", "serve.py", "watch.py"),
     *("supervise.py", "swap.py", "lint.py", "lint_rules.py", "lint_config.py", "lint_backend.py"),
     *("images.py", "ink.py", "ruled.py", "fitting.py", "photos.py", "photo_light.py"),
@@ -67,6 +68,14 @@ def save_photos(paths: Paths, record: dict[str, Any]) -> Path:
     """Keep a benchmark of photos as the figure that the README quotes."""
     figure = paths.figures / "photos.json"
     command = "pipeline benchmark --what photos --figures"
+    write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
+    return figure
+
+
+def save_unsure(paths: Paths, record: dict[str, Any]) -> Path:
+    """Keep what a model is not sure of as the figure that the README quotes."""
+    figure = paths.figures / "unsure.json"
+    command = f"pipeline benchmark --what unsure --name {paths.name} --figures"
     write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
     return figure
 

@@ -21,7 +21,14 @@ from pipeline.config import TrainConfig
 from pipeline.data import Split, digests, load_split
 from pipeline.device import Placement, choose
 from pipeline.errors import CorruptError, PipelineError
-from pipeline.evaluate import calibration_error, fit_temperature, predict, score, tempered
+from pipeline.evaluate import (
+    calibration_error,
+    fit_min_probability,
+    fit_temperature,
+    predict,
+    score,
+    tempered,
+)
 from pipeline.files import read_json, write_json
 from pipeline.model import Network, eager_predictor
 from pipeline.paths import Paths
@@ -55,7 +62,8 @@ class Summary:
     uncalibrated_error: float  # test_calibration_error before
     weights_sha256: str
     data_sha256: dict[str, str]
-    predictions_sha256: str = ""  # this and the next two: runs of old did not keep them
+    predictions_sha256: str = ""  # this and the next three: runs of old did not keep them
+    min_probability: float | None = None  # below it an answer is not sure; fitted on validation
     python: str = ""
     system: str = ""
 
@@ -159,7 +167,8 @@ def _conclude(
     folder = paths.data(config.dataset)
     predictor = eager_predictor(model, placement.device)
     validation = load_split(config.dataset, folder, "validation")
-    temperature = fit_temperature(predict(predictor, validation.images), validation.labels)
+    said = predict(predictor, validation.images)
+    temperature = fit_temperature(said, validation.labels)
     test = load_split(config.dataset, folder, "test")
     raw = predict(predictor, test.images)
     outputs = tempered(raw, temperature)
@@ -182,6 +191,7 @@ def _conclude(
         test_loss=metrics.loss,
         test_calibration_error=calibration_error(outputs, test.labels),
         temperature=temperature,
+        min_probability=fit_min_probability(tempered(said, temperature)),
         uncalibrated_loss=score(raw, test.labels).loss,
         uncalibrated_error=calibration_error(raw, test.labels),
         weights_sha256=save_weights(paths, model, config, test.classes),

@@ -56,6 +56,7 @@ def subject_of_run(paths: Paths) -> Subject:
             "training": checkpoint.config.record(),
             "data_sha256": summary["data_sha256"],
             "metrics": {key: summary[key] for key in metrics},
+            "min_probability": summary.get("min_probability"),
         },
     )
 

@@ -41,8 +41,8 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
 def _alone(path: Path, version: int) -> bytes:
     """The config as it is in a repository that has just this version."""
     message = triton.read(path)
-    others = {key for key in message.parameters if key.startswith("sha256.")}
-    for key in (others | {triton.PREVIOUS}) - {f"sha256.{version}"}:
+    others = {key for key in triton.statements(message) if not key.endswith(f".{version}")}
+    for key in others | {triton.PREVIOUS}:
         message.parameters.pop(key, None)
     message.ClearField("version_policy")  # what it was before is not in the tar
     triton.select(message, version)

@@ -1,6 +1,6 @@
 """The training loop of the learner's note: five lines a step, and what they need around them."""
 
-# Shape letters: B batch, N images, K classes.
+# Shape letters: B batch, M things that are no digits, N images, K classes.
 
 import contextlib
 import math
@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.augment import augment
@@ -21,6 +22,7 @@ from pipeline.device import Placement, prepare
 from pipeline.errors import PipelineError
 from pipeline.evaluate import evaluate
 from pipeline.model import Network, build, eager_predictor
+from pipeline.outliers import Outliers
 from pipeline.processes import agreed
 
 EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
@@ -92,6 +94,7 @@ class Batches:
     def __init__(self, split: Split, recipe: Recipe, seed: int, placement: Placement) -> None:
         self.images = torch.from_numpy(split.images).to(placement.device)  # whole split, uint8
         self.labels = torch.from_numpy(split.labels).to(placement.device)
+        self.classes = len(split.classes)
         self.recipe, self.seed, self.placement = recipe, seed, placement
         self.size = min(recipe.batch_size, len(split))
         if self.size % placement.processes:
@@ -101,10 +104,15 @@ class Batches:
             )
         self.steps_per_epoch = len(split) // self.size
         self.steps = max(1, round(recipe.epochs * self.steps_per_epoch))
+        self.outliers = Outliers(seed, placement.device) if recipe.outliers else None
         self._epoch, self._order = -1, torch.empty(0)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 1, 28, 28), distorted if the recipe says so, and labels (B,)."""
+        """Images (B, 1, 28, 28), distorted if the recipe says so, and labels (B,).
+
+        With things that are no digits after them, and probabilities (B, K) instead of labels, where
+        the recipe has such.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, shuffled(len(self.labels), self.seed, epoch)
@@ -113,8 +121,21 @@ class Batches:
         batch = batch.to(self.labels.device)
         # For distortion and for dropout: another draw in each process.
         torch.manual_seed((self.seed * EPOCH_STRIDE + step) * processes + rank)
+        images, labels = self.images[batch], self.labels[batch]
         strength = distortion(self.recipe, step, self.steps)
-        return augment(self.images[batch], self.recipe, strength), self.labels[batch]
+        if not self.outliers:
+            return augment(images, self.recipe, strength), labels
+        count = round(self.recipe.outliers * len(labels))
+        painted = self.outliers.painted(count // 6)
+        written = self.outliers.written(images, labels, count - len(painted))
+        images = augment(torch.cat([images, written]), self.recipe, strength)
+        return torch.cat([images, painted]), with_unknown(labels, count, self.classes)
+
+
+def with_unknown(labels: Tensor, others: int, classes: int) -> Tensor:
+    """What to say (B + M, K) of images with labels (B,), and of others that could be any class."""
+    certain = functional.one_hot(labels, classes).float()
+    return torch.cat([certain, certain.new_full((others, classes), 1 / classes)])
 
 
 class Learner:

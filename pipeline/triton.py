@@ -125,6 +125,24 @@ def digest(message: ModelConfig, version: str) -> str | None:
     return parameter(message, f"sha256.{version}")
 
 
+def state(
+    message: ModelConfig, version: int, sha256: str, min_probability: float | None = None
+) -> None:
+    """Say what belongs to a version, whichever is selected: its digest, and when it is not sure."""
+    set_parameter(message, f"sha256.{version}", sha256)
+    if min_probability is not None:
+        set_parameter(message, f"{MIN_PROBABILITY}.{version}", str(min_probability))
+
+
+def statements(message: ModelConfig) -> dict[str, str]:
+    """What the config says of each version, by parameter: `sha256.1` and the like."""
+    return {
+        key: value.string_value
+        for key, value in message.parameters.items()
+        if key.startswith(("sha256.", f"{MIN_PROBABILITY}."))
+    }
+
+
 def classes(message: ModelConfig) -> tuple[str, ...]:
     """The class names of a served model; a model of others' may state none, then numbers."""
     stated = parameter(message, "classes")
@@ -179,12 +197,16 @@ def previous(message: ModelConfig) -> int | None:
 def select(message: ModelConfig, version: int) -> None:
     """Let the policy name just this version, and remember the one that it named before.
 
-    TensorRT's engines become those of its own weights.
+    TensorRT's engines become those of its own weights, and so does the threshold.
     """
     before = max(selected(message), default=version)
     if before != version:
         set_parameter(message, PREVIOUS, str(before))
     message.version_policy.specific.versions[:] = [version]
+    if any(key.startswith(MIN_PROBABILITY) for key in statements(message)):
+        message.parameters.pop(MIN_PROBABILITY, None)
+        if own := parameter(message, f"{MIN_PROBABILITY}.{version}"):
+            set_parameter(message, MIN_PROBABILITY, own)
     for accelerator in message.optimization.execution_accelerators.gpu_execution_accelerator:
         if ENGINES in accelerator.parameters:
             accelerator.parameters[ENGINES] = engine_folder(message)
@@ -206,7 +228,7 @@ def settings(message: ModelConfig) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(to_json(message))
     record.pop("version_policy", None)
     for key, value in record.pop("parameters", {}).items():
-        if key != PREVIOUS and not key.startswith("sha256."):
+        if key not in (PREVIOUS, MIN_PROBABILITY, *statements(message)):
             record[key] = value
     return record
 

@@ -167,7 +167,9 @@ def prune(paths: Paths) -> list[int]:
         for path in triton.config_files(paths.packaged) if gone else []:
             message = triton.read(path)
             for number in gone:
-                message.parameters.pop(f"sha256.{number}", None)
+                for key in triton.statements(message):
+                    if key.endswith(f".{number}"):
+                        message.parameters.pop(key)
             write_bytes(path, triton.to_text(message).encode())
         return gone
 

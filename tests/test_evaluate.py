@@ -9,7 +9,9 @@ from pipeline.evaluate import (
     confusion,
     difference,
     evaluate,
+    fit_min_probability,
     fit_temperature,
+    is_refused,
     predict,
     reliability,
     score,
@@ -123,3 +125,13 @@ def test_reliability_leaves_out_empty_bins() -> None:
     low, high = reliability(outputs, np.array([0, 1, 0]), bins=10)
     assert astuple(low) == pytest.approx((1, 0.6, 1.0))
     assert astuple(high) == pytest.approx((2, 0.95, 0.5))
+
+
+def test_the_threshold_refuses_the_share_that_was_asked_for_and_nobody_at_it() -> None:
+    sure = np.linspace(0.5, 0.9995, 1000)
+    outputs = log_probabilities([[p, 1 - p] for p in sure])
+    threshold = fit_min_probability(outputs, 0.01)
+    assert is_refused(outputs, threshold).sum() == 10
+    assert not is_refused(outputs[10:], threshold).any()
+    assert not is_refused(outputs, fit_min_probability(outputs[:50], 0.01)).any()  # too few
+    assert not is_refused(outputs, 0.0).any()
