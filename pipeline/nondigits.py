@@ -91,7 +91,7 @@ def _letter(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
 
 
 def scribble(rng: np.random.Generator) -> np.ndarray:
-    """The path of a pen that swings to and fro and does not stop, uint8 (1, 28, 28)."""
+    """The path of a pen that swings back and forth and does not stop, uint8 (1, 28, 28)."""
     ink, paper = INK_ON_PAPER
     canvas = Image.new("L", (SIDE, SIDE), paper)
     time = np.linspace(0, rng.uniform(3, 6), POINTS)
