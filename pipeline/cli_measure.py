@@ -11,7 +11,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.paths import Paths
 
-WHATS = ("train", "infer", "serve", "all")  # all: infer and serve
+KINDS = ("train", "infer", "serve", "photos", "unsure", "all")  # all: infer and serve
 
 
 @click.command(cls=Command)
@@ -74,12 +74,7 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
 
 
 @click.command(cls=Command)
-@click.option(
-    "--what",
-    type=click.Choice(["train", "infer", "serve", "photos", "unsure", "all"]),
-    default="train",
-    show_default=True,
-)
+@click.option("--what", type=click.Choice(KINDS), default="train", show_default=True)
 @name_option
 @click.option("--short", is_flag=True, help="All but train: measure for seconds, not minutes.")
 @click.option(
