@@ -125,7 +125,8 @@ def of_connection(error: BaseException, is_connected: bool) -> Fault:
     if isinstance(error, RemoteDisconnected | IncompleteRead | ConnectionError):
         return Fault("lost", reason, error)
     if isinstance(error, BadStatusLine):
-        return Fault("alien", f"no HTTP, but {reason}", error)
+        said = " ".join("".join(one if one.isprintable() else " " for one in str(reason)).split())
+        return Fault("alien", f"no HTTP, but {said}", error)
     if isinstance(error, HTTPException | ValueError):
         return Fault("alien", reason, error)
     return Fault("lost" if is_connected else "unreached", reason, error)

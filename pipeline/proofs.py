@@ -94,7 +94,8 @@ def photos_markdown(figure: dict[str, Any]) -> str:
     lines += [
         "",
         f"{_when(figure)}: {figure['config']['digits']} test digits of MNIST in each row, drawn "
-        "into pictures that the model never saw. Nothing was tuned on the rows held back.",
+        "into pictures that the model never saw. No rule was changed for the rows held back, "
+        "whose pictures nobody looked at.",
     ]
     return "\n".join(lines)
 
