@@ -70,6 +70,8 @@ def _decode(source: bytes | Image.Image | np.ndarray, name: str) -> np.ndarray:
             warnings.simplefilter("ignore")
             with _opened(source) as image:
                 _check_size(image, name)
+                if isinstance(source, bytes):  # a large JPEG is decoded at a half, a quarter ...
+                    image.draft("L", (WORK_SIDE, WORK_SIDE))
                 return _upright(_gray(image), image.getexif().get(ExifTags.Base.Orientation))
     except _DECODING_ERRORS as error:
         raise PipelineError(

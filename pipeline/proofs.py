@@ -117,12 +117,27 @@ def unsure_markdown(figure: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gateway_markdown(figure: dict[str, Any]) -> str:
+    """A sentence about everything wrong that was sent to the page's gateway."""
+    crowd = figure["crowd"]
+    return (
+        f"{_when(figure)}: {figure['requests']:,} fuzzed requests and {figure['pictures']:,} "
+        "damaged pictures, no crash, nothing above 499 but 503, and right answers in between; "
+        f"{figure['bombs']} image bombs refused with {figure['bomb_bytes'] / MEBIBYTE:.1f} MiB; "
+        f"{figure['attempts']} requests of other sites and of rebound names refused. "
+        f"{crowd['users']} users at once for {crowd['seconds']:g} s: {crowd['right']:,} answers, "
+        f"{crowd.get('wrong', 0)} of them wrong, {crowd.get('refused', 0):,} times 503 with "
+        f"Retry-After, and {crowd['grown_bytes'] / MEBIBYTE:.0f} MiB more memory."
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "swap": swap_markdown,
     "kill": kill_markdown,
     "soak": soak_markdown,
     "lint": lint_markdown,
     "serving": serving_markdown,
+    "gateway": gateway_markdown,
     "photos": photos_markdown,
     "unsure": unsure_markdown,
 }
@@ -132,6 +147,7 @@ COMMANDS = {
     "soak": "make prove-soak",
     "lint": "make prove-lint",
     "serving": "pipeline benchmark --what serve --figures",
+    "gateway": "make prove-gateway",
     "photos": "pipeline benchmark --what photos --figures",
     "unsure": "pipeline benchmark --what unsure --figures",
 }

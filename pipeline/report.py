@@ -20,6 +20,7 @@ SOURCES = (
     *("replay.py", "triton.py", "profiles.py", "package.py", "serve.py", "watch.py"),
     *("supervise.py", "swap.py", "lint.py", "lint_rules.py", "lint_config.py", "lint_backend.py"),
     *("images.py", "ink.py", "ruled.py", "fitting.py", "photos.py", "photo_light.py"),
+    *("gateway.py", "connections.py", "guard.py", "limits.py"),
     *("backend/onnxruntime/model.py", "backend/onnxruntime/ort_settings.py"),
 )
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from pipeline.config import GatewayConfig
+from pipeline.connections import Connection
 from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
 from pipeline.link import Link, finder
@@ -36,7 +37,7 @@ def settings(gateway: Gateway) -> uvicorn.Config:
     """How uvicorn serves a gateway."""
     return uvicorn.Config(
         gateway.app(),
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -88,6 +88,7 @@ class Served:
 
     port: int
     gateway: Gateway
+    uvicorn: uvicorn.Config
 
     def ask(
         self,
@@ -125,11 +126,12 @@ def served(link: Link, config: GatewayConfig) -> Iterator[Served]:
     """The gateway in a thread, on a free port."""
     gateway = Gateway(link, config)
     with webserver.listening(config) as listener:
-        server = uvicorn.Server(webserver.settings(gateway))
+        settings = webserver.settings(gateway)
+        server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         until(lambda: server.started)
-        yield Served(listener.getsockname()[1], gateway)
+        yield Served(listener.getsockname()[1], gateway, settings)
         server.should_exit = True
         thread.join(WAIT_SECONDS)
 

@@ -1,6 +1,7 @@
 """The gateway on a real socket, before a client that plays Triton's part."""
 
 import base64
+import contextlib
 import http.client
 import re
 import socket
@@ -18,6 +19,7 @@ from conftest import Chain, error_line
 from gateways import (
     ATTEMPTS,
     OURS,
+    WAIT_SECONDS,
     Player,
     Served,
     bombs,
@@ -264,6 +266,42 @@ def test_headers_without_an_end_are_refused(gateway: Served) -> None:
 
 
 # Too much, too slow, not there
+
+
+def test_one_connection_too_many_is_503_and_the_others_stay(
+    gateway: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.connections.MAX_CONNECTIONS", 2)
+    address = ("127.0.0.1", gateway.port)
+    with socket.create_connection(address), socket.create_connection(address) as second:
+        refused = gateway.raw(b"GET /healthz HTTP/1.1\r\n" + OURS + b"\r\n")
+        assert refused.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in refused
+        second.sendall(b"GET /healthz HTTP/1.1\r\n" + OURS + b"\r\n")
+        assert second.recv(100).startswith(b"HTTP/1.1 200 ")
+        with contextlib.ExitStack() as stack:
+            many = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
+            assert many[-1].recv(100) == b""
+    until(lambda: gateway.ask(path="/healthz").status == 200)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HT"])
+@pytest.mark.parametrize(
+    "before", [b"", b"GET /healthz HTTP/1.1\r\n" + OURS + b"\r\n"], ids=["first", "next"]
+)
+def test_who_never_ends_a_request_is_hung_up_on(
+    gateway: Served, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes
+) -> None:
+    monkeypatch.setattr("pipeline.connections.REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr(gateway.uvicorn, "timeout_keep_alive", 0.1)
+    with socket.create_connection(("127.0.0.1", gateway.port), WAIT_SECONDS) as connection:
+        if before:
+            connection.sendall(before)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(begun)
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(4096):
+                pass
 
 
 def test_a_full_queue_is_503_with_retry_after_and_the_others_are_answered(

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 from pipeline import images
 from pipeline.errors import PipelineError
-from pipeline.images import prepare, read_image, write_png
+from pipeline.images import prepare, read_gray, read_image, write_png
 
 
 def seven(width: int = 200, height: int = 300, ink: int = 0, paper: int = 255) -> Image.Image:
@@ -183,6 +183,17 @@ def test_any_format_and_mode_is_the_same_digit(digit: np.ndarray, kind: str, mod
     else:
         picture = seven().convert(mode)
     assert_alike(read_image(as_file(picture, kind)), digit, mean=2)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_large_jpeg_is_decoded_small_and_the_same_digit(digit: np.ndarray, mode: str) -> None:
+    large = seven().resize((3000, 4000)).convert(mode)
+    content = as_file(large, "JPEG")
+    assert read_gray(content).shape == (1000, 750)
+    assert_alike(read_image(content), digit, mean=2)
+    with Image.open(io.BytesIO(content)) as opened:  # the caller's own stays as it is
+        assert_alike(read_image(opened), digit, mean=2)
+        assert opened.size == large.size
 
 
 @pytest.mark.parametrize("ink", [0, 255])
