@@ -175,7 +175,6 @@ def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[Server]
         if runtime.kind == "wheel":
             tritonserver.lay_out_backends(runtime, backends)
         command = tritonserver.command(runtime, repository, config, server_id, key, backends)
-        command = [part for part in command if not part.startswith("--load-model")]
         with process(command, runtime, log, server_id) as child:
             server = Server(child, log, config.http_port, {tritonserver.KEY_HEADER: key})
             _await(server, config.start_seconds)

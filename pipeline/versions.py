@@ -15,8 +15,9 @@ from pipeline import triton
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import difference as apart
 from pipeline.files import locked, read_json, remove, write_bytes
+from pipeline.golden import compare, require
 from pipeline.paths import Paths
-from pipeline.replay import REPACKAGE, Release, load_release
+from pipeline.replay import GOLDEN_BATCHES, REPACKAGE, Release, load_release
 from pipeline.running import serving
 
 
@@ -179,6 +180,14 @@ def _remove(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     os.rename(folder, hidden)
     remove(hidden)
+
+
+def require_right(release: Release) -> None:
+    """Raise CheckFailedError unless ONNX Runtime answers a version's golden set rightly."""
+    from pipeline.runtime import onnx_predictor  # commands that ask no model need it not
+
+    agreement = compare(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
+    require(agreement, f"version {release.version} answers wrongly", REPACKAGE)
 
 
 @dataclass(frozen=True)

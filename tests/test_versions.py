@@ -188,8 +188,16 @@ def pretend_to_serve(chain: Chain, name: str = "handwriting") -> None:
     record = dict.fromkeys(("http_port", "grpc_port", "metrics_port"), 1)
     record |= {"pid": pid, "supervisor_pid": pid}
     record |= dict.fromkeys(("start_time", "supervisor_start_time"), start_time(pid) or 0)
-    said = {"schema": 1, "id": "ours", "admin_key": "", "runtime": "wheel", "is_ready": True}
-    said |= {"profile": "", "ready_at": 0.0, "restarts": 0, "why": ""}
+    said: dict[str, object] = {"schema": 1, "id": f"handwriting-{0:012x}", "admin_key": ""}
+    said |= {
+        "runtime": "wheel",
+        "is_ready": True,
+        "profile": "",
+        "ready_at": 0.0,
+        "restarts": 0,
+        "why": "",
+    }
+    said["root"] = str(chain.root.resolve())
     chain.paths.server.write_text(json.dumps({**record, **said, "models": {name: 1}}))
 
 
