@@ -82,6 +82,9 @@ def try_models(
 
 def _beyond(folder: Path, kind: str) -> Trial | None:
     """A verdict on a model that the server here cannot judge, or must not try."""
+    if not re.fullmatch(r"[\w.~-]+", folder.name, re.ASCII):
+        why = "Triton takes its name literally in a URL, which cannot hold it: rename it"
+        return Trial(folder.name, "not judged", why)
     config = read_config(folder / CONFIG) if (folder / CONFIG).exists() else Config(folder / CONFIG)
     if isinstance(config, Finding):
         return None  # the server will say it

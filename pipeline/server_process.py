@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,28 +20,43 @@ END_SECONDS = tritonserver.EXIT_SECONDS + 2.0  # in which a server ends that has
 
 
 @contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, unless somebody listens to it already."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def process(
     command: list[str], runtime: tritonserver.Runtime, log: Path, server_id: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process in a group of its own, which ends with the block."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        child = subprocess.Popen(
-            command,
-            env=tritonserver.environment(runtime),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield child
-    finally:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(END_SECONDS)
-        clear(server_id, runtime.kind)
-        child.wait()
+    with _ended_by_sigterm():
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                command,
+                env=tritonserver.environment(runtime),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            yield child
+        finally:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(END_SECONDS)
+            clear(server_id, runtime.kind)
+            child.wait()
 
 
 def processes_of(server_id: str) -> list[int]:

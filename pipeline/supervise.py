@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
 from pipeline.files import locked, remove
+from pipeline.lint import require_loadable
 from pipeline.paths import Paths
 from pipeline.replay import selected_releases
 from pipeline.serve import (
@@ -233,11 +234,15 @@ def clear_dead(paths: Paths, server: Server) -> None:
 def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Server:
     """Have our server drained and started anew; return it once it is ready.
 
-    Raises ServerError when there is none, or it does not come back.
+    Raises ServerError when there is none, or it does not come back, and what is wrong with the
+    repository: then the server goes on as it is.
     """
     before = recorded(paths)
     if before is None or not is_alive(before.supervisor_pid, before.supervisor_start_time):
         raise ServerError("no server of ours is running: 'pipeline serve' starts one")
+    # What it would not start with is no reason to stop what runs.
+    selected_releases(paths, before.profile)
+    require_loadable(paths.repository)
     os.kill(before.supervisor_pid, RESTART)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

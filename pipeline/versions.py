@@ -14,7 +14,7 @@ import numpy as np
 from pipeline import triton
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import difference as apart
-from pipeline.files import locked, read_json, remove, write_bytes
+from pipeline.files import locked, read_json, refuse_shared, remove, write_bytes
 from pipeline.golden import compare, require
 from pipeline.paths import Paths
 from pipeline.replay import GOLDEN_BATCHES, REPACKAGE, Release, load_release
@@ -125,6 +125,7 @@ def previous(paths: Paths) -> int:
 
 def checked(paths: Paths, version: int) -> Release:
     """The release of a version, intact, with the digest that every config states."""
+    refuse_shared(paths.repository, [paths.packaged])
     configs = {path: triton.read(path) for path in triton.config_files(paths.packaged)}
     if version not in _numbers(paths):
         there = ", ".join(map(str, _numbers(paths))) or "none"

@@ -376,6 +376,24 @@ def test_ctrl_c_stops_a_server_in_the_foreground_and_leaves_nothing(servable: Ch
 
 
 @pytest.mark.server
+def test_sigterm_ends_a_server_that_was_started_for_the_occasion(servable: Chain) -> None:
+    command = [sys.executable, "-m", "pipeline", "--root", str(servable.root), "validate"]
+    process = subprocess.Popen([*command, str(servable.paths.repository)])
+
+    def servers() -> list[Path]:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        lines = [Path(f"/proc/{child}/cmdline") for child in children]
+        return [line for line in lines if b"tritonserver\0" in line.read_bytes()]
+
+    wait_until(lambda: bool(servers()))
+    (server,) = servers()
+    process.terminate()
+    assert process.wait(HANG_GUARD) == 130
+    assert not server.exists()
+    assert_nothing_is_left()
+
+
+@pytest.mark.server
 @pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
 def test_a_taken_port_is_an_error_that_says_which(servable: Chain, service: str) -> None:
     ports = [f"--{s}-port={serve.free_port()}" for s in ("http", "grpc", "metrics")]

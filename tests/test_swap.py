@@ -118,6 +118,17 @@ def test_status_follows_the_version_that_answers_whatever_was_written_down(live:
     serve.write_record(live.paths, server)
 
 
+def test_a_restart_that_could_not_start_again_does_not_stop_what_runs(live: Chain) -> None:
+    before, pid = state(live), server_of(live).pid
+    labels = live.paths.packaged / "labels.txt"
+    labels.chmod(0o666)
+    result = live.run("serve", "restart")
+    labels.chmod(0o644)
+    assert result.exit_code == 3
+    assert "can be changed by anybody" in error_line(result)
+    assert (state(live), server_of(live).pid) == (before, pid)
+
+
 def test_a_wrong_candidate_never_serves_anybody(live: Chain) -> None:
     before = state(live)
     version = add_wrong(live)

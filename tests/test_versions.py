@@ -182,6 +182,21 @@ def test_a_difference_is_in_records_and_in_answers(chain: Chain) -> None:
     assert "differing classes" in chain.run("versions", "diff", "1", str(other)).stdout
 
 
+@pytest.mark.parametrize("spoil", ["a link", "changed by anybody"])
+def test_a_version_that_others_may_change_is_not_promoted(chain: Chain, spoil: str) -> None:
+    chain.record("package")
+    model = chain.paths.packaged / "1" / "model.onnx"
+    if spoil == "a link":
+        model.rename(chain.root / "elsewhere")
+        model.symlink_to(chain.root / "elsewhere")
+    else:
+        model.chmod(0o666)
+    result = chain.run("versions", "promote", "1")
+    assert result.exit_code == 3
+    assert spoil in error_line(result)
+    assert selection(chain) == {(2, 1)}
+
+
 def pretend_to_serve(chain: Chain, name: str = "handwriting") -> None:
     """A record of a server whose process, this one, is alive."""
     pid = os.getpid()
