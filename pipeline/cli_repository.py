@@ -34,6 +34,8 @@ def lint_command(
 
         settings.say("trying each model in a scratch server")
         linted = lint_live(linted, paths)
-    then = "" if linted.count("error") else "pipeline serve" if live else "pipeline lint --live"
-    settings.result(linted.record(), linted, then)
+    where = f" {repository}" if repository else ""
+    serve = f"tritonserver --model-repository={repository}" if repository else "pipeline serve"
+    then = serve if live else f"pipeline lint{where} --live"
+    settings.result(linted.record(), linted, "" if linted.count("error") else then)
     require_clean(linted)

@@ -10,7 +10,7 @@ import click
 
 from pipeline.command import Group, Settings, paths_of
 from pipeline.config import ServeConfig
-from pipeline.errors import ServerError
+from pipeline.errors import CheckFailedError, ServerError
 from pipeline.paths import Paths
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def status_command(settings: Settings, watch: bool) -> None:
     while watch:
         try:
             state: object = status(paths)
-        except ServerError as error:  # it may come again
+        except (ServerError, CheckFailedError) as error:  # it may come again
             state = error
         if sys.stdout.isatty():
             click.echo("\x1b[H\x1b[2J", nl=False)

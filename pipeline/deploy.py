@@ -23,6 +23,7 @@ KINDS = ("compose", "kubernetes")
 SAFE = "26.05"  # before it, one JSON request with an absurd shape ends the server
 EXIT_SECONDS = 20  # in which requests that are under way may end
 MEMORY_MIB = 2048
+USER = 1000  # in the container
 MOST_PROBE_BYTES = 1_000_000  # a ConfigMap holds 1 MiB
 _TEMPLATES = Path(__file__).parent / "templates" / "deploy"
 _LETTERS = {"float16": "e", "float32": "f", "float64": "d"}  # as Python's struct has them
@@ -82,6 +83,7 @@ class _Values:
     packaged: str  # the model's folder
     source: str  # the same, seen from the compose file
     arguments: list[str]  # of tritonserver
+    models: str  # the repository's folder in the container
     probe: list[str]  # arguments of python3, as JSON
     probe_program: str
     probe_image: str  # base64
@@ -119,7 +121,7 @@ def deploy(paths: Paths, kind: str, release: str | None = None) -> Deployment:
         values.sha256,
         image,
         tuple(folder / name for name in sorted(contents)),
-        _warning(release),
+        "\n".join(filter(None, (_warning(release), _unreadable(paths, kind)))),
         _then(kind, folder, values.service),
     )
 
@@ -160,6 +162,10 @@ def _values(
     slug = re.sub(r"[^a-z0-9]+", "-", paths.name.lower())[:40].strip("-")
     service = f"triton-{slug}"
     program = (_TEMPLATES / "shared" / "probe.py").read_text()
+    # Each release in a folder of its own: a pod finds it whole, and a rollback its own again.
+    files = sorted(path for path in paths.packaged.rglob("*") if path.is_file())
+    digest = sha256("".join(sha256(path) for path in files).encode())
+    models = "/models" if kind == "compose" else f"/models/{packaged.version}-{digest[:12]}"
     threads = int(triton.parameter(config, "intra_op_thread_count") or 1)
     instances = sum(group.count for group in config.instance_group) or 1
     delay_us = int(config.dynamic_batching.max_queue_delay_microseconds)
@@ -176,7 +182,8 @@ def _values(
         repository=image.partition(":")[0],
         packaged=str(paths.packaged),
         source=_quoted(os.path.relpath(paths.packaged, paths.deployment(kind))),
-        arguments=_arguments(paths.name, kind),
+        arguments=_arguments(paths.name, kind, models),
+        models=models,
         probe=[json.dumps(argument) for argument in probe.arguments(paths.name)],
         probe_program=program,
         probe_image=base64.b64encode(probe.image).decode(),
@@ -196,14 +203,14 @@ def _quoted(path: str) -> str:
     return json.dumps(relative.replace("$", "$$"))
 
 
-def _arguments(name: str, kind: str) -> list[str]:
+def _arguments(name: str, kind: str, models: str) -> list[str]:
     """The command line of tritonserver, the admin key as a variable of Compose or Kubernetes."""
     key = {
         "compose": "${TRITON_ADMIN_KEY:?is not set, see the top of compose.yaml}",
         "kubernetes": "$(TRITON_ADMIN_KEY)",
     }
     return [
-        "--model-repository=/models",
+        f"--model-repository={models}",
         "--model-control-mode=explicit",
         f"--load-model={name}",
         f"--exit-timeout-secs={EXIT_SECONDS}",
@@ -253,6 +260,18 @@ def _warning(release: str | None) -> str:
         f"Triton {release} is older than {SAFE}: a request with an absurd shape can end it, so "
         "let nobody but your own clients reach it"
     )
+
+
+def _unreadable(paths: Paths, kind: str) -> str:
+    """What the user in the container cannot read, and how it can; Compose mounts it as it is."""
+    for path in (paths.packaged, *paths.packaged.rglob("*"), *paths.deployment(kind).rglob("*")):
+        wanted = 0o005 if path.is_dir() else 0o004
+        if kind == "compose" and path.stat().st_mode & wanted != wanted:
+            return (
+                f"user {USER} in the container cannot read {path}: chmod -R o+rX "
+                f"'{paths.packaged}' '{paths.deployment(kind)}', or set user: to yourself"
+            )
+    return ""
 
 
 def _then(kind: str, folder: Path, service: str) -> str:

@@ -82,6 +82,9 @@ def try_models(
 
 def _beyond(folder: Path, kind: str) -> Trial | None:
     """A verdict on a model that the server here cannot judge, or must not try."""
+    if not re.fullmatch(r"[\w.~-]+", folder.name, re.ASCII):
+        why = "Triton takes its name literally in a URL, which cannot hold it: rename it"
+        return Trial(folder.name, "not judged", why)
     config = read_config(folder / CONFIG) if (folder / CONFIG).exists() else Config(folder / CONFIG)
     if isinstance(config, Finding):
         return None  # the server will say it
@@ -175,7 +178,6 @@ def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[Server]
         if runtime.kind == "wheel":
             tritonserver.lay_out_backends(runtime, backends)
         command = tritonserver.command(runtime, repository, config, server_id, key, backends)
-        command = [part for part in command if not part.startswith("--load-model")]
         with process(command, runtime, log, server_id) as child:
             server = Server(child, log, config.http_port, {tritonserver.KEY_HEADER: key})
             _await(server, config.start_seconds)

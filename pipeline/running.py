@@ -1,9 +1,11 @@
 """The server that `server.json` speaks of, and whether it still runs."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from pipeline.errors import PipelineError
+from pipeline.errors import CorruptError
 from pipeline.files import read_json
 from pipeline.paths import Paths
 
@@ -28,6 +30,7 @@ class Server:
     ready_at: float  # seconds since the epoch; 0.0 until it is ready
     restarts: int  # how often its supervisor has started it anew
     why: str  # it was started anew the last time; empty before the first
+    root: str  # the project's folder: a copy of it has this record too, and no server
 
     @property
     def http_url(self) -> str:
@@ -57,14 +60,40 @@ def is_alive(pid: int, started: int) -> bool:
 
 
 def recorded(paths: Paths) -> Server | None:
-    """The server that `server.json` speaks of, alive or not; None when it speaks of none."""
+    """The server that `server.json` speaks of, alive or not; None when it speaks of none of ours.
+
+    Raises CorruptError when it is damaged: what it names is killed without asking again.
+    """
     if not paths.server.exists():
         return None
-    record = read_json(paths.server, f"stop what you started and remove {paths.server}")
+    mend = f"stop what you started and remove {paths.server}"
+    record = read_json(paths.server, mend)
     try:
-        return Server(**{name: record[name] for name in Server.__dataclass_fields__})
+        fields = {name: record[name] for name in Server.__dataclass_fields__}
     except KeyError as error:
-        raise PipelineError(f"{paths.server} lacks {error}: remove it") from error
+        raise CorruptError(f"{paths.server} lacks {error}: {mend}") from error
+    wrong = [name for name, kind in _KINDS.items() if not _is(fields[name], kind)]
+    if wrong or not _ID.fullmatch(fields["id"]):
+        names = ", ".join(wrong) or "id"
+        raise CorruptError(f"{paths.server} is damaged ({names}): {mend}")
+    server = Server(**fields)
+    return server if server.root == root(paths) else None
+
+
+def root(paths: Paths) -> str:
+    """The project's folder, as a server's record names it."""
+    return str(paths.root.resolve())
+
+
+_ID = re.compile(r"handwriting-[0-9a-f]{12}")
+_KINDS = get_type_hints(Server)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a field's type; no bool is an int."""
+    if kind == dict[str, int]:
+        return isinstance(value, dict) and all(type(version) is int for version in value.values())
+    return type(value) is kind
 
 
 def serving(paths: Paths) -> Server | None:

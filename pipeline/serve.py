@@ -4,7 +4,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -13,24 +12,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline import tritonserver
+from pipeline import candidate, tritonserver
 from pipeline.admin import Admin
 from pipeline.client import Client
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import write_json
-from pipeline.golden import require
 from pipeline.lint import require_loadable
 from pipeline.paths import Paths
-from pipeline.replay import Release, replay_golden, selected_releases
+from pipeline.replay import Release, selected_releases
 from pipeline.running import Server as Server
 from pipeline.running import is_alive as is_alive
 from pipeline.running import recorded as recorded
+from pipeline.running import root
 from pipeline.running import start_time as start_time
+from pipeline.server_process import END_SECONDS as END_SECONDS
+from pipeline.server_process import clear as clear
+from pipeline.server_process import dead_children as dead_children
+from pipeline.server_process import process as process
+from pipeline.server_process import processes_of as processes_of
 
 POLL_SECONDS = 0.05
-KILL_SECONDS = 5.0  # in which a killed process is gone
-END_SECONDS = tritonserver.EXIT_SECONDS + 2.0  # in which a server ends that has nothing to do
+MEND = "Look at the server's environment, then package it again"
 LOG_BYTES = 16 * 1024 * 1024  # of the server's log, of which one more generation is kept
 
 
@@ -78,15 +81,19 @@ def running_server(
     report: Callable[[str], None] = lambda line: None,
     restarts: int = 0,
     why: str = "",
+    proven: set[str] | None = None,
 ) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
     """A server on the repository that answers its golden sets rightly, stopped at the end.
 
-    `restarts` and `why` are what its supervisor has to say of the ones before it.
+    `restarts` and `why` are what its supervisor has to say of the ones before it, and `proven`
+    the digests of the models that those answered rightly with: any other is first asked under a
+    name that nobody knows.
 
     Raises PipelineError when a port is taken or nothing can run, CheckFailedError when it answers
     wrongly, CorruptError when a packaged file changed, ServerError when it does not come up.
     """
     releases = selected_releases(paths, config.profile)
+    digests = {release.sha256 for release in releases.values()}
     if not restarts:
         require_loadable(paths.repository)
     runtime = tritonserver.find(paths, config.runtime)
@@ -122,10 +129,16 @@ def running_server(
                 ready_at=0.0,
                 restarts=restarts,
                 why=why,
+                root=root(paths),
             )
             if is_recorded:
                 write_record(paths, server)
-            await_ready(server, child, releases, Log(log, start), config.start_seconds)
+            # Without a record, nobody knows where to ask.
+            unproven = digests - (proven or set()) if is_recorded else set()
+            at = Log(log, start)
+            await_ready(paths, server, child, releases, unproven, at, config.start_seconds)
+            if proven is not None:
+                proven |= digests
             server = replace(server, is_ready=True, ready_at=time.time())
             if is_recorded:
                 write_record(paths, server)
@@ -183,73 +196,12 @@ def write_record(paths: Paths, server: Server) -> None:
         os.umask(previous)
 
 
-@contextlib.contextmanager
-def process(
-    command: list[str], runtime: tritonserver.Runtime, log: Path, server_id: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The server's process in a group of its own, which ends with the block."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        child = subprocess.Popen(
-            command,
-            env=tritonserver.environment(runtime),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield child
-    finally:
-        child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(END_SECONDS)
-        clear(server_id, runtime.kind)
-        child.wait()
-
-
-def processes_of(server_id: str) -> list[int]:
-    """The server's processes that still run: tritonserver and its stubs carry its id."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended while we looked, or is somebody else's
-            if server_id.encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return [pid for pid in found if start_time(pid) is not None]
-
-
-def dead_children(pid: int) -> list[int]:
-    """Processes that `pid` started, that ended, and that it has not noticed: its dead stubs."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state == "Z" and parent == str(pid):
-                found.append(int(entry.name))
-    return found
-
-
-def clear(server_id: str, runtime: str) -> None:
-    """Kill what is left of a server, await its end, and remove its shared memory and files."""
-    if runtime == "docker":
-        tritonserver.remove_container(server_id)
-    for pid in processes_of(server_id):
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # a container's own
-            os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + KILL_SECONDS
-    while processes_of(server_id) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    # Only now: a process that still ran could make another.
-    for region in Path("/dev/shm").glob(f"*{server_id}*"):
-        region.unlink(missing_ok=True)
-    for scratch in Path(tempfile.gettempdir()).glob(f"{server_id}-*"):
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def await_ready(
+    paths: Paths,
     server: Server,
     child: subprocess.Popen[bytes],
     releases: dict[str, Release],
+    unproven: set[str],
     log: Log,
     seconds: float,
 ) -> None:
@@ -258,11 +210,30 @@ def await_ready(
     for url in (server.http_url, server.grpc_url):
         with Client(url, timeout=2.0, retries=0) as client:
             _await_answer(client, server, child, log, deadline, seconds)
-        for name, release in releases.items():
-            with Client(url, name, timeout=max(1.0, deadline - time.monotonic())) as client:
-                agreement = replay_golden(client, release.golden)
-            what = f"{name} version {release.version} answers wrongly over {url}"
-            require(agreement, what, "Look at the server's environment, then package it again")
+    try:
+        with Admin(
+            server.grpc_url, server.admin_key, max(1.0, deadline - time.monotonic())
+        ) as admin:
+            for name, release in releases.items():
+                _load(paths.named(name), server, admin, release, release.sha256 in unproven)
+    except candidate.NotLoadedError as error:
+        raise ServerError(f"tritonserver did not start: {log.cause()}") from error
+    except ServerError as error:
+        if child.poll() is None:
+            raise ServerError(
+                f"tritonserver was not ready in {seconds:g} s; its log ends: {log.cause()}"
+            ) from error
+        raise ServerError(f"tritonserver did not start: {log.cause()}") from error
+
+
+def _load(paths: Paths, server: Server, admin: Admin, release: Release, is_unproven: bool) -> None:
+    """Have a model served that answers its golden set rightly."""
+    what = f"{paths.name} version {release.version}"
+    if is_unproven:
+        candidate.prove(paths, server, admin, release, MEND)
+    with candidate.loading(what, MEND):
+        admin.load(paths.name)
+    candidate.require_right(server, paths.name, release, f"{what} answers wrongly", MEND)
 
 
 def _await_answer(

@@ -13,7 +13,7 @@ from pipeline.errors import ServerError
 from pipeline.golden import require
 from pipeline.metrics import Load
 from pipeline.paths import Paths
-from pipeline.replay import load_release, replay_golden
+from pipeline.replay import Release, load_release, replay_golden, served_version
 from pipeline.serve import POLL_SECONDS, Server, is_alive, recorded
 
 
@@ -92,15 +92,36 @@ def status(paths: Paths) -> State:
     server = living(paths)
     counted = metrics.loads(server.metrics_url)
     models = {}
-    for name, version in server.models.items():
-        release = load_release(paths.named(name), version)
-        for url in (server.http_url, server.grpc_url):
-            with Client(url, name, timeout=5.0) as client:
-                agreement = replay_golden(client, release.golden)
-            require(agreement, f"{name} answers wrongly over {url}", "'pipeline serve restart'")
-        load = counted.get((name, str(version)), Load(0, 0, None, None, None))
-        models[name] = ModelState(version, release.sha256, load)
+    for name in server.models:
+        release = _answering(paths.named(name), server)
+        load = counted.get((name, str(release.version)), Load(0, 0, None, None, None))
+        models[name] = ModelState(release.version, release.sha256, load)
     return State(server, time.time() - server.ready_at, models)
+
+
+def _answering(paths: Paths, server: Server) -> Release:
+    """The version that answers, and rightly over both protocols; CheckFailedError if it does not.
+
+    Not the one that is recorded: a promotion loads the next one before it writes that down.
+    """
+    while True:
+        before = _served(paths, server)
+        release = load_release(paths, before)
+        agreements = []
+        for url in (server.http_url, server.grpc_url):
+            with Client(url, paths.name, timeout=5.0) as client:
+                agreements.append((url, replay_golden(client, release.golden)))
+        if _served(paths, server) != before:
+            continue  # promoted meanwhile, which takes longer than to ask again
+        for url, agreement in agreements:
+            wrongly = f"{paths.name} version {before} answers wrongly over {url}"
+            require(agreement, wrongly, "'pipeline serve restart'")
+        return release
+
+
+def _served(paths: Paths, server: Server) -> int:
+    with Client(server.grpc_url, paths.name, timeout=5.0) as client:
+        return served_version(client)
 
 
 def living(paths: Paths) -> Server:

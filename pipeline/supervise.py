@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
 from pipeline.files import locked, remove
+from pipeline.lint import require_loadable
 from pipeline.paths import Paths
 from pipeline.replay import selected_releases
 from pipeline.serve import (
@@ -72,10 +73,11 @@ def serve(
     A server that dies or answers wrongly is started anew. Raises what the first start failed
     with, and ServerError when that many later ones failed in a row.
     """
-    refuse_second(paths)
-    remove(paths.server_log)
     asked = _Asked()
-    with asked.heard():
+    taken = "another 'pipeline serve' runs here: stop it with 'pipeline serve stop'"
+    with locked(paths.exported / ".supervisor.lock", taken), asked.heard():
+        refuse_second(paths)
+        remove(paths.server_log)
         try:
             _lives(paths, config, on_ready, report, asked)
         except KeyboardInterrupt:
@@ -95,16 +97,18 @@ def _lives(
 ) -> None:
     """One server after the other."""
     restarts, failed, early, why = 0, 0, 0, ""
+    proven: set[str] = set()
     while True:
-        lived = 0.0
+        lived, asked.to_restart = 0.0, False
         try:
-            with running_server(paths, config, True, report, restarts, why) as (server, child):
+            starting = running_server(paths, config, True, report, restarts, why, proven)
+            with starting as (server, child):
                 began = time.monotonic()
                 if restarts:
                     report(f"ready again (pid {server.pid})")
                 else:
                     on_ready(server)
-                asked.to_restart, failed = False, 0
+                failed = 0
                 why = _life(paths, config, server, child, asked, report)
                 lived = time.monotonic() - began
         except PipelineError as error:
@@ -197,7 +201,9 @@ def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
         if ended:
             kinds = {kind.exit_code: kind for kind in (CheckFailedError, CorruptError, ServerError)}
             kind = kinds.get(os.waitstatus_to_exitcode(code), PipelineError)
-            raise kind(last_words(paths) or f"see {paths.supervisor_log}")
+            stopped = "it was stopped before it was ready"
+            where = f"see {paths.supervisor_log}" if paths.supervisor_log.exists() else stopped
+            raise kind(last_words(paths) or where)
         server = recorded(paths)
         if server and server.supervisor_pid == pid and server.is_ready:
             return server
@@ -228,11 +234,15 @@ def clear_dead(paths: Paths, server: Server) -> None:
 def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Server:
     """Have our server drained and started anew; return it once it is ready.
 
-    Raises ServerError when there is none, or it does not come back.
+    Raises ServerError when there is none, or it does not come back, and what is wrong with the
+    repository: then the server goes on as it is.
     """
     before = recorded(paths)
     if before is None or not is_alive(before.supervisor_pid, before.supervisor_start_time):
         raise ServerError("no server of ours is running: 'pipeline serve' starts one")
+    # What it would not start with is no reason to stop what runs.
+    selected_releases(paths, before.profile)
+    require_loadable(paths.repository)
     os.kill(before.supervisor_pid, RESTART)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

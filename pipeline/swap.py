@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from pipeline import triton, versions
+from pipeline import candidate, triton, versions
 from pipeline.admin import Admin
 from pipeline.client import Client
-from pipeline.errors import CheckFailedError, PipelineError, ServerError
+from pipeline.errors import PipelineError, ServerError
 from pipeline.files import locked, write_bytes
-from pipeline.golden import require
 from pipeline.paths import Paths
-from pipeline.replay import Release, replay_golden, served_version
+from pipeline.replay import Release, served_version
 from pipeline.running import serving
 from pipeline.serve import Server, recorded, write_record
 from pipeline.versions import Change
@@ -64,61 +63,20 @@ def _promote(paths: Paths, version: int, report: Report) -> Change:
     release = versions.checked(paths, version)
     server = serving(paths)
     if server is None:
+        versions.require_right(release)
         return versions.select(paths, release)
     if not server.is_ready:
         raise ServerError(f"the server (pid {server.pid}) is starting: try again in a moment")
     with Client(server.grpc_url, paths.name, ANSWER_SECONDS) as client:
         before = served_version(client)
     with Admin(server.grpc_url, server.admin_key, LOAD_SECONDS) as admin:
-        _prove(paths, server, admin, release, report)
+        goes_on = (
+            f"What was served goes on being served; look at {release.folder}, or package again"
+        )
+        candidate.prove(paths, server, admin, release, goes_on, report)
         with _unbroken():
             _switch(paths, server, admin, release, before)
     return Change(paths.name, version, release.sha256, before, is_served=True)
-
-
-def _prove(paths: Paths, server: Server, admin: Admin, release: Release, report: Report) -> None:
-    """Return when the version, loaded under another name, answers its golden set rightly."""
-    name = f"{paths.name}.candidate"
-    if (paths.repository / name).exists():
-        raise PipelineError(f"{paths.repository} has a model {name}, a name that is needed here")
-    what = f"{paths.name} version {release.version}"
-    goes_on = f"What was served goes on being served; look at {release.folder}, or package again"
-    report(f"loading {what} as {name}")
-    try:
-        try:
-            admin.load_files(*_candidate(paths, name, release, server.profile))
-        except ServerError:
-            raise
-        except PipelineError as error:
-            said = str(error).strip().rstrip(";")
-            raise CheckFailedError(f"{what} is not loaded: {said}. {goes_on}") from error
-        report(f"asking {name} the golden set")
-        _require_right(server, name, release, f"{what} answers wrongly", goes_on)
-    finally:
-        with contextlib.suppress(PipelineError):
-            admin.unload(name)
-
-
-def _candidate(
-    paths: Paths, name: str, release: Release, profile: str
-) -> tuple[triton.ModelConfig, dict[str, bytes]]:
-    """The version as a model of its own: its config, and its files by their paths."""
-    config = triton.read(triton.profile_file(paths.packaged, profile))
-    config.name = name
-    triton.select(config, release.version)
-    beside = [paths.packaged / triton.LABELS, *(paths.packaged / "warmup").iterdir()]
-    files = {str(path.relative_to(paths.packaged)): path.read_bytes() for path in beside}
-    return config, {**files, f"{release.version}/{paths.onnx.name}": release.onnx}
-
-
-def _require_right(server: Server, name: str, release: Release, what: str, mend: str) -> None:
-    """Raise CheckFailedError unless this very version answers, and rightly, over both protocols."""
-    for url in (server.http_url, server.grpc_url):
-        with Client(url, name, LOAD_SECONDS) as client:
-            require(replay_golden(client, release.golden), f"{what} over {url}", mend)
-            answering = served_version(client)
-        if answering != release.version:
-            raise CheckFailedError(f"{what} over {url}: version {answering} answers. {mend}")
 
 
 def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before: int) -> None:
@@ -130,7 +88,8 @@ def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before
         versions.select(paths, release)
         admin.load(paths.name)
         _record(paths, server, release.version)
-        _require_right(server, paths.name, release, f"{what} answers wrongly once it serves", mend)
+        wrongly = f"{what} answers wrongly once it serves"
+        candidate.require_right(server, paths.name, release, wrongly, mend)
     except PipelineError as error:
         for path, content in configs.items():
             write_bytes(path, content)

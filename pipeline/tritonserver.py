@@ -149,7 +149,6 @@ def command(
     arguments = [
         f"--model-repository={'/models' if inside else repository.resolve()}",
         "--model-control-mode=explicit",
-        "--load-model=*",
         f"--id={server_id}",
         f"--exit-timeout-secs={EXIT_SECONDS}",
         *(f"--metrics-config={setting}" for setting in SUMMARIES),

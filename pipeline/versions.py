@@ -14,9 +14,10 @@ import numpy as np
 from pipeline import triton
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import difference as apart
-from pipeline.files import locked, read_json, remove, write_bytes
+from pipeline.files import locked, read_json, refuse_shared, remove, write_bytes
+from pipeline.golden import compare, require
 from pipeline.paths import Paths
-from pipeline.replay import REPACKAGE, Release, load_release
+from pipeline.replay import GOLDEN_BATCHES, REPACKAGE, Release, load_release
 from pipeline.running import serving
 
 
@@ -124,6 +125,7 @@ def previous(paths: Paths) -> int:
 
 def checked(paths: Paths, version: int) -> Release:
     """The release of a version, intact, with the digest that every config states."""
+    refuse_shared(paths.repository, [paths.packaged])
     configs = {path: triton.read(path) for path in triton.config_files(paths.packaged)}
     if version not in _numbers(paths):
         there = ", ".join(map(str, _numbers(paths))) or "none"
@@ -179,6 +181,14 @@ def _remove(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     os.rename(folder, hidden)
     remove(hidden)
+
+
+def require_right(release: Release) -> None:
+    """Raise CheckFailedError unless ONNX Runtime answers a version's golden set rightly."""
+    from pipeline.runtime import onnx_predictor  # commands that ask no model need it not
+
+    agreement = compare(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
+    require(agreement, f"version {release.version} answers wrongly", REPACKAGE)
 
 
 @dataclass(frozen=True)

@@ -295,6 +295,36 @@ def test_the_compose_file_says_what_the_packaged_model_is(tmp_path: Path) -> Non
     assert image == b"\x01" * 28 * 28
 
 
+def test_each_release_has_a_folder_of_its_own_on_the_volume(tmp_path: Path) -> None:
+    paths = packaged(tmp_path)
+    deploy(paths, "kubernetes")
+    folder = paths.deployment("kubernetes")
+    (container,) = pod_of(folder)["containers"]
+    (first,) = (a for a in container["args"] if a.startswith("--model-repository="))
+    models = first.removeprefix("--model-repository=")
+    assert re.fullmatch(r"/models/1-[0-9a-f]{12}", models)
+    assert f"fill:{models}/\n" in (folder / "fill.yaml").read_text()
+    config = paths.packaged / "config.pbtxt"  # another config is another release
+    config.write_text(config.read_text() + "# changed\n")
+    deploy(paths, "kubernetes")
+    (container,) = pod_of(folder)["containers"]
+    assert first not in container["args"]
+
+
+def test_files_that_the_container_cannot_read_are_said_with_what_mends_them(tmp_path: Path) -> None:
+    paths = packaged(tmp_path)
+    assert deploy(paths, "compose").warning == ""
+    (paths.packaged / "1" / "model.onnx").chmod(0o600)
+    assert f"cannot read {paths.packaged}/1/model.onnx: chmod" in deploy(paths, "compose").warning
+    assert deploy(paths, "kubernetes").warning == ""  # copied by its own user
+
+
+def pod_of(folder: Path) -> dict[str, Any]:
+    deployment = read(folder / "manifests" / "deployment.yaml")
+    spec: dict[str, Any] = deployment["spec"]["template"]["spec"]
+    return spec
+
+
 def test_the_container_is_locked_up(files: Paths) -> None:
     compose = read(files.deployment("compose") / "compose.yaml")
     for name, service in compose["services"].items():

@@ -37,11 +37,11 @@ from tritonclient.grpc import service_pb2
 from pipeline import triton
 from pipeline.admin import Admin
 from pipeline.async_client import AsyncClient
+from pipeline.candidate import _files
 from pipeline.client import Certificates, Client, endpoint
 from pipeline.errors import PipelineError, ServerError, SlowError
 from pipeline.replay import load_release
 from pipeline.serve import free_port
-from pipeline.swap import _candidate
 
 TIMEOUT = 0.5  # seconds, of a call that has to be given up
 PATIENCE = 10.0  # seconds, of a call that fails by itself
@@ -570,7 +570,7 @@ def test_a_real_server_that_restricts_or_has_unloaded_a_model(
     with pytest.raises(PipelineError, match="restricted.*give the key"):
         Admin(grpc_url, "guessed", PATIENCE).unload("handwriting")
     key = json.loads(chain.paths.server.read_text())["admin_key"]
-    told, files = _candidate(chain.paths, "fleeting", load_release(chain.paths, 1), "")
+    told, files = _files(chain.paths, "fleeting", load_release(chain.paths, 1), "")
     with Admin(grpc_url, key, 60) as admin, Client(url, "fleeting") as client:
         admin.load_files(told, files)
         assert client.classify(IMAGE)

@@ -26,7 +26,8 @@ ORDER = [
     *("endpoint", "faults", "wire", "prediction", "asking", "http_connection", "grpc_channel"),
     *("client", "async_client", "inputs", "query", "load_http", "load", "replay"),
     "yardstick",
-    *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "metrics", "serve"),
+    *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "candidate", "metrics"),
+    *("server_process", "serve"),
     *("comparison", "infer", "measure", "watch", "state", "supervise", "swap"),
     *(
         "lint_ask",

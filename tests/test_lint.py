@@ -87,9 +87,14 @@ def test_a_server_makes_of_each_case_what_is_expected(tmp_path: Path) -> None:
     cases = [case for case in CASES if case.name in TRIED]
     assert len(cases) == len(TRIED)
     build(tmp_path / "repository", cases)
+    odd = "gr\u00f6\u00dfe #1?"  # a folder may be called so
+    write_model(tmp_path / "repository" / odd)
     before = sorted(tmp_path.rglob("*"))
     paths = Paths(REPOSITORY)
-    trials = try_models(tmp_path / "repository", [case.name for case in cases], paths)
+    *trials, trial = try_models(
+        tmp_path / "repository", [*(case.name for case in cases), odd], paths
+    )
+    assert (trial.outcome, "rename it" in trial.cause) == ("not judged", True)
     for case, trial in zip(cases, trials, strict=True):
         assert trial.model == case.name
         assert trial.outcome in ON_A_SERVER[case.expected], trial
@@ -127,9 +132,8 @@ def test_what_a_server_refuses_exits_with_3_and_its_cause_in_a_line(tmp_path: Pa
 def test_a_clean_repository_exits_with_0_and_says_what_to_type_next(repository: Path) -> None:
     result = CliRunner().invoke(main, ["lint", str(repository)])
     assert result.exit_code == 0
-    assert result.stdout == (
-        "net: 0 errors, 0 warnings, not tried on a server\nnext: pipeline lint --live\n"
-    )
+    said = "net: 0 errors, 0 warnings, not tried on a server"
+    assert result.stdout == f"{said}\nnext: pipeline lint {repository} --live\n"
 
 
 def test_an_error_exits_with_3_and_says_file_line_and_fix(repository: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import http.client
 import json
 import os
@@ -7,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from traffic import Traffic, expected, lost, traffic
 
 from pipeline import serve, supervise, tritonserver
 from pipeline.admin import Admin
+from pipeline.client import Client
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
-from pipeline.files import sha256, write_json
+from pipeline.files import locked, sha256, write_json
 from pipeline.paths import Paths
 from pipeline.triton import ModelConfig
 from pipeline.tritonserver import Runtime
@@ -373,6 +376,24 @@ def test_ctrl_c_stops_a_server_in_the_foreground_and_leaves_nothing(servable: Ch
 
 
 @pytest.mark.server
+def test_sigterm_ends_a_server_that_was_started_for_the_occasion(servable: Chain) -> None:
+    command = [sys.executable, "-m", "pipeline", "--root", str(servable.root), "validate"]
+    process = subprocess.Popen([*command, str(servable.paths.repository)])
+
+    def servers() -> list[Path]:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        lines = [Path(f"/proc/{child}/cmdline") for child in children]
+        return [line for line in lines if b"tritonserver\0" in line.read_bytes()]
+
+    wait_until(lambda: bool(servers()))
+    (server,) = servers()
+    process.terminate()
+    assert process.wait(HANG_GUARD) == 130
+    assert not server.exists()
+    assert_nothing_is_left()
+
+
+@pytest.mark.server
 @pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
 def test_a_taken_port_is_an_error_that_says_which(servable: Chain, service: str) -> None:
     ports = [f"--{s}-port={serve.free_port()}" for s in ("http", "grpc", "metrics")]
@@ -386,6 +407,26 @@ def test_a_taken_port_is_an_error_that_says_which(servable: Chain, service: str)
             assert f"port {port} ({service}) is taken" in error_line(result)
 
 
+@contextlib.contextmanager
+def answers_of(url: str) -> Iterator[list[np.ndarray]]:
+    """What a model on `url` answers while somebody asks it all the time."""
+    found, done = list[np.ndarray](), threading.Event()
+
+    def ask() -> None:
+        with Client(url, timeout=1.0, retries=0) as client:
+            while not done.wait(0.002):
+                with contextlib.suppress(PipelineError):
+                    found.append(client.infer(np.zeros((1, 1, 28, 28), np.uint8))[0])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        asking.join()
+
+
 @pytest.mark.server
 def test_a_server_with_another_network_is_not_ready_and_exits_3(servable: Chain) -> None:
     # A golden set whose answers are another network's, with every digest in order.
@@ -395,9 +436,14 @@ def test_a_server_with_another_network_is_not_ready_and_exits_3(servable: Chain)
     np.savez(golden, **arrays)
     manifest = golden.with_name("manifest.json")
     edit_json(manifest, lambda record: record["files"].update({"golden.npz": sha256(golden)}))
-    result = servable.run("serve", "--detach", "--port", "auto")
+    assert servable.run("versions", "promote", "1").exit_code == 3  # without a server as well
+    ports = serve.with_free_ports(ServeConfig())
+    flags = [f"--{service}-port={port}" for service, port in tritonserver.ports(ports).items()]
+    with answers_of(f"http://127.0.0.1:{ports.http_port}") as answers:
+        result = servable.run("serve", "--detach", *flags)
     assert result.exit_code == 3
     assert "handwriting version 1 answers wrongly over http://" in error_line(result)
+    assert answers == []  # of the wrong network, to whoever asked in the meantime
     assert servable.run("validate", str(servable.paths.repository)).exit_code == 3
     assert not servable.paths.server.exists()
     assert_nothing_is_left()
@@ -514,11 +560,78 @@ def test_status_of_no_server_says_so(chain: Chain) -> None:
     assert "no server of ours is running" in error_line(result)
 
 
+def pretend(chain: Chain, **changes: object) -> None:
+    """A record of a server that died, with `changes`."""
+    record: dict[str, object] = {
+        name: 2**22 for name in serve.Server.__dataclass_fields__ if name not in changes
+    }
+    record |= {"id": f"handwriting-{0:012x}", "admin_key": "", "runtime": "wheel", "profile": ""}
+    record |= {"is_ready": True, "ready_at": 1.0, "why": "", "models": {"handwriting": 1}}
+    write_json(chain.paths.server, {**record, "root": str(chain.root.resolve()), **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": ""},
+        {"id": "*"},
+        {"id": "handwriting-"},
+        {"id": f"handwriting-{0:012x}/../x"},
+        {"pid": "1"},
+        {"pid": True},
+        {"supervisor_start_time": None},
+        {"models": ["handwriting"]},
+        {"models": {"handwriting": "1"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["status", "stop", "restart"])
+def test_a_damaged_server_record_kills_nobody_and_exits_4(
+    chain: Chain, command: str, changes: dict[str, object]
+) -> None:
+    pretend(chain, **changes)
+    result = chain.run("serve", command)
+    assert result.exit_code == 4
+    assert f"({next(iter(changes))})" in error_line(result)
+    assert chain.paths.server.exists()
+
+
 def test_a_server_record_that_is_none_is_corrupt(chain: Chain) -> None:
     chain.paths.server.write_text("{}")
     assert chain.run("serve", "status").exit_code == 4
     write_json(chain.paths.server, {"id": "x"})
-    assert "lacks" in error_line(chain.run("serve", "status"))
+    result = chain.run("serve", "status")
+    assert result.exit_code == 4
+    assert "lacks" in error_line(result)
+
+
+def test_only_what_bears_a_dead_servers_id_as_our_processes_do_is_cleared(chain: Chain) -> None:
+    pretend(chain)
+    log = chain.root / f"handwriting-{0:012x}-notes"
+    log.touch()
+    reader = subprocess.Popen(["tail", "-f", str(log)])
+    ours = subprocess.Popen(["sh", "-c", "sleep 99; :", "sh", f"--id=handwriting-{0:012x}"])
+    try:
+        assert chain.run("serve", "stop").stdout.startswith("cleared a dead server")
+        assert ours.wait(HANG_GUARD) == -signal.SIGKILL
+        assert reader.poll() is None
+    finally:
+        reader.kill()
+        reader.wait()
+
+
+def test_a_copy_of_a_project_has_no_server_of_its_own(chain: Chain) -> None:
+    pretend(chain, root=str(chain.root.parent / "original"))
+    result = chain.run("serve", "stop")
+    assert result.exit_code == 5
+    assert "no server of ours is running" in error_line(result)
+
+
+def test_a_second_server_of_a_project_is_refused_even_while_the_first_starts(chain: Chain) -> None:
+    with locked(chain.paths.exported / ".supervisor.lock"):
+        result = chain.run("serve", "--port", "auto")
+    assert result.exit_code == 1
+    assert "another 'pipeline serve' runs here" in error_line(result)
 
 
 def test_a_pid_that_came_again_is_not_our_server() -> None:

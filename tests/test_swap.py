@@ -108,6 +108,27 @@ def test_a_promoted_version_is_what_status_and_query_tell(live: Chain) -> None:
     assert "selected, served" in listing
 
 
+def test_status_follows_the_version_that_answers_whatever_was_written_down(live: Chain) -> None:
+    server, (version, *_) = server_of(live), state(live)
+    assert version
+    # A promotion that was killed between the switch and its note, or is just there.
+    serve.write_record(live.paths, replace(server, models={"handwriting": 3 - version}))
+    status = live.record("serve", "status")["models"]["handwriting"]
+    assert status["version"] == version
+    serve.write_record(live.paths, server)
+
+
+def test_a_restart_that_could_not_start_again_does_not_stop_what_runs(live: Chain) -> None:
+    before, pid = state(live), server_of(live).pid
+    labels = live.paths.packaged / "labels.txt"
+    labels.chmod(0o666)
+    result = live.run("serve", "restart")
+    labels.chmod(0o644)
+    assert result.exit_code == 3
+    assert "can be changed by anybody" in error_line(result)
+    assert (state(live), server_of(live).pid) == (before, pid)
+
+
 def test_a_wrong_candidate_never_serves_anybody(live: Chain) -> None:
     before = state(live)
     version = add_wrong(live)

@@ -182,14 +182,37 @@ def test_a_difference_is_in_records_and_in_answers(chain: Chain) -> None:
     assert "differing classes" in chain.run("versions", "diff", "1", str(other)).stdout
 
 
+@pytest.mark.parametrize("spoil", ["a link", "changed by anybody"])
+def test_a_version_that_others_may_change_is_not_promoted(chain: Chain, spoil: str) -> None:
+    chain.record("package")
+    model = chain.paths.packaged / "1" / "model.onnx"
+    if spoil == "a link":
+        model.rename(chain.root / "elsewhere")
+        model.symlink_to(chain.root / "elsewhere")
+    else:
+        model.chmod(0o666)
+    result = chain.run("versions", "promote", "1")
+    assert result.exit_code == 3
+    assert spoil in error_line(result)
+    assert selection(chain) == {(2, 1)}
+
+
 def pretend_to_serve(chain: Chain, name: str = "handwriting") -> None:
     """A record of a server whose process, this one, is alive."""
     pid = os.getpid()
     record = dict.fromkeys(("http_port", "grpc_port", "metrics_port"), 1)
     record |= {"pid": pid, "supervisor_pid": pid}
     record |= dict.fromkeys(("start_time", "supervisor_start_time"), start_time(pid) or 0)
-    said = {"schema": 1, "id": "ours", "admin_key": "", "runtime": "wheel", "is_ready": True}
-    said |= {"profile": "", "ready_at": 0.0, "restarts": 0, "why": ""}
+    said: dict[str, object] = {"schema": 1, "id": f"handwriting-{0:012x}", "admin_key": ""}
+    said |= {
+        "runtime": "wheel",
+        "is_ready": True,
+        "profile": "",
+        "ready_at": 0.0,
+        "restarts": 0,
+        "why": "",
+    }
+    said["root"] = str(chain.root.resolve())
     chain.paths.server.write_text(json.dumps({**record, **said, "models": {name: 1}}))
 
 

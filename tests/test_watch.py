@@ -141,6 +141,7 @@ class Lives:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *fates: float | PipelineError) -> None:
         self.fates, self.now = list(fates), 0.0
+        self.asked = supervise._Asked()
         self.pauses: list[float] = []
         self.said: list[str] = []
         monkeypatch.setattr(supervise, "running_server", self.running_server)
@@ -150,19 +151,39 @@ class Lives:
 
     @contextlib.contextmanager
     def running_server(self, *_: Any) -> Iterator[tuple[Server, None]]:
+        self.while_starting()
         if not self.fates:
             raise KeyboardInterrupt
         if isinstance(self.fates[0], PipelineError):
             raise self.fates.pop(0)  # type: ignore[misc]
         yield SERVER, None
 
+    def while_starting(self) -> None:
+        """Nothing, usually."""
+
     def life(self, *_: Any) -> str:
         self.now += self.fates.pop(0)  # type: ignore[operator]
         return "it died"
 
     def supervise(self, paths: Any) -> None:
-        asked = supervise._Asked()
+        asked = self.asked
         supervise._lives(paths, ServeConfig(), lambda server: None, self.said.append, asked)
+
+
+def test_a_restart_that_is_asked_for_during_a_start_is_not_forgotten(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives, heard = Lives(monkeypatch, 60.0), []
+
+    def life(*_: Any) -> str:
+        heard.append(lives.asked.to_restart)
+        return lives.life()
+
+    monkeypatch.setattr(lives, "while_starting", lambda: lives.asked._restart(0, None))
+    monkeypatch.setattr(supervise, "_life", life)
+    with pytest.raises(KeyboardInterrupt):
+        lives.supervise(chain.paths)
+    assert heard == [True]
 
 
 def test_the_first_start_that_fails_is_the_end(

@@ -1,0 +1,99 @@
+"""A tritonserver's processes: started, found, and cleared with all that they left."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline import tritonserver
+from pipeline.running import start_time
+
+POLL_SECONDS = 0.05
+KILL_SECONDS = 5.0  # in which a killed process is gone
+END_SECONDS = tritonserver.EXIT_SECONDS + 2.0  # in which a server ends that has nothing to do
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, unless somebody listens to it already."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def process(
+    command: list[str], runtime: tritonserver.Runtime, log: Path, server_id: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The server's process in a group of its own, which ends with the block."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with _ended_by_sigterm():
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                command,
+                env=tritonserver.environment(runtime),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            yield child
+        finally:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(END_SECONDS)
+            clear(server_id, runtime.kind)
+            child.wait()
+
+
+def processes_of(server_id: str) -> list[int]:
+    """The server's processes that still run: tritonserver, its stubs, or a container's command."""
+    stub = f"{tempfile.gettempdir()}/{server_id}-"
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended while we looked, or is somebody else's
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if arguments[0].startswith(stub) or f"--id={server_id}" in arguments:
+                found.append(int(entry.name))
+    return [pid for pid in found if start_time(pid) is not None]
+
+
+def dead_children(pid: int) -> list[int]:
+    """Processes that `pid` started, that ended, and that it has not noticed: its dead stubs."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state == "Z" and parent == str(pid):
+                found.append(int(entry.name))
+    return found
+
+
+def clear(server_id: str, runtime: str) -> None:
+    """Kill what is left of a server, await its end, and remove its shared memory and files."""
+    if runtime == "docker":
+        tritonserver.remove_container(server_id)
+    for pid in processes_of(server_id):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # a container's own
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + KILL_SECONDS
+    while processes_of(server_id) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    # Only now: a process that still ran could make another.
+    for region in Path("/dev/shm").glob(f"{server_id}*"):
+        region.unlink(missing_ok=True)
+    for scratch in Path(tempfile.gettempdir()).glob(f"{server_id}-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
