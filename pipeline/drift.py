@@ -56,7 +56,7 @@ class Check:
     def __str__(self) -> str:
         return (
             f"{self.name:<11} {self.said:<44} {self.effect:>+7.3f} {self.allowed:>7.3f} "
-            f"{self.statistic:>9.2f} {self.p:>8.1e}  {'DRIFT' if self.drifted else 'ok'}"
+            f"{self.statistic:>9.2f} {self.p:>8.2g}  {'DRIFT' if self.drifted else 'ok'}"
         )
 
 

@@ -41,7 +41,7 @@ ORDER = [
     *("logged", "significance", "drift"),
     *("lint_ask", "lint_live", "limits", "counters", "guard", "link", "gateway", "webserver"),
     *("prove", "gpu", "benchmark", "nondigits", "unsure"),
-    *("proofs", "report", "figures", "answers", "evidence", "page"),
+    *("proofs", "report", "figures", "answers", "evidence", "watched", "page"),
     *("installed", "doctor_probes", "doctor"),
     *(
         "command",
