@@ -53,10 +53,15 @@ class Check:
     p: float  # adjusted for there being several checks
     drifted: bool
 
+    @property
+    def chance(self) -> str:
+        """P as text."""
+        return f"{self.p:.2g}" if self.p else "<1e-300"
+
     def __str__(self) -> str:
         return (
             f"{self.name:<11} {self.said:<44} {self.effect:>+7.3f} {self.allowed:>7.3f} "
-            f"{self.statistic:>9.2f} {self.p:>8.2g}  {'DRIFT' if self.drifted else 'ok'}"
+            f"{self.statistic:>9.2f} {self.chance:>8}  {'DRIFT' if self.drifted else 'ok'}"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -147,7 +148,7 @@ def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[fl
             axes.bar([at + shift for at in places], heights, 0.4, color=colour, label=label)
         axes.set_xticks(list(places), list(classes), rotation=90 if len(classes) > 12 else 0)
         axes.grid(visible=False, axis="x")
-        axes.legend(loc="lower right", labelcolor=MUTED, bbox_to_anchor=(1, 1), ncols=2)
+        _legend_above(axes)
         return _svg(figure, "rates", "how often each class was answered, then and now")
 
 
@@ -164,8 +165,28 @@ def below_chart(
             shares = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
             axes.plot(edges, shares, dashes, color=colour, label=label)
         axes.set_ylim(0, 102)
-        axes.legend(loc="upper left", labelcolor=MUTED)
+        if what == "confidence":
+            _near_one(axes)
+        _legend_above(axes)
         return _svg(figure, f"below-{what}", f"the share of images below each {what}")
+
+
+def _near_one(axes: Axes) -> None:
+    """Stretch the axis towards 1, where most answers are."""
+    least = 1e-6
+
+    def doubt(values: np.ndarray) -> np.ndarray:
+        away: np.ndarray = -np.log10(np.maximum(1 - values, least))
+        return away
+
+    axes.set_xscale("function", functions=(doubt, lambda places: 1 - 10.0**-places))
+    axes.set_xlim(0, 1 - least)
+    axes.set_xticks([0, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower right", labelcolor=MUTED, bbox_to_anchor=(1, 1), ncols=2)
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

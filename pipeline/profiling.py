@@ -31,7 +31,7 @@ def profile_export(
     if training := manifest.get("training"):
         dataset = training["dataset"]
         images = load_split(dataset, paths.data(dataset), "validation").images
-        images_from = "validation"
+        images_from = "the validation split"
     return profile_of(
         predict(onnx_predictor(content), images),
         images,
