@@ -31,6 +31,7 @@ from pipeline.config import (
 from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
 from pipeline.link import Link
+from pipeline.prediction_log import PredictionLog
 
 WAIT_SECONDS = 20.0
 
@@ -121,9 +122,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(link: Link, config: GatewayConfig) -> Iterator[Served]:
+def served(link: Link, config: GatewayConfig, log: PredictionLog | None = None) -> Iterator[Served]:
     """The gateway in a thread, on a free port."""
-    gateway = Gateway(link, config)
+    gateway = Gateway(link, config, log)
     with webserver.listening(config) as listener:
         server = uvicorn.Server(webserver.settings(gateway))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
