@@ -69,14 +69,11 @@ def query_command(
     for answer in ask_files(connect, found, top, min_confidence):
         count.add(answer)
         _echo(settings, answer, show)
-    if log and log.lost:
-        raise PipelineError(
-            f"{log.lost} of {count.answered} predictions could not be written to {log.path}: see "
-            "above, and ask again once it can be written"
-        )
     total = count.answered + count.failed
     if count.failed:
         raise PipelineError(f"{count.failed} of {total} images could not be read; {count}")
+    if log and log.lost:
+        raise PipelineError(f"{log.lost} of {total} predictions could not be written to {log.path}")
     if total > 1:
         settings.say(count)
 

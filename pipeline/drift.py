@@ -2,6 +2,8 @@
 
 # Shape letters: N images, K classes, E bins.
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -9,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import triton
 from pipeline.errors import CheckFailedError, PipelineError
-from pipeline.files import check_manifest, write_json
-from pipeline.logged import Logged, read_log
+from pipeline.files import write_json
+from pipeline.logged import Entry, Logged, read_log
 from pipeline.machine import machine
+from pipeline.packaged_profile import find_profile
 from pipeline.paths import Paths
-from pipeline.reference_profile import REMAKE, ReferenceProfile, binned, unpacked
+from pipeline.reference_profile import ReferenceProfile, binned
 from pipeline.significance import (
     Shift,
     distribution_shift,
@@ -24,7 +26,8 @@ from pipeline.significance import (
     share_shift,
 )
 
-LISTED = 3  # other models that are named
+LISTED = 3  # other models, or strange classes, that are named
+ARCSINE, SMIRNOV = "arcsine z", "Kolmogorov-Smirnov lambda"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class DriftConfig:
     class_least: float = 0.005  # and by so much in any case
     confidence: float = 0.10  # Kolmogorov's D: images whose confidence is not as it was
     ink: float = 0.15  # the same of ink; MNIST's two halves of the test split differ by 0.13
+    unusual_ink: float = 0.015  # change of the share that lies in the reference's tails
+    tail: float = 0.005  # of the reference's images, at either end
     unsure: float = 0.02  # change of the share of "not sure"
     least: int = 200  # predictions; fewer say too little
 
@@ -137,7 +142,7 @@ def watch(
     Written to exported/<name>/drift.json. Raises PipelineError where there is no profile, or
     where the log has too few predictions of the model file that it belongs to.
     """
-    where, profile = _profile(paths, reference, version)
+    where, profile = find_profile(paths, reference, version)
     logged = read_log(log, profile.name, profile.sha256, since)
     if last:
         logged.entries = logged.entries[-last:]
@@ -161,27 +166,13 @@ def require_none(found: Drift) -> None:
 def compare(
     profile: ReferenceProfile, logged: Logged, config: DriftConfig = DriftConfig()
 ) -> Drift:
-    """Hold predictions of one model file against its profile."""
-    classes, entries = {label: at for at, label in enumerate(profile.classes)}, logged.entries
-    known = [entry for entry in entries if entry.label in classes]
-    if len(known) < len(entries):
-        raise PipelineError(
-            f"{len(entries) - len(known)} predictions are of classes that {profile.name} has not: "
-            "the log or the profile is another model's"
-        )
-    labels = np.array([classes[entry.label] for entry in entries])
-    inks = [entry.ink for entry in entries if entry.ink is not None]
-    has_ink = profile.ink_counts is not None and len(inks) == len(entries)
-    counts = np.bincount(labels, minlength=len(classes))
-    sure = np.array([entry.probability for entry in entries])
-    confidence = np.array(binned(sure, profile.confidence_edges))
-    ink = np.array(binned(np.array(inks), profile.ink_edges)) if has_ink else None
-    unsure = sum(not entry.is_sure for entry in entries)
-    shifts = _shifts(profile, counts, confidence, ink, unsure, config)
+    """Hold predictions of one model file against its profile.
+
+    Raises PipelineError for a class that the profile does not know.
+    """
+    entries, now = logged.entries, _counted(profile, logged.entries)
+    shifts = _shifts(profile, now, len(entries), config)
     chances = holm({name: shift.p for name, (shift, _, _) in shifts.items()})
-    checks = tuple(
-        _check(name, *found, chances[name], config.alpha) for name, found in shifts.items()
-    )
     return Drift(
         log="",
         name=profile.name,
@@ -195,12 +186,42 @@ def compare(
         unreadable=logged.unreadable,
         lost=logged.lost,
         alpha=config.alpha,
-        checks=checks,
+        checks=tuple(
+            _check(name, *found, chances[name], config.alpha) for name, found in shifts.items()
+        ),
         unchecked=tuple(name for name in ("ink", "not sure") if name not in shifts),
-        class_counts=tuple(map(int, counts)),
-        confidence_counts=tuple(map(int, confidence)),
-        ink_counts=None if ink is None else tuple(map(int, ink)),
+        class_counts=now.classes,
+        confidence_counts=now.confidence,
+        ink_counts=now.ink,
         profile=profile,
+    )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """A log's predictions, counted as the profile's are."""
+
+    classes: tuple[int, ...]
+    confidence: tuple[int, ...]
+    ink: tuple[int, ...] | None  # None where the profile or a line of the log has none
+    unsure: int
+
+
+def _counted(profile: ReferenceProfile, entries: Sequence[Entry]) -> _Counts:
+    labels = Counter(entry.label for entry in entries)
+    if strange := labels.keys() - set(profile.classes):
+        raise PipelineError(
+            f"predictions of {', '.join(sorted(strange)[:LISTED])}, classes that {profile.name} "
+            "has not: the log or the profile is another model's"
+        )
+    confidence = np.array([entry.probability for entry in entries])
+    inks = [entry.ink for entry in entries if entry.ink is not None]
+    has_ink = profile.ink_counts is not None and len(inks) == len(entries)
+    return _Counts(
+        classes=tuple(labels[label] for label in profile.classes),
+        confidence=binned(confidence, profile.confidence_edges),
+        ink=binned(np.array(inks), profile.ink_edges) if has_ink else None,
+        unsure=sum(not entry.is_sure for entry in entries),
     )
 
 
@@ -208,80 +229,56 @@ Found = tuple[Shift, str, str]  # with the test's name, and where the difference
 
 
 def _shifts(
-    profile: ReferenceProfile,
-    counts: np.ndarray,
-    confidence: np.ndarray,
-    ink: np.ndarray | None,
-    unsure: int,
-    config: DriftConfig,
+    profile: ReferenceProfile, now: _Counts, images: int, config: DriftConfig
 ) -> dict[str, Found]:
-    images, before = int(counts.sum()), np.array(profile.class_counts)
+    before, counts = np.array(profile.class_counts), np.array(now.classes)
     shift = largest_share_shift(before, counts, config.class_share, config.class_least)
     shares = f"{before[shift.at] / profile.images:.1%} -> {counts[shift.at] / images:.1%}"
-    z = "arcsine z"
-    found = {"classes": (shift, z, f"class {profile.classes[shift.at]}: {shares}")}
-    smirnov = "Kolmogorov-Smirnov"
-    known = np.array(profile.confidence_counts)
-    shift = distribution_shift(known, confidence, config.confidence)
-    edge = f"confidence below {profile.confidence_edges[shift.at]:.6g}"
-    found["confidence"] = (shift, smirnov, f"{edge}: {_below(known, confidence, shift.at)}")
-    if ink is not None:
-        known = np.array(profile.ink_counts)
-        shift = distribution_shift(known, ink, config.ink)
-        edge = f"ink below {profile.ink_edges[shift.at]:.3f}"
-        found["ink"] = (shift, smirnov, f"{edge}: {_below(known, ink, shift.at)}")
+    found = {"classes": (shift, ARCSINE, f"class {profile.classes[shift.at]}: {shares}")}
+    found["confidence"] = _distribution(
+        *("confidence", profile.confidence_edges, profile.confidence_counts),
+        *(now.confidence, config.confidence),
+    )
+    if profile.ink_counts is not None and now.ink is not None:
+        found["ink"] = _distribution(
+            "ink", profile.ink_edges, profile.ink_counts, now.ink, config.ink
+        )
+        found["unusual ink"] = _unusual(profile.ink_edges, profile.ink_counts, now.ink, config)
     if profile.unsure is not None:
-        shift = share_shift(profile.unsure, profile.images, unsure, images, config.unsure)
-        said = f"{profile.unsure / profile.images:.1%} -> {unsure / images:.1%}"
-        found["not sure"] = (shift, z, said)
+        shift = share_shift(profile.unsure, profile.images, now.unsure, images, config.unsure)
+        said = f"{profile.unsure / profile.images:.1%} -> {now.unsure / images:.1%}"
+        found["not sure"] = (shift, ARCSINE, said)
     return found
 
 
-def _below(known: np.ndarray, found: np.ndarray, at: int) -> str:
-    return f"{known[:at].sum() / known.sum():.1%} -> {found[:at].sum() / found.sum():.1%}"
+def _distribution(
+    name: str,
+    edges: tuple[float, ...],
+    before: tuple[int, ...],
+    now: tuple[int, ...],
+    allowed: float,
+) -> Found:
+    shift = distribution_shift(np.array(before), np.array(now), allowed)
+    shares = [sum(counts[: shift.at]) / sum(counts) for counts in (before, now)]
+    said = f"{name} below {edges[shift.at]:.6g}: {shares[0]:.1%} -> {shares[1]:.1%}"
+    return shift, SMIRNOV, said
+
+
+def _unusual(
+    edges: tuple[float, ...], before: tuple[int, ...], now: tuple[int, ...], config: DriftConfig
+) -> Found:
+    """The share in the reference's tails: a few strange images move no whole distribution."""
+    counts, of, images = np.array(before), sum(before), sum(now)
+    low = int((counts.cumsum() <= config.tail * of).sum())
+    high = len(counts) - int((counts[::-1].cumsum() <= config.tail * of).sum())
+    known, found = (sum(c[:low]) + sum(c[high:]) for c in (before, now))
+    shift = share_shift(known, of, found, images, config.unusual_ink)
+    bounds = f"ink outside {edges[low]:g} to {edges[high]:g}"
+    return shift, ARCSINE, f"{bounds}: {known / of:.1%} -> {found / images:.1%}"
 
 
 def _check(name: str, shift: Shift, test: str, said: str, p: float, alpha: float) -> Check:
     return Check(name, test, said, shift.effect, shift.allowed, shift.statistic, p, p < alpha)
-
-
-def _profile(
-    paths: Paths, reference: Path | None, version: int | None
-) -> tuple[Path, ReferenceProfile]:
-    """The profile to hold against, and where it lies."""
-    if reference:
-        try:
-            return reference, unpacked(reference.read_bytes(), str(reference))
-        except OSError as error:
-            raise PipelineError(f"no {reference}: {REMAKE}") from error
-    config = paths.packaged / triton.CONFIG
-    if not config.exists():
-        folder = paths.export
-        if version or not paths.manifest.exists():
-            raise PipelineError(
-                f"no {paths.packaged} here: package the model, or name the profile that travels "
-                "in its version's folder with --reference"
-            )
-    else:
-        folder = paths.packaged / str(version or _selected(triton.read(config), paths.packaged))
-        if not folder.is_dir():
-            raise PipelineError(
-                f"no version {version} at {paths.packaged}: see 'pipeline versions'"
-            )
-    manifest, path = check_manifest(folder, REMAKE), folder / paths.variant_profile("fp32").name
-    if path.name not in manifest["files"]:
-        raise PipelineError(
-            f"{folder} has no reference profile, it was made before there was one. 'pipeline "
-            f"validate' makes one, {paths.variant_profile('fp32')}: give it with --reference, or "
-            "run 'pipeline package' for a version that has it"
-        )
-    return path, unpacked(path.read_bytes(), str(path))
-
-
-def _selected(config: triton.ModelConfig, packaged: Path) -> int:
-    """The version that Triton loads."""
-    there = [int(entry.name) for entry in packaged.glob("[1-9]*") if entry.name.isdigit()]
-    return max(triton.selected(config) or there)
 
 
 def _too_few(log: Path, profile: ReferenceProfile, logged: Logged, least: int) -> str:

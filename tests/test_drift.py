@@ -134,7 +134,7 @@ def test_a_tenth_of_clothes_among_the_digits_is_drift(bench: Bench) -> None:
 
 
 def test_what_is_larger_than_allowed_by_nothing_but_chance_is_no_drift(bench: Bench) -> None:
-    strict = DriftConfig(class_share=0, class_least=0, confidence=0, ink=0, unsure=0)
+    strict = DriftConfig(class_share=0, class_least=0, confidence=0, ink=0, unusual_ink=0, unsure=0)
     allowed = DriftConfig()
     said = bench.said.of(rows(0, 10_000))
     found = bench.drift(said)
@@ -170,7 +170,7 @@ def test_the_command_is_silent_or_exits_3_and_writes_what_the_report_shows(
     result = chain.run("drift", str(log))
     assert result.exit_code == 0, result.output
     assert f"wrote {chain.paths.drift}\nnext: pipeline report\n" in result.stdout
-    assert result.stdout.count("  ok\n") == 4
+    assert result.stdout.count("  ok\n") == 5
     text = report(chain)
     assert "No drift." in text
     many_sevens = replace(bench.said, labels=np.full(10_000, 7)).of(rows(0, 500))

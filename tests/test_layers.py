@@ -38,7 +38,7 @@ ORDER = [
     "yardstick",
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "metrics", "serve"),
     *("comparison", "infer", "measure", "watch", "state", "supervise", "swap"),
-    *("logged", "significance", "drift"),
+    *("logged", "significance", "packaged_profile", "drift"),
     *("lint_ask", "lint_live", "limits", "counters", "guard", "link", "gateway", "webserver"),
     *("prove", "gpu", "benchmark", "nondigits", "unsure"),
     *("proofs", "report", "figures", "answers", "evidence", "watched", "page"),
