@@ -22,6 +22,7 @@ from pipeline.endpoint import Endpoint
 from pipeline.errors import PipelineError
 from pipeline.faults import PASSING, Asked, Fault, explained
 from pipeline.prediction import Image, Prediction, listed, predicted, prepared, require_fit
+from pipeline.prediction_log import PredictionLog
 
 TIMEOUT = 10.0  # seconds for a whole call
 RETRIES = 3
@@ -73,11 +74,17 @@ class Asking:
     """How to ask one server about one model."""
 
     def __init__(
-        self, target: Endpoint, name: str, version: str, timeout: float, retries: int
+        self,
+        target: Endpoint,
+        name: str,
+        version: str,
+        timeout: float,
+        retries: int,
+        log: PredictionLog | None = None,
     ) -> None:
         Deadline(timeout)  # refuses nonsense
         self.endpoint, self.name, self.version = target, name, version
-        self.timeout, self.retries = timeout, retries
+        self.timeout, self.retries, self.log = timeout, retries, log
         self._config: triton.ModelConfig | None = None
         self._undescribed: set[str] = set()  # versions of which a config said nothing
 
@@ -123,19 +130,37 @@ class Asking:
             return []
         config = yield from self._one_tensor(deadline)
         arrays = yield Work(lambda: prepared(pictures, config))
-        predictions = []
-        for outputs, version in (yield from self._batches(arrays, deadline)):
-            config = yield from self._describing(version, deadline)
-            classes = self._classes(config, deadline)
-            if outputs.ndim != 2 or not outputs.shape[1]:
+        answers = yield from self._batches(arrays, deadline)
+        for outputs, _ in answers:
+            if not _is_of_classes(outputs):
                 shape = list(outputs.shape[1:])
                 raise PipelineError(f"{self.name} gives {shape} for an image: ask with infer()")
+        predictions = yield from self._predictions(answers, top, deadline)
+        yield from self._logged(arrays, predictions)
+        return predictions
+
+    def _predictions(
+        self, answers: list[tuple[np.ndarray, str]], top: int, deadline: Deadline
+    ) -> Steps[list[Prediction]]:
+        """What the outputs of each batch say."""
+        predictions = []
+        for outputs, version in answers:
+            config = yield from self._describing(version, deadline)
+            classes = self._classes(config, deadline)
             predictions += [predicted(row, config, classes, version, top) for row in outputs]
         return predictions
 
+    def _logged(self, images: np.ndarray, predictions: list[Prediction]) -> Steps[None]:
+        """Write them to the prediction log, if there is one."""
+        if log := self.log:
+            yield Work(lambda: log.add(self.name, images, predictions))
+
     def infer(self, images: np.ndarray, deadline: Deadline) -> Steps[tuple[np.ndarray, str]]:
         """Outputs (N, K) of images (N, ...), and the version that answered last."""
-        answers = yield from self._batches(np.asarray(images), deadline)
+        images = np.asarray(images)
+        answers = yield from self._batches(images, deadline)
+        if self.log and all(_is_of_classes(outputs) for outputs, _ in answers):
+            yield from self._logged(images, (yield from self._predictions(answers, 1, deadline)))
         return np.concatenate([outputs for outputs, _ in answers]), answers[-1][1]
 
     def labels(self, image: np.ndarray, deadline: Deadline) -> Steps[tuple[str, ...]]:
@@ -206,3 +231,8 @@ class Asking:
     def _failed(self, fault: Fault, deadline: Deadline, times: int = 1) -> PipelineError:
         asked = Asked(self.endpoint, self.name, self.version, deadline.timeout, times)
         return explained(fault, asked)
+
+
+def _is_of_classes(outputs: np.ndarray) -> bool:
+    """Whether outputs (N, ...) say something of classes, (N, K)."""
+    return outputs.ndim == 2 and outputs.shape[1] > 0

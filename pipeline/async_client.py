@@ -4,6 +4,7 @@
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -18,6 +19,7 @@ from pipeline.endpoint import Certificates, Endpoint, check, endpoint
 from pipeline.errors import PipelineError
 from pipeline.faults import Fault, of_connection, of_grpc
 from pipeline.prediction import Image, Prediction
+from pipeline.prediction_log import PredictionLog, opened
 
 T = TypeVar("T")
 
@@ -38,9 +40,11 @@ class AsyncClient:
         certificates: Certificates = Certificates(),
         headers: Mapping[str, str] | None = None,
         retries: int = RETRIES,
+        prediction_log: PredictionLog | str | Path | None = None,
     ) -> None:
         self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
-        self._asking = Asking(self.endpoint, name, str(version), timeout, retries)
+        log = opened(prediction_log)
+        self._asking = Asking(self.endpoint, name, str(version), timeout, retries, log)
         check(self.endpoint, certificates)
         wire_class = _Grpc if self.endpoint.is_grpc else _Http
         self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))

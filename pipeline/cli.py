@@ -7,6 +7,7 @@ import click
 from pipeline import __doc__ as summary
 from pipeline.cli_data import data_group
 from pipeline.cli_doctor import doctor_command
+from pipeline.cli_drift import drift_command
 from pipeline.cli_export import export_command, package_command
 from pipeline.cli_measure import benchmark_command, gpu_check_command, report_command
 from pipeline.cli_query import query_command
@@ -43,6 +44,7 @@ main.add_command(gpu_check_command)
 main.add_command(doctor_command)
 main.add_command(web_command)
 main.add_command(query_command)
+main.add_command(drift_command)
 
 
 if __name__ == "__main__":

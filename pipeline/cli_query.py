@@ -3,11 +3,12 @@
 import io
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from pipeline.command import Command, Settings, name_option, paths_of
+from pipeline.command import Command, Settings, name_option, paths_of, prediction_log_option
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     help="Below this probability the answer is 'not sure'.  [default: the model's own]",
 )
 @click.option("--show", is_flag=True, help="Draw what the model saw.")
+@prediction_log_option
 @click.pass_obj
 def query_command(
     settings: Settings,
@@ -37,6 +39,7 @@ def query_command(
     top: int,
     min_confidence: float | None,
     show: bool,
+    prediction_log: Path | None,
 ) -> None:
     """Ask the served model what pictures show: files, all in a folder, or what comes with '-'.
 
@@ -50,15 +53,17 @@ def query_command(
     """
     from pipeline.client import Client
     from pipeline.inputs import sources
+    from pipeline.prediction_log import opened
     from pipeline.query import Count, ask_files
     from pipeline.serve import default_url
 
     if show and settings.json:
         raise click.UsageError("--show draws, --json does not: choose one")
     paths, count = paths_of(settings, name), Count()
+    log = opened(prediction_log)
 
     def connect() -> "Client":
-        return Client(url or default_url(paths), paths.name, timeout)
+        return Client(url or default_url(paths), paths.name, timeout, prediction_log=log)
 
     found = sources(images, _standard_input() if "-" in images else None)
     for answer in ask_files(connect, found, top, min_confidence):
@@ -67,6 +72,8 @@ def query_command(
     total = count.answered + count.failed
     if count.failed:
         raise PipelineError(f"{count.failed} of {total} images could not be read; {count}")
+    if log and log.lost:
+        raise PipelineError(f"{log.lost} of {total} predictions could not be written to {log.path}")
     if total > 1:
         settings.say(count)
 

@@ -1,10 +1,11 @@
 """The command that serves a page to draw on."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.command import Settings, name_option, paths_of
+from pipeline.command import Settings, name_option, paths_of, prediction_log_option
 from pipeline.config import GatewayConfig
 from pipeline.errors import PipelineError
 
@@ -37,8 +38,16 @@ from pipeline.errors import PipelineError
     show_default=True,
     help="How many may be under way at once.",
 )
+@prediction_log_option
 @click.pass_obj
-def web_command(settings: Settings, /, url: str | None, name: str | None, **changes: Any) -> None:
+def web_command(
+    settings: Settings,
+    /,
+    url: str | None,
+    name: str | None,
+    prediction_log: Path | None,
+    **changes: Any,
+) -> None:
     """Serve a page to draw on, which asks the served model while you draw.
 
     On loopback, until Ctrl-C. It waits for a server that is not there yet, and finds it again.
@@ -47,7 +56,10 @@ def web_command(settings: Settings, /, url: str | None, name: str | None, **chan
     Example:
       pipeline web
       pipeline web --port 0 --url grpc://127.0.0.1:8001
+      pipeline web --prediction-log seen.jsonl
     """
+    from pipeline.prediction_log import opened
+
     try:
         from pipeline.webserver import serve_page
     except ModuleNotFoundError as error:
@@ -63,4 +75,4 @@ def web_command(settings: Settings, /, url: str | None, name: str | None, **chan
             record, f"draw at {address}, which asks {paths.name} of {where}; Ctrl-C stops it"
         )
 
-    serve_page(paths, config, url, started)
+    serve_page(paths, config, url, started, opened(prediction_log))

@@ -5,6 +5,7 @@
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -24,6 +25,8 @@ from pipeline.http_connection import HttpConnection
 from pipeline.prediction import Image as Image
 from pipeline.prediction import Prediction as Prediction
 from pipeline.prediction import probabilities as probabilities
+from pipeline.prediction_log import PredictionLog as PredictionLog
+from pipeline.prediction_log import opened
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ class Client:
     connection, a server with too much to do) is tried again up to `retries` times, after pauses
     of random length; that is safe because an inference changes nothing on the server, so that
     asked twice is as good as asked once. No proxy is used. Close it when you are done.
+    What it answers goes into `prediction_log`, a file's path, if you name one.
     """
 
     def __init__(
@@ -49,9 +53,11 @@ class Client:
         certificates: Certificates = Certificates(),
         headers: Mapping[str, str] | None = None,
         retries: int = RETRIES,
+        prediction_log: PredictionLog | str | Path | None = None,
     ) -> None:
         self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
-        self._asking = Asking(self.endpoint, name, str(version), timeout, retries)
+        log = opened(prediction_log)
+        self._asking = Asking(self.endpoint, name, str(version), timeout, retries, log)
         check(self.endpoint, certificates)
         wire_class = _Grpc if self.endpoint.is_grpc else _Http
         self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))

@@ -259,6 +259,12 @@ dataset_option = click.option(
 )
 name_option = click.option("--name", help="The model's name.  [default: handwriting]")
 
+prediction_log_option = click.option(
+    "--prediction-log",
+    type=click.Path(path_type=Path),
+    help="Append what is answered to this file, for 'pipeline drift': no images, no file names.",
+)
+
 
 def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
     """The paths of a model; a run is called as its model unless it has a name of its own."""

@@ -1,5 +1,7 @@
 """What the gateway counts of itself, for Prometheus."""
 
+from collections.abc import Callable
+
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -20,7 +22,7 @@ class Counters:
 
     media_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, unlogged: Callable[[], int] = lambda: 0) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._requests = Counter(
@@ -36,6 +38,7 @@ class Counters:
         for name, text, value in (
             ("gateway_in_flight", "Pictures under way.", lambda: room.taken),
             ("gateway_held_bytes", "What they hold together.", lambda: room.held),
+            ("gateway_unlogged", "Predictions missing from the prediction log.", unlogged),
         ):
             Gauge(name, text, registry=self._registry).set_function(value)
 

@@ -245,6 +245,7 @@ def _all_files(paths: Paths) -> list[Path]:
     """What an export and its proof consist of, the manifest first."""
     variants = [paths.variant(precision) for precision in PRECISIONS]
     golden = [paths.variant_golden(precision) for precision in PRECISIONS]
+    golden += [paths.variant_profile(precision) for precision in PRECISIONS]
     agreement = [paths.variant_agreement(precision) for precision in PRECISIONS]
     proof = [paths.validation, paths.evidence, paths.card, *agreement, paths.failed]
     return [paths.manifest, *proof, *golden, *variants, paths.program, paths.images]

@@ -3,8 +3,10 @@
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -131,6 +133,60 @@ def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> 
             )
             legend.set_title("largest error")
         return _svg(figure, "margins", "images by their margin, and the largest errors")
+
+
+def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[float]) -> str:
+    """How often each class was answered, in percent, by the reference and by a log."""
+    with rc_context(_STYLE):
+        figure, axes = _axes("class", "answers (%)")
+        places = range(len(classes))
+        for rates, shift, colour, label in (
+            (before, -0.2, MUTED, "reference"),
+            (now, 0.2, ACCENT, "log"),
+        ):
+            heights = [100 * rate for rate in rates]
+            axes.bar([at + shift for at in places], heights, 0.4, color=colour, label=label)
+        axes.set_xticks(list(places), list(classes), rotation=90 if len(classes) > 12 else 0)
+        axes.grid(visible=False, axis="x")
+        _legend_above(axes)
+        return _svg(figure, "rates", "how often each class was answered, then and now")
+
+
+def below_chart(
+    what: str, edges: Sequence[float], before: Sequence[int], now: Sequence[int]
+) -> str:
+    """The share of images below each value, from counts in bins, by the reference and by a log."""
+    with rc_context(_STYLE):
+        figure, axes = _axes(what, "images below it (%)")
+        for counts, colour, dashes, label in (
+            (before, MUTED, "--", "reference"),
+            (now, ACCENT, "-", "log"),
+        ):
+            shares = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
+            axes.plot(edges, shares, dashes, color=colour, label=label)
+        axes.set_ylim(0, 102)
+        if what == "confidence":
+            _near_one(axes)
+        _legend_above(axes)
+        return _svg(figure, f"below-{what}", f"the share of images below each {what}")
+
+
+def _near_one(axes: Axes) -> None:
+    """Stretch the axis towards 1, where most answers are."""
+    least = 1e-6
+
+    def doubt(values: np.ndarray) -> np.ndarray:
+        away: np.ndarray = -np.log10(np.maximum(1 - values, least))
+        return away
+
+    axes.set_xscale("function", functions=(doubt, lambda places: 1 - 10.0**-places))
+    axes.set_xlim(0, 1 - least)
+    axes.set_xticks([0, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower right", labelcolor=MUTED, bbox_to_anchor=(1, 1), ncols=2)
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

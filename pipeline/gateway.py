@@ -25,6 +25,7 @@ from pipeline.guard import Guard, host_names, stated_length
 from pipeline.images import read_image
 from pipeline.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture
 from pipeline.link import Link
+from pipeline.prediction_log import PredictionLog
 
 PAGE = Path(__file__).parent / "web"
 TYPES = {
@@ -63,10 +64,15 @@ class Ticket:
 class Gateway:
     """Answers requests of one page about one model."""
 
-    def __init__(self, link: Link, config: GatewayConfig = GatewayConfig()) -> None:
-        self.link, self.config = link, config
+    def __init__(
+        self,
+        link: Link,
+        config: GatewayConfig = GatewayConfig(),
+        log: PredictionLog | None = None,
+    ) -> None:
+        self.link, self.config, self.log = link, config, log
         self.room = Room(config.requests)
-        self.counters = Counters(self.room)
+        self.counters = Counters(self.room, lambda: log.lost if log else 0)
         self._pool = ThreadPoolExecutor(config.decoders, "decode")
         self._ready = _Ready(link)
 
@@ -135,12 +141,15 @@ class Gateway:
         classes = triton.classes(config)
         asked = time.monotonic()
         prediction = await self.link.ask(image, len(classes))
+        milliseconds = (time.monotonic() - asked) * 1000
+        if log := self.log:
+            await asyncio.to_thread(log.add, self.link.name, image[np.newaxis], [prediction])
         return {
             **prediction.record(),
             "model": self.link.name,
             "classes": classes,
             "seen": base64.b64encode(image.tobytes()).decode(),  # 28 rows of 28, 255 is ink
-            "model_ms": round((time.monotonic() - asked) * 1000, 2),
+            "model_ms": round(milliseconds, 2),
         }
 
 

@@ -102,6 +102,7 @@ class _Load:
     sha256: str
     content: bytes
     golden: bytes
+    profile: bytes | None  # none in an export of old
     manifest: dict[str, Any]
     message: triton.ModelConfig
     config: PackageConfig
@@ -119,6 +120,9 @@ def _load(
     path, golden_path = paths.variant(precision), paths.variant_golden(precision)
     content = check_digest(path, entry["sha256"], EXPORT)
     golden = check_digest(golden_path, entry["golden_sha256"], VALIDATE)
+    profile_path = paths.variant_profile(precision)
+    digest = manifest["files"].get(profile_path.name)
+    profile = check_digest(profile_path, digest, VALIDATE) if digest else None
     model = graph.parse(content, str(path))
     check_policy(model, str(path))
     found = graph.signature(model, str(path), batch=None)
@@ -133,7 +137,8 @@ def _load(
         if value != usual:
             triton.set_parameter(message, key, value)
     of_file = {**manifest, "precision": precision}
-    return _Load(name, precision, entry["sha256"], content, golden, of_file, message, config)
+    sha256 = entry["sha256"]
+    return _Load(name, precision, sha256, content, golden, profile, of_file, message, config)
 
 
 def _add(paths: Paths, load: _Load) -> Packaged:
@@ -252,5 +257,7 @@ def _fill(folder: Path, paths: Paths, load: _Load) -> None:
         paths.validation.name: paths.validation.read_bytes(),
         paths.card.name: paths.card.read_bytes(),
     }
+    if load.profile:
+        parts[paths.variant_profile("fp32").name] = load.profile
     files = {name: write_bytes(folder / name, content) for name, content in parts.items()}
     write_json(folder / paths.manifest.name, {**load.manifest, "files": files})

@@ -25,6 +25,7 @@ from pipeline.predictions import Predictions, load_predictions
 from pipeline.replay import Table
 from pipeline.report import agreement
 from pipeline.runs import recorded_config
+from pipeline.watched import Watched, watched
 
 DIGITS, DRAWS = 8, 6  # in the grid of distorted digits
 
@@ -59,6 +60,7 @@ class Page:
     distorted: tuple[Distorted, ...] | Note
     evidence: Evidence | Note
     proof: Table | Note
+    watched: Watched | Note
     settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's own where it differs
     digests: tuple[tuple[str, str], ...]  # SHA-256, path under the project's root
     export: Note | None  # why digests lack an export's
@@ -109,6 +111,7 @@ def collect(paths: Paths) -> Page:
         distorted=_distorted(train, config) if isinstance(train, Split) else train,
         evidence=_evidence(paths, manifest, test),
         proof=_proof(paths, manifest),
+        watched=_watched(paths, manifest),
         settings=_settings(config),
         digests=_digests(paths, config, summary, manifest),
         export=manifest if isinstance(manifest, Note) else None,
@@ -212,6 +215,17 @@ def _proof(paths: Paths, manifest: Mapping[str, Any] | Note) -> Table | Note:
             "pipeline package && pipeline validate exported/model_repository",
         )
     return table
+
+
+def _watched(paths: Paths, manifest: Mapping[str, Any] | Note) -> Watched | Note:
+    if isinstance(manifest, Note):
+        return manifest
+    shown, command = watched(paths), f"pipeline drift LOG{_named(paths)}"
+    if shown is None:
+        return Note("No prediction log has been held against this model yet", command)
+    if shown.sha256 != manifest["files"].get(paths.onnx.name):
+        return Note("The last prediction log was of another model.onnx", command)
+    return shown
 
 
 def _curves(paths: Paths) -> tuple[Markup, ...] | Note:

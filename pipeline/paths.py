@@ -121,6 +121,10 @@ class Paths:
     def variant_golden(self, precision: str) -> Path:
         return self.golden if precision == "fp32" else self.export / f"golden.{precision}.npz"
 
+    def variant_profile(self, precision: str) -> Path:
+        name = "reference_profile" if precision == "fp32" else f"reference_profile.{precision}"
+        return self.export / f"{name}.json"
+
     @property
     def evidence(self) -> Path:
         return self.export / "evidence.npz"
@@ -173,6 +177,10 @@ class Paths:
     @property
     def unsure(self) -> Path:
         return self.export / "unsure.json"
+
+    @property
+    def drift(self) -> Path:
+        return self.export / "drift.json"
 
     @property
     def manifest(self) -> Path:

@@ -28,6 +28,8 @@ from pipeline.files import check_digest, check_manifest, read_json, remove, writ
 from pipeline.golden import choose_golden, pack_golden
 from pipeline.handed import matching_signature
 from pipeline.paths import MODEL_NAMES, Paths
+from pipeline.profiling import profile_export
+from pipeline.reference_profile import packed
 from pipeline.runtime import onnx_predictor
 from pipeline.sample import Sample
 from pipeline.subject import EXPORT, Subject, exported_sample, exported_subject
@@ -181,6 +183,9 @@ def _keep(trial: Trial, results: Mapping[str, Result]) -> Proof:
         allowed = _allowed(trial, precision, result.held)
         path = paths.variant_golden(precision)
         files[path.name] = write_bytes(path, _golden(trial, allowed))
+        profile = profile_export(paths, manifest, precision, trial.rows[: len(reference.labels)])
+        norm = paths.variant_profile(precision)
+        files[norm.name] = write_bytes(norm, packed(profile))
         variants.append(
             {
                 **asdict(result.verdict),
@@ -243,7 +248,8 @@ def _withdraw(paths: Paths) -> None:
     """Remove an earlier proof from the folder and its manifest, the manifest's word first."""
     manifest = read_json(paths.manifest, EXPORT)
     golden = [paths.variant_golden(precision) for precision in manifest["precisions"]]
-    proof = [paths.validation, paths.evidence, paths.card, *golden]
+    profiles = [paths.variant_profile(precision) for precision in manifest["precisions"]]
+    proof = [paths.validation, paths.evidence, paths.card, *golden, *profiles]
     gone = {path.name for path in proof}
     files = {name: digest for name, digest in manifest["files"].items() if name not in gone}
     write_json(paths.manifest, {**manifest, "files": files})

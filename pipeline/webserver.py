@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
 from pipeline.link import Link, finder
 from pipeline.paths import Paths
+from pipeline.prediction_log import PredictionLog
 
 IDLE_SECONDS = 15  # after which a connection that asks nothing is closed
 HEADER_BYTES = 32 * 1024  # of one request
@@ -20,14 +21,18 @@ END_SECONDS = 5  # in which answers under way may end
 
 
 def serve_page(
-    paths: Paths, config: GatewayConfig, url: str | None, started: Callable[[str], None]
+    paths: Paths,
+    config: GatewayConfig,
+    url: str | None,
+    started: Callable[[str], None],
+    log: PredictionLog | None = None,
 ) -> None:
     """Serve the page and its gateway until Ctrl-C (KeyboardInterrupt) or SIGTERM.
 
     `started` is told the page's address once it is served. Raises PipelineError for a port that
     is taken or an address that is none of ours.
     """
-    gateway = Gateway(Link(finder(paths, url), paths.name, config.timeout), config)
+    gateway = Gateway(Link(finder(paths, url), paths.name, config.timeout), config, log)
     with listening(config) as listener:
         server = uvicorn.Server(settings(gateway))
         asyncio.run(_serve(server, listener, lambda: started(address(config, listener))))

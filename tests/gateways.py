@@ -31,6 +31,7 @@ from pipeline.config import (
 from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
 from pipeline.link import Link
+from pipeline.prediction_log import PredictionLog
 
 WAIT_SECONDS = 20.0
 
@@ -122,9 +123,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(link: Link, config: GatewayConfig) -> Iterator[Served]:
+def served(link: Link, config: GatewayConfig, log: PredictionLog | None = None) -> Iterator[Served]:
     """The gateway in a thread, on a free port."""
-    gateway = Gateway(link, config)
+    gateway = Gateway(link, config, log)
     with webserver.listening(config) as listener:
         settings = webserver.settings(gateway)
         server = uvicorn.Server(settings)

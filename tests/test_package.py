@@ -34,6 +34,7 @@ def test_a_packaged_model_has_everything_that_triton_and_an_auditor_need(made: C
             "1/golden.npz",
             "1/manifest.json",
             "1/model.onnx",
+            "1/reference_profile.json",
             "1/validation.json",
         ),
         "config.pbtxt",
