@@ -136,8 +136,8 @@ class Recipe:
 RECIPES = {
     "quick": Recipe(epochs=0.7, batch_size=192, lr=0.022, label_smoothing=0.1),
     "standard": Recipe(
-        channels=(16, 32, 64, 96),
-        epochs=8,
+        channels=(16, 32, 72, 128),
+        epochs=9,
         lr=0.012,
         warm_up=0.15,
         weight_decay=0.05,

@@ -2,9 +2,12 @@
 
 # Shape letters: B batch, C channels, H height, W width, K classes.
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.config import Recipe
 from pipeline.evaluate import Predictor
@@ -67,7 +70,8 @@ class DigitNorm(nn.BatchNorm2d):
 class Cnn(Network):
     """A small CNN that shrinks the image early: four convolutions, then maximum and mean.
 
-    Padded, it sees the border as well as the middle, at more than twice the cost.
+    Padded, it sees the border as well as the middle, at more than twice the cost. Trained beside
+    things that are none of its classes, it has a score for those as well, see `shared`.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Cnn(Network):
     ) -> None:
         super().__init__()
         a, b, c, d = channels
+        self.knows_none = outliers > 0
 
         def normalized(channels: int) -> list[nn.Module]:
             return [DigitNorm(channels, norm_momentum, outliers), nn.ReLU()]
@@ -101,13 +106,25 @@ class Cnn(Network):
         side = 7 if padded else 3
         self.maximum, self.mean_pool = nn.MaxPool2d(side), nn.AvgPool2d(side)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(2 * d, classes)
+        self.classifier = nn.Linear(2 * d, classes + self.knows_none)
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)
         x = torch.cat([self.maximum(x), self.mean_pool(x)], dim=1)  # (B, 2 d, 1, 1)
         scores: Tensor = self.classifier(self.dropout(x.flatten(1)))
-        return scores
+        return shared(scores) if self.knows_none else scores  # (B, K)
+
+
+def shared(scores: Tensor) -> Tensor:
+    """Logarithms (B, K) of the probabilities of K classes, from scores (B, K + 1).
+
+    The last score is that of none of them. What is none could be any: each gets an equal part.
+    """
+    logs = torch.log_softmax(scores, dim=1)
+    classes = logs[:, :-1]
+    part = logs[:, -1:] - math.log(classes.shape[1])
+    # The same as logaddexp, which in ONNX would be the logarithm of a sum that may vanish.
+    return classes + functional.softplus(part - classes)
 
 
 class ClassicCnn(Network):

@@ -1,6 +1,7 @@
 """Pictures of things that are no digits, made by seed, for a model to be asked about.
 
-Nothing of this is trained on: what training sees is made in another way, by `outliers.py`.
+Nothing of this is trained on: what training sees is made in another way, by `outliers.py`, which
+draws its letters with strokes and knows no font. What is held back no choice of it was made by.
 """
 
 # Shape letters: N images, P points of a pen's path.
@@ -21,13 +22,15 @@ EACH = 1000  # images of a kind; of letters as many as there are
 SIDE = 140  # pixels of the paper that letters and scribbles are drawn on
 POINTS, SWINGS = 300, 8  # of a scribble; how many swings make one
 INK_ON_PAPER = (20, 235)  # gray levels
-LOOKALIKES = frozenset("BDGIOQSZbgijloqsyz")  # in some font each of these is a digit as well
+# Written by hand these may be just what a digit is: 1, 0, 5, 2, 6, 9.
+LOOKALIKES = frozenset("IlOoSsZzbgq")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FONTS = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"),
-    *("DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol"),
-    *("STIXGeneralItalic", "cmr10", "cmss10", "cmtt10", "cmti10", "cmb10"),
+    *("DejaVuSerif-Bold", "DejaVuSerif-Italic", "cmr10", "cmss10", "cmtt10", "cmti10", "cmb10"),
 )
+PILLOWS = "Pillow's own"  # font
+FONTS_HELD_BACK = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", PILLOWS)
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,22 @@ def kinds(clothes: Path, seed: int = 0) -> list[Kind]:
     """Every kind; the clothes of Fashion-MNIST's test split from its cache in `clothes`."""
     rng = np.random.default_rng(seed)
     worn = load_split("fashion-mnist", clothes, "test").images  # first: it may not be there
-    others, similar = letters()
+    (others, similar), (held_back, also) = letters(FONTS), letters(FONTS_HELD_BACK)
     return [
         Kind("clothes (Fashion-MNIST)", worn),
         Kind("clothes, dark on light", 255 - worn),
-        Kind("letters of 15 fonts", others),
+        Kind(f"letters of {len(FONTS)} fonts", others),
+        Kind(f"letters of {len(FONTS_HELD_BACK)} fonts (held back)", held_back),
         Kind("scribbles", _each(scribble, rng)),
+        Kind("zigzags (held back)", _each(zigzag, rng)),
         Kind("uniform noise", _each(uniform, rng)),
         Kind("Gaussian noise", _each(gaussian, rng)),
         Kind("blank paper", _each(blank, rng)),
-        Kind("letters that look like digits", similar, is_counted=False),
+        Kind(
+            f"letters that may be digits ({' '.join(sorted(LOOKALIKES, key=str.lower))})",
+            np.concatenate([similar, also]),
+            is_counted=False,
+        ),
     ]
 
 
@@ -62,17 +71,25 @@ def _each(
     return np.stack([make(rng) for _ in range(EACH)])
 
 
-def letters() -> tuple[np.ndarray, np.ndarray]:
-    """Letters from matplotlib's fonts as pictures of digits are prepared, (N, 1, 28, 28).
+def letters(fonts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Letters of fonts as pictures of digits are prepared, (N, 1, 28, 28).
 
-    The second are those that look like a digit in one font or another.
+    The second are those that may be digits.
     """
     drawn: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    for name in FONTS:
-        font = ImageFont.truetype(_font_folder() / f"{name}.ttf", SIDE // 2)
+    for name in fonts:
+        font = _font(name)
         for letter in LETTERS:
             drawn[letter in LOOKALIKES].append(prepare(_letter(letter, font)))
     return np.stack(drawn[False]), np.stack(drawn[True])
+
+
+def _font(name: str) -> ImageFont.FreeTypeFont:
+    if name != PILLOWS:
+        return ImageFont.truetype(_font_folder() / f"{name}.ttf", SIDE // 2)
+    font = ImageFont.load_default(SIDE // 2)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    return font
 
 
 def _font_folder() -> Path:
@@ -92,16 +109,31 @@ def _letter(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
 
 def scribble(rng: np.random.Generator) -> np.ndarray:
     """The path of a pen that swings back and forth and does not stop, uint8 (1, 28, 28)."""
-    ink, paper = INK_ON_PAPER
-    canvas = Image.new("L", (SIDE, SIDE), paper)
     time = np.linspace(0, rng.uniform(3, 6), POINTS)
     swings = rng.normal(size=(SWINGS, 2, 1)) / np.arange(1, SWINGS + 1)[:, None, None] ** 0.5
     phases = rng.uniform(0, 2 * np.pi, (SWINGS, 2, 1))
     speeds = np.arange(1, SWINGS + 1)[:, None, None] * rng.uniform(0.8, 1.2, (SWINGS, 2, 1))
     path = (swings * np.sin(speeds * time + phases)).sum(axis=0)  # (2, P)
     path -= (path.max(axis=1, keepdims=True) + path.min(axis=1, keepdims=True)) / 2
-    path *= 0.38 * SIDE / np.abs(path).max(axis=1, keepdims=True)
-    line = [(x, y) for x, y in (path + SIDE / 2).T]
+    return _drawn(path / np.abs(path).max(axis=1, keepdims=True), rng)
+
+
+def zigzag(rng: np.random.Generator) -> np.ndarray:
+    """A pen that crosses something out: back and forth, and along, uint8 (1, 28, 28)."""
+    corners = int(rng.integers(6, 15))
+    along = np.linspace(-1, 1, corners) * rng.uniform(0.3, 1) + rng.normal(0, 0.15, corners)
+    across = np.where(np.arange(corners) % 2, 1, -1) * rng.uniform(0.4, 1, corners)
+    turn = rng.uniform(0, np.pi)
+    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    path = turned @ np.stack([along, across])  # (2, P)
+    return _drawn(path / np.abs(path).max(), rng)
+
+
+def _drawn(path: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A path (2, P) from -1 to 1, drawn with some pen, as pictures of digits are prepared."""
+    ink, paper = INK_ON_PAPER
+    canvas = Image.new("L", (SIDE, SIDE), paper)
+    line = [(x, y) for x, y in (path * 0.38 * SIDE + SIDE / 2).T]
     ImageDraw.Draw(canvas).line(line, ink, int(rng.integers(4, 11)), joint="curve")
     return prepare(np.asarray(canvas))
 

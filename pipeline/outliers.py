@@ -4,7 +4,8 @@ They come from torch's global generator. What a model is measured with is made i
 `nondigits.py`.
 """
 
-# Shape letters: M things, B digits, H height, W width, S strokes, P points of a stroke.
+# Shape letters: M things, B digits, H height, W width, S strokes, P points of a stroke,
+# V ways to write a letter.
 
 from functools import cache
 
@@ -12,9 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.letters import SIDE as GRID
+from pipeline.letters import STROKES, ways
+
 SIDE, HALF = 28, 14  # pixels
-STROKES, POINTS = 8, 20  # of one thing at most; of one stroke
-STOCK, PIECE = 4096, 256  # drawings of either kind; so many are made at a time
+POINTS = 18  # of a stroke
+NEAR = 3  # pixels about a point of a stroke that it may ink
+STOCK, PIECE = 4096, 64  # drawings of either kind; so many are made at a time
 # How each digit may be turned and be none. 4: along its diagonal, 2: left to right, 1: upside down.
 # A 2 mirrored is nearly a 5, a 6 turned twice is a 9; 0 and 1 stay too much what they are.
 TURNS: dict[int, tuple[int, ...]] = {
@@ -36,18 +41,19 @@ class Outliers:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.strokes, self.filled = _stock(seed, device)
+        self.letters, self.strokes, self.filled = _stock(seed, device)
 
     def written(self, digits: Tensor, labels: Tensor, count: int) -> Tensor:
         """Things of strokes (M, 1, H, W), most made of digits (B, 1, H, W) with labels (B,)."""
-        turned, mixed = round(0.28 * count), count // 8
-        strokes = count - turned - 3 * mixed
+        turned, mixed, letters = round(0.15 * count), count // 20, count // 3
+        strokes = count - turned - 3 * mixed - letters
         return torch.cat(
             [
                 _turned(digits, labels, turned),
                 _cut(digits, mixed),
                 _pairs(digits, mixed),
                 _over(digits, labels, mixed),
+                _some(self.letters, letters),
                 _some(self.strokes, strokes),
             ]
         )
@@ -58,14 +64,14 @@ class Outliers:
 
 
 @cache
-def _stock(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Things of strokes, and filled shapes, uint8 (STOCK, 1, H, W) each."""
+def _stock(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Letters, things of strokes, and filled shapes, uint8 (STOCK, 1, H, W) each."""
     torch.manual_seed(seed)
-    strokes, filled = (
+    letters, strokes, filled = (
         torch.cat([make(PIECE, device) for _ in range(STOCK // PIECE)])
-        for make in (_strokes, _filled)
+        for make in (_letters, _strokes, _filled)
     )
-    return _levels(strokes), _levels(filled)
+    return _levels(letters), _levels(strokes), _levels(filled)
 
 
 def _levels(ink: Tensor) -> Tensor:
@@ -117,29 +123,78 @@ def _over(digits: Tensor, labels: Tensor, count: int) -> Tensor:
     return torch.maximum(digits[first], digits[second].mT)
 
 
+def _letters(count: int, device: torch.device) -> Tensor:
+    """Letters from an unsteady hand, narrow or wide, upright or slanted; some with serifs."""
+    every = torch.tensor(ways(), device=device)  # (V, S, 3, 2)
+    chosen = torch.randint(len(every), (count,), device=device)
+    points = every[chosen]  # (M, S, 3, 2)
+    # Strokes that meet keep meeting: what moves is the point of the grid.
+    moves = torch.randn(count, GRID * GRID, 2, device=device) * 0.3
+    places = (points.round().clamp(0, GRID - 1) @ points.new_tensor([1.0, GRID])).long()
+    points = points + moves.gather(1, places.view(count, -1, 1).expand(-1, -1, 2)).view_as(points)
+    across, down = points.unbind(dim=-1)
+    wide, slant = _share(2, count, 1, 1, device=device)
+    across = across * (0.6 + 0.7 * wide) - down * (slant - 0.4) * 0.4
+    strokes = torch.stack([down, across], dim=-1)[:, :, None]  # (M, S, 1, 3, 2)
+    return _inked(strokes, contrast=_share(count, 1, device=device) * 0.7)
+
+
 def _strokes(count: int, device: torch.device) -> Tensor:
     """Strokes between the points of a jittered lattice, or one long curl; some mirrored; 0 to 1."""
-    is_curl = _coin(count, device, 0.4)
+    is_curl = _coin(count, device, 0.75)
     ways = zip(_curls(count, device), _segments(count, device), strict=True)
     first, second, third = (torch.where(is_curl, *pair) for pair in ways)
-    along = torch.linspace(0, 1, POINTS, device=device)[:, None]  # (P, 1)
-    paths = (1 - along) ** 2 * first + 2 * along * (1 - along) * second + along**2 * third
-    least, most = torch.where(is_curl, 4, 3), torch.where(is_curl, STROKES, 5)
+    least, most = torch.where(is_curl, 5, 4), torch.where(is_curl, STROKES, 6)
     used = least + (torch.rand(count, 1, 1, 1, device=device) * (most - least + 1)).int()
-    order = torch.arange(STROKES, device=device).view(1, -1, 1, 1)
-    paths = torch.where(order < used, paths, paths[:, :1]).flatten(1, 2)  # (M, S P, 2)
-    paths = _sized(paths) * (7.5 + 2.5 * torch.rand(count, 1, 1, device=device))
-    away = torch.cdist(_pixels(device).expand(count, -1, -1), paths).amin(dim=2)
-    width = 0.6 + torch.rand(count, 1, device=device) * 1.4  # half of it, in pixels
-    ink = (width + 0.5 - away).clamp(0, 1).view(count, 1, SIDE, SIDE)
+    is_used = torch.arange(STROKES, device=device).view(1, -1, 1, 1) < used
+    strokes = torch.stack(
+        [torch.where(is_used, part, first[:, :1]) for part in (first, second, third)], dim=3
+    )
+    ink = _inked(strokes, contrast=torch.zeros(count, 1, device=device))
     return torch.where(_coin(count, device, 0.25), torch.maximum(ink, ink.flip(-1)), ink)
 
 
-def _sized(paths: Tensor) -> Tensor:
-    """Points (M, P, 2) about their middle, at most 1 away from it in the longer direction."""
+def _inked(strokes: Tensor, contrast: Tensor) -> Tensor:
+    """Strokes (M, S, 1, 3, 2) as ink (M, 1, H, W), each thing's of one width and size.
+
+    By the `contrast` (M, 1), 0 to 1, they are thinner where they run level.
+    """
+    count, device = len(strokes), strokes.device
+    first, second, third = strokes.unbind(dim=3)  # it begins, bends towards, ends
+    along = torch.linspace(0, 1, POINTS, device=device)[:, None]  # (P, 1)
+    paths = (1 - along) ** 2 * first + 2 * along * (1 - along) * second + along**2 * third
+    ways = 2 * (1 - along) * (second - first) + 2 * along * (third - second)  # (M, S, P, 2)
+    length = ways.norm(dim=-1).flatten(1)  # (M, S P)
+    level = ways[..., 1].abs().flatten(1) / length.clamp(min=1e-6)
+    paths = _sized(paths.flatten(1, 2), length) * (8 + 2 * _share(count, 1, 1, device=device))
+    width = 0.5 + 1.8 * _share(count, 1, device=device) ** 2  # half of it, in pixels
+    return (0.5 - _away(paths, (width * (1 - contrast * level)).clamp(min=0.5))).clamp(0, 1)
+
+
+def _away(paths: Tensor, width: Tensor) -> Tensor:
+    """How far each pixel (M, 1, H, W) is from discs, about points (M, P, 2) of radius (M, P).
+
+    0 is on the rim, below it inside; pixels that are farther than NEAR from any are 1 away.
+    """
+    middle = (SIDE - 1) / 2
+    near = torch.arange(-NEAR, NEAR + 1, device=paths.device)
+    around = torch.cartesian_prod(near, near)  # ((2 NEAR + 1)^2, 2)
+    pixels = (paths + middle).round()[:, :, None] + around  # (M, P, (2 NEAR + 1)^2, 2)
+    away = (pixels - middle - paths[:, :, None]).norm(dim=-1) - width[:, :, None]
+    side = SIDE + 2 * NEAR  # with a margin, where whatever is outside lands
+    row, column = (pixels + NEAR).clamp(0, side - 1).long().flatten(1, 2).unbind(dim=-1)
+    field = away.new_ones(len(paths), side * side)
+    field.scatter_reduce_(1, row * side + column, away.flatten(1), "amin")
+    framed: Tensor = field.view(-1, 1, side, side)
+    return framed[:, :, NEAR:-NEAR, NEAR:-NEAR]
+
+
+def _sized(paths: Tensor, length: Tensor) -> Tensor:
+    """Points (M, P, 2), the longer side 2, about the middle of their mass as (M, P) has it."""
     least, most = paths.amin(dim=1, keepdim=True), paths.amax(dim=1, keepdim=True)
     half = ((most - least) / 2).amax(dim=2, keepdim=True).clamp(min=0.1)
-    return (paths - (least + most) / 2) / half
+    mass = length / length.sum(dim=1, keepdim=True)
+    return (paths - (paths * mass[:, :, None]).sum(dim=1, keepdim=True)) / half
 
 
 def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

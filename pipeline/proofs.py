@@ -104,15 +104,18 @@ def unsure_markdown(figure: dict[str, Any]) -> str:
     """The README's table of what a model is not sure of."""
     lines = ['| what it is shown | images | "not sure" |', "|--|--|--|"]
     parts = [figure[name] for name in ("digits", "right", "wrong")]
+    shares = []
     for row in (*figure["rows"], *parts):
-        share = row["refused"] / max(1, row["images"])
-        lines.append(f"| {row['name']} | {row['images']:,} | {share:.2%} |")
+        shares.append(row["refused"] / max(1, row["images"]))
+        lines.append(f"| {row['name']} | {row['images']:,} | {shares[-1]:.2%} |")
+    *_, right, wrong = shares
     lines += [
         "",
         f"{_when(figure)}: {figure['share']:.1%} of what is no digit is refused (the mean of its "
-        "kinds; letters that look like digits are not among them). Refused is an answer whose "
+        "kinds; letters that may be digits are not among them). Wrong answers are refused "
+        f"{wrong / max(right, 1e-9):,.0f} times as often as right ones. Refused is an answer whose "
         f"probability is below {figure['min_probability']:g}, which was fitted on the validation "
-        "split of the digits alone.",
+        "split of the digits alone. No choice was made by the rows held back.",
     ]
     return "\n".join(lines)
 

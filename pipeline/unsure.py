@@ -54,13 +54,14 @@ class Unsure:
 
     def __str__(self) -> str:
         rows = [*self.rows, self.digits, self.right, self.wrong]
-        lines = [f"{row.name:<30} {row.images:>7,} {row.share:>9.2%}" for row in rows]
+        wide = max(len(row.name) for row in rows)
+        lines = [f"{row.name:<{wide}} {row.images:>7,} {row.share:>9.2%}" for row in rows]
         return "\n".join(
             [
-                f"{'not sure of':<30} {'images':>7} {'refused':>9}",
+                f"{'not sure of':<{wide}} {'images':>7} {'refused':>9}",
                 *lines,
                 f"what is no digit: {self.share:.2%} refused, the mean of its kinds without the "
-                f"letters that look like digits; refused is what is below {self.min_probability:g}",
+                f"letters that may be digits; refused is what is below {self.min_probability:g}",
             ]
         )
 

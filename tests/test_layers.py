@@ -16,7 +16,7 @@ ORDER = [
     *("folders", "sources", "archives", "evaluate", "timing", "golden", "validate", "probes"),
     "diagnose",
     *("findings", "sample", "predictions", "device", "processes", "augment"),
-    *("outliers", "model"),
+    *("letters", "outliers", "model"),
     *("reference", "checkpoint", "train", "records", "runs", "subject", "sizes", "graph"),
     *("policy", "departures", "handed", "variants", "export", "runtime", "photo_table"),
     *("reference_profile", "profiling"),

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.config import RECIPES
-from pipeline.model import MEAN, STD, Net, build, eager_predictor
+from pipeline.model import MEAN, STD, Net, build, eager_predictor, shared
 
 
 def images(count: int) -> torch.Tensor:
@@ -45,6 +45,23 @@ def test_a_float64_copy_computes_in_float64() -> None:
     precise.load_state_dict(model.state_dict())
     apart = (model(images(8)).double() - precise.double()(images(8))).abs().max()
     assert 0 < apart < 1e-4
+
+
+def test_what_is_none_of_the_classes_is_shared_out_among_them() -> None:
+    scores = torch.tensor([[2.0, 0.5, 1.0, 1.5], [1.0, 3.0, 0.0, -50.0]])  # the last: none of three
+    parts = scores.softmax(dim=1)
+    expected = (parts[:, :3] + parts[:, 3:] / 3).log()
+    assert torch.allclose(shared(scores), expected, atol=1e-6)
+    far = shared(torch.tensor([[0.0, 300.0, 0.0, 0.0], [0.0, 0.0, 0.0, 300.0]]))
+    assert far[0].tolist() == pytest.approx([-300, 0, -300], abs=1.5)
+    assert far[1].exp().tolist() == pytest.approx([1 / 3] * 3, abs=1e-4)
+
+
+def test_only_a_network_trained_beside_other_things_has_a_score_for_them() -> None:
+    for name, recipe in RECIPES.items():
+        if recipe.network == "cnn":
+            scores = build(recipe, classes=10).get_parameter("classifier.bias")
+            assert len(scores) == (11 if recipe.outliers else 10), name
 
 
 def test_the_temperature_flattens_the_probabilities_and_keeps_the_class() -> None:
