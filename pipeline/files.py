@@ -188,13 +188,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, which ends with the process whatever happens to it."""
+def locked(path: Path, busy: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on `path`, which ends with the process whatever happens to it.
+
+    Waits for whoever holds it, or raises PipelineError that says `busy`, where that is given.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
         raise _cannot_write(path, error) from error
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise PipelineError(busy) from error
         yield

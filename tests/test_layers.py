@@ -27,13 +27,23 @@ ORDER = [
     *("client", "async_client", "inputs", "query", "load_http", "load", "replay"),
     "yardstick",
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "metrics", "serve"),
+    *("parquet", "shards", "scored", "cluster", "score"),
     *("comparison", "infer", "measure", "watch", "state", "supervise", "swap"),
     *("lint_ask", "lint_live", "limits", "counters", "guard", "link", "gateway", "webserver"),
     *("prove", "gpu", "benchmark", "nondigits", "unsure"),
     *("proofs", "report", "figures", "answers", "evidence", "page"),
     *("installed", "doctor_probes", "doctor"),
     *("command", "cli_data", "cli_doctor", "cli_train", "cli_export", "cli_validate", "cli_serve"),
-    *("cli_query", "cli_versions", "cli_repository", "cli_measure", "cli_web", "cli", "__main__"),
+    *(
+        "cli_query",
+        "cli_score",
+        "cli_versions",
+        "cli_repository",
+        "cli_measure",
+        "cli_web",
+        "cli",
+        "__main__",
+    ),
 ]
 # The home of each heavy library.
 HOMES = {
@@ -71,6 +81,8 @@ HOMES = {
     "matplotlib": {"figures"},
     "jinja2": {"page", "card", "deploy"},
     "pooch": {"sources"},
+    "ray": {"cluster", "score"},
+    "pyarrow": {"parquet", "scored"},
     "tensorboard": set(),  # through torch, where it is installed
     "click": {p.stem for p in PACKAGE.glob("cli*.py")} | {"command"},
 }
