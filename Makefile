@@ -101,7 +101,7 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	$(PIP) install -q -c constraints.txt pip
 	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
 	@echo "installing the project's environment (some minutes the first time)"
-	$(PIP) install -q -c constraints.txt -e '.[web]' --group dev
+	$(PIP) install -q -c constraints.txt -e '.[web,batch]' --group dev
 	@touch $@
 
 .venv-triton/done: pipeline/backend/requirements.txt

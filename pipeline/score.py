@@ -179,7 +179,7 @@ def _run(
     """Score the missing shards, a worker for each core or GPU."""
     begun = time.time()
     with connected(config.address, config.workers or cores()):
-        ran = _Run(_workers(config), begun)
+        ran = _Run(min(_workers(config), len(missing)), begun)
         left, done = sum(shard.rows for shard in missing), 0
         for row in _stream(replace(whole, shards=()), missing, model, folder, config, ran.workers):
             ran.first = min(ran.first or row["begun"], row["begun"])
