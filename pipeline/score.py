@@ -182,6 +182,8 @@ def _run(
         ran = _Run(min(_workers(config), len(missing)), begun)
         left, done = sum(shard.rows for shard in missing), 0
         for row in _stream(replace(whole, shards=()), missing, model, folder, config, ran.workers):
+            if row["failed"]:
+                raise pickle.loads(row["failed"])
             ran.first = min(ran.first or row["begun"], row["begun"])
             ran.last = max(ran.last, row["ended"])
             done += row["images"]
@@ -240,9 +242,11 @@ class _Reader:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         begun = time.time()
-        (packed,) = batch["shard"]
-        shard = pickle.loads(packed)
-        rows = read(self.source, shard)
+        shard = pickle.loads(batch["shard"][0])
+        try:
+            rows = read(self.source, shard)
+        except PipelineError as error:
+            return _failed(error)
         return {
             "shard": np.full(shard.rows, shard.index),
             "begun": np.full(shard.rows, begun),
@@ -262,12 +266,27 @@ class Scorer:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Write the answers to a shard; return how many images it had and when."""
+        if "failed" in batch:
+            return batch
         index, begun = int(batch["shard"][0]), float(batch["begun"][0])
         rows = Rows(batch["id"], batch["image"], batch["reason"])
-        found = score_rows(rows, self.model, self.predictor, self.config)
-        write(self.folder, index, *found)
-        return {
-            "images": np.array([len(rows.ids)]),
-            "begun": np.array([begun]),
-            "ended": np.array([time.time()]),
-        }
+        try:
+            found = score_rows(rows, self.model, self.predictor, self.config)
+            write(self.folder, index, *found)
+        except PipelineError as error:
+            return _failed(error)
+        return _said(len(rows.ids), begun, time.time())
+
+
+def _failed(error: PipelineError) -> dict[str, np.ndarray]:
+    """An error of the user's as a row: as an exception it would come back as Ray's own."""
+    return _said(0, 0.0, 0.0, pickle.dumps(error))
+
+
+def _said(images: int, begun: float, ended: float, failed: bytes = b"") -> dict[str, np.ndarray]:
+    return {
+        "images": np.array([images]),
+        "begun": np.array([begun]),
+        "ended": np.array([ended]),
+        "failed": np.array([failed], object),
+    }

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -254,15 +255,22 @@ def children(pid: int) -> set[int]:
     return found
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """One whose path leaves room for the names of Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.slow
 def test_a_killed_job_goes_on_and_leaves_nothing(
-    made: Chain, digits: np.ndarray, tmp_path: Path
+    made: Chain, digits: np.ndarray, tmp_path: Path, short_folder: Path
 ) -> None:
     source, out = tmp_path / "source.npy", tmp_path / "out"
-    np.save(source, np.tile(digits, (200, 1, 1, 1)))
-    environment = {**os.environ, "TMPDIR": "/tmp"}
+    np.save(source, np.tile(digits, (100, 1, 1, 1)))
+    environment = {**os.environ, "TMPDIR": str(short_folder)}
     command = [sys.executable, "-m", "pipeline", "--root", str(made.root), "--json", "score"]
-    command += [str(source), "--output", str(out), "--rows", "500", "--workers", "1"]
+    command += [str(source), "--output", str(out), "--rows", "250", "--workers", "1"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while not (parts := list(out.glob("part-*"))) and process.poll() is None:
         time.sleep(0.02)
@@ -272,11 +280,11 @@ def test_a_killed_job_goes_on_and_leaves_nothing(
     assert 0 < len(parts) < 40
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     record = json.loads(done.stdout)
-    assert (record["images"], record["scored"]) == (20_000, 20_000)
-    assert 0 < record["resumed"] < 20_000
-    assert sorted(rows_in(out)) == list(range(20_000))
+    assert (record["images"], record["scored"]) == (10_000, 10_000)
+    assert 0 < record["resumed"] < 10_000
+    assert sorted(rows_in(out)) == list(range(10_000))
     assert done.stderr == "" or "images" in done.stderr
-    assert not list(Path("/tmp").glob(f"{SCRATCH}-*"))
+    assert not list(short_folder.glob(f"{SCRATCH}-*"))
     deadline = time.monotonic() + 60
     while any("MapWorker" in _name(pid) for pid in below) and time.monotonic() < deadline:
         time.sleep(0.1)
