@@ -21,6 +21,7 @@ ROWS_AT_ONCE = 256  # of arrays: what fits into a core's cache is quicker
 # Of a column at once. Without it, or with pre_buffer, Arrow reads a row group's column whole.
 BUFFER_BYTES = 2**20
 LARGE_GROUP = 16  # pieces that a large row group is cut into, each of which reads over those before
+WHOLE_GROUP = 2  # times the rows asked for: up to there a row group is one piece
 MAX_PIECE = 8  # times the rows asked for
 
 
@@ -155,7 +156,7 @@ def pieces(files: Iterable[Path], rows: int) -> Iterator[Piece]:
             if waiting and held + size > rows:
                 yield str(path), held, start, 0, tuple(waiting)
                 start, waiting, held = start + held, [], 0
-            if size <= rows:
+            if size <= WHOLE_GROUP * rows:  # rather a larger piece than one read over
                 waiting, held = [*waiting, group], held + size
                 continue
             step = max(rows, min(MAX_PIECE * rows, -(-size // LARGE_GROUP)))
