@@ -101,7 +101,7 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	$(PIP) install -q -c constraints.txt pip
 	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
 	@echo "installing the project's environment (some minutes the first time)"
-	$(PIP) install -q -c constraints.txt -e '.[web]' --group dev
+	$(PIP) install -q -c constraints.txt -e '.[web,batch]' --group dev
 	@touch $@
 
 .venv-triton/done: pipeline/backend/requirements.txt
@@ -138,7 +138,7 @@ best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes o
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
 .PHONY: gpu-check prove-resume prove-runtimes prove-best
-.PHONY: prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway
+.PHONY: prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(PIPELINE) gpu-check --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
@@ -157,6 +157,8 @@ prove-native: .venv/done ## put the golden set to NVIDIA's image on what is pack
 	.venv/bin/python tests/prove_native.py exported/figures/native.json --name $(NAME)
 prove-gateway: $(PACKAGED) .venv-triton/done ## 50,000 fuzzed requests, 20,000 damaged pictures and 200 users at once before the page's gateway
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_gateway.py exported/figures/gateway.json 50000 20000 200 30
+prove-score: $(PACKAGED) .venv/done ## score a million images, killed twice, beside ONNX Runtime in process
+	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_score.py exported/figures/score.json 1000000
 prove-lint: .venv/done .venv-triton/done ## mutate a model repository, and hold lint against a real Triton
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_lint.py exported/figures/lint.json
 

@@ -12,6 +12,7 @@ from pipeline.cli_export import export_command, package_command
 from pipeline.cli_measure import benchmark_command, gpu_check_command, report_command
 from pipeline.cli_query import query_command
 from pipeline.cli_repository import lint_command
+from pipeline.cli_score import score_command
 from pipeline.cli_serve import serve
 from pipeline.cli_train import train_command
 from pipeline.cli_validate import validate_command
@@ -45,6 +46,7 @@ main.add_command(doctor_command)
 main.add_command(web_command)
 main.add_command(query_command)
 main.add_command(drift_command)
+main.add_command(score_command)
 
 
 if __name__ == "__main__":

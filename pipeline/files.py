@@ -188,10 +188,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, taken: str = "") -> Iterator[None]:
+def locked(path: Path, busy: str = "") -> Iterator[None]:
     """Hold an exclusive lock on `path`, which ends with the process whatever happens to it.
 
-    Waits for another holder, or raises PipelineError(`taken`) at once where that is given.
+    Waits for whoever holds it, or raises PipelineError that says `busy`, where that is given.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def locked(path: Path, taken: str = "") -> Iterator[None]:
         raise _cannot_write(path, error) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if taken else 0))
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError as error:
-            raise PipelineError(taken) from error
+            raise PipelineError(busy) from error
         yield

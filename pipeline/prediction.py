@@ -48,12 +48,12 @@ def predicted(
 
 
 def probabilities(row: np.ndarray, kind: str) -> np.ndarray:
-    """The probabilities (K,) in a row of outputs (K,) of that kind."""
+    """The probabilities (..., K) in a row or rows of outputs (..., K) of that kind."""
     values = row.astype(np.float64)
     if kind == "probabilities":
         return values
-    exponents = np.exp(values - values.max())
-    chances: np.ndarray = exponents / exponents.sum()
+    exponents = np.exp(values - values.max(axis=-1, keepdims=True))
+    chances: np.ndarray = exponents / exponents.sum(axis=-1, keepdims=True)
     return chances if kind == "logits" else np.exp(values)
 
 

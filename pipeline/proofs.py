@@ -134,11 +134,28 @@ def gateway_markdown(figure: dict[str, Any]) -> str:
     )
 
 
+def score_markdown(figure: dict[str, Any]) -> str:
+    """A sentence about the images that were scored offline."""
+    host, is_same = figure["machine"], figure["killed"] == figure["uninterrupted"]
+    fewer, peak = (figure[name] / MEBIBYTE for name in ("fewer_peak_bytes", "peak_bytes"))
+    return (
+        f"{_when(figure)}, {host['processor']} with {host['cores']} cores: {figure['images']:,} "
+        f"images at {figure['rate']:,.0f}/s (Ray's start, {figure['start_seconds']:.0f} s, left "
+        f"out), {figure['ratio']:.0%} of the best rate of ONNX Runtime in process with a thread "
+        f"for each core, measured before and after. All processes together held at most "
+        f"{peak:,.0f} MiB, and {fewer:,.0f} MiB with {figure['fewer_images']:,} images. Killed "
+        f"{len(figure['kills'])} times, all its processes at once, and started again: "
+        f"{figure['killed']['rows']:,} rows, {'the same' if is_same else 'NOT the same'} ids and "
+        "answers as a run that was left alone."
+    )
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "swap": swap_markdown,
     "kill": kill_markdown,
     "soak": soak_markdown,
     "lint": lint_markdown,
+    "score": score_markdown,
     "serving": serving_markdown,
     "gateway": gateway_markdown,
     "photos": photos_markdown,
@@ -149,6 +166,7 @@ COMMANDS = {
     "kill": "make prove-kill",
     "soak": "make prove-soak",
     "lint": "make prove-lint",
+    "score": "make prove-score",
     "serving": "pipeline benchmark --what serve --figures",
     "gateway": "make prove-gateway",
     "photos": "pipeline benchmark --what photos --figures",

@@ -30,6 +30,7 @@ ORDER = [
     "yardstick",
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "candidate", "metrics"),
     *("server_process", "serve"),
+    *("parquet", "shards", "scored", "cluster", "score"),
     *("comparison", "infer", "measure", "watch", "state", "supervise", "swap"),
     *("logged", "significance", "packaged_profile", "drift"),
     *("lint_ask", "lint_live", "limits", "counters", "guard", "link", "gateway"),
@@ -38,16 +39,8 @@ ORDER = [
     *("proofs", "report", "figures", "answers", "evidence", "watched", "page"),
     *("installed", "doctor_probes", "doctor"),
     *("command", "cli_data", "cli_doctor", "cli_train", "cli_export", "cli_drift", "cli_validate"),
-    *(
-        "cli_serve",
-        "cli_query",
-        "cli_versions",
-        "cli_repository",
-        "cli_measure",
-        "cli_web",
-        "cli",
-        "__main__",
-    ),
+    *("cli_serve", "cli_query", "cli_score", "cli_versions", "cli_repository", "cli_measure"),
+    *("cli_web", "cli", "__main__"),
 ]
 # The home of each heavy library.
 HOMES = {
@@ -85,6 +78,8 @@ HOMES = {
     "matplotlib": {"figures"},
     "jinja2": {"page", "card", "deploy"},
     "pooch": {"sources"},
+    "ray": {"cluster", "score"},
+    "pyarrow": {"parquet", "scored"},
     "tensorboard": set(),  # through torch, where it is installed
     "click": {p.stem for p in PACKAGE.glob("cli*.py")} | {"command"},
 }
