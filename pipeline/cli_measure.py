@@ -81,6 +81,12 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
     "--csv", type=click.Path(path_type=Path), help="infer, serve: write the rows here too."
 )
 @click.option("--compare", type=click.Path(path_type=Path), help="Hold it against such a JSON.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(1),
+    help="serve: requests a second that arrive in the open loop.  [default: half of what the "
+    "closed loop did]",
+)
 @click.option("--recipes", default="quick,record,standard", show_default=True)
 @click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
 @click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
@@ -93,6 +99,7 @@ def benchmark_command(
     short: bool,
     csv: Path | None,
     compare: Path | None,
+    rate: float | None,
     recipes: str,
     seeds: int | None,
     resume: bool,
@@ -118,7 +125,7 @@ def benchmark_command(
         return
     if what != "train":
         asked = ("infer", "serve") if what == "all" else (what,)
-        _measure(settings, paths_of(settings, name), asked, short, csv, compare, figures)
+        _measure(settings, paths_of(settings, name), asked, short, csv, compare, rate, figures)
         return
     from pipeline.benchmark import benchmark_training
     from pipeline.report import render_readme, save_training
@@ -153,12 +160,13 @@ def _measure(
     short: bool,
     csv: Path | None,
     compare: Path | None,
+    rate: float | None,
     figures: bool,
 ) -> None:
     from pipeline import comparison
     from pipeline.files import write_bytes
     from pipeline.report import render_readme, save_serving
-    from pipeline.timing import csv_of
+    from pipeline.speed_table import csv_of, table
 
     before = comparison.read(compare, asked) if compare else {}
     found: dict[str, Any] = {}
@@ -172,18 +180,27 @@ def _measure(
         from pipeline import measure
 
         found["serve"] = measure.benchmark_serving(
-            paths, measure.SHORT if short else measure.ServeBenchmark(), settings.say
+            paths,
+            replace(measure.SHORT if short else measure.ServeBenchmark(), rate=rate),
+            settings.say,
+            reference=getattr(found.get("infer"), "classes", None),
         )
     written = {"infer": paths.inference, "serve": paths.serving}
-    lines = [f"{one}\nwrote {written[what]}" for what, one in found.items()]
+    rows = [row for one in found.values() for row in one.rows]
+    lines = [table(rows), *(found["serve"].told_ratios() if "serve" in found else [])]
+    lines += [f"wrote {written[what]}" for what in found]
     records = {what: one.record() for what, one in found.items()}
     if figures and "serve" in found:
         lines.append(f"wrote {save_serving(paths, records['serve'])}")
         render_readme(paths.root / "README.md", paths.figures)
     if csv:
-        write_bytes(csv, csv_of([row for one in found.values() for row in one.rows]).encode())
+        write_bytes(csv, csv_of(rows).encode())
         lines.append(f"wrote {csv}")
-    record = records[asked[0]] if len(asked) == 1 else {"what": "all", **records}
+    record = (
+        records[asked[0]]
+        if len(asked) == 1
+        else {"what": "all", **records, "rows": [row.record() for row in rows]}
+    )
     compared = [comparison.compare(before[what], records[what]) for what in before]
     lines += [f"against {compare}:\n{one}" for one in compared]
     if compared:

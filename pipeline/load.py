@@ -7,7 +7,7 @@ Requests are built once and sent as bytes; answers are kept as bytes and read wh
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,11 +67,16 @@ def closed_loop(address: str, asked: Questions, concurrency: int, seconds: float
     way = _WAYS[asked.way]
     found = way.ask(address, asked.requests, concurrency, begin, begin + seconds)
     latencies, answers, failed = found
-    wrong = sum(
-        _wrong(way.content, answer, asked.classes[turn % len(asked.classes)], asked.dtype)
+    return Window(seconds, asked.batch, np.array(latencies), count_wrong(asked, answers), failed)
+
+
+def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
+    """How many images in answers to requests of that turn are not of their class."""
+    content = _WAYS[asked.way].content
+    return sum(
+        _wrong(content, answer, asked.classes[turn % len(asked.classes)], asked.dtype)
         for turn, answer in answers
     )
-    return Window(seconds, asked.batch, np.array(latencies), wrong, failed)
 
 
 def _ask(
@@ -191,6 +196,11 @@ class Server:
 
     def measure(self, name: str, asked: Questions, concurrency: int, seconds: float) -> Window:
         """A window of load on the model, with what the server says of its own part."""
+        address = self.addresses[asked.way]
+        return self.counted(name, lambda: closed_loop(address, asked, concurrency, seconds))
+
+    def counted(self, name: str, measure: Callable[[], Window]) -> Window:
+        """What `measure` finds of the model, with what the server says of its own part."""
         before = self.counters(name)
-        window = closed_loop(self.addresses[asked.way], asked, concurrency, seconds)
+        window = measure()
         return replace(window, split=self.counters(name).since(before))
