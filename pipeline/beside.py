@@ -4,10 +4,9 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import triton
+from pipeline import triton, tritonserver
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
-from pipeline.tritonserver import BACKENDS
 
 NOOP = "no-op"
 PROFILE = "throughput"  # which large requests are meant for
@@ -78,7 +77,7 @@ def _add_noop(repository: Path, served: Paths) -> triton.ModelConfig:
         output.ClearField("label_filename")
     folder = repository / NOOP
     (folder / "1").mkdir(parents=True)
-    shutil.copy(BACKENDS / "noop.py", folder / "1" / "model.py")
+    shutil.copy(tritonserver.BACKENDS / "noop.py", folder / "1" / "model.py")
     (folder / "config.pbtxt").write_text(triton.to_text(noop))
     return noop
 

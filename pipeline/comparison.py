@@ -1,7 +1,9 @@
 """Two measurements of a benchmark against each other: what got slower, or less accurate.
 
 Machines are not as fast today as yesterday, so speeds are compared as parts of a yardstick that was
-measured in the same rounds; and no difference counts that the rounds themselves differ by.
+measured in the same rounds. What else a machine does only ever slows a round down, so the faster
+half of them counts; and no difference counts that the rounds themselves differ by, or that others
+may have made who took more of the machine in one measurement than in the other.
 """
 
 import json
@@ -14,14 +16,16 @@ from typing import Any
 
 from pipeline.errors import CheckFailedError, PipelineError
 
-YARDSTICKS = {"infer": "yardstick", "serve": "no-op"}  # the rows that no change of ours moves
+YARDSTICKS = ("yardstick", "no-op")  # the first that is there; records of old have the second
 LEAST_ROUNDS = 3
 MEND = "it must be what 'pipeline benchmark --json' printed, or wrote, for the same --what"
 SLOWER = 0.10  # of a row's speed, that counts
 LESS_ACCURATE = 0.0005  # of the images, as a fraction
-# How many standard errors a row must lie apart: with some fifty rows of seven rounds, once in a
-# thousand comparisons by chance alone (Student's t, 24 degrees of freedom).
-SURE = 5.5
+# How many standard errors a row must lie apart: with some hundred values of three to nine rounds,
+# once in a thousand comparisons by chance alone.
+SURE = 8.0
+# How much slower something gets, at most, by each part of the machine that others take.
+SHARED = {"speed": 2.0, "latency": 1.0}
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Change:
     """What became of one row."""
 
     row: str
-    what: str  # speed or accuracy
+    what: str  # speed, latency (of the quickest tenth, as a speed) or accuracy
     before: float  # speeds as parts of the yardstick's; accuracy 0 to 1
     after: float
     noise: float  # what a change must exceed, in the units of `change`
@@ -41,7 +45,8 @@ class Change:
         return self.after - self.before if self.what == "accuracy" else self.after / self.before - 1
 
     def __str__(self) -> str:
-        shown = f"{self.change:+.1%}" if self.what == "speed" else f"{self.change:+.2%} of images"
+        is_speed = self.what != "accuracy"
+        shown = f"{self.change:+.1%} fast" if is_speed else f"{self.change:+.2%} of images"
         return f"{self.verdict:<6} {self.what:<8} {shown} (noise {self.noise:.1%})  {self.row}"
 
 
@@ -57,15 +62,22 @@ class Comparison:
     def worse(self) -> list[Change]:
         return [change for change in self.changes if change.verdict == "worse"]
 
+    @property
+    def seen(self) -> float:
+        """The change of speed or latency that would have been seen in the middle one of them."""
+        noises = [change.noise for change in self.changes if change.what != "accuracy"]
+        return max(SLOWER, statistics.median(noises)) if noises else SLOWER
+
     def record(self) -> dict[str, Any]:
         """The result as JSON has it."""
         changes = [{**asdict(change), "change": change.change} for change in self.changes]
-        return {**asdict(self), "changes": changes}
+        return {**asdict(self), "changes": changes, "seen": self.seen}
 
     def __str__(self) -> str:
         told = [str(change) for change in self.changes if change.verdict != "same"]
         same = len(self.changes) - len(told)
         told.append(f"{same} of {len(self.changes)} are the same within the noise")
+        told.append(f"in the middle row, a change beyond {self.seen:.0%} would have been seen")
         for name, rows in (("before", self.only_before), ("now", self.only_after)):
             if rows:
                 told.append(f"only {name}: {', '.join(rows)}")
@@ -88,7 +100,7 @@ def read(file: Path, asked: Sequence[str]) -> dict[str, dict[str, Any]]:
         one = record.get(what) if record.get("what") == "all" else record
         if not isinstance(one, dict) or one.get("what") != what:
             raise PipelineError(f"{file} has no measurement of {what}: {MEND}")
-        _speeds(one)
+        _rounds("speed", one)
         found[what] = one
     return found
 
@@ -100,14 +112,10 @@ def compare(
     less_accurate: float = LESS_ACCURATE,
 ) -> Comparison:
     """What changed between two records of one kind of benchmark."""
-    olds, news = _speeds(before), _speeds(after)
-    rows = [row for row in olds if row in news]
-    variances = {row: _variance(olds[row], news[row]) for row in rows}
-    # A few rounds tell little of a row's own noise: what is usual among the rows counts as much.
-    usual = statistics.median(variances.values()) if rows else 0.0
-    changes = [
-        _speed(row, olds[row], news[row], (variances[row] + usual) / 2, slower) for row in rows
-    ]
+    changes: list[Change] = []
+    olds, news = ({_name(row): row for row in record["rows"]} for record in (before, after))
+    for what in SHARED:
+        changes += _speeds(what, before, after, slower)
     changes += _accuracies(before, after, less_accurate)
     return Comparison(
         tuple(changes),
@@ -124,29 +132,55 @@ def require_no_worse(comparison: Comparison) -> None:
         )
 
 
-def _speeds(record: Mapping[str, Any]) -> dict[str, list[float]]:
+def _rounds(what: str, record: Mapping[str, Any]) -> dict[str, list[float]]:
     """Each row's logarithms of its rounds' speeds over the yardstick's of the same round."""
     try:
-        rounds = {_name(row): row["images_per_second"]["rounds"] for row in record["rows"]}
-        (measure,) = [
-            _name(row) for row in record["rows"] if row["name"] == YARDSTICKS[record["what"]]
-        ]
-        theirs = rounds.pop(measure)
+        rows = [row for row in record["rows"] if not row.get("rate") and _has(what, row)]
+        rounds = {_name(row): _of_row(what, row) for row in rows}
+        measures = [name for wanted in YARDSTICKS for name in rounds if name.startswith(wanted)]
+        theirs = rounds.pop(measures[0]) if measures or what == "speed" else []
         return {name: _logarithms(ours, theirs) for name, ours in rounds.items()}
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise PipelineError(
             f"no measurement to compare with ({type(error).__name__}: {error}): {MEND}"
         ) from error
 
 
+def _has(what: str, row: Mapping[str, Any]) -> bool:
+    return what == "speed" or "quick_ms" in row  # records of old have no latencies of rounds
+
+
+def _of_row(what: str, row: Mapping[str, Any]) -> list[float]:
+    if what == "speed":
+        return [float(speed) for speed in row["images_per_second"]["rounds"]]
+    return [1 / float(latency) for latency in row["quick_ms"]["rounds"]]
+
+
 def _logarithms(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    if len(ours) < LEAST_ROUNDS:
+    """The faster half of the rounds. A row that settled early has fewer than the yardstick."""
+    if not LEAST_ROUNDS <= len(ours) <= len(theirs):
         raise ValueError(f"{len(ours)} rounds tell nothing of noise")
-    return [math.log(our / their) for our, their in zip(ours, theirs, strict=True)]
+    parts = sorted(math.log(our / their) for our, their in zip(ours, theirs, strict=False))
+    return parts[len(parts) // 2 :]
 
 
 def _name(row: Mapping[str, Any]) -> str:
     return f"{row['name']}, {row['way']}, batch {row['batch']}, {row['concurrency']} at once"
+
+
+def _speeds(
+    what: str, before: Mapping[str, Any], after: Mapping[str, Any], slower: float
+) -> Iterator[Change]:
+    olds, news = _rounds(what, before), _rounds(what, after)
+    rows = [row for row in olds if row in news]
+    variances = {row: _variance(olds[row], news[row]) for row in rows}
+    # A few rounds tell little of a row's own noise: what is usual among the rows counts as much.
+    usual = statistics.median(variances.values()) if rows else 0.0
+    busy = [{_name(row): row.get("others", 0.0) for row in one["rows"]} for one in (before, after)]
+    for row in rows:
+        shared = SHARED[what] * abs(busy[1][row] - busy[0][row])
+        variance = (variances[row] + usual) / 2
+        yield _speed(row, what, olds[row], news[row], variance, shared, slower)
 
 
 def _variance(before: Sequence[float], after: Sequence[float]) -> float:
@@ -155,14 +189,20 @@ def _variance(before: Sequence[float], after: Sequence[float]) -> float:
 
 
 def _speed(
-    row: str, before: Sequence[float], after: Sequence[float], variance: float, slower: float
+    row: str,
+    what: str,
+    before: Sequence[float],
+    after: Sequence[float],
+    variance: float,
+    shared: float,
+    slower: float,
 ) -> Change:
     old, new = statistics.mean(before), statistics.mean(after)
     error = math.sqrt(variance * (1 / len(before) + 1 / len(after)))
-    noise, change = math.expm1(SURE * error), math.expm1(new - old)
+    noise, change = math.expm1(SURE * error) + shared, math.expm1(new - old)
     down, up = max(slower, noise / (1 + noise)), max(slower, noise)  # half is as far as twice
     verdict = "worse" if change < -down else "better" if change > up else "same"
-    return Change(row, "speed", math.exp(old), math.exp(new), noise, verdict)
+    return Change(row, what, math.exp(old), math.exp(new), noise, verdict)
 
 
 def _accuracies(

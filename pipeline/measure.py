@@ -26,7 +26,8 @@ from pipeline.turns import UNTIL, Until, take_turns
 from pipeline.workers import RUNTIME, YARDSTICK, sure_batches, yardstick, yardstick_row
 
 WAYS = ("grpc", "http")
-ASKED = ((1, 1), (1, 8), (1, 32), (8, 8), (MANY, 8))  # images a request, requests at once
+# Images a request, requests at once. One after the other, large ones show what computing costs.
+ASKED = ((1, 1), (1, 8), (1, 32), (8, 8), (MANY, 1))
 SHARE = 0.5  # of the closed loop's rate, that arrives in the open one unless told
 BESIDE = 6  # cells from one window of the yardstick to the next
 
@@ -120,8 +121,9 @@ def cells(name: str) -> list[Cell]:
         for way in WAYS
         for model in (name, NOOP)
     ]
-    extra = [Cell(profiled(name), "http", MANY, 8), Cell(RUNTIME, "in process", MANY, 1)]
-    return [*of_both, *extra]
+    many = [Cell(name, way, MANY, 8) for way in WAYS]
+    profile = [Cell(profiled(name), "http", MANY, 8), Cell(RUNTIME, "in process", MANY, 1)]
+    return [*of_both, *many, *profile]
 
 
 def benchmark_serving(
@@ -180,7 +182,8 @@ class _Bench:
                 place = Cell(YARDSTICK, "numpy", len(measures), 1)
                 measures[place] = functools.partial(yardstick, self.config.seconds / 2)
             measures[cell] = self._measure(cell)
-            group[cell] = (cell.batch, 8 if cell.batch == MANY else cell.concurrency)
+            is_profile = cell.name in (RUNTIME, profiled(self.beside.served.name))
+            group[cell] = (cell.batch, 0 if is_profile else cell.concurrency)
         windows = take_turns(measures, group, self.config.until, report)
         rows = [yardstick_row([windows[cell] for cell in measures if cell.name == YARDSTICK])]
         rows += [

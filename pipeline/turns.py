@@ -10,7 +10,7 @@ from pipeline.timing import WITHIN, Window, is_settled
 from pipeline.usage import others_seconds
 
 QUIET = 0.08  # of the cores, that others may take in a window before it is measured again
-AGAIN = 0.25  # of the windows, that may be measured again
+AGAIN = 0.15  # of the windows, that may be measured again
 
 Key = TypeVar("Key", bound=Hashable)
 Measure = Callable[[], Window]
