@@ -21,9 +21,9 @@ LEAST_ROUNDS = 3
 MEND = "it must be what 'pipeline benchmark --json' printed, or wrote, for the same --what"
 SLOWER = 0.10  # of a row's speed, that counts
 LESS_ACCURATE = 0.0005  # of the images, as a fraction
-# How many standard errors a row must lie apart: with some hundred values of three to nine rounds,
-# once in a thousand comparisons by chance alone.
-SURE = 8.0
+# How many standard errors a row must lie apart, by how many rounds count. Simulated with rounds
+# that a busy machine slows down now and then: once in a hundred comparisons of fifty rows at most.
+SURE, SURE_OF_TWO = 8.0, 12.0
 # How much slower something gets, at most, by each part of the machine that others take.
 SHARED = {"speed": 2.0, "latency": 1.0}
 
@@ -172,15 +172,16 @@ def _speeds(
     what: str, before: Mapping[str, Any], after: Mapping[str, Any], slower: float
 ) -> Iterator[Change]:
     olds, news = _rounds(what, before), _rounds(what, after)
-    rows = [row for row in olds if row in news]
-    variances = {row: _variance(olds[row], news[row]) for row in rows}
-    # A few rounds tell little of a row's own noise: what is usual among the rows counts as much.
-    usual = statistics.median(variances.values()) if rows else 0.0
-    busy = [{_name(row): row.get("others", 0.0) for row in one["rows"]} for one in (before, after)]
-    for row in rows:
-        shared = SHARED[what] * abs(busy[1][row] - busy[0][row])
-        variance = (variances[row] + usual) / 2
-        yield _speed(row, what, olds[row], news[row], variance, shared, slower)
+    variances = {row: _variance(olds[row], news[row]) for row in olds if row in news}
+    once, again = ({_name(row): row for row in one["rows"]} for one in (before, after))
+    for row, own in variances.items():
+        at_once = once[row]["concurrency"]
+        # A few rounds tell little of a row's own noise: what is usual among the rows counts as
+        # much. Those with one request at a time are quieter than the others.
+        alike = [variances[other] for other in variances if once[other]["concurrency"] == at_once]
+        variance = (own + statistics.median(alike)) / 2
+        shared = abs(again[row].get("others", 0.0) - once[row].get("others", 0.0))
+        yield _speed(row, what, olds[row], news[row], variance, SHARED[what] * shared, slower)
 
 
 def _variance(before: Sequence[float], after: Sequence[float]) -> float:
@@ -199,7 +200,8 @@ def _speed(
 ) -> Change:
     old, new = statistics.mean(before), statistics.mean(after)
     error = math.sqrt(variance * (1 / len(before) + 1 / len(after)))
-    noise, change = math.expm1(SURE * error) + shared, math.expm1(new - old)
+    sure = SURE if min(len(before), len(after)) > 2 else SURE_OF_TWO
+    noise, change = math.expm1(sure * error) + shared, math.expm1(new - old)
     down, up = max(slower, noise / (1 + noise)), max(slower, noise)  # half is as far as twice
     verdict = "worse" if change < -down else "better" if change > up else "same"
     return Change(row, what, math.exp(old), math.exp(new), noise, verdict)

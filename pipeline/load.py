@@ -6,6 +6,7 @@ Requests are built once and sent as bytes; answers are kept as bytes and read wh
 # Shape letters: N images, B batch, K classes.
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from pipeline import load_http, triton
 from pipeline.errors import ServerError
 from pipeline.load_http import Found
-from pipeline.timing import WARM_UP, Window, wrong_classes
+from pipeline.timing import WARM_UP, Window, answered, wrong_classes
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT = 30.0  # seconds for one answer
@@ -197,7 +198,8 @@ class Server:
     def measure(self, name: str, asked: Questions, concurrency: int, seconds: float) -> Window:
         """A window of load on the model, with what the server says of its own part."""
         address = self.addresses[asked.way]
-        return self.counted(name, lambda: closed_loop(address, asked, concurrency, seconds))
+        ask = functools.partial(closed_loop, address, asked, concurrency)
+        return self.counted(name, lambda: answered(ask, seconds))
 
     def counted(self, name: str, measure: Callable[[], Window]) -> Window:
         """What `measure` finds of the model, with what the server says of its own part."""

@@ -20,7 +20,7 @@ from pipeline.replay import Release, selected_releases
 from pipeline.serve import Server, running_server, with_free_ports
 from pipeline.served_score import Scored, score_served
 from pipeline.speed_table import table
-from pipeline.timing import Row, Score, Window, closed_loop, ratio, require_right
+from pipeline.timing import Row, Score, Window, answered, closed_loop, ratio, require_right
 from pipeline.tritonserver import KEY_HEADER
 from pipeline.turns import UNTIL, Until, take_turns
 from pipeline.workers import RUNTIME, YARDSTICK, sure_batches, yardstick, yardstick_row
@@ -202,7 +202,8 @@ class _Bench:
 
             predictor = onnx_predictor(self.release.onnx, self.beside.threads)
             batches = sure_batches(self.release.golden, cell.batch)
-            return functools.partial(closed_loop, predictor, *batches, seconds)
+            ask = functools.partial(closed_loop, predictor, *batches)
+            return functools.partial(answered, ask, seconds)
         asked = self._questions(cell)
         return lambda: self.asked.measure(cell.name, asked, cell.concurrency, seconds)
 

@@ -3,6 +3,7 @@ each one's own; and the yardstick beside them, which no change of ours can move.
 
 # Shape letters: N images, B batch, K classes.
 
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from pipeline.files import check_digest
 from pipeline.golden import Golden, unpack_golden
 from pipeline.paths import Paths
 from pipeline.sample import read_sample
-from pipeline.timing import Row, Window, closed_loop, together
+from pipeline.timing import Row, Window, answered, closed_loop, together
 from pipeline.usage import peak_bytes
 
 YARDSTICK = "yardstick"
@@ -53,7 +54,8 @@ def yardstick(seconds: float) -> Window:
             np.dot(images, images)
         return outputs
 
-    return _answered(products, [matrix], [np.zeros(1, np.int64)], seconds)
+    ask = functools.partial(closed_loop, products, [matrix], [np.zeros(1, np.int64)])
+    return answered(ask, seconds)
 
 
 def yardstick_row(windows: list[list[Window]]) -> Row:
@@ -128,7 +130,8 @@ def _answer(
     if kind == "measure":
         golden = unpack_golden(paths.variant_golden(runtime.precision).read_bytes(), EXPORT)
         batch, seconds = arguments
-        return _answered(predictor, *sure_batches(golden, batch), seconds)
+        ask = functools.partial(closed_loop, predictor, *sure_batches(golden, batch))
+        return answered(ask, seconds)
     return peak_bytes()
 
 
@@ -177,14 +180,3 @@ def sure_batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.n
     batches = len(images) if size == 1 else 8
     rows = np.arange(batches * size).reshape(batches, size) % len(images)
     return [images[row] for row in rows], [classes[row] for row in rows]
-
-
-def _answered(
-    predictor: Predictor, batches: list[np.ndarray], classes: list[np.ndarray], seconds: float
-) -> Window:
-    """A window with an answer in it, however busy the machine is: as long as that takes."""
-    while True:
-        window = closed_loop(predictor, batches, classes, seconds)
-        if len(window.latencies):
-            return window
-        seconds *= 2

@@ -27,9 +27,10 @@ def test_the_benchmark_sets_the_served_model_beside_a_noop_and_beside_onnx_runti
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link_server_environment(chain)
-    tiny = ServeBenchmark(Until(2, 2), seconds=0.1, open_seconds=0.3)
+    tiny = ServeBenchmark(Until(1, 1), seconds=0.1, open_seconds=0.3)
     monkeypatch.setattr(measure, "SHORT", tiny)
-    monkeypatch.setattr(timing, "WARM_UP", 0.05)
+    for module in (timing, load):
+        monkeypatch.setattr(module, "WARM_UP", 0.02)
     record = chain.record("benchmark", "--what", "serve", "--short", "--rate", "200")
     assert json.loads(chain.paths.serving.read_text())["ratios"] == record["ratios"]
     assert set(record["ratios"]) == {"single_of_noop", "batch64_of_in_process"}

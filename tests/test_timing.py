@@ -11,6 +11,7 @@ from pipeline.timing import (
     Row,
     Score,
     Window,
+    answered,
     closed_loop,
     is_settled,
     ratio,
@@ -122,6 +123,18 @@ def test_wrong_or_missing_answers_are_no_measurement() -> None:
     for found in (replace(right, wrong=1), replace(right, failed=1), silent):
         with pytest.raises(CheckFailedError, match="answers were wrong or missing: net, "):
             require_right((Row("net", "grpc", 1, 1, (found,)),))
+
+
+def test_a_window_without_an_answer_is_measured_again_for_longer_unless_something_failed() -> None:
+    asked: list[float] = []
+
+    def measure(seconds: float) -> Window:
+        asked.append(seconds)
+        return Window(seconds, 1, np.ones(int(seconds)))
+
+    assert answered(measure, 0.3).seconds == 1.2
+    assert asked == [0.3, 0.6, 1.2]
+    assert answered(lambda seconds: replace(window(0), failed=1), 0.3).failed == 1
 
 
 def test_wrong_classes_are_counted_and_a_missing_row_makes_all_wrong() -> None:
