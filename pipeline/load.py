@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from pipeline import load_http, triton
 from pipeline.errors import ServerError
 from pipeline.load_http import Found
-from pipeline.timing import WARM_UP, Window, answered, wrong_classes
+from pipeline.timing import Window, answered, warm_up, wrong_classes
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT = 30.0  # seconds for one answer
@@ -64,7 +64,7 @@ def _request(config: triton.ModelConfig, images: np.ndarray) -> bytes:
 
 def closed_loop(address: str, asked: Questions, concurrency: int, seconds: float) -> Window:
     """Keep so many requests under way for so long, each answer held to the classes of its own."""
-    begin = time.perf_counter() + WARM_UP
+    begin = time.perf_counter() + warm_up(seconds)
     way = _WAYS[asked.way]
     found = way.ask(address, asked.requests, concurrency, begin, begin + seconds)
     latencies, answers, failed = found

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline import load_http
 from pipeline.load import METHOD, TIMEOUT, Questions, count_wrong
 from pipeline.open_loop import Clock, Done, Send, SystemClock, arrivals, drive
-from pipeline.timing import WARM_UP, Window
+from pipeline.timing import Window, warm_up
 
 CONNECTIONS = 64  # over HTTP; a request that finds none waits, and its latency counts on
 
@@ -23,11 +23,12 @@ def open_loop(
     clock: Clock = SystemClock(),
 ) -> Window:
     """A window of requests that come so many a second, each answer held to its classes."""
-    times = arrivals(rate, WARM_UP + seconds, seed)
+    before = warm_up(seconds)
+    times = arrivals(rate, before + seconds, seed)
     with _SENDERS[asked.way](address, asked.requests) as send:
         sent = drive(send, times, clock, TIMEOUT)
     answers = [(turn, answer) for turn, answer in enumerate(sent.answers) if answer is not None]
-    counted = sent.after(sent.start + WARM_UP)
+    counted = sent.after(sent.start + before)
     return Window(
         seconds,
         asked.batch,

@@ -25,6 +25,7 @@ from pipeline.predictions import Predictions, load_predictions
 from pipeline.replay import Table
 from pipeline.report import agreement
 from pipeline.runs import recorded_config
+from pipeline.speeds import MEASURE, Speeds, speeds
 
 DIGITS, DRAWS = 8, 6  # in the grid of distorted digits
 
@@ -59,6 +60,7 @@ class Page:
     distorted: tuple[Distorted, ...] | Note
     evidence: Evidence | Note
     proof: Table | Note
+    speeds: Speeds | Note
     settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's own where it differs
     digests: tuple[tuple[str, str], ...]  # SHA-256, path under the project's root
     export: Note | None  # why digests lack an export's
@@ -109,6 +111,7 @@ def collect(paths: Paths) -> Page:
         distorted=_distorted(train, config) if isinstance(train, Split) else train,
         evidence=_evidence(paths, manifest, test),
         proof=_proof(paths, manifest),
+        speeds=_speeds(paths, manifest),
         settings=_settings(config),
         digests=_digests(paths, config, summary, manifest),
         export=manifest if isinstance(manifest, Note) else None,
@@ -212,6 +215,13 @@ def _proof(paths: Paths, manifest: Mapping[str, Any] | Note) -> Table | Note:
             "pipeline package && pipeline validate exported/model_repository",
         )
     return table
+
+
+def _speeds(paths: Paths, manifest: Mapping[str, Any] | Note) -> Speeds | Note:
+    if isinstance(manifest, Note):
+        return manifest
+    measured = speeds(paths, str(manifest["files"].get(paths.onnx.name)))
+    return measured or Note("Nobody has measured yet how fast it is", f"{MEASURE}{_named(paths)}")
 
 
 def _curves(paths: Paths) -> tuple[Markup, ...] | Note:

@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.errors import CheckFailedError
 from pipeline.evaluate import Predictor
 
-WARM_UP = 0.3  # seconds at the beginning of a window that do not count
+WARM_UP = 0.3  # seconds before a window that do not count, at most
 PERCENTILES = (50, 90, 95, 99)
 QUICK = 10  # percentile of the latencies that a busy machine hardly moves
 BEYOND = 10  # requests slower than a percentile, at least, for it to be claimed
@@ -59,6 +59,11 @@ def together(windows: Sequence[Window]) -> Window:
         failed=sum(window.failed for window in windows),
         others=statistics.mean(window.others for window in windows),
     )
+
+
+def warm_up(seconds: float) -> float:
+    """How long a window of so many seconds is warmed up for."""
+    return min(WARM_UP, seconds / 2)
 
 
 def is_settled(speeds: Sequence[float], within: float = WITHIN) -> bool:
@@ -217,7 +222,7 @@ def closed_loop(
     """Ask one batch (B, ...) after the other, round and round, each answer held to its classes."""
     latencies, outputs = [], []
     now, turn = clock(), 0
-    begin = now + WARM_UP
+    begin = now + warm_up(seconds)
     end = begin + seconds
     while now < end:
         outputs.append(predictor(batches[turn % len(batches)]))

@@ -30,7 +30,7 @@ class Until:
         return len(speeds) >= self.least and is_settled(speeds, self.within)
 
 
-UNTIL = Until(least=5, most=9)
+UNTIL = Until(least=5, most=7)
 
 
 def take_turns(

@@ -44,7 +44,7 @@ ORDER = [
     *("watch", "state", "supervise", "swap"),
     *("lint_ask", "lint_live", "limits", "counters", "guard", "link", "gateway", "webserver"),
     *("prove", "gpu", "benchmark", "nondigits", "unsure"),
-    *("proofs", "report", "figures", "answers", "evidence", "page"),
+    *("proofs", "report", "figures", "speed_figures", "speeds", "answers", "evidence", "page"),
     *("installed", "doctor_probes", "doctor"),
     *("command", "cli_data", "cli_doctor", "cli_train", "cli_export", "cli_validate", "cli_serve"),
     *("cli_query", "cli_versions", "cli_repository", "cli_measure", "cli_web", "cli", "__main__"),
@@ -82,7 +82,7 @@ HOMES = {
     "PIL": {"images", "limits", "photos", "photo_light", "nondigits"},
     "starlette": {"guard", "gateway"},
     "uvicorn": {"webserver"},
-    "matplotlib": {"figures"},
+    "matplotlib": {"figures", "speed_figures"},
     "jinja2": {"page", "card", "deploy"},
     "pooch": {"sources"},
     "tensorboard": set(),  # through torch, where it is installed

@@ -15,7 +15,7 @@ from pipeline.load_open import open_loop
 from pipeline.measure import ServeBenchmark
 from pipeline.open_loop import arrivals
 from pipeline.serve import recorded
-from pipeline.timing import WARM_UP
+from pipeline.timing import warm_up
 from pipeline.tritonserver import KEY_HEADER
 from pipeline.turns import Until
 
@@ -29,8 +29,7 @@ def test_the_benchmark_sets_the_served_model_beside_a_noop_and_beside_onnx_runti
     link_server_environment(chain)
     tiny = ServeBenchmark(Until(1, 1), seconds=0.1, open_seconds=0.3)
     monkeypatch.setattr(measure, "SHORT", tiny)
-    for module in (timing, load):
-        monkeypatch.setattr(module, "WARM_UP", 0.02)
+    monkeypatch.setattr(timing, "WARM_UP", 0.02)
     record = chain.record("benchmark", "--what", "serve", "--short", "--rate", "200")
     assert json.loads(chain.paths.serving.read_text())["ratios"] == record["ratios"]
     assert set(record["ratios"]) == {"single_of_noop", "batch64_of_in_process"}
@@ -80,7 +79,7 @@ def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way:
     for found in (window, nothing):
         assert found.failed > 0
         assert len(found.latencies) == 0
-    assert nothing.failed == len(arrivals(50, WARM_UP + 0.05, 0))
+    assert nothing.failed == len(arrivals(50, warm_up(0.05) + 0.05, 0))
 
 
 def test_an_answer_that_is_no_answer_is_wrong_for_all_of_its_images() -> None:
