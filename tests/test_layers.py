@@ -47,7 +47,16 @@ ORDER = [
     *("proofs", "report", "figures", "speed_figures", "speeds", "answers", "evidence", "page"),
     *("installed", "doctor_probes", "doctor"),
     *("command", "cli_data", "cli_doctor", "cli_train", "cli_export", "cli_validate", "cli_serve"),
-    *("cli_query", "cli_versions", "cli_repository", "cli_measure", "cli_web", "cli", "__main__"),
+    *(
+        "cli_query",
+        "cli_versions",
+        "cli_repository",
+        "cli_measure",
+        "cli_benchmark",
+        "cli_web",
+        "cli",
+        "__main__",
+    ),
 ]
 # The home of each heavy library.
 HOMES = {
