@@ -3,7 +3,8 @@
 Machines are not as fast today as yesterday, so speeds are compared as parts of a yardstick that was
 measured in the same rounds. What else a machine does only ever slows a round down, so the faster
 half of them counts; and no difference counts that the rounds themselves differ by, or that others
-may have made who took more of the machine in one measurement than in the other.
+may have made who took more of the machine in one measurement than in the other. Where one request
+is asked at a time, the fastest answers are compared as well: they tell most on a busy machine.
 """
 
 import json
@@ -25,7 +26,7 @@ LESS_ACCURATE = 0.0005  # of the images, as a fraction
 # that a busy machine slows down now and then: once in a hundred comparisons of fifty rows at most.
 SURE, SURE_OF_TWO = 8.0, 12.0
 # How much slower something gets, at most, by each part of the machine that others take.
-SHARED = {"speed": 2.0, "latency": 1.0}
+SHARED = {"speed": 2.0, "latency": 0.25}
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Change:
     """What became of one row."""
 
     row: str
-    what: str  # speed, latency (of the quickest tenth, as a speed) or accuracy
-    before: float  # speeds as parts of the yardstick's; accuracy 0 to 1
+    what: str  # speed, latency (of the fastest answers) or accuracy
+    before: float  # as parts of the yardstick's, larger is faster; accuracy 0 to 1
     after: float
     noise: float  # what a change must exceed, in the units of `change`
     verdict: str  # worse, better, same
@@ -133,35 +134,44 @@ def require_no_worse(comparison: Comparison) -> None:
 
 
 def _rounds(what: str, record: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Each row's logarithms of its rounds' speeds over the yardstick's of the same round."""
+    """Logarithms of each row's rounds, as parts of the yardstick's; the faster half of them."""
+    find = {"speed": _throughputs, "latency": _fastest}[what]
     try:
-        rows = [row for row in record["rows"] if not row.get("rate") and _has(what, row)]
-        rounds = {_name(row): _of_row(what, row) for row in rows}
+        rounds = {_name(row): found for row in record["rows"] if (found := find(row))}
         measures = [name for wanted in YARDSTICKS for name in rounds if name.startswith(wanted)]
-        theirs = rounds.pop(measures[0]) if measures or what == "speed" else []
-        return {name: _logarithms(ours, theirs) for name, ours in rounds.items()}
+        if not measures and what == "latency":
+            return {}  # a record of old has none
+        theirs = rounds.pop(measures[0])
+        if what == "latency":  # of a core that nobody else had: no round differs from another
+            theirs = [statistics.mean(_faster_half(theirs))] * len(theirs)
+        return {name: _parts(ours, theirs) for name, ours in rounds.items()}
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise PipelineError(
             f"no measurement to compare with ({type(error).__name__}: {error}): {MEND}"
         ) from error
 
 
-def _has(what: str, row: Mapping[str, Any]) -> bool:
-    return what == "speed" or "quick_ms" in row  # records of old have no latencies of rounds
+def _throughputs(row: Mapping[str, Any]) -> list[float]:
+    """Logarithms of images a second; none for an open loop, whose rate was asked for."""
+    return [] if row.get("rate") else [math.log(one) for one in row["images_per_second"]["rounds"]]
 
 
-def _of_row(what: str, row: Mapping[str, Any]) -> list[float]:
-    if what == "speed":
-        return [float(speed) for speed in row["images_per_second"]["rounds"]]
-    return [1 / float(latency) for latency in row["quick_ms"]["rounds"]]
+def _fastest(row: Mapping[str, Any]) -> list[float]:
+    """Logarithms of how fast the fastest answers were, where only one was asked for at a time."""
+    if row["concurrency"] != 1 or "fastest_ms" not in row:
+        return []
+    return [-math.log(one) for one in row["fastest_ms"]["rounds"]]
 
 
-def _logarithms(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """The faster half of the rounds. A row that settled early has fewer than the yardstick."""
+def _faster_half(rounds: Sequence[float]) -> list[float]:
+    return sorted(rounds)[len(rounds) // 2 :]
+
+
+def _parts(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Parts of the yardstick's same rounds. A row that settled early has fewer than that."""
     if not LEAST_ROUNDS <= len(ours) <= len(theirs):
         raise ValueError(f"{len(ours)} rounds tell nothing of noise")
-    parts = sorted(math.log(our / their) for our, their in zip(ours, theirs, strict=False))
-    return parts[len(parts) // 2 :]
+    return _faster_half([our - their for our, their in zip(ours, theirs, strict=False)])
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -33,6 +33,12 @@ def test_a_windows_speed_counts_the_images_of_its_requests() -> None:
     assert window(100).images_per_second == 100 * 64 / 2
 
 
+def test_the_fastest_answer_is_the_third_where_there_are_so_many() -> None:
+    latencies = np.array([0.009, 0.001, 0.005, 0.002, 0.003])
+    assert Window(1, 1, latencies).fastest_ms == pytest.approx(3)
+    assert Window(1, 1, latencies[:1]).fastest_ms == pytest.approx(9)
+
+
 def test_a_row_has_the_median_of_its_windows_and_the_percentiles_of_all_requests() -> None:
     slow = Window(2.0, 64, np.full(1000, 0.1))
     of_both = Row("net", "grpc", 64, 4, (window(3000), slow, window(2000)))
