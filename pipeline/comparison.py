@@ -24,9 +24,12 @@ SLOWER = 0.10  # of a row's speed, that counts
 LESS_ACCURATE = 0.0005  # of the images, as a fraction
 # How many standard errors a row must lie apart, by how many rounds count. Simulated with rounds
 # that a busy machine slows down now and then: once in a hundred comparisons of fifty rows at most.
-SURE, SURE_OF_TWO = 8.0, 12.0
-# How much slower something gets, at most, by each part of the machine that others take.
-SHARED = {"speed": 2.0, "latency": 0.25}
+SURE = {2: 12.0, 3: 8.0}
+SURE_OF_MORE = 6.0
+# How much slower something gets when others take more of the machine: what is left to it, to such a
+# power. More than its part, since threads that wait for each other wait for the last of them.
+SHARED = {"speed": 2.0, "latency": 0.5}
+MOST_SHARED = 0.95
 
 
 @dataclass(frozen=True)
@@ -190,8 +193,9 @@ def _speeds(
         # much. Those with one request at a time are quieter than the others.
         alike = [variances[other] for other in variances if once[other]["concurrency"] == at_once]
         variance = (own + statistics.median(alike)) / 2
-        shared = abs(again[row].get("others", 0.0) - once[row].get("others", 0.0))
-        yield _speed(row, what, olds[row], news[row], variance, SHARED[what] * shared, slower)
+        more = abs(again[row].get("others", 0.0) - once[row].get("others", 0.0))
+        shared = (1 - min(more, MOST_SHARED)) ** -SHARED[what] - 1
+        yield _speed(row, what, olds[row], news[row], variance, shared, slower)
 
 
 def _variance(before: Sequence[float], after: Sequence[float]) -> float:
@@ -210,7 +214,7 @@ def _speed(
 ) -> Change:
     old, new = statistics.mean(before), statistics.mean(after)
     error = math.sqrt(variance * (1 / len(before) + 1 / len(after)))
-    sure = SURE if min(len(before), len(after)) > 2 else SURE_OF_TWO
+    sure = SURE.get(min(len(before), len(after)), SURE_OF_MORE)
     noise, change = math.expm1(sure * error) + shared, math.expm1(new - old)
     down, up = max(slower, noise / (1 + noise)), max(slower, noise)  # half is as far as twice
     verdict = "worse" if change < -down else "better" if change > up else "same"
