@@ -138,7 +138,7 @@ best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes o
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
 .PHONY: gpu-check prove-resume prove-runtimes prove-best
-.PHONY: prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
+.PHONY: prove-compare prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(PIPELINE) gpu-check --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
@@ -161,6 +161,8 @@ prove-score: $(PACKAGED) .venv/done ## score a million images, killed twice, bes
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_score.py exported/figures/score.json 1000000
 prove-lint: .venv/done .venv-triton/done ## mutate a model repository, and hold lint against a real Triton
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_lint.py exported/figures/lint.json
+prove-compare: $(PACKAGED) .venv-triton/done ## plant a slowdown and a loss of accuracy for --compare to find, and compare the same ten times
+	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_compare.py exported/figures/compare.json 10
 
 system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }

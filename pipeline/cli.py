@@ -5,11 +5,12 @@ import sys
 import click
 
 from pipeline import __doc__ as summary
+from pipeline.cli_benchmark import benchmark_command
 from pipeline.cli_data import data_group
 from pipeline.cli_doctor import doctor_command
 from pipeline.cli_drift import drift_command
 from pipeline.cli_export import export_command, package_command
-from pipeline.cli_measure import benchmark_command, gpu_check_command, report_command
+from pipeline.cli_measure import gpu_check_command, report_command
 from pipeline.cli_query import query_command
 from pipeline.cli_repository import lint_command
 from pipeline.cli_score import score_command

@@ -1,8 +1,7 @@
-"""The commands that report and measure, and keep what they measured as figures."""
+"""The commands that report, and that verify on a GPU, and keep what they found as figures."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -10,8 +9,6 @@ from pipeline.command import Command, Settings, name_of_run, name_option, paths_
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.paths import Paths
-
-KINDS = ("train", "infer", "serve", "photos", "unsure", "all")  # all: infer and serve
 
 
 @click.command(cls=Command)
@@ -71,138 +68,6 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
         return paths
     manifest = read_json(paths.manifest, "run 'pipeline export' again")
     return replace(paths, run=str(manifest.get("run", paths.run)))
-
-
-@click.command(cls=Command)
-@click.option("--what", type=click.Choice(KINDS), default="train", show_default=True)
-@name_option
-@click.option("--short", is_flag=True, help="All but train: measure for seconds, not minutes.")
-@click.option(
-    "--csv", type=click.Path(path_type=Path), help="infer, serve: write the rows here too."
-)
-@click.option("--compare", type=click.Path(path_type=Path), help="Hold it against such a JSON.")
-@click.option("--recipes", default="quick,record,standard", show_default=True)
-@click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
-@click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
-@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
-@click.pass_obj
-def benchmark_command(
-    settings: Settings,
-    what: str,
-    name: str | None,
-    short: bool,
-    csv: Path | None,
-    compare: Path | None,
-    recipes: str,
-    seeds: int | None,
-    resume: bool,
-    figures: bool,
-) -> None:
-    """Measure recipes, an export in its runtimes, a served model, photos, or what is no digit.
-
-    With --compare, exits with 3 where something got slower or less accurate beyond the noise.
-
-    \b
-    Example:
-      pipeline benchmark --what train --recipes quick --seeds 3
-      pipeline benchmark --what infer --compare before.json
-      pipeline benchmark --what serve --name quick
-      pipeline benchmark --what photos
-      pipeline benchmark --what unsure
-    """
-    if what == "unsure":
-        _measure_unsure(settings, paths_of(settings, name), figures)
-        return
-    if what == "photos":
-        _measure_photos(settings, paths_of(settings, name), short, figures)
-        return
-    if what != "train":
-        asked = ("infer", "serve") if what == "all" else (what,)
-        _measure(settings, paths_of(settings, name), asked, short, csv, compare, figures)
-        return
-    from pipeline.benchmark import benchmark_training
-    from pipeline.report import render_readme, save_training
-
-    paths = paths_of(settings)
-    names = [recipe_name.strip() for recipe_name in recipes.split(",")]
-    rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
-    records = [row.record() for row in rows]
-    text = "\n".join(map(str, rows))
-    if figures:
-        text += f"\nwrote {save_training(paths, records)}"
-        render_readme(paths.root / "README.md", paths.figures)
-    settings.result({"what": what, "rows": records}, text, "pipeline train")
-
-
-def _measure_unsure(settings: Settings, paths: Paths, figures: bool) -> None:
-    from pipeline.report import render_readme, save_unsure
-    from pipeline.unsure import measure_unsure
-
-    found = measure_unsure(paths)
-    text = f"{found}\nwrote {paths.unsure}"
-    if figures:
-        text += f"\nwrote {save_unsure(paths, found.record())}"
-        render_readme(paths.root / "README.md", paths.figures)
-    settings.result(found.record(), text, "pipeline report")
-
-
-def _measure(
-    settings: Settings,
-    paths: Paths,
-    asked: tuple[str, ...],
-    short: bool,
-    csv: Path | None,
-    compare: Path | None,
-    figures: bool,
-) -> None:
-    from pipeline import comparison
-    from pipeline.files import write_bytes
-    from pipeline.report import render_readme, save_serving
-    from pipeline.timing import csv_of
-
-    before = comparison.read(compare, asked) if compare else {}
-    found: dict[str, Any] = {}
-    if "infer" in asked:
-        from pipeline import infer
-
-        found["infer"] = infer.benchmark_inference(
-            paths, infer.SHORT if short else infer.InferBenchmark(), settings.say
-        )
-    if "serve" in asked:
-        from pipeline import measure
-
-        found["serve"] = measure.benchmark_serving(
-            paths, measure.SHORT if short else measure.ServeBenchmark(), settings.say
-        )
-    written = {"infer": paths.inference, "serve": paths.serving}
-    lines = [f"{one}\nwrote {written[what]}" for what, one in found.items()]
-    records = {what: one.record() for what, one in found.items()}
-    if figures and "serve" in found:
-        lines.append(f"wrote {save_serving(paths, records['serve'])}")
-        render_readme(paths.root / "README.md", paths.figures)
-    if csv:
-        write_bytes(csv, csv_of([row for one in found.values() for row in one.rows]).encode())
-        lines.append(f"wrote {csv}")
-    record = records[asked[0]] if len(asked) == 1 else {"what": "all", **records}
-    compared = [comparison.compare(before[what], records[what]) for what in before]
-    lines += [f"against {compare}:\n{one}" for one in compared]
-    if compared:
-        record = {**record, "compared": [one.record() for one in compared]}
-    settings.result(record, "\n".join(lines), "pipeline serve")
-    for one in compared:
-        comparison.require_no_worse(one)
-
-
-def _measure_photos(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:
-    from pipeline.photo_table import SHORT, PhotoBenchmark, benchmark_photos
-    from pipeline.report import render_readme, save_photos
-
-    found = benchmark_photos(paths, SHORT if short else PhotoBenchmark(), settings.say)
-    text = f"{found}\nwrote {paths.photos}"
-    if figures:
-        text += f"\nwrote {save_photos(paths, found.record())}"
-        render_readme(paths.root / "README.md", paths.figures)
-    settings.result(found.record(), text, "pipeline query FILE")
 
 
 @click.command(cls=Command)

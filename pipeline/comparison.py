@@ -1,7 +1,10 @@
 """Two measurements of a benchmark against each other: what got slower, or less accurate.
 
 Machines are not as fast today as yesterday, so speeds are compared as parts of a yardstick that was
-measured in the same rounds; and no difference counts that the rounds themselves differ by.
+measured in the same rounds. What else a machine does only ever slows a round down, so the faster
+half of them counts; and no difference counts that the rounds themselves differ by, or that others
+may have made who took more of the machine in one measurement than in the other. Where one request
+is asked at a time, the fastest answers are compared as well: they tell most on a busy machine.
 """
 
 import json
@@ -14,14 +17,19 @@ from typing import Any
 
 from pipeline.errors import CheckFailedError, PipelineError
 
-YARDSTICKS = {"infer": "yardstick", "serve": "no-op"}  # the rows that no change of ours moves
+YARDSTICKS = ("yardstick", "no-op")  # the first that is there; records of old have the second
 LEAST_ROUNDS = 3
 MEND = "it must be what 'pipeline benchmark --json' printed, or wrote, for the same --what"
 SLOWER = 0.10  # of a row's speed, that counts
 LESS_ACCURATE = 0.0005  # of the images, as a fraction
-# How many standard errors a row must lie apart: with some fifty rows of seven rounds, once in a
-# thousand comparisons by chance alone (Student's t, 24 degrees of freedom).
-SURE = 5.5
+# How many standard errors a row must lie apart, by how many rounds count. Simulated with rounds
+# that a busy machine slows down now and then: once in a hundred comparisons of fifty rows at most.
+SURE = {2: 12.0, 3: 8.0}
+SURE_OF_MORE = 6.0
+# How much slower something gets when others take more of the machine: what is left to it, to such a
+# power. More than its part, since threads that wait for each other wait for the last of them.
+SHARED = {"speed": 2.0, "latency": 0.5}
+MOST_SHARED = 0.95
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,8 @@ class Change:
     """What became of one row."""
 
     row: str
-    what: str  # speed or accuracy
-    before: float  # speeds as parts of the yardstick's; accuracy 0 to 1
+    what: str  # speed, latency (of the fastest answers) or accuracy
+    before: float  # as parts of the yardstick's, larger is faster; accuracy 0 to 1
     after: float
     noise: float  # what a change must exceed, in the units of `change`
     verdict: str  # worse, better, same
@@ -41,7 +49,8 @@ class Change:
         return self.after - self.before if self.what == "accuracy" else self.after / self.before - 1
 
     def __str__(self) -> str:
-        shown = f"{self.change:+.1%}" if self.what == "speed" else f"{self.change:+.2%} of images"
+        is_speed = self.what != "accuracy"
+        shown = f"{self.change:+.1%} fast" if is_speed else f"{self.change:+.2%} of images"
         return f"{self.verdict:<6} {self.what:<8} {shown} (noise {self.noise:.1%})  {self.row}"
 
 
@@ -57,15 +66,22 @@ class Comparison:
     def worse(self) -> list[Change]:
         return [change for change in self.changes if change.verdict == "worse"]
 
+    @property
+    def seen(self) -> float:
+        """The change of speed or latency that would have been seen in the middle one of them."""
+        noises = [change.noise for change in self.changes if change.what != "accuracy"]
+        return max(SLOWER, statistics.median(noises)) if noises else SLOWER
+
     def record(self) -> dict[str, Any]:
         """The result as JSON has it."""
         changes = [{**asdict(change), "change": change.change} for change in self.changes]
-        return {**asdict(self), "changes": changes}
+        return {**asdict(self), "changes": changes, "seen": self.seen}
 
     def __str__(self) -> str:
         told = [str(change) for change in self.changes if change.verdict != "same"]
         same = len(self.changes) - len(told)
         told.append(f"{same} of {len(self.changes)} are the same within the noise")
+        told.append(f"in the middle row, a change beyond {self.seen:.0%} would have been seen")
         for name, rows in (("before", self.only_before), ("now", self.only_after)):
             if rows:
                 told.append(f"only {name}: {', '.join(rows)}")
@@ -88,7 +104,7 @@ def read(file: Path, asked: Sequence[str]) -> dict[str, dict[str, Any]]:
         one = record.get(what) if record.get("what") == "all" else record
         if not isinstance(one, dict) or one.get("what") != what:
             raise PipelineError(f"{file} has no measurement of {what}: {MEND}")
-        _speeds(one)
+        _rounds("speed", one)
         found[what] = one
     return found
 
@@ -100,14 +116,10 @@ def compare(
     less_accurate: float = LESS_ACCURATE,
 ) -> Comparison:
     """What changed between two records of one kind of benchmark."""
-    olds, news = _speeds(before), _speeds(after)
-    rows = [row for row in olds if row in news]
-    variances = {row: _variance(olds[row], news[row]) for row in rows}
-    # A few rounds tell little of a row's own noise: what is usual among the rows counts as much.
-    usual = statistics.median(variances.values()) if rows else 0.0
-    changes = [
-        _speed(row, olds[row], news[row], (variances[row] + usual) / 2, slower) for row in rows
-    ]
+    changes: list[Change] = []
+    olds, news = ({_name(row): row for row in record["rows"]} for record in (before, after))
+    for what in SHARED:
+        changes += _speeds(what, before, after, slower)
     changes += _accuracies(before, after, less_accurate)
     return Comparison(
         tuple(changes),
@@ -124,29 +136,66 @@ def require_no_worse(comparison: Comparison) -> None:
         )
 
 
-def _speeds(record: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Each row's logarithms of its rounds' speeds over the yardstick's of the same round."""
+def _rounds(what: str, record: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Logarithms of each row's rounds, as parts of the yardstick's; the faster half of them."""
+    find = {"speed": _throughputs, "latency": _fastest}[what]
     try:
-        rounds = {_name(row): row["images_per_second"]["rounds"] for row in record["rows"]}
-        (measure,) = [
-            _name(row) for row in record["rows"] if row["name"] == YARDSTICKS[record["what"]]
-        ]
-        theirs = rounds.pop(measure)
-        return {name: _logarithms(ours, theirs) for name, ours in rounds.items()}
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        rounds = {_name(row): found for row in record["rows"] if (found := find(row))}
+        measures = [name for wanted in YARDSTICKS for name in rounds if name.startswith(wanted)]
+        if not measures and what == "latency":
+            return {}  # a record of old has none
+        theirs = rounds.pop(measures[0])
+        if what == "latency":  # of a core that nobody else had: no round differs from another
+            theirs = [statistics.mean(_faster_half(theirs))] * len(theirs)
+        return {name: _parts(ours, theirs) for name, ours in rounds.items()}
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise PipelineError(
             f"no measurement to compare with ({type(error).__name__}: {error}): {MEND}"
         ) from error
 
 
-def _logarithms(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    if len(ours) < LEAST_ROUNDS:
+def _throughputs(row: Mapping[str, Any]) -> list[float]:
+    """Logarithms of images a second; none for an open loop, whose rate was asked for."""
+    return [] if row.get("rate") else [math.log(one) for one in row["images_per_second"]["rounds"]]
+
+
+def _fastest(row: Mapping[str, Any]) -> list[float]:
+    """Logarithms of how fast the fastest answers were, where only one was asked for at a time."""
+    if row["concurrency"] != 1 or "fastest_ms" not in row:
+        return []
+    return [-math.log(one) for one in row["fastest_ms"]["rounds"]]
+
+
+def _faster_half(rounds: Sequence[float]) -> list[float]:
+    return sorted(rounds)[len(rounds) // 2 :]
+
+
+def _parts(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Parts of the yardstick's same rounds. A row that settled early has fewer than that."""
+    if not LEAST_ROUNDS <= len(ours) <= len(theirs):
         raise ValueError(f"{len(ours)} rounds tell nothing of noise")
-    return [math.log(our / their) for our, their in zip(ours, theirs, strict=True)]
+    return _faster_half([our - their for our, their in zip(ours, theirs, strict=False)])
 
 
 def _name(row: Mapping[str, Any]) -> str:
     return f"{row['name']}, {row['way']}, batch {row['batch']}, {row['concurrency']} at once"
+
+
+def _speeds(
+    what: str, before: Mapping[str, Any], after: Mapping[str, Any], slower: float
+) -> Iterator[Change]:
+    olds, news = _rounds(what, before), _rounds(what, after)
+    variances = {row: _variance(olds[row], news[row]) for row in olds if row in news}
+    once, again = ({_name(row): row for row in one["rows"]} for one in (before, after))
+    for row, own in variances.items():
+        at_once = once[row]["concurrency"]
+        # A few rounds tell little of a row's own noise: what is usual among the rows counts as
+        # much. Those with one request at a time are quieter than the others.
+        alike = [variances[other] for other in variances if once[other]["concurrency"] == at_once]
+        variance = (own + statistics.median(alike)) / 2
+        more = abs(again[row].get("others", 0.0) - once[row].get("others", 0.0))
+        shared = (1 - min(more, MOST_SHARED)) ** -SHARED[what] - 1
+        yield _speed(row, what, olds[row], news[row], variance, shared, slower)
 
 
 def _variance(before: Sequence[float], after: Sequence[float]) -> float:
@@ -155,14 +204,21 @@ def _variance(before: Sequence[float], after: Sequence[float]) -> float:
 
 
 def _speed(
-    row: str, before: Sequence[float], after: Sequence[float], variance: float, slower: float
+    row: str,
+    what: str,
+    before: Sequence[float],
+    after: Sequence[float],
+    variance: float,
+    shared: float,
+    slower: float,
 ) -> Change:
     old, new = statistics.mean(before), statistics.mean(after)
     error = math.sqrt(variance * (1 / len(before) + 1 / len(after)))
-    noise, change = math.expm1(SURE * error), math.expm1(new - old)
+    sure = SURE.get(min(len(before), len(after)), SURE_OF_MORE)
+    noise, change = math.expm1(sure * error) + shared, math.expm1(new - old)
     down, up = max(slower, noise / (1 + noise)), max(slower, noise)  # half is as far as twice
     verdict = "worse" if change < -down else "better" if change > up else "same"
-    return Change(row, "speed", math.exp(old), math.exp(new), noise, verdict)
+    return Change(row, what, math.exp(old), math.exp(new), noise, verdict)
 
 
 def _accuracies(

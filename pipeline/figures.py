@@ -25,7 +25,7 @@ _VARIABLES = {
     ACCENT: "var(--accent)",
     SECOND: "var(--second)",
 }
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 10,
     "text.color": INK,
@@ -51,14 +51,14 @@ def loss_curve(lines: Sequence[Line]) -> str:
     """The training loss over the epochs, and its running mean."""
     epochs = [line["epoch"] for line in lines]
     losses = [line["loss"] for line in lines]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _axes("epoch", "training loss (nats)")
         axes.plot(epochs, losses, ".", color=MUTED, alpha=0.45, ms=4, mew=0, label="one batch")
         axes.plot(epochs, list(_smooth(losses)), color=ACCENT, label="running mean")
         if min(losses) > 0:
             _logarithmic(axes)
         axes.legend(loc="upper right", labelcolor=MUTED)
-        return _svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
+        return svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
 
 
 def accuracy_curve(lines: Sequence[Line]) -> str:
@@ -66,7 +66,7 @@ def accuracy_curve(lines: Sequence[Line]) -> str:
     measured = [line for line in lines if "validation_accuracy" in line]
     epochs = [line["epoch"] for line in measured]
     percent = [100 * line["validation_accuracy"] for line in measured]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _axes("epoch", "validation accuracy (%)")
         axes.plot(epochs, percent, "o-", color=ACCENT, ms=5)
         end = (epochs[-1], percent[-1])
@@ -77,12 +77,12 @@ def accuracy_curve(lines: Sequence[Line]) -> str:
         room = max(0.2, 0.15 * (max(percent) - min(percent)))
         axes.set_ylim(min(percent) - room, min(100.0, max(percent) + room))
         axes.ticklabel_format(axis="y", useOffset=False)
-        return _svg(figure, "accuracy", f"validation accuracy, at last {percent[-1]:.2f} %")
+        return svg(figure, "accuracy", f"validation accuracy, at last {percent[-1]:.2f} %")
 
 
 def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     """How often right against how sure, before and after the temperature was fitted."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _axes("how sure (mean probability)", "how often right")
         axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="honest")
         sure, right = _points(before)
@@ -93,12 +93,12 @@ def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
         axes.plot(sure, right, "o-", color=ACCENT, ms=4.5, label="after")
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
         axes.legend(loc="upper left", labelcolor=MUTED)
-        return _svg(figure, "reliability", "how often right against how sure")
+        return svg(figure, "reliability", "how often right against how sure")
 
 
 def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     """How many images the predictor was how sure about, before and after the temperature."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _axes("how sure (mean probability)", "images")
         for bins, colour, label in ((before, SECOND, "before"), (after, ACCENT, "after")):
             sure, counts = _points(bins)[0], [b.images for b in bins]
@@ -107,7 +107,7 @@ def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
         _logarithmic(axes)
         axes.set_xlim(0, 1.02)
         axes.legend(loc="upper left", labelcolor=MUTED)
-        return _svg(figure, "histogram", "images by how sure the answer was")
+        return svg(figure, "histogram", "images by how sure the answer was")
 
 
 def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> str:
@@ -115,7 +115,7 @@ def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> 
     positive = [margin for margin in margins if margin > 0] or [1.0]
     low, high = min(positive) / 1.1, max(positive) * 1.1
     step = (high / low) ** (1 / MARGIN_BINS)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _axes("by how much the likeliest class is ahead (nats)", "images")
         edges = [low * step**index for index in range(MARGIN_BINS + 1)]
         axes.hist(positive, edges, histtype="stepfilled", color=ACCENT, alpha=0.35, lw=0)
@@ -132,12 +132,12 @@ def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> 
                 loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, labelcolor=MUTED
             )
             legend.set_title("largest error")
-        return _svg(figure, "margins", "images by their margin, and the largest errors")
+        return svg(figure, "margins", "images by their margin, and the largest errors")
 
 
 def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[float]) -> str:
     """How often each class was answered, in percent, by the reference and by a log."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _axes("class", "answers (%)")
         places = range(len(classes))
         for rates, shift, colour, label in (
@@ -149,14 +149,14 @@ def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[fl
         axes.set_xticks(list(places), list(classes), rotation=90 if len(classes) > 12 else 0)
         axes.grid(visible=False, axis="x")
         _legend_above(axes)
-        return _svg(figure, "rates", "how often each class was answered, then and now")
+        return svg(figure, "rates", "how often each class was answered, then and now")
 
 
 def below_chart(
     what: str, edges: Sequence[float], before: Sequence[int], now: Sequence[int]
 ) -> str:
     """The share of images below each value, from counts in bins, by the reference and by a log."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _axes(what, "images below it (%)")
         for counts, colour, dashes, label in (
             (before, MUTED, "--", "reference"),
@@ -168,7 +168,7 @@ def below_chart(
         if what == "confidence":
             _near_one(axes)
         _legend_above(axes)
-        return _svg(figure, f"below-{what}", f"the share of images below each {what}")
+        return svg(figure, f"below-{what}", f"the share of images below each {what}")
 
 
 def _near_one(axes: Axes) -> None:
@@ -215,7 +215,7 @@ def _smooth(values: Sequence[float]) -> Iterable[float]:
         yield mean / total
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def svg(figure: Figure, name: str, label: str) -> str:
     """The figure as an `<svg>` element whose bytes depend on nothing but what it shows.
 
     Ids are salted with `name`, so that figures in one page do not share any.
@@ -225,7 +225,7 @@ def _svg(figure: Figure, name: str, label: str) -> str:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
-    width, height = (72 * inches for inches in SIZE)
+    width, height = (72 * inches for inches in figure.get_size_inches())
     body = text[text.index(">", text.index("<svg")) + 1 :]
     body = re.sub(r"<style.*?</style>", "", body)  # it would be the whole page's
     body = re.sub(r'<g id="[^"]*"', "<g", body)

@@ -6,8 +6,9 @@ Requests are built once and sent as bytes; answers are kept as bytes and read wh
 # Shape letters: N images, B batch, K classes.
 
 import asyncio
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from pipeline import load_http, triton
 from pipeline.errors import ServerError
 from pipeline.load_http import Found
-from pipeline.timing import WARM_UP, Window, wrong_classes
+from pipeline.timing import Window, answered, warm_up, wrong_classes
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT = 30.0  # seconds for one answer
@@ -63,15 +64,20 @@ def _request(config: triton.ModelConfig, images: np.ndarray) -> bytes:
 
 def closed_loop(address: str, asked: Questions, concurrency: int, seconds: float) -> Window:
     """Keep so many requests under way for so long, each answer held to the classes of its own."""
-    begin = time.perf_counter() + WARM_UP
+    begin = time.perf_counter() + warm_up(seconds)
     way = _WAYS[asked.way]
     found = way.ask(address, asked.requests, concurrency, begin, begin + seconds)
     latencies, answers, failed = found
-    wrong = sum(
-        _wrong(way.content, answer, asked.classes[turn % len(asked.classes)], asked.dtype)
+    return Window(seconds, asked.batch, np.array(latencies), count_wrong(asked, answers), failed)
+
+
+def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
+    """How many images in answers to requests of that turn are not of their class."""
+    content = _WAYS[asked.way].content
+    return sum(
+        _wrong(content, answer, asked.classes[turn % len(asked.classes)], asked.dtype)
         for turn, answer in answers
     )
-    return Window(seconds, asked.batch, np.array(latencies), wrong, failed)
 
 
 def _ask(
@@ -191,6 +197,12 @@ class Server:
 
     def measure(self, name: str, asked: Questions, concurrency: int, seconds: float) -> Window:
         """A window of load on the model, with what the server says of its own part."""
+        address = self.addresses[asked.way]
+        ask = functools.partial(closed_loop, address, asked, concurrency)
+        return self.counted(name, lambda: answered(ask, seconds))
+
+    def counted(self, name: str, measure: Callable[[], Window]) -> Window:
+        """What `measure` finds of the model, with what the server says of its own part."""
         before = self.counters(name)
-        window = closed_loop(self.addresses[asked.way], asked, concurrency, seconds)
+        window = measure()
         return replace(window, split=self.counters(name).since(before))

@@ -6,10 +6,13 @@ a machine that client and server share it is the server that should be measured.
 
 # Shape letters: B batch.
 
+import contextlib
 import json
+import queue
 import re
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -78,6 +81,51 @@ def ask(
     latencies = [latency for found, _, _ in every for latency in found]
     answers = [answer for _, found, _ in every for answer in found]
     return latencies, answers, sum(failed for _, _, failed in every)
+
+
+class Pool:
+    """Connections that requests are sent over as they come; those beyond its size wait."""
+
+    def __init__(self, address: str, size: int, silence: float) -> None:
+        host, _, port = address.rpartition(":")
+        self._address, self._silence = (host, int(port)), silence
+        self._idle: queue.LifoQueue[socket.socket] = queue.LifoQueue()
+        self._workers = ThreadPoolExecutor(size)
+
+    def send(self, request: bytes, done: Callable[[bytes | None], None]) -> None:
+        """Begin a request; `done` gets its answer, or None where there is none."""
+        self._workers.submit(self._ask, request, done)
+
+    def _ask(self, request: bytes, done: Callable[[bytes | None], None]) -> None:
+        try:
+            connection = self._connection()
+        except OSError:
+            done(None)
+            return
+        try:
+            connection.sendall(request)
+            answer = _answer(connection)
+        except (OSError, ValueError):
+            connection.close()
+            done(None)
+            return
+        done(answer)
+        self._idle.put(connection)
+
+    def _connection(self) -> socket.socket:
+        """One that waits for work, or a new one."""
+        if not self._idle.empty():
+            with contextlib.suppress(queue.Empty):  # another took it
+                return self._idle.get_nowait()
+        connection = socket.create_connection(self._address, self._silence)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def close(self) -> None:
+        """Wait for what is under way, and hang up."""
+        self._workers.shutdown()
+        while not self._idle.empty():
+            self._idle.get().close()
 
 
 def _patience(end: float) -> float:

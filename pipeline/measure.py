@@ -1,44 +1,50 @@
 """How fast a packaged model is served, beside what its server and its runtime could do at most."""
 
-# Shape letters: N images, B batch, K classes.
-
-import shutil
+import functools
+import itertools
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import load, triton
+from pipeline import load
+from pipeline.beside import MANY, NOOP, PROFILE, Beside, copied, profiled, put_beside
 from pipeline.config import ServeConfig
-from pipeline.errors import CheckFailedError, PipelineError
-from pipeline.evaluate import margins
 from pipeline.files import write_json
-from pipeline.golden import Golden
+from pipeline.load_open import open_loop
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.replay import Release, selected_releases
-from pipeline.serve import running_server, with_free_ports
-from pipeline.timing import HEADER, Row, Window, closed_loop, ratio
-from pipeline.tritonserver import BACKENDS, KEY_HEADER
+from pipeline.serve import Server, running_server, with_free_ports
+from pipeline.served_score import Scored, score_served
+from pipeline.speed_table import table
+from pipeline.timing import Row, Score, Window, answered, closed_loop, ratio, require_right
+from pipeline.tritonserver import KEY_HEADER
+from pipeline.turns import UNTIL, Until, take_turns
+from pipeline.workers import RUNTIME, YARDSTICK, sure_batches, yardstick, yardstick_row
 
-NOOP = "no-op"
-IN_PROCESS = "ONNX Runtime"
-PROFILE = "throughput"  # which large requests are meant for
-MANY = 64  # images in a large request
+WAYS = ("grpc", "http")
+# Images a request, requests at once. One after the other, large ones show what computing costs.
+ASKED = ((1, 1), (1, 8), (1, 32), (8, 8), (MANY, 1))
+SHARE = 0.5  # of the closed loop's rate, that arrives in the open one unless told
+BESIDE = 6  # cells from one window of the yardstick to the next
 
 
 @dataclass(frozen=True)
 class ServeBenchmark:
     """How long to measure: every cell has a window in every round."""
 
-    rounds: int = 9
-    seconds: float = 2.0  # of each window, after its warm-up
+    until: Until = UNTIL
+    seconds: float = 1.0  # of each window, after its warm-up
+    open_seconds: float = 3.0  # of each window with an open loop
+    rate: float | None = None  # requests a second in it; None: half of what the closed loop did
+    seed: int = 0  # of its arrivals
 
 
-SHORT = ServeBenchmark(rounds=3, seconds=1.0)
+SHORT = ServeBenchmark(Until(least=3, most=3), seconds=0.3, open_seconds=1.0)
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,17 @@ class Serving:
     threads: int  # that compute under the throughput profile, and in process
     config: ServeBenchmark
     rows: tuple[Row, ...]
+    scores: dict[str, Score] = field(default_factory=dict)  # by the rows' names and ways
 
     def ratios(self) -> dict[str, dict[str, Any]]:
         """The two that say what serving costs: see `ratio`."""
-        found = {(row.name, row.batch, row.concurrency): row for row in self.rows}
-        ours, many = found[profiled(self.name), MANY, 8], found[IN_PROCESS, MANY, 1]
+        found = {Cell(row.name, row.way, row.batch, row.concurrency): row for row in self.rows}
+        single = Cell(self.name, "grpc", 1, 32)
+        many = Cell(profiled(self.name), "http", MANY, 8)
+        in_process = Cell(RUNTIME, "in process", MANY, 1)
         return {
-            "single_of_noop": ratio(found[self.name, 1, 32], found[NOOP, 1, 32]),
-            "batch64_of_in_process": ratio(ours, many),
+            "single_of_noop": ratio(found[single], found[replace(single, name=NOOP)]),
+            "batch64_of_in_process": ratio(found[many], found[in_process]),
         }
 
     def record(self) -> dict[str, Any]:
@@ -82,11 +91,13 @@ class Serving:
             "threads": self.threads,
             "config": asdict(self.config),
             "rows": [row.record() for row in self.rows],
+            "scores": {name: asdict(found) for name, found in self.scores.items()},
             "ratios": {name: parts["of_medians"] for name, parts in self.ratios().items()},
             "pairs": self.ratios(),
         }
 
-    def __str__(self) -> str:
+    def told_ratios(self) -> list[str]:
+        """The ratios in words."""
         said = {
             "single_of_noop": "single images, 32 at once, beside a model that computes nothing",
             "batch64_of_in_process": (
@@ -94,177 +105,136 @@ class Serving:
                 f"{self.threads} threads each"
             ),
         }
-        ratios = [
+        return [
             f"{parts['of_medians']:.2f} ({parts['min']:.2f} to {parts['max']:.2f}) {said[name]}"
             for name, parts in self.ratios().items()
         ]
-        return "\n".join([HEADER, *map(str, self.rows), *ratios])
 
-
-def profiled(name: str) -> str:
-    """What the model is called that runs under the throughput profile."""
-    return f"{name}-{PROFILE}"
+    def __str__(self) -> str:
+        return "\n".join([table(self.rows), *self.told_ratios()])
 
 
 def cells(name: str) -> list[Cell]:
     """What is measured, in the order of a round: what is compared stands side by side."""
-    return [
-        Cell(name, "grpc", 1, 32),
-        Cell(NOOP, "grpc", 1, 32),
-        Cell(profiled(name), "http", MANY, 8),
-        Cell(IN_PROCESS, "in process", MANY, 1),
-        Cell(name, "grpc", MANY, 8),
-        Cell(name, "grpc", 1, 8),
-        Cell(name, "grpc", 1, 1),
+    of_both = [
+        Cell(model, way, batch, concurrency)
+        for batch, concurrency in ASKED
+        for way in WAYS
+        for model in (name, NOOP)
     ]
+    many = [Cell(name, way, MANY, 8) for way in WAYS]
+    profile = [Cell(profiled(name), "http", MANY, 8), Cell(RUNTIME, "in process", MANY, 1)]
+    return [*of_both, *many, *profile]
 
 
 def benchmark_serving(
     paths: Paths,
     config: ServeBenchmark = ServeBenchmark(),
     report: Callable[[str], None] = lambda line: None,
+    reference: np.ndarray | None = None,
 ) -> Serving:
     """Serve the selected version beside a no-op model, measure both, write serving.json.
 
+    `reference` is what eager PyTorch says of the test split, where that is known already.
     Raises CheckFailedError when an answer was wrong or missing.
     """
     with tempfile.TemporaryDirectory(prefix="handwriting-benchmark-") as scratch:
-        repository = Path(scratch) / "models"
-        served = _copied(paths, repository)
+        served = copied(paths, Path(scratch) / "models")
         release = selected_releases(served)[paths.name]
         with running_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
             http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
             with load.Server(http, grpc, server.admin_key, KEY_HEADER) as asked:
-                configs = [
-                    triton.read(served.packaged / "config.pbtxt"),
-                    _add_noop(repository, served),
-                    _add_profiled(repository, served),
-                ]
-                for added in configs[1:]:
-                    asked.load(added.name)
-                threads = _threads(configs[-1])
-                rows = _rounds(asked, configs, threads, release, config, report)
-    _require_right(rows)
-    result = Serving(paths.name, release.version, release.sha256, threads, config, rows)
+                beside = put_beside(served)
+                for added in beside.added:
+                    asked.load(added)
+                scored = score_served(paths, server, release, beside, reference, report)
+                bench = _Bench(server, asked, beside, release, config)
+                rows = bench.rows(report, scored)
+    require_right(rows)
+    result = Serving(
+        paths.name,
+        release.version,
+        release.sha256,
+        beside.threads,
+        config,
+        rows,
+        {f"{row.name}, {row.way}": row.score for row in rows if row.score},
+    )
     write_json(paths.serving, result.record())
     return result
 
 
-def _copied(paths: Paths, repository: Path) -> Paths:
-    """The packaged model alone, in a repository of its own."""
-    if not (paths.packaged / "config.pbtxt").exists():
-        raise PipelineError(f"no model at {paths.packaged}: run 'pipeline package' first")
-    largest = triton.read(paths.packaged / "config.pbtxt").max_batch_size
-    if largest < MANY:
-        raise PipelineError(
-            f"{paths.packaged} takes batches of {largest} at most, and {MANY} are measured: "
-            f"package it with --max-batch-size {MANY}"
+@dataclass(frozen=True)
+class _Bench:
+    """A server with all the models on it, and how long to measure."""
+
+    server: Server
+    asked: load.Server
+    beside: Beside
+    release: Release
+    config: ServeBenchmark
+
+    def rows(self, report: Callable[[str], None], scored: Scored) -> tuple[Row, ...]:
+        """A row for each cell, the yardstick's first and those with an open loop last."""
+        measures: dict[Cell, Callable[[], Window]] = {}
+        group: dict[Cell, tuple[int, int]] = {}
+        for cell in cells(self.beside.served.name):
+            if len(measures) % (BESIDE + 1) == 0:
+                place = Cell(YARDSTICK, "numpy", len(measures), 1)
+                measures[place] = functools.partial(yardstick, self.config.seconds / 2)
+            measures[cell] = self._measure(cell)
+            is_profile = cell.name in (RUNTIME, profiled(self.beside.served.name))
+            group[cell] = (cell.batch, 0 if is_profile else cell.concurrency)
+        windows = take_turns(measures, group, self.config.until, report)
+        rows = [yardstick_row([windows[cell] for cell in measures if cell.name == YARDSTICK])]
+        rows += [
+            Row(cell.name, cell.way, cell.batch, cell.concurrency, tuple(windows[cell]))
+            for cell in group
+        ]
+        rows += self._open_rows(rows, report)
+        sizes = scored.sized(self.server)
+        return tuple(replace(row, score=sizes.get((row.name, row.way))) for row in rows)
+
+    def _measure(self, cell: Cell) -> Callable[[], Window]:
+        """What measures one window of a cell."""
+        seconds = self.config.seconds
+        if cell.name == RUNTIME:
+            from pipeline.runtime import onnx_predictor
+
+            predictor = onnx_predictor(self.release.onnx, self.beside.threads)
+            batches = sure_batches(self.release.golden, cell.batch)
+            ask = functools.partial(closed_loop, predictor, *batches)
+            return functools.partial(answered, ask, seconds)
+        asked = self._questions(cell)
+        return lambda: self.asked.measure(cell.name, asked, cell.concurrency, seconds)
+
+    def _questions(self, cell: Cell) -> load.Questions:
+        images, classes = sure_batches(self.release.golden, cell.batch)
+        if cell.name == NOOP:  # zeros: the first class is the largest
+            classes = [np.zeros_like(of_batch) for of_batch in classes]
+        return load.questions(self.beside.configs[cell.name], images, classes, cell.way)
+
+    def _open_rows(self, closed: list[Row], report: Callable[[str], None]) -> list[Row]:
+        """Single images as they come, over either protocol."""
+        name = self.beside.served.name
+        rates = {
+            row.way: self.config.rate or SHARE * row.speed
+            for row in closed
+            if (row.name, row.batch, row.concurrency) == (name, 1, 32)
+        }
+        seeds = itertools.count(self.config.seed)  # another one for each window
+        measures = {
+            way: functools.partial(self._open, self._questions(Cell(name, way, 1, 0)), rate, seeds)
+            for way, rate in rates.items()
+        }
+        report("open loop: " + ", ".join(f"{way} {rate:,.0f}/s" for way, rate in rates.items()))
+        until = Until(3, 3)
+        windows = take_turns(measures, {way: way for way in measures}, until)
+        return [Row(name, way, 1, 0, tuple(windows[way]), rate=rate) for way, rate in rates.items()]
+
+    def _open(self, asked: load.Questions, rate: float, seeds: Iterator[int]) -> Window:
+        address, seconds = self.asked.addresses[asked.way], self.config.open_seconds
+        return self.asked.counted(
+            self.beside.served.name,
+            lambda: open_loop(address, asked, rate, seconds, next(seeds)),
         )
-    shutil.copytree(paths.packaged, repository / paths.name)
-    return replace(paths, repository_folder=repository)
-
-
-def _add_profiled(repository: Path, served: Paths) -> triton.ModelConfig:
-    """Put the model beside itself, under its throughput profile; that config."""
-    message = triton.read(triton.profile_file(served.packaged, PROFILE))
-    message.name = profiled(served.name)
-    folder = repository / message.name
-    shutil.copytree(served.packaged, folder)
-    (folder / "config.pbtxt").write_text(triton.to_text(message))
-    return message
-
-
-def _add_noop(repository: Path, served: Paths) -> triton.ModelConfig:
-    """Put a model beside it that computes nothing, configured as it is; that config."""
-    noop = triton.read(served.packaged / "config.pbtxt")
-    noop.name, noop.backend = NOOP, "python"
-    for only_ours in ("version_policy", "model_warmup", "optimization", "parameters"):
-        noop.ClearField(only_ours)
-    for output in noop.output:
-        output.ClearField("label_filename")
-    folder = repository / NOOP
-    (folder / "1").mkdir(parents=True)
-    shutil.copy(BACKENDS / "noop.py", folder / "1" / "model.py")
-    (folder / "config.pbtxt").write_text(triton.to_text(noop))
-    return noop
-
-
-def _rounds(
-    server: load.Server,
-    configs: list[triton.ModelConfig],
-    threads: int,
-    release: Release,
-    config: ServeBenchmark,
-    report: Callable[[str], None],
-) -> tuple[Row, ...]:
-    of_name = {message.name: message for message in configs}
-    measures = {
-        cell: _served(cell, server, of_name[cell.name], release, config.seconds)
-        if cell.name in of_name
-        else _in_process(cell, threads, release, config.seconds)
-        for cell in cells(configs[0].name)
-    }
-    windows: dict[Cell, list[Window]] = {cell: [] for cell in measures}
-    for turn in range(config.rounds):
-        report(f"round {turn + 1} of {config.rounds}")
-        order = list(measures) if turn % 2 == 0 else list(reversed(measures))
-        for cell in order:
-            windows[cell].append(measures[cell]())
-    return tuple(
-        Row(cell.name, cell.way, cell.batch, cell.concurrency, tuple(found))
-        for cell, found in windows.items()
-    )
-
-
-def _served(
-    cell: Cell,
-    server: load.Server,
-    message: triton.ModelConfig,
-    release: Release,
-    seconds: float,
-) -> Callable[[], Window]:
-    """What measures one window of a served model."""
-    images, classes = _batches(release.golden, cell.batch)
-    if cell.name == NOOP:  # zeros: the first class is the largest
-        classes = [np.zeros_like(of_batch) for of_batch in classes]
-    asked = load.questions(message, images, classes, cell.way)
-    return lambda: server.measure(cell.name, asked, cell.concurrency, seconds)
-
-
-def _in_process(cell: Cell, threads: int, release: Release, seconds: float) -> Callable[[], Window]:
-    """What measures one window of ONNX Runtime without a server."""
-    from pipeline.runtime import onnx_predictor
-
-    images, classes = _batches(release.golden, cell.batch)
-    predictor = onnx_predictor(release.onnx, threads)
-    return lambda: closed_loop(predictor, images, classes, seconds)
-
-
-def _batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Batches of the golden set's images whose class no rounding can change, and their classes."""
-    is_sure = margins(golden.outputs) > 2 * golden.bounds
-    images, classes = golden.images[is_sure], golden.outputs[is_sure].argmax(axis=1)
-    if not len(images):
-        raise CheckFailedError("the golden set has no image whose class is sure: train for longer")
-    batches = len(images) if size == 1 else 8
-    rows = np.arange(batches * size).reshape(batches, size) % len(images)
-    return [images[row] for row in rows], [classes[row] for row in rows]
-
-
-def _threads(message: triton.ModelConfig) -> int:
-    """How many threads compute for the model: those of a session, times the sessions."""
-    of_session = int(triton.parameter(message, "intra_op_thread_count") or 0)
-    instances = sum(int(group.count) for group in message.instance_group)
-    return of_session * instances
-
-
-def _require_right(rows: tuple[Row, ...]) -> None:
-    """Raise where an answer was wrong or missing: how fast it came is no figure then."""
-    bad = [
-        f"{row.name}, {row.batch} images a request, {row.concurrency} at once: "
-        f"{row.wrong} wrong, {row.failed} failed"
-        for row in rows
-        if row.wrong or row.failed or not all(row.speeds)
-    ]
-    if bad:
-        raise CheckFailedError(f"answers were wrong or missing: {'; '.join(bad)}")

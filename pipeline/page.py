@@ -25,6 +25,7 @@ from pipeline.predictions import Predictions, load_predictions
 from pipeline.replay import Table
 from pipeline.report import agreement
 from pipeline.runs import recorded_config
+from pipeline.speeds import MEASURE, Speeds, speeds
 from pipeline.watched import Watched, watched
 
 DIGITS, DRAWS = 8, 6  # in the grid of distorted digits
@@ -61,6 +62,7 @@ class Page:
     evidence: Evidence | Note
     proof: Table | Note
     watched: Watched | Note
+    speeds: Speeds | Note
     settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's own where it differs
     digests: tuple[tuple[str, str], ...]  # SHA-256, path under the project's root
     export: Note | None  # why digests lack an export's
@@ -112,6 +114,7 @@ def collect(paths: Paths) -> Page:
         evidence=_evidence(paths, manifest, test),
         proof=_proof(paths, manifest),
         watched=_watched(paths, manifest),
+        speeds=_speeds(paths, manifest),
         settings=_settings(config),
         digests=_digests(paths, config, summary, manifest),
         export=manifest if isinstance(manifest, Note) else None,
@@ -226,6 +229,13 @@ def _watched(paths: Paths, manifest: Mapping[str, Any] | Note) -> Watched | Note
     if shown.sha256 != manifest["files"].get(paths.onnx.name):
         return Note("The last prediction log was of another model.onnx", command)
     return shown
+
+
+def _speeds(paths: Paths, manifest: Mapping[str, Any] | Note) -> Speeds | Note:
+    if isinstance(manifest, Note):
+        return manifest
+    measured = speeds(paths, str(manifest["files"].get(paths.onnx.name)))
+    return measured or Note("Nobody has measured yet how fast it is", f"{MEASURE}{_named(paths)}")
 
 
 def _curves(paths: Paths) -> tuple[Markup, ...] | Note:

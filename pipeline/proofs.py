@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 MEBIBYTE = 1024 * 1024
+YARDSTICK = "yardstick"  # a row that tells of the machine, not of a model
 
 
 def _when(figure: dict[str, Any]) -> str:
@@ -64,9 +65,12 @@ def serving_markdown(figure: dict[str, Any]) -> str:
         "|--|--|--|--|--|--|",
     ]
     for row in figure["rows"]:
+        if row["name"] == YARDSTICK:
+            continue
         speed, latency = row["images_per_second"], row["latency_ms"]
+        at_once = f"open loop, {row['rate']:,.0f}/s" if row.get("rate") else row["concurrency"]
         lines.append(
-            f"| {row['name']}, {row['way']} | {row['batch']} | {row['concurrency']} | "
+            f"| {row['name']}, {row['way']} | {row['batch']} | {at_once} | "
             f"{speed['median']:,.0f} ({speed['min']:,.0f} to {speed['max']:,.0f}) | "
             f"{_milliseconds(latency, 'p50')} | {_milliseconds(latency, 'p99')} |"
         )
@@ -80,6 +84,20 @@ def serving_markdown(figure: dict[str, Any]) -> str:
         f"many threads ({figure['threads']}).",
     ]
     return "\n".join(lines)
+
+
+def compare_markdown(figure: dict[str, Any]) -> str:
+    """A sentence about what a comparison finds, and what it does not make up."""
+    slow, wrong, alike = figure["slowdown"], figure["loss"], figure["same"]
+    largest = min(slow["worse"], key=lambda change: float(change["change"]))
+    lost = min(wrong["worse"], key=lambda change: float(change["change"]))
+    return (
+        f"{_when(figure)}: a backend that takes {figure['share']:.0%} longer is found in "
+        f"{len(slow['worse'])} rows (at most {-largest['change']:.0%} slower: {largest['row']}), "
+        f"weights that lose {-lost['change']:.2%} of the test images in {len(wrong['worse'])}; "
+        f"{len(alike)} comparisons in a row of the same with the same raised "
+        f"{sum(one['exit'] != 0 for one in alike)} alarms."
+    )
 
 
 def photos_markdown(figure: dict[str, Any]) -> str:
@@ -156,6 +174,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "soak": soak_markdown,
     "lint": lint_markdown,
     "score": score_markdown,
+    "compare": compare_markdown,
     "serving": serving_markdown,
     "gateway": gateway_markdown,
     "photos": photos_markdown,
@@ -167,6 +186,7 @@ COMMANDS = {
     "soak": "make prove-soak",
     "lint": "make prove-lint",
     "score": "make prove-score",
+    "compare": "make prove-compare",
     "serving": "pipeline benchmark --what serve --figures",
     "gateway": "make prove-gateway",
     "photos": "pipeline benchmark --what photos --figures",

@@ -6,14 +6,16 @@ import pytest
 from conftest import Chain, error_line
 
 from pipeline import infer
-from pipeline.infer import YARDSTICK, InferBenchmark
+from pipeline.infer import InferBenchmark
+from pipeline.turns import Until
+from pipeline.workers import YARDSTICK
 
 
 @pytest.mark.slow
 def test_each_runtime_is_scored_and_measured_beside_the_yardstick(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = InferBenchmark(rounds=3, seconds=0.1, batches=(1, 8), threads=(1,))
+    tiny = InferBenchmark(Until(3, 3), seconds=0.1, batches=(1, 8), threads=(1,))
     monkeypatch.setattr(infer, "SHORT", tiny)
     table = chain.root / "rows.csv"
     record = chain.record("benchmark", "--what", "infer", "--short", "--csv", str(table))
@@ -24,6 +26,8 @@ def test_each_runtime_is_scored_and_measured_beside_the_yardstick(
         assert (row["wrong"], row["failed"]) == (0, 0)
         assert len(row["images_per_second"]["rounds"]) == 3
     assert set(record["scores"]) == set(names)
+    for row in record["rows"][1:]:
+        assert row["accuracy"] == record["scores"][row["name"]]["accuracy"]
     for found in record["scores"].values():
         assert found["images"] == 10_000
         assert (found["accuracy"] > 0.9, found["differing"]) == (True, 0)

@@ -1,0 +1,174 @@
+"""The command that measures: recipes, runtimes, a server, photos, and what is no digit."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.command import Command, Settings, name_option, paths_of
+from pipeline.paths import Paths
+
+KINDS = ("train", "infer", "serve", "photos", "unsure", "all")  # all: infer and serve
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured of speed, and what becomes of it."""
+
+    kinds: tuple[str, ...]
+    short: bool
+    rate: float | None
+    csv: Path | None
+    compare: Path | None
+    figures: bool
+
+
+@click.command(cls=Command)
+@click.option("--what", type=click.Choice(KINDS), default="train", show_default=True)
+@name_option
+@click.option("--short", is_flag=True, help="All but train: measure for seconds, not minutes.")
+@click.option(
+    "--csv", type=click.Path(path_type=Path), help="infer, serve: write the rows here too."
+)
+@click.option("--compare", type=click.Path(path_type=Path), help="Hold it against such a JSON.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(1),
+    help="serve: requests a second that arrive in the open loop.  [default: half of what the "
+    "closed loop did]",
+)
+@click.option("--recipes", default="quick,record,standard", show_default=True)
+@click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
+@click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
+@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
+@click.pass_obj
+def benchmark_command(
+    settings: Settings,
+    what: str,
+    name: str | None,
+    short: bool,
+    csv: Path | None,
+    compare: Path | None,
+    rate: float | None,
+    recipes: str,
+    seeds: int | None,
+    resume: bool,
+    figures: bool,
+) -> None:
+    """Measure recipes, an export in its runtimes, a served model, photos, or what is no digit.
+
+    With --compare, exits with 3 where something got slower or less accurate beyond the noise.
+
+    \b
+    Example:
+      pipeline benchmark --what train --recipes quick --seeds 3
+      pipeline benchmark --what all --short --csv rows.csv
+      pipeline benchmark --what infer --compare before.json
+      pipeline benchmark --what serve --name quick
+      pipeline benchmark --what photos
+      pipeline benchmark --what unsure
+    """
+    if what == "unsure":
+        _measure_unsure(settings, paths_of(settings, name), figures)
+    elif what == "photos":
+        _measure_photos(settings, paths_of(settings, name), short, figures)
+    elif what == "train":
+        _measure_training(settings, recipes, seeds, resume, figures)
+    else:
+        kinds = ("infer", "serve") if what == "all" else (what,)
+        asked = _Asked(kinds, short, rate, csv, compare, figures)
+        _measure_speed(settings, paths_of(settings, name), asked)
+
+
+def _measure_training(
+    settings: Settings, recipes: str, seeds: int | None, resume: bool, figures: bool
+) -> None:
+    from pipeline.benchmark import benchmark_training
+    from pipeline.report import render_readme, save_training
+
+    paths = paths_of(settings)
+    names = [recipe_name.strip() for recipe_name in recipes.split(",")]
+    rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
+    records = [row.record() for row in rows]
+    text = "\n".join(map(str, rows))
+    if figures:
+        text += f"\nwrote {save_training(paths, records)}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result({"what": "train", "rows": records}, text, "pipeline train")
+
+
+def _measure_unsure(settings: Settings, paths: Paths, figures: bool) -> None:
+    from pipeline.report import render_readme, save_unsure
+    from pipeline.unsure import measure_unsure
+
+    found = measure_unsure(paths)
+    text = f"{found}\nwrote {paths.unsure}"
+    if figures:
+        text += f"\nwrote {save_unsure(paths, found.record())}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result(found.record(), text, "pipeline report")
+
+
+def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
+    from pipeline import comparison
+    from pipeline.files import write_bytes
+    from pipeline.report import render_readme, save_serving
+    from pipeline.speed_table import csv_of, table
+
+    before = comparison.read(asked.compare, asked.kinds) if asked.compare else {}
+    found = _speeds(settings, paths, asked)
+    rows = [row for one in found.values() for row in one.rows]
+    records = {what: one.record() for what, one in found.items()}
+    written = {"infer": paths.inference, "serve": paths.serving}
+    lines = [table(rows), *(found["serve"].told_ratios() if "serve" in found else [])]
+    lines += [f"wrote {written[what]}" for what in found]
+    if asked.figures and "serve" in found:
+        lines.append(f"wrote {save_serving(paths, records['serve'])}")
+        render_readme(paths.root / "README.md", paths.figures)
+    if asked.csv:
+        write_bytes(asked.csv, csv_of(rows).encode())
+        lines.append(f"wrote {asked.csv}")
+    record = records[asked.kinds[0]]
+    if len(asked.kinds) > 1:
+        record = {"what": "all", **records, "rows": [row.record() for row in rows]}
+    compared = [comparison.compare(before[what], records[what]) for what in before]
+    lines += [f"against {asked.compare}:\n{one}" for one in compared]
+    if compared:
+        record = {**record, "compared": [one.record() for one in compared]}
+    settings.result(record, "\n".join(lines), "pipeline serve")
+    for one in compared:
+        comparison.require_no_worse(one)
+
+
+def _speeds(settings: Settings, paths: Paths, asked: _Asked) -> dict[str, Any]:
+    """What was found of each kind that was asked for."""
+    found: dict[str, Any] = {}
+    if "infer" in asked.kinds:
+        from pipeline import infer
+
+        found["infer"] = infer.benchmark_inference(
+            paths, infer.SHORT if asked.short else infer.InferBenchmark(), settings.say
+        )
+    if "serve" in asked.kinds:
+        from pipeline import measure
+
+        found["serve"] = measure.benchmark_serving(
+            paths,
+            replace(measure.SHORT if asked.short else measure.ServeBenchmark(), rate=asked.rate),
+            settings.say,
+            reference=getattr(found.get("infer"), "classes", None),
+        )
+    return found
+
+
+def _measure_photos(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:
+    from pipeline.photo_table import SHORT, PhotoBenchmark, benchmark_photos
+    from pipeline.report import render_readme, save_photos
+
+    found = benchmark_photos(paths, SHORT if short else PhotoBenchmark(), settings.say)
+    text = f"{found}\nwrote {paths.photos}"
+    if figures:
+        text += f"\nwrote {save_photos(paths, found.record())}"
+        render_readme(paths.root / "README.md", paths.figures)
+    settings.result(found.record(), text, "pipeline query FILE")
