@@ -99,13 +99,13 @@ def _measure_training(
 
 
 def _measure_unsure(settings: Settings, paths: Paths, figures: bool) -> None:
-    from pipeline.report import render_readme, save_unsure
+    from pipeline.report import render_readme, save_benchmark
     from pipeline.unsure import measure_unsure
 
     found = measure_unsure(paths)
     text = f"{found}\nwrote {paths.unsure}"
     if figures:
-        text += f"\nwrote {save_unsure(paths, found.record())}"
+        text += f"\nwrote {save_benchmark(paths, 'unsure', found.record())}"
         render_readme(paths.root / "README.md", paths.figures)
     settings.result(found.record(), text, "pipeline report")
 
@@ -113,7 +113,7 @@ def _measure_unsure(settings: Settings, paths: Paths, figures: bool) -> None:
 def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
     from pipeline import comparison
     from pipeline.files import write_bytes
-    from pipeline.report import render_readme, save_serving
+    from pipeline.report import render_readme, save_benchmark
     from pipeline.speed_table import csv_of, table
 
     before = comparison.read(asked.compare, asked.kinds) if asked.compare else {}
@@ -124,7 +124,7 @@ def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
     lines = [table(rows), *(found["serve"].told_ratios() if "serve" in found else [])]
     lines += [f"wrote {written[what]}" for what in found]
     if asked.figures and "serve" in found:
-        lines.append(f"wrote {save_serving(paths, records['serve'])}")
+        lines.append(f"wrote {save_benchmark(paths, 'serve', records['serve'])}")
         render_readme(paths.root / "README.md", paths.figures)
     if asked.csv:
         write_bytes(asked.csv, csv_of(rows).encode())
@@ -164,11 +164,11 @@ def _speeds(settings: Settings, paths: Paths, asked: _Asked) -> dict[str, Any]:
 
 def _measure_photos(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:
     from pipeline.photo_table import SHORT, PhotoBenchmark, benchmark_photos
-    from pipeline.report import render_readme, save_photos
+    from pipeline.report import render_readme, save_benchmark
 
     found = benchmark_photos(paths, SHORT if short else PhotoBenchmark(), settings.say)
     text = f"{found}\nwrote {paths.photos}"
     if figures:
-        text += f"\nwrote {save_photos(paths, found.record())}"
+        text += f"\nwrote {save_benchmark(paths, 'photos', found.record())}"
         render_readme(paths.root / "README.md", paths.figures)
     settings.result(found.record(), text, "pipeline query FILE")

@@ -7,22 +7,12 @@ from typing import Any
 
 from pipeline import proofs
 from pipeline.errors import PipelineError
-from pipeline.files import read_json, sha256, write_bytes, write_json
+from pipeline.files import read_json, write_bytes, write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
+from pipeline.provenance import MEASURE, recipe_digest, sources_digest
 from pipeline.replay import Row, Table
 
-MEASURE = "measure it with 'make figures'"
-# What decides the figures: a change of one of these makes them stale.
-SOURCES = (
-    *("config.py", "augment.py", "outliers.py", "model.py", "train.py", "runs.py", "export.py"),
-    "query.py",
-    *("replay.py", "triton.py", "profiles.py", "package.py", "serve.py", "watch.py"),
-    *("supervise.py", "swap.py", "lint.py", "lint_rules.py", "lint_config.py", "lint_backend.py"),
-    *("images.py", "ink.py", "ruled.py", "fitting.py", "photos.py", "photo_light.py"),
-    *("gateway.py", "connections.py", "guard.py", "limits.py"),
-    *("backend/onnxruntime/model.py", "backend/onnxruntime/ort_settings.py"),
-)
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -33,12 +23,6 @@ def agreement(paths: Paths) -> Table:
     return Table(**{**fields, "rows": tuple(Row(**row) for row in record["rows"])})
 
 
-def sources_digest() -> str:
-    """One SHA-256 over the sources that decide the figures."""
-    folder = Path(__file__).parent
-    return sha256("".join(sha256(folder / name) for name in SOURCES).encode())
-
-
 def save_figures(paths: Paths) -> Path:
     """Keep the model's training summary and agreement as the figures that the README quotes."""
     proof = read_json(paths.agreement, MEASURE)
@@ -47,7 +31,7 @@ def save_figures(paths: Paths) -> Path:
     record = {
         **{key: value for key, value in proof.items() if key != "schema"},
         "command": "make figures",
-        "sources_sha256": sources_digest(),
+        "sources_sha256": sources_digest("agreement"),
         "training": {
             key: training[key]
             for key in ("recipe", "parameters", "test_accuracy", "train_seconds", "device")
@@ -57,27 +41,13 @@ def save_figures(paths: Paths) -> Path:
     return figure
 
 
-def save_serving(paths: Paths, record: dict[str, Any]) -> Path:
-    """Keep a benchmark of serving as the figure that the README quotes."""
-    figure = paths.figures / "serving.json"
-    command = f"pipeline benchmark --what serve --name {paths.name} --figures"
-    write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
-    return figure
-
-
-def save_photos(paths: Paths, record: dict[str, Any]) -> Path:
-    """Keep a benchmark of photos as the figure that the README quotes."""
-    figure = paths.figures / "photos.json"
-    command = "pipeline benchmark --what photos --figures"
-    write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
-    return figure
-
-
-def save_unsure(paths: Paths, record: dict[str, Any]) -> Path:
-    """Keep what a model is not sure of as the figure that the README quotes."""
-    figure = paths.figures / "unsure.json"
-    command = f"pipeline benchmark --what unsure --name {paths.name} --figures"
-    write_json(figure, {**record, "command": command, "sources_sha256": sources_digest()})
+def save_benchmark(paths: Paths, what: str, record: dict[str, Any]) -> Path:
+    """Keep a benchmark of `what` as the figure that the README quotes."""
+    figure = paths.figures / f"{'serving' if what == 'serve' else what}.json"
+    name = "" if what == "photos" else f" --name {paths.name}"
+    command = f"pipeline benchmark --what {what}{name} --figures"
+    digest = sources_digest(figure.stem)
+    write_json(figure, {**record, "command": command, "sources_sha256": digest})
     return figure
 
 
@@ -87,19 +57,15 @@ def save_training(paths: Paths, rows: Sequence[dict[str, Any]]) -> Path:
     Rows of recipes that were not measured now stay as they were.
     """
     figure = paths.figures / "training.json"
-    now, digest = machine(), sources_digest()
-    measured = {row["recipe"]: {**row, **now, "sources_sha256": digest} for row in rows}
+    measured = {
+        row["recipe"]: {**row, **machine(), "sources_sha256": recipe_digest(row["recipe"])}
+        for row in rows
+    }
     if figure.exists():
         kept = read_json(figure, MEASURE)["rows"]
         measured = {row["recipe"]: row for row in kept} | measured
     ordered = sorted(measured.values(), key=lambda row: float(row["share"]))
-    sources = {row["sources_sha256"] for row in ordered}
-    record = {
-        "command": "pipeline benchmark --what train --figures",
-        "sources_sha256": sources.pop() if len(sources) == 1 else "several",
-        "rows": ordered,
-    }
-    write_json(figure, record)
+    write_json(figure, {"command": "pipeline benchmark --what train --figures", "rows": ordered})
     return figure
 
 
@@ -272,13 +238,3 @@ def render_readme(readme: Path, figures: Path) -> bool:
     if after != before:
         write_bytes(readme, after.encode())
     return after != before
-
-
-def stale(figures: Path) -> list[str]:
-    """The figures that were measured on other sources than today's."""
-    now = sources_digest()
-    return [
-        path.name
-        for path in sorted(figures.glob("*.json"))
-        if read_json(path, MEASURE).get("sources_sha256") != now
-    ]

@@ -24,7 +24,8 @@ from pipeline.cli import main as pipeline
 from pipeline.files import sha256, write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 
 SHARE = 0.2  # of what the backend takes, that it sleeps as well
 SLOW = f"""
@@ -146,7 +147,7 @@ def main(result: Path, times: int) -> None:
         alike = same(Path(folder), times)
     record = {
         "command": "make prove-compare",
-        "sources_sha256": sources_digest(),
+        "sources_sha256": sources_digest("compare"),
         **machine(),
         "share": SHARE,
         "slowdown": slow,

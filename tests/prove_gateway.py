@@ -32,7 +32,8 @@ from pipeline.data import load_split
 from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.report import sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 
 HANG_SECONDS = 60.0
 CHECK_EVERY = 500  # hostile requests, between two that must be answered rightly
@@ -282,9 +283,10 @@ def main(result: Path, *counts: int) -> None:
     """Prove it, and write the record."""
     requests, pictures, users, seconds = counts
     record = prove(requests, pictures, users, seconds)
-    record |= {"sources_sha256": sources_digest(), **machine()}
+    record |= {"sources_sha256": sources_digest("gateway"), **machine()}
     print(json.dumps(record, indent=1))
     write_json(result, record)
+    render_readme(Path("README.md"), Path("exported/figures"))
     print(f"wrote {result}")
 
 

@@ -25,7 +25,8 @@ from pipeline.data import load_split
 from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 
 WITHIN = 10.0  # seconds, for right answers to come again and for a drain to be done
 HANG_SECONDS = 60.0
@@ -161,7 +162,7 @@ def main(result: Path, kills: int, drains: int) -> None:
     left = leftovers(ids)
     record = {
         "command": "make prove-kill",
-        "sources_sha256": sources_digest(),
+        "sources_sha256": sources_digest("kill"),
         **machine(),
         "kills": {
             kind: {"times": len(all_), "median": statistics.median(all_), "longest": max(all_)}

@@ -24,7 +24,8 @@ from pipeline.lint_live import Trial, try_models
 from pipeline.lint_text import Finding
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 
 COMMAND = "make prove-lint"
 RUNTIME_TYPES = {
@@ -128,7 +129,7 @@ def main() -> None:
     right = {LOADS, UNTRIED}
     record: dict[str, Any] = {
         "command": COMMAND,
-        "sources_sha256": sources_digest(),
+        "sources_sha256": sources_digest("lint"),
         "mutations": sum(one["expected"] not in right for one in rows),
         "sound": sum(one["expected"] in right for one in rows),
         "faults": sum(bool(one["fault"]) for one in rows),

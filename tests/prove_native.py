@@ -19,7 +19,8 @@ from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.paths import Paths
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 from pipeline.serve import running_server, with_free_ports
 from pipeline.tritonserver import IMAGE
 from pipeline.verify import Evidence, require_passed, verify
@@ -83,7 +84,7 @@ def prove(paths: Paths, kind: str, result: Path, report: Say) -> Evidence:
     runtime, evidence = served(paths, kind, report)
     record: dict[str, Any] = {
         "command": COMMANDS.get(kind, f"tests/prove_native.py --runtime {kind}"),
-        "sources_sha256": sources_digest(),
+        "sources_sha256": sources_digest("native"),
         "runtime": kind,
         "runs_on": runtime,
         "image": IMAGE if kind == "docker" else None,

@@ -23,7 +23,8 @@ from pipeline.errors import PipelineError
 from pipeline.files import remove, sha256, write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 from pipeline.runs import identity, recorded_config
 
 TRAIN = ["train", "--recipe", "quick", "--epochs", "0.25", "--save-every", "2"]
@@ -150,7 +151,10 @@ def main(result: Path, kills: int, inside: int) -> None:
         (root / "data" / "mnist").symlink_to(Path("data/mnist").resolve())
         load_split("mnist", root / "data" / "mnist", "test")  # or say how to fetch it
         outcome = prove(root, kills, inside, report=lambda line: print(line, flush=True))
-    record: dict[str, Any] = {"command": "make prove-resume", "sources_sha256": sources_digest()}
+    record: dict[str, Any] = {
+        "command": "make prove-resume",
+        "sources_sha256": sources_digest("resume"),
+    }
     record |= {**machine(), **asdict(outcome)}
     write_json(result, record)
     render_readme(Path("README.md"), result.parent)

@@ -23,7 +23,8 @@ from pipeline.files import remove, write_json
 from pipeline.machine import machine
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 from pipeline.subject import Subject, exported_sample, subject_of_run
 from pipeline.targets import dialect, span
 
@@ -176,7 +177,7 @@ def main(result: Path, run: str) -> None:
     require(rows)
     record: dict[str, Any] = {
         "command": "make prove-runtimes",
-        "sources_sha256": sources_digest(),
+        "sources_sha256": sources_digest("runtimes"),
         **machine(),
         "recipe": training["recipe"],
         "dataset": training["dataset"],

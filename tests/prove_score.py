@@ -24,13 +24,13 @@ from pyarrow import parquet as pq
 from pipeline.cluster import SCRATCH
 from pipeline.data import load_split
 from pipeline.evaluate import predict
-from pipeline.files import sha256, write_json
+from pipeline.files import write_json
 from pipeline.machine import cores, machine
 from pipeline.paths import Paths
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 from pipeline.runtime import onnx_predictor
 
-SOURCES = ("shards.py", "parquet.py", "scored.py", "cluster.py", "score.py", "runtime.py")
 CHUNK = 10_000  # images written at once
 SAMPLE = 60_000  # images that ONNX Runtime gets in process, before and after
 BATCHES = (64, 256, 1024)
@@ -174,12 +174,6 @@ def digest(output: Path) -> dict[str, Any]:
     }
 
 
-def sources() -> str:
-    """One SHA-256 over what decides this figure."""
-    folder = Path("pipeline")
-    return sha256("".join(sha256(folder / name) for name in SOURCES).encode())
-
-
 def prove(folder: Path, images: int) -> dict[str, Any]:
     """What was measured and compared, in a folder that goes afterwards."""
     source, small = folder / "many.npy", folder / "few.npy"
@@ -221,8 +215,8 @@ def main(result: Path, images: int) -> None:
     """Prove it, and write what was found."""
     with tempfile.TemporaryDirectory() as folder:
         found = prove(Path(folder), images)
-    record = {"command": "make prove-score", "sources_sha256": sources_digest()}
-    record |= {"score_sources_sha256": sources(), **machine(), **found}
+    record = {"command": "make prove-score", "sources_sha256": sources_digest("score")}
+    record |= {**machine(), **found}
     print(json.dumps(record, indent=2))
     assert found["killed"] == found["uninterrupted"]
     assert found["killed"]["rows"] == images

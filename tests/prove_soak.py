@@ -15,7 +15,8 @@ from pipeline import serve, supervise
 from pipeline.config import ServeConfig
 from pipeline.files import write_json
 from pipeline.machine import machine
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 
 MAY_GROW = 5 * 1024 * 1024  # bytes
 WARM = 0.1  # of the requests, before it is first looked at
@@ -70,7 +71,7 @@ def main(result: Path, requests: int) -> None:
     first, last = sizes[0][1], sizes[-1][1]
     record = {
         "command": "make prove-soak",
-        "sources_sha256": sources_digest(),
+        "sources_sha256": sources_digest("soak"),
         **machine(),
         "requests": tally.requests,
         "wrong": tally.wrong,

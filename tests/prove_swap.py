@@ -23,7 +23,8 @@ from pipeline.data import load_split
 from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.report import render_readme, sources_digest
+from pipeline.provenance import sources_digest
+from pipeline.report import render_readme
 from pipeline.serve import Server, with_free_ports
 from pipeline.versions import versions
 
@@ -151,7 +152,10 @@ def main(result: Path, promotes: int, requests: int) -> None:
         paths = make_two_versions(root, say)
         with serving(paths) as server:
             outcome = prove(paths, server, images, promotes, requests, say)
-    record: dict[str, Any] = {"command": "make prove-swap", "sources_sha256": sources_digest()}
+    record: dict[str, Any] = {
+        "command": "make prove-swap",
+        "sources_sha256": sources_digest("swap"),
+    }
     write_json(result, record | {**machine(), **asdict(outcome)})
     say(f"{outcome}")
     render_readme(Path("README.md"), Path("exported/figures"))

@@ -1,14 +1,17 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, Chain, edit_json, error_line
 
 from pipeline import report
+from pipeline.config import RECIPES
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
+from pipeline.provenance import SOURCES, recipe_digest, sources_digest, stale
 
 FIGURES = REPOSITORY / "exported" / "figures"
 
@@ -20,15 +23,29 @@ def test_the_readme_shows_the_figures_as_they_were_measured() -> None:
 
 
 def test_stale_figures_are_listed(tmp_path: Path) -> None:
-    shutil.copytree(FIGURES, tmp_path / "figures")
-    now = report.sources_digest()
-    for figure in (tmp_path / "figures").glob("*.json"):
-        edit_json(figure, lambda record: record.update(sources_sha256=now))
-    assert report.stale(tmp_path / "figures") == []
-    figure = tmp_path / "figures" / "agreement.json"
-    edit_json(figure, lambda record: record.update(sources_sha256="0" * 64))
-    assert report.stale(tmp_path / "figures") == ["agreement.json"]
-    if old := report.stale(FIGURES):  # told, not failed: a change need not be measured at once
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    for name in ("swap", "soak"):
+        write_json(figures / f"{name}.json", {"sources_sha256": sources_digest(name)})
+    rows = [{"recipe": name, "sources_sha256": recipe_digest(name)} for name in RECIPES]
+    write_json(figures / "training.json", {"rows": rows})
+    assert stale(figures) == []
+    edit_json(figures / "swap.json", lambda record: record.update(sources_sha256="0" * 64))
+    edit_json(figures / "training.json", lambda r: r["rows"][0].update(sources_sha256="0" * 64))
+    assert stale(figures) == ["swap.json", "training.json (quick)"]
+
+
+def test_a_change_of_a_recipe_makes_its_own_row_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: recipe_digest(name) for name in ("quick", "standard")}
+    monkeypatch.setitem(RECIPES, "standard", replace(RECIPES["standard"], epochs=10))
+    assert recipe_digest("quick") == before["quick"]
+    assert recipe_digest("standard") != before["standard"]
+
+
+def test_every_figure_that_is_kept_or_asked_for_says_which_sources_decide_it() -> None:
+    kept = {path.stem for path in FIGURES.glob("*.json")}
+    assert SOURCES.keys() >= kept | report.RENDERERS.keys()
+    if old := stale(FIGURES):  # told, not failed: a change need not be measured at once
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.warn(f"measured on other sources: {', '.join(old)}", stacklevel=1)
@@ -74,7 +91,7 @@ def test_figures_are_kept_and_rendered_into_the_readme(chain: Chain) -> None:
     assert "old" not in text
     assert "Measured by `make figures`" in text
     figure = json.loads((chain.paths.figures / "agreement.json").read_text())
-    assert figure["sources_sha256"] == report.sources_digest()
+    assert figure["sources_sha256"] == sources_digest("agreement")
     assert figure["training"]["recipe"] == "quick"
 
 

@@ -1,0 +1,78 @@
+"""Which sources decide each figure of the README, and which figures are older than theirs."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import RECIPES
+from pipeline.errors import PipelineError
+from pipeline.files import read_json, sha256
+
+MEASURE = "measure it with 'make figures'"
+NETWORK = ("augment.py", "letters.py", "outliers.py", "model.py", "train.py")
+BACKEND = tuple(
+    f"backend/onnxruntime/{name}.py" for name in ("model", "ort_checks", "ort_settings")
+)
+SERVER = ("serve.py", "server_process.py", "candidate.py", "triton.py", *BACKEND)
+RULES = ("images.py", "ink.py", "ruled.py", "fitting.py")
+TIMING = ("timing.py", "turns.py", "load.py", "load_http.py", "beside.py", "measure.py")
+# What decides the figures: a change of one of these makes them stale.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "agreement": (
+        "config.py",
+        *NETWORK,
+        "runs.py",
+        "export.py",
+        "replay.py",
+        "profiles.py",
+        *SERVER,
+    ),
+    "training": (*NETWORK, "runs.py"),
+    "resume": ("train.py", "checkpoint.py", "records.py", "runs.py", "files.py"),
+    "runtimes": ("model.py", "targets.py", "graph.py", "export.py"),
+    "lint": (
+        *("lint.py", "lint_text.py", "lint_graph.py", "lint_files.py", "lint_config.py"),
+        *("lint_backend.py", "lint_accelerators.py", "lint_rules.py", "lint_live.py", *BACKEND),
+    ),
+    "swap": ("swap.py", "versions.py", "admin.py", "package.py", *SERVER),
+    "kill": ("watch.py", "supervise.py", *SERVER),
+    "soak": ("watch.py", "supervise.py", *SERVER),
+    "serving": ("profiles.py", *TIMING, *BACKEND),
+    "compare": ("comparison.py", "infer.py", "workers.py", *TIMING),
+    "gateway": ("gateway.py", "connections.py", "guard.py", "limits.py", "link.py", *RULES),
+    "photos": ("config.py", *NETWORK, "photos.py", "photo_light.py", *RULES),
+    "unsure": ("config.py", *NETWORK, "nondigits.py", *RULES),
+    "score": ("shards.py", "parquet.py", "scored.py", "cluster.py", "score.py", "runtime.py"),
+    "native": ("rounds.py", "verify.py", "yardstick.py"),
+    "gpu": ("device.py", *NETWORK, "gpu.py"),
+}
+
+
+def sources_digest(figure: str, *settings: object) -> str:
+    """One SHA-256 over the sources that decide a figure, and over settings that do."""
+    folder = Path(__file__).parent
+    digests = [sha256(folder / name) for name in SOURCES[figure]]
+    return sha256("".join([*digests, *map(repr, settings)]).encode())
+
+
+def recipe_digest(recipe: str) -> str:
+    """The same of a row of the training table: other recipes may change."""
+    return sources_digest("training", RECIPES.get(recipe))
+
+
+def stale(figures: Path) -> list[str]:
+    """The figures, and rows of the training table, that were measured on other sources."""
+    found = []
+    for path in sorted(figures.glob("*.json")):
+        record = read_json(path, MEASURE)
+        if path.stem == "training":
+            rows = [row["recipe"] for row in record["rows"] if _is_old_row(row)]
+            found += [f"{path.name} ({', '.join(rows)})"] if rows else []
+        elif path.stem not in SOURCES:
+            raise PipelineError(f"{path}: nothing says which sources decide it")
+        elif record.get("sources_sha256") != sources_digest(path.stem):
+            found.append(path.name)
+    return found
+
+
+def _is_old_row(row: dict[str, Any]) -> bool:
+    return bool(row.get("sources_sha256") != recipe_digest(row["recipe"]))
