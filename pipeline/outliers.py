@@ -140,11 +140,16 @@ def _letters(count: int, device: torch.device) -> Tensor:
 
 
 def _strokes(count: int, device: torch.device) -> Tensor:
-    """Strokes between the points of a jittered lattice, or one long curl; some mirrored; 0 to 1."""
-    is_curl = _coin(count, device, 0.75)
-    ways = zip(_curls(count, device), _segments(count, device), strict=True)
-    first, second, third = (torch.where(is_curl, *pair) for pair in ways)
-    least, most = torch.where(is_curl, 5, 4), torch.where(is_curl, STROKES, 6)
+    """Strokes between the points of a jittered lattice, or one long line; some mirrored; 0 to 1."""
+    is_walk, is_line = _coin(count, device), _coin(count, device, 0.8)
+    lines = [
+        torch.where(is_walk, *pair)
+        for pair in zip(_walks(count, device), _curls(count, device), strict=True)
+    ]
+    ways = zip(lines, _segments(count, device), strict=True)
+    first, second, third = (torch.where(is_line, *pair) for pair in ways)
+    least = torch.where(is_line, torch.where(is_walk, 8, 5), 4)  # a shorter walk may be a digit
+    most = torch.where(is_line, STROKES, 6)
     used = least + (torch.rand(count, 1, 1, 1, device=device) * (most - least + 1)).int()
     is_used = torch.arange(STROKES, device=device).view(1, -1, 1, 1) < used
     strokes = torch.stack(
@@ -213,7 +218,21 @@ def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
 
 def _curls(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The same of strokes that go on without a corner: a quadratic spline between any points."""
-    points = _spread(count, STROKES + 2, 1, 2, device=device) * 1.4
+    return _along(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)
+
+
+def _walks(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a pen that wanders: at each point it turns, a little or right round."""
+    unsteady, bias = 1.2 + 1.3 * _share(count, 1, device=device), _spread(count, 1, device=device)
+    turns = unsteady * torch.randn(count, STROKES + 2, device=device) + 1.2 * bias
+    heading = turns.cumsum(dim=1)
+    length = torch.exp(0.4 * torch.randn(count, STROKES + 2, device=device))
+    steps = torch.stack([heading.sin(), heading.cos()], dim=-1) * length[..., None]
+    return _along(steps.cumsum(dim=1)[:, :, None])
+
+
+def _along(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A quadratic spline along points (M, S + 2, 1, 2)."""
     halfway = (points[:, 1:] + points[:, :-1]) / 2  # (M, S + 1, 1, 2)
     return halfway[:, :-1], points[:, 1:-1], halfway[:, 1:]
 
