@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import functools
+import math
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -159,7 +160,7 @@ class _Ready:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._asking = asyncio.Lock()
-        self._asked, self._record = -READY_SECONDS, dict[str, Any]()
+        self._asked, self._record = -math.inf, dict[str, Any]()
 
     async def record(self) -> dict[str, Any]:
         async with self._asking:

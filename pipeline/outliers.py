@@ -81,6 +81,8 @@ def _levels(ink: Tensor) -> Tensor:
 
 def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
     """Digits turned and mirrored so that they are none."""
+    if not count:  # a batch that small has none, and torch draws at least one
+        return digits[:0]
     ways = _ways(labels.device)[labels]  # (B, 8): 1 where allowed
     chosen = torch.multinomial(ways.sum(dim=1) + 1e-9, count, replacement=True)
     way = torch.multinomial(ways[chosen] + 1e-9, 1).view(-1, 1, 1, 1)  # (M, 1, 1, 1)
@@ -118,6 +120,8 @@ def _pairs(digits: Tensor, count: int) -> Tensor:
 
 def _over(digits: Tensor, labels: Tensor, count: int) -> Tensor:
     """A digit written over another that lies on its side; 0 and 1 would still leave a digit."""
+    if not count:
+        return digits[:0]
     wide = (labels > 1).float() + 1e-9
     first, second = torch.multinomial(wide, 2 * count, replacement=True).view(2, -1)
     return torch.maximum(digits[first], digits[second].mT)

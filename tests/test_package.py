@@ -46,7 +46,7 @@ def test_a_packaged_model_has_everything_that_triton_and_an_auditor_need(made: C
     assert len((folder / "warmup" / "digit").read_bytes()) == 28 * 28
     manifest = json.loads((folder / "1" / "manifest.json").read_text())
     assert set(manifest["files"]) == {
-        *("MODEL_CARD.md", "golden.npz", "model.onnx", "validation.json")
+        *("MODEL_CARD.md", "golden.npz", "model.onnx", "reference_profile.json", "validation.json")
     }
 
 

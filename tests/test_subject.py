@@ -129,7 +129,7 @@ def test_a_file_of_a_plain_export_is_proven_once_it_is_scrubbed(project: Chain) 
     assert project.record(*asked, "--scrub")["passed"] is True
     assert sorted(os.listdir(project.root / "exported" / "plain")) == [
         *("MODEL_CARD.md", "evidence.npz", "golden.npz", "images.npz"),
-        *("manifest.json", "model.onnx", "validation.json"),
+        *("manifest.json", "model.onnx", "reference_profile.json", "validation.json"),
     ]
     assert project.record("validate", "--name", "plain")["passed"] is True
     assert project.record("package", "--name", "plain")["version"] == 1
