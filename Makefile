@@ -110,9 +110,12 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	$(SERVER_PIP) install -q --no-deps -r pipeline/backend/requirements.txt
 	@touch $@
 
-.PHONY: test test-fast lint typecheck format figures system
+.PHONY: test coverage test-fast lint typecheck format figures system
 test: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## every test, the real server included
-	.venv/bin/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=85
+	.venv/bin/python -m pytest -n 2 $(PYTEST)
+
+coverage: ## every test, and the lines that none reaches
+	$(MAKE) test PYTEST='--cov --cov-report=term-missing:skip-covered --cov-fail-under=85'
 
 test-fast: .venv/done ## the tests without a server and without long training
 	.venv/bin/python -m pytest -m "not server and not slow" -n 2 --dist loadfile --no-loadscope-reorder

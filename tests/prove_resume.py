@@ -27,9 +27,11 @@ from pipeline.provenance import sources_digest
 from pipeline.report import render_readme
 from pipeline.runs import identity, recorded_config
 
-TRAIN = ["train", "--recipe", "quick", "--epochs", "0.25", "--save-every", "2"]
+TRAIN = ["train", "--recipe", "quick", "--save-every", "2"]
+EPOCHS = 0.25
 KILLS_A_RUN = 5  # then it may finish, and is compared
 HANG_SECONDS = 300.0
+LOOK_SECONDS = 0.0002  # between two looks for a file that is being written
 
 
 @dataclass
@@ -50,9 +52,10 @@ class Outcome:
         return self.loadable == self.kills and self.identical_runs == self.runs > 0
 
 
-def start(root: Path, *options: str) -> "subprocess.Popen[bytes]":
+def start(root: Path, epochs: float, *options: str) -> "subprocess.Popen[bytes]":
     """A training process of its own."""
     command = [sys.executable, "-m", "pipeline", "--root", str(root), "-q", *TRAIN, *options]
+    command += ["--epochs", str(epochs)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
@@ -73,11 +76,14 @@ def wait_for_a_write(process: "subprocess.Popen[bytes]", folder: Path, skip: int
         seen |= half_written(folder / "checkpoint") - old
         if len(seen) > skip:
             return
+        time.sleep(LOOK_SECONDS)
 
 
-def kill_once(root: Path, paths: Paths, rng: random.Random, inside: bool, seconds: float) -> bool:
+def kill_once(
+    paths: Paths, epochs: float, rng: random.Random, inside: bool, seconds: float
+) -> bool:
     """Start or resume the run and kill it; whether it was killed before it came to its end."""
-    process = start(root, "--run", paths.run, "--resume")
+    process = start(paths.root, epochs, "--run", paths.run, "--resume")
     if inside:
         wait_for_a_write(process, paths.run_folder, rng.randrange(20))
         time.sleep(rng.random() * 0.001)
@@ -105,6 +111,7 @@ def prove(
     inside: int,
     seed: int = 0,
     report: Callable[[str], object] = lambda line: None,
+    epochs: float = EPOCHS,
 ) -> Outcome:
     """Kill a run `kills` times, at least `inside` times while it writes, and compare what it makes.
 
@@ -114,16 +121,16 @@ def prove(
     paths = Paths(root, run="killed")
     whole = replace(paths, run="whole")
     begin = time.monotonic()
-    assert start(root, "--run", whole.run).wait(HANG_SECONDS) == 0
+    assert start(root, epochs, "--run", whole.run).wait(HANG_SECONDS) == 0
     seconds = time.monotonic() - begin
     outcome, since = Outcome(), 0
     while outcome.kills < kills or since:
         must_end = since >= KILLS_A_RUN or outcome.kills >= kills
         if must_end:
-            assert start(root, "--run", paths.run, "--resume").wait(HANG_SECONDS) == 0
+            assert start(root, epochs, "--run", paths.run, "--resume").wait(HANG_SECONDS) == 0
         before = half_written(paths.run_folder)
         wants_write = outcome.inside_a_write * kills < inside * (outcome.kills + 1) * 1.2
-        if not must_end and kill_once(root, paths, rng, wants_write, seconds):
+        if not must_end and kill_once(paths, epochs, rng, wants_write, seconds):
             since += 1
             outcome.kills += 1
             outcome.inside_a_write += bool(half_written(paths.run_folder) - before)

@@ -149,7 +149,7 @@ def test_a_run_that_cannot_write_ends_with_1_and_goes_on_when_there_is_space_aga
 
 @pytest.mark.slow
 def test_five_kills_two_of_them_inside_a_write_change_no_bit_of_the_weights(empty: Chain) -> None:
-    outcome = prove(empty.root, kills=5, inside=2)
+    outcome = prove(empty.root, kills=5, inside=2, epochs=0.06)
     assert outcome.is_perfect, outcome
     assert outcome.kills == 5
     assert outcome.inside_a_write > 0
