@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.config import Recipe
+from pipeline.recipes import Recipe
 
 ELASTIC_SIDE = 5  # points on a side of the coarse grid that elastic distortion bends
 

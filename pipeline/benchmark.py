@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import RECIPES, TrainConfig
-from pipeline.config import recipe as recipe_named
 from pipeline.data import Split, load_split
 from pipeline.device import choose
 from pipeline.files import read_json, remove, write_json
 from pipeline.model import build
 from pipeline.paths import Paths
+from pipeline.recipes import RECIPES, TrainConfig
+from pipeline.recipes import recipe as recipe_named
 from pipeline.runs import run
 from pipeline.train import Progress, train
 

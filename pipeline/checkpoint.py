@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from pipeline.config import TrainConfig
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import check_digest, read_json, write_bytes, write_json
 from pipeline.model import Network, build
 from pipeline.paths import Paths
+from pipeline.recipes import TrainConfig
 
 RETRAIN = "run 'pipeline train' again"
 START_OVER = "run 'pipeline train' without --resume to start over"

@@ -8,9 +8,9 @@ import click
 from click.core import ParameterSource
 
 from pipeline.command import Command, Settings, dataset_option, paths_of
-from pipeline.config import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig
-from pipeline.config import recipe as recipe_named
 from pipeline.paths import MODEL_NAMES, model_name
+from pipeline.recipes import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig
+from pipeline.recipes import recipe as recipe_named
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import Recipe
 from pipeline.datasets import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Dataset
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import check_digest, read_json, remove, write_json, write_with
 from pipeline.paths import FOLDER, data_name
+from pipeline.recipes import Recipe
 
 # Shape letters: N images.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import RECIPES, TrainConfig
 from pipeline.device import choose
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.export import export
@@ -18,6 +17,7 @@ from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.proof import prove_export
+from pipeline.recipes import RECIPES, TrainConfig
 from pipeline.runs import Summary, run
 
 LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.config import Recipe
 from pipeline.evaluate import Predictor
+from pipeline.recipes import Recipe
 
 # Of MNIST's training pixels, scaled to 0..1. They live in the model, so no client needs them.
 MEAN, STD = 0.1307, 0.3081

@@ -15,13 +15,13 @@ from pipeline import figures
 from pipeline.answers import Answers, answers, picture
 from pipeline.augment import examples
 from pipeline.card import percent
-from pipeline.config import RECIPES, TrainConfig
 from pipeline.data import Split, load_split
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.evidence import Evidence, evidence
 from pipeline.files import check_manifest, read_json, write_bytes
 from pipeline.paths import MODEL_NAMES, Paths
 from pipeline.predictions import Predictions, load_predictions
+from pipeline.recipes import RECIPES, TrainConfig
 from pipeline.replay import Table
 from pipeline.report import agreement
 from pipeline.runs import recorded_config

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RECIPES
 from pipeline.errors import PipelineError
 from pipeline.files import read_json, sha256
+from pipeline.recipes import RECIPES
 
 MEASURE = "measure it with 'make figures'"
 NETWORK = ("augment.py", "letters.py", "outliers.py", "model.py", "train.py")
@@ -18,13 +18,7 @@ TIMING = ("timing.py", "turns.py", "load.py", "load_http.py", "beside.py", "meas
 # What decides the figures: a change of one of these makes them stale.
 SOURCES: dict[str, tuple[str, ...]] = {
     "agreement": (
-        "config.py",
-        *NETWORK,
-        "runs.py",
-        "export.py",
-        "replay.py",
-        "profiles.py",
-        *SERVER,
+        *("recipes.py", *NETWORK, "runs.py", "export.py", "replay.py", "profiles.py", *SERVER),
     ),
     "training": (*NETWORK, "runs.py"),
     "resume": ("train.py", "checkpoint.py", "records.py", "runs.py", "files.py"),
@@ -39,8 +33,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "serving": ("profiles.py", *TIMING, *BACKEND),
     "compare": ("comparison.py", "infer.py", "workers.py", *TIMING),
     "gateway": ("gateway.py", "connections.py", "guard.py", "limits.py", "link.py", *RULES),
-    "photos": ("config.py", *NETWORK, "photos.py", "photo_light.py", *RULES),
-    "unsure": ("config.py", *NETWORK, "nondigits.py", *RULES),
+    "photos": ("recipes.py", *NETWORK, "photos.py", "photo_light.py", *RULES),
+    "unsure": ("recipes.py", *NETWORK, "nondigits.py", *RULES),
     "score": ("shards.py", "parquet.py", "scored.py", "cluster.py", "score.py", "runtime.py"),
     "native": ("rounds.py", "verify.py", "yardstick.py"),
     "gpu": ("device.py", *NETWORK, "gpu.py"),

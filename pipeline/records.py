@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.checkpoint import State, load_state, save_state
-from pipeline.config import TrainConfig
 from pipeline.files import remove, write_bytes, write_json
 from pipeline.paths import Paths
+from pipeline.recipes import TrainConfig
 from pipeline.train import Progress
 
 CURVE_POINTS = 200  # of the training loss that a run keeps, at most

@@ -17,7 +17,6 @@ from pipeline.checkpoint import (
     load_state,
     save_weights,
 )
-from pipeline.config import TrainConfig
 from pipeline.data import Split, digests, load_split
 from pipeline.device import Placement, choose
 from pipeline.errors import CorruptError, PipelineError
@@ -34,6 +33,7 @@ from pipeline.model import Network, eager_predictor
 from pipeline.paths import Paths
 from pipeline.predictions import save_predictions
 from pipeline.processes import together
+from pipeline.recipes import TrainConfig
 from pipeline.records import Records
 from pipeline.train import Progress, train
 

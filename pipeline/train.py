@@ -16,7 +16,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.augment import augment
 from pipeline.checkpoint import State, optimizer_tensors, restore_optimizer
-from pipeline.config import Recipe, TrainConfig
 from pipeline.data import Split
 from pipeline.device import Placement, prepare
 from pipeline.errors import PipelineError
@@ -24,6 +23,7 @@ from pipeline.evaluate import evaluate
 from pipeline.model import Network, build, eager_predictor
 from pipeline.outliers import Outliers
 from pipeline.processes import agreed
+from pipeline.recipes import Recipe, TrainConfig
 
 EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
 

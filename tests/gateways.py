@@ -21,13 +21,7 @@ from PIL import Image, ImageDraw
 
 from pipeline import triton, webserver
 from pipeline.client import Prediction
-from pipeline.config import (
-    IMAGES,
-    MNIST_CLASSES,
-    GatewayConfig,
-    PackageConfig,
-    log_probabilities,
-)
+from pipeline.config import IMAGES, MNIST_CLASSES, GatewayConfig, PackageConfig, log_probabilities
 from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
 from pipeline.link import Link

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pipeline.config import TrainConfig, recipe
 from pipeline.data import Split
 from pipeline.device import choose
 from pipeline.processes import together
+from pipeline.recipes import TrainConfig, recipe
 from pipeline.train import Batches, Learner
 
 

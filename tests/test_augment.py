@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.augment import augment
-from pipeline.config import RECIPES, recipe
+from pipeline.recipes import RECIPES, recipe
 
 STILL: dict[str, Any] = {"rotate": 0, "stretch": 0, "shear": 0, "shift": 0, "elastic": 0}
 

@@ -6,8 +6,8 @@ from conftest import Chain, error_line
 
 from pipeline import benchmark
 from pipeline.benchmark import TrainingRow, Trial, multiply_adds
-from pipeline.config import RECIPES
 from pipeline.machine import machine
+from pipeline.recipes import RECIPES
 from pipeline.report import training_markdown
 
 

@@ -17,12 +17,12 @@ from prove_resume import prove
 
 from pipeline import train
 from pipeline.checkpoint import State, load_checkpoint, load_state, save_state
-from pipeline.config import TrainConfig, recipe
 from pipeline.data import Split
 from pipeline.device import choose
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.paths import Paths
+from pipeline.recipes import TrainConfig, recipe
 
 FLIPS, CUTS = 1_000, 200  # of each file
 

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, Chain, error_line
 
 from pipeline.cli import main
 from pipeline.command import Settings
-from pipeline.config import DEFAULT_RECIPE, RECIPES, TrainConfig
+from pipeline.recipes import DEFAULT_RECIPE, RECIPES, TrainConfig
 
 PIPELINE = [sys.executable, "-m", "pipeline"]
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import RECIPES, PackageConfig, Recipe, ServeConfig, TrainConfig, recipe
+from pipeline.config import PackageConfig, ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
+from pipeline.recipes import RECIPES, Recipe, TrainConfig, recipe
 
 
 @pytest.mark.parametrize(

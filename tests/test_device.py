@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from pipeline import device
-from pipeline.config import RECIPES
 from pipeline.device import Placement, prepare
 from pipeline.errors import PipelineError
 from pipeline.model import build
+from pipeline.recipes import RECIPES
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_compiling_leaves_the_names_of_the_weights_as_they_are(
 # call there are more than ten thousand.
 COUNT_FAULTS = """
 import resource, torch
-from pipeline.config import RECIPES
+from pipeline.recipes import RECIPES
 from pipeline.device import Placement, keep_freed_memory, prepare
 from pipeline.model import build
 

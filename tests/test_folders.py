@@ -17,13 +17,14 @@ from PIL import Image, ImageDraw
 from pipeline import triton
 from pipeline.cli import main
 from pipeline.client import Client
-from pipeline.config import Recipe, ServeConfig
+from pipeline.config import ServeConfig
 from pipeline.data import Split, enough_epochs, load_split, verify
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.folders import _split, import_folder
 from pipeline.images import read_image
 from pipeline.paths import Paths
+from pipeline.recipes import Recipe
 from pipeline.serve import running_server, with_free_ports
 
 

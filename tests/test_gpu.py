@@ -7,10 +7,10 @@ import torch
 from conftest import Chain, error_line
 
 from pipeline import gpu
-from pipeline.config import TrainConfig, recipe
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import write_json
 from pipeline.machine import machine
+from pipeline.recipes import TrainConfig, recipe
 from pipeline.report import NOT_VERIFIED, gpu_markdown, rendered
 
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="{}" skipped="{}"/></testsuites>'

@@ -11,7 +11,18 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
-    *("errors", "config", "targets", "paths", "files", "machine", "usage", "ruled", "ink"),
+    *(
+        "errors",
+        "config",
+        "recipes",
+        "targets",
+        "paths",
+        "files",
+        "machine",
+        "usage",
+        "ruled",
+        "ink",
+    ),
     *("fitting", "images", "datasets", "data", "photo_light", "photos"),
     *("folders", "sources", "archives", "evaluate", "timing", "golden", "validate", "probes"),
     *("speed_table", "turns", "open_loop"),

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import RECIPES
 from pipeline.model import MEAN, STD, Net, build, eager_predictor, shared
+from pipeline.recipes import RECIPES
 
 
 def images(count: int) -> torch.Tensor:

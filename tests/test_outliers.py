@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import RECIPES, TrainConfig, recipe
 from pipeline.data import Split
 from pipeline.device import choose
 from pipeline.errors import PipelineError
 from pipeline.model import DigitNorm
 from pipeline.outliers import TURNS, Outliers, _turned
+from pipeline.recipes import RECIPES, TrainConfig, recipe
 from pipeline.train import Batches
 
 CPU = torch.device("cpu")

@@ -14,13 +14,13 @@ from conftest import REPOSITORY, Chain
 from safetensors.torch import load_file
 from torch import distributed
 
-from pipeline.config import recipe
 from pipeline.data import Split
 from pipeline.device import Placement
 from pipeline.errors import LostError, PipelineError
 from pipeline.files import sha256
 from pipeline.model import build
 from pipeline.processes import agreed, together
+from pipeline.recipes import recipe
 from pipeline.train import Batches
 
 CPU = torch.device("cpu")

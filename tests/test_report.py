@@ -8,10 +8,10 @@ import pytest
 from conftest import REPOSITORY, Chain, edit_json, error_line
 
 from pipeline import report
-from pipeline.config import RECIPES
 from pipeline.errors import PipelineError
 from pipeline.files import write_json
 from pipeline.provenance import SOURCES, recipe_digest, sources_digest, stale
+from pipeline.recipes import RECIPES
 
 FIGURES = REPOSITORY / "exported" / "figures"
 

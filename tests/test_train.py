@@ -14,11 +14,11 @@ from conftest import Chain, edit_json, error_line, flip_bit
 from pipeline import runs
 from pipeline import train as train_module
 from pipeline.checkpoint import State
-from pipeline.config import RECIPES, TrainConfig, recipe
 from pipeline.data import Split, load_split
 from pipeline.device import choose
 from pipeline.errors import PipelineError
 from pipeline.files import sha256
+from pipeline.recipes import RECIPES, TrainConfig, recipe
 from pipeline.records import CURVE_POINTS
 from pipeline.train import distortion, learning_rate, shuffled, train
 
