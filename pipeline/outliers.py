@@ -45,7 +45,7 @@ class Outliers:
 
     def written(self, digits: Tensor, labels: Tensor, count: int) -> Tensor:
         """Things of strokes (M, 1, H, W), most made of digits (B, 1, H, W) with labels (B,)."""
-        turned, mixed, letters = round(0.15 * count), count // 20, count // 3
+        turned, mixed, letters = round(0.15 * count), count // 20, count // 4
         strokes = count - turned - 3 * mixed - letters
         return torch.cat(
             [
