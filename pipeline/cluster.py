@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.files import locked, remove
 STORE_BYTES = 256 * 2**20  # of the object store, through which images go where a GPU scores them
 SCRATCH = f"pipeline-ray-{os.getuid() if hasattr(os, 'getuid') else 0}"
 MAX_SCRATCH_BYTES = 48  # of a path; Ray puts sockets below it, whose paths may have 107
+CONNECT_SECONDS = 10
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data's own actors make it warn of what does no harm
@@ -64,6 +66,7 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
 def _cluster(address: str) -> Iterator[None]:
     import ray
 
+    _require_listener(address)
     try:
         with _hushed():
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
@@ -73,6 +76,17 @@ def _cluster(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raise ServerError where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # such as "auto"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ServerError(f"no Ray at {address} ({error}): see 'ray status' there") from error
 
 
 @contextlib.contextmanager

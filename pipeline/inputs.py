@@ -77,7 +77,8 @@ def _in_folder(folder: str) -> Iterator[Source]:
             names = sorted(os.listdir(path))
         except OSError as error:
             found = True
-            yield Source(path, error=f"cannot read the folder {path} ({error.strerror})")
+            said = f"cannot read the folder {path} ({error.strerror}): check its rights"
+            yield Source(path, error=said)
             continue
         if (status.st_dev, status.st_ino) in visited:
             continue
@@ -97,6 +98,16 @@ def _in_folder(folder: str) -> Iterator[Source]:
         yield Source(folder, error=f"{folder} holds no files: name a folder of pictures")
 
 
+def text_of(name: str) -> str:
+    """A file's name, or a message with one, as UTF-8 can have it, which names need not be."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins so is of a format that is read here."""
+    return bool(_PICTURE.match(head))
+
+
 def gray_of(source: Source) -> np.ndarray | str:
     """The gray levels (H, W) that a source shows, or why there are none."""
     if source.error:
@@ -104,7 +115,7 @@ def gray_of(source: Source) -> np.ndarray | str:
     try:
         picture = Path(source.name) if source.content is None else source.content
         gray = read_gray(picture, source.name)
-    except PipelineError as error:
+    except (PipelineError, OSError) as error:  # the system's: no rights to the folder it is in
         return str(error)
     # Whatever the model is, there is nothing to ask about one even level.
     return gray if np.ptp(gray) else _blank(source)

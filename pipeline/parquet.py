@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
 from pipeline.errors import CorruptError, PipelineError
-from pipeline.inputs import Source, look
+from pipeline.inputs import Source, look, text_of
 
 NAMES, ID = ("image", "images"), "id"  # of columns, where nobody names them
+NO_ID = "its id is null"  # the reason of a row whose id is its number
 ROWS_AT_ONCE = 256  # of arrays: what fits into a core's cache is quicker
 # Of a column at once. Without it, or with pre_buffer, Arrow reads a row group's column whole.
 BUFFER_BYTES = 2**20
@@ -31,14 +32,14 @@ class Columns:
 
     image: str | None = None
     id: str | None = None
-    prefix: bool = False  # whether a row is named by its file as well, there being several
+    root: str | None = None  # where a row is named by its file as well: the folder of the files
 
 
 @dataclass(frozen=True)
 class Rows:
     """Images as a model takes them, each with its id; those with a reason are none."""
 
-    ids: np.ndarray  # int64 or str (N,)
+    ids: np.ndarray  # int64, uint64 or str (N,)
     images: np.ndarray  # uint8 (N, C, H, W), zeros where there is none
     reasons: np.ndarray  # str (N,): why there is no image; empty where there is one
 
@@ -65,9 +66,9 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def choose(
-    files: Iterable[Path], shape: tuple[int, ...], pictures: str, wanted: Columns
+    root: Path, files: Iterable[Path], shape: tuple[int, ...], pictures: str, wanted: Columns
 ) -> Columns:
-    """The columns to read, which every file must have alike."""
+    """The columns to read of the files below `root`, which every file must have alike."""
     paths = list(files)
     with _open(paths[0]) as first:
         schema = first.schema_arrow
@@ -91,7 +92,7 @@ def choose(
                         f"{path} has no column {name!r} of the type that {paths[0]} has "
                         f"({schema.field(name).type}): score it on its own"
                     )
-    return Columns(image, key, prefix=key is None and len(paths) > 1)
+    return Columns(image, key, str(root) if key is None and len(paths) > 1 else None)
 
 
 def _no_column(path: Path, name: str, schema: Any) -> str:
@@ -217,7 +218,7 @@ def _rows(
             rows = Rows(ids, found, np.full(len(batch), "", object))
         else:
             rows = rows_of(ids, [_one(value.as_py(), shape) for value in column], shape)
-    rows.reasons[missing] = "its id is null"
+    rows.reasons[missing] = NO_ID
     return rows
 
 
@@ -227,12 +228,16 @@ def _ids(
     """The ids (N,) of a batch, and which of them are null and became the row's number."""
     missing = np.zeros(len(batch), bool)
     if columns.id is None:
-        named = [f"{path.name}:{number}" for number in numbers] if columns.prefix else None
-        return (numbers if named is None else np.array(named, object)), missing
+        if columns.root is None:
+            return numbers, missing
+        name = text_of(str(path.relative_to(columns.root)))
+        return np.array([f"{name}:{number}" for number in numbers], object), missing
     column = batch.column(columns.id)
     missing = np.asarray(column.is_null())
     if pa.types.is_integer(column.type):
-        return np.asarray(pc.fill_null(column, 0)).astype(np.int64), missing
+        kind = np.uint64 if pa.types.is_uint64(column.type) else np.int64
+        values = np.asarray(pc.fill_null(column, 0)).astype(kind)
+        return np.where(missing, numbers.astype(kind), values), missing
     texts = zip(column.to_pylist(), numbers, strict=True)
     return np.array([f"row {n}" if i is None else str(i) for i, n in texts], object), missing
 

@@ -35,7 +35,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "gateway": ("gateway.py", "connections.py", "guard.py", "limits.py", "link.py", *RULES),
     "photos": ("recipes.py", *NETWORK, "photos.py", "photo_light.py", *RULES),
     "unsure": ("recipes.py", *NETWORK, "nondigits.py", *RULES),
-    "score": ("shards.py", "parquet.py", "scored.py", "cluster.py", "score.py", "runtime.py"),
+    "score": (
+        *("shards.py", "parquet.py", "scored.py", "scorer.py", "cluster.py", "score.py"),
+        "runtime.py",
+    ),
     "native": ("rounds.py", "verify.py", "yardstick.py"),
     "gpu": ("device.py", *NETWORK, "gpu.py"),
 }

@@ -8,27 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.cluster import connected
 from pipeline.config import ScoreConfig
 from pipeline.errors import PipelineError
-from pipeline.files import check_digest, locked, remove
+from pipeline.files import locked, remove
 from pipeline.machine import cores
-from pipeline.parquet import Columns, Rows
+from pipeline.parquet import Columns
 from pipeline.paths import Paths
-from pipeline.runtime import onnx_predictor
 from pipeline.scored import (
     Counts,
     Folder,
     Model,
     begin,
     finished,
-    score_rows,
     selected_model,
-    write,
 )
-from pipeline.shards import Cut, Shard, cut, read
+from pipeline.scorer import Reader, Scorer
+from pipeline.shards import Cut, Shard, cut
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,7 @@ def score(
     model = selected_model(paths)
     folder = Folder(Path(os.path.abspath(output)))
     place = Path(os.path.abspath(source))
+    _refuse_inside(output, source)
     with locked(folder.lock, f"another job is writing {output}: wait for it, or choose another"):
         whole = cut(place, model.shape, model.pictures, config.rows, folder.unpacked, columns)
         begin(folder, _job(whole, model, config))
@@ -105,6 +102,15 @@ def score(
             f"{folder.part(missing[0].index)} is not whole: run the same command again"
         )
     return _scored(output, model, ran, before, counts)
+
+
+def _refuse_inside(output: Path, source: Path) -> None:
+    """Raise PipelineError when the answers would lie in the folder that is read."""
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise PipelineError(
+            f"{output} lies in {source}, whose files are what is scored: choose an --output "
+            "outside of it"
+        )
 
 
 @dataclass
@@ -217,12 +223,13 @@ def _stream(
     CPUs read, and the images wait in the bounded object store.
     """
     from ray import data as ray_data
+    from ray.exceptions import RayError, UserCodeException
 
     context = ray_data.DataContext.get_current()
     context.enable_progress_bars = False
     items = [{"shard": pickle.dumps(shard)} for shard in missing]
     shards = ray_data.from_items(items, override_num_blocks=len(items))
-    rows = shards.map_batches(_Reader(source), batch_size=1, num_cpus=1)
+    rows = shards.map_batches(Reader(source), batch_size=1, num_cpus=1)
     where: dict[str, Any] = {"num_cpus": 1} if config.provider == "cpu" else {"num_gpus": 1}
     written = rows.map_batches(
         Scorer,
@@ -231,62 +238,13 @@ def _stream(
         compute=ray_data.ActorPoolStrategy(size=workers),
         **where,
     )
-    yield from written.iter_rows()
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads shards; what Ray carries about are arrays of one length."""
-
-    source: Cut
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        begun = time.time()
-        shard = pickle.loads(batch["shard"][0])
-        try:
-            rows = read(self.source, shard)
-        except PipelineError as error:
-            return _failed(error)
-        return {
-            "shard": np.full(shard.rows, shard.index),
-            "begun": np.full(shard.rows, begun),
-            "id": rows.ids,
-            "image": rows.images,
-            "reason": rows.reasons,
-        }
-
-
-class Scorer:
-    """A worker: a session of one thread, which answers shards and writes them."""
-
-    def __init__(self, model: Model, folder: Folder, config: ScoreConfig) -> None:
-        self.model, self.folder, self.config = model, folder, config
-        content = check_digest(Path(model.path), model.digest, "run the same command again")
-        self.predictor = onnx_predictor(content, threads=1, provider=config.provider)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write the answers to a shard; return how many images it had and when."""
-        if "failed" in batch:
-            return batch
-        index, begun = int(batch["shard"][0]), float(batch["begun"][0])
-        rows = Rows(batch["id"], batch["image"], batch["reason"])
-        try:
-            found = score_rows(rows, self.model, self.predictor, self.config)
-            write(self.folder, index, *found)
-        except PipelineError as error:
-            return _failed(error)
-        return _said(len(rows.ids), begun, time.time())
-
-
-def _failed(error: PipelineError) -> dict[str, np.ndarray]:
-    """An error of the user's as a row: as an exception it would come back as Ray's own."""
-    return _said(0, 0.0, 0.0, pickle.dumps(error))
-
-
-def _said(images: int, begun: float, ended: float, failed: bytes = b"") -> dict[str, np.ndarray]:
-    return {
-        "images": np.array([images]),
-        "begun": np.array([begun]),
-        "ended": np.array([ended]),
-        "failed": np.array([failed], object),
-    }
+    try:
+        yield from written.iter_rows()
+    except UserCodeException:  # a bug of ours
+        raise
+    except RayError as error:
+        last = str(error).strip().rpartition("\n")[2]
+        raise PipelineError(
+            f"Ray gave up ({type(error).__name__}: {last}): run the same command again, it goes "
+            "on where it stopped; with fewer --workers where memory was short"
+        ) from error

@@ -18,7 +18,7 @@ from pipeline.config import ScoreConfig
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor, predict
 from pipeline.files import read_json, remove, write_json, write_with
-from pipeline.parquet import Rows
+from pipeline.parquet import NO_ID, Rows
 from pipeline.paths import Paths
 from pipeline.prediction import probabilities
 from pipeline.replay import REPACKAGE
@@ -127,7 +127,7 @@ def begin(folder: Folder, record: Mapping[str, Any]) -> None:
         remove(left)
     mend = f"choose another --output, or remove {folder.path} to start anew"
     if not folder.job.exists():
-        if any(path != folder.lock for path in folder.path.iterdir()):
+        if set(folder.path.iterdir()) - {folder.lock, folder.unpacked}:
             raise PipelineError(f"{folder.path} holds other files, and no job of ours: {mend}")
         write_json(folder.job, record)
         return
@@ -170,9 +170,14 @@ def score_rows(
     reasons[asked[~whole]] = "the model's answer is not finite"
     table, unsure = _answers(rows.ids[asked[whole]], outputs[whole], model, config.top)
     bad = np.flatnonzero(reasons != "")
-    ids = [str(one) for one in rows.ids[bad]]
+    ids = [_named(*pair) for pair in zip(rows.ids[bad], reasons[bad], strict=True)]
     rejected = pa.table({"id": ids, "reason": reasons[bad].tolist()}, REJECTED)
     return table, rejected, Counts(len(table), len(bad), unsure)
+
+
+def _named(key: object, reason: str) -> str:
+    """What a rejected row is called: by its number where it has no id, as text ids have it."""
+    return f"row {key}" if reason == NO_ID and not isinstance(key, str) else str(key)
 
 
 def _answers(ids: np.ndarray, outputs: np.ndarray, model: Model, top: int) -> tuple[pa.Table, int]:
@@ -189,10 +194,10 @@ def _answers(ids: np.ndarray, outputs: np.ndarray, model: Model, top: int) -> tu
         [labels.take(pa.array(order.ravel())), pa.array(chances.ravel().astype(np.float32))],
         ["label", "probability"],
     )
-    text = ids.dtype.kind != "i"
+    kind = {"i": pa.int64(), "u": pa.uint64()}.get(ids.dtype.kind, pa.string())
     table = pa.table(
         {
-            "id": pa.array(ids, pa.string() if text else pa.int64()),
+            "id": pa.array(ids, kind),
             "label": labels.take(pa.array(order[:, 0])),
             "probability": pa.array(chances[:, 0].astype(np.float32)),
             "top": pa.ListArray.from_arrays(

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ import numpy as np
 from pipeline import parquet
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256, write_with
-from pipeline.inputs import Source, look, sources
+from pipeline.inputs import Source, is_picture, look, sources, text_of
 from pipeline.parquet import Columns, Rows
 
+HEAD_BYTES = 64  # which say what a file is
 PICTURES_A_SHARD = 512  # at most: to read a picture takes far longer than to read an array
 KINDS = "Parquet (a file or a folder), IDX (also .gz), .npy of uint8, or a folder of pictures"
 _IDX, _NPY, _GZIP, _PARQUET = b"\0\0\x08", b"\x93NUMPY", b"\x1f\x8b", b"PAR1"
@@ -72,14 +74,14 @@ def cut(
     """
     if not path.exists():
         raise PipelineError(f"no {path}: check the name")
-    files = _parquet_files(path)
+    below = _below(path) if path.is_dir() else []
+    files = _parquet_files(path, below)
     if files:
-        columns = parquet.choose(files, shape, pictures, wanted)
+        columns = parquet.choose(path, files, shape, pictures, wanted)
         shards = [Shard(i, *piece) for i, piece in enumerate(parquet.pieces(files, rows))]
         kind, listed = "parquet", files
     elif path.is_dir():
-        kind, columns = "pictures", None
-        listed = [Path(source.name) for source in sources([str(path)]) if not source.error]
+        kind, columns, listed = "pictures", None, below
         _require_pictures(path, pictures)
         shards = list(_pictures(listed, min(rows, PICTURES_A_SHARD)))
     else:
@@ -105,32 +107,65 @@ def read(source: Cut, shard: Shard) -> Rows:
         return _read_array(source, shard)
     seen = look([Source(name) for name in shard.names], source.pictures)
     root = Path(source.path)
-    ids = np.array([str(Path(name).relative_to(root)) for name in shard.names], object)
-    return parquet.rows_of(ids, [one.error or one.image for one in seen], source.shape)
+    ids = np.array([text_of(str(Path(name).relative_to(root))) for name in shard.names], object)
+    found = [text_of(one.error) if one.error else one.image for one in seen]
+    return parquet.rows_of(ids, found, source.shape)
 
 
 def _digest(path: Path, files: Iterable[Path]) -> str:
     """One SHA-256 that changes when a file comes, goes, or is written anew."""
     lines = []
     for file in files:
-        status = file.stat()
         name = file.name if file == path else str(file.relative_to(path))
-        lines.append(f"{name} {status.st_size} {status.st_mtime_ns}\n")
+        try:
+            status = file.stat()
+        except OSError:  # such as a link to nowhere, which is rejected when it is read
+            lines.append(f"{name}\n")
+        else:
+            lines.append(f"{name} {status.st_size} {status.st_mtime_ns}\n")
     return sha256("".join(lines).encode(errors="surrogateescape"))
 
 
-def _parquet_files(path: Path) -> list[Path]:
-    """The Parquet files at `path`; as its other readers do, none that begin with '.' or '_'."""
+def _below(folder: Path) -> list[Path]:
+    """All files below a folder; PipelineError where there are none, or a part is not readable."""
+    found = list(sources([str(folder)]))
+    for source in found:
+        if source.error:
+            raise PipelineError(source.error)
+    return [Path(source.name) for source in found]
+
+
+def _parquet_files(path: Path, below: list[Path]) -> list[Path]:
+    """The Parquet files at `path`; as its other readers do, none that begin with '.' or '_'.
+
+    Raises PipelineError when there is something else to score beside them.
+    """
     if not path.is_dir():
         return [path] if _begins(path, _PARQUET) else []
-    found = sorted(path.rglob("*.parquet"))
-    return [f for f in found if not f.relative_to(path).as_posix().startswith((".", "_"))]
+    shown = [f for f in below if not any(p[0] in "._" for p in f.relative_to(path).parts)]
+    files = sorted(file for file in shown if file.suffix == ".parquet")
+    for other in shown if files else ():
+        if other.suffix != ".parquet" and _is_scored(other):
+            raise PipelineError(
+                f"{path} holds Parquet ({files[0]}) and something else to score ({other}): put "
+                "one of them into another folder"
+            )
+    return files
+
+
+def _is_scored(path: Path) -> bool:
+    head = _head(path) if path.is_file() else b""
+    return is_picture(head) or head.startswith((_IDX, _NPY, _PARQUET))
 
 
 def _begins(path: Path, magic: bytes) -> bool:
+    return _head(path).startswith(magic)
+
+
+def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(len(magic)) == magic
+            return file.read(HEAD_BYTES)
     except OSError as error:
         raise PipelineError(f"cannot read {path} ({error.strerror}): check its rights") from error
 
@@ -155,13 +190,14 @@ def _plain(path: Path, unpacked: Path) -> Path:
         return path
 
     def unpack(temporary: Path) -> None:
-        with gzip.open(path) as packed, temporary.open("wb") as file:
-            shutil.copyfileobj(packed, file, 2**20)
+        # Here, since BadGzipFile is an OSError, which to write_with is one of the disk.
+        try:
+            with gzip.open(path) as packed, temporary.open("wb") as file:
+                shutil.copyfileobj(packed, file, 2**20)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise CorruptError(f"{path} cannot be unpacked ({error}): get it again") from error
 
-    try:
-        write_with(unpacked, unpack)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise CorruptError(f"{path} cannot be unpacked ({error}): get it again") from error
+    write_with(unpacked, unpack)
     return unpacked
 
 

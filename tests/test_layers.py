@@ -42,7 +42,7 @@ ORDER = [
     "yardstick",
     *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "candidate", "metrics"),
     *("server_process", "serve"),
-    *("parquet", "shards", "scored", "cluster", "score"),
+    *("parquet", "shards", "scored", "cluster", "scorer", "score"),
     *("comparison", "infer", "beside", "served_score", "measure"),
     *("watch", "state", "supervise", "swap"),
     *("logged", "significance", "packaged_profile", "drift"),

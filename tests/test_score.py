@@ -1,13 +1,16 @@
 """Offline classification on Ray: the answers, what is rejected, what a kill leaves."""
 
+import gzip
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import Chain, error_line
 from pyarrow import parquet as pq
-from test_shards import idx, png
+from test_shards import damaged, idx, png
 
 from pipeline import triton
 from pipeline.cli import main
@@ -31,11 +34,23 @@ from pipeline.parquet import Columns, Rows
 from pipeline.prediction import predicted
 from pipeline.runtime import onnx_predictor
 from pipeline.score import score
-from pipeline.scored import Counts, Folder, Model, begin, finished, score_rows, write
+from pipeline.scored import (
+    Counts,
+    Folder,
+    Model,
+    begin,
+    finished,
+    score_rows,
+    selected_model,
+    write,
+)
+from pipeline.scorer import Reader, Scorer
+from pipeline.shards import cut
 
 CLASSES = ("a", "b", "c")
 MODEL = Model("net", "3", "", "f" * 64, CLASSES, "log_probabilities", "digit", (1, 2, 2), 0.6)
 OUTPUTS = np.log([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5], [0.05, 0.9, 0.05]]).astype(np.float32)
+TOP_2 = ScoreConfig(top=2, batch_size=2)
 RECORD = {"source": "there", "digest": "f" * 64}
 
 
@@ -52,7 +67,7 @@ def scored_rows(outputs: np.ndarray, reasons: list[str], top: int = 2) -> tuple[
         rows_like(outputs, reasons),
         MODEL,
         lambda images: outputs[images[:, 0, 0, 0]],
-        ScoreConfig(top=top, batch_size=2),
+        replace(TOP_2, top=top),
     )
 
 
@@ -82,6 +97,19 @@ def test_what_is_rejected_has_a_row_in_the_side_table_and_none_among_the_answers
         {"id": "102", "reason": "the model's answer is not finite"},
     ]
     assert counts == Counts(1, 2, 0)
+
+
+def test_a_row_without_an_id_is_rejected_by_its_number() -> None:
+    _, rejected, _ = scored_rows(OUTPUTS, ["", "its id is null", "its image is null"])
+    assert rejected["id"].to_pylist() == ["row 101", "102"]
+
+
+def test_ids_beyond_63_bits_are_written_as_they_are() -> None:
+    rows = rows_like(OUTPUTS, ["", "", "bad"])
+    rows = replace(rows, ids=rows.ids.astype(np.uint64) + np.uint64(2**63))
+    table, rejected, _ = score_rows(rows, MODEL, lambda images: OUTPUTS[: len(images)], TOP_2)
+    assert table["id"].to_pylist() == [2**63 + 100, 2**63 + 101]
+    assert rejected["id"].to_pylist() == [str(2**63 + 102)]
 
 
 def test_a_shard_without_any_image_has_an_empty_file_of_the_same_columns() -> None:
@@ -243,6 +271,104 @@ def test_what_goes_wrong_in_a_worker_is_an_error_in_a_line(
     source.write_bytes(content)
     with pytest.raises(CorruptError, match="a.parquet cannot be read on"):
         score(made.paths, source, tmp_path / "out", ScoreConfig(), Columns())
+
+
+def test_what_is_compressed_is_scored_and_goes_on(
+    a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "images.gz", tmp_path / "out"
+    source.write_bytes(gzip.compress(idx(digits[:, 0])))
+    config = ScoreConfig(rows=60, workers=1)
+    assert score(made.paths, source, out, config, Columns()).scored == 100
+    (out / "part-000001.parquet").unlink()
+    assert score(made.paths, source, out, config, Columns()).resumed == 60
+    assert set(rows_in(out)) == set(range(100))
+    assert not (out / "_unpacked").exists()
+    source.write_bytes(damaged(source.read_bytes(), -8))
+    result = made.run("score", str(source), "--output", str(tmp_path / "other"))
+    assert result.exit_code == 4
+    assert "cannot be unpacked" in error_line(result)
+
+
+def test_odd_names_and_links_do_not_stop_a_folder(
+    a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "pictures", tmp_path / "out"
+    source.mkdir()
+    (source / os.fsdecode(b"day\xe9.png")).write_bytes(png(digits[0]))
+    (source / os.fsdecode(b"no\xe9.png")).touch()
+    (source / "gone.png").symlink_to("nowhere")
+    done = score(made.paths, source, out, ScoreConfig(workers=1), Columns())
+    assert (done.images, done.scored, done.rejected) == (3, 1, 2)
+    assert set(rows_in(out)) == {"day\\xe9.png"}
+    assert set(rows_in(out / "_rejected")) == {"gone.png", "no\\xe9.png"}
+
+
+@pytest.mark.parametrize("inside", [".", "out", "below/out"])
+def test_answers_are_not_put_into_the_folder_that_is_read(
+    made: Chain, digits: np.ndarray, tmp_path: Path, inside: str
+) -> None:
+    (tmp_path / "0.png").write_bytes(png(digits[0]))
+    result = made.run("score", str(tmp_path), "--output", str(tmp_path / inside))
+    assert result.exit_code == 1
+    assert "choose an --output outside of it" in error_line(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+
+
+def test_what_the_system_refuses_a_worker_is_an_error_in_a_line(
+    made: Chain, digits: np.ndarray, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(idx(digits[:, 0]))
+    whole = cut(source, (1, 28, 28), "digit", 100, tmp_path / "unused", Columns())
+    source.unlink()
+    shard = {"shard": np.array([pickle.dumps(whole.shards[0])], object)}
+    error = pickle.loads(Reader(whole)(shard)["failed"][0])
+    assert str(error).startswith(f"{source} fails a worker (No such file or directory): check")
+
+
+def test_a_worker_without_its_model_says_so_with_its_first_shard(
+    made: Chain, digits: np.ndarray, tmp_path: Path
+) -> None:
+    model = replace(selected_model(made.paths), path=str(tmp_path / "model.onnx"))
+    source = tmp_path / "source"
+    source.write_bytes(idx(digits[:, 0]))
+    whole = cut(source, (1, 28, 28), "digit", 100, tmp_path / "unused", Columns())
+    rows = Reader(whole)({"shard": np.array([pickle.dumps(whole.shards[0])], object)})
+    scorer = Scorer(model, Folder(tmp_path / "out"), ScoreConfig())
+    error = pickle.loads(scorer(rows)["failed"][0])
+    assert str(error) == f"no {model.path}: run the same command again"
+
+
+def test_where_ray_gives_up_one_line_says_why(
+    a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import RayError  # not before `a_ray` has set what Ray reads
+
+    def fail(self: object) -> None:
+        raise RayError("Traceback\n  many lines\nthe node is low on memory\n")
+
+    monkeypatch.setattr("ray.data.Dataset.iter_rows", fail)
+    source = tmp_path / "source"
+    source.write_bytes(idx(digits[:, 0]))
+    result = made.run("score", str(source), "--output", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    said = "Ray gave up (RayError: the node is low on memory): run the same command again"
+    assert said in error_line(result)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999"])
+def test_an_address_where_nothing_listens_is_one_line_and_exit_status_5(
+    made: Chain, digits: np.ndarray, tmp_path: Path, address: str
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(idx(digits[:, 0]))
+    command = [sys.executable, "-m", "pipeline", "--root", str(made.root), "score", str(source)]
+    command += ["--output", str(tmp_path / "out"), "--address", address]
+    # In a process of its own: in this one there is a Ray already.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+    assert done.returncode == 5
+    assert done.stderr.startswith(f"Error: no Ray at {address} (")
 
 
 def children(pid: int) -> set[int]:

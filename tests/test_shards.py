@@ -136,6 +136,83 @@ def test_a_folder_of_parquet_names_each_row_by_its_file(tmp_path: Path) -> None:
     assert ids == ["a.parquet:0", "a.parquet:1", "b.parquet:0", "b.parquet:1"]
 
 
+def test_files_of_one_name_in_several_folders_have_different_ids(tmp_path: Path) -> None:
+    for name in ("one", "two/_hidden", "two", ".hidden", "two/.hidden"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        table = pa.table({"image": COLUMNS["flat"].slice(0, 1)})
+        pq.write_table(table, tmp_path / name / "a.parquet")
+    ids, _, _ = everything(cut_(tmp_path))
+    assert ids == ["one/a.parquet:0", "two/a.parquet:0"]
+
+
+@pytest.mark.parametrize("content", [PICTURES[0], idx(IMAGES[:, 0]), b"\x93NUMPY"])
+def test_parquet_beside_something_else_to_score_is_refused(tmp_path: Path, content: bytes) -> None:
+    pq.write_table(pa.table({"image": COLUMNS["flat"]}), tmp_path / "a.parquet")
+    (tmp_path / "README.md").write_text("About these digits")
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / "gone").symlink_to("nowhere")
+    assert cut_(tmp_path).rows == 50
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "more").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"Parquet \(.*a.parquet\) and .*below/more\): put one"):
+        cut_(tmp_path)
+
+
+def test_a_part_of_a_folder_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.listdir
+
+    def refusing(path: str) -> list[str]:  # to root, rights are none
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    (made(tmp_path, "folder") / "closed").mkdir()
+    monkeypatch.setattr(os, "listdir", refusing)
+    with pytest.raises(PipelineError, match="folder/closed .Permission denied.: check its rights"):
+        cut_(tmp_path / "folder")
+
+
+def test_a_link_to_nowhere_and_a_name_that_is_no_utf_8_do_not_stop_the_others(
+    tmp_path: Path,
+) -> None:
+    folder = made(tmp_path, "folder")
+    (folder / "gone.png").symlink_to("nowhere")
+    (folder / os.fsdecode(b"day\xe9.png")).write_bytes(PICTURES[0])
+    (folder / os.fsdecode(b"no\xe9.png")).write_text("no picture")
+    source = cut_(folder)
+    ids, images, reasons = everything(source)
+    assert ids[:3] == ["day\\xe9.png", "gone.png", "no\\xe9.png"]
+    np.testing.assert_array_equal(images[3:], IMAGES)
+    assert (reasons[0], set(reasons[3:])) == ("", {""})
+    assert "no image file" in reasons[1]
+    assert "no\\xe9.png cannot be read as an image" in pa.array(reasons)[2].as_py()
+    (folder / "gone.png").unlink()
+    assert cut_(folder).digest != source.digest
+
+
+def test_a_picture_that_the_system_refuses_has_that_as_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = cut_(made(tmp_path, "folder"))
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refused)  # as where the folder may be listed and no more
+    assert "Permission denied" in read(source, source.shards[0]).reasons[0]
+
+
+def test_ids_that_are_whole_numbers_stay_what_they_are(tmp_path: Path) -> None:
+    values = [2**64 - 1, None, 2**53 + 1]
+    table = pa.table({"id": pa.array(values, pa.uint64()), "image": COLUMNS["flat"].slice(0, 3)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    ids, _, reasons = everything(cut_(tmp_path / "a.parquet"))
+    assert ids == [2**64 - 1, 1, 2**53 + 1]
+    assert reasons == ["", "its id is null", ""]
+
+
 def test_what_is_no_image_has_a_reason_and_the_others_are_read(tmp_path: Path) -> None:
     good = IMAGES[0, 0].tolist()
     values = [
@@ -191,6 +268,13 @@ def test_the_columns_can_be_named(tmp_path: Path) -> None:
         cut_(tmp_path / "a.parquet", columns=Columns("one", "name"))
 
 
+def damaged(content: bytes, index: int) -> bytes:
+    """The same with another byte there."""
+    changed = bytearray(content)
+    changed[index] ^= 0xFF
+    return bytes(changed)
+
+
 def saved(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
@@ -208,6 +292,8 @@ def saved(array: np.ndarray) -> bytes:
         (idx(IMAGES[:, 0])[:-1], "is cut: its header says 50 images", CorruptError),
         (b"\0\0\x08\x03\0", "ends inside its header", CorruptError),
         (gzip.compress(idx(IMAGES[:, 0]))[:-20], "cannot be unpacked", CorruptError),
+        (damaged(gzip.compress(FLAT.tobytes()), -8), "cannot be unpacked.*CRC", CorruptError),
+        (damaged(gzip.compress(bytes(9999)), 12), "cannot be unpacked.*-3", CorruptError),
         (saved(IMAGES)[:-1], "is cut", CorruptError),
         (saved(IMAGES.astype(np.float32)), "holds <f4", PipelineError),
         (saved(np.asfortranarray(IMAGES[:, 0])), "uint8 in C order", PipelineError),
@@ -228,7 +314,7 @@ def test_no_source_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="no .*nowhere: check the name"):
         cut_(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PipelineError, match="empty holds no images: give Parquet"):
+    with pytest.raises(PipelineError, match="empty holds no files: name a folder"):
         cut_(tmp_path / "empty")
 
 
