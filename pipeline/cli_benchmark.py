@@ -116,7 +116,7 @@ def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
     from pipeline.report import render_readme, save_benchmark
     from pipeline.speed_table import csv_of, table
 
-    before = comparison.read(asked.compare, asked.kinds) if asked.compare else {}
+    before = comparison.read(asked.compare, asked.kinds, paths.name) if asked.compare else {}
     found = _speeds(settings, paths, asked)
     rows = [row for one in found.values() for row in one.rows]
     records = {what: one.record() for what, one in found.items()}
