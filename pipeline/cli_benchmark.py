@@ -1,15 +1,29 @@
 """The command that measures: recipes, runtimes, a server, photos, and what is no digit."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from pipeline.command import Command, Settings, name_option, paths_of
 from pipeline.paths import Paths
 
 KINDS = ("train", "infer", "serve", "photos", "unsure", "all")  # all: infer and serve
+SPEED = ("infer", "serve", "all")
+# Which kinds use an option that not all of them do.
+USED_BY: dict[str, tuple[str, ...]] = {
+    "name": KINDS[1:],
+    "short": (*SPEED, "photos"),
+    "csv": SPEED,
+    "compare": SPEED,
+    "rate": ("serve", "all"),
+    **dict.fromkeys(("recipes", "seeds", "resume"), ("train",)),
+    "figures": ("train", "serve", "all", "photos", "unsure"),
+}
+MOST_A_SECOND = 1_000_000  # requests, which are drawn before they are sent
 
 
 @dataclass(frozen=True)
@@ -24,17 +38,26 @@ class _Asked:
     figures: bool
 
 
+def _finite(
+    context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no rate")
+    return value
+
+
 @click.command(cls=Command)
 @click.option("--what", type=click.Choice(KINDS), default="train", show_default=True)
 @name_option
-@click.option("--short", is_flag=True, help="All but train: measure for seconds, not minutes.")
+@click.option("--short", is_flag=True, help="infer, serve, photos: for seconds, not minutes.")
 @click.option(
     "--csv", type=click.Path(path_type=Path), help="infer, serve: write the rows here too."
 )
 @click.option("--compare", type=click.Path(path_type=Path), help="Hold it against such a JSON.")
 @click.option(
     "--rate",
-    type=click.FloatRange(1),
+    type=click.FloatRange(1, MOST_A_SECOND),
+    callback=_finite,
     help="serve: requests a second that arrive in the open loop.  [default: half of what the "
     "closed loop did]",
 )
@@ -69,6 +92,7 @@ def benchmark_command(
       pipeline benchmark --what photos
       pipeline benchmark --what unsure
     """
+    _require_used(what)
     if what == "unsure":
         _measure_unsure(settings, paths_of(settings, name), figures)
     elif what == "photos":
@@ -79,6 +103,17 @@ def benchmark_command(
         kinds = ("infer", "serve") if what == "all" else (what,)
         asked = _Asked(kinds, short, rate, csv, compare, figures)
         _measure_speed(settings, paths_of(settings, name), asked)
+
+
+def _require_used(what: str) -> None:
+    """Refuse an option on the command line that this kind of benchmark would leave out."""
+    context = click.get_current_context()
+    for option, kinds in USED_BY.items():
+        is_given = context.get_parameter_source(option) is ParameterSource.COMMANDLINE
+        if is_given and what not in kinds:
+            raise click.UsageError(
+                f"--what {what} has no use for --{option}: that is for --what {', '.join(kinds)}"
+            )
 
 
 def _measure_training(
@@ -114,9 +149,11 @@ def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
     from pipeline import comparison
     from pipeline.files import write_bytes
     from pipeline.report import render_readme, save_benchmark
-    from pipeline.speed_table import csv_of, table
+    from pipeline.speed_table import csv_of, require_place, table
 
-    before = comparison.read(asked.compare, asked.kinds) if asked.compare else {}
+    if asked.csv:
+        require_place(asked.csv)
+    before = comparison.read(asked.compare, asked.kinds, paths.name) if asked.compare else {}
     found = _speeds(settings, paths, asked)
     rows = [row for one in found.values() for row in one.rows]
     records = {what: one.record() for what, one in found.items()}

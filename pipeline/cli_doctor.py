@@ -22,7 +22,7 @@ def doctor_command(settings: Settings) -> None:
     settings.say("looking; a server is started for a moment")
     try:
         from pipeline.doctor import examine
-    except ImportError as error:
+    except Exception as error:  # whatever a library raises that does not fit the others
         examined = installed.alone(error)
     else:
         examined = examine(paths_of(settings))

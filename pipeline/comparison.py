@@ -18,8 +18,10 @@ from typing import Any
 from pipeline.errors import CheckFailedError, PipelineError
 
 YARDSTICKS = ("yardstick", "no-op")  # the first that is there; records of old have the second
+BESIDE = (*YARDSTICKS, "ONNX Runtime")  # rows beside those of the model: they tell nothing of it
 LEAST_ROUNDS = 3
 MEND = "it must be what 'pipeline benchmark --json' printed, or wrote, for the same --what"
+UNSOUND = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 SLOWER = 0.10  # of a row's speed, that counts
 LESS_ACCURATE = 0.0005  # of the images, as a fraction
 # How many standard errors a row must lie apart, by how many rounds count. Simulated with rounds
@@ -61,6 +63,7 @@ class Comparison:
     changes: tuple[Change, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
+    of_model: int  # speeds that were compared of the model itself, not of what ran beside it
 
     @property
     def worse(self) -> list[Change]:
@@ -88,10 +91,10 @@ class Comparison:
         return "\n".join(told)
 
 
-def read(file: Path, asked: Sequence[str]) -> dict[str, dict[str, Any]]:
+def read(file: Path, asked: Sequence[str], name: str) -> dict[str, dict[str, Any]]:
     """The records in a benchmark's JSON, by what was measured.
 
-    Raises PipelineError unless there is one of each that is `asked`.
+    Raises PipelineError unless there is one of each that is `asked`, of the model of that name.
     """
     try:
         record = json.loads(file.read_bytes())
@@ -104,7 +107,15 @@ def read(file: Path, asked: Sequence[str]) -> dict[str, dict[str, Any]]:
         one = record.get(what) if record.get("what") == "all" else record
         if not isinstance(one, dict) or one.get("what") != what:
             raise PipelineError(f"{file} has no measurement of {what}: {MEND}")
-        _rounds("speed", one)
+        try:
+            compare(one, one)  # what can be held against itself has all that is needed
+        except UNSOUND as error:
+            raise _no_measurement(error) from error
+        if one.get("name") != name:
+            raise PipelineError(
+                f"{file} is a measurement of the model {one.get('name')}, and {name} would be "
+                "measured: give --name, or a measurement of the same model"
+            )
         found[what] = one
     return found
 
@@ -117,23 +128,42 @@ def compare(
 ) -> Comparison:
     """What changed between two records of one kind of benchmark."""
     changes: list[Change] = []
-    olds, news = ({_name(row): row for row in record["rows"]} for record in (before, after))
+    olds = {_name(row): row for row in before["rows"]}
     for what in SHARED:
         changes += _speeds(what, before, after, slower)
     changes += _accuracies(before, after, less_accurate)
     return Comparison(
         tuple(changes),
-        tuple(row for row in olds if row not in news),
-        tuple(row for row in news if row not in olds),
+        tuple(_only(before, after)),
+        tuple(_only(after, before)),
+        sum(one.what == "speed" and olds[one.row]["name"] not in BESIDE for one in changes),
     )
 
 
 def require_no_worse(comparison: Comparison) -> None:
-    """Raise CheckFailedError where something got worse beyond noise and threshold."""
+    """Raise CheckFailedError where something got worse beyond noise and threshold.
+
+    Raises PipelineError where nothing of the model was compared.
+    """
     if worse := comparison.worse:
         raise CheckFailedError(
             f"{len(worse)} of {len(comparison.changes)} got worse: " + "; ".join(map(str, worse))
         )
+    if not comparison.of_model:
+        raise PipelineError(f"no row of the model is in both, so nothing was compared: {MEND}")
+
+
+def _only(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """What the one record has and the other one lacks."""
+    there = {_name(row) for row in theirs["rows"]}
+    yield from (name for row in ours["rows"] if (name := _name(row)) not in there)
+    scored = theirs.get("scores", {})
+    yield from (f"accuracy of {name}" for name in ours.get("scores", {}) if name not in scored)
+
+
+def _no_measurement(error: Exception) -> PipelineError:
+    said = f"{type(error).__name__}: {error}"
+    return PipelineError(f"no measurement to compare with ({said}): {MEND}")
 
 
 def _rounds(what: str, record: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -148,10 +178,8 @@ def _rounds(what: str, record: Mapping[str, Any]) -> dict[str, list[float]]:
         if what == "latency":  # of a core that nobody else had: no round differs from another
             theirs = [statistics.mean(_faster_half(theirs))] * len(theirs)
         return {name: _parts(ours, theirs) for name, ours in rounds.items()}
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise PipelineError(
-            f"no measurement to compare with ({type(error).__name__}: {error}): {MEND}"
-        ) from error
+    except UNSOUND as error:
+        raise _no_measurement(error) from error
 
 
 def _throughputs(row: Mapping[str, Any]) -> list[float]:
@@ -174,6 +202,8 @@ def _parts(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Parts of the yardstick's same rounds. A row that settled early has fewer than that."""
     if not LEAST_ROUNDS <= len(ours) <= len(theirs):
         raise ValueError(f"{len(ours)} rounds tell nothing of noise")
+    if not all(map(math.isfinite, (*ours, *theirs))):
+        raise ValueError("a speed is no number")
     return _faster_half([our - their for our, their in zip(ours, theirs, strict=False)])
 
 
@@ -228,6 +258,13 @@ def _accuracies(
     olds, news = before.get("scores", {}), after.get("scores", {})
     for name in olds:
         if name in news:
-            old, new = olds[name]["accuracy"], news[name]["accuracy"]
+            old, new = _accuracy(olds[name]), _accuracy(news[name])
             verdict = "worse" if new < old - less else "better" if new > old + less else "same"
             yield Change(name, "accuracy", old, new, 0.0, verdict)
+
+
+def _accuracy(score: Mapping[str, Any]) -> float:
+    accuracy = float(score["accuracy"])
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"{accuracy} is no accuracy")
+    return accuracy

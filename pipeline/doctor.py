@@ -17,8 +17,8 @@ from pipeline import installed, lint_live, tritonserver
 from pipeline.config import ServeConfig
 from pipeline.data import verify
 from pipeline.datasets import DEFAULT_DATASET
-from pipeline.errors import PipelineError
-from pipeline.installed import Check, Examined
+from pipeline.errors import CorruptError, PipelineError
+from pipeline.installed import Check, Examined, in_a_line, looked
 from pipeline.paths import Paths
 from pipeline.running import serving
 
@@ -27,6 +27,10 @@ DISK_BYTES = 1 << 30  # for data, runs and exports, generously
 SHARED_BYTES = 64 << 20  # of /dev/shm, for the server and its stubs
 DOCKER_SECONDS = 5.0
 REBUILD_SERVER = "rm -rf .venv-triton && make .venv-triton"
+FETCH = "pipeline data fetch"
+REMOUNT = "mount -o remount,size=1G /dev/shm  # of a container: --shm-size=1g"
+
+Look = tuple[str, str, Callable[[], list[Check]]]  # at what, what mends it if it fails, the look
 
 
 def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
@@ -38,17 +42,29 @@ def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
         model = Path(scratch) / "models" / "doctor" / "1" / "model.onnx"
         model.parent.mkdir(parents=True)
         model.write_bytes(_doubling())
-        slow: list[Callable[[], list[Check]]] = [
-            installed.torch,
-            lambda: installed.runtime(model),
-            lambda: _server(paths, model),
-            lambda: _data(paths),
+        slow: list[Look] = [
+            ("torch", installed.REBUILD, installed.torch),
+            ("ONNX Runtime", installed.REBUILD, lambda: installed.runtime(model)),
+            ("tritonserver", _server_mend(paths), lambda: _server(paths, model)),
+            ("data", FETCH, lambda: _data(paths)),
         ]
-        begun = [pool.submit(look) for look in slow]
-        quick = [*installed.python(), *installed.packages(), *installed.runtimes()]
-        around = [*_folders(paths), *_disk(paths), *_shared_memory(), *_ports(paths, config)]
+        begun = [pool.submit(looked, *look) for look in slow]
+        quick = installed.quick()
+        around = [found for look in _around(paths, config) for found in looked(*look)]
         torch, runtime, server, data = (job.result() for job in begun)
-    return Examined((*quick, *torch, *installed.gpu(torch), *runtime, *server, *data, *around))
+    gpu = looked("GPU", installed.REBUILD, lambda: installed.gpu(torch))
+    return Examined((*quick, *torch, *gpu, *runtime, *server, *data, *around))
+
+
+def _around(paths: Paths, config: ServeConfig) -> list[Look]:
+    """Looks at what is around the main job: its folders, its space, its ports."""
+    reach = f"chmod u+rwx {paths.root.absolute()}"
+    return [
+        ("folders", reach, lambda: _folders(paths)),
+        ("disk", reach, lambda: _disk(paths)),
+        ("shared memory", REMOUNT, _shared_memory),
+        ("ports", "pipeline serve --port auto", lambda: _ports(paths, config)),
+    ]
 
 
 def _server(paths: Paths, model: Path) -> list[Check]:
@@ -57,12 +73,10 @@ def _server(paths: Paths, model: Path) -> list[Check]:
     try:
         runtime = tritonserver.find(paths, "auto")
     except PipelineError as error:
-        message = " ".join(str(error).split())
-        mend = REBUILD_SERVER if "numpy" in message else "make .venv-triton"
-        return [Check("problem", what, message, mend)]
+        return [Check("problem", what, in_a_line(error), _server_mend(paths))]
     checks = [*_glibc(runtime), *_server_numpy(paths, runtime)]
     if runtime.kind == "docker":
-        return _docker(runtime)
+        return _docker(paths, runtime)
     (model.parent.parent / "config.pbtxt").write_text(_CONFIG)
     try:
         (trial,) = lint_live.try_models(model.parents[2], ["doctor"], paths)
@@ -74,7 +88,15 @@ def _server(paths: Paths, model: Path) -> list[Check]:
     return [*checks, Check("ok", what, f"{runtime}: started, loaded a model, answered")]
 
 
-def _docker(runtime: tritonserver.Runtime) -> list[Check]:
+def _server_mend(paths: Paths) -> str:
+    """What brings a server here; make does not look into an environment that it has built."""
+    if not tritonserver.fits_wheel():
+        return f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
+    is_there = os.path.lexists(paths.triton_environment)
+    return REBUILD_SERVER if is_there else "make .venv-triton"
+
+
+def _docker(paths: Paths, runtime: tritonserver.Runtime) -> list[Check]:
     """Whether Docker's engine answers; the image, which is large, is not brought for a check."""
     command = [runtime.program[0], "info", "--format", "{{.ServerVersion}}"]
     try:
@@ -86,7 +108,8 @@ def _docker(runtime: tritonserver.Runtime) -> list[Check]:
         said = ""
     if not said:
         found = "docker is here and its engine does not answer; no server's environment either"
-        return [Check("problem", "tritonserver", found, "make .venv-triton")]
+        mend = _server_mend(paths) if tritonserver.fits_wheel() else "start Docker's engine"
+        return [Check("problem", "tritonserver", found, mend)]
     return [Check("ok", "tritonserver", f"{runtime}, engine {said}; not started")]
 
 
@@ -129,11 +152,11 @@ def _server_numpy(paths: Paths, runtime: tritonserver.Runtime) -> list[Check]:
 
 
 def _data(paths: Paths) -> list[Check]:
-    folder, mend = paths.data(DEFAULT_DATASET), "pipeline data fetch"
+    folder = paths.data(DEFAULT_DATASET)
     try:
         verify(DEFAULT_DATASET, folder)
     except (PipelineError, OSError) as error:
-        return [Check("problem", "data", " ".join(str(error).split()), mend)]
+        return [Check("problem", "data", " ".join(str(error).split()), FETCH)]
     return [Check("ok", "data", f"{folder}: every file matches its SHA-256")]
 
 
@@ -141,10 +164,15 @@ def _folders(paths: Paths) -> list[Check]:
     """Whether files can be made where the main job makes them."""
     wrong = []
     for folder in (paths.data(DEFAULT_DATASET), paths.root / "runs", paths.root / "exported"):
-        there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        there = _nearest(folder)
         if said := _unwritable(there):
             wrong.append(Check("problem", "folders", f"{there}: {said}", f"chmod u+rwx {there}"))
     return wrong or [Check("ok", "folders", f"data, runs and exported in {paths.root.absolute()}")]
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one around it that is there."""
+    return next(one for one in (folder, *folder.absolute().parents) if one.exists())
 
 
 def _unwritable(folder: Path) -> str:
@@ -160,7 +188,7 @@ def _unwritable(folder: Path) -> str:
 
 
 def _disk(paths: Paths) -> list[Check]:
-    free = shutil.disk_usage(paths.root.absolute()).free
+    free = shutil.disk_usage(_nearest(paths.root)).free
     said = f"{free / (1 << 30):.1f} GiB are free"
     if free < DISK_BYTES:
         return [Check("problem", "disk", f"{said}, and 1 GiB is needed", "make clean")]
@@ -173,17 +201,21 @@ def _shared_memory() -> list[Check]:
         return []  # not Linux: no server of the wheel either
     free = shutil.disk_usage(folder).free
     said = f"{free >> 20} MiB are free in {folder}"
-    mend = f"mount -o remount,size=1G {folder}  # of a container: --shm-size=1g"
     if refusal := _unwritable(folder):
-        return [Check("problem", "shared memory", f"{folder}: {refusal}", mend)]
+        return [Check("problem", "shared memory", f"{folder}: {refusal}", REMOUNT)]
     if free < SHARED_BYTES:
         said += f", and the server needs {SHARED_BYTES >> 20}"
-        return [Check("problem", "shared memory", said, mend)]
+        return [Check("problem", "shared memory", said, REMOUNT)]
     return [Check("ok", "shared memory", said)]
 
 
 def _ports(paths: Paths, config: ServeConfig) -> list[Check]:
-    if server := serving(paths):
+    try:
+        server = serving(paths)
+    except CorruptError as error:
+        mend = f"rm {paths.server}  # once you have stopped what you started"
+        return [Check("problem", "ports", in_a_line(error), mend)]
+    if server:
         return [Check("ok", "ports", f"our server has its own (pid {server.pid})")]
     taken = []
     for service, port in tritonserver.ports(config).items():

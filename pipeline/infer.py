@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.files import read_json, write_json
+from pipeline.files import check_digest, read_json, write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.speed_table import table
@@ -31,6 +31,7 @@ from pipeline.workers import (
 )
 
 BESIDE = 4  # cells from one window of the yardstick to the next
+VALIDATE = "run 'pipeline validate' first"
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,11 @@ def benchmark_inference(
 ) -> Inference:
     """Measure the export `paths.name` in every runtime, in turns; write inference.json.
 
-    Raises CheckFailedError when an answer was wrong.
+    Raises CheckFailedError when an answer was wrong, CorruptError when a file is not what was
+    exported and validated.
     """
     manifest = read_json(paths.manifest, EXPORT)
+    _require_whole(paths, manifest)
     runtimes = [
         Runtime(name, precision, threads)
         for name, precisions in ((EAGER, ["fp32"]), (RUNTIME, _precisions(manifest)))
@@ -108,6 +111,14 @@ def benchmark_inference(
     result = Inference(paths.name, digest, config, rows, scores, said)
     write_json(paths.inference, result.record())
     return result
+
+
+def _require_whole(paths: Paths, manifest: dict[str, Any]) -> None:
+    """Raise where a model or its golden set is missing, or has other bytes than are recorded."""
+    for precision in _precisions(manifest):
+        model, golden = paths.variant(precision), paths.variant_golden(precision)
+        check_digest(model, manifest["files"].get(model.name), EXPORT)
+        check_digest(golden, manifest["files"].get(golden.name), VALIDATE)
 
 
 def _precisions(manifest: dict[str, Any]) -> list[str]:

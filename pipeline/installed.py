@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,10 +67,33 @@ def require_sound(examined: Examined) -> None:
         )
 
 
-def alone(error: ImportError) -> Examined:
-    """What can be said where a library is missing that doctor itself needs."""
-    check = Check("problem", "pipeline", f"does not start: {error}", REBUILD)
-    return Examined((*python(), *packages(), *runtimes(), check))
+def looked(what: str, mend: str, look: Callable[[], list[Check]]) -> list[Check]:
+    """What a look finds; one that fails is a problem, and the others still look."""
+    try:
+        return look()
+    except Exception as error:  # whatever a damaged machine makes of it
+        return [Check("problem", what, in_a_line(error), mend)]
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says; its kind as well, where it was not raised for people."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, PipelineError) else f"{type(error).__name__}: {said}"
+
+
+def alone(error: Exception) -> Examined:
+    """What can be said where a library that doctor itself needs is missing or does not start."""
+    check = Check("problem", "pipeline", f"does not start: {in_a_line(error)}", REBUILD)
+    return Examined((*quick(), check))
+
+
+def quick() -> list[Check]:
+    """What can be seen of the packages without a process."""
+    return [
+        *looked("Python", REBUILD, python),
+        *looked("packages", REBUILD, packages),
+        *looked("ONNX Runtime", REBUILD, runtimes),
+    ]
 
 
 def python() -> list[Check]:
@@ -88,7 +111,7 @@ def packages() -> list[Check]:
     try:
         asked = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        return [Check("problem", "packages", f"{DISTRIBUTION} is not installed", "make .venv")]
+        return [Check("problem", "packages", f"{DISTRIBUTION} is not installed", REBUILD)]
     wrong = [said for line in asked if (said := _unmet(Requirement(line)))]
     if wrong:
         return [Check("problem", "packages", "; ".join(wrong), REBUILD)]

@@ -189,7 +189,13 @@ class Server:
 
     def counters(self, name: str) -> Counters:
         """What Triton has counted of a model."""
-        answer = self._client.get_inference_statistics(name, client_timeout=TIMEOUT)
+        try:
+            answer = self._client.get_inference_statistics(name, client_timeout=TIMEOUT)
+        except InferenceServerException as error:
+            raise ServerError(
+                f"the server no longer says what it has counted of {name}, it may have died: "
+                f"{error.message()}"
+            ) from error
         stats = answer.model_stats[-1]
         parts = {part: getattr(stats.inference_stats, part).ns for part in _PARTS}
         requests = stats.inference_stats.success.count

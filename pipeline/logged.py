@@ -56,7 +56,7 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
     for line in _lines(path):
         try:
             model, entry, lost = _parsed(line)
-        except (ValueError, TypeError, LookupError, RecursionError):
+        except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
             logged.unreadable += 1
             continue
         if entry.time < start:
@@ -94,6 +94,9 @@ def _parsed(line: bytes) -> tuple[Model, Entry, int]:
     time = str(record["time"])
     if lost := int(record.get("lost", 0)):
         return Model("", "", None), Entry(time, "", 0.0, False, None), lost
+    sha256 = record["sha256"]
+    if not isinstance(sha256, str | None):
+        raise TypeError(f"{sha256} is no digest")
     probability, ink = _share(record["probability"]), record["ink"]
     entry = Entry(
         time,
@@ -102,7 +105,7 @@ def _parsed(line: bytes) -> tuple[Model, Entry, int]:
         bool(record["sure"]),
         None if ink is None else _share(ink),
     )
-    return Model(str(record["name"]), str(record["version"]), record["sha256"]), entry, 0
+    return Model(str(record["name"]), str(record["version"]), sha256), entry, 0
 
 
 def _share(value: Any) -> float:

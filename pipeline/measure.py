@@ -31,6 +31,7 @@ WAYS = ("grpc", "http")
 ASKED = ((1, 1), (1, 8), (1, 32), (8, 8), (MANY, 1))
 SHARE = 0.5  # of the closed loop's rate, that arrives in the open one unless told
 BESIDE = 6  # cells from one window of the yardstick to the next
+LEAST_ARRIVALS = 20  # in a window of an open loop, in the mean: hardly ever is there none
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ServeBenchmark:
 
     until: Until = UNTIL
     seconds: float = 1.0  # of each window, after its warm-up
-    open_seconds: float = 3.0  # of each window with an open loop
+    open_seconds: float = 3.0  # of each window with an open loop; longer where few arrive
     rate: float | None = None  # requests a second in it; None: half of what the closed loop did
     seed: int = 0  # of its arrivals
 
@@ -217,6 +218,7 @@ class _Bench:
     def _open_rows(self, closed: list[Row], report: Callable[[str], None]) -> list[Row]:
         """Single images as they come, over either protocol."""
         name = self.beside.served.name
+        require_right(closed)  # of whose speeds the rates are made
         rates = {
             row.way: self.config.rate or SHARE * row.speed
             for row in closed
@@ -233,7 +235,8 @@ class _Bench:
         return [Row(name, way, 1, 0, tuple(windows[way]), rate=rate) for way, rate in rates.items()]
 
     def _open(self, asked: load.Questions, rate: float, seeds: Iterator[int]) -> Window:
-        address, seconds = self.asked.addresses[asked.way], self.config.open_seconds
+        address = self.asked.addresses[asked.way]
+        seconds = max(self.config.open_seconds, LEAST_ARRIVALS / rate)
         return self.asked.counted(
             self.beside.served.name,
             lambda: open_loop(address, asked, rate, seconds, next(seeds)),

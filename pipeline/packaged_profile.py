@@ -31,10 +31,11 @@ def find_profile(
                 "in its version's folder with --reference"
             )
     else:
-        folder = paths.packaged / str(version or _selected(triton.read(config), paths.packaged))
+        number = version or _selected(triton.read(config), paths.packaged)
+        folder = paths.packaged / str(number)
         if not folder.is_dir():
             raise PipelineError(
-                f"no version {version} at {paths.packaged}: see 'pipeline versions'"
+                f"no version {number} at {paths.packaged}: see 'pipeline versions list'"
             )
     manifest, path = check_manifest(folder, REMAKE), folder / paths.variant_profile("fp32").name
     if path.name not in manifest["files"]:
@@ -49,4 +50,7 @@ def find_profile(
 def _selected(config: triton.ModelConfig, packaged: Path) -> int:
     """The version that Triton loads."""
     there = [int(entry.name) for entry in packaged.glob("[1-9]*") if entry.name.isdigit()]
-    return max(triton.selected(config) or there)
+    versions = triton.selected(config) or there
+    if not versions:
+        raise PipelineError(f"no version at {packaged}: run 'pipeline package' first")
+    return max(versions)

@@ -2,10 +2,13 @@
 
 import csv
 import io
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from pipeline.errors import PipelineError
 from pipeline.timing import LAST, PERCENTILES, WITHIN, Row
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
@@ -85,6 +88,20 @@ CSV = (
     *("p50 latency", "p90 latency", "p95 latency", "p99 latency"),
     *("Accuracy", "Differing", "Peak Memory"),
 )
+
+
+def require_place(file: Path) -> None:
+    """Raise PipelineError where the CSV could not be written after minutes of measuring."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(0, "a folder lies there")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise PipelineError(
+            f"cannot write {file} ({error.strerror}): name another file with --csv"
+        ) from error
 
 
 def csv_of(rows: Sequence[Row]) -> str:

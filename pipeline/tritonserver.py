@@ -70,16 +70,27 @@ def _on_path(paths: Paths) -> Runtime | str:
     return Runtime("path", (program,), {})
 
 
+def fits_wheel() -> bool:
+    """Whether the wheel's tritonserver is for this kind of machine."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 def _in_wheel(paths: Paths) -> Runtime | str:
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    if not fits_wheel():
         return f"the wheel is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     environment = paths.triton_environment
     python = environment / "bin" / "python"
     found = sorted(environment.glob("lib/python3.*/site-packages/pytriton/tritonserver"))
-    if not python.exists() or not found:
+    if not environment.exists():
         return (
             f"no server environment at {environment}: make .venv-triton (or python3 -m venv "
             f"{environment} && {python} -m pip install --no-deps -r {REQUIREMENTS})"
+        )
+    if not python.exists() or not found:
+        lacks = "pytriton" if python.exists() else "bin/python"
+        return (
+            f"the server environment {environment} lacks {lacks}: build it anew with 'rm -r "
+            ".venv-triton && make .venv-triton'"
         )
     site = found[0].parent.parent
     _require_numpy(site)

@@ -6,6 +6,7 @@ from conftest import Chain, error_line
 
 from pipeline import benchmark
 from pipeline.benchmark import TrainingRow, Trial, multiply_adds
+from pipeline.cli_benchmark import KINDS, USED_BY, benchmark_command
 from pipeline.machine import machine
 from pipeline.recipes import RECIPES
 from pipeline.report import training_markdown
@@ -80,3 +81,59 @@ def test_an_unknown_recipe_is_refused_before_anything_is_trained(empty: Chain) -
     result = empty.run("benchmark", "--recipes", "quick,bset")
     assert result.exit_code == 1
     assert "recipe must be one of" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--compare", "before.json"],
+        ["--csv", "rows.csv"],
+        ["--name", "mine"],
+        ["--what", "train", "--short"],
+        ["--what", "unsure", "--short"],
+        ["--what", "photos", "--compare", "before.json"],
+        ["--what", "infer", "--rate", "5"],
+        ["--what", "infer", "--figures"],
+        ["--what", "all", "--seeds", "2"],
+        ["--what", "serve", "--resume"],
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_the_kind_would_leave_out_is_refused(
+    empty: Chain, options: list[str]
+) -> None:
+    result = empty.run("benchmark", *options)
+    assert result.exit_code == 2
+    what = options[1] if options[0] == "--what" else "train"
+    (option,) = (one for one in options if one.startswith("--") and one != "--what")
+    kinds = USED_BY[option.removeprefix("--")]
+    said = f"--what {what} has no use for {option}: that is for --what {', '.join(kinds)}"
+    assert said in " ".join(error_line(result).split())
+
+
+def test_each_option_that_some_kinds_use_is_one_of_the_command() -> None:
+    assert set(USED_BY) <= {parameter.name for parameter in benchmark_command.params}
+    assert all(set(kinds) < set(KINDS) for kinds in USED_BY.values())
+
+
+def test_a_default_from_a_file_of_settings_is_for_the_kinds_that_use_it(empty: Chain) -> None:
+    settings = empty.root / "settings.toml"
+    settings.write_text('[benchmark]\nshort = true\ncompare = "before.json"\n')
+    result = empty.run("--config", str(settings), "benchmark", "--recipes", "bset")
+    assert result.exit_code == 1
+    assert "recipe must be one of" in error_line(result)
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "1e300", "0.5"])
+def test_a_rate_that_cannot_be_kept_is_wrong_usage(empty: Chain, rate: str) -> None:
+    result = empty.run("benchmark", "--what", "serve", "--rate", rate)
+    assert result.exit_code == 2
+    assert "Invalid value for '--rate'" in error_line(result)
+
+
+def test_a_place_where_no_csv_can_be_is_refused_before_anything_is_measured(empty: Chain) -> None:
+    (empty.root / "file").write_text("")
+    for place in (empty.root / "file" / "rows.csv", empty.root):
+        result = empty.run("benchmark", "--what", "infer", "--csv", str(place))
+        assert result.exit_code == 1
+        assert f"cannot write {place}" in error_line(result)

@@ -1,11 +1,13 @@
 """Two measurements held against each other."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Chain, error_line
 
 from pipeline.comparison import Comparison, compare, read, require_no_worse
 from pipeline.errors import CheckFailedError, PipelineError
@@ -32,6 +34,7 @@ def measured(rng: Rng, machine: float = 1.0, noise: float = 0.03, **of_row: floa
 
     return {
         "what": "infer",
+        "name": "handwriting",
         "rows": [row("yardstick", 9000), *(row(f"row{n}", 1000.0 + n) for n in range(ROWS))],
         "scores": {"row0": {"accuracy": 0.99}},
     }
@@ -133,6 +136,34 @@ def test_rows_that_only_one_has_are_named() -> None:
     assert len(found.changes) == 2 * (ROWS - 2) + 1
     assert "only before: row0," in str(found)
     assert f"only now: row{ROWS - 1}," in str(found)
+    require_no_worse(found)
+
+
+def test_an_accuracy_that_only_one_has_is_named() -> None:
+    rng = np.random.default_rng(11)
+    before, after = measured(rng), measured(rng)
+    del after["scores"]
+    found = compare(before, after)
+    assert found.only_before == ("accuracy of row0",)
+    assert "only before: accuracy of row0" in str(found)
+    assert compare(after, before).only_after == ("accuracy of row0",)
+
+
+def test_where_no_row_of_the_model_is_in_both_nothing_was_compared() -> None:
+    rng = np.random.default_rng(12)
+    before, after = measured(rng), measured(rng)
+    for n, (old, new) in enumerate(zip(before["rows"][1:], after["rows"][1:], strict=True)):
+        # Beside it, a model that computes nothing and ONNX Runtime are the same for any model.
+        old["name"], new["name"] = ("no-op", "no-op") if n else ("ONNX Runtime", "ONNX Runtime")
+        old["batch"] = new["batch"] = n
+    for record, name in ((before, "one"), (after, "other")):
+        record["rows"].append({**record["rows"][-1], "name": name})
+    with pytest.raises(PipelineError, match="no row of the model is in both"):
+        require_no_worse(compare(before, after))
+
+
+SOUND = measured(np.random.default_rng(13))
+NO_SPEED = {"images_per_second": {"rounds": [math.nan] * 7}}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +174,13 @@ def test_rows_that_only_one_has_are_named() -> None:
         {"what": "infer", "rows": [{"name": "row1"}]},
         {"what": "infer", "rows": []},
         {"rows": 3},
+        {"what": "infer", "rows": [1]},
+        {**SOUND, "rows": [*SOUND["rows"], 1]},
+        {**SOUND, "rows": [*SOUND["rows"][:-1], {**SOUND["rows"][-1], "others": "many"}]},
+        {**SOUND, "scores": {"row0": {}}},
+        {**SOUND, "scores": {"row0": {"accuracy": math.nan}}},
+        {**SOUND, "scores": ["row0"]},
+        {**SOUND, "rows": [SOUND["rows"][0], {**SOUND["rows"][1], **NO_SPEED}]},
     ],
 )
 def test_a_file_that_is_no_such_measurement_is_refused(
@@ -151,11 +189,23 @@ def test_a_file_that_is_no_such_measurement_is_refused(
     file = tmp_path / "before.json"
     file.write_text(json.dumps(record))
     with pytest.raises(PipelineError, match="must be what 'pipeline benchmark --json' printed"):
-        read(file, ["infer"])
+        read(file, ["infer"], "handwriting")
+
+
+@pytest.mark.parametrize("what", ["infer", "serve"])
+def test_a_measurement_of_another_model_is_refused_before_anything_is_measured(
+    empty: Chain, what: str
+) -> None:
+    file = empty.root / "before.json"
+    file.write_text(json.dumps({**SOUND, "what": what, "sha256": "of another file"}))
+    result = empty.run("benchmark", "--what", what, "--name", "quick", "--compare", str(file))
+    assert result.exit_code == 1
+    said = f"{file} is a measurement of the model handwriting, and quick would be measured"
+    assert said in error_line(result)
 
 
 def test_a_measurement_of_all_has_one_of_each(tmp_path: Path) -> None:
     record = measured(np.random.default_rng(5))
     file = tmp_path / "all.json"
     file.write_text(json.dumps({"what": "all", "infer": record}))
-    assert read(file, ["infer"]) == {"infer": record}
+    assert read(file, ["infer"], "handwriting") == {"infer": record}

@@ -96,16 +96,87 @@ def test_problems_are_named_with_what_mends_them_and_exit_with_1(
     assert all(one["mend"] for one in problems.values())
 
 
-def test_a_library_that_doctor_itself_needs_is_missed_in_words(planted: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["ImportError", "ValueError", "type('VersionError', (Exception,), {})"]
+)
+def test_a_library_that_doctor_itself_needs_and_that_does_not_start_is_said_in_words(
+    planted: Path, kind: str
+) -> None:
     (planted / "onnx").mkdir(parents=True)
-    (planted / "onnx" / "__init__.py").write_text("raise ImportError('onnx is cut off')")
+    (planted / "onnx" / "__init__.py").write_text(f"raise {kind}('onnx is cut off')")
     command = [sys.executable, "-m", "pipeline", "doctor", "--json"]
     path = f"{planted}{os.pathsep}{REPOSITORY}"
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "onnx is cut off" in json.loads(done.stdout)["checks"][-1]["found"]
+    check = json.loads(done.stdout)["checks"][-1]
+    assert "onnx is cut off" in check["found"]
+    assert check["mend"] == "rm -rf .venv && make .venv"
+
+
+def test_what_a_look_stumbles_over_is_a_problem_and_the_others_still_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing, record = Paths(tmp_path / "not" / "yet"), Paths(tmp_path).server
+    record.parent.mkdir()
+    record.write_text("{")
+    python = tmp_path / ".venv-triton" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("")  # nobody may execute it
+    (tmp_path / ".venv-triton/lib/python3.12/site-packages/pytriton/tritonserver").mkdir(
+        parents=True
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(installed, "torch", list)
+    monkeypatch.setattr(installed, "runtime", lambda model: [])
+    found = {check.what: check for check in doctor.examine(Paths(tmp_path)).checks}
+    assert {what for what, one in found.items() if one.level == "problem"} == {
+        *("tritonserver", "data", "ports")
+    }
+    assert (
+        f"PermissionError: [Errno 13] Permission denied: '{python}'" in found["tritonserver"].found
+    )
+    assert found["tritonserver"].mend == "rm -rf .venv-triton && make .venv-triton"
+    assert "server.json is not readable JSON" in found["ports"].found
+    assert found["ports"].mend.startswith(f"rm {record}")
+    assert only(doctor._disk(missing)).level == "ok"
+
+
+@pytest.mark.parametrize("lacking", ["bin/python", "pytriton"])
+def test_a_servers_environment_that_make_has_built_is_mended_by_building_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, servers: Path, lacking: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    python = tmp_path / ".venv-triton" / "bin" / "python"
+    if lacking == "pytriton":
+        shutil.rmtree(servers / "pytriton")
+    else:
+        python.unlink()
+        python.symlink_to(tmp_path / "python3.9")  # which went when the system was upgraded
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert f"lacks {lacking}" in check.found
+    assert check.mend == "rm -rf .venv-triton && make .venv-triton"
+
+
+@pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "aarch64")])
+def test_where_the_wheel_is_not_for_the_machine_its_environment_is_no_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, machine: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert check.mend == f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
+    runtime = tritonserver.Runtime("docker", (shutil.which("false", path="/bin") or "", "run"), {})
+    assert only(doctor._docker(Paths(tmp_path), runtime)).mend == "start Docker's engine"
+
+
+def test_our_own_package_is_missed_with_what_brings_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(installed, "DISTRIBUTION", "nobodys-package")
+    assert only(installed.packages()).mend == "rm -rf .venv && make .venv"
 
 
 def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers: Path) -> None:
@@ -134,7 +205,7 @@ def test_docker_without_its_engine_is_a_problem(tmp_path: Path, script: str, lev
     docker.write_text(f"#!/bin/sh\n{script}\n")
     docker.chmod(0o755)
     runtime = tritonserver.Runtime("docker", (str(docker), "run"), {})
-    assert only(doctor._docker(runtime)).level == level
+    assert only(doctor._docker(Paths(tmp_path), runtime)).level == level
 
 
 def test_two_runtimes_side_by_side_are_a_problem(planted: Path) -> None:

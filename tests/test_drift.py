@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY, Chain, edit_json, error_line, flip_bit
 from PIL import Image, ImageFilter
 
+from pipeline import triton
 from pipeline.client import Client, Prediction
 from pipeline.data import load_split
 from pipeline.drift import Drift, DriftConfig, compare
@@ -241,6 +242,36 @@ def test_no_log_and_what_is_no_log_are_told_apart(chain: Chain, tmp_path: Path) 
     assert "--prediction-log" in error_line(result)
     (tmp_path / "text").write_text("hello\n[1]\n" * 300)
     assert chain.run("drift", str(tmp_path / "text")).exit_code == 4
+
+
+def test_a_line_with_what_no_log_holds_is_unreadable(
+    chain: Chain, bench: Bench, tmp_path: Path
+) -> None:
+    log = write_log(tmp_path / "log", bench.profile, bench.said.of(rows(0, 300)))
+    line = json.loads(log.read_text().splitlines()[0])
+    changes: list[dict[str, Any]] = [{"sha256": []}, {"sha256": 7}, {"lost": float("inf")}]
+    with log.open("a") as file:
+        for change in changes:
+            file.write(json.dumps({**line, **change}) + "\n")
+    record = chain.record("drift", str(log))
+    assert (record["images"], record["unreadable"], record["others"]) == (300, 3, {})
+
+
+def test_a_package_without_a_version_and_a_version_that_is_not_there_are_named(
+    chain: Chain, tmp_path: Path
+) -> None:
+    (tmp_path / "log").write_text("")
+    (chain.paths.packaged / "1").rename(chain.paths.packaged / "gone")
+    result = chain.run("drift", str(tmp_path / "log"))
+    assert result.exit_code == 1
+    assert f"no version 1 at {chain.paths.packaged}" in error_line(result)
+    config = chain.paths.packaged / triton.CONFIG
+    message = triton.read(config)
+    message.ClearField("version_policy")
+    config.write_text(triton.to_text(message))
+    result = chain.run("drift", str(tmp_path / "log"))
+    assert result.exit_code == 1
+    assert f"no version at {chain.paths.packaged}: run 'pipeline package'" in error_line(result)
 
 
 def test_the_profile_travels_with_its_version_and_a_change_of_it_is_found(

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import Chain, error_line
+from conftest import Chain, edit_json, error_line, flip_bit
 
 from pipeline import infer
 from pipeline.infer import InferBenchmark
@@ -48,3 +48,19 @@ def test_an_export_that_is_not_there_has_nothing_to_measure(empty: Chain) -> Non
     result = empty.run("benchmark", "--what", "infer")
     assert result.exit_code == 1
     assert "run 'pipeline export'" in error_line(result)
+
+
+def test_an_export_that_is_not_validated_is_told_to_be(chain: Chain) -> None:
+    chain.paths.golden.unlink()
+    edit_json(chain.paths.manifest, lambda record: record["files"].pop("golden.npz"))
+    result = chain.run("benchmark", "--what", "infer", "--short")
+    assert result.exit_code == 1
+    assert "golden.npz: run 'pipeline validate' first" in error_line(result)
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "golden.npz"])
+def test_other_bytes_than_those_that_are_recorded_are_not_measured(chain: Chain, file: str) -> None:
+    flip_bit(chain.paths.export / file)
+    result = chain.run("benchmark", "--what", "infer", "--short")
+    assert result.exit_code == 4
+    assert f"{file} does not match its digest" in error_line(result)

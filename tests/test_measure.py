@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from conftest import Chain, error_line, link_server_environment
 
 from pipeline import load, load_http, measure, timing, triton
 from pipeline.beside import NOOP, threads_of
+from pipeline.errors import CheckFailedError, ServerError
 from pipeline.load_open import open_loop
 from pipeline.measure import ServeBenchmark
 from pipeline.open_loop import arrivals
 from pipeline.serve import recorded
-from pipeline.timing import warm_up
+from pipeline.timing import Row, Window, warm_up
 from pipeline.tritonserver import KEY_HEADER
 from pipeline.turns import Until
 
@@ -80,6 +82,38 @@ def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way:
         assert found.failed > 0
         assert len(found.latencies) == 0
     assert nothing.failed == len(arrivals(50, warm_up(0.05) + 0.05, 0))
+
+
+def test_a_server_that_died_counts_nothing_and_is_no_bug_of_ours() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            load.Server(address, address, "", KEY_HEADER) as asked,
+            pytest.raises(ServerError, match="no longer says what it has counted of handwriting"),
+        ):
+            asked.counters("handwriting")
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(1.0, 20.0), (1000.0, 3.0)])
+def test_a_window_with_an_open_loop_is_long_enough_for_requests_to_arrive(
+    monkeypatch: pytest.MonkeyPatch, rate: float, seconds: float
+) -> None:
+    window = Window(seconds, 1, np.ones(9))
+    asked, opened = MagicMock(**{"counted.side_effect": lambda name, measured: measured()}), Mock()
+    opened.return_value = window
+    monkeypatch.setattr(measure, "open_loop", opened)
+    bench = measure._Bench(Mock(), asked, Mock(), Mock(), ServeBenchmark())
+    assert bench._open(Mock(), rate, iter([0])) is window
+    assert opened.call_args.args[2:4] == (rate, seconds)
+
+
+def test_no_rate_is_made_of_a_speed_that_is_none() -> None:
+    beside = Mock(**{"served.name": "net"})
+    bench = measure._Bench(Mock(), Mock(), beside, Mock(), ServeBenchmark())
+    silent = Row("net", "grpc", 1, 32, (Window(1.0, 1, np.zeros(0), failed=3),))
+    with pytest.raises(CheckFailedError, match="0 wrong, 3 failed"):
+        bench._open_rows([silent], print)
 
 
 def test_an_answer_that_is_no_answer_is_wrong_for_all_of_its_images() -> None:
