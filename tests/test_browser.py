@@ -224,6 +224,8 @@ def test_on_a_phone_a_finger_draws_and_nothing_is_cut_off(
     with opened(browser, url, viewport=PHONE, **options) as sheet:
         sheet.touch(strokes_of(digits["4"]))
         sheet.expect_answer("It is 4")
+        expect(sheet.page.locator("#detail")).to_have_text("Over 99.9 % likely.")
+        expect(sheet.page.locator(".bars li.first .share")).to_have_text("> 99.9 %")
         sheet.shoot(SHOTS, "phone")
         width = "() => document.scrollingElement.scrollWidth"
         assert sheet.page.evaluate(width) <= PHONE["width"]

@@ -367,7 +367,8 @@ function showRefusal(response, error) {
 
 // --- what is shown
 
-const percent = (value) => (value > 0.9994 ? "over 99.9 %" : `${(100 * value).toFixed(1)} %`);
+const percent = (value, over = "over ") =>
+  value > 0.9994 ? `${over}99.9 %` : `${(100 * value).toFixed(1)} %`;
 const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
@@ -419,7 +420,7 @@ function showBars(classes, shares = {}, first = null) {
     row.classList.toggle("first", name === first);
     row.querySelector(".fill").style.width = `${100 * (shares[name] ?? 0)}%`;
     row.querySelector(".share").textContent =
-      name in shares ? `${(100 * shares[name]).toFixed(1)} %` : "–";
+      name in shares ? percent(shares[name], "> ") : "–";
   });
 }
 
