@@ -147,6 +147,32 @@ class Sheet:
             [event, base64.b64encode(content).decode(), kind],
         )
 
+    def read_slowly(self, kind: str) -> None:
+        """Hold each picture of this kind back for a while; window.slow counts them."""
+        self.page.evaluate(
+            """(kind) => {
+                const read = window.createImageBitmap;
+                window.slow = 0;
+                window.createImageBitmap = async (file) => {
+                    if (file.type !== kind) return read(file);
+                    window.slow += 1;
+                    await new Promise((resolve) => setTimeout(resolve, 1500));
+                    const bitmap = await read(file);
+                    window.slow -= 1;
+                    return bitmap;
+                };
+            }""",
+            kind,
+        )
+
+    def corner(self) -> list[int]:
+        """The paper's first pixel: red, green, blue, alpha."""
+        levels: list[int] = self.page.evaluate(
+            """() => [...document.getElementById("canvas").getContext("2d")
+                .getImageData(0, 0, 1, 1).data]"""
+        )
+        return levels
+
     def seen(self) -> np.ndarray:
         """What the page shows as what the model saw, uint8 (1, 28, 28)."""
         levels = self.page.evaluate(

@@ -56,7 +56,7 @@ class Gateway:
         return f"http://127.0.0.1:{self.port}/classify"
 
     def memory(self, name: str = "VmRSS") -> int:
-        """Bytes that it holds; VmHWM: the most that it ever held."""
+        """Bytes that it holds; VmHWM: the most that it held until now."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return 1024 * int(line.split()[1])
@@ -196,6 +196,7 @@ def mutate(gateway: Gateway, pictures: int) -> Counter[int]:
 
 def blow(gateway: Gateway) -> int:
     """The bytes that the dearest of twelve bombs costs, each refused."""
+    Path(f"/proc/{gateway.pid}/clear_refs").write_text("5")  # the peak is now what it holds
     before = gateway.memory("VmHWM")
     for name, content in bombs().items():
         status, record = gateway.send(content)
@@ -253,7 +254,7 @@ async def crowd(gateway: Gateway, users: int, seconds: float) -> dict[str, Any]:
 def prove(requests: int, pictures: int, users: int, seconds: float) -> dict[str, Any]:
     """All of it, as a record; AssertionError where something is not as it must be."""
     with running() as gateway:
-        bomb_bytes = blow(gateway)  # first: what was the most until then is small
+        bomb_bytes = blow(gateway)
         attempts = trespass(gateway)
         crowded = asyncio.run(crowd(gateway, users, seconds))
         before = gateway.memory()
@@ -263,7 +264,7 @@ def prove(requests: int, pictures: int, users: int, seconds: float) -> dict[str,
         gateway.check(0)
     assert bomb_bytes < BOMB_BYTES, bomb_bytes
     assert crowded.get("wrong", 0) == 0, crowded
-    assert crowded["right"] > 0, crowded
+    assert min(crowded.get(kind, 0) for kind in ("right", "refused")) > 0, crowded
     assert max(crowded["grown_bytes"], grown) < MAY_GROW, (crowded, grown)
     return {
         "command": "make prove-gateway",

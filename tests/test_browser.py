@@ -131,7 +131,7 @@ def test_a_photo_can_be_dropped_pasted_or_chosen(
             sheet.page.get_by_role("button", name="Choose picture").click()
         chooser.value.set_files(file)
         sheet.expect_answer("It is 5")
-        sheet.page.get_by_role("button", name="Undo").click()
+        sheet.page.get_by_role("button", name="Clear").click()
         sheet.expect_answer("Nothing drawn yet")
         sheet.give("drop", b"no picture", "text/plain")
         sheet.expect_answer("Not a picture for here")
@@ -142,6 +142,81 @@ def test_a_photo_can_be_dropped_pasted_or_chosen(
         assert [line for line in sheet.complaints if "422" not in line] == []
 
 
+def test_undo_brings_back_what_a_picture_or_a_stroke_took_the_place_of(
+    browser: Browser, url: str, digits: Digits
+) -> None:
+    with opened(browser, url) as sheet:
+        sheet.draw(strokes_of(digits["1"]))
+        sheet.give("drop", photo(digits["2"]), "image/jpeg")
+        sheet.expect_answer("It is 2")
+        sheet.give("drop", photo(digits["5"]), "image/jpeg")
+        sheet.expect_answer("It is 5")
+        sheet.draw([[(0.1, 0.1)]])
+        sheet.page.keyboard.press("Control+z")
+        sheet.expect_answer("It is 5")
+        sheet.page.keyboard.press("Control+z")
+        sheet.expect_answer("It is 2")
+        sheet.page.keyboard.press("Control+z")
+        sheet.expect_answer("It is 1")
+        assert sheet.complaints == []
+
+
+@pytest.mark.parametrize("paper", ["transparent", "black"])
+def test_a_large_picture_keeps_what_is_transparent_and_is_shown_as_it_is_read(
+    browser: Browser, url: str, digits: Digits, paper: str
+) -> None:
+    ink = Image.fromarray(digits["3"][0]).resize((3000, 3000), Image.Resampling.BICUBIC)
+    picture = Image.new("RGBA", ink.size, "white" if paper == "black" else "black")
+    picture.putalpha(ink)
+    with opened(browser, url, color_scheme="dark") as sheet:
+        sheet.give("drop", encoded(picture, "PNG", compress_level=1))
+        sheet.expect_answer("It is 3")
+        sheet.shoot(SHOTS, f"{paper}-dark")
+        assert sheet.corner() == [0, 0, 0, 255] if paper == "black" else [255] * 4
+        assert sheet.complaints == []
+
+
+@pytest.mark.parametrize("newer", ["stroke", "undo", "picture"])
+def test_a_picture_that_is_read_slowly_gives_way_to_what_comes_after_it(
+    browser: Browser, url: str, digits: Digits, newer: str
+) -> None:
+    with opened(browser, url) as sheet:
+        sheet.draw([*strokes_of(digits["1"]), [(0.05, 0.05)]])
+        sheet.read_slowly("image/jpeg")
+        sheet.give("drop", photo(digits["5"]), "image/jpeg")
+        if newer == "stroke":
+            sheet.page.keyboard.press("Escape")
+            sheet.draw(strokes_of(digits["1"]))
+        elif newer == "undo":
+            sheet.page.keyboard.press("Control+z")
+        else:
+            sheet.give("drop", encoded(Image.fromarray(digits["1"][0]), "PNG"))
+        sheet.page.wait_for_function("() => window.slow === 0")
+        sheet.page.wait_for_timeout(500)  # in which it would be asked about
+        sheet.expect_answer("It is 1")
+        assert sheet.complaints == []
+
+
+@pytest.mark.parametrize("given", ["paste", "right click"])
+def test_what_happens_while_the_keyboards_pen_is_down_is_no_error(
+    browser: Browser, url: str, digits: Digits, given: str
+) -> None:
+    with opened(browser, url) as sheet:
+        keys = sheet.page.keyboard
+        keys.press("Tab")
+        keys.press("Space")
+        if given == "paste":
+            sheet.give("paste", photo(digits["5"]), "image/jpeg")
+            sheet.expect_answer("It is 5")
+        else:
+            sheet.page.get_by_label("Drawing area").click(button="right")
+        for _ in range(2):
+            keys.press("Shift+ArrowDown")
+        if given == "paste":
+            sheet.expect_answer("It is 5")
+        assert sheet.complaints == []
+
+
 def test_on_a_phone_a_finger_draws_and_nothing_is_cut_off(
     browser: Browser, url: str, digits: Digits
 ) -> None:
@@ -149,6 +224,8 @@ def test_on_a_phone_a_finger_draws_and_nothing_is_cut_off(
     with opened(browser, url, viewport=PHONE, **options) as sheet:
         sheet.touch(strokes_of(digits["4"]))
         sheet.expect_answer("It is 4")
+        expect(sheet.page.locator("#detail")).to_have_text("Over 99.9 % likely.")
+        expect(sheet.page.locator(".bars li.first .share")).to_have_text("> 99.9 %")
         sheet.shoot(SHOTS, "phone")
         width = "() => document.scrollingElement.scrollWidth"
         assert sheet.page.evaluate(width) <= PHONE["width"]
@@ -227,6 +304,13 @@ def test_what_the_page_says_to_copy_runs_and_answers(
                 continue
             done = _run(*command, snippet, folder=tmp_path)
             assert done.startswith(('{"label":"8"', "8 0.")), done
+        assert snippet.startswith("// node ask.mjs")
+        sheet.give("drop", photo(digits["2"]), "image/jpeg")
+        expect(sheet.page.locator("#saved")).to_have_text("digit.jpeg")
+        expect(sheet.page.locator("#snippet")).to_contain_text('readFile("digit.jpeg")')
+        with sheet.page.expect_download() as download:
+            sheet.page.get_by_role("button", name="Save").click()
+        assert download.value.suggested_filename == "digit.jpeg"
 
 
 def _run(*command: str, folder: Path) -> str:

@@ -67,6 +67,20 @@ def test_any_small_picture_becomes_the_same_in_javascript(tmp_path: Path) -> Non
         np.testing.assert_array_equal(prepare(np.asarray(picture)), image)
 
 
+def test_narrow_pictures_of_bright_ink_become_the_same_in_javascript() -> None:
+    rng = np.random.default_rng(2)
+    pictures = []
+    for _ in range(40):  # the paper is taken to go on falling: ink is more than 255 above it
+        height, width = rng.integers(8, 30), rng.integers(100, 300)
+        levels = rng.normal(30, 15, (height, width)) + np.linspace(0, 40, width)
+        levels[height // 4 : -height // 4, width // 2 - 3 : width // 2 + 3] = 255
+        levels[:, width // 4 : width // 4 + 4] = rng.uniform(100, 255)
+        levels[:2] += rng.uniform(0, 200)
+        pictures.append(Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)))
+    for picture, image in zip(pictures, in_javascript(pictures), strict=True):
+        np.testing.assert_array_equal(prepare(np.asarray(picture)), image)
+
+
 def test_transparent_colours_become_the_same_in_javascript(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     pictures = [

@@ -10,18 +10,24 @@ const TIMEOUT_MS = 15_000;
 const RETRY_MS = 1_500; // between two looks for a server that was lost
 const MAX_BYTES = 10 * 2 ** 20; // the gateway refuses more ...
 const MAX_PIXELS = 8_900_000; // ... and more of these
-const REDUCED_SIDE = 2048; // a picture too large for it is reduced to this
+const REDUCED_SIDE = 1600; // what is too large is reduced to this: no PNG of it has more bytes
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
 const byId = (id) => document.getElementById(id);
 const canvas = byId("canvas");
 const context = canvas.getContext("2d");
 
-// What is on the paper: strokes, each a list of {x, y, width}, or a picture.
-let strokes = [];
-let picture = null; // {blob, bitmap}
+// What was put on the paper, in order: strokes, each a list of {x, y, width}, and pictures,
+// each {blob, sheet}. A picture takes the place of all before it, a stroke that of a picture.
+let marks = [];
 let stroke = null; // that is being drawn
 let pen = { x: SIDE / 2, y: SIDE / 2, isDown: false, isShown: false }; // the keyboard's
+let inputs = 0; // a picture that is still being read gives way to what comes after it
+
+const isPicture = (mark) => !Array.isArray(mark);
+const isEmpty = () => !marks.length;
+const picture = () => marks.slice(-1).find(isPicture);
+const strokes = () => marks.slice(marks.findLastIndex(isPicture) + 1);
 
 // --- drawing
 
@@ -43,10 +49,38 @@ function line(target, points, colour) {
   });
 }
 
-function fitted(bitmap) {
-  const scale = Math.min(SIDE / bitmap.width, SIDE / bitmap.height);
-  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
-  return [(SIDE - width) / 2, (SIDE - height) / 2, width, height];
+function sheetOf(width, height) {
+  const sheet = document.createElement("canvas");
+  [sheet.width, sheet.height] = [width, height];
+  return [sheet, sheet.getContext("2d")];
+}
+
+function drawn(bitmap, longest) {
+  const scale = longest / Math.max(bitmap.width, bitmap.height);
+  const sizes = [bitmap.width, bitmap.height].map((size) => Math.max(1, Math.round(size * scale)));
+  const [sheet, target] = sheetOf(...sizes);
+  target.drawImage(bitmap, 0, 0, ...sizes);
+  return [sheet, target];
+}
+
+// A given picture as the paper shows it in either theme, with a paper of its own.
+function shown(bitmap) {
+  const [sheet, target] = drawn(bitmap, SIDE);
+  const { data } = target.getImageData(0, 0, sheet.width, sheet.height);
+  target.globalCompositeOperation = "destination-over";
+  target.fillStyle = isBrightOnNothing(data) ? "black" : "white";
+  target.fillRect(0, 0, sheet.width, sheet.height);
+  return sheet;
+}
+
+// Whether it is bright ink and else transparent: RULES.md takes its paper to be black.
+function isBrightOnNothing(data) {
+  let [light, alphas] = [0, 0];
+  for (let i = 0; i < data.length; i += 4) {
+    light += data[i + 1] * data[i + 3];
+    alphas += data[i + 3];
+  }
+  return 2 * alphas <= 255 * (data.length / 4) && light > 127 * alphas;
 }
 
 let frame = 0;
@@ -58,8 +92,11 @@ function paintNow() {
   frame = 0;
   const style = getComputedStyle(canvas);
   context.clearRect(0, 0, SIDE, SIDE);
-  if (picture) context.drawImage(picture.bitmap, ...fitted(picture.bitmap));
-  for (const points of strokes) line(context, points, style.color);
+  if (picture()) {
+    const { sheet } = picture();
+    context.drawImage(sheet, (SIDE - sheet.width) / 2, (SIDE - sheet.height) / 2);
+  }
+  for (const points of strokes()) line(context, points, style.color);
   if (pen.isShown) {
     context.beginPath();
     context.arc(pen.x, pen.y, PEN / 2 + 4, 0, 2 * Math.PI);
@@ -73,25 +110,20 @@ function paintNow() {
   for (const id of ["undo", "clear", "save"]) byId(id).disabled = isEmpty();
 }
 
-function isEmpty() {
-  return !picture && !strokes.length;
-}
-
 // The picture as a file: what was given as it is, what was drawn as black on white.
 function asBlob() {
-  if (picture) return Promise.resolve(picture.blob);
-  const sheet = document.createElement("canvas");
-  sheet.width = sheet.height = SHEET;
-  const target = sheet.getContext("2d");
+  if (picture()) return Promise.resolve(picture().blob);
+  const [sheet, target] = sheetOf(SHEET, SHEET);
   target.fillStyle = "white";
   target.fillRect(0, 0, SHEET, SHEET);
   target.scale(SHEET / SIDE, SHEET / SIDE);
-  for (const points of strokes) line(target, points, "black");
+  for (const points of strokes()) line(target, points, "black");
   return new Promise((resolve) => sheet.toBlob(resolve, "image/png"));
 }
 
 function changed() {
   paint();
+  showSnippet();
   if (isEmpty()) showNothing();
   else later();
 }
@@ -105,10 +137,18 @@ function place(event) {
 }
 
 function begin(points) {
-  picture = null;
+  inputs += 1;
   stroke = points;
-  strokes.push(stroke);
+  marks.push(stroke);
 }
+
+// Ends the stroke, whether pointer or keyboard drew it.
+function lift() {
+  stroke = null;
+  pen.isDown = false;
+}
+
+const isDrawing = (event) => event.isPrimary && canvas.hasPointerCapture(event.pointerId);
 
 canvas.addEventListener("pointerdown", (event) => {
   if (!event.isPrimary || event.button !== 0) return;
@@ -121,7 +161,7 @@ canvas.addEventListener("pointerdown", (event) => {
 });
 
 canvas.addEventListener("pointermove", (event) => {
-  if (!stroke || !event.isPrimary || !canvas.hasPointerCapture(event.pointerId)) return;
+  if (!stroke || pen.isDown || !isDrawing(event)) return;
   const events = event.getCoalescedEvents?.() ?? [];
   stroke.push(...(events.length ? events : [event]).map(place));
   changed();
@@ -129,22 +169,24 @@ canvas.addEventListener("pointermove", (event) => {
 
 for (const name of ["pointerup", "pointercancel"]) {
   canvas.addEventListener(name, (event) => {
-    if (event.isPrimary) stroke = null;
+    if (!isDrawing(event)) return;
+    lift();
+    paint();
   });
 }
 
 function undo() {
-  if (picture) picture = null;
-  else strokes.pop();
-  stroke = null;
-  pen.isDown = false;
+  inputs += 1;
+  marks.pop();
+  lift();
   changed();
 }
 
 function clear() {
-  strokes = [];
-  picture = stroke = null;
-  pen = { x: SIDE / 2, y: SIDE / 2, isDown: false, isShown: pen.isShown };
+  inputs += 1;
+  marks = [];
+  lift();
+  pen = { ...pen, x: SIDE / 2, y: SIDE / 2 };
   changed();
 }
 
@@ -187,8 +229,8 @@ canvas.addEventListener("focus", () => {
 });
 
 canvas.addEventListener("blur", () => {
-  pen.isShown = pen.isDown = false;
-  stroke = null;
+  pen.isShown = false;
+  lift();
   paint();
 });
 
@@ -203,28 +245,29 @@ document.addEventListener("keydown", (event) => {
 
 async function take(file) {
   forget();
+  const turn = (inputs += 1);
   if (!KINDS.includes(file.type)) {
     showFailure("Not a picture for here", "Give a PNG, JPEG or WebP.");
     return;
   }
   try {
     const bitmap = await createImageBitmap(file);
-    strokes = [];
-    stroke = null;
     const isLarge = file.size > MAX_BYTES || bitmap.width * bitmap.height > MAX_PIXELS;
-    picture = { bitmap, blob: isLarge ? await reduced(bitmap) : file };
+    const blob = isLarge ? await reduced(bitmap, file.type) : file;
+    if (turn !== inputs) return;
+    lift();
+    marks.push({ blob, sheet: shown(bitmap) });
     changed();
   } catch {
-    showFailure("The picture cannot be read", "Is it damaged? Give another one.");
+    if (turn === inputs) showFailure("The picture cannot be read", "Is it damaged? Give another one.");
   }
 }
 
-async function reduced(bitmap) {
-  const scale = Math.min(1, REDUCED_SIDE / Math.max(bitmap.width, bitmap.height));
-  const sheet = document.createElement("canvas");
-  [sheet.width, sheet.height] = [bitmap.width * scale, bitmap.height * scale];
-  sheet.getContext("2d").drawImage(bitmap, 0, 0, sheet.width, sheet.height);
-  return new Promise((resolve) => sheet.toBlob(resolve, "image/jpeg", 0.92));
+function reduced(bitmap, type) {
+  const [sheet] = drawn(bitmap, Math.min(REDUCED_SIDE, Math.max(bitmap.width, bitmap.height)));
+  // A JPEG would make black of what is transparent.
+  const kind = type === "image/jpeg" ? type : "image/png";
+  return new Promise((resolve) => sheet.toBlob(resolve, kind, 0.92));
 }
 
 function firstFile(list) {
@@ -257,11 +300,16 @@ document.addEventListener("drop", (event) => {
   if (file) take(file);
 });
 
+// digit.png, digit.jpeg or digit.webp
+function fileName() {
+  return `digit.${(picture()?.blob.type ?? "image/png").split("/")[1]}`;
+}
+
 byId("save").addEventListener("click", async () => {
-  const blob = await asBlob();
+  const name = fileName();
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = `digit.${blob.type.split("/")[1]}`;
+  link.href = URL.createObjectURL(await asBlob());
+  link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 });
@@ -319,7 +367,8 @@ function showRefusal(response, error) {
 
 // --- what is shown
 
-const percent = (value) => (value > 0.9994 ? "over 99.9 %" : `${(100 * value).toFixed(1)} %`);
+const percent = (value, over = "over ") =>
+  value > 0.9994 ? `${over}99.9 %` : `${(100 * value).toFixed(1)} %`;
 const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
@@ -371,7 +420,7 @@ function showBars(classes, shares = {}, first = null) {
     row.classList.toggle("first", name === first);
     row.querySelector(".fill").style.width = `${100 * (shares[name] ?? 0)}%`;
     row.querySelector(".share").textContent =
-      name in shares ? `${(100 * shares[name]).toFixed(1)} %` : "–";
+      name in shares ? percent(shares[name], "> ") : "–";
   });
 }
 
@@ -452,17 +501,18 @@ async function look() {
 
 const address = new URL("classify", location.href).href;
 const SNIPPETS = {
-  curl: `curl --data-binary @digit.png ${address}`,
-  python: `import json, urllib.request
+  curl: (name) => `curl --data-binary @${name} ${address}`,
+  python: (name) => `import json, urllib.request
 
-with open("digit.png", "rb") as file:
+with open("${name}", "rb") as file:
     request = urllib.request.Request("${address}", file.read())
 with urllib.request.urlopen(request) as response:
     answer = json.load(response)
 print(answer["label"] if answer["sure"] else "not sure", answer["probability"])`,
-  javascript: `import { readFile } from "node:fs/promises";
+  javascript: (name) => `// node ask.mjs: Node 18 or newer
+import { readFile } from "node:fs/promises";
 
-const body = await readFile("digit.png");
+const body = await readFile("${name}");
 const response = await fetch("${address}", { method: "POST", body });
 const answer = await response.json();
 console.log(answer.sure ? answer.label : "not sure", answer.probability);`,
@@ -475,7 +525,13 @@ function choose(tab) {
     other.tabIndex = other === tab ? 0 : -1;
   }
   byId("code").setAttribute("aria-labelledby", tab.id);
-  byId("snippet").textContent = SNIPPETS[tab.id.replace("tab-", "")];
+  showSnippet();
+}
+
+function showSnippet() {
+  const tab = tabs.find((one) => one.tabIndex === 0);
+  byId("saved").textContent = fileName();
+  byId("snippet").textContent = SNIPPETS[tab.id.replace("tab-", "")](fileName());
 }
 
 tabs.forEach((tab, index) => {

@@ -251,15 +251,15 @@ function enlarged(small, factor, shape) {
 }
 
 function otsu(levels, distance) {
-  const counts = new Float64Array(256);
+  const counts = new Float64Array(largest(levels) + 1); // above 255 where the paper is below 0
   for (const level of levels) if (level >= distance) counts[level]++;
   let [total, whole] = [0, 0];
-  for (let level = 0; level < 256; level++) {
+  for (let level = 0; level < counts.length; level++) {
     total += counts[level];
     whole += counts[level] * level;
   }
   let [count, mass, best, found] = [0, 0, -1, 0];
-  for (let level = 0; level < 256; level++) {
+  for (let level = 0; level < counts.length; level++) {
     count += counts[level];
     mass += counts[level] * level;
     if (!counts[level] || count === total) continue;
