@@ -34,6 +34,7 @@ from pipeline.prediction import (
 from pipeline.prediction_log import PredictionLog
 
 TIMEOUT = 10.0  # seconds for a whole call
+LONGEST = 86_400  # seconds, a day: what no system takes for infinite, or too much
 RETRIES = 3
 FIRST_PAUSE = 0.1  # seconds before the first retry, about; each further one is twice as long
 T = TypeVar("T")
@@ -68,8 +69,10 @@ class Deadline:
     """The end of a whole call, whatever it consists of."""
 
     def __init__(self, timeout: float) -> None:
-        if not timeout > 0:
-            raise PipelineError(f"the timeout must be above 0 seconds, got {timeout}")
+        if not 0 < timeout <= LONGEST:
+            raise PipelineError(
+                f"the timeout must be above 0 and at most {LONGEST:,} seconds, got {timeout}"
+            )
         self.timeout = timeout
         self._end = time.monotonic() + timeout
 
@@ -92,6 +95,8 @@ class Asking:
         log: PredictionLog | None = None,
     ) -> None:
         Deadline(timeout)  # refuses nonsense
+        if retries < 0:
+            raise PipelineError(f"retries must be 0 or more, got {retries}")
         self.endpoint, self.name, self.version = target, name, version
         self.timeout, self.retries, self.log = timeout, retries, log
         self._config: triton.ModelConfig | None = None

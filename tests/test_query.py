@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import Chain, error_line
 
+from pipeline.async_client import AsyncClient
 from pipeline.client import Client, endpoint
 from pipeline.data import load_split
 from pipeline.errors import PipelineError, ServerError
@@ -38,16 +39,43 @@ def test_an_endpoint_is_a_protocol_and_an_address(url: str, address: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x", "http://", "http://x/path", "http://x:port", "http://x:0x"]
+    "url",
+    [
+        *("localhost:8000", "ftp://x", "http://", "http://x/path", "http://x:port", "http://x:0x"),
+        *("http://my host:8000", "http://x:8000\n", " http://x", "http://x\x7f", "http://x:0"),
+        *("http://me:secret@x:8000", "http://x?key=secret", "http://x#secret", "http://@x"),
+    ],
 )
 def test_a_url_that_names_no_server_says_how_to_write_one(url: str) -> None:
-    with pytest.raises(PipelineError, match=r"http://HOST:8000|valid port"):
+    with pytest.raises(PipelineError, match=r"http://HOST:8000|valid port") as raised:
         endpoint(url)
+    assert "secret" not in str(raised.value)
 
 
-def test_a_timeout_of_nothing_is_refused() -> None:
-    with pytest.raises(PipelineError, match="timeout must be above 0"):
-        Client("http://localhost:1", timeout=0)
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12])
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+def test_a_timeout_of_nothing_or_without_an_end_is_refused(make: Any, timeout: float) -> None:
+    with pytest.raises(PipelineError, match="timeout must be above 0 and at most 86,400 seconds"):
+        make("http://localhost:1", timeout=timeout)
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+def test_less_than_no_retries_are_refused(make: Any) -> None:
+    with pytest.raises(PipelineError, match="retries must be 0 or more, got -1"):
+        make("http://localhost:1", retries=-1)
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+@pytest.mark.parametrize("url", ["http://localhost:1", "grpc://localhost:1"])
+@pytest.mark.parametrize(
+    "header",
+    [("a b", "x"), ("", "x"), (":path", "x"), ("ä", "x"), ("a", "x\ny"), ("a", "€"), ("a", 5)],
+)
+def test_headers_that_cannot_be_sent_are_refused(make: Any, url: str, header: Any) -> None:
+    with pytest.raises(PipelineError, match=f"^{header[0]!r} is no header for .*: use letters"):
+        make(url, headers=dict([header]))
+    with pytest.raises(PipelineError, match="'KEY-bin' is no header for grpc"):
+        make("grpc://localhost:1", headers={"KEY-bin": "x"})
 
 
 @pytest.fixture
