@@ -68,6 +68,10 @@ class Count:
         unsure = f" ({self.unsure} of them {NOT_SURE})" if self.unsure else ""
         return f"{self.answered} answered{unsure}"
 
+    @property
+    def total(self) -> int:
+        return self.answered + self.failed
+
 
 def ask_files(
     connect: Callable[[], Client],
@@ -223,7 +227,8 @@ class _Readers:
         # Python would wait at its end for what is being read. From 3.14 on: terminate_workers().
         for process in list((processes or {}).values()):
             process.terminate()
-        results._writer.close()  # the pool waits for no rest of what one was about to send
+        # And the pool waits for no rest of what one of them was about to send.
+        results._writer.close()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Chain, error_line
+from fakes import Asked, Reply, as_triton, http_server, request, tcp
 
 from pipeline.async_client import AsyncClient
 from pipeline.client import Client, endpoint
@@ -173,6 +174,77 @@ def test_an_empty_folder_and_a_blank_picture_are_named_for_what_they_are(
     assert "blank.png shows no ink" in result.stderr
 
 
+def query(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The command in a process of its own, asking for a drawn stroke, which the fakes call 0."""
+    command = [sys.executable, "-m", "pipeline", "query", *map(os.fspath, arguments)]
+    return subprocess.run(command, capture_output=True, check=False, **options)
+
+
+def stroke(path: Path) -> Path:
+    image = np.zeros((1, 28, 28), np.uint8)
+    image[0, 8:20, 13:15] = 255
+    write_png(image, path)
+    return path
+
+
+def test_a_name_that_is_no_text_is_printed_with_its_answer(tmp_path: Path) -> None:
+    file = stroke(tmp_path / os.fsdecode(b"\xff.png"))
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    with http_server(as_triton) as (port, _):
+        done = query(file, "--url", f"http://127.0.0.1:{port}", env=strict)
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcff.png: 0  90.00%" in done.stdout
+
+
+def test_a_name_that_is_too_long_is_no_image_file(empty: Chain) -> None:
+    result = empty.run("query", "x" * 300)
+    assert result.exit_code == 1
+    assert "no image file xxx" in result.stderr
+
+
+def test_standard_input_that_holds_nothing_or_cannot_be_read_is_said_to(tmp_path: Path) -> None:
+    (tmp_path / "nothing").touch()
+    for flags, path, said in (
+        (os.O_RDONLY, tmp_path / "nothing", b"standard input holds nothing: '-' takes"),
+        (os.O_WRONLY, tmp_path / "nothing", b"cannot read standard input (Bad file descriptor)"),
+    ):
+        descriptor = os.open(path, flags)
+        done = query("-", stdin=descriptor)
+        os.close(descriptor)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert said in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+def test_a_server_that_stops_answering_leaves_the_count_of_what_it_answered(empty: Chain) -> None:
+    def before(method: str, asked: Asked) -> Reply | None:
+        return Reply(400, b'{"error": "tired"}') if asked.inferences > 1 else None
+
+    files = [str(stroke(empty.root / f"{index}.png")) for index in range(5)]
+    with http_server(before) as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        result = empty.run("query", files[0], "missing.png", *files[1:], "--url", url)
+    assert result.exit_code == 1
+    assert result.stdout.count(": 0  90.00%") == 1
+    assert "1 answered\nError: http://127.0.0.1" in result.stderr
+
+
+def test_headers_that_query_is_given_are_sent(empty: Chain) -> None:
+    seen: list[str | None] = []
+
+    def script(connection: socket.socket) -> None:
+        seen.append(request(connection.makefile("rb"))[1].get("x-key"))
+
+    file = str(stroke(empty.root / "0.png"))
+    with tcp(script) as port:
+        url = f"http://127.0.0.1:{port}"
+        assert empty.run("query", file, "--url", url, "--header", "X-Key=a=b").exit_code == 5
+        assert empty.run("query", file, "--url", url, "--header", "X-Key").exit_code == 2
+        result = empty.run("query", file, "--url", url, "--header", "X Key=a")
+    assert set(seen) == {"a=b"}
+    assert "'X Key' is no header for http" in error_line(result)
+
+
 @pytest.fixture(scope="session")
 def digit(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A picture of the first test image, a seven."""
@@ -322,4 +394,4 @@ def test_ctrl_c_in_the_middle_is_130_without_a_traceback(served: Served, digit: 
         assert [process.stdout.readline() for _ in range(200)]  # and it waits for more
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(HANG_GUARD) == 130
-        assert process.stderr.read() == b"interrupted\n"
+        assert process.stderr.read() == b"200 answered\ninterrupted\n"
