@@ -176,7 +176,7 @@ def test_an_empty_folder_and_a_blank_picture_are_named_for_what_they_are(
 
 def query(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The command in a process of its own, asking for a drawn stroke, which the fakes call 0."""
-    command = [sys.executable, "-m", "pipeline", "query", *map(os.fspath, arguments)]
+    command = [sys.executable, "-m", "pipeline", "query", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, check=False, **options)
 
 
