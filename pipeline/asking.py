@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,12 +20,21 @@ from google.protobuf.message import Message
 
 from pipeline import triton, wire
 from pipeline.endpoint import Endpoint
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, SlowError
 from pipeline.faults import PASSING, Asked, Fault, explained
-from pipeline.prediction import Image, Prediction, listed, predicted, prepared, require_fit
+from pipeline.prediction import (
+    Image,
+    Prediction,
+    listed,
+    predicted,
+    prepared,
+    require_fit,
+    singles,
+)
 from pipeline.prediction_log import PredictionLog
 
 TIMEOUT = 10.0  # seconds for a whole call
+LONGEST = 86_400  # seconds, a day: what no system takes for infinite, or too much
 RETRIES = 3
 FIRST_PAUSE = 0.1  # seconds before the first retry, about; each further one is twice as long
 T = TypeVar("T")
@@ -59,8 +69,10 @@ class Deadline:
     """The end of a whole call, whatever it consists of."""
 
     def __init__(self, timeout: float) -> None:
-        if not timeout > 0:
-            raise PipelineError(f"the timeout must be above 0 seconds, got {timeout}")
+        if not 0 < timeout <= LONGEST:
+            raise PipelineError(
+                f"the timeout must be above 0 and at most {LONGEST:,} seconds, got {timeout}"
+            )
         self.timeout = timeout
         self._end = time.monotonic() + timeout
 
@@ -83,6 +95,8 @@ class Asking:
         log: PredictionLog | None = None,
     ) -> None:
         Deadline(timeout)  # refuses nonsense
+        if retries < 0:
+            raise PipelineError(f"retries must be 0 or more, got {retries}")
         self.endpoint, self.name, self.version = target, name, version
         self.timeout, self.retries, self.log = timeout, retries, log
         self._config: triton.ModelConfig | None = None
@@ -124,19 +138,24 @@ class Asking:
     def classify(
         self, images: Image | Iterable[Image], top: int, deadline: Deadline
     ) -> Steps[list[Prediction]]:
-        """A prediction for each image."""
-        pictures = listed(images)
-        if not pictures:
+        """A prediction for each image; no more are prepared at once than a request takes."""
+        given = listed(images)
+        if not given:
             return []
         config = yield from self._one_tensor(deadline)
-        arrays = yield Work(lambda: prepared(pictures, config))
-        answers = yield from self._batches(arrays, deadline)
-        for outputs, _ in answers:
+        pictures = [single for image in given for single in singles(image, config)]
+        size, answers, asked = max(1, config.max_batch_size), [], []
+        for start in range(0, len(pictures), size):
+            arrays = yield Work(partial(_ready, pictures, start, size, config, deadline))
+            outputs, version = yield from self._infer(arrays, deadline)
             if not _is_of_classes(outputs):
                 shape = list(outputs.shape[1:])
                 raise PipelineError(f"{self.name} gives {shape} for an image: ask with infer()")
+            answers.append((outputs, version))
+            asked += [arrays] if self.log else []
         predictions = yield from self._predictions(answers, top, deadline)
-        yield from self._logged(arrays, predictions)
+        for index, arrays in enumerate(asked):
+            yield from self._logged(arrays, predictions[index * size :][:size])
         return predictions
 
     def _predictions(
@@ -157,7 +176,10 @@ class Asking:
 
     def infer(self, images: np.ndarray, deadline: Deadline) -> Steps[tuple[np.ndarray, str]]:
         """Outputs (N, K) of images (N, ...), and the version that answered last."""
-        images = np.asarray(images)
+        try:
+            images = np.asarray(images)
+        except ValueError as error:
+            raise PipelineError(f"images are no array ({error}): give one, (N, ...)") from error
         answers = yield from self._batches(images, deadline)
         if self.log and all(_is_of_classes(outputs) for outputs, _ in answers):
             yield from self._logged(images, (yield from self._predictions(answers, 1, deadline)))
@@ -231,6 +253,21 @@ class Asking:
     def _failed(self, fault: Fault, deadline: Deadline, times: int = 1) -> PipelineError:
         asked = Asked(self.endpoint, self.name, self.version, deadline.timeout, times)
         return explained(fault, asked)
+
+
+def _ready(
+    pictures: list[Image], start: int, size: int, config: triton.ModelConfig, deadline: Deadline
+) -> np.ndarray:
+    """So many pictures from `start` on as the model takes them, if there is time for that."""
+    arrays = []
+    for picture in pictures[start : start + size]:
+        arrays.append(prepared(picture, config))
+        if deadline.left <= 0:
+            raise SlowError(
+                f"{start + len(arrays)} of {len(pictures)} pictures were ready in "
+                f"{deadline.timeout:g} s: raise timeout, or ask about fewer at once"
+            )
+    return np.stack(arrays)
 
 
 def _is_of_classes(outputs: np.ndarray) -> bool:

@@ -45,7 +45,7 @@ class AsyncClient:
         self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
         log = opened(prediction_log)
         self._asking = Asking(self.endpoint, name, str(version), timeout, retries, log)
-        check(self.endpoint, certificates)
+        check(self.endpoint, certificates, headers or {})
         wire_class = _Grpc if self.endpoint.is_grpc else _Http
         self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))
         self._loop: asyncio.AbstractEventLoop | None = None

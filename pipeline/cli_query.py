@@ -1,8 +1,10 @@
 """The command that asks a served model."""
 
+import contextlib
 import io
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -13,13 +15,38 @@ from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from pipeline.client import Client
-    from pipeline.query import Answer
+    from pipeline.query import Answer, Count
+
+
+def _headers(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    if not all(equals for _, equals, _ in pairs):
+        raise click.BadParameter("write NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 @click.command(cls=Command)
 @click.argument("images", nargs=-1, required=True, metavar="FILE|FOLDER|-...", type=click.Path())
 @click.option("--url", help="http://HOST:PORT or grpc://HOST:PORT.  [default: our server]")
 @name_option
+@click.option(
+    "--ca",
+    type=click.Path(path_type=Path),
+    help="PEM file of who signed the server's certificate, for https:// and grpcs://.",
+)
+@click.option(
+    "--certificate", type=click.Path(path_type=Path), help="PEM file of your own certificate."
+)
+@click.option("--key", type=click.Path(path_type=Path), help="PEM file of the key that is its.")
+@click.option(
+    "--header",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_headers,
+    help="Sent with each request, a key for example; may be given again.",
+)
 @click.option("--timeout", default=10.0, show_default=True, help="Seconds for an answer.")
 @click.option("--top", default=3, show_default=True, type=click.IntRange(1))
 @click.option(
@@ -35,6 +62,10 @@ def query_command(
     images: tuple[str, ...],
     url: str | None,
     name: str | None,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    header: dict[str, str],
     timeout: float,
     top: int,
     min_confidence: float | None,
@@ -50,32 +81,63 @@ def query_command(
       pipeline query digit.png
       pipeline query --json --top 1 digits/
       find digits -name '*.png' | pipeline query --min-confidence 0.9 -
+      pipeline query --url grpcs://HOST:8001 --ca ca.crt --header NAME=KEY digit.png
     """
-    from pipeline.client import Client
+    from pipeline.client import Certificates, Client
     from pipeline.inputs import sources
     from pipeline.prediction_log import opened
-    from pipeline.query import Count, ask_files
+    from pipeline.query import ask_files
     from pipeline.serve import default_url
 
     if show and settings.json:
         raise click.UsageError("--show draws, --json does not: choose one")
-    paths, count = paths_of(settings, name), Count()
-    log = opened(prediction_log)
+    _allow_any_name()
+    paths = paths_of(settings, name)
+    log, certificates = opened(prediction_log), Certificates(ca, certificate, key)
 
     def connect() -> "Client":
-        return Client(url or default_url(paths), paths.name, timeout, prediction_log=log)
+        return Client(
+            url or default_url(paths),
+            paths.name,
+            timeout,
+            certificates=certificates,
+            headers=header,
+            prediction_log=log,
+        )
 
     found = sources(images, _standard_input() if "-" in images else None)
-    for answer in ask_files(connect, found, top, min_confidence):
-        count.add(answer)
-        _echo(settings, answer, show)
-    total = count.answered + count.failed
+    with contextlib.closing(ask_files(connect, found, top, min_confidence)) as answers:
+        count = _echo_all(settings, answers, show)
     if count.failed:
-        raise PipelineError(f"{count.failed} of {total} images could not be read; {count}")
+        raise PipelineError(f"{count.failed} of {count.total} images could not be read; {count}")
     if log and log.lost:
-        raise PipelineError(f"{log.lost} of {total} predictions could not be written to {log.path}")
-    if total > 1:
+        lost = f"{log.lost} of {count.total} predictions"
+        raise PipelineError(f"{lost} could not be written to {log.path}")
+    if count.total > 1:
         settings.say(count)
+
+
+def _allow_any_name() -> None:
+    """Let standard output take the names of files that are no text in its encoding."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _echo_all(settings: Settings, answers: Iterable["Answer"], show: bool) -> "Count":
+    """Print each answer as it comes, and how many came where they end before their time."""
+    from pipeline.query import Count
+
+    count = Count()
+    try:
+        for answer in answers:
+            count.add(answer)
+            _echo(settings, answer, show)
+    except (PipelineError, KeyboardInterrupt):
+        if count.total:
+            failed = f", {count.failed} images could not be read" if count.failed else ""
+            settings.say(f"{count}{failed}")
+        raise
+    return count
 
 
 def _echo(settings: Settings, answer: "Answer", show: bool) -> None:

@@ -11,7 +11,7 @@ import click
 from pipeline.command import Group, Settings, paths_of
 from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, ServerError
-from pipeline.paths import Paths
+from pipeline.paths import MODEL_NAMES, Paths
 
 if TYPE_CHECKING:
     from pipeline.serve import Server
@@ -64,12 +64,26 @@ def echo_server(settings: Settings, server: "Server") -> None:
     record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
     models = ", ".join(f"{name} version {n}" for name, n in server.models.items())
     text = f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"
-    text += "".join(_by_curl(paths_of(settings, name), server) for name in [*server.models][:1])
+    text += "".join(_ways_to_ask(paths_of(settings, name), server) for name in [*server.models][:1])
     settings.result(record, text, "pipeline query IMAGE..., pipeline serve stop")
 
 
+def _ways_to_ask(paths: Paths, server: "Server") -> str:
+    """How to ask for a model: with a digit by curl if it has one, with a picture from Python."""
+    from pipeline import triton
+
+    text, config = _by_curl(paths, server), triton.profile_file(paths.packaged)
+    if not config.exists() or triton.pictures(triton.read(config)) == "arrays":
+        return text
+    name = "" if paths.name == MODEL_NAMES["mnist"] else f", '{paths.name}'"
+    return (
+        f'{text}\nor: python -c "from pipeline.client import Client; '
+        f"print(Client('{server.grpc_url}'{name}).classify('IMAGE'))\""
+    )
+
+
 def _by_curl(paths: Paths, server: "Server") -> str:
-    """How to ask for the first model without anything of ours; nothing where it has no digit."""
+    """How to ask for a model without anything of ours; nothing where it has no digit."""
     digit, labels = paths.packaged / "warmup" / "digit", paths.packaged / "labels.txt"
     if not (digit.exists() and labels.exists()):
         return ""

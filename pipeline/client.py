@@ -58,7 +58,7 @@ class Client:
         self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
         log = opened(prediction_log)
         self._asking = Asking(self.endpoint, name, str(version), timeout, retries, log)
-        check(self.endpoint, certificates)
+        check(self.endpoint, certificates, headers or {})
         wire_class = _Grpc if self.endpoint.is_grpc else _Http
         self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))
 
@@ -66,8 +66,9 @@ class Client:
         """A prediction for each image: one or many, in order.
 
         An image is a file's path or bytes, an image of Pillow, or an array: of the model's shape
-        it is taken as it is (0 for paper, 255 for ink), any other is a picture and is prepared.
-        Raises PipelineError for a picture where the model says that it takes arrays only.
+        it is taken as it is (0 for paper, 255 for ink), any other is a picture, (H, W) or
+        (H, W, 3), and is prepared, which takes of the timeout as well. Raises PipelineError for a
+        picture where the model says that it takes arrays only.
         """
         deadline = Deadline(self.timeout)
         return self._run(self._asking.classify(images, top, deadline))

@@ -30,7 +30,9 @@ Kind = Literal[
 PASSING: frozenset[Kind] = frozenset({"unreached", "lost", "busy", "unloaded"})
 _START = "is it running? 'pipeline serve status' tells, 'pipeline serve' starts it"
 _PORTS = "check host and port; by default Triton's HTTP is on 8000 and its gRPC on 8001"
-_CLIENTS = "where it asks who you are, give the client's own certificate and key"
+_CLIENTS = (
+    "where it asks who you are, give the client's own certificate and key (--certificate, --key)"
+)
 _LONGEST = 300  # characters of a server's own words that are passed on
 # Parts of what Triton says, in lower case.
 _SAID: tuple[tuple[str, Kind], ...] = (
@@ -160,7 +162,7 @@ def explained(fault: Fault, asked: Asked) -> PipelineError:
     if fault.kind == "restricted":
         return PipelineError(
             f"{where} refuses: {reason}; that is restricted to those who hold its key: ask whoever "
-            "runs it, and give the key in `headers`"
+            "runs it, and give the key in `headers`, with 'pipeline query' as --header NAME=KEY"
         )
     if fault.kind == "large":
         return PipelineError(
@@ -198,10 +200,10 @@ def _secured(where: Endpoint, reason: str) -> str:
     if "hostname" in said or "mismatch" in said or "not valid for" in said:
         return "its certificate is for another host: ask it by a name that stands in there"
     if "verify failed" in said or "self-signed" in said or "peer name" in said:
-        return "give the certificate of the CA that signed the server's own"
+        return "give the certificate of the CA that signed the server's own (--ca)"
     if "wrong version" in said or "record layer" in said or "unexpected eof" in said:
         return _other(where)
-    return f"give the CA that signed the server's certificate; {_CLIENTS}; {_other(where)}"
+    return f"give the CA that signed the server's certificate (--ca); {_CLIENTS}; {_other(where)}"
 
 
 def _other(where: Endpoint) -> str:

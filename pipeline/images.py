@@ -6,6 +6,8 @@ into 20 x 20 and centred by its mass. Everything from gray levels on is in `prep
 
 import contextlib
 import io
+import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from pipeline.ink import frame, ink, middle, reduced
 
 Picture = Path | bytes | Image.Image | np.ndarray  # a file, its content, or its pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM is Pillow's word for PNM
+_CHANNELS = ((), (2,), (3,), (4,))  # of an array after H and W: gray, with alpha, RGB, with alpha
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 640  # pixels; a larger image is first reduced to this
@@ -51,10 +54,10 @@ def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
 
 
 def _read_file(path: Path) -> bytes:
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir() raises where a name is too long
         raise PipelineError(f"{path} is a folder: name its files, {path}/*")
-    if not path.is_file():
-        raise PipelineError(f"no image file {path}: check the name")
+    if not os.path.isfile(path):
+        raise PipelineError(f"no image file {path}: check the name, and your rights in its folder")
     try:
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)
@@ -72,7 +75,7 @@ def _decode(source: bytes | Image.Image | np.ndarray, name: str) -> np.ndarray:
                 _check_size(image, name)
                 if isinstance(source, bytes):  # a large JPEG is decoded at a half, a quarter ...
                     image.draft("L", (WORK_SIDE, WORK_SIDE))
-                return _upright(_gray(image), image.getexif().get(ExifTags.Base.Orientation))
+                return _upright(_gray(image), _orientation(image))
     except _DECODING_ERRORS as error:
         raise PipelineError(
             f"{name} cannot be read as an image ({_reason(error)}): "
@@ -85,8 +88,14 @@ def _opened(
 ) -> contextlib.AbstractContextManager[Image.Image]:
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
-    image = Image.fromarray(source) if isinstance(source, np.ndarray) else source
-    return contextlib.nullcontext(image)  # the caller's own: not ours to close
+    if not isinstance(source, np.ndarray):
+        return contextlib.nullcontext(source)  # the caller's own: not ours to close
+    if source.ndim not in (2, 3) or source.shape[2:] not in _CHANNELS or not source.size:
+        raise PipelineError(
+            f"an array of shape {list(source.shape)} is no picture: give gray levels (H, W) or "
+            "colours (H, W, 3)"
+        )
+    return contextlib.nullcontext(Image.fromarray(source))
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -95,6 +104,14 @@ def _check_size(image: Image.Image, name: str) -> None:
         raise PipelineError(
             f"{name} has {image.width} x {image.height} pixels, {MAX_PIXELS} are allowed: reduce it"
         )
+
+
+def _orientation(image: Image.Image) -> object:
+    """How the camera was held; None where damaged EXIF, which spoils no picture, does not tell."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (*_DECODING_ERRORS, struct.error):
+        return None
 
 
 def _upright(gray: np.ndarray, orientation: object) -> np.ndarray:

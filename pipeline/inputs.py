@@ -14,6 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.images import MAX_FILE_BYTES, fit, read_gray
 
 STANDARD_INPUT = "-"
+_GIVE = "'-' takes a picture there, or the names of pictures, one a line"
 MAX_NAME_BYTES = 2**16
 # How the formats of images.FORMATS begin; a list of file names does not begin so.
 _PICTURE = re.compile(
@@ -53,6 +54,18 @@ def sources(names: Iterable[str], standard_input: BinaryIO | None = None) -> Ite
 
 def _from_input(stream: BinaryIO) -> Iterator[Source]:
     """The picture that a stream holds, or those whose names are its lines."""
+    is_empty = True
+    try:
+        for source in _pictures_in(stream):
+            is_empty = False
+            yield source
+    except OSError as error:
+        raise PipelineError(f"cannot read standard input ({error.strerror}): {_GIVE}") from error
+    if is_empty:
+        yield Source(STANDARD_INPUT, error=f"standard input holds nothing: {_GIVE}")
+
+
+def _pictures_in(stream: BinaryIO) -> Iterator[Source]:
     head = stream.readline(MAX_NAME_BYTES)
     if _UNDECIDED.match(head):  # a line may have ended inside the header
         head += stream.read(16) + stream.readline(MAX_NAME_BYTES)

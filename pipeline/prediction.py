@@ -2,6 +2,7 @@
 
 # Shape letters: N images, H height, W width, K classes.
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,18 +70,11 @@ def shape_of(config: triton.ModelConfig) -> tuple[int, ...]:
     return tuple(config.input[0].dims)
 
 
-def prepared(images: list[Image], config: triton.ModelConfig) -> np.ndarray:
-    """What the model takes (N, ...), of pictures and of arrays that have its shape already.
+def singles(image: Image, config: triton.ModelConfig) -> list[Image]:
+    """A picture, or each array of the model's shape that an array holds; none is prepared yet.
 
     Raises PipelineError for a picture where the model says that it takes arrays only.
     """
-    arrays = [array for image in images for array in _arrays(image, config)]
-    for array in arrays:
-        require_fit(array[np.newaxis], config)
-    return np.stack(arrays)
-
-
-def _arrays(image: Image, config: triton.ModelConfig) -> list[np.ndarray]:
     shape, pictures = shape_of(config), triton.pictures(config)
     if isinstance(image, np.ndarray):
         if is_of(image.shape, shape) or pictures == "arrays":
@@ -89,6 +83,7 @@ def _arrays(image: Image, config: triton.ModelConfig) -> list[np.ndarray]:
             return list(image)
         if is_of((1, *image.shape), shape):
             return [image[np.newaxis]]
+        _refuse_other_rows(image, shape)
     elif pictures == "arrays":
         raise PipelineError(
             f"{config.name} does not say how a picture becomes what it takes: give arrays of its "
@@ -99,7 +94,31 @@ def _arrays(image: Image, config: triton.ModelConfig) -> list[np.ndarray]:
             f"{type(image).__name__} is no picture: give a path, the bytes of a file, an image of "
             "Pillow or an array"
         )
-    return [read_image(Path(image) if isinstance(image, str) else image, pictures=pictures)]
+    return [image]
+
+
+def _refuse_other_rows(array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise PipelineError for an array of images that are flat, or have no channels."""
+    is_flat = array.ndim in (1, 2) and array.shape[-1] == math.prod(shape)
+    if min(shape) < 1 or not (is_flat or (array.ndim == 3 and (1, *array.shape[1:]) == shape)):
+        return
+    mend = f"give array.reshape({', '.join(map(str, (-1, *shape)))})"
+    if array.ndim == 2:
+        mend += ", or Image.fromarray(array) if it is a picture after all"
+    raise PipelineError(f"an array of shape {list(array.shape)} is no picture but images: {mend}")
+
+
+def prepared(image: Image, config: triton.ModelConfig) -> np.ndarray:
+    """What the model takes, of one of the `singles`."""
+    pictures = triton.pictures(config)
+    if isinstance(image, np.ndarray) and (
+        pictures == "arrays" or is_of(image.shape, shape_of(config))
+    ):
+        array = image
+    else:
+        array = read_image(Path(image) if isinstance(image, str) else image, pictures=pictures)
+    require_fit(array[np.newaxis], config)
+    return array
 
 
 def is_of(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -6,7 +6,7 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,9 @@ from pipeline.errors import PipelineError
 from pipeline.inputs import Seen, Source, fitted, gray_of, look
 
 FILES_AT_ONCE = 64
+# So many come first, and are read here: the first answer does not wait for others, and a few
+# pictures need no processes, which take a second to start.
+FIRST_BATCHES = (1, 8, FILES_AT_ONCE)
 UNDER_WAY = 6  # batches that are being read, or wait to be asked about
 LINGER = 0.02  # seconds that a batch waits for one more name
 NOT_SURE = "not sure"
@@ -65,6 +68,10 @@ class Count:
         unsure = f" ({self.unsure} of them {NOT_SURE})" if self.unsure else ""
         return f"{self.answered} answered{unsure}"
 
+    @property
+    def total(self) -> int:
+        return self.answered + self.failed
+
 
 def ask_files(
     connect: Callable[[], Client],
@@ -72,22 +79,24 @@ def ask_files(
     top: int = 3,
     min_confidence: float | None = None,
     workers: int | None = None,
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """An answer for each picture, in order; one that cannot be read does not stop the others.
 
     At most a few batches are in memory. `min_confidence` takes the place of the model's own
     threshold. Connects when there is something to ask, so that what cannot be read is named in
-    any case. Once the first batch is answered, `workers` processes read ahead.
+    any case. Once the first batches are answered, `workers` processes read ahead; close the
+    iterator and they end at once.
     """
     with contextlib.ExitStack() as stack:
         names = _Names(sources)
         client: Client | None = None
-        while client is None and (batch := names.take(wait=True)):
+        while (client is None or names.is_starting) and (batch := names.take(wait=True)):
             grays = [gray_of(source) for source in batch]
             seen = [Seen(None, gray if isinstance(gray, str) else None) for gray in grays]
-            if any(isinstance(gray, np.ndarray) for gray in grays):
+            if client is None and any(isinstance(gray, np.ndarray) for gray in grays):
                 client = stack.enter_context(connect())
                 pictures = _pictures(client)
+            if client is not None:
                 seen = [fitted(*pair, pictures) for pair in zip(batch, grays, strict=True)]
             yield from _answers(client, batch, seen, top, min_confidence)
         if client is None:
@@ -160,13 +169,20 @@ class _Names:
     def __init__(self, sources: Iterable[Source]) -> None:
         self._queue: queue.Queue[Source | BaseException | None] = queue.Queue(4 * FILES_AT_ONCE)
         self._end: BaseException | bool = False
+        self._sizes = list(FIRST_BATCHES)
         # A daemon: nothing ends a wait for standard input.
         threading.Thread(target=self._fill, args=(sources,), daemon=True).start()
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether the next batch is one of the first."""
+        return bool(self._sizes)
+
     def take(self, wait: bool) -> list[Source]:
         """The next batch; nothing at the end, or where none is at hand and we need not wait."""
+        size = self._sizes.pop(0) if self._sizes else FILES_AT_ONCE
         batch: list[Source] = []
-        while not self._end and len(batch) < FILES_AT_ONCE:
+        while not self._end and len(batch) < size:
             try:
                 source = self._queue.get(timeout=None if wait and not batch else LINGER)
             except queue.Empty:
@@ -190,7 +206,7 @@ class _Names:
 
 
 class _Readers:
-    """Processes that read pictures; Ctrl-C is for us, they end with us."""
+    """Processes that read pictures; Ctrl-C is for us, and they end with us, whatever they read."""
 
     def __init__(self, pictures: str, workers: int) -> None:
         self._pictures = pictures
@@ -204,7 +220,15 @@ class _Readers:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        processes, results = self._pool._processes, self._pool._result_queue
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if not any(exception):
+            return
+        # Python would wait at its end for what is being read. From 3.14 on: terminate_workers().
+        for process in list((processes or {}).values()):
+            process.terminate()
+        # And the pool waits for no rest of what one of them was about to send.
+        results._writer.close()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

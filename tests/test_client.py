@@ -94,6 +94,40 @@ def test_more_images_than_a_batch_holds_are_split_in_order(
 
 
 @both
+def test_time_that_went_into_reading_pictures_is_not_the_servers_fault(
+    classify: Classify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*arguments: Any, **options: Any) -> np.ndarray:
+        time.sleep(0.3)
+        return np.zeros((1, 28, 28), np.uint8)
+
+    monkeypatch.setattr("pipeline.prediction.read_image", slow)
+    said = r"^[23] of 9 pictures were ready in 0.7 s: raise timeout, or ask about fewer at once$"
+    with fake("http") as (url, asked), pytest.raises(SlowError, match=said):
+        classify(url, [b""] * 9, timeout=0.7)
+    assert asked.inferences == 0
+
+
+@both
+def test_no_more_pictures_are_prepared_than_the_next_request_takes(
+    classify: Classify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def read(*arguments: Any, **options: Any) -> np.ndarray:
+        events.append("read")
+        return np.zeros((1, 28, 28), np.uint8)
+
+    def before(method: str, asked: Asked) -> None:
+        events.append(method)
+
+    monkeypatch.setattr("pipeline.prediction.read_image", read)
+    with fake("http", before) as (url, _):
+        assert len(classify(url, [b""] * (LARGEST + 1))) == LARGEST + 1
+    assert events == ["ModelConfig", *["read"] * LARGEST, "ModelInfer", "read", "ModelInfer"]
+
+
+@both
 def test_one_picture_or_many_of_any_kind(classify: Classify, tmp_path: Path) -> None:
     path = tmp_path / "digit.png"
     drawn = np.zeros((1, 28, 28), np.uint8)
@@ -116,6 +150,7 @@ def test_one_picture_or_many_of_any_kind(classify: Classify, tmp_path: Path) -> 
         assert [found.label for found in classify(url, (one for one in images(5, 6)))] == ["5", "6"]
         assert len(classify(url, [*kinds, *images(1)])) == 6
         assert classify(url, []) == []
+        assert classify(url, images()) == []
 
 
 @pytest.mark.parametrize(
@@ -125,7 +160,12 @@ def test_one_picture_or_many_of_any_kind(classify: Classify, tmp_path: Path) -> 
         (None, "NoneType is no picture"),
         (np.zeros((1, 28, 28), np.float32), r"takes uint8, not float32.*astype"),
         (np.zeros((28, 28), np.int64), r"takes uint8, not int64.*astype"),
-        (np.zeros((2, 3, 4, 5), np.uint8), "cannot be read as an image"),
+        (np.zeros((2, 3, 4, 5), np.uint8), "is no picture: give gray levels"),
+        (np.zeros((0, 7), np.uint8), "is no picture: give gray levels"),
+        (np.array(3, np.uint8), "is no picture: give gray levels"),
+        (np.zeros(784, np.uint8), r"give array.reshape\(-1, 1, 28, 28\)$"),
+        (np.zeros((5, 784), np.uint8), r"reshape\(-1, 1, 28, 28\), or Image.fromarray\(array\) if"),
+        (np.zeros((5, 28, 28), np.uint8), r"give array.reshape\(-1, 1, 28, 28\)$"),
         (b"no picture", "cannot be read as an image"),
         (Path("nowhere.png"), "no image file nowhere.png"),
         (Image.new("1", (9000, 9000)), "81000000|9000 x 9000 pixels.*reduce it"),
@@ -145,6 +185,8 @@ def test_infer_refuses_what_the_model_cannot_take() -> None:
             client.infer(np.zeros((1, 1, 27, 28), np.uint8))
         with pytest.raises(PipelineError, match="no images"):
             client.infer(images())
+        with pytest.raises(PipelineError, match=r"images are no array \(.*: give one, \(N"):
+            client.infer([[1, 2], [3]])  # type: ignore[arg-type]
     assert asked.inferences == 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from conftest import Chain
+from conftest import Chain, error_line
 from fakes import (
     Asked,
     Authority,
@@ -40,6 +40,7 @@ from pipeline.async_client import AsyncClient
 from pipeline.candidate import _files
 from pipeline.client import Certificates, Client, endpoint
 from pipeline.errors import PipelineError, ServerError, SlowError
+from pipeline.images import write_png
 from pipeline.replay import load_release
 from pipeline.serve import free_port
 
@@ -440,8 +441,25 @@ def secure(protocol: str, ca: Authority, **options: Any) -> Iterator[str]:
 @over_both
 def test_a_server_whose_ca_is_known_answers(ask: Ask, protocol: str, ours: Authority) -> None:
     with secure(protocol, ours) as url:
-        (found,) = ask(url, certificates=Certificates(ca=ours.file("ca.crt")))
-    assert found.label == "0"
+        for ca in (ours.file("ca.crt"), str(ours.file("ca.crt"))):
+            assert ask(url, certificates=Certificates(ca=ca))[0].label == "0"
+
+
+@over_both
+def test_query_takes_certificates(protocol: str, ours: Authority, tmp_path: Path) -> None:
+    image = IMAGE.copy()
+    image[0, 8:20, 13:15] = 255
+    write_png(image, tmp_path / "stroke.png")
+    ask = ["query", str(tmp_path / "stroke.png"), "--url"]
+    mine = ("--ca", "ca.crt"), ("--certificate", "me.crt"), ("--key", "me.key")
+    given = [word for option, file in mine for word in (option, str(ours.file(file)))]
+    with secure(protocol, ours, is_asking=True) as url:
+        result = Chain(tmp_path).run(*ask, url, *given)
+        assert result.exit_code == 0, result.output
+        refused = Chain(tmp_path).run(*ask, url, *given[:2])
+    assert ": 0  90.00%" in result.stdout
+    assert refused.exit_code == 5
+    assert "(--certificate, --key)" in error_line(refused)
 
 
 @each_client

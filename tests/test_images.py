@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 from pipeline import images
 from pipeline.errors import PipelineError
+from pipeline.gateway import _read
 from pipeline.images import prepare, read_gray, read_image, write_png
 
 
@@ -226,6 +227,15 @@ def test_a_photo_taken_with_the_phone_turned_is_upright(
     assert_alike(read_image(as_file(stored, "JPEG", quality=95, exif=exif)), digit, mean=2)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*", b"Exif\0\0garbage!", b"Exif\0\0"])
+def test_damaged_exif_spoils_no_picture(digit: np.ndarray, kind: str, exif: bytes) -> None:
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    content = as_file(seven().convert("RGB"), kind, exif=exif, **lossless)
+    assert_alike(read_image(content), digit, mean=2)
+    assert_alike(_read(content, "digit"), digit, mean=2)  # as the gateway does
+
+
 def test_a_written_png_is_read_back_the_same(tmp_path: Path, digit: np.ndarray) -> None:
     write_png(digit, tmp_path / "seven.png")
     with Image.open(tmp_path / "seven.png") as picture:
@@ -286,6 +296,31 @@ def test_a_missing_file_a_folder_and_one_without_rights_are_named(
     monkeypatch.setattr(Path, "open", refuse)  # chmod does not stop root
     with pytest.raises(PipelineError, match=r"cannot read .*secret.png \(Permission denied\)"):
         read_image(path)
+
+
+def test_a_name_that_is_too_long_and_a_folder_without_rights_are_no_image_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for path in (tmp_path / ("x" * 300), tmp_path / "zero\0"):
+        with pytest.raises(PipelineError, match="no image file"):
+            read_image(path)
+    monkeypatch.setattr("os.stat", refuse)  # chmod does not stop root
+    with pytest.raises(PipelineError, match="no image file.*your rights"):
+        read_image(tmp_path / "secret.png")
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (0, 7), (7, 0, 3), (5, 9, 9), (9, 9, 1), (2, 9, 9, 3)])
+def test_an_array_of_another_shape_is_no_picture(shape: tuple[int, ...]) -> None:
+    with pytest.raises(PipelineError, match=r"is no picture: give gray levels \(H, W\)"):
+        read_image(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_an_array_of_gray_levels_or_colours_is_a_picture(digit: np.ndarray, mode: str) -> None:
+    assert_alike(read_image(np.asarray(seven().convert(mode))), digit, mean=2)
 
 
 def test_a_file_beyond_the_limit_is_not_read(

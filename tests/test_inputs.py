@@ -1,6 +1,9 @@
+import contextlib
 import io
 import itertools
-from collections.abc import Iterator
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ from pipeline.errors import ServerError
 from pipeline.images import png
 from pipeline.inputs import Source, drawn, sources
 from pipeline.prediction import Prediction
-from pipeline.query import FILES_AT_ONCE, UNDER_WAY, Count, ask_files
+from pipeline.query import FILES_AT_ONCE, FIRST_BATCHES, UNDER_WAY, Count, _Readers, ask_files
 
 DIGIT = np.zeros((1, 28, 28), np.uint8)
 DIGIT[0, 8:20, 13:15] = 255
+HANG_GUARD = 20.0  # seconds; generous, because machines are shared
 
 
 class Server:
@@ -86,15 +90,50 @@ def test_a_million_pictures_are_read_no_further_than_a_few_batches_ahead() -> No
     endless = (Source(str(next(taken)), content) for _ in itertools.count())
     answers = ask_files(connect(), endless, workers=1)
     found = [next(answers).file for _ in range(5 * FILES_AT_ONCE)]
-    answers.close()  # type: ignore[attr-defined]
+    answers.close()
     assert found == [str(index) for index in range(5 * FILES_AT_ONCE)]
     assert next(taken) <= (5 + UNDER_WAY + 5) * FILES_AT_ONCE
 
 
+def test_the_first_answers_do_not_wait_for_others() -> None:
+    class Curious(Server):
+        def classify(self, images: list[np.ndarray], top: int) -> list[Prediction]:
+            sizes.append(len(images))
+            return super().classify(images, top)
+
+    sizes: list[int] = []
+    connected: Any = Curious
+    endless = (Source(str(n), png(DIGIT) if n != 9 else b"") for n in itertools.count())
+    answers = ask_files(connected, endless, workers=1)
+    assert [next(answers).file for _ in range(80)] == [str(index) for index in range(80)]
+    answers.close()
+    assert sizes[:3] == [1, 8, FILES_AT_ONCE - 1]
+
+
+def test_processes_that_read_end_at_once_when_something_goes_wrong() -> None:
+    before = set(multiprocessing.active_children())
+    slow = Source("slow", png(np.zeros((1, 7000, 7000), np.uint8)))
+    with contextlib.suppress(KeyboardInterrupt), _Readers("digit", 2) as readers:
+        futures = [readers.submit([slow] * 1000) for _ in range(2)]
+        wait_until(lambda: all(future.running() for future in futures))
+        time.sleep(2)  # by now they are no longer starting
+        raise KeyboardInterrupt
+    wait_until(lambda: set(multiprocessing.active_children()) <= before)
+    wait_until(lambda: all(future.done() for future in futures))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    start = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - start < HANG_GUARD
+        time.sleep(0.02)
+
+
 def test_a_server_that_dies_in_the_middle_is_said_once_after_what_it_answered() -> None:
     found = [Source(str(index), png(DIGIT)) for index in range(5 * FILES_AT_ONCE)]
-    answers = ask_files(connect(batches=3), found, workers=1)
-    assert len(list(itertools.islice(answers, 3 * FILES_AT_ONCE))) == 3 * FILES_AT_ONCE
+    answers = ask_files(connect(batches=4), found, workers=1)
+    answered = sum(FIRST_BATCHES) + FILES_AT_ONCE
+    assert len(list(itertools.islice(answers, answered))) == answered
     with pytest.raises(ServerError, match="it died"):
         next(answers)
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Chain, error_line
+from fakes import Asked, Reply, as_triton, http_server, request, tcp
 
+from pipeline.async_client import AsyncClient
 from pipeline.client import Client, endpoint
 from pipeline.data import load_split
 from pipeline.errors import PipelineError, ServerError
@@ -38,16 +40,43 @@ def test_an_endpoint_is_a_protocol_and_an_address(url: str, address: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x", "http://", "http://x/path", "http://x:port", "http://x:0x"]
+    "url",
+    [
+        *("localhost:8000", "ftp://x", "http://", "http://x/path", "http://x:port", "http://x:0x"),
+        *("http://my host:8000", "http://x:8000\n", " http://x", "http://x\x7f", "http://x:0"),
+        *("http://me:secret@x:8000", "http://x?key=secret", "http://x#secret", "http://@x"),
+    ],
 )
 def test_a_url_that_names_no_server_says_how_to_write_one(url: str) -> None:
-    with pytest.raises(PipelineError, match=r"http://HOST:8000|valid port"):
+    with pytest.raises(PipelineError, match=r"http://HOST:8000|valid port") as raised:
         endpoint(url)
+    assert "secret" not in str(raised.value)
 
 
-def test_a_timeout_of_nothing_is_refused() -> None:
-    with pytest.raises(PipelineError, match="timeout must be above 0"):
-        Client("http://localhost:1", timeout=0)
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12])
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+def test_a_timeout_of_nothing_or_without_an_end_is_refused(make: Any, timeout: float) -> None:
+    with pytest.raises(PipelineError, match="timeout must be above 0 and at most 86,400 seconds"):
+        make("http://localhost:1", timeout=timeout)
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+def test_less_than_no_retries_are_refused(make: Any) -> None:
+    with pytest.raises(PipelineError, match="retries must be 0 or more, got -1"):
+        make("http://localhost:1", retries=-1)
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+@pytest.mark.parametrize("url", ["http://localhost:1", "grpc://localhost:1"])
+@pytest.mark.parametrize(
+    "header",
+    [("a b", "x"), ("", "x"), (":path", "x"), ("ä", "x"), ("a", "x\ny"), ("a", "€"), ("a", 5)],
+)
+def test_headers_that_cannot_be_sent_are_refused(make: Any, url: str, header: Any) -> None:
+    with pytest.raises(PipelineError, match=f"^{header[0]!r} is no header for .*: use letters"):
+        make(url, headers=dict([header]))
+    with pytest.raises(PipelineError, match="'KEY-bin' is no header for grpc"):
+        make("grpc://localhost:1", headers={"KEY-bin": "x"})
 
 
 @pytest.fixture
@@ -143,6 +172,77 @@ def test_an_empty_folder_and_a_blank_picture_are_named_for_what_they_are(
     assert result.exit_code == 1
     assert f"{tmp_path / 'nothing'} holds no files" in result.stderr
     assert "blank.png shows no ink" in result.stderr
+
+
+def query(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The command in a process of its own, asking for a drawn stroke, which the fakes call 0."""
+    command = [sys.executable, "-m", "pipeline", "query", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, check=False, **options)
+
+
+def stroke(path: Path) -> Path:
+    image = np.zeros((1, 28, 28), np.uint8)
+    image[0, 8:20, 13:15] = 255
+    write_png(image, path)
+    return path
+
+
+def test_a_name_that_is_no_text_is_printed_with_its_answer(tmp_path: Path) -> None:
+    file = stroke(tmp_path / os.fsdecode(b"\xff.png"))
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    with http_server(as_triton) as (port, _):
+        done = query(file, "--url", f"http://127.0.0.1:{port}", env=strict)
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcff.png: 0  90.00%" in done.stdout
+
+
+def test_a_name_that_is_too_long_is_no_image_file(empty: Chain) -> None:
+    result = empty.run("query", "x" * 300)
+    assert result.exit_code == 1
+    assert "no image file xxx" in result.stderr
+
+
+def test_standard_input_that_holds_nothing_or_cannot_be_read_is_said_to(tmp_path: Path) -> None:
+    (tmp_path / "nothing").touch()
+    for flags, path, said in (
+        (os.O_RDONLY, tmp_path / "nothing", b"standard input holds nothing: '-' takes"),
+        (os.O_WRONLY, tmp_path / "nothing", b"cannot read standard input (Bad file descriptor)"),
+    ):
+        descriptor = os.open(path, flags)
+        done = query("-", stdin=descriptor)
+        os.close(descriptor)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert said in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
+def test_a_server_that_stops_answering_leaves_the_count_of_what_it_answered(empty: Chain) -> None:
+    def before(method: str, asked: Asked) -> Reply | None:
+        return Reply(400, b'{"error": "tired"}') if asked.inferences > 1 else None
+
+    files = [str(stroke(empty.root / f"{index}.png")) for index in range(5)]
+    with http_server(before) as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        result = empty.run("query", files[0], "missing.png", *files[1:], "--url", url)
+    assert result.exit_code == 1
+    assert result.stdout.count(": 0  90.00%") == 1
+    assert "1 answered\nError: http://127.0.0.1" in result.stderr
+
+
+def test_headers_that_query_is_given_are_sent(empty: Chain) -> None:
+    seen: list[str | None] = []
+
+    def script(connection: socket.socket) -> None:
+        seen.append(request(connection.makefile("rb"))[1].get("x-key"))
+
+    file = str(stroke(empty.root / "0.png"))
+    with tcp(script) as port:
+        url = f"http://127.0.0.1:{port}"
+        assert empty.run("query", file, "--url", url, "--header", "X-Key=a=b").exit_code == 5
+        assert empty.run("query", file, "--url", url, "--header", "X-Key").exit_code == 2
+        result = empty.run("query", file, "--url", url, "--header", "X Key=a")
+    assert set(seen) == {"a=b"}
+    assert "'X Key' is no header for http" in error_line(result)
 
 
 @pytest.fixture(scope="session")
@@ -294,4 +394,4 @@ def test_ctrl_c_in_the_middle_is_130_without_a_traceback(served: Served, digit: 
         assert [process.stdout.readline() for _ in range(200)]  # and it waits for more
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(HANG_GUARD) == 130
-        assert process.stderr.read() == b"interrupted\n"
+        assert process.stderr.read() == b"200 answered\ninterrupted\n"

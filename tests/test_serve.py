@@ -3,6 +3,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -31,7 +32,9 @@ from traffic import Traffic, expected, lost, traffic
 
 from pipeline import serve, supervise, tritonserver
 from pipeline.admin import Admin
+from pipeline.cli_serve import echo_server
 from pipeline.client import Client
+from pipeline.command import Settings
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
@@ -157,6 +160,24 @@ def test_the_readmes_python_gets_a_right_answer(served: Served, position: int, m
         check=True,
     )
     assert (":0:0'" if position == 0 else "7 0.9") in done.stdout
+
+
+@pytest.mark.server
+def test_the_python_that_serve_prints_is_the_readmes_and_gets_a_right_answer(
+    served: Served, made: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain, record = served
+    made.run("data", "sample", str(chain.root / "digits"), "--count", "1")
+    server = serve.recorded(chain.paths)
+    assert server
+    echo_server(Settings(chain.root), server)
+    (line,) = re.findall(r"^or: python (-c .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert f"\nor: python {line}\n" in at_its_ports(README, record)
+    words = shlex.split(line.replace("IMAGE", "digits/00000.png"))
+    done = subprocess.run(
+        [sys.executable, *words], cwd=chain.root, capture_output=True, text=True, check=True
+    )
+    assert "label='7'" in done.stdout
 
 
 @pytest.mark.server
