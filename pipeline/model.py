@@ -61,7 +61,8 @@ class DigitNorm(nn.BatchNorm2d):
         count = round(len(x) / (1 + self.outliers))
         with torch.no_grad():
             super().forward(x[:count])  # for the running statistics
-        normalized: Tensor = _ByDigits.apply(x, self.weight, self.bias, count, self.eps)
+        settings = (self.weight, self.bias, count, self.eps)
+        normalized: Tensor = _ByDigits.apply(x, *settings)  # type: ignore[no-untyped-call]  # torch's
         return normalized
 
 
@@ -88,7 +89,7 @@ class _ByDigits(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, variance = ctx.saved_tensors
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            *(gradients[0].contiguous(), x, weight, mean, variance, mean, scale),
+            *(gradients[0], x, weight, mean, variance, mean, scale),
             *(False, ctx.eps, [True, True, True]),
         )
         digits = x[: ctx.count]
