@@ -112,7 +112,8 @@ stop: ## stop a server that 'pipeline serve --detach' started
 
 .PHONY: test coverage test-fast lint typecheck format figures system
 test: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## every test, the real server included
-	.venv/bin/python -m pytest -n 2 $(PYTEST)
+	@test ! -d /usr/share/datasets/fashion-mnist || $(PIPELINE) -q data fetch --dataset fashion-mnist > /dev/null
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 coverage: ## every test, and the lines that none reaches
 	$(MAKE) test PYTEST='--cov --cov-report=term-missing:skip-covered --cov-fail-under=85'

@@ -34,7 +34,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "compare": ("comparison.py", "infer.py", "workers.py", *TIMING),
     "gateway": ("gateway.py", "connections.py", "guard.py", "limits.py", "link.py", *RULES),
     "photos": ("recipes.py", *NETWORK, "photos.py", "photo_light.py", *RULES),
-    "unsure": ("recipes.py", *NETWORK, "nondigits.py", *RULES),
+    "unsure": ("recipes.py", *NETWORK, "evaluate.py", "nondigits.py", *RULES),
     "score": (
         *("shards.py", "parquet.py", "scored.py", "scorer.py", "cluster.py", "score.py"),
         "runtime.py",

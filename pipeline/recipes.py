@@ -95,7 +95,7 @@ RECIPES = {
     "quick": Recipe(epochs=0.7, batch_size=192, lr=0.022, label_smoothing=0.1),
     "standard": Recipe(
         channels=(16, 32, 72, 128),
-        epochs=9,
+        epochs=8,
         lr=0.012,
         warm_up=0.15,
         weight_decay=0.05,
@@ -107,7 +107,7 @@ RECIPES = {
         shear=0.2,
         shift=0.07,
         elastic=0.06,
-        outliers=0.25,
+        outliers=0.5,
     ),
     # Minutes, for a little more: `make best`.
     "best": Recipe(

@@ -111,6 +111,7 @@ def test_what_is_faster_is_said_and_raises_nothing() -> None:
     require_no_worse(found)
 
 
+@pytest.mark.slow
 def test_measurements_of_the_same_raise_no_alarm() -> None:
     rng = np.random.default_rng(2)
     for noise in (0.01, 0.05, 0.2):

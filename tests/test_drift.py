@@ -164,6 +164,7 @@ def write_log(path: Path, profile: ReferenceProfile, said: Said, **changes: Any)
     return path
 
 
+@pytest.mark.slow
 def test_the_command_is_silent_or_exits_3_and_writes_what_the_report_shows(
     chain: Chain, bench: Bench, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def report(chain: Chain) -> str:
     return text[text.index('<section id="drift">') :].partition("</section>")[0]
 
 
+@pytest.mark.slow
 def test_the_report_says_what_to_type_where_nothing_was_watched(chain: Chain) -> None:
     assert "pipeline drift LOG" in report(chain)
     chain.paths.drift.write_text('{"schema": 1, "sha256": "x"}')

@@ -27,6 +27,7 @@ def things(split: Split, seed: int) -> torch.Tensor:
     return torch.cat([outliers.written(images, labels, 40), outliers.painted(24)])
 
 
+@pytest.mark.slow
 def test_things_are_images_with_ink_and_their_seed_decides_them(few: Split) -> None:
     first, again, other = (things(few, seed) for seed in (1, 1, 2))
     assert first.shape == (64, 1, 28, 28)

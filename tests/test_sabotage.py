@@ -66,6 +66,7 @@ def bench(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(trial, onnx_of(subject.model), calibration)
 
 
+@pytest.mark.slow
 def test_the_sound_export_passes(bench: Bench) -> None:
     bench.judge(bench.sound)
 
@@ -222,6 +223,7 @@ def ask_for_eight_gigabytes(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("ConstantOfShape", ["huge_shape"], ["huge"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -286,17 +288,20 @@ def test_data_in_another_file_is_refused_however_it_lies_there(tmp_path: Path, p
         handed_in(path, scrub=True)
 
 
+@pytest.mark.slow
 def test_int8_that_was_calibrated_on_blank_images_is_refused(bench: Bench) -> None:
     blank = np.zeros_like(bench.calibration)
     with pytest.raises(CheckFailedError, match=r"accuracy falls by \d+\.\d\d points against fp32"):
         bench.judge(to_int8(bench.sound, 9, blank), "int8")
 
 
+@pytest.mark.slow
 def test_int8_without_any_image_to_calibrate_on_is_refused(bench: Bench) -> None:
     with pytest.raises(CheckFailedError, match="int8 needs images to be calibrated on"):
         to_int8(bench.sound, 9, bench.calibration[:0])
 
 
+@pytest.mark.slow
 def test_int8_that_finds_its_ranges_in_each_batch_is_refused(bench: Bench, tmp_path: Path) -> None:
     source, target = tmp_path / "fp32.onnx", tmp_path / "dynamic.onnx"
     source.write_bytes(edited(bench.sound, lambda model: model.graph.ClearField("value_info")))
@@ -308,11 +313,13 @@ def test_int8_that_finds_its_ranges_in_each_batch_is_refused(bench: Bench, tmp_p
         bench.judge(model.SerializeToString(), "int8")
 
 
+@pytest.mark.slow
 def test_half_precision_that_passes_itself_off_as_fp32_is_refused(bench: Bench) -> None:
     with pytest.raises(CheckFailedError, match="times eager float32's, 8 times is allowed"):
         bench.judge(to_fp16(bench.sound, 9), is_ours=False)
 
 
+@pytest.mark.slow
 def test_the_variants_that_we_make_pass(bench: Bench) -> None:
     bench.judge(to_fp16(bench.sound, 9), "fp16")
     bench.judge(to_int8(bench.sound, 9, bench.calibration), "int8")

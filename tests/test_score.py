@@ -189,6 +189,7 @@ def rows_in(folder: Path) -> dict[Any, dict[str, Any]]:
     return {row["id"]: row for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "pictures"])  # test_shards.py has the others
 def test_a_source_gets_the_answers_of_onnx_runtime_in_process(
     a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path, kind: str
@@ -217,6 +218,7 @@ def test_a_source_gets_the_answers_of_onnx_runtime_in_process(
         assert len(rows[key]["top"]) == 3
 
 
+@pytest.mark.slow
 def test_bad_pictures_go_to_the_side_table_and_the_exit_code_is_1(
     a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path
 ) -> None:
@@ -238,6 +240,7 @@ def test_bad_pictures_go_to_the_side_table_and_the_exit_code_is_1(
     assert "its format is unknown" in reasons["notes.txt"]
 
 
+@pytest.mark.slow
 def test_what_is_lost_is_scored_again_and_nothing_else(
     a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path
 ) -> None:
@@ -273,6 +276,7 @@ def test_what_goes_wrong_in_a_worker_is_an_error_in_a_line(
         score(made.paths, source, tmp_path / "out", ScoreConfig(), Columns())
 
 
+@pytest.mark.slow
 def test_what_is_compressed_is_scored_and_goes_on(
     a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path
 ) -> None:
@@ -290,6 +294,7 @@ def test_what_is_compressed_is_scored_and_goes_on(
     assert "cannot be unpacked" in error_line(result)
 
 
+@pytest.mark.slow
 def test_odd_names_and_links_do_not_stop_a_folder(
     a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path
 ) -> None:
@@ -357,6 +362,7 @@ def test_where_ray_gives_up_one_line_says_why(
     assert said in error_line(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999"])
 def test_an_address_where_nothing_listens_is_one_line_and_exit_status_5(
     made: Chain, digits: np.ndarray, tmp_path: Path, address: str

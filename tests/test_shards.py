@@ -117,6 +117,7 @@ print(len(source.shards), rows.images[-1].sum(), pyarrow.default_memory_pool().m
 """
 
 
+@pytest.mark.slow
 def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
     noise = np.random.default_rng(1).integers(0, 256, 784 * 30_000, np.uint8)
     column = pa.FixedSizeListArray.from_arrays(pa.array(noise), 784)

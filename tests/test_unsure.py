@@ -170,6 +170,7 @@ def test_without_clothes_the_benchmark_says_how_to_fetch_them(chain: Chain) -> N
     assert "pipeline data fetch --dataset fashion-mnist" in error_line(result)
 
 
+@pytest.mark.slow
 def test_the_report_says_how_often_wrong_answers_are_refused(chain: Chain) -> None:
     assert "an answer is <em>not sure</em>:" in written(chain)
     edit_json(chain.paths.summary, lambda record: record.pop("min_probability"))
