@@ -70,7 +70,7 @@ def made(folder: Path, kind: str) -> Path:
     elif kind == "idx":
         path.write_bytes(idx(IMAGES[:, 0]))
     elif kind == "gz":
-        path.write_bytes(gzip.compress(idx(IMAGES[:, 0])))
+        path.write_bytes(gzip.compress(idx(IMAGES[:, 0]), mtime=0))
     else:
         with path.open("wb") as file:
             np.save(file, {"npy3": IMAGES[:, 0], "npy4": IMAGES}[kind])
@@ -292,9 +292,13 @@ def saved(array: np.ndarray) -> bytes:
         (idx(IMAGES[:0, 0]), "holds no images", PipelineError),
         (idx(IMAGES[:, 0])[:-1], "is cut: its header says 50 images", CorruptError),
         (b"\0\0\x08\x03\0", "ends inside its header", CorruptError),
-        (gzip.compress(idx(IMAGES[:, 0]))[:-20], "cannot be unpacked", CorruptError),
-        (damaged(gzip.compress(FLAT.tobytes()), -8), "cannot be unpacked.*CRC", CorruptError),
-        (damaged(gzip.compress(bytes(9999)), 12), "cannot be unpacked.*-3", CorruptError),
+        (gzip.compress(idx(IMAGES[:, 0]), mtime=0)[:-20], "cannot be unpacked", CorruptError),
+        (
+            damaged(gzip.compress(FLAT.tobytes(), mtime=0), -8),
+            "cannot be unpacked.*CRC",
+            CorruptError,
+        ),
+        (damaged(gzip.compress(bytes(9999), mtime=0), 12), "cannot be unpacked.*-3", CorruptError),
         (saved(IMAGES)[:-1], "is cut", CorruptError),
         (saved(IMAGES.astype(np.float32)), "holds <f4", PipelineError),
         (saved(np.asfortranarray(IMAGES[:, 0])), "uint8 in C order", PipelineError),
