@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 512  # at once: below the 1024 files that a process usually may open
@@ -38,6 +39,16 @@ class Connection(H11Protocol):
         if not self._is_refused:
             super().data_received(data)
             self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say that this is no HTTP, and let nobody answer what had begun as a request."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        try:
+            super().send_400_response(msg)
+        except h11.LocalProtocolError:  # an answer has begun, or may have no body
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""

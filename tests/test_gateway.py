@@ -283,6 +283,17 @@ def test_headers_without_an_end_are_refused(gateway: Served) -> None:
 # Too much, too slow, not there
 
 
+@pytest.mark.parametrize("method", [b"POST", b"HEAD"])
+def test_a_request_that_turns_out_to_be_none_is_refused_without_a_word_in_the_log(
+    gateway: Served, caplog: pytest.LogCaptureFixture, method: bytes
+) -> None:
+    head = method + b" /classify HTTP/1.1\r\n" + OURS + b"Transfer-Encoding: chunked\r\n\r\n"
+    for _ in range(20):
+        assert gateway.raw(head + b"no chunk at all\r\n").startswith(b"HTTP/1.1 4")
+    assert gateway.classify(picture()).status == 200
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]
+
+
 def test_one_connection_too_many_is_503_and_the_others_stay(
     gateway: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
