@@ -87,7 +87,7 @@ def query_command(
     from pipeline.inputs import sources
     from pipeline.prediction_log import opened
     from pipeline.query import ask_files
-    from pipeline.serve import default_url
+    from pipeline.running import default_url
 
     if show and settings.json:
         raise click.UsageError("--show draws, --json does not: choose one")

@@ -77,7 +77,7 @@ def score_command(
         load(config.address)
     except ModuleNotFoundError as error:
         raise PipelineError(
-            f"scoring needs {error.name}: pip install 'handwriting-pipeline[batch]'"
+            f"scoring needs {error.name}: in the project's folder, pip install '.[batch]'"
         ) from error
     columns = Columns(image_column, id_column)
     done = score(paths_of(settings, name), source, output, config, columns, settings.update)

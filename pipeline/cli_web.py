@@ -64,7 +64,7 @@ def web_command(
         from pipeline.webserver import serve_page
     except ModuleNotFoundError as error:
         raise PipelineError(
-            f"the page needs {error.name}: pip install 'handwriting-pipeline[web]'"
+            f"the page needs {error.name}: in the project's folder, pip install '.[web]'"
         ) from error
     paths, config = paths_of(settings, name), GatewayConfig(**changes)
 

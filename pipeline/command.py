@@ -212,6 +212,13 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
         raise click.ClickException(
             f"cannot use {error.filename} ({error.strerror}): check its rights and what lies there"
         ) from error
+    except ModuleNotFoundError as error:
+        if (error.name or "pipeline").partition(".")[0] == "pipeline":
+            raise  # ours
+        raise click.ClickException(
+            f"this needs {error.name}, which is not installed beside {sys.executable}: asking a "
+            "server takes less than the rest does. In the project's folder: 'pip install .'"
+        ) from error
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None

@@ -111,7 +111,11 @@ class Drift:
             f"{self.images:,} predictions of {self.name} version {version}, {self.first} to "
             f"{self.last}, against {self.profile.images:,} images of {self.profile.images_from}"
         )
-        return "\n".join([said, head, *map(str, self.checks), *self._notes()])
+        rule = (
+            f"drift is what lies beyond the allowed by more than chance explains: p below "
+            f"{self.alpha:g}"
+        )
+        return "\n".join([said, head, *map(str, self.checks), rule, *self._notes()])
 
     def _notes(self) -> list[str]:
         notes = [f"{name}: not checked" for name in self.unchecked]

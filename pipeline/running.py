@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, ServerError
 from pipeline.files import read_json
 from pipeline.paths import Paths
 
@@ -78,6 +78,17 @@ def recorded(paths: Paths) -> Server | None:
         raise CorruptError(f"{paths.server} is damaged ({names}): {mend}")
     server = Server(**fields)
     return server if server.root == root(paths) else None
+
+
+def default_url(paths: Paths) -> str:
+    """Where our own server answers, over gRPC; ServerError when `server.json` knows of none."""
+    server = recorded(paths)
+    if server is None:
+        raise ServerError(
+            f"no server of ours is running ({paths.server} is not there): start one with "
+            "'pipeline serve', or name another with --url"
+        )
+    return server.grpc_url
 
 
 def root(paths: Paths) -> str:

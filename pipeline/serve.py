@@ -37,17 +37,6 @@ MEND = "Look at the server's environment, then package it again"
 LOG_BYTES = 16 * 1024 * 1024  # of the server's log, of which one more generation is kept
 
 
-def default_url(paths: Paths) -> str:
-    """Where our own server answers, over gRPC; ServerError when `server.json` knows of none."""
-    server = recorded(paths)
-    if server is None:
-        raise ServerError(
-            f"no server of ours is running ({paths.server} is not there): start one with "
-            "'pipeline serve', or name another with --url"
-        )
-    return server.grpc_url
-
-
 def free_port() -> int:
     """A port that nothing listens on at the moment."""
     with socket.socket() as probe:

@@ -35,12 +35,12 @@ def test_the_benchmark_trains_scores_and_renders(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "YARDSTICK_EPOCHS", 0.002)
-    monkeypatch.setitem(RECIPES, "quick", RECIPES["note"])
+    monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=1))
     (empty.root / "README.md").write_text("<!-- figures:training -->\n<!-- /figures -->\n")
     options = ["--recipes", "quick", "--seeds", "1", "--figures"]
     record = empty.record("benchmark", *options)
     (row,) = record["rows"]
-    assert row["trials"][0]["test_accuracy"] > 0.9
+    assert row["trials"][0]["test_accuracy"] > 0.85
     assert row["share"] > 0
     figure = json.loads((empty.paths.figures / "training.json").read_text())
     assert training_markdown(figure) in (empty.root / "README.md").read_text()

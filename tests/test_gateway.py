@@ -485,7 +485,7 @@ def test_without_its_libraries_the_command_names_the_extra(
     monkeypatch.delitem(sys.modules, "pipeline.webserver", raising=False)
     result = empty.run("web")
     assert result.exit_code == 1
-    assert "handwriting-pipeline[web]" in error_line(result)
+    assert "pip install '.[web]'" in error_line(result)
 
 
 def test_the_gateway_loads_neither_torch_nor_onnxruntime() -> None:

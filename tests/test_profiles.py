@@ -13,7 +13,7 @@ from pipeline.config import IMAGES, PackageConfig, log_probabilities
 from pipeline.errors import PipelineError
 from pipeline.golden import compare, unpack_golden
 from pipeline.profiles import PROFILES, Choice
-from pipeline.serve import default_url
+from pipeline.running import default_url
 
 TWO_CORES = PackageConfig(cores=2)
 ON_CPU = [name for name in PROFILES if name not in profiles.ON_GPU]

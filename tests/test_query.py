@@ -261,6 +261,38 @@ def test_query_loads_neither_torch_nor_onnxruntime() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+# What an installation by client-requirements.txt lacks, imported as if it were not there.
+CLIENT_ONLY = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "onnx", "onnxruntime", "matplotlib", "jinja2")))
+from pipeline.cli import main
+main(sys.argv[1:])
+"""
+
+
+def client_only(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", CLIENT_ONLY, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("where", [["--url", "grpc://127.0.0.1:1"], []])
+def test_where_only_asking_is_installed_query_asks(tmp_path: Path, where: list[str]) -> None:
+    line = np.zeros((1, 28, 28), np.uint8)
+    line[0, 4:24, 13:15] = 255
+    write_png(line, tmp_path / "digit.png")
+    asked = client_only("query", str(tmp_path / "digit.png"), "--root", str(tmp_path), *where)
+    assert asked.returncode == 5, asked.stderr  # nobody answers, and that is what it says
+    assert asked.stderr.startswith("Error: no ")
+
+
+def test_where_only_asking_is_installed_the_rest_says_what_it_needs(tmp_path: Path) -> None:
+    trained = client_only("train", "--root", str(tmp_path))
+    assert trained.returncode == 1, trained.stderr
+    assert "Traceback" not in trained.stderr
+    assert "needs torch" in trained.stderr
+    assert "pip install ." in trained.stderr
+
+
 Served = tuple[Chain, dict[str, Any]]
 
 

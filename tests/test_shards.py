@@ -198,10 +198,10 @@ def test_a_picture_that_the_system_refuses_has_that_as_its_reason(
 ) -> None:
     source = cut_(made(tmp_path, "folder"))
 
-    def refused(path: Path) -> bool:
+    def refused(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "is_dir", refused)  # as where the folder may be listed and no more
+    monkeypatch.setattr(Path, "open", refused)
     assert "Permission denied" in read(source, source.shards[0]).reasons[0]
 
 
