@@ -54,7 +54,11 @@ def check_picture(content: bytes) -> None:
         raise RefusedError(400, f"the request has no body: send {_KINDS}")
     kind = picture_kind(content)
     if kind is None:
-        raise RefusedError(415, f"this is not {_KINDS}: convert it")
+        raise RefusedError(
+            415,
+            f"the body is not {_KINDS}: convert it, and send the file as it is (curl: "
+            "--data-binary @FILE, neither -F nor -d)",
+        )
     if kind == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
         raise RefusedError(413, f"the JPEG has more than {MAX_SCANS} scans: save it again")
     # Pillow makes room for a WebP's pixels as soon as it opens one.

@@ -11,7 +11,7 @@ from pipeline.async_client import AsyncClient
 from pipeline.client import Prediction
 from pipeline.errors import ServerError, SlowError
 from pipeline.paths import Paths
-from pipeline.running import serving
+from pipeline.running import recorded, serving
 
 
 def finder(paths: Paths, url: str | None) -> Callable[[], str]:
@@ -22,10 +22,18 @@ def finder(paths: Paths, url: str | None) -> Callable[[], str]:
     def find() -> str:
         server = serving(paths)
         if server is None:
-            raise ServerError(f"no server of {paths.name} is running: start it, 'pipeline serve'")
+            raise ServerError(_absent(paths))
         return server.grpc_url
 
     return find
+
+
+def _absent(paths: Paths) -> str:
+    server = recorded(paths)
+    if server and paths.name not in server.models:
+        there = ", ".join(server.models) or "no model"
+        return f"our server has {there} and not {paths.name}: choose another --name"
+    return f"no server of {paths.name} is running: start it, 'pipeline serve'"
 
 
 @dataclass

@@ -88,9 +88,15 @@ def score(
     folder = Folder(Path(os.path.abspath(output)))
     place = Path(os.path.abspath(source))
     _refuse_inside(output, source)
+    is_new = not folder.path.exists()
     with locked(folder.lock, f"another job is writing {output}: wait for it, or choose another"):
-        whole = cut(place, model.shape, model.pictures, config.rows, folder.unpacked, columns)
-        begin(folder, _job(whole, model, config))
+        try:
+            whole = cut(place, model.shape, model.pictures, config.rows, folder.unpacked, columns)
+            begin(folder, _job(whole, model, config))
+        except PipelineError:
+            if is_new:
+                remove(folder.path)
+            raise
         missing, before = _survey(folder, whole)
         ran = _Run(0, time.time())
         if missing:

@@ -37,16 +37,20 @@ MEND = "Look at the server's environment, then package it again"
 LOG_BYTES = 16 * 1024 * 1024  # of the server's log, of which one more generation is kept
 
 
-def free_port() -> int:
-    """A port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports that nothing listens on at the moment."""
+    with contextlib.ExitStack() as stack:
+        # All are held until the last one is known: a port that was let go may be given again.
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def with_free_ports(config: ServeConfig) -> ServeConfig:
     """`config` on three ports that are free now."""
-    return replace(config, http_port=free_port(), grpc_port=free_port(), metrics_port=free_port())
+    http, grpc, metrics = free_ports(3)
+    return replace(config, http_port=http, grpc_port=grpc, metrics_port=metrics)
 
 
 def _require_free(config: ServeConfig) -> None:

@@ -86,11 +86,12 @@ def clear(server_id: str, runtime: str) -> None:
     """Kill what is left of a server, await its end, and remove its shared memory and files."""
     if runtime == "docker":
         tritonserver.remove_container(server_id)
-    for pid in processes_of(server_id):
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # a container's own
-            os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + KILL_SECONDS
-    while processes_of(server_id) and time.monotonic() < deadline:
+    # Each time anew: one that is just being started has no command line yet.
+    while (left := processes_of(server_id)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # a container's own
+                os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     # Only now: a process that still ran could make another.
     for region in Path("/dev/shm").glob(f"{server_id}*"):

@@ -93,6 +93,7 @@ def test_more_images_than_a_batch_holds_are_split_in_order(
     assert asked.sizes == [LARGEST, LARGEST, 2]
 
 
+@pytest.mark.slow
 @both
 def test_time_that_went_into_reading_pictures_is_not_the_servers_fault(
     classify: Classify, monkeypatch: pytest.MonkeyPatch
@@ -251,6 +252,7 @@ def test_a_retry_that_would_outlast_the_deadline_is_not_waited_for(classify: Cla
     assert len(asked.methods) == 1
 
 
+@pytest.mark.slow
 @both
 @over_both
 def test_one_deadline_is_for_all_requests_of_a_call(classify: Classify, protocol: str) -> None:

@@ -269,7 +269,7 @@ def test_the_health_checks_of_both_kinds_tell_a_right_server_from_none_or_anothe
     assert wrong.returncode == 1
     assert f"class {another} should be ahead" in wrong.stderr
     assert run(server["http_port"], "10", "f").returncode == 1
-    nobody = run(serve.free_port())
+    nobody = run(serve.free_ports(1)[0])
     assert nobody.returncode == 1
     assert "no answer from" in nobody.stderr
     assert "Traceback" not in wrong.stderr + nobody.stderr

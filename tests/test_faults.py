@@ -42,7 +42,7 @@ from pipeline.client import Certificates, Client, endpoint
 from pipeline.errors import PipelineError, ServerError, SlowError
 from pipeline.images import write_png
 from pipeline.replay import load_release
-from pipeline.serve import free_port
+from pipeline.serve import free_ports
 
 TIMEOUT = 0.5  # seconds, of a call that has to be given up
 PATIENCE = 10.0  # seconds, of a call that fails by itself
@@ -64,6 +64,7 @@ def awaited(url: str, images: Any = IMAGE, **options: Any) -> Any:
     return asyncio.run(ask())
 
 
+pytestmark = pytest.mark.slow  # each waits until its call has to be given up
 each_client = pytest.mark.parametrize("ask", [sync, awaited])
 over_both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
@@ -115,7 +116,7 @@ def always(status: int, message: str, code: grpc.StatusCode) -> Before:
 @each_client
 @over_both
 def test_nothing_listens(ask: Ask, protocol: str) -> None:
-    url = f"{protocol}://127.0.0.1:{free_port()}"
+    url = f"{protocol}://127.0.0.1:{free_ports(1)[0]}"
     message = failure(ask, url, ServerError)
     assert f"no answer from {url} (" in message
     assert "tried 4 times" in message

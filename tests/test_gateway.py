@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ from PIL import Image
 
 from pipeline.config import GatewayConfig
 from pipeline.errors import PipelineError, ServerError, SlowError
+from pipeline.files import write_json
 from pipeline.gateway import PAGE
 from pipeline.guard import HEADERS, check_host, host_names
 from pipeline.images import read_image
 from pipeline.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture
 from pipeline.link import Link, finder
 from pipeline.paths import Paths
+from pipeline.running import Server, root
 from pipeline.webserver import address, listening
 
 PLACES = 3
@@ -178,6 +181,7 @@ def test_on_all_addresses_any_address_will_do_but_no_name() -> None:
     [
         (b"", 400),
         (b"notes", 415),
+        (b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + picture(), 415),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415),
         (encoded(Image.new("L", (9, 9)), "GIF"), 415),
         (encoded(Image.new("L", (9, 9)), "TIFF"), 415),
@@ -196,9 +200,11 @@ def test_what_is_no_picture_is_refused_with_a_reason(
     reply = gateway.classify(content)
     assert reply.status == status
     assert len(reply.record["error"]) > 10
+    assert ("--data-binary" in reply.record["error"]) is (status == 415)
     assert gateway.classify(picture()).status == 200
 
 
+@pytest.mark.slow
 def test_twelve_bombs_are_refused(gateway: Served, triton: type[Player]) -> None:
     for name, content in bombs().items():
         assert gateway.classify(content).status in (400, 413), name
@@ -235,6 +241,7 @@ def costs(contents: Sequence[bytes], folder: Path) -> list[tuple[str, int]]:
     return [(said, int(held)) for said, held in map(str.split, lines)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
 def test_a_bomb_costs_less_than_20_megabytes_and_the_count_would_show_more(tmp_path: Path) -> None:
     allowed = picture("PNG", (2900, 2900), "RGB")
@@ -356,6 +363,7 @@ def test_requests_hold_only_so_many_bytes_together() -> None:
     room.hold(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", ["triton", "upload"])
 def test_what_takes_too_long_is_given_up_with_503(triton: type[Player], slow: str) -> None:
     triton.gate.clear()
@@ -393,6 +401,7 @@ def test_who_hangs_up_gives_the_place_back(gateway: Served, triton: type[Player]
     assert gateway.classify(picture()).status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failure", [ServerError("no answer"), SlowError("slow"), PipelineError("no model")]
 )
@@ -455,6 +464,25 @@ def test_without_a_server_of_ours_the_link_says_how_to_start_one(tmp_path: Path)
     with pytest.raises(ServerError, match="'pipeline serve'"):
         finder(Paths(tmp_path), None)()
     assert finder(Paths(tmp_path), "grpc://triton:8001")() == "grpc://triton:8001"
+
+
+def test_of_a_model_that_our_server_lacks_the_link_says_which_ones_it_has(tmp_path: Path) -> None:
+    paths = Paths(tmp_path, name="nosuch")
+    numbers = dict.fromkeys(("pid", "start_time", "http_port", "grpc_port", "metrics_port"), 1)
+    supervisor = dict.fromkeys(("supervisor_pid", "supervisor_start_time", "restarts"), 1)
+    words = dict.fromkeys(("id", "admin_key", "runtime", "profile", "why"), f"handwriting-{0:012}")
+    server = Server(
+        **numbers,
+        **supervisor,
+        **words,
+        models={"handwriting": 1, "fashion": 2},
+        is_ready=True,
+        ready_at=1.0,
+        root=root(paths),
+    )
+    write_json(paths.server, asdict(server))
+    with pytest.raises(ServerError, match="has handwriting, fashion and not nosuch: .* --name"):
+        finder(paths, None)()
 
 
 def test_it_listens_on_loopback_and_a_taken_port_is_an_error() -> None:

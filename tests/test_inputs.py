@@ -110,6 +110,7 @@ def test_the_first_answers_do_not_wait_for_others() -> None:
     assert sizes[:3] == [1, 8, FILES_AT_ONCE - 1]
 
 
+@pytest.mark.slow
 def test_processes_that_read_end_at_once_when_something_goes_wrong() -> None:
     before = set(multiprocessing.active_children())
     slow = Source("slow", png(np.zeros((1, 7000, 7000), np.uint8)))

@@ -54,6 +54,7 @@ def test_a_digit_is_turned_only_in_the_ways_that_make_no_digit() -> None:
         assert 0 not in ways  # not at all
 
 
+@pytest.mark.slow
 def test_things_follow_the_digits_of_a_batch_and_could_be_any_class(few: Split) -> None:
     batches = Batches(few, recipe("standard", outliers=0.25), 0, choose("cpu"))
     images, targets = batches.at(0)

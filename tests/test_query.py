@@ -21,7 +21,7 @@ from pipeline.client import Client, endpoint
 from pipeline.data import load_split
 from pipeline.errors import PipelineError, ServerError
 from pipeline.images import write_png
-from pipeline.serve import free_port
+from pipeline.serve import free_ports
 
 TIMEOUT = 1.0  # seconds
 HANG_GUARD = 20.0  # seconds; generous, because machines are shared
@@ -111,11 +111,12 @@ def other() -> Iterator[int]:
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_nothing_listening_is_a_server_error_with_what_to_do(protocol: str) -> None:
-    client = Client(f"{protocol}://127.0.0.1:{free_port()}", timeout=TIMEOUT)
+    client = Client(f"{protocol}://127.0.0.1:{free_ports(1)[0]}", timeout=TIMEOUT)
     with pytest.raises(ServerError, match=r"no answer from .* 'pipeline serve' starts it"):
         client.classify([np.zeros((1, 28, 28), np.uint8)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_a_server_that_hangs_is_given_up_in_time(protocol: str, silent: int) -> None:
     client = Client(f"{protocol}://127.0.0.1:{silent}", timeout=TIMEOUT)
@@ -146,7 +147,7 @@ def test_query_without_a_server_exits_5_with_one_line(empty: Chain, digit: Path)
     assert result.exit_code == 5
     assert len(error_line(result).splitlines()) == 1
     assert "pipeline serve" in error_line(result)
-    port = free_port()
+    port = free_ports(1)[0]
     result = empty.run("query", str(digit), "--url", f"http://127.0.0.1:{port}", "--timeout", "1")
     assert result.exit_code == 5
     assert len(error_line(result).splitlines()) == 1
@@ -275,6 +276,7 @@ def client_only(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [["--url", "grpc://127.0.0.1:1"], []])
 def test_where_only_asking_is_installed_query_asks(tmp_path: Path, where: list[str]) -> None:
     line = np.zeros((1, 28, 28), np.uint8)

@@ -142,6 +142,18 @@ def test_a_job_goes_on_only_with_the_same_source_and_model(tmp_path: Path) -> No
         begin(folder, {**RECORD, "digest": "e" * 64})
 
 
+def test_a_source_that_is_none_leaves_no_folder_and_one_that_was_there_stays(
+    made: Chain, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for output in (tmp_path / "new", there):
+        result = made.run("score", str(tmp_path / "nothing"), "--output", str(output))
+        assert result.exit_code == 1
+        assert "nothing" in error_line(result)
+    assert list(tmp_path.iterdir()) == [there]
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(PipelineError, match="holds other files, and no job of ours"):
@@ -263,6 +275,7 @@ def test_what_is_lost_is_scored_again_and_nothing_else(
         score(made.paths, source, out, config, Columns())
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_worker_is_an_error_in_a_line(
     a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path
 ) -> None:

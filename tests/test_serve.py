@@ -30,7 +30,7 @@ from conftest import (
 )
 from traffic import Traffic, expected, lost, traffic
 
-from pipeline import serve, supervise, tritonserver
+from pipeline import serve, server_process, supervise, tritonserver
 from pipeline.admin import Admin
 from pipeline.cli_serve import echo_server
 from pipeline.client import Client
@@ -417,7 +417,7 @@ def test_sigterm_ends_a_server_that_was_started_for_the_occasion(servable: Chain
 @pytest.mark.server
 @pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
 def test_a_taken_port_is_an_error_that_says_which(servable: Chain, service: str) -> None:
-    ports = [f"--{s}-port={serve.free_port()}" for s in ("http", "grpc", "metrics")]
+    ports = [f"--{s}-port={serve.free_ports(1)[0]}" for s in ("http", "grpc", "metrics")]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -529,6 +529,14 @@ def test_a_missing_and_a_truncated_model_are_not_served(chain: Chain) -> None:
     assert_nothing_is_left()
 
 
+def test_the_free_ports_of_a_server_are_three_different_ones() -> None:
+    for _ in range(300):
+        assert len(set(serve.free_ports(3))) == 3
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        assert taken.getsockname()[1] not in serve.free_ports(100)
+
+
 def test_numpy_2_in_the_servers_environment_is_refused_in_a_line(chain: Chain) -> None:
     real = REPOSITORY / ".venv-triton"
     (packages,) = real.glob("lib/python3.*/site-packages")
@@ -626,12 +634,21 @@ def test_a_server_record_that_is_none_is_corrupt(chain: Chain) -> None:
     assert "lacks" in error_line(result)
 
 
+def left_of(server_id: str) -> subprocess.Popen[bytes]:
+    """A process that looks like one of a server's, once the system shows its command line."""
+    process = subprocess.Popen(["sh", "-c", "sleep 9; :", "sh", f"--id={server_id}"])
+    deadline = time.monotonic() + HANG_GUARD
+    while process.pid not in serve.processes_of(server_id) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return process
+
+
 def test_only_what_bears_a_dead_servers_id_as_our_processes_do_is_cleared(chain: Chain) -> None:
     pretend(chain)
     log = chain.root / f"handwriting-{0:012x}-notes"
     log.touch()
     reader = subprocess.Popen(["tail", "-f", str(log)])
-    ours = subprocess.Popen(["sh", "-c", "sleep 99; :", "sh", f"--id=handwriting-{0:012x}"])
+    ours = left_of(f"handwriting-{0:012x}")
     try:
         assert chain.run("serve", "stop").stdout.startswith("cleared a dead server")
         assert ours.wait(HANG_GUARD) == -signal.SIGKILL
@@ -639,6 +656,17 @@ def test_only_what_bears_a_dead_servers_id_as_our_processes_do_is_cleared(chain:
     finally:
         reader.kill()
         reader.wait()
+
+
+def test_a_process_that_is_just_being_started_is_cleared_with_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server_id = f"handwriting-{1:012x}"
+    early, late = left_of(server_id), left_of(server_id)
+    seen_first, see = iter([[early.pid]]), server_process.processes_of
+    monkeypatch.setattr(server_process, "processes_of", lambda name: next(seen_first, see(name)))
+    server_process.clear(server_id, "wheel")
+    assert {early.wait(HANG_GUARD), late.wait(HANG_GUARD)} == {-signal.SIGKILL}
 
 
 def test_a_copy_of_a_project_has_no_server_of_its_own(chain: Chain) -> None:

@@ -12,7 +12,7 @@ from pipeline import metrics, state
 from pipeline.admin import Admin
 from pipeline.errors import PipelineError, ServerError
 from pipeline.metrics import Load
-from pipeline.serve import free_port
+from pipeline.serve import free_ports
 
 Served = tuple[Chain, dict[str, Any]]
 TEXT = """\
@@ -43,7 +43,7 @@ def test_a_load_is_read_from_what_triton_counts(monkeypatch: pytest.MonkeyPatch)
 
 def test_no_metrics_are_no_server() -> None:
     with pytest.raises(ServerError, match="no metrics from http"):
-        metrics.loads(f"http://127.0.0.1:{free_port()}/metrics")
+        metrics.loads(f"http://127.0.0.1:{free_ports(1)[0]}/metrics")
 
 
 @pytest.mark.server
@@ -114,7 +114,7 @@ def test_the_admin_interface_needs_its_key_and_says_what_it_is_refused(served: S
     with Admin(url, "guessed", 10) as guessing, pytest.raises(PipelineError, match="restricted"):
         guessing.states()
     with (
-        Admin(f"grpc://127.0.0.1:{free_port()}", key, 10) as nobody,
+        Admin(f"grpc://127.0.0.1:{free_ports(1)[0]}", key, 10) as nobody,
         pytest.raises(ServerError, match="no answer from grpc"),
     ):
         nobody.states()

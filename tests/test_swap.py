@@ -297,7 +297,7 @@ def test_traffic_sees_wrong_and_failed_answers(live: Chain) -> None:
     assert "off by" in judge(ask, rows, outputs[version][rows] * np.nan, str(version))
     assert "instead of" in judge(ask, rows, outputs[version][:2], str(version))
     mixed = replace(ask, outputs_by_version={version: np.roll(outputs[version], 1, axis=0)})
-    nowhere = f"http://127.0.0.1:{serve.free_port()}"
+    nowhere = f"http://127.0.0.1:{serve.free_ports(1)[0]}"
     with traffic([server.grpc_url, nowhere], mixed) as running:
         running.await_more(3)
         tally = running.stop()

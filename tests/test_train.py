@@ -56,7 +56,12 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(few: Split) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["quick", "standard", pytest.param("baseline", marks=pytest.mark.slow), "note"]
+    "name",
+    [
+        "quick",
+        "note",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("standard", "baseline")),
+    ],
 )
 def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name: str) -> None:
     config = TrainConfig(name, recipe(name, epochs=2, batch_size=64))

@@ -109,6 +109,7 @@ def test_the_things_to_measure_with_are_the_same_every_time() -> None:
         assert not np.array_equal(once, other)
 
 
+@pytest.mark.slow
 def test_letters_are_of_every_font_and_all_have_ink() -> None:
     for fonts in (nondigits.FONTS, nondigits.FONTS_HELD_BACK):
         others, similar = nondigits.letters(fonts)
@@ -122,6 +123,7 @@ def test_no_font_is_held_back_and_chosen_by() -> None:
     assert not set(nondigits.FONTS) & set(nondigits.FONTS_HELD_BACK)
 
 
+@pytest.mark.slow
 def test_the_benchmark_says_how_much_of_each_kind_is_refused_and_tells_the_readme(
     clothed: Chain,
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_vector_becomes_what_it_must_in_python(name: str) -> None:
     np.testing.assert_array_equal(read_image(VECTORS / f"{name}.png"), expected(name))
 
 
+@pytest.mark.slow
 def test_the_vectors_become_the_same_in_javascript() -> None:
     found = in_javascript([Image.open(VECTORS / f"{name}.png") for name in EXPECTED])
     wrong = [
