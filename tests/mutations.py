@@ -542,6 +542,16 @@ def output_left_open(folder: Path) -> None:
 
 
 @case(REFUSED, "tensor-dims", BACKEND)
+def optional_input_in_a_batch(folder: Path) -> None:
+    """Optional inputs are for models that take no batches."""
+    edit(
+        folder,
+        "data_type: TYPE_UINT8\n  format",
+        "data_type: TYPE_UINT8\n  optional: true\n  format",
+    )
+
+
+@case(REFUSED, "tensor-dims", BACKEND)
 def batch_written_into_dims(folder: Path) -> None:
     """The batch does not belong into dims where max_batch_size is set."""
     edit(folder, "dims: 4", "dims: [ -1, 4 ]")
@@ -838,16 +848,6 @@ def unknown_cudnn_search(folder: Path) -> None:
     """There are three ways to search."""
     edit(folder, "count: 1\n  kind: KIND_CPU", GPU)
     append(folder, 'parameters { key: "cudnn_conv_algo_search" value { string_value: "3" } }\n')
-
-
-@case(NATIVE, "tensor-dims", BACKEND)
-def optional_input_in_a_batch(folder: Path) -> None:
-    """Optional inputs are for models that take no batches."""
-    edit(
-        folder,
-        "data_type: TYPE_UINT8\n  format",
-        "data_type: TYPE_UINT8\n  optional: true\n  format",
-    )
 
 
 # --- what loads and is right ---
