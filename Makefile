@@ -99,7 +99,7 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt pip
-	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
+	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt --no-deps torch --index-url $(TORCH_INDEX))
 	@echo "installing the project's environment (some minutes the first time)"
 	$(PIP) install -q -c constraints.txt -e '.[web,batch]' --group dev
 	@touch $@

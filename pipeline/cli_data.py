@@ -10,6 +10,8 @@ from pipeline.command import Group, Settings, dataset_option, paths_of
 from pipeline.datasets import DATASETS, DEFAULT_DATASET
 from pipeline.paths import FOLDER, MODEL_NAMES, model_name
 
+SHOWN = 20  # labels of a sample
+
 
 @click.group(cls=Group, name="data")
 def data_group() -> None:
@@ -117,7 +119,8 @@ def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -
     for file, image in zip(files, split.images, strict=False):
         write_png(image, file)
     labels = [split.classes[label] for label in split.labels[: len(files)]]
-    text = f"wrote {len(files)} images to {folder}, which show {', '.join(labels)}"
+    shown = ", ".join(labels[:SHOWN]) + (", ..." if len(labels) > SHOWN else "")
+    text = f"wrote {len(files)} images to {folder}, which show {shown}"
     record = {"files": [str(file) for file in files], "labels": labels}
     name = "" if dataset in MODEL_NAMES else f" --name {model_name(dataset)}"
-    settings.result(record, text, f"pipeline query{name} {folder}/*")
+    settings.result(record, text, f"pipeline query{name} {shlex.quote(str(folder))}")

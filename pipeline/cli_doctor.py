@@ -26,6 +26,7 @@ def doctor_command(settings: Settings) -> None:
         examined = installed.alone(error)
     else:
         examined = examine(paths_of(settings))
-    then = "" if examined.count("problem") else "make all"
+    next_step = "pipeline serve" if paths_of(settings).packaged.exists() else "make all"
+    then = "" if examined.count("problem") else next_step
     settings.result(examined.record(), examined, then)
     installed.require_sound(examined)

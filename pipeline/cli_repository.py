@@ -1,5 +1,6 @@
 """The commands about a model repository as a whole."""
 
+import shlex
 from pathlib import Path
 
 import click
@@ -34,8 +35,10 @@ def lint_command(
 
         settings.say("trying each model in a scratch server")
         linted = lint_live(linted, paths)
-    where = f" {repository}" if repository else ""
-    serve = f"tritonserver --model-repository={repository}" if repository else "pipeline serve"
+    is_ours = not repository or repository.resolve() == paths.repository.resolve()
+    quoted = shlex.quote(str(repository or paths.repository))
+    where = f" {quoted}" if repository else ""
+    serve = "pipeline serve" if is_ours else f"tritonserver --model-repository={quoted}"
     then = serve if live else f"pipeline lint{where} --live"
     settings.result(linted.record(), linted, "" if linted.count("error") else then)
     require_clean(linted)

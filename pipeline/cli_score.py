@@ -1,5 +1,6 @@
 """The command that classifies many images offline."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from pipeline.command import Command, Settings, name_option, paths_of
 from pipeline.config import ScoreConfig
 from pipeline.errors import PipelineError
 
-READ = "python -c \"import pyarrow.parquet as p; print(p.read_table('{}').slice(0, 9))\""
+
+def reading(output: Path) -> str:
+    """The command that shows the first answers."""
+    code = f"import pyarrow.parquet as p; print(p.read_table({str(output)!r}).slice(0, 9))"
+    return f"python -c {shlex.quote(code)}"
 
 
 @click.command(cls=Command)
@@ -81,7 +86,7 @@ def score_command(
         ) from error
     columns = Columns(image_column, id_column)
     done = score(paths_of(settings, name), source, output, config, columns, settings.update)
-    settings.result(asdict(done), done, READ.format(output))
+    settings.result(asdict(done), done, reading(output))
     if done.rejected:
         raise PipelineError(
             f"{done.rejected:,} of {done.images:,} images could not be read: "

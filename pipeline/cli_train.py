@@ -83,7 +83,8 @@ def train_command(
 ) -> None:
     """Train a network on the cached data set.
 
-    A small folder of pictures gets more epochs than the recipe says, 200 steps in all.
+    A small folder of pictures gets more epochs than the recipe says, 200 steps in all. A finished
+    run of the same name is set aside in its folder's previous/, one only: --run gives another name.
 
     \b
     Example:
@@ -103,10 +104,15 @@ def train_command(
         config = recorded_config(paths) or config
     # Hundreds of short epochs need no line each.
     on_epoch = settings.say if config.settings.epochs <= 50 else settings.update
-    done = train(paths, config, resume, settings.say, on_epoch, settings.update, save_every)
+    options = "" if paths.run == MODEL_NAMES["mnist"] else f" --run {paths.run}"
+    try:
+        done = train(paths, config, resume, settings.say, on_epoch, settings.update, save_every)
+    except KeyboardInterrupt:
+        if paths.checkpoint.exists():
+            settings.say(f"next: pipeline train{options} --resume")
+        raise
     text = (
         f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
         f"({done.parameters:,} parameters, {done.device})\nwrote {paths.weights}"
     )
-    options = "" if paths.run == MODEL_NAMES["mnist"] else f" --run {paths.run}"
     settings.result(asdict(done), text, f"pipeline export{options}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -86,7 +87,11 @@ class Gateway:
             Route("/metrics", self.metrics),
             *(_static(file) for file in sorted(PAGE.iterdir()) if file.suffix in TYPES),
         ]
-        handlers: Any = {PipelineError: _explained, ClientDisconnect: _gone}
+        handlers: Any = {
+            PipelineError: _explained,
+            HTTPException: _unknown,
+            ClientDisconnect: _gone,
+        }
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         names = host_names(self.config.host, self.config.allow_hosts)
         return Guard(app, names, self.counters, {route.path for route in routes})
@@ -232,6 +237,12 @@ async def _explained(request: Request, error: PipelineError) -> Response:
     status = error.status if isinstance(error, RefusedError) else 503
     headers = {"retry-after": str(RETRY_SECONDS)} if status == 503 else {}
     return JSONResponse({"error": str(error)}, status, headers)
+
+
+async def _unknown(request: Request, error: HTTPException) -> Response:
+    """For a path or a method that there is not."""
+    record = {"error": f"{error.detail}: GET / for the page, POST a picture to /classify"}
+    return JSONResponse(record, error.status_code, error.headers)
 
 
 async def _gone(request: Request, error: ClientDisconnect) -> Response:

@@ -103,6 +103,11 @@ def lint(repository: Path, target: Target | None = None) -> Linted:
     `target` is the Triton release that is to serve it. Raises PipelineError when there is none.
     """
     folders = model_folders(repository)
+    if (repository / "config.pbtxt").is_file() and any(repository.glob("[0-9]*/model.onnx")):
+        raise PipelineError(
+            f"{repository} is a model's own folder: lint the repository in which it lies, "
+            f"{repository.absolute().parent}"
+        )
     findings = [finding for folder in folders for finding in lint_model(folder, target)]
     facts = repository.stat().st_mode
     if facts & stat.S_IWOTH and not facts & stat.S_ISVTX:

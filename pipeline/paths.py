@@ -84,6 +84,11 @@ class Paths:
         return self.run_folder / "tensorboard"
 
     @property
+    def previous(self) -> Path:
+        """The finished run that a new one of the same name has replaced."""
+        return self.run_folder / "previous"
+
+    @property
     def trial(self) -> Path:
         return self.run_folder / "trial.json"
 

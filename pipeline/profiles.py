@@ -267,7 +267,7 @@ def _common(base: triton.ModelConfig) -> list[Choice]:
     labels = "class names, for Triton's classification extension"
     found.append(Choice("output.label_filename", outputs.label_filename, labels))
     for version in triton.selected(base):
-        policy = "the version that is served; 'pipeline versions' changes it"
+        policy = "the version that a server takes; 'pipeline versions' changes it"
         found.append(Choice("version_policy.specific", version, policy))
     reasons = {
         "sha256": "of that version's model.onnx; no server reads it, 'pipeline serve' does",

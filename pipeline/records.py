@@ -37,7 +37,7 @@ class Records:
         self.on_epoch, self.on_step = on_epoch, on_step
         self.state = load_state(paths, identity) if resume else None
         if not resume:
-            _forget(paths)
+            _make_room(paths)
         for folder in (paths.run_folder, paths.checkpoint):
             for half_written in folder.glob(".*.tmp"):  # by a run that was killed
                 remove(half_written)
@@ -76,12 +76,17 @@ class Records:
         write_bytes(self.paths.metrics, lines.encode())
 
 
-def _forget(paths: Paths) -> None:
-    """Remove what an earlier run of this name left, its claim to be finished first."""
-    for path in (
-        *(paths.summary, paths.page, paths.weights, paths.predictions),
-        *(paths.metrics, paths.checkpoint, paths.board),
-    ):
+def _make_room(paths: Paths) -> None:
+    """Set a finished run of this name aside, its claim to be finished first; remove any other."""
+    results = (paths.summary, paths.weights, paths.predictions, paths.page)
+    log = (paths.run_config, paths.metrics, paths.board)
+    if paths.summary.exists():
+        remove(paths.previous)
+        paths.previous.mkdir()
+        for path in (*results, *log):
+            if path.exists():
+                path.rename(paths.previous / path.name)
+    for path in (*results, *log, paths.checkpoint):
         remove(path)
 
 

@@ -124,6 +124,8 @@ def _train(
     """Train as the process that writes."""
     report(f"training {paths.run} with recipe {config.recipe} on {placement}")
     train_split, validation = _splits(paths, config)
+    if not resume and paths.summary.exists():
+        report(f"the finished run {paths.run} is kept in {paths.previous}, until the next one")
     records = Records(paths, config, identity(paths, config, placement), resume, on_epoch, on_step)
     if resume:
         state = records.state

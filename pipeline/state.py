@@ -54,7 +54,8 @@ class State:
 
     def __str__(self) -> str:
         restarts = self.server.restarts
-        again = f", started anew {restarts} times, last: {self.server.why}" if restarts else ""
+        times = "once" if restarts == 1 else f"{restarts} times"
+        again = f", started anew {times}, last: {self.server.why}" if restarts else ""
         lines = [
             f"up {_spelled(self.uptime_seconds)} (pid {self.server.pid}, {self.server.runtime})"
             f"{again}",

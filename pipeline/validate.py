@@ -95,11 +95,14 @@ class Verdict:
         error = "not finite" if self.max_error is None else f"{self.max_error:.1e}"
         ratio = "" if self.ratio is None else f" ({rounded(self.ratio)} times eager's)"
         factor = "unknown" if self.safety_factor is None else rounded(self.safety_factor)
-        speeds = ", ".join(f"{speed:,.0f}" for speed in self.images_per_second.values())
+        speeds = " and ".join(
+            f"{speed:,.0f} images/s on {threads} thread{'s' * (int(threads) != 1)}"
+            for threads, speed in self.images_per_second.items()
+        )
         flips = f"{self.flipped:,} flip{'s' * (self.flipped != 1)}"
         return (
             f"{self.precision}: accuracy {self.accuracy:.2%}, {flips}, largest error "
-            f"{error}{ratio}, safety factor {factor}" + (f", {speeds} images/s" if speeds else "")
+            f"{error}{ratio}, safety factor {factor}" + (f", {speeds}" if speeds else "")
         )
 
 

@@ -163,6 +163,16 @@ def test_sample_writes_digits_to_ask_about(made: Chain, tmp_path: Path) -> None:
     assert [Path(file).name for file in record["files"]] == ["00000.png", "00001.png", "00002.png"]
 
 
+def test_of_many_samples_some_labels_are_named_and_what_follows_can_be_typed(
+    made: Chain, tmp_path: Path
+) -> None:
+    folder = tmp_path / "my digits"
+    said, following = made.run("data", "sample", str(folder), "--count", "30").stdout.splitlines()
+    assert said.startswith(f"wrote 30 images to {folder}, which show 7, 2, 1, ")
+    assert said.endswith(", ...")
+    assert shlex.split(following) == ["next:", "pipeline", "query", str(folder)]
+
+
 def test_an_unwritable_root_is_one_sentence(tmp_path: Path, made: Chain) -> None:
     file = tmp_path / "file"
     file.write_text("")

@@ -77,7 +77,10 @@ def test_the_page_and_its_files_come_with_headers_that_keep_others_out(gateway: 
     assert HEADERS["content-security-policy"].startswith("default-src 'self';")
     assert gateway.ask(path="/gateway.py").status == 404
     assert gateway.ask(path="/../gateway.py").status == 404
-    assert gateway.ask(path="/classify").status == 405
+    wrong_method = gateway.ask(path="/classify")
+    assert wrong_method.status == 405
+    assert "POST a picture to /classify" in wrong_method.record["error"]
+    assert "GET / for the page" in gateway.ask(path="/nothing").record["error"]
 
 
 def test_the_page_needs_nothing_that_its_policy_forbids() -> None:
@@ -468,18 +471,11 @@ def test_without_a_server_of_ours_the_link_says_how_to_start_one(tmp_path: Path)
 
 def test_of_a_model_that_our_server_lacks_the_link_says_which_ones_it_has(tmp_path: Path) -> None:
     paths = Paths(tmp_path, name="nosuch")
-    numbers = dict.fromkeys(("pid", "start_time", "http_port", "grpc_port", "metrics_port"), 1)
-    supervisor = dict.fromkeys(("supervisor_pid", "supervisor_start_time", "restarts"), 1)
-    words = dict.fromkeys(("id", "admin_key", "runtime", "profile", "why"), f"handwriting-{0:012}")
-    server = Server(
-        **numbers,
-        **supervisor,
-        **words,
-        models={"handwriting": 1, "fashion": 2},
-        is_ready=True,
-        ready_at=1.0,
-        root=root(paths),
-    )
+    words = ("id", "admin_key", "runtime", "profile", "why")
+    fields: dict[str, Any] = dict.fromkeys(Server.__dataclass_fields__, 1)
+    fields |= dict.fromkeys(words, f"handwriting-{0:012}") | {"is_ready": True, "ready_at": 1.0}
+    fields |= {"models": {"handwriting": 1, "fashion": 2}, "root": root(paths)}
+    server = Server(**fields)
     write_json(paths.server, asdict(server))
     with pytest.raises(ServerError, match="has handwriting, fashion and not nosuch: .* --name"):
         finder(paths, None)()

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import CliRunner
-from conftest import REPOSITORY, Chain, error_line
+from conftest import REPOSITORY, Chain, error_line, link_server_environment
 from mutations import (
     CASES,
     LOADS,
@@ -134,6 +135,33 @@ def test_a_clean_repository_exits_with_0_and_says_what_to_type_next(repository: 
     assert result.exit_code == 0
     said = "net: 0 errors, 0 warnings, not tried on a server"
     assert result.stdout == f"{said}\nnext: pipeline lint {repository} --live\n"
+
+
+def test_what_to_type_next_can_be_typed_whatever_the_folder_is_called(
+    made: Chain, repository: Path
+) -> None:
+    odd = repository.rename(repository.parent / "my models' folder")
+    result = CliRunner().invoke(main, ["lint", str(odd)])
+    assert shlex.split(result.stdout.splitlines()[-1])[1:] == [
+        "pipeline",
+        "lint",
+        str(odd),
+        "--live",
+    ]
+
+
+@pytest.mark.server
+def test_after_a_trial_of_our_own_repository_our_own_server_is_next(chain: Chain) -> None:
+    link_server_environment(chain)
+    result = chain.run("lint", str(chain.paths.repository), "--live")
+    assert result.stdout.splitlines()[-1] == "next: pipeline serve"
+
+
+def test_a_models_own_folder_is_no_repository_and_the_right_one_is_named(repository: Path) -> None:
+    with pytest.raises(PipelineError, match=f"lint the repository in which it lies, {repository}"):
+        lint(repository / "net")
+    (repository / "config.pbtxt").write_text("")  # Triton takes folders only
+    assert errors(repository) == []
 
 
 def test_an_error_exits_with_3_and_says_file_line_and_fix(repository: Path) -> None:

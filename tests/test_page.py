@@ -315,10 +315,21 @@ def test_without_a_run_one_line_says_which_command_to_type(chain: Chain) -> None
 
 
 @pytest.mark.slow
-def test_training_anew_removes_the_page_of_the_run_before(chain: Chain) -> None:
+def test_training_anew_sets_the_finished_run_aside_and_only_the_last_one(chain: Chain) -> None:
     written(chain)
-    assert chain.run("train", "--epochs", "0.01").exit_code == 0
-    assert not chain.paths.page.exists()
+    paths = chain.paths
+    results = (paths.weights, paths.summary, paths.predictions, paths.page, paths.run_config)
+    before = {file.name: sha256(file) for file in results}
+    short = ("train", "--recipe", "quick", "--epochs", "0.01")
+    result = chain.run(*short)
+    assert result.exit_code == 0
+    assert f"is kept in {paths.previous}" in result.stderr
+    assert not paths.page.exists()
+    assert {name: sha256(paths.previous / name) for name in before} == before
+    second = sha256(paths.weights)
+    assert chain.run(*short, "--seed", "1").exit_code == 0
+    assert sha256(paths.previous / paths.weights.name) == second
+    assert not (paths.previous / "previous").exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -95,6 +96,12 @@ def test_validate_exits_3_on_a_broken_export_and_leaves_no_proof_but_findings(
     mended = chain.run("validate", "--replay", str(paths.worst))
     assert mended.exit_code == 0, mended.output
     assert not paths.validation.exists()
+
+
+@pytest.mark.slow
+def test_validate_says_for_each_speed_how_many_threads_it_is_of(chain: Chain) -> None:
+    said = chain.run("validate").stdout
+    assert re.search(r" [\d,]+ images/s on 1 thread and [\d,]+ images/s on 2 threads\n", said), said
 
 
 @pytest.mark.slow

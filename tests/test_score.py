@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from test_shards import damaged, idx, png
 
 from pipeline import triton
 from pipeline.cli import main
+from pipeline.cli_score import reading
 from pipeline.cluster import SCRATCH, connected
 from pipeline.config import ScoreConfig
 from pipeline.errors import CorruptError, PipelineError
@@ -228,6 +230,13 @@ def test_a_source_gets_the_answers_of_onnx_runtime_in_process(
         assert rows[key]["probability"] == pytest.approx(np.exp(output.max()), rel=1e-5)
         assert (rows[key]["version"], rows[key]["digest"]) == ("1", done.digest)
         assert len(rows[key]["top"]) == 3
+
+
+def test_what_reads_the_answers_can_be_typed_whatever_the_folder_is_called() -> None:
+    command = shlex.split(reading(Path("it's scored")))
+    assert command[:2] == ["python", "-c"]
+    compile(command[2], "next", "exec")
+    assert repr("it's scored") in command[2]
 
 
 @pytest.mark.slow

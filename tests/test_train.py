@@ -238,7 +238,7 @@ def test_ctrl_c_exits_130_and_the_run_resumes_to_the_same_bytes(
         interrupt_after(0.05, patched)
         stopped = empty.run("train", "--recipe", "quick", "--epochs", "0.125")
     assert stopped.exit_code == 130
-    assert "interrupted" in stopped.stderr
+    assert "next: pipeline train --resume\ninterrupted" in stopped.stderr
     assert not empty.paths.summary.exists()
     unfinished = empty.run("export")
     assert unfinished.exit_code == 1

@@ -247,7 +247,7 @@ async function take(file) {
   forget();
   const turn = (inputs += 1);
   if (!KINDS.includes(file.type)) {
-    showFailure("Not a picture for here", "Give a PNG, JPEG or WebP.");
+    showFailure("Not a picture that can be read here", "Give a PNG, JPEG or WebP.");
     return;
   }
   try {
