@@ -217,7 +217,8 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
             raise  # ours
         raise click.ClickException(
             f"this needs {error.name}, which is not installed beside {sys.executable}: asking a "
-            "server takes less than the rest does. In the project's folder: 'pip install .'"
+            "server takes less than the rest does. In the project's folder: 'make .venv', then use "
+            ".venv/bin/pipeline"
         ) from error
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)

@@ -41,8 +41,8 @@ def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
         model.parent.mkdir(parents=True)
         model.write_bytes(_doubling())
         slow: list[Look] = [
-            ("torch", installed.REBUILD, installed.torch),
-            ("ONNX Runtime", installed.REBUILD, lambda: installed.runtime(model)),
+            ("torch", installed.rebuild(), installed.torch),
+            ("ONNX Runtime", installed.rebuild(), lambda: installed.runtime(model)),
             ("tritonserver", _server_mend(paths), lambda: _server(paths, model)),
             ("data", FETCH, lambda: _data(paths)),
         ]
@@ -50,7 +50,7 @@ def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
         quick = installed.quick()
         around = [found for look in _around(paths, config) for found in looked(*look)]
         torch, runtime, server, data = (job.result() for job in begun)
-    gpu = looked("GPU", installed.REBUILD, lambda: installed.gpu(torch))
+    gpu = looked("GPU", installed.rebuild(), lambda: installed.gpu(torch))
     return Examined((*quick, *torch, *gpu, *runtime, *server, *data, *around))
 
 

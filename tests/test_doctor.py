@@ -185,6 +185,18 @@ def test_our_own_package_is_missed_with_what_brings_it_back(
     assert only(installed.packages()).mend == "rm -rf .venv && make .venv"
 
 
+def test_an_environment_is_removed_only_where_we_run_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = "make .venv PYTHON=x  # in the project's folder, then use .venv/bin/pipeline"
+    assert installed.rebuild("PYTHON=x") == elsewhere
+    (tmp_path / ".venv").mkdir()
+    assert installed.rebuild("PYTHON=x") == elsewhere
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert installed.rebuild() == "rm -rf .venv && make .venv"
+
+
 def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers: Path) -> None:
     for record in servers.glob("numpy-*.dist-info"):
         record.unlink()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Chain, error_line
+from conftest import REPOSITORY, Chain, error_line
 from fakes import Asked, Reply, as_triton, http_server, request, tcp
 
 from pipeline.async_client import AsyncClient
@@ -271,9 +271,12 @@ main(sys.argv[1:])
 """
 
 
-def client_only(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def client_only(*arguments: str, cwd: Path = REPOSITORY) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", CLIENT_ONLY, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=cwd, env=environment
+    )
 
 
 @pytest.mark.slow
@@ -292,7 +295,15 @@ def test_where_only_asking_is_installed_the_rest_says_what_it_needs(tmp_path: Pa
     assert trained.returncode == 1, trained.stderr
     assert "Traceback" not in trained.stderr
     assert "needs torch" in trained.stderr
-    assert "pip install ." in trained.stderr
+    assert "'make .venv'" in trained.stderr
+    assert "pip install" not in trained.stderr  # which would take any torch
+
+
+def test_where_only_asking_is_installed_doctor_removes_no_environment(tmp_path: Path) -> None:
+    done = client_only("doctor", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "mend: make .venv  # in the project's folder" in done.stdout
+    assert "rm -rf" not in done.stdout
 
 
 Served = tuple[Chain, dict[str, Any]]
