@@ -262,6 +262,23 @@ class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes
         self.fail(f"{value!r} is not one of {known}, or {folder}.{meant}", param, ctx)
 
 
+class UrlType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
+    """The URL of a server, as a client takes it."""
+
+    name = "url"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from pipeline.endpoint import endpoint
+
+        try:
+            endpoint(value)
+        except PipelineError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+seconds_type = click.FloatRange(min=0, min_open=True)
+
 dataset_option = click.option(
     "--dataset", type=DatasetType(), default=DEFAULT_DATASET, show_default=True
 )
