@@ -121,12 +121,14 @@ def query_command(
     with contextlib.closing(ask_files(connect, found, top, min_confidence)) as answers:
         count = _echo_all(settings, answers, show)
     if count.failed:
-        raise PipelineError(f"{count.failed} of {count.total} images could not be read; {count}")
+        raise PipelineError(f"{count.failed} of {count.total} images got no answer; {count}")
     if log and log.lost:
         lost = f"{log.lost} of {count.total} predictions"
         raise PipelineError(f"{lost} could not be written to {log.path}")
     if count.total > 1:
         settings.say(count)
+    if count.empty:
+        raise click.exceptions.Exit(PipelineError.exit_code)  # its own line has said it
 
 
 def _allow_any_name() -> None:
@@ -146,7 +148,7 @@ def _echo_all(settings: Settings, answers: Iterable["Answer"], show: bool) -> "C
             _echo(settings, answer, show)
     except (PipelineError, KeyboardInterrupt):
         if count.total:
-            failed = f", {count.failed} images could not be read" if count.failed else ""
+            failed = f", {count.failed} images got no answer" if count.failed else ""
             settings.say(f"{count}{failed}")
         raise
     return count
