@@ -32,11 +32,23 @@ def module_options(command: Any) -> Any:
     return command
 
 
+def _precisions(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    wanted = [part.strip() for part in value.split(",")]
+    for one in wanted:
+        if one not in PRECISIONS:
+            raise click.BadParameter(f"no precision {one!r}: there are {', '.join(PRECISIONS)}")
+    return wanted
+
+
 @click.command(cls=Command)
 @click.option("--run", help="The run to export.  [default: the name]")
 @name_option
 @click.option(
-    "--precision", default="fp32", show_default=True, help=f"Any of {','.join(PRECISIONS)}."
+    "--precision",
+    default="fp32",
+    show_default=True,
+    callback=_precisions,
+    help=f"Any of {','.join(PRECISIONS)}.",
 )
 @click.option("--target-triton", metavar="YY.MM", help="The oldest Triton that has to load it.")
 @click.option("--opset", type=int, help="The ONNX opset.  [default: 18, or the target's highest]")
@@ -48,7 +60,7 @@ def export_command(
     settings: Settings,
     run: str | None,
     name: str | None,
-    precision: str,
+    precision: list[str],
     target_triton: str | None,
     opset: int | None,
     list_targets: bool,
@@ -70,7 +82,7 @@ def export_command(
         settings.result({"targets": records()}, listing())
         return
     config = dialect(target_triton, opset)
-    wanted = ["fp32", *(part.strip() for part in precision.split(","))]
+    wanted = ["fp32", *precision]
     from pipeline.export import export, export_module
 
     if module:

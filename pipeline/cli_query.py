@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from pipeline.command import Command, Settings, name_option, paths_of, prediction_log_option
+from pipeline.command import (
+    Command,
+    Settings,
+    UrlType,
+    name_option,
+    paths_of,
+    prediction_log_option,
+    seconds_type,
+)
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -29,7 +37,9 @@ def _headers(
 
 @click.command(cls=Command)
 @click.argument("images", nargs=-1, required=True, metavar="FILE|FOLDER|-...", type=click.Path())
-@click.option("--url", help="http://HOST:PORT or grpc://HOST:PORT.  [default: our server]")
+@click.option(
+    "--url", type=UrlType(), help="http://HOST:PORT or grpc://HOST:PORT.  [default: our server]"
+)
 @name_option
 @click.option(
     "--ca",
@@ -47,7 +57,9 @@ def _headers(
     callback=_headers,
     help="Sent with each request, a key for example; may be given again.",
 )
-@click.option("--timeout", default=10.0, show_default=True, help="Seconds for an answer.")
+@click.option(
+    "--timeout", type=seconds_type, default=10.0, show_default=True, help="Seconds for an answer."
+)
 @click.option("--top", default=3, show_default=True, type=click.IntRange(1))
 @click.option(
     "--min-confidence",
@@ -109,12 +121,14 @@ def query_command(
     with contextlib.closing(ask_files(connect, found, top, min_confidence)) as answers:
         count = _echo_all(settings, answers, show)
     if count.failed:
-        raise PipelineError(f"{count.failed} of {count.total} images could not be read; {count}")
+        raise PipelineError(f"{count.failed} of {count.total} images got no answer; {count}")
     if log and log.lost:
         lost = f"{log.lost} of {count.total} predictions"
         raise PipelineError(f"{lost} could not be written to {log.path}")
     if count.total > 1:
         settings.say(count)
+    if count.empty:
+        raise click.exceptions.Exit(PipelineError.exit_code)  # its own line has said it
 
 
 def _allow_any_name() -> None:
@@ -134,7 +148,7 @@ def _echo_all(settings: Settings, answers: Iterable["Answer"], show: bool) -> "C
             _echo(settings, answer, show)
     except (PipelineError, KeyboardInterrupt):
         if count.total:
-            failed = f", {count.failed} images could not be read" if count.failed else ""
+            failed = f", {count.failed} images got no answer" if count.failed else ""
             settings.say(f"{count}{failed}")
         raise
     return count

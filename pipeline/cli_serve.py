@@ -17,11 +17,23 @@ if TYPE_CHECKING:
     from pipeline.serve import Server
 
 
+def _is_free(context: click.Context, parameter: click.Parameter, value: str | None) -> bool:
+    """Whether free ports are to be taken: one number cannot say where three services listen."""
+    if value not in (None, "auto", "0"):
+        raise click.BadParameter(
+            f"{value!r} is one port and a server takes three: choose them with --http-port, "
+            "--grpc-port and --metrics-port, or take free ones with --port auto"
+        )
+    return value is not None
+
+
 @click.group(cls=Group, invoke_without_command=True)
 @click.option("--http-port", type=int, default=ServeConfig.http_port, show_default=True)
 @click.option("--grpc-port", type=int, default=ServeConfig.grpc_port, show_default=True)
 @click.option("--metrics-port", type=int, default=ServeConfig.metrics_port, show_default=True)
-@click.option("--port", type=click.Choice(["auto"]), help="Take three free ports.")
+@click.option(
+    "--port", metavar="auto", callback=_is_free, help="auto or 0: three ports that are free."
+)
 @click.option(
     "--runtime",
     type=click.Choice(["auto", "path", "wheel", "docker"]),
@@ -32,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--start-seconds", default=ServeConfig.start_seconds, show_default=True)
 @click.option("--detach", is_flag=True, help="Return once it is ready, and let it run.")
 @click.pass_context
-def serve(context: click.Context, /, port: str | None, detach: bool, **changes: Any) -> None:
+def serve(context: click.Context, /, port: bool, detach: bool, **changes: Any) -> None:
     """Serve the model repository with a real tritonserver.
 
     On loopback, until Ctrl-C; ready when it answers its golden sets rightly.

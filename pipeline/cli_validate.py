@@ -15,7 +15,7 @@ from pipeline.cli_export import (
     named_paths,
     sample_of,
 )
-from pipeline.command import Command, Settings, name_option, paths_of
+from pipeline.command import Command, Settings, name_option, paths_of, seconds_type
 from pipeline.config import PRECISIONS
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.paths import Paths
@@ -54,7 +54,11 @@ if TYPE_CHECKING:
     help="Where to write what a URL answered.  [default: exported/NAME/replay.json]",
 )
 @click.option(
-    "--timeout", default=60.0, show_default=True, help="Seconds a call to a URL may take."
+    "--timeout",
+    type=seconds_type,
+    default=60.0,
+    show_default=True,
+    help="Seconds a call to a URL may take.",
 )
 @click.pass_obj
 def validate_command(

@@ -5,21 +5,37 @@ from typing import Any
 
 import click
 
-from pipeline.command import Settings, name_option, paths_of, prediction_log_option
+from pipeline.command import (
+    Settings,
+    UrlType,
+    name_option,
+    paths_of,
+    prediction_log_option,
+    seconds_type,
+)
 from pipeline.config import GatewayConfig
 from pipeline.errors import PipelineError
 
 
+class PortType(click.IntRange):
+    """A port's number; `auto` means the same as 0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return 0 if value == "auto" else super().convert(value, param, ctx)
+
+
 @click.command()
-@click.option("--url", help="grpc://HOST:PORT of a Triton server.  [default: our server]")
+@click.option(
+    "--url", type=UrlType(), help="grpc://HOST:PORT of a Triton server.  [default: our server]"
+)
 @name_option
 @click.option("--host", default=GatewayConfig.host, show_default=True, help="Where to listen.")
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=PortType(0, 65535),
     default=GatewayConfig.port,
     show_default=True,
-    help="0 takes a free one.",
+    help="auto or 0: a free one.",
 )
 @click.option(
     "--allow-host",
@@ -29,7 +45,11 @@ from pipeline.errors import PipelineError
     help="A further name for this machine, as browsers write it.",
 )
 @click.option(
-    "--timeout", default=GatewayConfig.timeout, show_default=True, help="Seconds for an answer."
+    "--timeout",
+    type=seconds_type,
+    default=GatewayConfig.timeout,
+    show_default=True,
+    help="Seconds for an answer.",
 )
 @click.option(
     "--requests",

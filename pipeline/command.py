@@ -217,7 +217,8 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
             raise  # ours
         raise click.ClickException(
             f"this needs {error.name}, which is not installed beside {sys.executable}: asking a "
-            "server takes less than the rest does. In the project's folder: 'pip install .'"
+            "server takes less than the rest does. In the project's folder: 'make .venv', then use "
+            ".venv/bin/pipeline"
         ) from error
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
@@ -260,6 +261,23 @@ class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes
         folder = f"{FOLDER}PATH for a folder of pictures"
         self.fail(f"{value!r} is not one of {known}, or {folder}.{meant}", param, ctx)
 
+
+class UrlType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
+    """The URL of a server, as a client takes it."""
+
+    name = "url"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from pipeline.endpoint import endpoint
+
+        try:
+            endpoint(value)
+        except PipelineError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+seconds_type = click.FloatRange(min=0, min_open=True)
 
 dataset_option = click.option(
     "--dataset", type=DatasetType(), default=DEFAULT_DATASET, show_default=True

@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,6 @@ from pipeline.running import serving
 GLIBC = (2, 35)  # of the server in the wheel
 DISK_BYTES = 1 << 30  # for data, runs and exports, generously
 SHARED_BYTES = 64 << 20  # of /dev/shm, for the server and its stubs
-DOCKER_SECONDS = 5.0
 REBUILD_SERVER = "rm -rf .venv-triton && make .venv-triton"
 FETCH = "pipeline data fetch"
 REMOUNT = "mount -o remount,size=1G /dev/shm  # of a container: --shm-size=1g"
@@ -43,8 +41,8 @@ def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
         model.parent.mkdir(parents=True)
         model.write_bytes(_doubling())
         slow: list[Look] = [
-            ("torch", installed.REBUILD, installed.torch),
-            ("ONNX Runtime", installed.REBUILD, lambda: installed.runtime(model)),
+            ("torch", installed.rebuild(), installed.torch),
+            ("ONNX Runtime", installed.rebuild(), lambda: installed.runtime(model)),
             ("tritonserver", _server_mend(paths), lambda: _server(paths, model)),
             ("data", FETCH, lambda: _data(paths)),
         ]
@@ -52,7 +50,7 @@ def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
         quick = installed.quick()
         around = [found for look in _around(paths, config) for found in looked(*look)]
         torch, runtime, server, data = (job.result() for job in begun)
-    gpu = looked("GPU", installed.REBUILD, lambda: installed.gpu(torch))
+    gpu = looked("GPU", installed.rebuild(), lambda: installed.gpu(torch))
     return Examined((*quick, *torch, *gpu, *runtime, *server, *data, *around))
 
 
@@ -76,7 +74,7 @@ def _server(paths: Paths, model: Path) -> list[Check]:
         return [Check("problem", what, in_a_line(error), _server_mend(paths))]
     checks = [*_glibc(runtime), *_server_numpy(paths, runtime)]
     if runtime.kind == "docker":
-        return _docker(paths, runtime)
+        return [*checks, Check("ok", what, f"{runtime}, whose engine answers; not started")]
     (model.parent.parent / "config.pbtxt").write_text(_CONFIG)
     try:
         (trial,) = lint_live.try_models(model.parents[2], ["doctor"], paths)
@@ -91,26 +89,11 @@ def _server(paths: Paths, model: Path) -> list[Check]:
 def _server_mend(paths: Paths) -> str:
     """What brings a server here; make does not look into an environment that it has built."""
     if not tritonserver.fits_wheel():
+        if shutil.which("docker"):
+            return "start Docker's engine"
         return f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
     is_there = os.path.lexists(paths.triton_environment)
     return REBUILD_SERVER if is_there else "make .venv-triton"
-
-
-def _docker(paths: Paths, runtime: tritonserver.Runtime) -> list[Check]:
-    """Whether Docker's engine answers; the image, which is large, is not brought for a check."""
-    command = [runtime.program[0], "info", "--format", "{{.ServerVersion}}"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=DOCKER_SECONDS
-        )
-        said = done.stdout.strip() if done.returncode == 0 else ""
-    except subprocess.TimeoutExpired:
-        said = ""
-    if not said:
-        found = "docker is here and its engine does not answer; no server's environment either"
-        mend = _server_mend(paths) if tritonserver.fits_wheel() else "start Docker's engine"
-        return [Check("problem", "tritonserver", found, mend)]
-    return [Check("ok", "tritonserver", f"{runtime}, engine {said}; not started")]
 
 
 def _doubling() -> bytes:

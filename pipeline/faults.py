@@ -191,7 +191,10 @@ def _unknown(asked: Asked) -> str:
             f"{asked.endpoint} serves no version {asked.version} of a model {asked.name!r}: ask "
             "without a version for the one that is served"
         )
-    return f"{asked.endpoint} serves no model {asked.name!r}: choose with --name"
+    return (
+        f"{asked.endpoint} serves no model {asked.name!r}: ask for another name (on the command "
+        "line: --name); 'pipeline serve status' lists what our server serves"
+    )
 
 
 def _secured(where: Endpoint, reason: str) -> str:

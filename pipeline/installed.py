@@ -19,7 +19,6 @@ from pipeline.errors import PipelineError
 DISTRIBUTION = "handwriting-pipeline"
 PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that the packages are built for
 PROBE_SECONDS = 60.0
-REBUILD = "rm -rf .venv && make .venv"
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -58,6 +57,14 @@ class Examined:
         return "\n".join(lines)
 
 
+def rebuild(setting: str = "") -> str:
+    """The command that builds the project's environment; anew, where it is the one we run in."""
+    command = f"make .venv {setting}".strip()
+    if Path(sys.prefix).resolve() == Path(".venv").resolve():
+        return f"rm -rf .venv && {command}"
+    return f"{command}  # in the project's folder, then use .venv/bin/pipeline"
+
+
 def require_sound(examined: Examined) -> None:
     """Raise where the main job would fail."""
     if count := examined.count("problem"):
@@ -83,16 +90,16 @@ def in_a_line(error: Exception) -> str:
 
 def alone(error: Exception) -> Examined:
     """What can be said where a library that doctor itself needs is missing or does not start."""
-    check = Check("problem", "pipeline", f"does not start: {in_a_line(error)}", REBUILD)
+    check = Check("problem", "pipeline", f"does not start: {in_a_line(error)}", rebuild())
     return Examined((*quick(), check))
 
 
 def quick() -> list[Check]:
     """What can be seen of the packages without a process."""
     return [
-        *looked("Python", REBUILD, python),
-        *looked("packages", REBUILD, packages),
-        *looked("ONNX Runtime", REBUILD, runtimes),
+        *looked("Python", rebuild(), python),
+        *looked("packages", rebuild(), packages),
+        *looked("ONNX Runtime", rebuild(), runtimes),
     ]
 
 
@@ -101,7 +108,7 @@ def python() -> list[Check]:
     version = platform.python_version()
     first, last = (".".join(map(str, one)) for one in PYTHONS)
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-        mend = f"{REBUILD} PYTHON=python{last}"
+        mend = rebuild(f"PYTHON=python{last}")
         return [Check("problem", "Python", f"{version}, and {first} to {last} is needed", mend)]
     return [Check("ok", "Python", f"{version} in {sys.prefix}")]
 
@@ -111,10 +118,10 @@ def packages() -> list[Check]:
     try:
         asked = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        return [Check("problem", "packages", f"{DISTRIBUTION} is not installed", REBUILD)]
+        return [Check("problem", "packages", f"{DISTRIBUTION} is not installed", rebuild())]
     wrong = [said for line in asked if (said := _unmet(Requirement(line)))]
     if wrong:
-        return [Check("problem", "packages", "; ".join(wrong), REBUILD)]
+        return [Check("problem", "packages", "; ".join(wrong), rebuild())]
     return [Check("ok", "packages", "as pyproject.toml asks for")]
 
 
@@ -141,7 +148,7 @@ def runtimes() -> list[Check]:
     found = [name for name in found if name not in ("onnxruntime-extensions", "onnxruntime-genai")]
     if len(found) > 1:
         both = " and ".join(found)
-        mend = f"{sys.executable} -m pip uninstall --yes {' '.join(found)} && {REBUILD}"
+        mend = f"{sys.executable} -m pip uninstall --yes {' '.join(found)} && {rebuild()}"
         said = f"{both} are both installed and overwrite each other's files"
         return [Check("problem", "ONNX Runtime", said, mend)]
     return [Check("ok", "ONNX Runtime", f"from {', '.join(found)}")] if found else []
@@ -167,7 +174,7 @@ def torch() -> list[Check]:
     """Torch's build, after a computation."""
     facts = _probe("torch")
     if isinstance(facts, str):
-        return [Check("problem", "torch", f"does not start: {facts}", REBUILD)]
+        return [Check("problem", "torch", f"does not start: {facts}", rebuild())]
     build = f"built for CUDA {facts['cuda']}" if facts["cuda"] else "built without CUDA"
     gpus = ", ".join(facts["gpus"]) or "trains on the CPU"
     return [Check("ok", "torch", f"{facts['version']}, {build}; {gpus}")]
@@ -184,7 +191,7 @@ def gpu(of_torch: Iterable[Check]) -> list[Check]:
     said = "; ".join(done.stdout.split("\n")).strip("; ") if done else ""
     found = said or f"{len(devices)}, of which the driver says nothing"
     if any("trains on the CPU" in check.found for check in of_torch):
-        mend = "rm -rf .venv && make .venv TORCH_INDEX=URL  # of torch's builds for your CUDA"
+        mend = rebuild("TORCH_INDEX=URL") + "  # of torch's builds for your CUDA"
         return [Check("warning", "GPU", f"{found}; torch does not use it", mend)]
     return [Check("ok", "GPU", found)]
 
@@ -193,7 +200,7 @@ def runtime(model: Path) -> list[Check]:
     """Which providers of ONNX Runtime run the model, which doubles what it gets."""
     facts = _probe("onnxruntime", str(model))
     if isinstance(facts, str):
-        return [Check("problem", "ONNX Runtime", f"does not start: {facts}", REBUILD)]
+        return [Check("problem", "ONNX Runtime", f"does not start: {facts}", rebuild())]
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     checks = []
     for name, failure in facts["providers"].items():
@@ -201,7 +208,7 @@ def runtime(model: Path) -> list[Check]:
         if not failure:
             checks.append(Check("ok", what, f"{facts['version']} computes"))
         elif name == "cpu":
-            checks.append(Check("problem", what, failure, REBUILD))
+            checks.append(Check("problem", what, failure, rebuild()))
         elif has_gpu:
             mend = "install the CUDA and cuDNN that it names, or do without --provider"
             checks.append(Check("warning", what, failure, mend))

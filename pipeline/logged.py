@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import CorruptError, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.files import SCHEMA
 from pipeline.prediction_log import older
 
@@ -49,7 +49,7 @@ class Logged:
 def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) -> Logged:
     """The predictions of model `name` with that digest; older lines, `FILE.1`, come first.
 
-    Raises PipelineError where there is no such log, CorruptError where none of it can be read.
+    Raises PipelineError where there is no such log, or none of it can be read.
     """
     logged, wanted = Logged(), (name, sha256)
     start = "" if since is None else since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -70,7 +70,10 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
         else:
             logged.others[model] += 1
     if logged.unreadable and not (logged.entries or logged.others or logged.lost):
-        raise CorruptError(f"{path} is no prediction log: none of its lines can be read")
+        raise PipelineError(
+            f"{path} is no prediction log, since none of its lines can be read: make one with "
+            "'pipeline query IMAGE --prediction-log FILE'"
+        )
     return logged
 
 

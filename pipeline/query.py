@@ -36,6 +36,7 @@ class Answer:
     prediction: Prediction | None
     error: str | None = None
     image: np.ndarray | None = field(default=None, compare=False, repr=False)  # as it was asked
+    is_picture: bool = True  # False: a folder, or standard input, that gave none
 
     def record(self) -> dict[str, Any]:
         """The answer as one line of JSON has it."""
@@ -57,10 +58,12 @@ class Count:
 
     answered: int = 0
     unsure: int = 0  # of those answered
-    failed: int = 0
+    failed: int = 0  # pictures without an answer
+    empty: int = 0  # folders and the like that gave no picture
 
     def add(self, answer: Answer) -> None:
-        self.failed += answer.prediction is None
+        self.empty += not answer.is_picture
+        self.failed += answer.is_picture and answer.prediction is None
         self.answered += answer.prediction is not None
         self.unsure += answer.prediction is not None and not answer.prediction.is_sure
 
@@ -136,7 +139,7 @@ def _answers(
     predictions = iter(client.classify(images, top) if client and images else ())
     for source, each in zip(batch, seen, strict=True):
         if each.image is None:
-            yield Answer(source.name, None, each.error)
+            yield Answer(source.name, None, each.error, is_picture=source.error is None)
             continue
         prediction = next(predictions)
         if min_confidence is not None:

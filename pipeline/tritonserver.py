@@ -20,6 +20,7 @@ RESTRICTED = "model-repository,shared-memory,trace,logging"
 KEY_HEADER = "triton-admin-key"
 # A minute's latencies as quantiles: which, and how exact in rank.
 SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.99:0.001")
+DOCKER_SECONDS = 5.0  # in which Docker's engine has to answer
 EXIT_SECONDS = 1  # for connections that stay open, after everything accepted was answered
 
 
@@ -121,7 +122,23 @@ def _require_numpy(site: Path) -> None:
 
 def _in_docker(paths: Paths) -> Runtime | str:
     program = shutil.which("docker")
-    return Runtime("docker", (program, "run"), {}) if program else "no docker on the PATH"
+    if not program:
+        return "no docker on the PATH"
+    if not docker_engine(program):
+        return f"{program} is here and its engine does not answer: start Docker's engine"
+    return Runtime("docker", (program, "run"), {})
+
+
+def docker_engine(program: str) -> str:
+    """The version of Docker's engine; empty where it does not answer."""
+    command = [program, "info", "--format", "{{.ServerVersion}}"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=DOCKER_SECONDS
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def remove_container(name: str) -> None:
@@ -206,6 +223,8 @@ _ERROR = re.compile(r"^E\d{4} \S+ +\d+ [\w.]+:\d+\] (.*)$", re.MULTILINE)
 _VAGUE = ("failed to load all models", "CudaDriverHelper has not been initialized")
 # It names the model, the version and the reason; what comes before it is a part of it.
 _VERDICT = "failed to load '"
+# Docker's own reason, after which it only points to its help.
+_NO_ENGINE = "Cannot connect to the Docker daemon"
 
 
 def cause(log: str) -> str:
@@ -215,4 +234,5 @@ def cause(log: str) -> str:
     if telling:
         return next((error for error in telling if error.startswith(_VERDICT)), telling[0])
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return lines[-1] if lines else "it wrote no log"
+    refusal = next((line for line in lines if _NO_ENGINE in line), "")
+    return refusal or (lines[-1] if lines else "it wrote no log")

@@ -159,6 +159,11 @@ def test_a_servers_environment_that_make_has_built_is_mended_by_building_it_anew
     assert check.mend == "rm -rf .venv-triton && make .venv-triton"
 
 
+def put_docker(folder: Path, script: str) -> None:
+    (folder / "docker").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "docker").chmod(0o755)
+
+
 @pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "aarch64")])
 def test_where_the_wheel_is_not_for_the_machine_its_environment_is_no_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, machine: str
@@ -168,8 +173,9 @@ def test_where_the_wheel_is_not_for_the_machine_its_environment_is_no_mend(
     monkeypatch.setattr("platform.machine", lambda: machine)
     check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
     assert check.mend == f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
-    runtime = tritonserver.Runtime("docker", (shutil.which("false", path="/bin") or "", "run"), {})
-    assert only(doctor._docker(Paths(tmp_path), runtime)).mend == "start Docker's engine"
+    put_docker(tmp_path, "exit 1")
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert check.mend == "start Docker's engine"
 
 
 def test_our_own_package_is_missed_with_what_brings_it_back(
@@ -177,6 +183,18 @@ def test_our_own_package_is_missed_with_what_brings_it_back(
 ) -> None:
     monkeypatch.setattr(installed, "DISTRIBUTION", "nobodys-package")
     assert only(installed.packages()).mend == "rm -rf .venv && make .venv"
+
+
+def test_an_environment_is_removed_only_where_we_run_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = "make .venv PYTHON=x  # in the project's folder, then use .venv/bin/pipeline"
+    assert installed.rebuild("PYTHON=x") == elsewhere
+    (tmp_path / ".venv").mkdir()
+    assert installed.rebuild("PYTHON=x") == elsewhere
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert installed.rebuild() == "rm -rf .venv && make .venv"
 
 
 def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers: Path) -> None:
@@ -200,12 +218,14 @@ def test_a_missing_stub_is_a_problem(tmp_path: Path, servers: Path) -> None:
 
 
 @pytest.mark.parametrize(("script", "level"), [("exit 1", "problem"), ("echo 27.1", "ok")])
-def test_docker_without_its_engine_is_a_problem(tmp_path: Path, script: str, level: str) -> None:
-    docker = tmp_path / "docker"
-    docker.write_text(f"#!/bin/sh\n{script}\n")
-    docker.chmod(0o755)
-    runtime = tritonserver.Runtime("docker", (str(docker), "run"), {})
-    assert only(doctor._docker(Paths(tmp_path), runtime)).level == level
+def test_docker_without_its_engine_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, level: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    put_docker(tmp_path, script)
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert check.level == level
+    assert level == "ok" or check.mend == "make .venv-triton"
 
 
 def test_two_runtimes_side_by_side_are_a_problem(planted: Path) -> None:

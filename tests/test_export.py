@@ -140,9 +140,9 @@ def test_two_processes_make_the_same_variants(chain: Chain) -> None:
     assert len(digests) == 1
 
 
-def test_an_unknown_precision_is_named(chain: Chain) -> None:
+def test_an_unknown_precision_is_wrong_usage_and_named(chain: Chain) -> None:
     result = chain.run("export", "--precision", "fp8")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "no precision 'fp8': there are fp32, fp16, int8" in error_line(result)
 
 

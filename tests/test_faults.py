@@ -34,7 +34,7 @@ from fakes import (
 )
 from tritonclient.grpc import service_pb2
 
-from pipeline import triton
+from pipeline import faults, triton
 from pipeline.admin import Admin
 from pipeline.async_client import AsyncClient
 from pipeline.candidate import _files
@@ -537,6 +537,14 @@ def test_files_that_are_no_certificates_are_named(ours: Authority, tmp_path: Pat
         Client("http://localhost", certificates=Certificates(ca=ours.file("ca.crt")))
 
 
+def test_an_unknown_model_is_mended_from_python_as_on_the_command_line() -> None:
+    tried = faults.Asked(endpoint("http://x:8000"), "nobody", "", timeout=1.0, times=1)
+    assert str(faults.explained(faults.Fault("unknown", "Request for unknown model"), tried)) == (
+        "http://x:8000 serves no model 'nobody': ask for another name (on the command line: "
+        "--name); 'pipeline serve status' lists what our server serves"
+    )
+
+
 # A real server.
 
 Served = tuple[Chain, dict[str, Any]]
@@ -554,7 +562,7 @@ def test_a_real_server_refuses_names_versions_and_its_other_port(
     ask: Ask, protocol: str, served: Served, url: str
 ) -> None:
     message = failure(ask, url, PipelineError, name="nobody")
-    assert "serves no model 'nobody': choose with --name" in message
+    assert "serves no model 'nobody': ask for another name" in message
     message = failure(ask, url, PipelineError, version=99)
     assert "serves no version 99 of a model 'handwriting'" in message
     other = {"http": "grpc", "grpc": "http"}[protocol]

@@ -502,6 +502,27 @@ def test_a_gateway_that_could_not_answer_is_refused(changes: dict[str, Any]) -> 
         GatewayConfig(**changes)
 
 
+@pytest.mark.parametrize(("given", "port"), [("auto", 0), ("0", 0), ("8081", 8081)])
+def test_a_free_port_of_the_page_is_auto_or_0(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch, given: str, port: int
+) -> None:
+    served: list[int] = []
+    monkeypatch.setattr(
+        "pipeline.webserver.serve_page", lambda paths, config, *_: served.append(config.port)
+    )
+    assert empty.run("web", "--port", given).exit_code == 0
+    assert served == [port]
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--port", "65536"), ("--port", "x"), ("--url", "ftp://x"), ("--timeout", "0")]
+)
+def test_a_page_that_could_not_be_served_is_wrong_usage(
+    empty: Chain, wrong: tuple[str, str]
+) -> None:
+    assert empty.run("web", *wrong).exit_code == 2
+
+
 def test_without_its_libraries_the_command_names_the_extra(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

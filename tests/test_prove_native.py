@@ -20,6 +20,8 @@ DOCKER = """#!{python}
 import os, sys
 with open({calls!r}, "a") as calls:
     print(*sys.argv[1:], file=calls)
+if sys.argv[1] == "info":
+    print("27.1")
 if sys.argv[1:3] == ["image", "inspect"]:
     print("the-image@sha256:abc")
 if sys.argv[1] == "run":
@@ -73,8 +75,9 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     date = record["measured_at"][:10]
     assert f"native backend: verified on {date} with `make prove-native`" in readme.read_text()
     asked = [line.split() for line in calls.read_text().splitlines()]
-    assert [line[0] for line in asked] == ["info", "image", "run", "rm"]
-    assert f"--name={asked[3][2]}" in asked[2]
+    asked = [line for line in asked if line[0] != "info"]  # whether the engine answers
+    assert [line[0] for line in asked] == ["image", "run", "rm"]
+    assert f"--name={asked[2][2]}" in asked[1]
     assert not chain.paths.replay.exists()
     # A wrong server's evidence takes its place, and the README says no more than before.
     edit_json(chain.paths.native, lambda record: record.update(passed=False))

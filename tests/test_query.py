@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Chain, error_line
+from conftest import REPOSITORY, Chain, error_line
 from fakes import Asked, Reply, as_triton, http_server, request, tcp
 
 from pipeline.async_client import AsyncClient
@@ -173,6 +173,38 @@ def test_an_empty_folder_and_a_blank_picture_are_named_for_what_they_are(
     assert result.exit_code == 1
     assert f"{tmp_path / 'nothing'} holds no files" in result.stderr
     assert "blank.png shows no ink" in result.stderr
+    assert "1 of 1 images got no answer; 0 answered" in result.stderr
+
+
+def test_an_empty_folder_is_one_line_and_counts_as_no_image(empty: Chain, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    result = empty.run("query", str(tmp_path / "nothing"))
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1
+    assert error_line(result).endswith("nothing holds no files: name a folder of pictures")
+    file = str(stroke(tmp_path / "0.png"))
+    with http_server(as_triton) as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        result = empty.run("query", str(tmp_path / "nothing"), file, file, "--url", url)
+    assert result.exit_code == 1
+    assert "2 answered" in result.stderr
+    assert "images" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--url", "localhost:57523"), "write http://HOST:8000"),
+        (("--url", "ftp://x"), "write http://HOST:8000"),
+        (("--timeout", "0"), "x>0"),
+    ],
+)
+def test_a_url_or_a_timeout_that_is_none_is_wrong_usage(
+    empty: Chain, wrong: tuple[str, str], said: str
+) -> None:
+    result = empty.run("query", "x.png", *wrong)
+    assert result.exit_code == 2
+    assert said in error_line(result)
 
 
 def query(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -213,6 +245,7 @@ def test_standard_input_that_holds_nothing_or_cannot_be_read_is_said_to(tmp_path
         done = query("-", stdin=descriptor)
         os.close(descriptor)
         assert (done.returncode, done.stdout) == (1, b"")
+        assert len(done.stderr.splitlines()) == 1
         assert said in done.stderr
         assert b"Traceback" not in done.stderr
 
@@ -271,9 +304,12 @@ main(sys.argv[1:])
 """
 
 
-def client_only(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def client_only(*arguments: str, cwd: Path = REPOSITORY) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", CLIENT_ONLY, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=cwd, env=environment
+    )
 
 
 @pytest.mark.slow
@@ -292,7 +328,15 @@ def test_where_only_asking_is_installed_the_rest_says_what_it_needs(tmp_path: Pa
     assert trained.returncode == 1, trained.stderr
     assert "Traceback" not in trained.stderr
     assert "needs torch" in trained.stderr
-    assert "pip install ." in trained.stderr
+    assert "'make .venv'" in trained.stderr
+    assert "pip install" not in trained.stderr  # which would take any torch
+
+
+def test_where_only_asking_is_installed_doctor_removes_no_environment(tmp_path: Path) -> None:
+    done = client_only("doctor", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "mend: make .venv  # in the project's folder" in done.stdout
+    assert "rm -rf" not in done.stdout
 
 
 Served = tuple[Chain, dict[str, Any]]
@@ -327,7 +371,7 @@ def test_a_file_that_is_no_image_is_named_and_the_others_are_answered(
     assert result.exit_code == 1
     assert result.stdout.count(f"{digit}: 7") == 2
     assert str(text) in result.stderr
-    assert "1 of 3 images could not be read" in result.stderr
+    assert "1 of 3 images got no answer; 2 answered" in result.stderr
 
 
 @pytest.mark.server
@@ -414,7 +458,7 @@ def test_of_1000_files_the_900_good_are_answered_in_order_and_the_100_bad_are_na
     answered = [json.loads(line)["file"] for line in result.stdout.splitlines()]
     assert answered == [str(file) for index, file in enumerate(files) if index % 10]
     assert all(f"Error: {file} cannot be read" in result.stderr for file in files[::10])
-    assert "100 of 1000 images could not be read; 900 answered" in result.stderr
+    assert "100 of 1000 images got no answer; 900 answered" in result.stderr
 
 
 @pytest.mark.server

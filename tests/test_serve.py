@@ -583,6 +583,34 @@ def test_without_any_tritonserver_it_says_what_is_missing_and_names_the_containe
     assert tritonserver.IMAGE in message
 
 
+@pytest.mark.parametrize("script", ["exit 1", "exec /bin/sleep 30"])
+def test_a_docker_whose_engine_does_not_answer_serves_nothing(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    (tmp_path / "docker").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(tritonserver, "DOCKER_SECONDS", 0.5)
+    result = chain.run("serve", "--detach", "--port", "auto")
+    assert result.exit_code == 1
+    assert "make .venv-triton" in error_line(result)
+    assert f"{tmp_path / 'docker'} is here and its engine does not answer" in error_line(result)
+
+
+def test_free_ports_are_auto_or_0_and_one_port_is_wrong_usage(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[ServeConfig] = []
+    monkeypatch.setattr(supervise, "serve", lambda paths, config, *_: served.append(config))
+    for value in ("auto", "0"):
+        assert empty.run("serve", "--port", value).exit_code == 0
+    assert all(config.http_port != ServeConfig.http_port for config in served)
+    result = empty.run("serve", "--port", "57523")
+    assert result.exit_code == 2
+    assert "--http-port, --grpc-port and --metrics-port" in error_line(result)
+    assert len(served) == 2
+
+
 def test_status_of_no_server_says_so(chain: Chain) -> None:
     result = chain.run("serve", "status")
     assert result.exit_code == 5
@@ -742,6 +770,9 @@ def test_a_server_that_died_or_takes_too_long_is_told_with_its_cause(tmp_path: P
 def test_the_cause_is_the_first_error_that_says_something() -> None:
     assert tritonserver.cause("") == "it wrote no log"
     assert tritonserver.cause("I0 fine\nlast words\n") == "last words"
+    refusal = "docker: Cannot connect to the Docker daemon at unix:///x. Is it running?"
+    docker = f"{refusal}\n\nRun 'docker run --help' for more information\n"
+    assert tritonserver.cause(docker) == refusal
     lines = (
         'E1122 21:00:00.1 1 main.cc:1] "failed to load all models"\n'
         'E1122 21:00:00.1 1 poll.cc:2] "Poll failed for model directory"\n'
