@@ -72,7 +72,13 @@ def test_where_all_is_well_it_says_so_and_exits_with_0(chain: Chain) -> None:
     assert "started, loaded a model, answered" in result.stdout
     assert "every file matches its SHA-256" in result.stdout
     assert "problem" not in result.stdout
-    assert result.stdout.endswith("next: make all\n")
+    assert result.stdout.endswith("next: pipeline serve\n")  # it is packaged
+
+
+@pytest.mark.server
+def test_where_nothing_is_made_yet_everything_is_made_next(empty: Chain) -> None:
+    link_server_environment(empty)
+    assert empty.run("doctor").stdout.endswith("next: make all\n")
 
 
 def test_problems_are_named_with_what_mends_them_and_exit_with_1(
