@@ -81,7 +81,8 @@ def benchmark_command(
 ) -> None:
     """Measure recipes, an export in its runtimes, a served model, photos, or what is no digit.
 
-    With --compare, exits with 3 where something got slower or less accurate beyond the noise.
+    With --compare, exits with 3 where something got slower or less accurate beyond the noise; what
+    seems slower is measured once more before it is said.
 
     \b
     Example:
@@ -155,6 +156,13 @@ def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
         require_place(asked.csv)
     before = comparison.read(asked.compare, asked.kinds, paths.name) if asked.compare else {}
     found = _speeds(settings, paths, asked)
+    compared = {what: comparison.compare(before[what], found[what].record()) for what in before}
+    if doubtful := tuple(what for what, one in compared.items() if one.is_doubtful):
+        settings.say("something seems slower: measuring it once more, to be sure")
+        found |= _speeds(settings, paths, replace(asked, kinds=doubtful))
+        for what in doubtful:
+            again = comparison.compare(before[what], found[what].record())
+            compared[what] = comparison.confirmed(compared[what], again)
     rows = [row for one in found.values() for row in one.rows]
     records = {what: one.record() for what, one in found.items()}
     written = {"infer": paths.inference, "serve": paths.serving}
@@ -169,12 +177,11 @@ def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
     record = records[asked.kinds[0]]
     if len(asked.kinds) > 1:
         record = {"what": "all", **records, "rows": [row.record() for row in rows]}
-    compared = [comparison.compare(before[what], records[what]) for what in before]
-    lines += [f"against {asked.compare}:\n{one}" for one in compared]
+    lines += [f"against {asked.compare}:\n{one}" for one in compared.values()]
     if compared:
-        record = {**record, "compared": [one.record() for one in compared]}
+        record = {**record, "compared": [one.record() for one in compared.values()]}
     settings.result(record, "\n".join(lines), "pipeline serve")
-    for one in compared:
+    for one in compared.values():
         comparison.require_no_worse(one)
 
 

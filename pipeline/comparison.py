@@ -5,13 +5,16 @@ measured in the same rounds. What else a machine does only ever slows a round do
 half of them counts; and no difference counts that the rounds themselves differ by, or that others
 may have made who took more of the machine in one measurement than in the other. Where one request
 is asked at a time, the fastest answers are compared as well: they tell most on a busy machine.
+
+A machine that is slow for minutes slows all rounds of a row alike, which no noise within the
+measurement shows: what seems slower is measured once more, and counts where it is slower again.
 """
 
 import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,11 @@ class Comparison:
     @property
     def worse(self) -> list[Change]:
         return [change for change in self.changes if change.verdict == "worse"]
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether something seems slower: of the same images, accuracies leave no doubt."""
+        return any(change.what != "accuracy" for change in self.worse)
 
     @property
     def seen(self) -> float:
@@ -138,6 +146,23 @@ def compare(
         tuple(_only(after, before)),
         sum(one.what == "speed" and olds[one.row]["name"] not in BESIDE for one in changes),
     )
+
+
+def confirmed(first: Comparison, second: Comparison, slower: float = SLOWER) -> Comparison:
+    """The second measurement held against the same as the first, with what both found slower.
+
+    Of what lay beyond the noise in the first, being slower again than is allowed is enough.
+    """
+    doubted = {(change.row, change.what) for change in first.worse}
+
+    def judged(change: Change) -> Change:
+        if change.what == "accuracy":
+            return change
+        if (change.row, change.what) in doubted and change.change < -slower:
+            return replace(change, verdict="worse")
+        return replace(change, verdict="same") if change.verdict == "worse" else change
+
+    return replace(second, changes=tuple(map(judged, second.changes)))
 
 
 def require_no_worse(comparison: Comparison) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import Chain, error_line
 
-from pipeline.comparison import Comparison, compare, read, require_no_worse
+from pipeline.comparison import Comparison, compare, confirmed, read, require_no_worse
 from pipeline.errors import CheckFailedError, PipelineError
 
 Rng = np.random.Generator
@@ -118,6 +118,37 @@ def test_measurements_of_the_same_raise_no_alarm() -> None:
         for _ in range(20):
             before = measured(rng, noise=noise)
             assert not compare(before, measured(rng, machine=1.3, noise=noise)).worse
+
+
+def test_what_was_slower_once_and_is_not_again_raises_no_alarm() -> None:
+    rng = np.random.default_rng(11)
+    before = measured(rng)
+    slow, other = (compare(before, measured(rng, **{row: 0.7})) for row in ("row7", "row8"))
+    assert slow.is_doubtful
+    assert verdicts(slow) == {"row7": "worse"}
+    assert verdicts(confirmed(slow, compare(before, measured(rng)))) == {}
+    assert verdicts(confirmed(slow, other)) == {}  # another row by chance
+
+
+def test_what_is_slower_again_is_found_even_where_the_second_noise_hides_it() -> None:
+    rng = np.random.default_rng(12)
+    before = measured(rng)
+    slow = compare(before, measured(rng, row7=0.7))
+    noisy = compare(before, measured(rng, row7=0.8, noise=0.2))
+    assert verdicts(noisy) == {}
+    found = confirmed(slow, noisy)
+    assert verdicts(found) == {"row7": "worse"}
+    with pytest.raises(CheckFailedError, match="row7"):
+        require_no_worse(found)
+
+
+def test_an_accuracy_leaves_no_doubt_and_stays_what_it_was() -> None:
+    rng = np.random.default_rng(13)
+    before, after = measured(rng), measured(rng)
+    after["scores"]["row0"]["accuracy"] = 0.98
+    found = compare(before, after)
+    assert not found.is_doubtful
+    assert verdicts(confirmed(found, found)) == {"row0": "worse"}
 
 
 def test_a_loss_of_accuracy_is_found_however_small_the_noise() -> None:

@@ -43,6 +43,15 @@ def test_each_runtime_is_scored_and_measured_beside_the_yardstick(
     assert result.exit_code == 3
     assert "worse  accuracy -1.00% of images" in error_line(result)
 
+    record["scores"][names[1]]["accuracy"] -= 0.01
+    rounds = record["rows"][1]["images_per_second"]
+    rounds["rounds"] = [one * 1e6 for one in rounds["rounds"]]  # beyond the noise of any machine
+    before.write_text(json.dumps(record))
+    result = chain.run("benchmark", "--what", "infer", "--short", "--compare", str(before))
+    assert result.exit_code == 3
+    assert "something seems slower: measuring it once more, to be sure" in result.stderr
+    assert "worse  speed" in error_line(result)
+
 
 def test_an_export_that_is_not_there_has_nothing_to_measure(empty: Chain) -> None:
     result = empty.run("benchmark", "--what", "infer")
