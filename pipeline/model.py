@@ -59,9 +59,8 @@ class DigitNorm(nn.BatchNorm2d):
         if not (self.training and self.outliers):
             return super().forward(x)
         count = round(len(x) / (1 + self.outliers))
-        with torch.no_grad():
-            super().forward(x[:count])  # for the running statistics
-        settings = (self.weight, self.bias, count, self.eps)
+        running = (self.running_mean, self.running_var, self.momentum)
+        settings = (self.weight, self.bias, running, count, self.eps)
         normalized: Tensor = _ByDigits.apply(x, *settings)  # type: ignore[no-untyped-call]  # torch's
         return normalized
 
@@ -69,16 +68,18 @@ class DigitNorm(nn.BatchNorm2d):
 class _ByDigits(torch.autograd.Function):
     """Rows (B, C, H, W) normalized by the first `count` of them, with all gradients.
 
-    Through the statistics too: else what is no digit would drag them along without end. Written
-    out, since autograd's own way, operation by operation, takes twice as long.
+    Through their statistics too: else what is no digit would drag them along without end. What is
+    `running`, two statistics (C,) and a momentum, follows them. Written out, since autograd's own
+    way, operation by operation, takes twice as long.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, count: int, eps: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Any, count: int, eps: float
     ) -> Tensor:
+        running_mean, running_var, momentum = running
         _, mean, scale = torch.native_batch_norm(
-            x[:count], None, None, None, None, True, 0.0, eps
+            x[:count], None, None, running_mean, running_var, True, momentum, eps
         )  # (C,) each; the scale is 1 / deviation
         variance = scale.pow(-2) - eps
         ctx.save_for_backward(x, weight, mean, scale, variance)
@@ -97,7 +98,7 @@ class _ByDigits(torch.autograd.Function):
         slope = each * of_weight * scale
         shift = (each * of_bias - slope * mean).view(-1, 1, 1)
         of_x[: ctx.count].sub_(torch.addcmul(shift, digits, slope.view(-1, 1, 1)))
-        return of_x, of_weight, of_bias, None, None
+        return of_x, of_weight, of_bias, None, None, None
 
 
 class Cnn(Network):

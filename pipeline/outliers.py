@@ -19,7 +19,7 @@ from pipeline.letters import STROKES, ways
 SIDE, HALF = 28, 14  # pixels
 POINTS = 18  # of a stroke
 NEAR = 3  # pixels about a point of a stroke that it may ink
-STOCK, PIECE = 4096, 64  # drawings of either kind; so many are made at a time
+STOCK, PIECE = 4096, 64  # things of a kind; so many drawings are made at a time
 # How each digit may be turned and be none. 4: along its diagonal, 2: left to right, 1: upside down.
 # A 2 mirrored is nearly a 5, a 6 turned twice is a 9; 0 and 1 stay too much what they are.
 TURNS: dict[int, tuple[int, ...]] = {
@@ -35,41 +35,29 @@ TURNS: dict[int, tuple[int, ...]] = {
 
 
 class Outliers:
-    """Things beside the digits of a batch: digits spoiled there and then, and a stock of drawings.
+    """A stock of things to show beside digits: a function of those digits and of the seed."""
 
-    The stock is a function of the seed.
-    """
+    def __init__(self, digits: Tensor, labels: Tensor, seed: int) -> None:
+        letters, strokes, self._painted = _drawings(seed, digits.device)
+        torch.manual_seed(seed)
+        self._written = torch.cat([letters, strokes, _spoiled(digits, labels)])
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.letters, self.strokes, self.filled = _stock(seed, device)
-
-    def written(self, digits: Tensor, labels: Tensor, count: int) -> Tensor:
-        """Things of strokes (M, 1, H, W), most made of digits (B, 1, H, W) with labels (B,)."""
-        turned, mixed, letters = round(0.15 * count), count // 20, count // 4
-        strokes = count - turned - 3 * mixed - letters
-        return torch.cat(
-            [
-                _turned(digits, labels, turned),
-                _cut(digits, mixed),
-                _pairs(digits, mixed),
-                _over(digits, labels, mixed),
-                _some(self.letters, letters),
-                _some(self.strokes, strokes),
-            ]
-        )
+    def written(self, count: int) -> Tensor:
+        """Things of strokes (M, 1, H, W); a quarter are letters, a quarter digits spoiled."""
+        return _some(self._written, count)
 
     def painted(self, count: int) -> Tensor:
         """Filled shapes, clouds and plain paper (M, 1, H, W)."""
-        return _some(self.filled, count)
+        return _some(self._painted, count)
 
 
 @cache
-def _stock(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Letters, things of strokes, and filled shapes, uint8 (STOCK, 1, H, W) each."""
+def _drawings(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Letters, twice as many things of strokes, and filled shapes, uint8 (M, 1, H, W) each."""
     torch.manual_seed(seed)
     letters, strokes, filled = (
-        torch.cat([make(PIECE, device) for _ in range(STOCK // PIECE)])
-        for make in (_letters, _strokes, _filled)
+        torch.cat([make(PIECE, device) for _ in range(count // PIECE)])
+        for make, count in ((_letters, STOCK), (_strokes, 2 * STOCK), (_filled, STOCK))
     )
     return _levels(letters), _levels(strokes), _levels(filled)
 
@@ -79,10 +67,21 @@ def _levels(ink: Tensor) -> Tensor:
     return (255 * ink).round().to(torch.uint8)
 
 
+def _spoiled(digits: Tensor, labels: Tensor) -> Tensor:
+    """Things (STOCK, 1, H, W) made of digits (B, 1, H, W) with labels (B,): a half is turned."""
+    mixed = STOCK // 6
+    return torch.cat(
+        [
+            _turned(digits, labels, STOCK - 3 * mixed),
+            _cut(digits, mixed),
+            _pairs(digits, mixed),
+            _over(digits, labels, mixed),
+        ]
+    )
+
+
 def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
     """Digits turned and mirrored so that they are none."""
-    if not count:  # a batch that small has none, and torch draws at least one
-        return digits[:0]
     ways = _ways(labels.device)[labels]  # (B, 8): 1 where allowed
     chosen = torch.multinomial(ways.sum(dim=1) + 1e-9, count, replacement=True)
     way = torch.multinomial(ways[chosen] + 1e-9, 1).view(-1, 1, 1, 1)  # (M, 1, 1, 1)
@@ -120,8 +119,6 @@ def _pairs(digits: Tensor, count: int) -> Tensor:
 
 def _over(digits: Tensor, labels: Tensor, count: int) -> Tensor:
     """A digit written over another that lies on its side; 0 and 1 would still leave a digit."""
-    if not count:
-        return digits[:0]
     wide = (labels > 1).float() + 1e-9
     first, second = torch.multinomial(wide, 2 * count, replacement=True).view(2, -1)
     return torch.maximum(digits[first], digits[second].mT)

@@ -94,8 +94,8 @@ class Recipe:
 RECIPES = {
     "quick": Recipe(epochs=0.7, batch_size=192, lr=0.022, label_smoothing=0.1),
     "standard": Recipe(
-        channels=(16, 32, 72, 128),
-        epochs=8,
+        channels=(16, 16, 64, 128),
+        epochs=7,
         lr=0.012,
         warm_up=0.15,
         weight_decay=0.05,
@@ -107,7 +107,7 @@ RECIPES = {
         shear=0.2,
         shift=0.07,
         elastic=0.06,
-        outliers=0.5,
+        outliers=0.35,
     ),
     # Minutes, for a little more: `make best`.
     "best": Recipe(

@@ -104,7 +104,7 @@ class Batches:
             )
         self.steps_per_epoch = len(split) // self.size
         self.steps = max(1, round(recipe.epochs * self.steps_per_epoch))
-        self.outliers = Outliers(seed, placement.device) if recipe.outliers else None
+        self.outliers = Outliers(self.images, self.labels, seed) if recipe.outliers else None
         self._epoch, self._order = -1, torch.empty(0)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
@@ -126,8 +126,8 @@ class Batches:
         if not self.outliers:
             return augment(images, self.recipe, strength), labels
         count = round(self.recipe.outliers * len(labels))
-        painted = self.outliers.painted(count // 6)
-        written = self.outliers.written(images, labels, count - len(painted))
+        painted = self.outliers.painted(count // 10)
+        written = self.outliers.written(count - len(painted))
         images = augment(torch.cat([images, written]), self.recipe, strength)
         return torch.cat([images, painted]), with_unknown(labels, count, self.classes)
 

@@ -21,10 +21,9 @@ def few() -> Split:
 
 
 def things(split: Split, seed: int) -> torch.Tensor:
-    outliers = Outliers(seed, CPU)
-    torch.manual_seed(seed)
     images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    return torch.cat([outliers.written(images, labels, 40), outliers.painted(24)])
+    outliers = Outliers(images, labels, seed)
+    return torch.cat([outliers.written(40), outliers.painted(24)])
 
 
 @pytest.mark.slow
