@@ -145,7 +145,9 @@ class Cnn(Network):
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)
         x = torch.cat([self.maximum(x), self.mean_pool(x)], dim=1)  # (B, 2 d, 1, 1)
-        scores: Tensor = self.classifier(self.dropout(x.flatten(1)))
+        # The channels last: so is the gradient then, and the pools need not copy it.
+        x = x.permute(0, 2, 3, 1).flatten(1)  # (B, 2 d)
+        scores: Tensor = self.classifier(self.dropout(x))
         return shared(scores) if self.knows_none else scores  # (B, K)
 
 

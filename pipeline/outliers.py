@@ -5,7 +5,7 @@ They come from torch's global generator. What a model is measured with is made i
 """
 
 # Shape letters: M things, B digits, H height, W width, S strokes, P points of a stroke,
-# V ways to write a letter.
+# N pixels near a point, in a row; V ways to write a letter.
 
 from functools import cache
 
@@ -19,7 +19,7 @@ from pipeline.letters import STROKES, ways
 SIDE, HALF = 28, 14  # pixels
 POINTS = 18  # of a stroke
 NEAR = 3  # pixels about a point of a stroke that it may ink
-STOCK, PIECE = 4096, 64  # things of a kind; so many drawings are made at a time
+STOCK, PIECE = 4096, 128  # things of a kind; so many drawings are made at a time
 # How each digit may be turned and be none. 4: along its diagonal, 2: left to right, 1: upside down.
 # A 2 mirrored is nearly a 5, a 6 turned twice is a 9; 0 and 1 stay too much what they are.
 TURNS: dict[int, tuple[int, ...]] = {
@@ -182,15 +182,16 @@ def _away(paths: Tensor, width: Tensor) -> Tensor:
 
     0 is on the rim, below it inside; pixels that are farther than NEAR from any are 1 away.
     """
-    middle = (SIDE - 1) / 2
-    near = torch.arange(-NEAR, NEAR + 1, device=paths.device)
-    around = torch.cartesian_prod(near, near)  # ((2 NEAR + 1)^2, 2)
-    pixels = (paths + middle).round()[:, :, None] + around  # (M, P, (2 NEAR + 1)^2, 2)
-    away = (pixels - middle - paths[:, :, None]).norm(dim=-1) - width[:, :, None]
     side = SIDE + 2 * NEAR  # with a margin, where whatever is outside lands
-    row, column = (pixels + NEAR).clamp(0, side - 1).long().flatten(1, 2).unbind(dim=-1)
+    near = torch.arange(-NEAR, NEAR + 1, device=paths.device)  # (N,)
+    places = paths + (SIDE - 1) / 2  # (M, P, 2), counted from the middle of the first pixel
+    pixels = places.round()[..., None] + near  # (M, P, 2, N): rows, and columns
+    down, across = (pixels - places[..., None]).square().unbind(dim=2)  # (M, P, N) each
+    away = (down[..., None] + across[..., None, :]).sqrt_().sub_(width[..., None, None])
+    row, column = (pixels + NEAR).clamp(0, side - 1).long().unbind(dim=2)
+    pixel = (side * row)[..., None] + column[..., None, :]  # (M, P, N, N)
     field = away.new_ones(len(paths), side * side)
-    field.scatter_reduce_(1, row * side + column, away.flatten(1), "amin")
+    field.scatter_reduce_(1, pixel.flatten(1), away.flatten(1), "amin")
     framed: Tensor = field.view(-1, 1, side, side)
     return framed[:, :, NEAR:-NEAR, NEAR:-NEAR]
 

@@ -29,7 +29,7 @@ class Recipe:
     label_smoothing: float = 0.0  # 0 to 1
     dropout: float = 0.0  # of the cnn, after its second convolution and before its classifier
     norm_momentum: float = 0.2  # of batch normalization; a short run needs more
-    average: float = 0.0  # decay of the averaged weights, kept from half-way on; 0 for none
+    average: float = 0.0  # decay a step of the averaged weights, kept from half-way on; 0: none
     mirror: float = 0.0  # how probably an image is mirrored, left to right
     rotate: float = 0.0  # radians; this and the next four: how far an image is distorted at most
     stretch: float = 0.0  # in each direction, as a logarithm

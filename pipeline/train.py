@@ -26,6 +26,7 @@ from pipeline.processes import agreed
 from pipeline.recipes import Recipe, TrainConfig
 
 EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
+FOLLOW_EVERY = 4  # steps, at which averaged weights follow
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Progress:
     loss: float  # of the latest batch, in nats
     lr: float
     images_per_second: float
-    seconds: float  # of training so far; evaluation is not counted
+    seconds: float  # of training so far, with all that it prepares; evaluation is not counted
     validation_accuracy: float | None = None  # 0 to 1, where it was measured
 
     def __str__(self) -> str:
@@ -148,13 +149,18 @@ class Learner:
         self.model = prepare(self.network, placement, config.compiled)
         self.optimizer = make_optimizer(self.network, recipe)
         self.average = _average(self.network, recipe)
-        self.best = self.network  # what to judge by: the average, once there is one
 
     def follow(self) -> None:
-        """Let the averaged weights, where the recipe wants them, take a step after the others."""
+        """Let the averaged weights, where the recipe wants them, follow the others."""
         if self.average:
             self.average.update_parameters(self.network)
-            self.best = cast(Network, self.average.module)
+
+    @property
+    def best(self) -> Network:
+        """What to judge by: the average, once there is one."""
+        if self.average and self.average.n_averaged:
+            return cast(Network, self.average.module)
+        return self.network
 
     def snapshot(self, step: int, seconds: float) -> State:
         """The state of the run after `step` optimizer steps."""
@@ -191,14 +197,14 @@ def train(
     `save_every` steps if that is not 0, and when `is_stopped` says so, then raises
     KeyboardInterrupt. Raises PipelineError when the loss is not finite.
     """
-    recipe = config.settings
+    recipe, clock = config.settings, _Clock(state.seconds if state else 0.0)
     batches = Batches(train_split, recipe, config.seed, placement)
     learner = Learner(config, len(train_split.classes), placement)
     model, optimizer = learner.model, learner.optimizer
     loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    first, clock = 0, _Clock()
+    first = 0
     if state:
-        first, clock = state.step, _Clock(state.seconds)
+        first = state.step
         learner.restore(state)
 
     for step in range(first, batches.steps):
@@ -215,7 +221,8 @@ def train(
         done = step + 1
         mean_loss, must_stop = agreed(placement, loss.item(), is_stopped())
         progress = _progress(done, batches, mean_loss, lr, clock.seconds())
-        if step >= batches.steps // 2:
+        left = batches.steps - done
+        if left <= batches.steps // 2 and left % FOLLOW_EVERY == 0:
             learner.follow()
         is_last, ends_epoch = done == batches.steps, done % batches.steps_per_epoch == 0
         with clock.paused():
@@ -268,7 +275,7 @@ def _average(model: Network, recipe: Recipe) -> AveragedModel | None:
     """A copy of `model` that will follow it slowly, where the recipe wants one."""
     if not recipe.average:
         return None
-    follow = get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]  # torch's
+    follow = get_ema_multi_avg_fn(recipe.average**FOLLOW_EVERY)  # type: ignore[no-untyped-call]  # torch's
     return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
 

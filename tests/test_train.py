@@ -1,9 +1,11 @@
+import copy
 import importlib.util
 import json
 import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import sha256
 from pipeline.recipes import RECIPES, TrainConfig, recipe
 from pipeline.records import CURVE_POINTS
-from pipeline.train import distortion, learning_rate, shuffled, train
+from pipeline.train import Batches, Learner, distortion, learning_rate, shuffled, train
 
 SHORT = recipe("quick", epochs=4, batch_size=64)
 CLASSES = tuple("0123456789")
@@ -94,6 +96,44 @@ def test_averaged_weights_are_what_is_judged_and_returned(few: Split) -> None:
     # Close by, because an average follows; the normalization's statistics follow as well.
     for name, tensor in averaged.named_parameters():
         assert torch.allclose(tensor, plain.get_parameter(name), atol=0.5), name
+
+
+def test_after_a_resume_the_averaged_weights_are_judged_at_once(few: Split) -> None:
+    config = TrainConfig(settings=recipe("quick", epochs=1, batch_size=64, average=0.9))
+    states: list[State] = []
+
+    def keep(state: State) -> None:
+        states.append(copy.deepcopy(state))
+
+    train(config, few, few, choose("cpu"), save=keep, save_every=1)
+    assert [state.step for state in states] == [1, 2, 3, 4, 5, 6, 7]
+    for state in states:
+        learner = Learner(config, 10, choose("cpu"))
+        learner.restore(state)
+        has_followed = state.step >= 4  # from half of the steps on
+        assert (learner.best is not learner.network) == has_followed
+
+
+def test_the_seconds_of_a_run_count_what_it_prepares_but_not_its_evaluation(
+    few: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    class Slow(Batches):
+        def __init__(self, *args: Any) -> None:
+            now[0] += 100
+            super().__init__(*args)
+
+    def judged(*_: object) -> float:
+        now[0] += 10_000
+        return 0.5
+
+    monkeypatch.setattr(train_module, "Batches", Slow)
+    monkeypatch.setattr(train_module, "_accuracy", judged)
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    config = TrainConfig(settings=recipe("note", epochs=2))
+    _, progress = train(config, few, few, choose("cpu"))
+    assert progress.seconds == 100
 
 
 def test_a_loss_that_is_not_finite_stops_at_that_step(few: Split) -> None:
