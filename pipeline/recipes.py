@@ -96,7 +96,7 @@ RECIPES = {
     "standard": Recipe(
         channels=(16, 16, 64, 128),
         epochs=7,
-        lr=0.012,
+        lr=0.02,
         warm_up=0.15,
         weight_decay=0.05,
         label_smoothing=0.05,
@@ -107,6 +107,7 @@ RECIPES = {
         shear=0.2,
         shift=0.07,
         elastic=0.06,
+        fade=0.25,
         outliers=0.35,
     ),
     # Minutes, for a little more: `make best`.
