@@ -2,6 +2,7 @@
 
 # Shape letters: N images, K classes.
 
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -188,6 +189,7 @@ def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
     for folder in [path.parent for path in configs]:
         path, model = triton.profile_file(folder, profile), replace(paths, name=folder.name)
         config = triton.read(path)
+        _refuse_foreign(folder, config)
         versions = triton.selected(config)
         if not versions:
             raise CheckFailedError(f"{path} selects no version: {REPACKAGE}")
@@ -200,6 +202,19 @@ def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
             )
         releases[model.name] = release
     return releases
+
+
+def _refuse_foreign(folder: Path, config: triton.ModelConfig) -> None:
+    """Raise PipelineError for a model that nothing says we packaged."""
+    is_stated = any(key.startswith("sha256.") for key in config.parameters)
+    if not is_stated and not any(folder.glob("*/manifest.json")):
+        onnx = next(iter(sorted(folder.glob("*/*.onnx"))), folder / "1" / "model.onnx")
+        raise PipelineError(
+            f"{folder} carries no proof, since 'pipeline package' did not write it. Prove the file "
+            f"and package it: pipeline validate --onnx {shlex.quote(str(onnx))} --module "
+            "package.module:factory --images FILE.npz; or serve it unproven: tritonserver "
+            f"--model-repository={shlex.quote(str(folder.parent))}"
+        )
 
 
 def served_version(client: Client) -> int:

@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.errors import PipelineError
 from pipeline.timing import LAST, PERCENTILES, WITHIN, Row
 
@@ -67,14 +65,19 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
             f"{WITHIN:.0%}): {'; '.join(restless)}"
         )
     remarks += [
-        f"the client of {_named(row)} fell behind by {row.late_ms().get('p99', np.nan):.1f} ms "
-        "(p99): its figures tell of the client as well"
+        f"the client of {_named(row)} fell behind{_by(row)}: its figures tell of the client as well"
         for row in rows
         if row.is_behind
     ]
     others = max((row.others for row in rows), default=0.0)
     remarks.append(f"others took up to {others:.0%} of the machine's cores meanwhile")
     return remarks
+
+
+def _by(row: Row) -> str:
+    """By how much, in the highest percentile that so many requests allow to claim."""
+    known = row.late_ms()
+    return f" by {known[max(known)]:.1f} ms ({max(known)})" if known else ""
 
 
 def _named(row: Row) -> str:

@@ -570,6 +570,19 @@ def test_a_config_that_selects_no_version_is_not_served(chain: Chain) -> None:
     assert "selects no version" in error_line(chain.run("serve"))
 
 
+def test_a_model_of_others_is_told_how_to_get_a_proof_or_to_be_served_without(chain: Chain) -> None:
+    folder = chain.paths.repository / "theirs"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.onnx").write_bytes(chain.paths.onnx.read_bytes())
+    (folder / "config.pbtxt").write_text('backend: "onnxruntime"\n')
+    result = chain.run("serve")
+    assert result.exit_code == 1
+    message = error_line(result)
+    assert f"{folder} carries no proof" in message
+    assert f"pipeline validate --onnx {folder / '1' / 'model.onnx'} --module" in message
+    assert f"tritonserver --model-repository={chain.paths.repository}" in message
+
+
 def test_without_any_tritonserver_it_says_what_is_missing_and_names_the_container(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,8 @@ def test_the_table_has_scores_the_servers_part_and_says_what_not_to_trust() -> N
     assert text[5].startswith("1 of 2 did not settle")
     assert "the client of net grpc 1 1,600/s fell behind by 1.0 ms" in text[6]
     assert text[7] == "others took up to 30% of the machine's cores meanwhile"
+    few = replace(late, latencies=np.full(3, 0.001), late=np.full(3, 0.001))
+    assert "1/s fell behind: its figures" in table([replace(open_row, windows=(few,), rate=1)])
 
 
 def test_wrong_or_missing_answers_are_no_measurement() -> None:
