@@ -81,6 +81,10 @@ def benchmark_command(
 ) -> None:
     """Measure recipes, an export in its runtimes, a served model, photos, or what is no digit.
 
+    The rows of infer and serve: asking is how many ask at once, or how many requests arrive a
+    second; formed, how many images the server took together; differ, the images of another class
+    than eager PyTorch's; images/s are those of the median round, and of the slowest and fastest.
+
     With --compare, exits with 3 where something got slower or less accurate beyond the noise; what
     seems slower is measured once more before it is said.
 

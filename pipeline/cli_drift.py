@@ -47,6 +47,8 @@ def drift_command(
 
     Class rates, confidence, ink and the share of "not sure": exit 3 where one has changed by more
     than is allowed, and not by chance; exit 1 where the log has too few predictions to tell.
+    A row says by how much (effect: of rates and shares their change, of confidence and ink the
+    part of the images that lies elsewhere), what may change, and the test's statistic and p.
 
     \b
     Example:
