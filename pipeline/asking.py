@@ -97,6 +97,10 @@ class Asking:
         Deadline(timeout)  # refuses nonsense
         if retries < 0:
             raise PipelineError(f"retries must be 0 or more, got {retries}")
+        if version and not version.isdecimal():
+            raise PipelineError(
+                f"a version is a whole number, got {version!r}: leave it out for the one served"
+            )
         self.endpoint, self.name, self.version = target, name, version
         self.timeout, self.retries, self.log = timeout, retries, log
         self._config: triton.ModelConfig | None = None
@@ -109,7 +113,7 @@ class Asking:
             answer = (yield Attempt(call, left)) if left > 0 else Fault("slow", "no time left")
             if not isinstance(answer, Fault):
                 return answer  # type: ignore[no-any-return]
-            if answer.kind in ("unreached", "lost", "unloaded"):
+            if answer.kind in ("unreached", "lost", "unloaded", "unknown"):
                 self._config = None  # what comes back may be another
             pause = max(answer.pause, FIRST_PAUSE * 2 ** (times - 1) * random.uniform(0.5, 1.5))
             may_retry = call.may_repeat and answer.kind in PASSING and times <= self.retries

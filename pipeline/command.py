@@ -1,6 +1,7 @@
 """What every command shares: its options, how it speaks, and how errors become exit codes."""
 
 import difflib
+import errno
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from pipeline.paths import (
 )
 
 BUG, INTERRUPTED = 70, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what of it is somebody's
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
 
 
@@ -212,6 +214,14 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
         raise click.ClickException(
             f"cannot use {error.filename} ({error.strerror}): check its rights and what lies there"
         ) from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _drop_output()
+        what = f"cannot write {error.filename}" if error.filename else "cannot write"
+        raise click.ClickException(
+            f"{what} ({error.strerror}): make room, or write elsewhere"
+        ) from error
     except ModuleNotFoundError as error:
         if (error.name or "pipeline").partition(".")[0] == "pipeline":
             raise  # ours
@@ -223,6 +233,14 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _drop_output() -> None:
+    """Let what a full disk did not take go, or Python tries once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none

@@ -27,8 +27,13 @@ Kind = Literal[
     "refused",
 ]
 # These may be over in a moment.
-PASSING: frozenset[Kind] = frozenset({"unreached", "lost", "busy", "unloaded"})
+# A server that starts anew has no model for a moment.
+PASSING: frozenset[Kind] = frozenset({"unreached", "lost", "busy", "unloaded", "unknown"})
 _START = "is it running? 'pipeline serve status' tells, 'pipeline serve' starts it"
+_LONGER = (
+    "it may need longer (timeout, on the command line --timeout), or not run: 'pipeline serve "
+    "status' tells"
+)
 _PORTS = "check host and port; by default Triton's HTTP is on 8000 and its gRPC on 8001"
 _CLIENTS = (
     "where it asks who you are, give the client's own certificate and key (--certificate, --key)"
@@ -154,7 +159,7 @@ def explained(fault: Fault, asked: Asked) -> PipelineError:
         words = {"where": where, "tried": tried, "asked": asked, "other": other}
         return ServerError(_EXPLAINED[fault.kind].format(**words))
     if fault.kind == "slow":
-        return SlowError(f"no answer from {where} in {asked.timeout:g} s: {_START}")
+        return SlowError(f"no answer from {where} in {asked.timeout:g} s: {_LONGER}")
     if fault.kind == "insecure":
         return ServerError(f"no secure connection to {where} ({reason}): {_secured(where, reason)}")
     if fault.kind == "unknown":
@@ -193,7 +198,8 @@ def _unknown(asked: Asked) -> str:
         )
     return (
         f"{asked.endpoint} serves no model {asked.name!r}: ask for another name (on the command "
-        "line: --name); 'pipeline serve status' lists what our server serves"
+        "line: --name), or again in a moment if it has just started; 'pipeline serve status' lists "
+        "what our server serves"
     )
 
 

@@ -8,7 +8,7 @@ By the rules of RULES.md, in whole numbers.
 import numpy as np
 
 from pipeline.config import IMAGES
-from pipeline.ink import slide
+from pipeline.ink import edge_of, slide
 
 DIGIT = 20  # pixels that the longer side of a digit has in MNIST
 FULL = 16  # so many pixels at least have the highest level
@@ -17,9 +17,14 @@ SMALLEST = 40  # of the digit's mass: a part of less than one such share is a sp
 NEAR = 4  # a part is near when its distance is at most the digit's side by this
 
 
-def fitted(ink: np.ndarray, threshold: int) -> np.ndarray:
-    """The digit in ink levels (H, W) as uint8 (28, 28)."""
-    kept = _kept(ink, threshold)
+def fitted(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
+    """The digit in ink levels (H, W) as uint8 (28, 28); zeros where ruled paper has none."""
+    mask = ink >= threshold
+    if is_ruled:
+        mask &= ~_left_over(mask)
+    if not mask.any():
+        return np.zeros(IMAGES.shape[1:], np.uint8)
+    kept = _kept(ink, mask)
     rows, columns = np.flatnonzero(kept.any(axis=1)), np.flatnonzero(kept.any(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     side = int(max(bottom - top, right - left))
@@ -61,9 +66,18 @@ def _thickened(levels: np.ndarray, window: np.ndarray, side: int) -> tuple[np.nd
     return (_grown(levels, by) if by else levels), by
 
 
-def _kept(ink: np.ndarray, threshold: int) -> np.ndarray:
+def _left_over(mask: np.ndarray) -> np.ndarray:
+    """What lines leave in the frame of a mask (H, W), where they run out of the picture."""
+    edge = edge_of(mask)
+    inner = np.zeros(mask.shape, bool)
+    inner[edge:-edge, edge:-edge] = True
+    labels, count = parts(mask)
+    reaches_in = np.bincount(labels[inner], minlength=count + 1) > 0
+    return np.asarray(~reaches_in[labels])
+
+
+def _kept(ink: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Which pixels (H, W) are the digit: the heaviest part, and what is near and no speck."""
-    mask = ink >= threshold
     labels, count = parts(mask)
     if count == 1:
         return mask

@@ -95,6 +95,10 @@ def _opened(
             f"an array of shape {list(source.shape)} is no picture: give gray levels (H, W) or "
             "colours (H, W, 3)"
         )
+    if source.dtype.kind == "f" and not np.isfinite(source).all():
+        raise PipelineError(
+            "an array with NaN or infinity is no picture: look where they come from"
+        )
     return contextlib.nullcontext(Image.fromarray(source))
 
 
@@ -181,10 +185,10 @@ def prepare(gray: np.ndarray) -> np.ndarray:
     """Gray levels uint8 (H, W) as the model takes them: uint8 (1, 28, 28), zeros without ink."""
     if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
         raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
-    levels, threshold = ink(reduced(gray, -(-max(gray.shape) // WORK_SIDE)))
+    levels, threshold, is_ruled = ink(reduced(gray, -(-max(gray.shape) // WORK_SIDE)))
     if not threshold:
         return np.zeros(IMAGES.shape, np.uint8)
-    return fitted(levels, threshold)[np.newaxis]
+    return fitted(levels, threshold, is_ruled)[np.newaxis]
 
 
 def fit_whole(gray: np.ndarray) -> np.ndarray:

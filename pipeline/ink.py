@@ -19,6 +19,7 @@ FAINT = 5  # on flat paper ink begins at its highest level by this
 MAX_NOISE = 3  # a picture with more is smoothed
 SMOOTHINGS = 3  # times at most
 MIN_CONTRAST = 16  # gray levels between paper and ink; below, the paper is blank
+OF_LINES = 2  # on ruled paper the ink has at least the lines' level by this
 
 
 def reduced(levels: np.ndarray, factor: int) -> np.ndarray:
@@ -39,12 +40,19 @@ def reduced(levels: np.ndarray, factor: int) -> np.ndarray:
 def frame(levels: np.ndarray) -> np.ndarray:
     """The levels along the picture's border (n,), where paper is to be expected."""
     height, width = levels.shape
-    edge = max(1, min(height, width) // 14)
+    edge = edge_of(levels)
     if 2 * edge >= min(height, width):
         return levels.ravel()
     sides = levels[edge : height - edge]
     parts = (levels[:edge], levels[height - edge :], sides[:, :edge], sides[:, width - edge :])
     return np.concatenate([part.ravel() for part in parts])
+
+
+def edge_of(levels: np.ndarray) -> int:
+    """How many pixels of the border, on each side of a picture (H, W), are its frame."""
+    height, width = levels.shape
+    side: int = min(height, width)
+    return max(1, side // 14)
 
 
 def middle(levels: np.ndarray) -> int:
@@ -53,16 +61,17 @@ def middle(levels: np.ndarray) -> int:
     return int(np.searchsorted(below, (below[-1] + 1) // 2))
 
 
-def ink(gray: np.ndarray) -> tuple[np.ndarray, int]:
+def ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
     """How far each pixel (H, W) stands out from the paper, and from which level on it is ink.
 
-    That level is 0 where there is no ink at all.
+    That level is 0 where there is no ink at all. Last, whether the paper is ruled.
     """
     paper = middle(frame(gray))
     if _is_flat(gray, paper):  # drawn on a screen, or prepared already
-        raised = without_lines(_on_flat(gray, paper), 0)
+        raised, line = without_lines(_on_flat(gray, paper), 0)
         highest = int(raised.max())
-        return raised, highest // FAINT + 1 if highest >= MIN_CONTRAST else 0
+        threshold = max(highest // FAINT + 1, line // OF_LINES)
+        return raised, threshold if highest >= max(MIN_CONTRAST, threshold) else 0, line > 0
     raised = _raised(gray)
     for _ in range(SMOOTHINGS):
         if _noise(raised, middle(raised)) <= MAX_NOISE:
@@ -70,12 +79,12 @@ def ink(gray: np.ndarray) -> tuple[np.ndarray, int]:
         raised = _smoothed(raised)
     level = middle(raised)
     noise = _noise(raised, level)
-    distance = max(MIN_CONTRAST // 2, MIN_DISTANCE * noise)
-    raised = without_lines(np.maximum(raised - level, 0), noise)
+    raised, line = without_lines(np.maximum(raised - level, 0), noise)
+    distance = max(MIN_CONTRAST // 2, MIN_DISTANCE * noise, line // OF_LINES)
     threshold = max(_otsu(raised, distance), distance)
     if raised.max() < max(MIN_CONTRAST, distance):
-        return raised, 0
-    return np.maximum(raised - NOISE * noise, 0), max(threshold - NOISE * noise, 1)
+        return raised, 0, line > 0
+    return np.maximum(raised - NOISE * noise, 0), max(threshold - NOISE * noise, 1), line > 0
 
 
 def _is_flat(gray: np.ndarray, paper: int) -> bool:

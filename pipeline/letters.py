@@ -1,4 +1,4 @@
-"""Letters as a pen draws them: the strokes of each, and of each with serifs.
+"""Letters and signs as a pen draws them: the strokes of each, and of each with serifs.
 
 Left out are those that a digit looks like in many a hand: b g I l O o q S s Z z.
 """
@@ -30,7 +30,14 @@ WAYS = (
     *("00-08 53-05-58", "03-08 05(03)23(43)45-48 45(43)63(83)85-88"),  # k m
     *("00-08 03(00)30(60)63-68", "00-08 02(00)30(60)62(65)35(05)03"),  # n p
     *("00-08 04(00)40(50)51", "20-26(28)48(58)57 02-52", "30-38 02-62"),  # r t
-    *("00-05(08)28(58)55 50-58", "00-34 60-08"),  # u y
+    *("00-05(08)28(58)55 50-58", "00-34 60-08", "20-26(28)08"),  # u y J
+    # Signs and small drawings, which nobody reads for a digit either.
+    *("04-64 31-37", "03-63 05-65", "20-28 40-48 03-63 05-65"),  # + = #
+    *("02(00)30(60)62(63)44(34)35 38-38", "68-12(10)30(50)42-15(08)28(58)64"),  # ? &
+    "01(00)10(20)21(22)12(02)01 60-08 47(46)56(66)67(68)58(48)47",  # %
+    *("05-28-80", "04-84 62-84-66", "30-68-08-30", "04-30-64-68-08-04"),  # tick arrow hut house
+    "32(30)10(00)02(04)38(64)62(60)50(30)32",  # heart
+    "04(00)40(80)84(88)48(08)04 22-23 62-63 25(47)65",  # face
 )
 Point = tuple[float, float]
 Stroke = tuple[Point, Point, Point]  # where it begins, what it bends towards, where it ends

@@ -25,6 +25,7 @@ INK_ON_PAPER = (20, 235)  # gray levels
 # Written by hand these may be just what a digit is: 1, 0, 5, 2, 6, 9.
 LOOKALIKES = frozenset("IlOoSsZzbgq")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+SIGNS = "+=?&@#$%*~<>"
 FONTS = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"),
     *("DejaVuSerif-Bold", "DejaVuSerif-Italic", "cmr10", "cmss10", "cmtt10", "cmti10", "cmb10"),
@@ -39,7 +40,7 @@ class Kind:
 
     name: str
     images: np.ndarray  # uint8 (N, 1, 28, 28)
-    is_counted: bool = True  # among what has to be refused; not where some are digits to the eye
+    is_counted: bool = True  # among what has to be refused; not what may look like a digit
 
 
 def kinds(clothes: Path, seed: int = 0) -> list[Kind]:
@@ -62,6 +63,7 @@ def kinds(clothes: Path, seed: int = 0) -> list[Kind]:
             np.concatenate([similar, also]),
             is_counted=False,
         ),
+        Kind(f"signs ({' '.join(SIGNS)})", signs((*FONTS, *FONTS_HELD_BACK)), is_counted=False),
     ]
 
 
@@ -82,6 +84,12 @@ def letters(fonts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         for letter in LETTERS:
             drawn[letter in LOOKALIKES].append(prepare(_letter(letter, font)))
     return np.stack(drawn[False]), np.stack(drawn[True])
+
+
+def signs(fonts: tuple[str, ...]) -> np.ndarray:
+    """Signs of fonts as pictures of digits are prepared, (N, 1, 28, 28)."""
+    drawn = [_letter(sign, font) for font in map(_font, fonts) for sign in SIGNS]
+    return np.stack([prepare(picture) for picture in drawn])
 
 
 def _font(name: str) -> ImageFont.FreeTypeFont:

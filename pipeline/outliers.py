@@ -17,6 +17,7 @@ from pipeline.letters import SIDE as GRID
 from pipeline.letters import STROKES, ways
 
 SIDE, HALF = 28, 14  # pixels
+SPOT = 5  # pixels, and 2, of half the width that a spot of ink has at least; a narrower may be a 1
 POINTS = 18  # of a stroke
 NEAR = 3  # pixels about a point of a stroke that it may ink
 STOCK, PIECE = 4096, 128  # things of a kind; so many drawings are made at a time
@@ -242,19 +243,21 @@ def _along(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _filled(count: int, device: torch.device) -> Tensor:
     """Boxes, ellipses and blobs of cloudy gray, on paper or all over it, some the other way round.
 
-    Some are without clouds, and some are nothing but one gray level.
+    Some are without clouds, some are nothing but one gray level, and some are spots of full ink.
     """
     middle, size = _spread(2, count, 1, device=device) * 4, _share(2, count, 1, device=device) * 14
     x, y = (_pixels(device).T[:, None] - middle) / (size + 2)  # (M, H W) each
     corner = 2 + 6 * _share(count, 1, device=device)  # 2 is an ellipse; more is nearly a box
-    inside = (x.abs() ** corner + y.abs() ** corner < 1).view(-1, 1, SIDE, SIDE)
+    spot = (x.abs() ** corner + y.abs() ** corner < 1).view(-1, 1, SIDE, SIDE)
     blob = _clouds(count, 4, device) > 0.5
     everywhere = _coin(count, device, 0.2)
-    inside = torch.where(_coin(count, device), inside, blob & inside.roll(1, dims=0)) | everywhere
+    inside = torch.where(_coin(count, device), spot, blob & spot.roll(1, dims=0)) | everywhere
     grain = int(torch.randint(2, SIDE // 2, ()))
     contrast, level = _share(2, count, 1, 1, 1, device=device)
     ink = (level + (_clouds(count, grain, device) - 0.5) * 2 * contrast).clamp(0, 1) * inside
-    return torch.where(_coin(count, device), ink, 1 - ink)
+    ink = torch.where(_coin(count, device), ink, 1 - ink)
+    is_spot = _coin(count, device) & (size.amin(dim=0) > SPOT).view(-1, 1, 1, 1)
+    return torch.where(is_spot, spot, ink)
 
 
 def _clouds(count: int, grain: int, device: torch.device) -> Tensor:

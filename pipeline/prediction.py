@@ -121,6 +121,11 @@ def prepared(image: Image, config: triton.ModelConfig) -> np.ndarray:
     return array
 
 
+def _is_share(images: np.ndarray) -> bool:
+    """Whether these are floating-point numbers from 0 to 1, as torch has pixels."""
+    return images.dtype.kind == "f" and images.size > 0 and 0 <= images.min() <= images.max() <= 1
+
+
 def is_of(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a shape is the wanted one, in which -1 is any size."""
     return len(shape) == len(wanted) and all(
@@ -136,7 +141,8 @@ def require_fit(images: np.ndarray, config: triton.ModelConfig) -> None:
     if str(images.dtype) != dtype:
         mend = f"images.astype(np.{dtype})"
         if dtype == "uint8":
-            mend = f"give pixels from 0 for paper to 255 for ink, {mend}"
+            scale = "(255 * images).round()" if _is_share(images) else "images"
+            mend = f"give pixels from 0 for paper to 255 for ink, {scale}.astype(np.uint8)"
         raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {mend}")
     if not is_of(tuple(got), tuple(wanted)):
         array = ", ".join(map(str, ["N", *wanted] if config.max_batch_size else wanted))

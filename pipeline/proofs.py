@@ -130,10 +130,10 @@ def unsure_markdown(figure: dict[str, Any]) -> str:
     lines += [
         "",
         f"{_when(figure)}: {figure['share']:.1%} of what is no digit is refused (the mean of its "
-        "kinds; letters that may be digits are not among them). Wrong answers are refused "
-        f"{wrong / max(right, 1e-9):,.0f} times as often as right ones. Refused is an answer whose "
-        f"probability is below {figure['min_probability']:g}, which was fitted on the validation "
-        "split of the digits alone. No choice was made by the rows held back.",
+        "kinds; signs, and letters that may be digits, are not among them). Wrong answers are "
+        f"refused {wrong / max(right, 1e-9):,.0f} times as often as right ones. Refused is an "
+        f"answer whose probability is below {figure['min_probability']:g}, which was fitted "
+        "on the validation split of the digits alone. No choice was made by the rows held back.",
     ]
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ from pipeline.recipes import Recipe, TrainConfig
 
 EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
 FOLLOW_EVERY = 4  # steps, at which averaged weights follow
+FORESEEN = 0.02  # of a run, before which nobody knows how long it takes
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,12 @@ class Progress:
     validation_accuracy: float | None = None  # 0 to 1, where it was measured
 
     def __str__(self) -> str:
-        left = self.seconds * (self.epochs / self.epoch - 1)
-        accuracy = self.validation_accuracy
+        accuracy, left = self.validation_accuracy, self.seconds * (self.epochs / self.epoch - 1)
         known = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
-        return (
-            f"epoch {self.epoch:.2f}/{self.epochs:g}: loss {self.loss:.4f}{known}, "
-            f"{self.images_per_second:,.0f} images/s, {left:.0f} s left"
-        )
+        said = f"epoch {self.epoch:.2f}/{self.epochs:.4g}: loss {self.loss:.4f}{known}"
+        if self.epoch < FORESEEN * self.epochs:
+            return said
+        return f"{said}, {self.images_per_second:,.0f} images/s, {left:.0f} s left"
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

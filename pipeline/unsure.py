@@ -61,7 +61,8 @@ class Unsure:
                 f"{'not sure of':<{wide}} {'images':>7} {'refused':>9}",
                 *lines,
                 f"what is no digit: {self.share:.2%} refused, the mean of its kinds without the "
-                f"letters that may be digits; refused is what is below {self.min_probability:g}",
+                "letters that may be digits and the signs; refused is what is below "
+                f"{self.min_probability:g}",
             ]
         )
 

@@ -226,6 +226,22 @@ def test_make_alone_lists_every_target_that_people_type() -> None:
         assert f"make {target} " in done.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("command", [["--help"], ["export", "--list-targets"]])
+def test_output_onto_a_full_disk_is_an_error_in_a_line_and_no_bug(command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    said = "Error: cannot write (No space left on device): make room, or write elsewhere\n"
+    assert done.stderr == said
+
+
 def test_a_line_of_progress_is_taken_away_before_the_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

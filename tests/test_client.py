@@ -180,8 +180,11 @@ def test_what_is_no_picture_is_refused_before_it_is_sent(picture: Any, message: 
 
 def test_infer_refuses_what_the_model_cannot_take() -> None:
     with fake("http") as (url, asked), Client(url) as client:
-        with pytest.raises(PipelineError, match="takes uint8, not float64"):
-            client.infer(np.zeros((1, 1, 28, 28)))
+        of_torch = r"takes uint8, not float64: .* \(255 \* images\).round\(\).astype\(np.uint8\)$"
+        with pytest.raises(PipelineError, match=of_torch):
+            client.infer(np.full((1, 1, 28, 28), 0.9))
+        with pytest.raises(PipelineError, match=r"for ink, images.astype\(np.uint8\)$"):
+            client.infer(np.full((1, 1, 28, 28), 254.0))
         with pytest.raises(PipelineError, match=r"shape \[1, 28, 28\], not \[1, 27, 28\]"):
             client.infer(np.zeros((1, 1, 27, 28), np.uint8))
         with pytest.raises(PipelineError, match="no images"):

@@ -306,6 +306,29 @@ def test_a_model_that_is_unloaded(ask: Ask, protocol: str) -> None:
 
 @each_client
 @over_both
+def test_a_model_that_a_server_has_not_loaded_yet_is_asked_for_again(
+    ask: Ask, protocol: str
+) -> None:
+    said = "Request for unknown model: 'handwriting' is not found"
+    refused = always(400, said, grpc.StatusCode.UNAVAILABLE)
+    starting = iter([refused, refused])
+    with fake(protocol, lambda *call: next(starting, as_triton)(*call)) as url:
+        assert len(ask(url, timeout=PATIENCE)) == 1
+    with fake(protocol, refused) as url:
+        message = failure(ask, url, PipelineError)
+    assert "serves no model 'handwriting': ask for another name" in message
+    assert "or again in a moment if it has just started" in message
+
+
+@each_client
+@over_both
+def test_a_version_that_is_no_number(ask: Ask, protocol: str) -> None:
+    with pytest.raises(PipelineError, match="a version is a whole number, got 'newest': leave it"):
+        ask(f"{protocol}://127.0.0.1:1", version="newest")
+
+
+@each_client
+@over_both
 def test_a_batch_that_is_too_large_for_the_server(ask: Ask, protocol: str) -> None:
     said = "Received message larger than max (99999 vs. 4096)"
     with fake(protocol, always(413, said, grpc.StatusCode.RESOURCE_EXHAUSTED)) as url:
@@ -541,7 +564,8 @@ def test_an_unknown_model_is_mended_from_python_as_on_the_command_line() -> None
     tried = faults.Asked(endpoint("http://x:8000"), "nobody", "", timeout=1.0, times=1)
     assert str(faults.explained(faults.Fault("unknown", "Request for unknown model"), tried)) == (
         "http://x:8000 serves no model 'nobody': ask for another name (on the command line: "
-        "--name); 'pipeline serve status' lists what our server serves"
+        "--name), or again in a moment if it has just started; 'pipeline serve status' lists what "
+        "our server serves"
     )
 
 

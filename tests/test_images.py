@@ -145,6 +145,15 @@ def test_the_lines_of_ruled_and_squared_paper_are_no_ink(
     assert_alike(as_mnist(picture), digit, mean=14)
 
 
+@pytest.mark.parametrize("noise", [0, 2])
+def test_lined_paper_without_a_digit_is_blank_where_its_lines_run_out_of_the_picture(
+    noise: float,
+) -> None:
+    paper = lined(Image.new("L", (300, 300), 240), range(-4, 290, 26), range(4, 300, 26), 150)
+    levels = np.asarray(paper) + np.random.default_rng(0).normal(0, noise, (300, 300))
+    assert not prepare(levels.astype(np.uint8)).any()
+
+
 def test_a_stroke_across_the_whole_picture_is_no_line_of_the_paper() -> None:
     one = Image.new("L", (200, 300), 255)
     ImageDraw.Draw(one).line([(90, 0), (110, 300)], fill=0, width=3)
@@ -316,6 +325,14 @@ def test_a_name_that_is_too_long_and_a_folder_without_rights_are_no_image_file(
 def test_an_array_of_another_shape_is_no_picture(shape: tuple[int, ...]) -> None:
     with pytest.raises(PipelineError, match=r"is no picture: give gray levels \(H, W\)"):
         read_image(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_array_with_what_is_no_number_is_no_picture(value: float) -> None:
+    levels = np.zeros((50, 50), np.float32)
+    levels[20, 20] = value
+    with pytest.raises(PipelineError, match="NaN or infinity is no picture"):
+        read_image(levels)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])

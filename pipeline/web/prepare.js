@@ -11,12 +11,14 @@ const FAINT = 5;
 const MAX_NOISE = 3;
 const SMOOTHINGS = 3;
 const MIN_CONTRAST = 16;
+const OF_LINES = 2;
 const STRIP = 16;
 const FEWEST_STRIPS = 8;
 const FEWEST_LINES = 3;
 const SURE = 7;
 const POSSIBLE = 5;
 const STEEPEST = 14;
+const HIT = 4096;
 const RIDGE = 5;
 const SIDE = 28;
 const DIGIT = 20;
@@ -32,7 +34,8 @@ const mapped = (p, f) => ({ w: p.w, h: p.h, v: p.v.map(f) });
 
 export function prepare(rgba, width, height) {
   const found = ink(reduced(gray(rgba, width, height), Math.ceil(Math.max(width, height) / WORK_SIDE)));
-  return found.threshold ? fitted(found.levels, found.threshold) : new Uint8Array(SIDE * SIDE);
+  if (!found.threshold) return new Uint8Array(SIDE * SIDE);
+  return fitted(found.levels, found.threshold, found.isRuled);
 }
 
 // 1. Gray levels
@@ -82,30 +85,36 @@ function ink(g) {
   const border = frame(g);
   const same = border.reduce((count, level) => count + (level === paper), 0);
   if (3 * same >= 2 * border.length) {
-    const levels = withoutLines(onFlat(g, paper), 0);
+    const { levels, line } = withoutLines(onFlat(g, paper), 0);
     const highest = largest(levels.v);
-    return { levels, threshold: highest >= MIN_CONTRAST ? div(highest, FAINT) + 1 : 0 };
+    const threshold = Math.max(div(highest, FAINT) + 1, div(line, OF_LINES));
+    const isBlank = highest < Math.max(MIN_CONTRAST, threshold);
+    return { levels, threshold: isBlank ? 0 : threshold, isRuled: line > 0 };
   }
   let up = raised(g);
   for (let i = 0; i < SMOOTHINGS && noiseOf(up, middle(up.v)) > MAX_NOISE; i++) up = smoothed(up);
   const level = middle(up.v);
   const noise = noiseOf(up, level);
-  const distance = Math.max(div(MIN_CONTRAST, 2), MIN_DISTANCE * noise);
-  up = withoutLines(mapped(up, (x) => Math.max(x - level, 0)), noise);
-  const threshold = Math.max(otsu(up.v, distance), distance);
-  if (largest(up.v) < Math.max(MIN_CONTRAST, distance)) return { levels: up, threshold: 0 };
+  const { levels, line } = withoutLines(mapped(up, (x) => Math.max(x - level, 0)), noise);
+  const distance = Math.max(div(MIN_CONTRAST, 2), MIN_DISTANCE * noise, div(line, OF_LINES));
+  const isRuled = line > 0;
+  const threshold = Math.max(otsu(levels.v, distance), distance);
+  if (largest(levels.v) < Math.max(MIN_CONTRAST, distance)) return { levels, threshold: 0, isRuled };
   return {
-    levels: mapped(up, (x) => Math.max(x - NOISE * noise, 0)),
+    levels: mapped(levels, (x) => Math.max(x - NOISE * noise, 0)),
     threshold: Math.max(threshold - NOISE * noise, 1),
+    isRuled,
   };
 }
 
 function frame(p) {
+  const isInside = insideOf(p);
+  return p.v.filter((_, i) => !isInside(div(i, p.w), i % p.w));
+}
+
+function insideOf(p) {
   const edge = Math.max(1, div(Math.min(p.w, p.h), 14));
-  return p.v.filter((_, i) => {
-    const [y, x] = [div(i, p.w), i % p.w];
-    return y < edge || y >= p.h - edge || x < edge || x >= p.w - edge;
-  });
+  return (y, x) => y >= edge && y < p.h - edge && x >= edge && x < p.w - edge;
 }
 
 function largest(levels) {
@@ -273,17 +282,19 @@ function otsu(levels, distance) {
 // 3. Lines
 
 function withoutLines(levels, noise) {
-  return transposed(withoutRows(transposed(withoutRows(levels, noise)), noise));
+  const across = withoutRows(levels, noise);
+  const upright = withoutRows(transposed(across.levels), noise);
+  return { levels: transposed(upright.levels), line: Math.max(across.line, upright.line) };
 }
 
 function withoutRows(p, noise) {
-  const gap = Math.max(2, div(Math.max(p.w, p.h), 120));
-  if (p.w < STRIP * FEWEST_STRIPS || p.h < 8 * gap) return p;
-  const lines = linesIn(p, Math.max(RIDGE, 2 * noise), gap);
-  if (!lines.length) return p;
-  const out = { ...p, v: p.v.slice() };
-  for (const [slope, row] of lines) erase(out, (x) => row + div(slope * (2 * x + 1 - p.w), p.w), gap);
-  return out;
+  const gap = Math.max(3, div(Math.max(p.w, p.h), 120));
+  if (p.w < STRIP * FEWEST_STRIPS || p.h < 8 * gap) return { levels: p, line: 0 };
+  const levels = { ...p, v: p.v.slice() };
+  let line = 0;
+  for (const [slope, row] of linesIn(p, Math.max(RIDGE, 2 * noise), gap))
+    line = Math.max(line, erase(levels, (x) => row + div(slope * (2 * x + 1 - p.w), p.w), gap));
+  return { levels, line };
 }
 
 function linesIn(p, ridge, gap) {
@@ -298,9 +309,12 @@ function linesIn(p, ridge, gap) {
   const hits = picture(strips, p.h);
   for (let y = 0; y < p.h; y++)
     for (let strip = 0; strip < strips; strip++) {
-      let count = 0;
-      for (let x = strip * STRIP; x < (strip + 1) * STRIP; x++) count += at(y - 1, x) | at(y, x) | at(y + 1, x);
-      hits.v[y * strips + strip] = 2 * count >= STRIP ? 1 : 0;
+      let [count, exact] = [0, 0];
+      for (let x = strip * STRIP; x < (strip + 1) * STRIP; x++) {
+        count += at(y - 1, x) | at(y, x) | at(y + 1, x);
+        exact += at(y, x);
+      }
+      hits.v[y * strips + strip] = (2 * count >= STRIP ? HIT : 0) + exact;
     }
   const steepest = div(p.w, STEEPEST);
   const scores = picture(p.h, 2 * steepest + 1);
@@ -319,7 +333,7 @@ function peaks(scores, strips, gap, steepest) {
   for (;;) {
     let best = 0;
     for (let i = 1; i < scores.v.length; i++) if (scores.v[i] > scores.v[best]) best = i;
-    const score = 10 * scores.v[best];
+    const score = 10 * div(scores.v[best], HIT);
     if (score < POSSIBLE * strips) return sure >= FEWEST_LINES ? found : [];
     if (score >= SURE * strips) sure++;
     const [slope, row] = [div(best, scores.w), best % scores.w];
@@ -346,12 +360,14 @@ function erase(p, rowOf, gap) {
       p.v[y * p.w + x] = Math.min(p.v[y * p.w + x], across);
     }
   }
+  return line;
 }
 
 // 4. The digit
 
-function fitted(levels, threshold) {
-  const kept = keptOf(levels, threshold);
+function fitted(levels, threshold, isRuled) {
+  const kept = keptOf(levels, threshold, isRuled);
+  if (!largest(kept.v)) return new Uint8Array(SIDE * SIDE);
   let [top, bottom, left, right] = [levels.h, 0, levels.w, 0];
   for (let y = 0; y < levels.h; y++)
     for (let x = 0; x < levels.w; x++)
@@ -396,21 +412,21 @@ function thickening(mask, side) {
   return Math.min(Math.max(0, div((THIN - width) * side, 2 * DIGIT * 20)), div(side, DIGIT));
 }
 
-function keptOf(levels, threshold) {
+function keptOf(levels, threshold, isRuled) {
   const mask = mapped(levels, (x) => (x >= threshold ? 1 : 0));
   const { labels, boxes } = partsOf(mask, levels);
-  if (boxes.length === 1) return mask;
-  const isChosen = chosenOf(boxes);
-  return { ...mask, v: labels.map((label) => (label && isChosen[label - 1] ? 1 : 0)) };
+  const chosen = chosenOf(boxes.filter((box) => box.reachesIn || !isRuled));
+  return { ...mask, v: labels.map((label) => (label && chosen.has(boxes[label - 1]) ? 1 : 0)) };
 }
 
 // Each part is flooded from its first pixel; its box is inclusive.
 function partsOf(mask, levels) {
   const labels = new Int32Array(mask.v.length);
   const boxes = [];
+  const isInside = insideOf(mask);
   for (let first = 0; first < labels.length; first++) {
     if (!mask.v[first] || labels[first]) continue;
-    const box = { mass: 0, top: mask.h, bottom: 0, left: mask.w, right: 0 };
+    const box = { mass: 0, reachesIn: false, top: mask.h, bottom: 0, left: mask.w, right: 0 };
     boxes.push(box);
     labels[first] = boxes.length;
     const open = [first];
@@ -418,6 +434,7 @@ function partsOf(mask, levels) {
       const i = open.pop();
       const [y, x] = [div(i, mask.w), i % mask.w];
       box.mass += levels.v[i];
+      box.reachesIn ||= isInside(y, x);
       [box.top, box.bottom] = [Math.min(box.top, y), Math.max(box.bottom, y)];
       [box.left, box.right] = [Math.min(box.left, x), Math.max(box.right, x)];
       for (let v = Math.max(y - 1, 0); v <= Math.min(y + 1, mask.h - 1); v++)
@@ -434,28 +451,29 @@ function partsOf(mask, levels) {
   return { labels, boxes };
 }
 
+// The set of those boxes that make the digit.
 function chosenOf(boxes) {
+  if (!boxes.length) return new Set();
   const heaviest = (part) =>
     part.reduce((best, box) => (best === null || box.mass > best.mass ? box : best), null);
   const all = heaviest(boxes);
   const inside = heaviest(boxes.filter((box) => !box.atBorder));
   const main = inside && inside.mass * 8 >= all.mass ? inside : all;
   const isPossible = (box) => box.mass * SMALLEST >= main.mass && (main.atBorder || !box.atBorder);
-  const chosen = boxes.map((box) => box === main);
+  const chosen = new Set([main]);
   let { top, bottom, left, right } = main;
   for (;;) {
     const near = div(Math.max(bottom - top, right - left), NEAR) + 1;
-    const more = [];
-    boxes.forEach((box, i) => {
+    const more = boxes.filter((box) => {
       const gapY = Math.max(box.top - bottom, top - box.bottom);
       const gapX = Math.max(box.left - right, left - box.right);
-      if (!chosen[i] && isPossible(box) && Math.max(gapY, gapX) <= near) more.push(i);
+      return !chosen.has(box) && isPossible(box) && Math.max(gapY, gapX) <= near;
     });
     if (!more.length) return chosen;
-    for (const i of more) {
-      chosen[i] = true;
-      [top, bottom] = [Math.min(top, boxes[i].top), Math.max(bottom, boxes[i].bottom)];
-      [left, right] = [Math.min(left, boxes[i].left), Math.max(right, boxes[i].right)];
+    for (const box of more) {
+      chosen.add(box);
+      [top, bottom] = [Math.min(top, box.top), Math.max(bottom, box.bottom)];
+      [left, right] = [Math.min(left, box.left), Math.max(right, box.right)];
     }
   }
 }
