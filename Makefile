@@ -73,7 +73,7 @@ $(PACKAGED): $(VALIDATION) | .venv/done
 	$(PIPELINE) package --name $(NAME)
 
 $(AGREEMENT): $(PACKAGED) | .venv/done .venv-triton/done
-	$(PIPELINE) validate exported/model_repository --name $(NAME) > /dev/null  # `prove` shows it
+	$(PIPELINE) validate exported/model_repository --name $(NAME) > /dev/null
 	@$(PIPELINE) -q report --run $(RUN) --name $(NAME) > /dev/null
 
 # What a run or an export was asked to be; rewritten only when it changes, so that a change rebuilds.
