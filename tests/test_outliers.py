@@ -27,6 +27,16 @@ def things(split: Split, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
+def test_some_of_what_is_painted_is_a_spot_of_nothing_but_full_ink(few: Split) -> None:
+    images, labels = torch.from_numpy(few.images), torch.from_numpy(few.labels)
+    painted = Outliers(images, labels, 0).painted(500)
+    is_full = ((painted == 0) | (painted == 255)).all(dim=(1, 2, 3))
+    share = painted.count_nonzero(dim=(1, 2, 3)) / 28**2
+    spots = painted[is_full & (share > 0.15) & (share < 0.9)]
+    assert 50 < len(spots) < 150
+
+
+@pytest.mark.slow
 def test_things_are_images_with_ink_and_their_seed_decides_them(few: Split) -> None:
     first, again, other = (things(few, seed) for seed in (1, 1, 2))
     assert first.shape == (64, 1, 28, 28)

@@ -22,7 +22,15 @@ from pipeline.errors import PipelineError
 from pipeline.files import sha256
 from pipeline.recipes import RECIPES, TrainConfig, recipe
 from pipeline.records import CURVE_POINTS
-from pipeline.train import Batches, Learner, distortion, learning_rate, shuffled, train
+from pipeline.train import (
+    Batches,
+    Learner,
+    Progress,
+    distortion,
+    learning_rate,
+    shuffled,
+    train,
+)
 
 SHORT = recipe("quick", epochs=4, batch_size=64)
 CLASSES = tuple("0123456789")
@@ -372,3 +380,10 @@ def test_distortion_fades_over_the_last_steps_where_the_recipe_says_so() -> None
     strengths = [distortion(settings, step, 100) for step in (0, 74, 75, 80, 99)]
     assert strengths == pytest.approx([1, 1, 1, 0.8, 0.04])
     assert distortion(recipe("standard", fade=0.0), 99, 100) == 1
+
+
+def test_a_line_of_progress_foresees_the_end_only_after_the_first_steps() -> None:
+    first = Progress(0.01, 7, 1, 2.5, 0.1, images_per_second=4, seconds=10)
+    assert str(first) == "epoch 0.01/7: loss 2.5000"
+    later = Progress(0.5, 451 / 645, 322, 2.5, 0.1, images_per_second=5000, seconds=10)
+    assert str(later) == "epoch 0.50/0.6992: loss 2.5000, 5,000 images/s, 4 s left"
