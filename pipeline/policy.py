@@ -26,7 +26,7 @@ MARKS = tuple(
     for mark in (*map("/{}/".format, FOLDERS), "\\Users\\", "file://", "site-packages")
     for encoding in ("utf-8", "utf-16-le")
 )
-SHOWN = 5  # names of a kind in a message
+SHOWN = 20  # things of a kind in a message
 
 
 def check_policy(model: onnx.ModelProto, name: str) -> None:
@@ -43,7 +43,7 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
     wrong = [*_dialect(model, nodes), *_operators(model, nodes), *_storage(tensors)]
     wrong += [*too_large(model), *_sources(model, found), *_hidden(nodes, tensors)]
     if wrong:
-        raise CheckFailedError(f"{name} breaks the graph policy: {'; '.join(wrong)}")
+        raise CheckFailedError(f"{name} breaks the graph policy: {_listed(wrong, '; ', 9999)}")
     try:
         onnx.checker.check_model(model, full_check=True)
     # The last where the checker quotes a name that is no text.
@@ -52,7 +52,14 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
 
 
 def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(set(names)))
+    return _listed(sorted(set(names)))
+
+
+def _listed(things: list[str], separator: str = ", ", longest: int = 200) -> str:
+    """Join the first of `things`, cut where they are too long to be read, and count the others."""
+    shown = [t if len(t) <= longest else f"{t[:longest]}..." for t in things[:SHOWN]]
+    more = len(things) - len(shown)
+    return separator.join([*shown, f"and {more:,} more"] if more else shown)
 
 
 def _dialect(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
@@ -129,12 +136,11 @@ def _sources(model: onnx.ModelProto, found: list[Any]) -> list[str]:
     }
     if fixed := sorted(public.intersection(shown.values())):
         wrong.append(
-            f"source paths for the names of inputs or outputs, {', '.join(fixed)}: clients use "
-            "them, so export it with other names"
+            f"source paths for the names of inputs or outputs, {_listed(fixed)}: clients use them, "
+            "so export it with other names"
         )
     if places := [place for place, text in shown.items() if text not in public]:
-        more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-        wrong.append(f"source paths in {', '.join(places[:SHOWN])}{more}: {SCRUB}")
+        wrong.append(f"source paths in {_listed(places)}: {SCRUB}")
     return wrong
 
 

@@ -15,10 +15,12 @@ import onnx
 from onnx import NodeProto, TensorProto, TypeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-# Some shapes depend on the batch. Two, not one, which would broadcast.
-IMAGES = 2
-# Of one value for two images. VGG's largest layer takes 13 MiB an image, and its largest weights,
-# made of int8 as they are needed, 392 MiB: the one known classifier that is too large for us.
+# Some shapes depend on the batch. Two, not one, which would broadcast; and many, since a graph may
+# compute more for each image the more there are.
+IMAGES, MANY = 2, 256
+# Of one value for two images, and as much an image for many. VGG's largest layer takes 13 MiB an
+# image, and its largest weights, made of int8 as they are needed, 392 MiB: the one known classifier
+# that is too large for us.
 MAX_VALUE = 256 * 1024 * 1024
 # Of all values for two images, as if none were ever freed, or many small bombs made a large one.
 MAX_TOTAL = 4 * 1024 * 1024 * 1024
@@ -96,21 +98,25 @@ def too_large(model: onnx.ModelProto) -> list[str]:
 
     A value that follows from a wrong one, or from a node that cannot be, goes unmentioned.
     """
-    values = _Values(model)
+    return _too_large(model, IMAGES) or _too_large(model, MANY)
+
+
+def _too_large(model: onnx.ModelProto, images: int) -> list[str]:
+    values = _Values(model, images)
     for node in model.graph.node:
         if all(name in values.types for name in node.input if name):
             values.add(node)
     for value in [*model.graph.input, *model.graph.value_info, *model.graph.output]:
         values.compare(value)
-    if values.total > MAX_TOTAL:
+    if values.total > (most := MAX_TOTAL // IMAGES * images):
         values.wrong.append(
-            f"all values take {values.total} bytes together, {MAX_TOTAL} are allowed"
+            f"all values of {images} images take {values.total} bytes together, {most} are allowed"
         )
-    if (work := sum(values.work.values())) > MAX_WORK:
+    if (work := sum(values.work.values())) > (most := MAX_WORK // IMAGES * images):
         costliest = max(values.work, key=values.work.__getitem__)
         values.wrong.append(
-            f"{IMAGES} images take {work:,} multiply-adds, {MAX_WORK:,} are allowed; {costliest} "
-            f"takes most of all nodes, {values.work[costliest]:,}"
+            f"{images} images take {work:,} multiply-adds, {most:,} are allowed; {costliest} takes "
+            f"most of all nodes, {values.work[costliest]:,}"
         )
     return values.wrong
 
@@ -118,7 +124,8 @@ def too_large(model: onnx.ModelProto) -> list[str]:
 class _Values:
     """What is known of the values of a graph so far: their types, and the short ones themselves."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, images: int) -> None:
+        self.largest = MAX_VALUE // IMAGES * images  # bytes
         # The last, which ONNX Runtime follows; that there is another the policy refuses.
         self.opsets = [entry for entry in model.opset_import if entry.domain in STANDARD][-1:]
         self.types: dict[str, TypeProto] = {}
@@ -127,7 +134,7 @@ class _Values:
         self.work: dict[str, int] = {}  # multiply-adds, by node
         self.wrong: list[str] = []
         for value in model.graph.input:
-            self._take(value.name, _with_batch(value.type), "an input")
+            self._take(value.name, _with_batch(value.type, images), "an input")
         for tensor in model.graph.initializer:
             self._hold(tensor.name, tensor)
         for sparse in model.graph.sparse_initializer:
@@ -180,10 +187,11 @@ class _Values:
         dims = dims_of(told) if told else None
         bits = BITS.get(told.tensor_type.elem_type) if told else None
         elements = None if dims is None else count(dims)
-        if told is None or bits is None or elements is None:
+        is_text = told is not None and told.tensor_type.elem_type == TensorProto.STRING
+        if told is None or bits is None or elements is None or (is_text and what != "Constant"):
             self.wrong.append(f"the size of {name} ({what}) cannot be told")
-        elif (size := (elements * bits + 7) // 8) > MAX_VALUE:
-            self.wrong.append(f"{name} ({what}) takes {size} bytes, {MAX_VALUE} are allowed")
+        elif (size := (elements * bits + 7) // 8) > self.largest:
+            self.wrong.append(f"{name} ({what}) takes {size} bytes, {self.largest} are allowed")
         else:
             self.types[name] = told
             self.total += size
@@ -270,6 +278,8 @@ def multiply_adds(node: NodeProto, inputs: list[list[int]], outputs: list[list[i
             work = ELEMENT * out * math.prod(lists.get("kernel_shape", []))
         case "LRN":
             work = ELEMENT * math.prod(first) * numbers.get("size", 1)
+        case "TfIdfVectorizer":
+            work = ELEMENT * math.prod(first) * numbers.get("max_skip_count", 1)
         case "MaxRoiPool":
             work = ELEMENT * out * math.prod(first[2:])
         case "Resize" | "Upsample" | "GridSample" | "TopK":  # 16 neighbours, or comparisons
@@ -292,13 +302,13 @@ def _labelled(node: NodeProto, inputs: list[list[int]]) -> dict[str, int]:
     return runs
 
 
-def _with_batch(declared: TypeProto) -> TypeProto:
-    """The type of an input with two images in it, where its first dimension is open."""
+def _with_batch(declared: TypeProto, images: int) -> TypeProto:
+    """The type of an input with so many images in it, where its first dimension is open."""
     told = TypeProto()
     told.CopyFrom(declared)
     dims = told.tensor_type.shape.dim
     if dims and not dims[0].HasField("dim_value"):
-        dims[0].dim_value = IMAGES
+        dims[0].dim_value = images
     return told
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from pipeline import graph
 from pipeline.errors import CheckFailedError
+from pipeline.graph import SOURCE_PATH
 from pipeline.policy import check_policy
 from pipeline.sizes import ELEMENT, MAX_VALUE, MAX_WORK, multiply_adds
 
@@ -320,6 +321,47 @@ def test_no_bomb_makes_the_policy_take_memory(tmp_path: Path) -> None:
     assert int(done.stdout) < 50 * 1024  # KiB on Linux
 
 
+def test_values_that_grow_faster_than_the_number_of_images_are_refused() -> None:
+    """For 2 images they are small: 2,000 numbers each, multiplied with each other."""
+    nodes = [
+        CAST,
+        helper.make_node("Tile", ["y", "n"], ["long"]),
+        helper.make_node("Transpose", ["long"], ["wide"]),
+        helper.make_node("MatMul", ["long", "wide"], ["z"]),
+    ]
+    said = refusal(small(nodes=nodes, tensors=[numbers("n", 1000, 1)]))
+    largest = MAX_VALUE // 2 * 256
+    assert f"z (MatMul) takes {4 * 256_000**2} bytes, {largest} are allowed" in said
+
+
+def test_work_that_grows_faster_than_the_number_of_images_is_refused() -> None:
+    nodes = [
+        CAST,
+        helper.make_node("Tile", ["y", "n"], ["long"]),
+        helper.make_node("Transpose", ["long"], ["wide"]),
+        helper.make_node("MatMul", ["long", "wide"], ["a"]),
+        *chain_of("MatMul", 14),
+    ]
+    said = refusal(small(nodes=nodes, tensors=[numbers("n", 100, 1)]))
+    assert "256 images take 235,334,541,361,184 " in said
+    assert "multiply-adds, 25,600,000,000,000 are allowed; MatMul a1 takes most" in said
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        helper.make_node("StringConcat", ["s", "s"], ["z"]),
+        helper.make_node("Expand", ["s", "n"], ["z"]),
+        helper.make_node("Cast", ["y"], ["z"], to=TensorProto.STRING),
+    ],
+    ids=lambda node: node.op_type,
+)
+def test_text_that_is_computed_is_refused_since_its_length_cannot_be_told(node: NodeProto) -> None:
+    text = numpy_helper.from_array(np.array(["a" * 1000], object), "s")
+    said = refusal(small(nodes=[CAST, node], tensors=[text, numbers("n", 10_000_000)]))
+    assert f"the size of z ({node.op_type}) cannot be told" in said
+
+
 def made(name: str, *dims: int) -> list[NodeProto]:
     """Nodes that make a value out of a shape, which takes no space in the file."""
     stored = numbers("", *dims)
@@ -503,7 +545,7 @@ def test_a_node_without_an_output_is_refused_and_not_computed() -> None:
 def test_many_values_that_are_too_large_together_are_refused() -> None:
     nodes = [helper.make_node("ConstantOfShape", ["n"], [f"v{i}"]) for i in range(20)]
     said = refusal(small(nodes=[CAST, *nodes], tensors=[numbers("n", 1 << 26)]))
-    assert "all values take 5368709160 bytes together" in said
+    assert "all values of 2 images take 5368709160 bytes together" in said
 
 
 def test_a_value_declared_as_another_size_than_it_has_is_refused() -> None:
@@ -670,6 +712,22 @@ def test_a_name_that_shows_a_source_path_is_refused_and_scrubbed(text: str) -> N
     content = graph.scrub(model, 9, {})
     assert text.encode() not in content
     check_policy(graph.parse(content, "it"), "it")
+
+
+@pytest.mark.parametrize(
+    "text", ["/-", "a-", "/", "~", "~a", "\\a", "a:", "/a.", "a.p", ":/", "usr/", "/ ", "File"]
+)
+def test_a_name_without_end_is_searched_once_and_not_over_and_over(text: str) -> None:
+    assert not SOURCE_PATH.search(text * 200_000)
+
+
+def test_a_refusal_that_names_many_things_stays_short() -> None:
+    model = small(nodes=[CAST, *[helper.make_node("Cast", ["x"], ["z"], to=1)] * 1000])
+    for i, node in enumerate(model.graph.node[1:]):
+        node.name, node.output[0] = f"{HOME}/{'a' * 10_000}/{i}", f"{HOME}/z{i}"
+    said = refusal(model)
+    assert "and 1,980 more: '--scrub' leaves them out" in said
+    assert len(said) < 10_000
 
 
 @pytest.mark.parametrize("text", USUAL)
