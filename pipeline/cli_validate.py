@@ -172,7 +172,8 @@ def _said(settings: Settings, paths: Paths, proof: "Proof") -> None:
     runs = (
         f"{first.images:,} images and {first.probes} probes at batch sizes "
         f"{', '.join(map(str, first.batch_sizes))} with {' and '.join(map(str, first.threads))} "
-        f"threads, held against the module in float64{whose}"
+        f"threads, a batch of every other size to {first.largest_batch}, held against the module "
+        f"in float64{whose}"
     )
     if first.images < FEW:
         settings.say(f"note: {first.images} images are few, and a proof says no more than they do")

@@ -84,11 +84,12 @@ def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
     """Each file of the export with what goes into its version, all of it checked."""
     manifest = check_manifest(paths.export, EXPORT)
     proven = _require_validation(paths)
-    largest = max(proven[0]["batch_sizes"])
-    if config.max_batch_size >= largest:
+    largest = min(entry.get("largest_batch", 0) for entry in proven)
+    if config.max_batch_size > largest:
         raise PipelineError(
-            f"max-batch-size must be below {largest}, the largest batch that the proof has tried, "
-            f"got {config.max_batch_size}"
+            f"--max-batch-size {config.max_batch_size} is above {largest}, the largest batch that "
+            "was validated: choose a smaller one, or run 'pipeline validate' again if the export "
+            "was validated by an older version"
         )
     return [_load(paths, manifest, entry, config) for entry in proven]
 

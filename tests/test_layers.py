@@ -75,6 +75,7 @@ HOMES = {
             "benchmark",
             "reference",
             "subject",
+            "trial",
             "doctor_probes",
             "workers",
             "outliers",
