@@ -80,8 +80,9 @@ def require_stable(reference: Reference, criterion: Criterion) -> Reference:
         raise CheckFailedError(
             f"this network is not stable in float32: its largest error is {error:.3g} at margins "
             f"of {margin:.3g} (median), {limit:.3g} is allowed, and {changed:,} of {images:,} "
-            "images change class against float64. Look for large numbers that cancel out, masks "
-            "such as -1e9, and logarithms of probabilities; end with torch.log_softmax"
+            "images change class against float64. Look for large numbers that cancel out, half "
+            "precision, masks such as -1e9, and logarithms of probabilities; end with "
+            "torch.log_softmax"
         )
     if not limit:
         raise CheckFailedError(
