@@ -149,10 +149,10 @@ def test_a_thousand_bit_flips_of_the_model_are_all_refused(chain: Chain) -> None
 
 
 def test_a_batch_larger_than_the_proof_has_tried_is_refused(chain: Chain) -> None:
-    result = chain.run("package", "--max-batch-size", "256")
+    result = chain.run("package", "--max-batch-size", "257")
     assert result.exit_code == 1
-    assert "below 256, the largest batch that the proof has tried" in error_line(result)
-    assert chain.run("package", "--max-batch-size", "255").exit_code == 0
+    assert "--max-batch-size 257 is above 256, the largest batch that" in error_line(result)
+    assert chain.run("package", "--max-batch-size", "256").exit_code == 0
 
 
 def test_a_validation_of_other_bytes_is_refused_with_4(chain: Chain) -> None:
