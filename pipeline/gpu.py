@@ -19,6 +19,7 @@ from pipeline.paths import Paths
 from pipeline.proof import prove_export
 from pipeline.recipes import RECIPES, TrainConfig
 from pipeline.runs import Summary, run
+from pipeline.text import Lines
 
 LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split
 NAME = "gpu-check"  # of the runs and of the export
@@ -68,7 +69,9 @@ def run_gpu_tests() -> int:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={result}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise CheckFailedError(f"the tests marked gpu failed:\n{done.stdout[-3000:]}")
+            raise CheckFailedError(
+                Lines("the tests marked gpu failed:", *done.stdout[-3000:].splitlines())
+            )
         return passed(result)
 
 

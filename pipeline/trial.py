@@ -24,6 +24,7 @@ from pipeline.reference import reference_predictor
 from pipeline.runtime import onnx_predictor
 from pipeline.sample import Sample
 from pipeline.subject import Subject
+from pipeline.text import Lines
 from pipeline.validate import Held, Reference, Verdict, bounds, hold
 
 REFERENCE_BATCH = 64
@@ -141,11 +142,14 @@ def _fail(trial: Trial, verdict: Verdict, held: Held) -> None:
     allowed = bounds(trial.reference.outputs, trial.reference.errors, trial.criterion)
     record = {**record_of(trial), "passed": False, "variants": [asdict(verdict)]}
     write_findings(paths, record, trial.rows, held, allowed, verdict)
-    shown = "\n  ".join(verdict.problems[:10])
-    again = f"\nReplay them: {replay_command(paths, trial.options)}" if held.errors.any() else ""
+    again = [f"Replay them: {replay_command(paths, trial.options)}"] if held.errors.any() else []
     raise CheckFailedError(
-        f"{paths.name} ({verdict.precision}) is not what its module says:\n  {shown}\n"
-        f"The worst rows, as pictures and arrays: {paths.failed}{again}"
+        Lines(
+            f"{paths.name} ({verdict.precision}) is not what its module says:",
+            *(f"  {problem}" for problem in verdict.problems[:10]),
+            f"The worst rows, as pictures and arrays: {paths.failed}",
+            *again,
+        )
     )
 
 

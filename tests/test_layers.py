@@ -12,6 +12,7 @@ PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
     *(
+        "text",
         "errors",
         "config",
         "recipes",
