@@ -13,10 +13,10 @@ import torch
 from pipeline.device import choose
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.export import export
-from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.proof import prove_export
+from pipeline.provenance import write_figure
 from pipeline.recipes import RECIPES, TrainConfig
 from pipeline.runs import Summary, run
 from pipeline.text import Lines
@@ -58,7 +58,7 @@ def gpu_check(
     report("training twice: as it is, and compiled")
     plain, compiled = train_twice(paths, "cuda", report)
     check = checked_export(paths, signed_off_by, tests, plain, compiled, report)
-    write_json(paths.gpu, {"command": "make gpu-check", **machine(), **asdict(check)})
+    write_figure("gpu", paths.gpu, {"command": "make gpu-check", **machine(), **asdict(check)})
     return check
 
 

@@ -1,16 +1,18 @@
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import REPOSITORY, Chain, edit_json, error_line
+from conftest import REPOSITORY, Chain, error_line
 
 from pipeline import report
-from pipeline.errors import PipelineError
+from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import write_json
-from pipeline.provenance import SOURCES, recipe_digest, sources_digest, stale
+from pipeline.provenance import SOURCES, recipe_digest, sources_digest, stale, write_figure
 from pipeline.recipes import RECIPES
 
 FIGURES = REPOSITORY / "exported" / "figures"
@@ -22,16 +24,43 @@ def test_the_readme_shows_the_figures_as_they_were_measured() -> None:
     assert report.rendered(readme, FIGURES) == readme, "pipeline report --figures"
 
 
+def numbers(record: Any) -> Iterator[tuple[Any, Any]]:
+    """Where the numbers of a record stand: a list or a dictionary, and an index or a key."""
+    for key, value in record.items() if isinstance(record, dict) else enumerate(record):
+        if isinstance(value, dict | list):
+            yield from numbers(value)
+        elif isinstance(value, int | float) and key != "schema":
+            yield record, key
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FIGURES.glob("*.json")))
+def test_a_figure_with_an_edited_number_is_not_rendered(name: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.json"
+    record = json.loads((FIGURES / file.name).read_text())
+    block = f"<!-- figures:{name} -->\n<!-- /figures -->"
+    for place, key in [*numbers(record)][:: max(1, len([*numbers(record)]) // 20)]:
+        before, place[key] = place[key], place[key] + 1
+        file.write_text(json.dumps(record))
+        with pytest.raises(CorruptError, match=f"{name}.json.*its content.*{record['command']}'"):
+            report.rendered(block, tmp_path)
+        with pytest.raises(CorruptError, match=f"{name}.json.*its content"):
+            stale(tmp_path)
+        place[key] = before
+    file.write_text(json.dumps(record))  # its numbers count, not how it is written
+    assert report.rendered(block, tmp_path) != block
+
+
 def test_stale_figures_are_listed(tmp_path: Path) -> None:
     figures = tmp_path / "figures"
     figures.mkdir()
     for name in ("swap", "soak"):
-        write_json(figures / f"{name}.json", {"sources_sha256": sources_digest(name)})
+        write_figure(name, figures / f"{name}.json", {})
     rows = [{"recipe": name, "sources_sha256": recipe_digest(name)} for name in RECIPES]
-    write_json(figures / "training.json", {"rows": rows})
+    write_figure("training", figures / "training.json", {"rows": rows})
     assert stale(figures) == []
-    edit_json(figures / "swap.json", lambda record: record.update(sources_sha256="0" * 64))
-    edit_json(figures / "training.json", lambda r: r["rows"][0].update(sources_sha256="0" * 64))
+    write_figure("soak", figures / "swap.json", {})  # whose sources are others
+    rows[0]["sources_sha256"] = "0" * 64
+    write_figure("training", figures / "training.json", {"rows": rows})
     assert stale(figures) == ["swap.json", "training.json (quick)"]
 
 
