@@ -30,7 +30,7 @@ from pipeline.text import Lines, escape
 
 FORGED = "handwriting: 0 errors, 0 warnings, not tried on a server"
 # A terminal is cleared, the bell rings, the line is written over and turned around; and a line.
-HOSTILE = f"x\x1b[2J\x07\r\x9b\u202e\u2028\n{FORGED}"
+HOSTILE = f"x\x1b[2J\x07\x7f\r\x9b\u202e\u2028\n{FORGED}"
 HOSTILE_FILE = f"{HOSTILE}\udcff"  # a byte of a name that is not text
 # These print nothing of the project's folder, need more than it, or have a case of their own.
 NOT_IN_IT = {
@@ -303,5 +303,6 @@ def test_an_image_has_one_line_of_json_whatever_its_file_is_called(tmp_path: Pat
     with http_server(as_triton) as (port, _):
         url = f"http://127.0.0.1:{port}"
         result = CliRunner().invoke(main, ["--json", "query", str(tmp_path), "--url", url])
+    assert all(line.isprintable() for line in result.stdout.split("\n"))
     files = [json.loads(line)["file"] for line in result.stdout.splitlines()]
     assert files == [str(tmp_path / f"{index}{HOSTILE_FILE}.png") for index in range(3)]
