@@ -291,7 +291,6 @@ def test_a_foreign_text_is_printed_as_one_printable_line(
     case: Case, request: pytest.FixtureRequest
 ) -> None:
     result = CliRunner().invoke(main, case(Stage(request)), color=True)
-    print(result.exit_code, repr(result.output))
     assert not [c for c in result.output if not (c.isprintable() or c == "\n")]
     assert FORGED in result.output
     assert not [line for line in result.output.split("\n") if line.startswith(FORGED)]
