@@ -28,10 +28,16 @@ from pipeline.paths import (
     is_name,
     model_name,
 )
+from pipeline.text import Lines, escape
 
 BUG, INTERRUPTED = 70, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what of it is somebody's
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
+
+
+def echo(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print `text` with what is foreign in it escaped; only `Lines` have line breaks."""
+    click.echo(escape(text), err=err, nl=nl)
 
 
 @dataclass
@@ -51,7 +57,7 @@ class Settings:
         """A line of progress, on standard error."""
         if not (self.quiet or self.silent):
             self.clear()
-            click.echo(str(line), err=True)
+            echo(line, err=True)
 
     def update(self, line: object) -> None:
         """Progress that the next line replaces; into a file or a pipe, a line now and then."""
@@ -65,7 +71,7 @@ class Settings:
             return
         self.updated = now
         self.clear()
-        click.echo(str(line), err=True, nl=not is_terminal)
+        echo(line, err=True, nl=not is_terminal)
 
     def result(self, record: Mapping[str, Any], text: object, then: str = "") -> None:
         """The result on standard output: one JSON object, or text and what to type next."""
@@ -73,11 +79,11 @@ class Settings:
             return
         self.clear()
         if self.json:
-            click.echo(json.dumps(record, default=str))
+            echo(json.dumps(record, default=str))
             return
-        click.echo(str(text))
+        echo(text)
         if then:
-            click.echo(f"next: {then}")
+            echo(f"next: {then}")
 
     def clear(self) -> None:
         """Take away a line of progress that nothing followed."""
@@ -156,9 +162,15 @@ class Command(click.Command):
         self.params += common_options()
 
 
+def _echo_traceback(error: BaseException) -> None:
+    """Print a traceback, indented: a line of an error's message must not look like one of ours."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    echo(Lines(*(f"  {line}" for line in lines)), err=True)
+
+
 def _bug(error: Exception) -> NoReturn:
-    traceback.print_exception(error)
-    click.echo(
+    _echo_traceback(error)
+    echo(
         "This is a bug of ours. Please report it with the lines above, the command, and what "
         "'pipeline --version' prints.",
         err=True,
@@ -197,6 +209,16 @@ class Group(click.Group):
 
 def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) -> Any:
     try:
+        return _with_exit_codes(call, context)
+    except click.exceptions.NoArgsIsHelpError:  # its message is our help
+        raise
+    except click.ClickException as error:
+        error.message = escape(error.message)  # type: ignore[misc]  # Click prints it
+        raise
+
+
+def _with_exit_codes(call: Callable[[], Any], context: click.Context | None) -> Any:
+    try:
         return call()
     except PipelineError as error:
         if context:
@@ -204,13 +226,13 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
         if Settings().silent and not isinstance(error, LostError):
             sys.exit(error.exit_code)  # the first process says it
         if context and context.ensure_object(Settings).debug:
-            traceback.print_exception(error)
-        failure = click.ClickException(str(error))
+            _echo_traceback(error)
+        failure = click.ClickException(escape(error))
         failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
         raise failure from error
     except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         if context and context.ensure_object(Settings).debug:
-            traceback.print_exception(error)
+            _echo_traceback(error)
         raise click.ClickException(
             f"cannot use {error.filename} ({error.strerror}): check its rights and what lies there"
         ) from error
@@ -231,7 +253,7 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
             ".venv/bin/pipeline"
         ) from error
     except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
 
 

@@ -17,6 +17,7 @@ from pipeline.files import sha256, write_bytes
 from pipeline.golden import Golden
 from pipeline.paths import Paths
 from pipeline.replay import REPACKAGE, Release, load_release
+from pipeline.text import Lines
 from pipeline.tritonserver import IMAGE, KEY_HEADER, RESTRICTED
 
 KINDS = ("compose", "kubernetes")
@@ -48,10 +49,10 @@ class Deployment:
     then: str
 
     def __str__(self) -> str:
-        wrote = "\n".join(f"wrote {path}" for path in self.files)
         what = f"{self.name} version {self.version}, sha256 {self.sha256[:12]}, {self.image}"
-        warning = f"\n{self.warning}" if self.warning else ""
-        return f"{wrote}\nfor {what}; nothing was packaged{warning}"
+        wrote = (f"wrote {path}" for path in self.files)
+        warning = [self.warning] if self.warning else []
+        return Lines(*wrote, f"for {what}; nothing was packaged", *warning)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def deploy(paths: Paths, kind: str, release: str | None = None) -> Deployment:
         values.sha256,
         image,
         tuple(folder / name for name in sorted(contents)),
-        "\n".join(filter(None, (_warning(release), _unreadable(paths, kind)))),
+        Lines(*filter(None, (_warning(release), _unreadable(paths, kind)))),
         _then(kind, folder, values.service),
     )
 

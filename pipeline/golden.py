@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.errors import CheckFailedError, CorruptError
 from pipeline.evaluate import Predictor, margins, predict
+from pipeline.text import Lines
 
 GOLDEN_IMAGES = 100  # shared out evenly among the classes
 MOST_CLASSES = 50  # that get a share each; of more classes the hardest and the plainest of all
@@ -148,8 +149,8 @@ def require(agreement: Agreement, what: str, mend: str) -> Agreement:
     """`agreement` if it passed; otherwise CheckFailedError with its problems, and how to mend."""
     if agreement.passed:
         return agreement
-    shown = "\n  ".join(agreement.problems[:10])
-    raise CheckFailedError(f"{what}:\n  {shown}\n{mend}")
+    problems = (f"  {problem}" for problem in agreement.problems[:10])
+    raise CheckFailedError(Lines(f"{what}:", *problems, mend))
 
 
 _ARRAYS = tuple(Golden.__dataclass_fields__)

@@ -25,6 +25,7 @@ from pipeline.scored import (
 )
 from pipeline.scorer import Reader, Scorer
 from pipeline.shards import Cut, Shard, cut
+from pipeline.text import Lines
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Scored:
         unsure = f", {self.unsure:,} of them not sure" if self.unsure else ""
         there = f"; {self.resumed:,} were there already" if self.resumed else ""
         speed = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
-        return (
+        return Lines(
             f"{self.name} version {self.version} (sha256 {self.digest[:12]}) scored "
-            f"{self.scored:,} of {self.images:,} images{unsure}{there}{speed}\nwrote {self.output}"
+            f"{self.scored:,} of {self.images:,} images{unsure}{there}{speed}",
+            f"wrote {self.output}",
         )
 
 

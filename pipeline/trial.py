@@ -25,6 +25,7 @@ from pipeline.reference import reference_predictor, steady_answers
 from pipeline.runtime import onnx_predictor
 from pipeline.sample import Sample
 from pipeline.subject import Subject
+from pipeline.text import Lines
 from pipeline.validate import Held, Reference, Verdict, hold, require_stable
 
 Say = Callable[[str], None]
@@ -148,11 +149,14 @@ def _fail(trial: Trial, verdict: Verdict, held: Held) -> None:
     remove(paths.failed)
     record = {**record_of(trial), "passed": False, "variants": [asdict(verdict)]}
     write_findings(paths, record, trial.rows, held, verdict)
-    shown = "\n  ".join(verdict.problems[:10])
-    again = f"\nReplay them: {replay_command(paths, trial.options)}" if held.errors.any() else ""
+    again = [f"Replay them: {replay_command(paths, trial.options)}"] if held.errors.any() else []
     raise CheckFailedError(
-        f"{paths.name} ({verdict.precision}) is not what its module says:\n  {shown}\n"
-        f"The worst rows, as pictures and arrays: {paths.failed}{again}"
+        Lines(
+            f"{paths.name} ({verdict.precision}) is not what its module says:",
+            *(f"  {problem}" for problem in verdict.problems[:10]),
+            f"The worst rows, as pictures and arrays: {paths.failed}",
+            *again,
+        )
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
+from pipeline.text import Lines
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
 BACKENDS = Path(__file__).parent / "backend"
@@ -56,8 +57,12 @@ def find(paths: Paths, wanted: str) -> Runtime:
             return found
         missing.append(f"{kind}: {found}")
     raise PipelineError(
-        "no tritonserver can run here:\n  " + "\n  ".join(missing) + "\nThe packaged repository "
-        f"runs anywhere that {IMAGE} runs; everything up to 'pipeline package' works here"
+        Lines(
+            "no tritonserver can run here:",
+            *(f"  {reason}" for reason in missing),
+            f"The packaged repository runs anywhere that {IMAGE} runs; everything up to "
+            "'pipeline package' works here",
+        )
     )
 
 

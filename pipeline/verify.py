@@ -17,6 +17,7 @@ from pipeline.paths import Paths
 from pipeline.query import triton_predictor
 from pipeline.replay import Release, Table, agree, require_agreement
 from pipeline.rounds import Round
+from pipeline.text import Lines
 from pipeline.yardstick import Yardstick, misnamed, stated_classes, yardstick_of
 
 PROTOCOLS = ("http", "grpc")
@@ -45,7 +46,7 @@ class Served:
             f"{self.url}: Triton {self.server['version']} ({self.server['name']}), "
             f"version {self.version}{digest}, backend {self.model['backend'] or 'not said'}"
         )
-        return "\n".join([title, rounds.HEADER, *map(str, self.rounds)])
+        return Lines(title, rounds.HEADER, *self.rounds)
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ class Evidence:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.yardstick}", *map(str, self.servers)]
-        lines += [str(self.table)] if self.table else []
+        lines = [f"{self.name}: {self.yardstick}", *self.servers]
+        lines += [self.table] if self.table else []
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, "passed" if self.passed else "NOT passed"])
+        return Lines(*lines, "passed" if self.passed else "NOT passed")
 
 
 def verify(
@@ -165,9 +166,11 @@ def require_passed(evidence: Evidence) -> None:
     """Raise CheckFailedError with what is wrong, if anything is."""
     if evidence.problems:
         raise CheckFailedError(
-            f"what is served is not the model of this golden set ({evidence.name}):\n  "
-            + "\n  ".join(evidence.problems[:10])
-            + "\nServe the release that it belongs to, or give the release's own"
+            Lines(
+                f"what is served is not the model of this golden set ({evidence.name}):",
+                *(f"  {problem}" for problem in evidence.problems[:10]),
+                "Serve the release that it belongs to, or give the release's own",
+            )
         )
 
 
