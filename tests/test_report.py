@@ -61,9 +61,9 @@ NOT_MEASURED = re.compile(
     # how many there are of what somebody decided
     r"|10,000 (test )?images|set of 100 images|\b20 (that no|probes)|the 50\s+worst"
     r"|50 test vectors|10 images to|16 threads at once|00000\.png|epoch \d\.00/7|\b0 s left"
-    r"|batch sizes [\d, ]+( and)? 256|200 predictions at least"
+    r"|batch sizes [\d, ]+( and)? 256|other size to 256|200 predictions at least"
     # limits, and what others have published
-    r"|8 times eager's at most|256 MiB|0\.02 and 0\.10 points|10 MiB and 8\.9\s+million"
+    r"|8 times\s+eager's at most|256 MiB|0\.02 and 0\.10 points|10 MiB and 8\.9\s+million"
     r"|24\.5 million|8,192 to 16,384 rows|0\.76-second record|784-128-10"
 )
 # More than one digit, a digest, or a number with a unit.
