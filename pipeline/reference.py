@@ -74,25 +74,21 @@ def reference_predictor(model: nn.Module) -> Predictor:
 
 
 def steady_answers(
-    predictor: Predictor,
-    rows: np.ndarray,
-    criterion: Criterion,
-    what: str,
-    threads: int,
-    seed: int = 0,
+    predictor: Predictor, rows: np.ndarray, criterion: Criterion, what: str, seed: int = 0
 ) -> np.ndarray:
     """Ask a module about rows (N, ...) twice and return its answers (N, K).
 
     The batches of either round come in a random order and at random places in memory; the second
-    round runs with `threads`. Raises CheckFailedError when a row's two answers differ by more than
-    float32 rounds: then the module keeps state, draws random numbers, or depends on how it is run.
+    round runs on another number of threads. Raises CheckFailedError when a row's two answers differ
+    by more than float32 rounds: then the module keeps state, draws random numbers, or depends on
+    how it is run.
     """
     starts = range(0, len(rows), BATCH)
     rng = np.random.default_rng(seed)
     usual = torch.get_num_threads()
     rounds = []
     try:
-        for number in (usual, threads):
+        for number in (usual, 1 if usual > 1 else 2):
             torch.set_num_threads(number)
             answers: dict[int, np.ndarray] = {}
             for start in rng.permutation(starts):

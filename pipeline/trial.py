@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline import graph
 from pipeline.config import Criterion
@@ -87,10 +86,8 @@ def reference_of(
     In the same batches: a module that mixes its rows must not widen its own bounds by it.
     """
     double, single = reference_predictor(subject.model), eager_predictor(subject.model)
-    usual = torch.get_num_threads()
-    other = 1 if usual > 1 else 2
-    outputs = steady_answers(double, rows, criterion, "in float64", threads=usual)
-    eager = steady_answers(single, rows, criterion, "in float32", threads=other)
+    outputs = steady_answers(double, rows, criterion, "in float64")
+    eager = steady_answers(single, rows, criterion, "in float32")
     if sample.labels is not None:
         return Reference(outputs, eager, sample.labels)
     return Reference(outputs, eager, outputs[: len(sample.images)].argmax(axis=1), False)

@@ -75,7 +75,6 @@ HOMES = {
             "benchmark",
             "reference",
             "subject",
-            "trial",
             "doctor_probes",
             "workers",
             "outliers",
