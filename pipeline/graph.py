@@ -4,8 +4,10 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,12 +17,35 @@ from onnx import TensorProto, ValueInfoProto
 
 from pipeline.config import TensorSpec
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
-from pipeline.sizes import BITS, raw_bytes
+from pipeline.sizes import BITS, STANDARD, raw_bytes
 
 BATCH = "batch"  # the name of dimension 0, on the input and on the output
 MAX_BYTES = 512 * 1024 * 1024
-# What a traceback or a path to a source file looks like, in whatever text.
-SOURCE_PATH = re.compile(r'File "|site-packages|(?<![\w.])(?:/|[A-Za-z]:\\)\S*\.py\b')
+# A graph that PyTorch exported has some 20 parts a node, its largest classifiers 10,000 nodes.
+MAX_PARTS = 500_000
+# Text that shows whose machine a model comes from: a traceback, a path of a person or a system, a
+# file of code or weights. Exporters call nodes `/layer1/layer1.0/conv1/Conv` and parameters
+# `model/conv1/weight`, so a slash alone says nothing.
+SOURCE_PATH = re.compile(
+    r"""
+    File\ " | (?:site|dist)-packages
+    | (?i: [/\\]+ (?:home|users) [/\\]+ \w )
+    | (?<![\w.]) (?: / | [A-Za-z]:\\ ) \S* \.py\b
+    | (?<![A-Za-z0-9.)]) / (?: root | tmp | etc | opt | mnt | media | srv | data | private | scratch
+      | workspace | Volumes | kaggle | dbfs | content/drive | usr/(?: local|lib|share|src|bin )
+      | var/(?: tmp|lib|log|folders|run|www|opt|mnt ) ) / [\w.]
+    | (?<![A-Za-z0-9]) [A-Za-z]: (?: \\+ | / ) \w
+    | (?<![\w\\]) \\\\ [\w.$-]+ \\ \w
+    | (?<![\w~]) ~\w* / \w
+    | \b (?: file | s3 | gs | hdfs | abfss? | dbfs | smb | nfs | sftp | ssh | scp ):/
+    | [/\\] [\w.-]* \. (?: py[ciw]? | ipynb )\b
+    | [/\\] [\w.-]+ \. (?: pth? | ckpt | onnx | h5 | hdf5 | pkl | pickle | np[yz] | safetensors
+      | tflite | keras | ya?ml | toml | json | cfg | ini | sh | so | dll | csv | txt | log | zip
+      | tar | gz ) (?! [\w/\\] | \.\w )
+    | \b [\w-]+ \. (?: py | ipynb ) :\d
+    """,
+    re.VERBOSE,
+)
 
 
 @dataclass(frozen=True)
@@ -45,19 +70,13 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
         raise CorruptError(f"{name} is no ONNX file: export it again") from error
-    if not all(_is_text(part) for part in parts(model)):
+    if sum(1 for _ in islice(chain(parts(model), texts(model)), MAX_PARTS + 1)) > MAX_PARTS:
+        raise CheckFailedError(
+            f"{name} has more than {MAX_PARTS} parts and names: export a smaller graph"
+        )
+    if not all(isinstance(text, str) for _, _, text in texts(model)):
         raise CorruptError(f"{name} is no ONNX file, a name in it is not UTF-8: export it again")
     return model
-
-
-def _is_text(part: Message) -> bool:
-    """Whether all strings are UTF-8: protobuf gives us those that are not as bytes."""
-    for field in part.DESCRIPTOR.fields:
-        if field.type == field.TYPE_STRING:
-            value = getattr(part, field.name)
-            if isinstance(value, bytes) or not all(isinstance(text, str) for text in value):
-                return False
-    return True
 
 
 def parts(message: Message) -> Iterator[Any]:
@@ -116,26 +135,28 @@ def signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> S
         )
     axis = _batch_axis(inputs[0], name, batch, inputs[0].name)
     _batch_axis(outputs[0], name, axis, inputs[0].name)
-    opset = next((entry.version for entry in model.opset_import if not entry.domain), 0)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in STANDARD), 0)
     return Signature(_spec(inputs[0], name), _spec(outputs[0], name), opset, model.ir_version)
 
 
 def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> bytes:
     """The bytes of `model` without the exporter's traces, with our metadata: the same each time.
 
-    The domains of operators that no node uses go too: quantization leaves a dozen.
+    Names that show a source path get others. The domains of operators that no node uses go too
+    (quantization leaves a dozen), and so does the right to override an initializer.
     """
     model.ir_version = ir_version
+    model.DiscardUnknownFields()
     found = list(parts(model))
     for part in found:
         for field in ("metadata_props", "doc_string"):
             if field in part.DESCRIPTOR.fields_by_name:
                 part.ClearField(field)
-    for part, field in texts(model):
-        if SOURCE_PATH.search(getattr(part, field)):
-            setattr(part, field, "")
+    for value in overridable(model):
+        model.graph.input.remove(value)
+    _rename(model)
     model.graph.name = model.graph.name or "graph"  # which the checker demands
-    used = {"", "ai.onnx"} | {part.domain for part in found if isinstance(part, onnx.NodeProto)}
+    used = STANDARD | {part.domain for part in found if isinstance(part, onnx.NodeProto)}
     opsets = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(opsets)
@@ -144,11 +165,52 @@ def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> 
     return model.SerializeToString(deterministic=True)
 
 
-def texts(model: onnx.ModelProto) -> list[tuple[Any, str]]:
-    """The fields that say who made `model`, as (message, field): a tool may name its source."""
-    fields: list[tuple[Any, str]] = [(model.graph, "name")]
-    fields += [(model, field) for field in ("producer_name", "producer_version", "domain")]
-    return fields
+def overridable(model: onnx.ModelProto) -> list[ValueInfoProto]:
+    """The inputs that have an initializer: before IR 4 a constant, since then a mere default."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    stored |= {tensor.values.name for tensor in model.graph.sparse_initializer}
+    return [v for v in model.graph.input if v.name in stored] if model.ir_version >= 4 else []
+
+
+def texts(message: Message) -> Iterator[tuple[Any, str, str]]:
+    """Every text in `message` and its parts: the part, the field, what it says.
+
+    A text that is not UTF-8 comes as bytes.
+    """
+    for part in parts(message):
+        for field in _text_fields(part.DESCRIPTOR):
+            value = getattr(part, field)
+            several: Iterable[Any] = [value] if isinstance(value, (str, bytes)) else value
+            for text in several:
+                if text:
+                    yield part, field, text
+
+
+@cache
+def _text_fields(descriptor: Any) -> list[str]:
+    return [field.name for field in descriptor.fields if field.type == field.TYPE_STRING]
+
+
+def public_names(model: onnx.ModelProto) -> set[str]:
+    """The names that clients use, which cannot be changed without them."""
+    return {value.name for value in (*model.graph.input, *model.graph.output)}
+
+
+def _rename(model: onnx.ModelProto) -> None:
+    """Give every name that shows a source path another one, the same wherever it stands."""
+    every, public = list(texts(model)), public_names(model)
+    names = dict.fromkeys(text for _, _, text in every)
+    fresh = (name for number in count() if (name := f"renamed_{number}") not in names)
+    names = {n: next(fresh) for n in names if n not in public and SOURCE_PATH.search(n)}
+    for part, field, text in every:
+        if text not in names:
+            continue
+        if isinstance(part, (onnx.ModelProto, onnx.GraphProto)):  # nothing refers to it
+            part.ClearField(field)
+        elif isinstance(getattr(part, field), str):
+            setattr(part, field, names[text])
+        else:
+            getattr(part, field)[:] = [names.get(other, other) for other in getattr(part, field)]
 
 
 def inlined(path: Path) -> onnx.ModelProto:

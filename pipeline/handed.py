@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline import graph
 from pipeline.config import TensorSpec
 from pipeline.errors import CheckFailedError
-from pipeline.policy import check_policy
+from pipeline.policy import SCRUB, check_policy
 
 
 def handed_in(path: Path, scrub: bool = False) -> bytes:
@@ -15,10 +15,19 @@ def handed_in(path: Path, scrub: bool = False) -> bytes:
     """
     if scrub:
         model = graph.inlined(path)
-        content = graph.scrub(model, model.ir_version, graph.metadata(model))
+        metadata = {
+            key: value
+            for key, value in graph.metadata(model).items()
+            if not graph.SOURCE_PATH.search(f"{key} {value}")
+        }
+        content = graph.scrub(model, model.ir_version, metadata)
     else:
         content = graph.read(path)
-    check_policy(graph.parse(content, str(path)), str(path))
+    model = graph.parse(content, str(path))
+    check_policy(model, str(path))
+    model.DiscardUnknownFields()
+    if model.ByteSize() != len(content):  # fields we do not know, or twice: then the last counts
+        raise CheckFailedError(f"{path} holds bytes outside of its graph: {SCRUB}")
     return content
 
 

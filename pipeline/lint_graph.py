@@ -16,7 +16,7 @@ from onnx.shape_inference import InferenceError
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.graph import is_external, parse, parts, read
 from pipeline.lint_text import Finding, Level
-from pipeline.sizes import is_whole, raw_bytes
+from pipeline.sizes import STANDARD, is_whole, raw_bytes
 
 FILE = "onnxruntime onnxruntime/core/graph/model.cc"
 TYPES = {
@@ -29,7 +29,6 @@ TYPES = {
     TensorProto.BOOL: "TYPE_BOOL",
     TensorProto.STRING: "TYPE_STRING",
 }
-STANDARD = frozenset({"", "ai.onnx"})
 # Domains that ONNX Runtime brings along.
 KNOWN_DOMAINS = STANDARD | {"ai.onnx.ml"}
 KNOWN_DOMAIN_ROOTS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")

@@ -1,6 +1,6 @@
 """What we allow in an ONNX graph: more than a checker asks, since a server will load it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
@@ -9,10 +9,9 @@ from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError
 
 from pipeline.errors import CheckFailedError
-from pipeline.graph import SOURCE_PATH, is_external, parts, texts
-from pipeline.sizes import is_whole, too_large
+from pipeline.graph import SOURCE_PATH, is_external, overridable, parts, public_names, texts
+from pipeline.sizes import STANDARD, is_whole, too_large
 
-STANDARD = frozenset({"", "ai.onnx"})
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 # ONNX Runtime on a CPU skips a Dropout that was left in training mode; other runtimes obey it.
 RANDOM = frozenset(
@@ -20,20 +19,29 @@ RANDOM = frozenset(
     | {"RandomUniform", "RandomUniformLike"}
 )
 SCRUB = "'--scrub' leaves them out of a copy"
+FOLDERS = ("home", "Users", "root")
+# What a person's path has in whatever encoding, and numbers have by chance once in 10^13 bytes.
+MARKS = tuple(
+    mark.encode(encoding).strip(b"\0")
+    for mark in (*map("/{}/".format, FOLDERS), "\\Users\\", "file://", "site-packages")
+    for encoding in ("utf-8", "utf-16-le")
+)
+SHOWN = 5  # names of a kind in a message
 
 
 def check_policy(model: onnx.ModelProto, name: str) -> None:
     """Refuse what the checker lets pass and a server should never load.
 
-    One file, the standard domain, no functions, no control flow, nothing random or in training
-    mode, nothing larger than its file that is not small, no source paths. Raises
-    CheckFailedError with everything that is wrong.
+    One file, one version of the standard domain and nothing else, no functions, no control flow,
+    nothing random or in training mode, nothing a client may override, no value and no computation
+    that is larger than its file without being small, no source paths. Raises CheckFailedError with
+    everything that is wrong.
     """
     found = list(parts(model))
     nodes = [part for part in found if isinstance(part, NodeProto)]
     tensors = [part for part in found if isinstance(part, TensorProto)]
-    wrong = [*_operators(model, nodes), *_storage(tensors), *too_large(model)]
-    wrong += _sources(model, found)
+    wrong = [*_dialect(model, nodes), *_operators(model, nodes), *_storage(tensors)]
+    wrong += [*too_large(model), *_sources(model, found), *_hidden(nodes, tensors)]
     if wrong:
         raise CheckFailedError(f"{name} breaks the graph policy: {'; '.join(wrong)}")
     try:
@@ -45,6 +53,30 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(sorted(set(names)))
+
+
+def _dialect(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
+    """Yield what leaves open which operators the file means, or which values.
+
+    The checker follows the first import of a domain and ONNX Runtime 1.31 the last.
+    """
+    versions: dict[str, list[int]] = {}
+    for entry in model.opset_import:
+        domain = "" if entry.domain in STANDARD else entry.domain
+        versions.setdefault(domain, []).append(entry.version)
+    for domain, several in versions.items():
+        if len(several) > 1:
+            name, listed = domain or "the standard domain", " and ".join(map(str, several))
+            yield f"{name} imported as {listed}: export it with one opset"
+    newest = onnx.defs.onnx_opset_version()
+    if not all(1 <= version <= newest for version in versions.get("", [0])):
+        yield f"no import of the standard domain between opset 1 and {newest}: export it again"
+    if unused := versions.keys() - {""} - {node.domain for node in nodes}:
+        yield f"imports that no node uses, {_names(unused)}: {SCRUB}"
+    if defaults := overridable(model):
+        yield f"weights that a client may override, {_names(v.name for v in defaults)}: {SCRUB}"
+    if any(entry.ref_attr_name for node in nodes for entry in node.attribute):
+        yield "an attribute that refers to a function's"
 
 
 def _operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> list[str]:
@@ -89,11 +121,47 @@ def _sources(model: onnx.ModelProto, found: list[Any]) -> list[str]:
         wrong.append(f"metadata of the exporter in its graph, source paths among it: {SCRUB}")
     if any("doc_string" in part.DESCRIPTOR.fields_by_name and part.doc_string for part in found):
         wrong.append(f"doc strings, which may hold source paths: {SCRUB}")
-    told = {field: getattr(part, field) for part, field in texts(model)}
-    told |= {f"metadata '{e.key}'": f"{e.key} {e.value}" for e in model.metadata_props}
-    if shown := [key for key, text in told.items() if SOURCE_PATH.search(text)]:
-        wrong.append(f"source paths in {_names(shown)}: {SCRUB}")
+    public = public_names(model)
+    shown = {
+        _place(part, field, text): text
+        for part, field, text in texts(model)
+        if field != "doc_string" and SOURCE_PATH.search(text)
+    }
+    if fixed := sorted(public.intersection(shown.values())):
+        wrong.append(
+            f"source paths for the names of inputs or outputs, {', '.join(fixed)}: clients use "
+            "them, so export it with other names"
+        )
+    if places := [place for place, text in shown.items() if text not in public]:
+        more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
+        wrong.append(f"source paths in {', '.join(places[:SHOWN])}{more}: {SCRUB}")
     return wrong
+
+
+def _place(part: Any, field: str, text: str) -> str:
+    """Where a text stands, in words."""
+    if isinstance(part, onnx.StringStringEntryProto):
+        return f"metadata '{part.key}'"
+    if isinstance(part, (onnx.ModelProto, onnx.GraphProto)):
+        return field
+    return f"the {field} '{text}'"
+
+
+def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]:
+    """Yield what shows a source path and cannot be left out, since the graph computes with it."""
+    for tensor in tensors:
+        raw = tensor.raw_data
+        if any(map(_shows_path, tensor.string_data)) or any(mark in raw for mark in MARKS):
+            yield f"a source path in the data of {tensor.name or 'a nameless tensor'}"
+    for node in nodes:
+        for entry in node.attribute:
+            if any(map(_shows_path, (entry.s, *entry.strings))):
+                yield f"a source path in '{entry.name}' of {node.op_type} {node.name}".rstrip()
+
+
+def _shows_path(content: bytes) -> bool:
+    """Whether bytes show a source path as text, or as UTF-16 or UTF-32."""
+    return bool(SOURCE_PATH.search(content.replace(b"\0", b"").decode(errors="replace")))
 
 
 def _has_metadata(part: Any) -> bool:

@@ -1,4 +1,4 @@
-"""How large the values of an ONNX graph are: told from the graph alone, and nothing allocated.
+"""How large the values of an ONNX graph are, and how much work: told from the graph alone.
 
 onnx's own inference of a whole graph is no gate: with `data_prop` it computes what shapes are
 made of and allocates as it goes (30 nodes that double a list take it 100 GiB), and without it
@@ -23,6 +23,13 @@ MAX_VALUE = 256 * 1024 * 1024
 # Of all values for two images, as if none were ever freed, or many small bombs made a large one.
 MAX_TOTAL = 4 * 1024 * 1024 * 1024
 MAX_RANK = 16  # a shape of a million ones is a bomb to whoever passes it on
+# Of multiply-adds for two images. VGG19 takes 20 G an image, the largest classifiers whose weights
+# fit into one file (ViT-B/8, EfficientNet-B8) 65 G. A core does 5 to 50 G a second.
+MAX_WORK = IMAGES * 100_000_000_000
+# Multiply-adds that reading or writing one element weighs: ONNX Runtime does 20 G of the ones and
+# 0.3 G of the others a second on one core, from 0.03 (Softplus) to 3 (Identity).
+ELEMENT = 16
+STANDARD = frozenset({"", "ai.onnx"})  # the names of the standard domain
 SHORT = 1024  # what a shape may be computed from: more numbers than any rank
 # What computes shapes, and never needs more memory than its inputs and outputs take.
 FOLDED = frozenset(
@@ -85,7 +92,7 @@ def dims_of(told: TypeProto) -> list[int] | None:
 
 
 def too_large(model: onnx.ModelProto) -> list[str]:
-    """What is wrong with the sizes of the values that `model` computes, in words.
+    """What is wrong with the sizes of the values that `model` computes, and its work, in words.
 
     A value that follows from a wrong one, or from a node that cannot be, goes unmentioned.
     """
@@ -93,11 +100,17 @@ def too_large(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         if all(name in values.types for name in node.input if name):
             values.add(node)
-    for value in [*model.graph.value_info, *model.graph.output]:
+    for value in [*model.graph.input, *model.graph.value_info, *model.graph.output]:
         values.compare(value)
     if values.total > MAX_TOTAL:
         values.wrong.append(
             f"all values take {values.total} bytes together, {MAX_TOTAL} are allowed"
+        )
+    if (work := sum(values.work.values())) > MAX_WORK:
+        costliest = max(values.work, key=values.work.__getitem__)
+        values.wrong.append(
+            f"{IMAGES} images take {work:,} multiply-adds, {MAX_WORK:,} are allowed; {costliest} "
+            f"takes most of all nodes, {values.work[costliest]:,}"
         )
     return values.wrong
 
@@ -106,10 +119,12 @@ class _Values:
     """What is known of the values of a graph so far: their types, and the short ones themselves."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.opsets = list(model.opset_import)
+        # The last, which ONNX Runtime follows; that there is another the policy refuses.
+        self.opsets = [entry for entry in model.opset_import if entry.domain in STANDARD][-1:]
         self.types: dict[str, TypeProto] = {}
         self.short: dict[str, TensorProto] = {}
         self.total = 0  # bytes
+        self.work: dict[str, int] = {}  # multiply-adds, by node
         self.wrong: list[str] = []
         for value in model.graph.input:
             self._take(value.name, _with_batch(value.type), "an input")
@@ -132,6 +147,10 @@ class _Values:
         told = self._infer(node)
         for name in outputs:
             self._take(name, told.get(name), node.op_type)
+        if all(name in self.types for name in outputs):
+            inputs = [self._dims(name) for name in node.input]
+            work = multiply_adds(node, inputs, [self._dims(name) for name in outputs])
+            self.work[f"{node.op_type} {outputs[0]}"] = work
         if all(self._elements(name) <= SHORT for name in node.output):
             self._fold(node)
 
@@ -170,8 +189,11 @@ class _Values:
             self.total += size
 
     def _elements(self, name: str) -> float:
-        dims = dims_of(self.types[name]) if name in self.types else None
-        return math.inf if dims is None else math.prod(dims)
+        return math.prod(self._dims(name)) if name in self.types else math.inf
+
+    def _dims(self, name: str) -> list[int]:
+        """The dimensions of a value; none where an input is left out."""
+        return dims_of(self.types[name]) or [] if name else []
 
     def _alone(self, node: NodeProto) -> onnx.ModelProto:
         """A model of this node only, that takes what the node takes."""
@@ -207,6 +229,67 @@ class _Values:
             return
         for name, result in zip(node.output, results, strict=False):
             self.short[name] = numpy_helper.from_array(result, name)
+
+
+def multiply_adds(node: NodeProto, inputs: list[list[int]], outputs: list[list[int]]) -> int:
+    """How many multiply-adds `node` takes at most, by the dimensions of what goes in and out.
+
+    An element that is only looked at weighs ELEMENT of them.
+    """
+    first, out = inputs[0] if inputs else [], math.prod(outputs[0])
+    elements = sum(map(math.prod, (*inputs, *outputs)))
+    numbers = {attribute.name: attribute.i for attribute in node.attribute}
+    lists = {attribute.name: attribute.ints for attribute in node.attribute}
+
+    def dims(index: int) -> list[int]:
+        return inputs[index] if index < len(inputs) else []
+
+    match node.op_type:
+        case "Conv" | "ConvInteger" | "DeformConv":
+            work = out * math.prod(dims(1)[1:])
+        case "QLinearConv":
+            work = out * math.prod(dims(3)[1:])
+        case "ConvTranspose":
+            work = math.prod(first) * math.prod(dims(1)[1:])
+        case "MatMul" | "MatMulInteger" | "QLinearMatMul":
+            work = out * math.prod(first[-1:])
+        case "Gemm":
+            work = math.prod(first) * math.prod(outputs[0][-1:])
+        case "Einsum":
+            work = math.prod(_labelled(node, inputs).values())
+        case "RNN" | "GRU" | "LSTM":
+            work = math.prod(first[:2]) * (math.prod(dims(1)) + math.prod(dims(2)))
+        case "Attention":  # each query with each key, of the past too, and each weight with a value
+            keys = sum(dims(1)[-2:-1]) + sum(dims(4)[-2:-1])
+            work = (math.prod(first) + out) * keys
+        case "Det":
+            work = math.prod(first) * math.prod(first[-1:])
+        case "DFT" | "STFT":
+            work = 2 * out * max(outputs[0], default=1)
+        case "MaxPool" | "AveragePool" | "LpPool":
+            work = ELEMENT * out * math.prod(lists.get("kernel_shape", []))
+        case "LRN":
+            work = ELEMENT * math.prod(first) * numbers.get("size", 1)
+        case "MaxRoiPool":
+            work = ELEMENT * out * math.prod(first[2:])
+        case "Resize" | "Upsample" | "GridSample" | "TopK":  # 16 neighbours, or comparisons
+            work = ELEMENT * elements * 16
+        case _:
+            work = 0
+    return max(work, 0) + ELEMENT * elements  # a wrong attribute may be negative
+
+
+def _labelled(node: NodeProto, inputs: list[list[int]]) -> dict[str, int]:
+    """How far each index of an Einsum runs; those of an ellipsis are counted from its end."""
+    equation = next((a.s for a in node.attribute if a.name == "equation"), b"")
+    terms = equation.decode(errors="replace").partition("->")[0].split(",")
+    runs: dict[str, int] = {}
+    for term, dims in zip(terms, inputs, strict=False):
+        before, dots, after = term.replace(" ", "").partition("...")
+        hidden = range(len(dims) - len(before) - len(after), 0, -1) if dots else ()
+        for label, size in zip([*before, *map(str, hidden), *after], dims, strict=False):
+            runs[label] = max(size, runs.get(label, 1))
+    return runs
 
 
 def _with_batch(declared: TypeProto) -> TypeProto:

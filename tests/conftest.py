@@ -169,6 +169,6 @@ def small(
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, 4]) for n in outputs],
             tensors,
         ),
-        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.example", 1)],
+        opset_imports=[helper.make_opsetid("", 18)],
         ir_version=9,
     )

@@ -3,15 +3,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from conftest import small
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from pipeline import graph
 from pipeline.config import TensorSpec
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.policy import check_policy
+from pipeline.runtime import onnx_predictor
 
 
 def test_a_graph_that_keeps_the_policy_passes_and_has_a_signature() -> None:
@@ -76,8 +78,23 @@ def test_a_graph_beyond_the_size_cap_is_not_even_parsed(monkeypatch: pytest.Monk
         graph.parse(bytes(11), "it")
 
 
+@pytest.mark.parametrize("what", ["nodes", "names"])
+def test_a_graph_of_too_many_parts_is_not_looked_into(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "MAX_PARTS", 100)
+    graph.parse(small().SerializeToString(), "it")
+    cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    model = small(nodes=[cast] * (100 if what == "nodes" else 1))
+    model.graph.node[0].input.extend(["x"] * (100 if what == "names" else 0))
+    with pytest.raises(CheckFailedError, match="more than 100 parts and names"):
+        graph.parse(model.SerializeToString(), "it")
+
+
 def test_a_scrubbed_graph_imports_only_the_domains_that_it_uses() -> None:
-    scrubbed = graph.parse(graph.scrub(small(), 9, {}), "it")
+    model = small()
+    model.opset_import.add(domain="com.example", version=1)
+    scrubbed = graph.parse(graph.scrub(model, 9, {}), "it")
     assert [(entry.domain, entry.version) for entry in scrubbed.opset_import] == [("", 18)]
 
 
@@ -94,6 +111,58 @@ def test_a_scrubbed_graph_shows_no_source_anywhere_and_keeps_our_metadata() -> N
     scrubbed = graph.parse(content, "it")
     check_policy(scrubbed, "it")
     assert [entry.key for entry in scrubbed.metadata_props] == ["classes"]
+
+
+PATH = "/home" + "/alice/secret-project/train.py:33"
+
+
+def showing_paths() -> onnx.ModelProto:
+    """A sound graph that shows a source path in every name that it has."""
+    weights = numpy_helper.from_array(np.arange(4, dtype=np.float32), f"{PATH}/w")
+    nodes = [
+        helper.make_node("Cast", ["x"], [f"{PATH}/f"], f"{PATH}/Cast", to=TensorProto.FLOAT),
+        helper.make_node("Add", [f"{PATH}/f", f"{PATH}/w"], [f"{PATH}/a"], f"{PATH}/Add"),
+        helper.make_node("Mul", [f"{PATH}/a", f"{PATH}/w"], ["y"], "renamed_0"),
+    ]
+    model = small(nodes=nodes, tensors=[weights])
+    value = helper.make_tensor_value_info(f"{PATH}/a", TensorProto.FLOAT, ["batch", 4])
+    value.type.denotation = value.type.tensor_type.shape.dim[0].denotation = PATH
+    model.graph.value_info.append(value)
+    for value in (model.graph.input[0], model.graph.output[0], model.graph.value_info[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = f"{PATH}/n"
+    annotation = model.graph.quantization_annotation.add(tensor_name=f"{PATH}/a")
+    annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value=f"{PATH}/w")
+    model.producer_name = model.producer_version = model.domain = model.graph.name = PATH
+    return model
+
+
+def answers(content: bytes) -> np.ndarray:
+    return onnx_predictor(content)(np.arange(8, dtype=np.uint8).reshape(2, 4))
+
+
+def test_names_that_show_a_source_path_are_rewritten_the_same_everywhere() -> None:
+    model = showing_paths()
+    before = answers(model.SerializeToString())
+    content = graph.scrub(model, 9, {})
+    assert b"alice" not in content
+    scrubbed = graph.parse(content, "it")
+    check_policy(scrubbed, "it")
+    assert np.array_equal(answers(content), before)
+    annotation = scrubbed.graph.quantization_annotation[0]
+    assert annotation.tensor_name == scrubbed.graph.node[1].output[0]
+    assert annotation.quant_parameter_tensor_names[0].value == scrubbed.graph.initializer[0].name
+    assert scrubbed.graph.node[2].name == "renamed_0"  # no other is called so
+    assert len({node.name for node in scrubbed.graph.node}) == 3
+    assert graph.signature(scrubbed, "it", batch=None).images == TensorSpec("x", "uint8", (4,))
+    assert graph.scrub(showing_paths(), 9, {}) == content
+
+
+def test_weights_that_a_client_may_override_are_constants_once_they_are_scrubbed() -> None:
+    model = showing_paths()
+    model.graph.input.append(helper.make_tensor_value_info(f"{PATH}/w", TensorProto.FLOAT, [4]))
+    content = graph.scrub(model, 9, {})
+    check_policy(graph.parse(content, "it"), "it")
+    assert content == graph.scrub(showing_paths(), 9, {})
 
 
 def outside(tmp_path: Path, **entries: object) -> Path:

@@ -32,6 +32,7 @@ ORDER = [
     *("letters", "outliers", "model"),
     *("reference", "checkpoint", "train", "records", "runs", "subject", "sizes", "graph"),
     *("policy", "departures", "handed", "variants", "export", "runtime", "photo_table"),
+    "first_run",
     *("reference_profile", "profiling"),
     *("card", "trial", "workers"),
     *("proof", "triton", "running", "profiles", "tarball", "package"),
@@ -84,7 +85,7 @@ HOMES = {
     "onnx": {
         *("sizes", "graph", "policy", "departures", "variants", "export", "lint_graph", "doctor"),
     },
-    "onnxruntime": {"export", "runtime", "variants", "doctor_probes"},
+    "onnxruntime": {"export", "runtime", "variants", "doctor_probes", "first_run"},
     "tritonclient": {
         *("triton", "wire", "admin", "load_http", "load", "lint_config", "lint_backend"),
     },

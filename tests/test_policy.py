@@ -1,3 +1,4 @@
+import math
 import re
 import resource
 import subprocess
@@ -17,7 +18,7 @@ from torch import nn
 from pipeline import graph
 from pipeline.errors import CheckFailedError
 from pipeline.policy import check_policy
-from pipeline.sizes import MAX_VALUE
+from pipeline.sizes import ELEMENT, MAX_VALUE, MAX_WORK, multiply_adds
 
 
 def refusal(model: onnx.ModelProto) -> str:
@@ -28,6 +29,7 @@ def refusal(model: onnx.ModelProto) -> str:
 
 def test_the_policy_names_everything_that_breaks_it() -> None:
     foreign = small(nodes=[helper.make_node("Mystery", ["x"], ["y"], domain="com.example")])
+    foreign.opset_import.add(domain="com.example", version=1)
     weight = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
     weight.data_location = TensorProto.EXTERNAL
     foreign.graph.initializer.append(weight)
@@ -50,6 +52,76 @@ def test_a_graph_that_the_checker_refuses_is_refused() -> None:
 
 def test_what_we_export_keeps_the_policy(made: Chain) -> None:
     check_policy(onnx.load_model(made.paths.onnx), "it")
+
+
+@pytest.mark.parametrize(
+    ("imports", "said"),
+    [
+        ([("", 18), ("", 7)], "the standard domain imported as 18 and 7"),
+        ([("", 18), ("ai.onnx", 17)], "the standard domain imported as 18 and 17"),
+        ([("ai.onnx", 18), ("", 18)], "the standard domain imported as 18 and 18"),
+        ([("", 18), ("com.example", 1), ("com.example", 2)], "com.example imported as 1 and 2"),
+        ([], "no import of the standard domain"),
+        ([("com.example", 1)], "no import of the standard domain"),
+        ([("", 0)], "no import of the standard domain between opset 1 and"),
+        ([("", -1)], "no import of the standard domain between opset 1 and"),
+        ([("", 99)], "no import of the standard domain between opset 1 and"),
+        ([("", 2**40)], "no import of the standard domain between opset 1 and"),
+        (
+            [("", 18), ("com.example", 1)],
+            "imports that no node uses, com.example: '--scrub' leaves them out",
+        ),
+    ],
+)
+def test_imports_that_leave_the_dialect_open_are_refused(
+    imports: list[tuple[str, int]], said: str
+) -> None:
+    model = small()
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(*entry) for entry in imports)
+    assert said in refusal(model)
+
+
+def test_the_other_name_of_the_standard_domain_passes() -> None:
+    model = small()
+    model.opset_import[0].domain = "ai.onnx"
+    check_policy(model, "it")
+    assert graph.signature(model, "it").opset == 18
+
+
+def overriding(is_sparse: bool = False) -> onnx.ModelProto:
+    """Weights that are an input as well: since IR 4 a client may give others."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["f", "w"], ["y"]),
+    ]
+    weight = numpy_helper.from_array(np.ones(4, np.float32), "w")
+    model = small(nodes=nodes, tensors=[] if is_sparse else [weight])
+    if is_sparse:
+        sparse_weight = helper.make_sparse_tensor(weight, numbers("i", 0, 1, 2, 3), [4])
+        model.graph.sparse_initializer.append(sparse_weight)
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4]))
+    return model
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_weights_that_a_client_may_override_are_refused(is_sparse: bool) -> None:
+    said = refusal(overriding(is_sparse))
+    assert "weights that a client may override, w: '--scrub' leaves them out" in said
+
+
+def test_weights_among_the_inputs_pass_where_the_format_demands_it() -> None:
+    model = overriding()
+    model.ir_version = 3
+    check_policy(model, "it")
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 1
+    assert "w is declared as another size than it has: [4]" in refusal(model)
+
+
+def test_an_attribute_that_refers_to_a_function_is_refused_where_there_is_none() -> None:
+    node = helper.make_node("Softmax", ["y"], ["z"], axis=1)
+    node.attribute[0].ref_attr_name = "axis"
+    assert "an attribute that refers to a function's" in refusal(small(nodes=[CAST, node]))
 
 
 def within(node: NodeProto) -> NodeProto:
@@ -248,6 +320,160 @@ def test_no_bomb_makes_the_policy_take_memory(tmp_path: Path) -> None:
     assert int(done.stdout) < 50 * 1024  # KiB on Linux
 
 
+def made(name: str, *dims: int) -> list[NodeProto]:
+    """Nodes that make a value out of a shape, which takes no space in the file."""
+    stored = numbers("", *dims)
+    return [
+        helper.make_node("Constant", [], [f"{name}_shape"], value=stored),
+        helper.make_node("ConstantOfShape", [f"{name}_shape"], [name]),
+    ]
+
+
+def chain_of(op_type: str, times: int, **attributes: Any) -> list[NodeProto]:
+    """As many operators, each upon what the one before gives."""
+    return [
+        helper.make_node(op_type, [f"a{i or ''}"] * 2, [f"a{i + 1}"], **attributes)
+        for i in range(times)
+    ]
+
+
+# Each computes for hours out of a kilobyte, and no value of it is large.
+WORK = {
+    "MatMul": [*made("a", 8000, 8000), *chain_of("MatMul", 14)],
+    "Gemm": [*made("a", 8000, 8000), *chain_of("Gemm", 14, transA=1)],
+    "Einsum": [*made("a", 8000, 8000), *chain_of("Einsum", 14, equation="ij,jk->ik")],
+    "Einsum with an ellipsis": [
+        *made("a", 16, 2000, 2000),
+        *chain_of("Einsum", 14, equation="...ij, ...jk -> ...ik"),
+    ],
+    "Expand": [
+        helper.make_node("Constant", [], ["n"], value=numbers("", 8000, 8000)),
+        helper.make_node("Constant", [], ["v"], value_float=1e-3),
+        helper.make_node("Expand", ["v", "n"], ["a"]),
+        *chain_of("MatMul", 14),
+    ],
+    "Conv": [
+        *(*made("a", 1, 64, 512, 512), *made("w", 64, 64, 63, 63)),
+        helper.make_node("Conv", ["a", "w"], ["z"], auto_pad="SAME_UPPER"),
+    ],
+    "ConvTranspose": [
+        *(*made("a", 1, 64, 512, 512), *made("w", 64, 64, 63, 63)),
+        helper.make_node("ConvTranspose", ["a", "w"], ["z"], pads=[31, 31, 31, 31]),
+    ],
+    "LSTM": [
+        *(*made("a", 65536, 1, 64), *made("w", 1, 8192, 64), *made("r", 1, 8192, 2048)),
+        helper.make_node("LSTM", ["a", "w", "r"], ["", "z"], hidden_size=2048),
+    ],
+    "AveragePool": [
+        *made("a", 1, 8, 2000, 2000),
+        helper.make_node("AveragePool", ["a"], ["z"], kernel_shape=[999, 999]),
+    ],
+    "many sums": [
+        *made("a", 8000, 8000),
+        *(helper.make_node("ReduceSum", ["a"], [f"sum{i}"], keepdims=0) for i in range(200)),
+    ],
+    "sorting": [
+        *(*made("a", 60_000_000), *made("k", 1)),
+        *(helper.make_node("TopK", ["a", "n"], [f"v{i}", f"i{i}"]) for i in range(14)),
+    ],
+    "upsampling": [
+        *made("a", 1, 1, 8, 8),
+        helper.make_node("Constant", [], ["s"], value_floats=[1.0, 1.0, 1000.0, 1000.0]),
+        *(helper.make_node("Resize", ["a", "", "s"], [f"v{i}"], mode="cubic") for i in range(15)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_without_end_is_refused_with_its_count_and_the_node_that_takes_most(name: str) -> None:
+    model = small(nodes=[CAST, *WORK[name]], tensors=[numbers("n", 1)] * (name == "sorting"))
+    said = refusal(model)
+    costly = {"Expand": "MatMul", "many sums": "ConstantOfShape", "sorting": "TopK"}
+    costly |= {"upsampling": "Resize", "Einsum with an ellipsis": "Einsum"}
+    assert re.search(
+        rf"2 images take [\d,]+ multiply-adds, {MAX_WORK:,} are allowed; {costly.get(name, name)} "
+        r"\w+ takes most of all nodes, [\d,]+",
+        said,
+    )
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "outputs", "count"),
+    [
+        (
+            helper.make_node("Conv", ["x", "w"], ["z"]),
+            [[2, 8, 9, 9], [4, 8, 3, 3]],
+            [2, 4, 7, 7],
+            72 * 392,
+        ),
+        (
+            helper.make_node("Conv", ["x", "w"], ["z"], group=8),
+            [[2, 8, 9, 9], [8, 1, 3, 3]],
+            [2, 8, 7, 7],
+            9 * 784,
+        ),
+        (
+            helper.make_node("QLinearConv", [*"xabwcdef"], ["z"]),
+            [[2, 8, 9, 9], [], [], [4, 8, 3, 3]],
+            [2, 4, 7, 7],
+            72 * 392,
+        ),
+        (
+            helper.make_node("ConvTranspose", ["x", "w"], ["z"]),
+            [[2, 8, 7, 7], [8, 4, 3, 3]],
+            [2, 4, 9, 9],
+            36 * 784,
+        ),
+        (helper.make_node("MatMul", ["x", "w"], ["z"]), [[3, 2, 5], [5, 4]], [3, 2, 4], 120),
+        (helper.make_node("Gemm", ["x", "w"], ["z"], transA=1), [[5, 2], [5, 4]], [2, 4], 40),
+        (
+            helper.make_node("Einsum", ["x", "w"], ["z"], equation="...ij,jk"),
+            [[3, 2, 5], [5, 4]],
+            [3, 2, 4],
+            120,
+        ),
+        (
+            helper.make_node("Attention", [*"qkv"], ["z"]),
+            [[2, 3, 5, 4], [2, 3, 7, 4], [2, 3, 7, 6]],
+            [2, 3, 5, 6],
+            7 * 300,
+        ),
+        (
+            helper.make_node("GRU", [*"xwr"], ["z"]),
+            [[5, 2, 3], [1, 12, 3], [1, 12, 4]],
+            [5, 1, 2, 4],
+            10 * 84,
+        ),
+        (helper.make_node("Relu", ["x"], ["z"]), [[2, 3]], [2, 3], 0),
+    ],
+    ids=lambda value: value.op_type if isinstance(value, NodeProto) else "",
+)
+def test_multiply_adds_are_counted_as_a_textbook_does(
+    node: NodeProto, inputs: list[list[int]], outputs: list[int], count: int
+) -> None:
+    looked_at = ELEMENT * sum(map(math.prod, (*inputs, outputs)))
+    assert multiply_adds(node, inputs, [outputs]) == count + looked_at
+
+
+VGG19 = [64, 64, 0, 128, 128, 0, *[256] * 4, 0, *[512] * 4, 0, *[512] * 4, 0]
+
+
+def test_the_work_of_the_largest_known_classifier_is_allowed() -> None:
+    """VGG19's 19.6 G multiply-adds an image, its weights made as they are needed."""
+    nodes, name, channels = made("v0", 2, 3, 224, 224), "v0", 3
+    for i, width in enumerate(VGG19):
+        if width:
+            nodes += made(f"w{i}", width, channels, 3, 3)
+            channels = width
+            nodes.append(helper.make_node("Conv", [name, f"w{i}"], [f"c{i}"], pads=[1, 1, 1, 1]))
+        else:
+            nodes.append(
+                helper.make_node("MaxPool", [name], [f"c{i}"], kernel_shape=[2, 2], strides=[2, 2])
+            )
+        name = f"c{i}"
+    check_policy(small(nodes=[CAST, *nodes]), "it")
+
+
 @pytest.mark.parametrize(
     "nodes",
     [
@@ -380,6 +606,151 @@ def test_metadata_of_the_model_that_shows_no_source_path_passes() -> None:
     model = small()
     model.metadata_props.add(key="classes", value='["0", "a/b", "pkg.pyx"]')
     check_policy(model, "it")
+
+
+HOME, ROOT = "/home", "/root"  # apart, since no file of ours may show a path of one machine
+SHOWING = [
+    f"{HOME}/alice/secret-project/train.py:33",
+    f"{HOME}/alice/secret/weights.pt",
+    f"node_{HOME}/alice/secret",
+    "/Users/alice/secret",
+    "C:\\Users\\alice\\secret",
+    "d:/alice/secret",
+    "\\\\server\\alice\\secret",
+    "file:///alice/secret",
+    "s3://alice/secret",
+    "~/secret/run",
+    "~alice/secret",
+    f"{ROOT}/secret",
+    "/tmp/alice",
+    "/mnt/nas/secret",
+    "/data/alice/secret",
+    "/usr/lib/python3/secret",
+    "/var/folders/zz/secret",
+    "secret/project/train.py",
+    "secret-project/train.ipynb",
+    "train.py:33",
+    "secret/weights.safetensors",
+    'File "<stdin>", line 3',
+]
+# What exporters of PyTorch (both), TensorFlow, Keras, JAX, Paddle and ONNX Runtime's tools write.
+USUAL = [
+    "/features/0/Conv_output_0",
+    "/features/features.0/features.0.0/Conv",
+    "/layer1/layer1.0/conv1/Conv",
+    f"/level2{ROOT}/conv/Conv_output_0",
+    "/blocks.0/attn/Constant_1_output_0",
+    "/transformer/h.0/attn/MatMul",
+    "/head/py/Gemm",
+    "/Reshape",
+    "_/Add_1",
+    "InsertedPrecisionFreeCast_/features/0/Conv_output_0",
+    "model/conv1/weight",
+    "model/conv1/kernel:0",
+    "StatefulPartitionedCall/model/conv2d/Conv2D/ReadVariableOp:0",
+    "InceptionV3/InceptionV3/Mixed_5b/Branch_0/Conv2d_0a_1x1/Relu",
+    "const_fold_opt__21",
+    "jit(predict)/jit(main)/Dense_0/dot_general",
+    "p_features_0_weight",
+    "features.0.pt.weight",
+    "onnx::Conv_123",
+    "aten::relu",
+    "conv2d_0.w_0",
+    "Relu_quant_QuantizeLinear_Output:0",
+    "~",
+    "s77",
+]
+
+
+@pytest.mark.parametrize("text", SHOWING)
+def test_a_name_that_shows_a_source_path_is_refused_and_scrubbed(text: str) -> None:
+    model = small()
+    model.graph.node[0].name = text
+    assert f"source paths in the name '{text}': '--scrub' leaves them out" in refusal(model)
+    content = graph.scrub(model, 9, {})
+    assert text.encode() not in content
+    check_policy(graph.parse(content, "it"), "it")
+
+
+@pytest.mark.parametrize("text", USUAL)
+def test_a_name_as_exporters_give_it_passes_and_stays(text: str) -> None:
+    model = small()
+    model.graph.node[0].name = text
+    check_policy(model, "it")
+    assert text.encode() in graph.scrub(model, 9, {})
+
+
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_a_source_path_in_a_name_that_clients_use_is_refused_with_what_to_do(place: str) -> None:
+    name = f"{HOME}/alice/secret"
+    model = small(outputs=[name if place == "output" else "y"])
+    if place == "output":
+        model.graph.node[0].output[0] = name
+    else:
+        model.graph.node[0].input[0] = model.graph.input[0].name = name
+    scrubbed = graph.parse(graph.scrub(model, 9, {}), "it")
+    for one in (model, scrubbed):
+        said = refusal(one)
+        assert f"the names of inputs or outputs, {name}: clients use them" in said
+        assert "--scrub" not in said
+
+
+PATH = f"{HOME}/alice/secret-project/train.py:33"
+
+
+def strings(*values: bytes) -> TensorProto:
+    return numpy_helper.from_array(np.array(values, object), "w")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tensors", "said"),
+    [
+        ([], [strings(b"a", PATH.encode())], "a source path in the data of w"),
+        ([], [strings(PATH.encode("utf-16"))], "a source path in the data of w"),
+        ([], [strings(b"\xff\xfe " + PATH.encode())], "a source path in the data of w"),
+        (
+            [],
+            [numpy_helper.from_array(np.frombuffer(PATH.encode(), np.uint8), "w")],
+            "a source path in the data of w",
+        ),
+        (
+            [],
+            [numpy_helper.from_array(np.frombuffer(PATH.encode("utf-16-be"), np.int8), "w")],
+            "a source path in the data of w",
+        ),
+        (
+            [helper.make_node("Constant", [], ["z"], value=strings(PATH.encode()))],
+            [],
+            "a source path in the data of w",
+        ),
+        (
+            [helper.make_node("Constant", [], ["z"], "c", value_string=PATH)],
+            [],
+            "a source path in 'value_string' of Constant c",
+        ),
+        (
+            [helper.make_node("Constant", [], ["z"], "c", value_strings=["a", PATH])],
+            [],
+            "a source path in 'value_strings' of Constant c",
+        ),
+        (
+            [helper.make_node("Gelu", ["y"], ["z"], "g", approximate=PATH)],
+            [],
+            "a source path in 'approximate' of Gelu g",
+        ),
+    ],
+)
+def test_a_source_path_that_the_graph_computes_with_is_refused_and_named(
+    nodes: list[NodeProto], tensors: list[TensorProto], said: str
+) -> None:
+    model = small(nodes=[CAST, *nodes], tensors=tensors)
+    assert said in refusal(model)
+    assert said in refusal(graph.parse(graph.scrub(model, 9, {}), "it"))
+
+
+def test_strings_that_show_no_source_path_pass() -> None:
+    constant = helper.make_node("Constant", [], ["z"], value_strings=["a/b", "model/conv1"])
+    check_policy(small(nodes=[CAST, constant], tensors=[strings(b"\xff/x", b"a")]), "it")
 
 
 def block(inputs: int, outputs: int, kernel: int = 3, groups: int = 1) -> nn.Sequential:

@@ -224,6 +224,42 @@ def ask_for_eight_gigabytes(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("ConstantOfShape", ["huge_shape"], ["huge"]))
 
 
+def import_another_opset(model: onnx.ModelProto) -> None:
+    model.opset_import.append(helper.make_opsetid("", 7))
+
+
+def import_what_no_node_uses(model: onnx.ModelProto) -> None:
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+
+
+def let_a_client_override_a_weight(model: onnx.ModelProto) -> None:
+    weight = model.graph.initializer[0]
+    model.graph.input.append(
+        helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+    )
+
+
+def call_a_node_after_its_source(model: onnx.ModelProto) -> None:
+    model.graph.node[0].name = PATH
+
+
+def keep_a_source_path_in_a_string(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([PATH], object), "origin"))
+
+
+def multiply_large_matrices(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([8000, 8000]), "large"))
+    nodes = [helper.make_node("ConstantOfShape", ["large"], ["product0"])]
+    nodes += [
+        helper.make_node("MatMul", [f"product{i}"] * 2, [f"product{i + 1}"]) for i in range(14)
+    ]
+    model.graph.node.extend(nodes)
+
+
+PATH = "/home" + "/alice/secret-project/train.py:33"
+WORK = "2 images take [0-9,]+ multiply-adds, .* are allowed; MatMul product1 takes most"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "said"),
@@ -234,6 +270,12 @@ def ask_for_eight_gigabytes(model: onnx.ModelProto) -> None:
         (take_floats, "float32|no valid ONNX model"),
         (keep_a_custom_operator, "operators of domain com.example"),
         (ask_for_eight_gigabytes, r"huge \(ConstantOfShape\) takes 8589934592 bytes"),
+        (import_another_opset, "the standard domain imported as 18 and 7"),
+        (import_what_no_node_uses, "imports that no node uses, com.example"),
+        (let_a_client_override_a_weight, "weights that a client may override"),
+        (call_a_node_after_its_source, f"source paths in the name '{PATH}'"),
+        (keep_a_source_path_in_a_string, "a source path in the data of origin"),
+        (multiply_large_matrices, WORK),
     ],
 )
 def test_a_file_that_was_edited_after_export_is_refused(
@@ -287,6 +329,60 @@ def test_data_in_another_file_is_refused_however_it_lies_there(tmp_path: Path, p
         handed_in(path)
     with pytest.raises(CheckFailedError, match="w lies in"):
         handed_in(path, scrub=True)
+
+
+def twice_a_producer(content: bytes) -> bytes:
+    """The file after a name of its producer that the last one hides from who parses it."""
+    hidden = onnx.ModelProto(producer_name=PATH)
+    return hidden.SerializeToString() + content
+
+
+def with_a_field_of_a_later_format(content: bytes) -> bytes:
+    return content + b"\xfa\x7f" + bytes([len(PATH)]) + PATH.encode()
+
+
+@pytest.mark.parametrize("tamper", [twice_a_producer, with_a_field_of_a_later_format])
+def test_bytes_outside_of_the_graph_are_refused_and_scrubbed(
+    tamper: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    model = small()
+    model.producer_name = "sound"
+    path = tmp_path / "model.onnx"
+    path.write_bytes(tamper(model.SerializeToString()))
+    with pytest.raises(CheckFailedError, match="bytes outside of its graph: '--scrub' leaves"):
+        handed_in(path)
+    assert PATH.encode() not in handed_in(path, scrub=True)
+
+
+@pytest.mark.parametrize("key", ["k", PATH])
+def test_metadata_that_shows_a_source_path_is_refused_and_scrubbed(
+    key: str, tmp_path: Path
+) -> None:
+    model = small()
+    model.metadata_props.add(key=key, value=PATH)
+    model.metadata_props.add(key="classes", value="10")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CheckFailedError, match="source paths in metadata"):
+        handed_in(path)
+    content = handed_in(path, scrub=True)
+    assert b"alice" not in content
+    assert b"classes" in content
+
+
+@pytest.mark.slow
+def test_a_given_file_has_its_first_run_in_a_process_of_its_own_and_our_export_has_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[bytes] = []
+    monkeypatch.setattr("pipeline.trial.require_first_run", tried.append)
+    bench.judge(bench.sound)
+    assert not tried
+    bench.judge(bench.sound, is_ours=False)
+    other = edited(bench.sound, flip_the_last_bit_of_a_weight)
+    with pytest.raises(CheckFailedError):
+        bench.judge(other)
+    assert tried == [bench.sound, other]
 
 
 @pytest.mark.slow

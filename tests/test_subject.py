@@ -10,7 +10,8 @@ import networks
 import numpy as np
 import pytest
 import torch
-from conftest import Chain, error_line, link_server_environment
+from conftest import CAST, Chain, error_line, link_server_environment, small
+from onnx import helper, numpy_helper
 from torch import nn
 
 from pipeline import graph
@@ -153,6 +154,20 @@ def test_a_plain_export_with_a_wrong_reshape_is_refused_and_its_rows_can_be_repl
     assert again.exit_code == 3
     assert "10 of 10 rows" in error_line(again)
     assert project.run("package", "--name", "wrong").exit_code == 1
+
+
+def test_a_file_of_work_without_end_is_refused_before_it_is_loaded(project: Chain) -> None:
+    nodes = [
+        helper.make_node("ConstantOfShape", ["n"], ["a0"]),
+        *(helper.make_node("MatMul", [f"a{i}"] * 2, [f"a{i + 1}"]) for i in range(14)),
+    ]
+    large = numpy_helper.from_array(np.array([8000, 8000]), "n")
+    path = project.root / "work.onnx"
+    path.write_bytes(small(nodes=[CAST, *nodes], tensors=[large]).SerializeToString())
+    for scrubbed in ([], ["--scrub"]):
+        result = project.run("validate", "--onnx", str(path), *options(project), *scrubbed)
+        assert result.exit_code == 3
+        assert "MatMul a1 takes most of all nodes, 515,072,000,000" in error_line(result)
 
 
 @pytest.mark.slow
