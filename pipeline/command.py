@@ -27,6 +27,7 @@ from pipeline.paths import (
     data_name,
     is_name,
     model_name,
+    require_printable,
 )
 
 BUG, INTERRUPTED = 70, 130
@@ -311,6 +312,7 @@ prediction_log_option = click.option(
 
 def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
     """The paths of a model; a run is called as its model unless it has a name of its own."""
+    require_printable(settings.root)
     named = name or MODEL_NAMES["mnist"]
     return Paths(settings.root, name=named, run=run or named)
 
