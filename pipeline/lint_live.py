@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import lint_files, tritonserver
+from pipeline import lint_files, triton, tritonserver
 from pipeline.config import ServeConfig
 from pipeline.errors import ServerError
 from pipeline.lint import CONFIG, Linted, in_order
@@ -111,6 +111,8 @@ def _brings_code(model: Model) -> bool:
     """Whether a load might run more than ONNX Runtime: a stranger's code is not run for a trial."""
     message: Any = model.config.message
     if message.model_operations.op_library_filename or message.runtime:
+        return True
+    if triton.commands(model.folder, message):
         return True
     if message.model_repository_agents.agents or lint_files.brought_code(model):
         return True

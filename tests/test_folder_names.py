@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHORT_TRAINING, Chain, error_line, link_server_environment
-from test_serve import HANG_GUARD, assert_nothing_is_left, wait_until
+from test_serve import assert_nothing_is_left, wait_until
 
 from pipeline import serve, server_process, tritonserver
 from pipeline.config import ServeConfig

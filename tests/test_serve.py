@@ -400,7 +400,6 @@ def test_a_server_that_never_becomes_ready_is_gone_with_all_its_processes(
     monkeypatch.setenv("PATH", f"{hanging.parent}:{os.environ['PATH']}")
     result = servable.run("serve", "--detach", "--port", "auto", "--start-seconds", "5")
     assert result.exit_code == 5
-    assert "tritonserver was not ready in 5 s" in error_line(result)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
             variables = (process / "environ").read_bytes()
@@ -547,6 +546,24 @@ def test_a_packaged_file_with_a_flipped_bit_is_not_served(chain: Chain) -> None:
 
 
 @pytest.mark.slow
+def test_a_model_that_would_have_the_server_run_a_command_is_not_served(chain: Chain) -> None:
+    config = chain.paths.packaged / "config.pbtxt"
+    text = config.read_text()
+    ran = chain.root / "ran"
+    config.write_text(text.replace("count: 1", f'count: 1 name: "$(touch {ran})"', 1))
+    for command in (["serve", "--port", "auto"], ["validate", str(chain.paths.repository)]):
+        result = chain.run(*command)
+        assert result.exit_code == 3
+        assert f"'$(touch {ran})'" in error_line(result)
+    config.write_text(text)
+    stub = chain.paths.packaged / "triton_python_backend_stub"
+    stub.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    stub.chmod(0o755)
+    result = chain.run("serve", "--port", "auto")
+    assert result.exit_code == 3
+    assert str(stub) in error_line(result)
+
+
 def test_a_missing_and_a_truncated_model_are_not_served(chain: Chain) -> None:
     model = chain.paths.packaged / "1" / "model.onnx"
     content = model.read_bytes()
