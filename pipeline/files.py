@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -164,8 +165,8 @@ def _refuse_shared(path: Path) -> None:
 def _refuse_open_to_all(path: Path, mode: int) -> None:
     if mode & stat.S_IWOTH:
         raise CheckFailedError(
-            f"{path} can be changed by anybody on this machine: chmod o-w '{path}', after a look "
-            "at what is there"
+            f"{path} can be changed by anybody on this machine: chmod o-w "
+            f"{shlex.quote(str(path))}, after a look at what is there"
         )
 
 

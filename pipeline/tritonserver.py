@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def _in_wheel(paths: Paths) -> Runtime | str:
     if not environment.exists():
         return (
             f"no server environment at {environment}: make .venv-triton (or python3 -m venv "
-            f"{environment} && {python} -m pip install --no-deps -r {REQUIREMENTS})"
+            f"{shlex.quote(str(environment))} && {shlex.quote(str(python))} -m pip install "
+            f"--no-deps -r {shlex.quote(str(REQUIREMENTS))})"
         )
     if not python.exists() or not found:
         lacks = "pytriton" if python.exists() else "bin/python"

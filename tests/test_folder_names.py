@@ -2,19 +2,27 @@
 
 import csv
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from conftest import SHORT_TRAINING, Chain, error_line, link_server_environment
+from test_deploy import packaged
 from test_serve import assert_nothing_is_left, wait_until
 
 from pipeline import serve, server_process, tritonserver
+from pipeline.cli_serve import echo_server
+from pipeline.command import Settings
 from pipeline.config import ServeConfig
+from pipeline.deploy import deploy
 from pipeline.errors import PipelineError
 from pipeline.tritonserver import Runtime
 
@@ -128,6 +136,40 @@ def test_a_path_that_would_garble_a_terminal_is_refused_in_words(tmp_path: Path,
     runtime = Runtime("path", ("true",), {})
     with refused, server_process.launched(runtime, root, ServeConfig(), "id", "key"):
         pass
+
+
+def test_a_deployment_in_a_folder_of_an_odd_name_finds_the_model(tmp_path: Path) -> None:
+    paths = packaged(tmp_path / "it's a $HOME; of ü日本")
+    for kind in ("compose", "kubernetes"):
+        folder = paths.deployment(kind)
+        done = deploy(paths, kind)
+        files = {word for word in shlex.split(done.then) if word.startswith(str(folder))}
+        assert files
+        assert all(Path(file).exists() for file in files)
+    compose = yaml.safe_load((paths.deployment("compose") / "compose.yaml").read_text())
+    source = compose["services"]["triton"]["volumes"][0]["source"].replace("$$", "$")
+    assert (paths.deployment("compose") / source).samefile(paths.packaged)
+    fill = (paths.deployment("kubernetes") / "fill.yaml").read_text()
+    (line,) = re.findall(r"^#   \((cd .*) && kubectl cp handwriting ", fill, re.MULTILINE)
+    assert shlex.split(line) == ["cd", str(paths.repository)]
+
+
+def test_what_serve_and_package_print_can_be_typed_in_a_folder_of_an_odd_name(
+    made: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain = Chain(tmp_path / ODD)
+    shutil.copytree(made.root, chain.root, symlinks=True)
+    next_command = chain.run("package").stdout.splitlines()[-1].removeprefix("next: ")
+    repository = str(chain.paths.repository)
+    assert shlex.split(next_command) == ["pipeline", "validate", repository]
+    fields: dict[str, Any] = dict.fromkeys(serve.Server.__dataclass_fields__, 1)
+    server = serve.Server(**{**fields, "models": {"handwriting": 1}})
+    echo_server(Settings(chain.root), server)
+    (line,) = re.findall("^ask it: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert f"@{chain.paths.packaged}/warmup/digit" in shlex.split(line)
+    chain.paths.repository.chmod(0o777)
+    message = error_line(chain.run("serve"))
+    assert f"chmod o-w {shlex.quote(repository)}, after" in message
 
 
 def test_a_current_folder_that_was_removed_is_an_error_in_a_line(tmp_path: Path) -> None:
