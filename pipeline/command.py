@@ -149,12 +149,26 @@ def common_options() -> list[click.Option]:
     ]
 
 
+def _refuse_empty(command: click.Command, context: click.Context, args: list[str]) -> None:
+    """Raise Click's error for an option or argument whose value is empty, as $UNSET is."""
+    given, _, order = command.make_parser(context).parse_args(list(args))
+    for parameter in order:
+        value = given.get(str(parameter.name))
+        if "" in (value if isinstance(value, list | tuple) else [value]):
+            raise click.BadParameter("the value is empty", context, parameter)
+
+
 class Command(click.Command):
     """A command that accepts the common options after its name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += common_options()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As Click's, without empty values."""
+        _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
 
 
 def _bug(error: Exception) -> NoReturn:
@@ -183,6 +197,11 @@ class Group(click.Group):
         except Exception as error:
             # Click lets through what it does not know: whatever it is, it is ours.
             _bug(error)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As Click's, without empty values."""
+        _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """As Click's, with our errors as Click's."""
@@ -313,7 +332,7 @@ prediction_log_option = click.option(
 def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
     """The paths of a model; a run is called as its model unless it has a name of its own."""
     require_printable(settings.root)
-    named = name or MODEL_NAMES["mnist"]
+    named = MODEL_NAMES["mnist"] if name is None else name
     return Paths(settings.root, name=named, run=run or named)
 
 
