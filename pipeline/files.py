@@ -54,6 +54,15 @@ def remove(path: Path) -> None:
         raise _cannot_write(path, error) from error
 
 
+def clear_temporary(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders that killed writers of `name` left in a folder.
+
+    The caller holds the lock of all who write there.
+    """
+    for left in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+        remove(left)
+
+
 def write_with(path: Path, write: Callable[[Path], object]) -> str:
     """Let `write` fill a temporary file, put it in place of `path`, and return its SHA-256.
 

@@ -17,7 +17,7 @@ from pipeline import triton
 from pipeline.config import ScoreConfig
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor, predict
-from pipeline.files import read_json, remove, write_json, write_with
+from pipeline.files import clear_temporary, read_json, write_json, write_with
 from pipeline.parquet import NO_ID, Rows
 from pipeline.paths import Paths
 from pipeline.prediction import probabilities
@@ -123,8 +123,8 @@ def begin(folder: Folder, record: Mapping[str, Any]) -> None:
 
     Raises PipelineError when the folder holds another job, or anything else.
     """
-    for left in (*folder.path.glob(".*.tmp"), *folder.rejected_folder.glob(".*.tmp")):
-        remove(left)
+    for below in (folder.path, folder.rejected_folder):
+        clear_temporary(below)
     mend = f"choose another --output, or remove {folder.path} to start anew"
     if not folder.job.exists():
         if set(folder.path.iterdir()) - {folder.lock, folder.unpacked}:

@@ -137,7 +137,7 @@ def test_only_files_that_are_whole_count_as_finished(tmp_path: Path) -> None:
 def test_a_job_goes_on_only_with_the_same_source_and_model(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     begin(folder, RECORD)
-    (tmp_path / ".part-000000.parquet.ab.tmp").touch()
+    (tmp_path / ".part-000000.parquet.0123abcd.tmp").touch()
     begin(folder, RECORD)
     assert not list(tmp_path.glob(".*.tmp"))
     with pytest.raises(PipelineError, match="whose digest is f+ and not e+: choose another"):
