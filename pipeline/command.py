@@ -31,6 +31,9 @@ from pipeline.paths import (
 )
 
 BUG, INTERRUPTED = 70, 130
+# A path of the user's that cannot be used as it is.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
+UNUSABLE += (errno.ENAMETOOLONG, errno.ELOOP)
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what of it is somebody's
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
 
@@ -228,13 +231,14 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
         failure = click.ClickException(str(error))
         failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
         raise failure from error
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        if context and context.ensure_object(Settings).debug:
-            traceback.print_exception(error)
-        raise click.ClickException(
-            f"cannot use {error.filename} ({error.strerror}): check its rights and what lies there"
-        ) from error
     except OSError as error:
+        if error.errno in UNUSABLE:
+            if context and context.ensure_object(Settings).debug:
+                traceback.print_exception(error)
+            raise click.ClickException(
+                f"cannot use {error.filename} ({error.strerror}): check its rights and what lies "
+                "there"
+            ) from error
         if error.errno not in FULL:
             raise
         _drop_output()

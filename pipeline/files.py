@@ -81,7 +81,8 @@ def write_with(path: Path, write: Callable[[Path], object]) -> str:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left
+            temporary.unlink(missing_ok=True)
     if sha256(path) != digest:
         raise CorruptError(f"{path} does not read back as it was written: check the disk")
     return digest

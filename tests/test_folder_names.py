@@ -172,6 +172,14 @@ def test_what_serve_and_package_print_can_be_typed_in_a_folder_of_an_odd_name(
     assert f"chmod o-w {shlex.quote(repository)}, after" in message
 
 
+def test_a_path_that_is_too_long_is_an_error_in_a_line(tmp_path: Path) -> None:
+    for folder in ("x" * 300, "/".join(["x" * 200] * 30)):
+        for command in ("status", "stop"):
+            result = Chain(tmp_path / folder).run("serve", command)
+            assert result.exit_code == 1
+            assert "File name too long" in error_line(result)
+
+
 def test_a_current_folder_that_was_removed_is_an_error_in_a_line(tmp_path: Path) -> None:
     code = (
         "import os, sys\nfrom pipeline.cli import main\n"
