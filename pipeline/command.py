@@ -32,8 +32,10 @@ from pipeline.paths import (
 
 BUG, INTERRUPTED = 70, 130
 # A path of the user's that cannot be used as it is.
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
-UNUSABLE += (errno.ENAMETOOLONG, errno.ELOOP)
+UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what of it is somebody's
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
 

@@ -180,7 +180,9 @@ def _hashes(part: Path) -> np.ndarray:
         numbers = ids.to_numpy().astype(np.uint64)
     else:
         numbers = np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids)).astype(np.uint64)
-    return numbers * np.uint64(0x9E3779B97F4A7C15)  # odd, so that the high bits vary as well
+    # Times an odd number, so that the high bits vary as well.
+    mixed: np.ndarray = numbers * np.uint64(0x9E3779B97F4A7C15)
+    return mixed
 
 
 def score_rows(
