@@ -1,5 +1,6 @@
 """The commands that export and package, and the options that name anybody's module."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -214,7 +215,7 @@ def package_command(
             path, digest = package.archive(paths, one, Path(archive) if archive else None)
             lines.append(f"wrote {path} (sha256 {digest})")
             variants[-1] |= {"archive": str(path), "archive_sha256": digest}
-    then = ", ".join(promote) or f"pipeline validate {paths.repository}"
+    then = ", ".join(promote) or f"pipeline validate {shlex.quote(str(paths.repository))}"
     settings.result({**variants[0], "variants": variants}, Lines(*lines), then)
 
 

@@ -1,5 +1,6 @@
 """The commands that report, and that verify on a GPU, and keep what they found as figures."""
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -89,4 +90,5 @@ def gpu_check_command(settings: Settings, signed_off_by: str) -> None:
     render_readme(paths.root / "README.md", paths.figures)
     verified = f"{check.device}: {check.tests} tests, {check.test_accuracy:.2%}"
     text = Lines(verified, f"wrote {paths.gpu}")
-    settings.result(asdict(check), text, f"git commit {paths.gpu} {paths.root / 'README.md'}")
+    files = (str(paths.gpu), str(paths.root / "README.md"))
+    settings.result(asdict(check), text, shlex.join(["git", "commit", *files]))

@@ -1,5 +1,6 @@
 """The commands around a running server."""
 
+import shlex
 import time
 from dataclasses import asdict
 from functools import partial
@@ -103,8 +104,9 @@ def _by_curl(paths: Paths, server: "Server") -> list[str]:
         return []
     size = 4 * len(labels.read_text().splitlines())  # bytes of the answer: a float for each class
     return [
-        f"ask it: curl -s --data-binary @{digit} -H 'Inference-Header-Content-Length: 0' "
-        f"{server.http_url}/v2/models/{paths.name}/infer | tail -c {size} | od -A n -t f4"
+        f"ask it: curl -s --data-binary {shlex.quote(f'@{digit}')} "
+        f"-H 'Inference-Header-Content-Length: 0' {server.http_url}/v2/models/{paths.name}/infer "
+        f"| tail -c {size} | od -A n -t f4"
     ]
 
 

@@ -27,10 +27,16 @@ from pipeline.paths import (
     data_name,
     is_name,
     model_name,
+    require_printable,
 )
 from pipeline.text import Lines, escape
 
 BUG, INTERRUPTED = 70, 130
+# A path of the user's that cannot be used as it is.
+UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what of it is somebody's
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
 
@@ -154,12 +160,26 @@ def common_options() -> list[click.Option]:
     ]
 
 
+def _refuse_empty(command: click.Command, context: click.Context, args: list[str]) -> None:
+    """Raise Click's error for an option or argument whose value is empty, as $UNSET is."""
+    given, _, order = command.make_parser(context).parse_args(list(args))
+    for parameter in order:
+        value = given.get(str(parameter.name))
+        if "" in (value if isinstance(value, list | tuple) else [value]):
+            raise click.BadParameter("the value is empty", context, parameter)
+
+
 class Command(click.Command):
     """A command that accepts the common options after its name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += common_options()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As Click's, without empty values."""
+        _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
 
 
 def _echo_traceback(error: BaseException) -> None:
@@ -194,6 +214,11 @@ class Group(click.Group):
         except Exception as error:
             # Click lets through what it does not know: whatever it is, it is ours.
             _bug(error)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As Click's, without empty values."""
+        _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """As Click's, with our errors as Click's."""
@@ -230,13 +255,14 @@ def _with_exit_codes(call: Callable[[], Any], context: click.Context | None) -> 
         failure = click.ClickException(escape(error))
         failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
         raise failure from error
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        if context and context.ensure_object(Settings).debug:
-            _echo_traceback(error)
-        raise click.ClickException(
-            f"cannot use {error.filename} ({error.strerror}): check its rights and what lies there"
-        ) from error
     except OSError as error:
+        if error.errno in UNUSABLE:
+            if context and context.ensure_object(Settings).debug:
+                _echo_traceback(error)
+            raise click.ClickException(
+                f"cannot use {error.filename} ({error.strerror}): check its rights and what lies "
+                "there"
+            ) from error
         if error.errno not in FULL:
             raise
         _drop_output()
@@ -333,7 +359,8 @@ prediction_log_option = click.option(
 
 def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
     """The paths of a model; a run is called as its model unless it has a name of its own."""
-    named = name or MODEL_NAMES["mnist"]
+    require_printable(settings.root)
+    named = MODEL_NAMES["mnist"] if name is None else name
     return Paths(settings.root, name=named, run=run or named)
 
 

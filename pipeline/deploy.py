@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,8 +82,8 @@ class _Values:
     queue_metric: str
     image: str
     repository: str  # the image without its tag
-    packaged: str  # the model's folder
-    source: str  # the same, seen from the compose file
+    folder: str  # the repository's, for a shell
+    source: str  # the model's folder, seen from the compose file
     arguments: list[str]  # of tritonserver
     models: str  # the repository's folder in the container
     probe: list[str]  # arguments of python3, as JSON
@@ -181,7 +182,7 @@ def _values(
         queue_metric=f"{service.replace('-', '_')}_queue_time_us",
         image=image,
         repository=image.partition(":")[0],
-        packaged=str(paths.packaged),
+        folder=shlex.quote(str(paths.repository)),
         source=_quoted(os.path.relpath(paths.packaged, paths.deployment(kind))),
         arguments=_arguments(paths.name, kind, models),
         models=models,
@@ -270,20 +271,25 @@ def _unreadable(paths: Paths, kind: str) -> str:
         if kind == "compose" and path.stat().st_mode & wanted != wanted:
             return (
                 f"user {USER} in the container cannot read {path}: chmod -R o+rX "
-                f"'{paths.packaged}' '{paths.deployment(kind)}', or set user: to yourself"
+                f"{shlex.join(map(str, (paths.packaged, paths.deployment(kind))))}, or set user: "
+                "to yourself"
             )
     return ""
 
 
 def _then(kind: str, folder: Path, service: str) -> str:
     key = "$(openssl rand -hex 24)"
+
+    def quoted(name: str) -> str:
+        return shlex.quote(str(folder / name))
+
     if kind == "compose":
         return (
-            f"TRITON_ADMIN_KEY={key} docker compose -f {folder / 'compose.yaml'} --profile cpu "
+            f"TRITON_ADMIN_KEY={key} docker compose -f {quoted('compose.yaml')} --profile cpu "
             "up --detach --wait"
         )
     return (
         f"kubectl create secret generic {service}-admin --from-literal=key={key}, "
-        f"{folder / 'fill.yaml'} says how to fill the volume, "
-        f"kubectl apply -f {folder / 'manifests'}"
+        f"{quoted('fill.yaml')} says how to fill the volume, "
+        f"kubectl apply -f {quoted('manifests')}"
     )

@@ -37,7 +37,9 @@ class Reference:
 
     def bounds(self, criterion: Criterion) -> np.ndarray:
         """Compute how far a float32 answer to each row may lie from the reference, float64 (N,)."""
-        return np.minimum(bounds(self.outputs, self.errors, criterion), self.largest_bound)
+        allowed = bounds(self.outputs, self.errors, criterion)
+        capped: np.ndarray = np.minimum(allowed, self.largest_bound)
+        return capped
 
     def changed(self, outputs: np.ndarray) -> np.ndarray:
         """Tell which rows of outputs (N, K) have another class than the reference, bool (N,)."""

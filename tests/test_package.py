@@ -1,6 +1,9 @@
 import json
 import multiprocessing
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -112,6 +115,32 @@ def test_sixteen_packagers_at_once_get_a_version_each(chain: Chain) -> None:
     config = config_of(chain)
     assert {triton.digest(config, str(n)) for n in folders} == {sha256(chain.paths.onnx)}
     assert (triton.selected(config), triton.previous(config)) == ([17], 16)
+
+
+@pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
+def test_what_a_killed_packager_left_is_cleared_by_the_next(chain: Chain, call: str) -> None:
+    code = (
+        f"import os, signal; os.{call} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"from pipeline.cli import main; main(['--root', {str(chain.root)!r}, 'package'])"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], check=False, timeout=HANG_GUARD)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(chain.paths.packaged.rglob(".*.tmp"))
+    (chain.paths.packaged / ".notes.tmp").touch()  # not ours
+    version = chain.record("package")["version"]
+    assert [path.name for path in chain.paths.packaged.rglob(".*.tmp")] == [".notes.tmp"]
+    assert (chain.paths.packaged / str(version) / "manifest.json").exists()
+    assert triton.selected(config_of(chain)) == [version]
+
+
+def test_what_a_killed_packager_left_of_an_archive_is_cleared_by_the_next(chain: Chain) -> None:
+    left = chain.paths.exported / f".handwriting-2.tar.{0:08x}.tmp"
+    others = chain.paths.exported / f".handwriting-3.tar.{0:08x}.tmp"
+    for path in (left, others):
+        path.touch()
+    assert chain.run("package", "--archive").exit_code == 0
+    assert not left.exists()
+    assert others.exists()
 
 
 def test_an_export_that_was_never_validated_is_refused_with_3(chain: Chain) -> None:

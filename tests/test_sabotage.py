@@ -431,7 +431,7 @@ def negate_at(*sizes: int) -> Callable[[onnx.ModelProto], None]:
         }
         for name, value in constants.items():
             model.graph.initializer.append(numpy_helper.from_array(value, name))
-        steps = [
+        steps: list[tuple[str, list[str], str, dict[str, int]]] = [
             ("Shape", [image], "shape", {"start": 0, "end": 1}),
             ("Equal", ["shape", "sizes"], "hits", {}),
             ("Cast", ["hits"], "counted", {"to": TensorProto.FLOAT}),
