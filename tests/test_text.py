@@ -40,6 +40,7 @@ NOT_IN_IT = {
 PACKAGE = REPOSITORY / "pipeline"
 # Where a string may have a line break: it is of a file or of a request, or is looked for in one.
 WITH_LINE_BREAKS = {
+    "graph",  # a pattern
     *("text", "cli", "files", "records", "prediction_log", "reference_profile", "shards"),
     *("subject", "package", "report", "proofs", "speed_table"),
     *("load_http", "lint_ask", "lint_text", "lint_accelerators", "installed", "doctor", "score"),
