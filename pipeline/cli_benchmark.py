@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from pipeline.command import Command, Settings, name_option, paths_of
 from pipeline.paths import Paths
+from pipeline.text import Lines
 
 KINDS = ("train", "infer", "serve", "photos", "unsure", "all")  # all: infer and serve
 SPEED = ("infer", "serve", "all")
@@ -131,9 +132,9 @@ def _measure_training(
     names = [recipe_name.strip() for recipe_name in recipes.split(",")]
     rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
     records = [row.record() for row in rows]
-    text = "\n".join(map(str, rows))
+    text = Lines(*rows)
     if figures:
-        text += f"\nwrote {save_training(paths, records)}"
+        text = Lines(text, f"wrote {save_training(paths, records)}")
         render_readme(paths.root / "README.md", paths.figures)
     settings.result({"what": "train", "rows": records}, text, "pipeline train")
 
@@ -143,9 +144,9 @@ def _measure_unsure(settings: Settings, paths: Paths, figures: bool) -> None:
     from pipeline.unsure import measure_unsure
 
     found = measure_unsure(paths)
-    text = f"{found}\nwrote {paths.unsure}"
+    text = Lines(found, f"wrote {paths.unsure}")
     if figures:
-        text += f"\nwrote {save_benchmark(paths, 'unsure', found.record())}"
+        text = Lines(text, f"wrote {save_benchmark(paths, 'unsure', found.record())}")
         render_readme(paths.root / "README.md", paths.figures)
     settings.result(found.record(), text, "pipeline report")
 
@@ -181,10 +182,10 @@ def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
     record = records[asked.kinds[0]]
     if len(asked.kinds) > 1:
         record = {"what": "all", **records, "rows": [row.record() for row in rows]}
-    lines += [f"against {asked.compare}:\n{one}" for one in compared.values()]
+    lines += [Lines(f"against {asked.compare}:", one) for one in compared.values()]
     if compared:
         record = {**record, "compared": [one.record() for one in compared.values()]}
-    settings.result(record, "\n".join(lines), "pipeline serve")
+    settings.result(record, Lines(*lines), "pipeline serve")
     for one in compared.values():
         comparison.require_no_worse(one)
 
@@ -215,8 +216,8 @@ def _measure_photos(settings: Settings, paths: Paths, short: bool, figures: bool
     from pipeline.report import render_readme, save_benchmark
 
     found = benchmark_photos(paths, SHORT if short else PhotoBenchmark(), settings.say)
-    text = f"{found}\nwrote {paths.photos}"
+    text = Lines(found, f"wrote {paths.photos}")
     if figures:
-        text += f"\nwrote {save_benchmark(paths, 'photos', found.record())}"
+        text = Lines(text, f"wrote {save_benchmark(paths, 'photos', found.record())}")
         render_readme(paths.root / "README.md", paths.figures)
     settings.result(found.record(), text, "pipeline query FILE")

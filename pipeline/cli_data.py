@@ -9,6 +9,7 @@ from click.core import ParameterSource
 from pipeline.command import Group, Settings, dataset_option, paths_of
 from pipeline.datasets import DATASETS, DEFAULT_DATASET
 from pipeline.paths import FOLDER, MODEL_NAMES, model_name
+from pipeline.text import Lines
 
 SHOWN = 20  # labels of a sample
 
@@ -80,7 +81,7 @@ def verify_command(settings: Settings, dataset: str) -> None:
     lines = [f"{digest}  {file}" for file, digest in digests.items()]
     settings.result(
         {"dataset": dataset, "files": digests},
-        "\n".join(lines),
+        Lines(*lines),
         f"pipeline train{_option(dataset)}",
     )
 

@@ -7,6 +7,7 @@ import click
 
 from pipeline.cli_export import named
 from pipeline.command import Command, Settings, name_option, paths_of
+from pipeline.text import Lines
 
 file_type = click.Path(path_type=Path, dir_okay=False)
 
@@ -61,6 +62,6 @@ def drift_command(
     paths = paths_of(settings, name)
     found = watch(paths, log, reference=reference, version=model_version, since=since, last=last)
     settings.result(
-        found.record(), f"{found}\nwrote {paths.drift}", f"pipeline report{named(paths)}"
+        found.record(), Lines(found, f"wrote {paths.drift}"), f"pipeline report{named(paths)}"
     )
     require_none(found)

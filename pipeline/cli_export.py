@@ -1,5 +1,6 @@
 """The commands that export and package, and the options that name anybody's module."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.config import PRECISIONS, PackageConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import MODEL_NAMES, TAKEN, Paths
 from pipeline.targets import dialect, listing, records
+from pipeline.text import Lines
 
 if TYPE_CHECKING:
     from pipeline.sample import Sample
@@ -98,13 +100,13 @@ def export_command(
         paths = paths_of(settings, name, run or name)
         paths = paths if name else replace(paths, name=name_of_run(paths))
         done = export(paths, config, wanted, settings.say)
-    text = "\n".join(
+    wrote = (
         f"wrote {one.path} ({one.size:,} bytes, opset {one.opset}, IR {one.ir_version}, "
         f"sha256 {one.sha256[:12]})"
         for one in done
     )
     record = {**asdict(done[0]), "variants": [asdict(one) for one in done]}
-    settings.result(record, text, f"pipeline validate{named(paths)}")
+    settings.result(record, Lines(*wrote), f"pipeline validate{named(paths)}")
 
 
 def named(paths: Paths) -> str:
@@ -213,8 +215,8 @@ def package_command(
             path, digest = package.archive(paths, one, Path(archive) if archive else None)
             lines.append(f"wrote {path} (sha256 {digest})")
             variants[-1] |= {"archive": str(path), "archive_sha256": digest}
-    then = ", ".join(promote) or f"pipeline validate {paths.repository}"
-    settings.result({**variants[0], "variants": variants}, "\n".join(lines), then)
+    then = ", ".join(promote) or f"pipeline validate {shlex.quote(str(paths.repository))}"
+    settings.result({**variants[0], "variants": variants}, Lines(*lines), then)
 
 
 def _explain(settings: Settings, paths: Paths, config: PackageConfig, profile: str) -> None:

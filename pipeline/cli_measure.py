@@ -1,5 +1,6 @@
 """The commands that report, and that verify on a GPU, and keep what they found as figures."""
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pipeline.command import Command, Settings, name_of_run, name_option, paths_
 from pipeline.errors import PipelineError
 from pipeline.files import read_json
 from pipeline.paths import Paths
+from pipeline.text import Lines
 
 
 @click.command(cls=Command)
@@ -39,7 +41,7 @@ def report_command(
     paths = _reported(paths_of(settings, name, run or name), run, name)
     if table:
         proof = agreement(paths)
-        settings.result(asdict(proof), f"{proof}\nread {paths.agreement}", "pipeline serve")
+        settings.result(asdict(proof), Lines(proof, f"read {paths.agreement}"), "pipeline serve")
         return
     if paths.images.exists() and not run:
         raise PipelineError(
@@ -49,15 +51,15 @@ def report_command(
     from pipeline.page import write_page  # imports torch
 
     page = write_page(paths)
-    record, text = {"run": paths.run, "page": str(paths.page)}, f"wrote {paths.page}"
+    record, lines = {"run": paths.run, "page": str(paths.page)}, [f"wrote {paths.page}"]
     if paths.agreement.exists():
         proof = agreement(paths)
         record |= asdict(proof)
-        text = f"{proof}\nread {paths.agreement}\n{text}"
+        lines = [str(proof), f"read {paths.agreement}", *lines]
     if figures:
-        text += f"\nwrote {save_figures(paths)}"
+        lines.append(f"wrote {save_figures(paths)}")
         render_readme(paths.root / readme, paths.figures)
-    settings.result(record, text, page.then)
+    settings.result(record, Lines(*lines), page.then)
 
 
 def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
@@ -86,5 +88,7 @@ def gpu_check_command(settings: Settings, signed_off_by: str) -> None:
     paths = paths_of(settings)
     check = gpu_check(paths, signed_off_by, settings.say)
     render_readme(paths.root / "README.md", paths.figures)
-    text = f"{check.device}: {check.tests} tests, {check.test_accuracy:.2%}\nwrote {paths.gpu}"
-    settings.result(asdict(check), text, f"git commit {paths.gpu} {paths.root / 'README.md'}")
+    verified = f"{check.device}: {check.tests} tests, {check.test_accuracy:.2%}"
+    text = Lines(verified, f"wrote {paths.gpu}")
+    files = (str(paths.gpu), str(paths.root / "README.md"))
+    settings.result(asdict(check), text, shlex.join(["git", "commit", *files]))

@@ -14,6 +14,7 @@ from pipeline.command import (
     Command,
     Settings,
     UrlType,
+    echo,
     name_option,
     paths_of,
     prediction_log_option,
@@ -156,14 +157,14 @@ def _echo_all(settings: Settings, answers: Iterable["Answer"], show: bool) -> "C
 
 def _echo(settings: Settings, answer: "Answer", show: bool) -> None:
     if answer.error:
-        click.echo(f"Error: {answer.error}", err=True)
+        echo(f"Error: {answer.error}", err=True)
         return
-    click.echo(json.dumps(answer.record()) if settings.json else str(answer))
+    echo(json.dumps(answer.record()) if settings.json else answer)
     if show and answer.image is not None:
         from pipeline.inputs import drawn
 
         encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
-        click.echo(drawn(answer.image, encoding.replace("-", "") == "utf8"))
+        echo(drawn(answer.image, encoding.replace("-", "") == "utf8"))
 
 
 def _standard_input() -> BinaryIO:

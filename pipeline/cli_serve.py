@@ -1,6 +1,6 @@
 """The commands around a running server."""
 
-import sys
+import shlex
 import time
 from dataclasses import asdict
 from functools import partial
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.command import Group, Settings, paths_of
+from pipeline.command import Group, Settings, echo, paths_of
 from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, ServerError
 from pipeline.paths import MODEL_NAMES, Paths
+from pipeline.text import Lines
 
 if TYPE_CHECKING:
     from pipeline.serve import Server
@@ -75,35 +76,38 @@ def echo_server(settings: Settings, server: "Server") -> None:
     """Say where a server answers, without its admin key."""
     record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
     models = ", ".join(f"{name} version {n}" for name, n in server.models.items())
-    text = f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"
-    text += "".join(_ways_to_ask(paths_of(settings, name), server) for name in [*server.models][:1])
-    settings.result(record, text, "pipeline query IMAGE..., pipeline serve stop")
+    lines = [f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"]
+    for name in [*server.models][:1]:
+        lines += _ways_to_ask(paths_of(settings, name), server)
+    settings.result(record, Lines(*lines), "pipeline query IMAGE..., pipeline serve stop")
 
 
-def _ways_to_ask(paths: Paths, server: "Server") -> str:
+def _ways_to_ask(paths: Paths, server: "Server") -> list[str]:
     """How to ask for a model: with a digit by curl if it has one, with a picture from Python."""
     from pipeline import triton
 
-    text, config = _by_curl(paths, server), triton.profile_file(paths.packaged)
+    ways, config = _by_curl(paths, server), triton.profile_file(paths.packaged)
     if not config.exists() or triton.pictures(triton.read(config)) == "arrays":
-        return text
+        return ways
     name = "" if paths.name == MODEL_NAMES["mnist"] else f", '{paths.name}'"
-    return (
-        f'{text}\nor: python -c "from pipeline.client import Client; '
-        f"print(Client('{server.grpc_url}'{name}).classify('IMAGE'))\""
-    )
+    return [
+        *ways,
+        'or: python -c "from pipeline.client import Client; '
+        f"print(Client('{server.grpc_url}'{name}).classify('IMAGE'))\"",
+    ]
 
 
-def _by_curl(paths: Paths, server: "Server") -> str:
+def _by_curl(paths: Paths, server: "Server") -> list[str]:
     """How to ask for a model without anything of ours; nothing where it has no digit."""
     digit, labels = paths.packaged / "warmup" / "digit", paths.packaged / "labels.txt"
     if not (digit.exists() and labels.exists()):
-        return ""
+        return []
     size = 4 * len(labels.read_text().splitlines())  # bytes of the answer: a float for each class
-    return (
-        f"\nask it: curl -s --data-binary @{digit} -H 'Inference-Header-Content-Length: 0' "
-        f"{server.http_url}/v2/models/{paths.name}/infer | tail -c {size} | od -A n -t f4"
-    )
+    return [
+        f"ask it: curl -s --data-binary {shlex.quote(f'@{digit}')} "
+        f"-H 'Inference-Header-Content-Length: 0' {server.http_url}/v2/models/{paths.name}/infer "
+        f"| tail -c {size} | od -A n -t f4"
+    ]
 
 
 @serve.command("status")
@@ -125,8 +129,7 @@ def status_command(settings: Settings, watch: bool) -> None:
             state: object = status(paths)
         except (ServerError, CheckFailedError) as error:  # it may come again
             state = error
-        if sys.stdout.isatty():
-            click.echo("\x1b[H\x1b[2J", nl=False)
+        click.clear()  # of a terminal; else it does nothing
         record = state.record() if isinstance(state, State) else {"error": str(state)}
         settings.result(record, state)
         time.sleep(1.0)
@@ -149,9 +152,9 @@ def logs_command(settings: Settings, lines: int, follow: bool) -> None:
 
     paths = paths_of(settings)
     found = state.logs(paths, lines)
-    settings.result({"lines": found}, "\n".join(found))
+    settings.result({"lines": found}, Lines(*found))
     for line in state.follow(paths) if follow else ():
-        click.echo(line)
+        echo(line)
 
 
 @serve.command("restart")

@@ -11,6 +11,7 @@ from pipeline.command import Command, Settings, dataset_option, paths_of
 from pipeline.paths import MODEL_NAMES, model_name
 from pipeline.recipes import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig
 from pipeline.recipes import recipe as recipe_named
+from pipeline.text import Lines
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,8 +112,9 @@ def train_command(
         if paths.checkpoint.exists():
             settings.say(f"next: pipeline train{options} --resume")
         raise
-    text = (
+    text = Lines(
         f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
-        f"({done.parameters:,} parameters, {done.device})\nwrote {paths.weights}"
+        f"({done.parameters:,} parameters, {done.device})",
+        f"wrote {paths.weights}",
     )
     settings.result(asdict(done), text, f"pipeline export{options}")

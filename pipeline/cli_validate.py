@@ -19,6 +19,7 @@ from pipeline.command import Command, Settings, name_option, paths_of, seconds_t
 from pipeline.config import PRECISIONS
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.paths import Paths
+from pipeline.text import Lines
 
 FEW = 100  # images
 
@@ -172,13 +173,12 @@ def _said(settings: Settings, paths: Paths, proof: "Proof") -> None:
     runs = (
         f"{first.images:,} images and {first.probes} probes at batch sizes "
         f"{', '.join(map(str, first.batch_sizes))} with {' and '.join(map(str, first.threads))} "
-        f"threads, held against the module in float64{whose}"
+        f"threads, a batch of every other size to {first.largest_batch}, held against the module "
+        f"in float64{whose}"
     )
     if first.images < FEW:
         settings.say(f"note: {first.images} images are few, and a proof says no more than they do")
-    text = "\n".join(
-        [*map(str, proof.verdicts), runs, f"wrote {paths.validation} and {paths.card.name}"]
-    )
+    text = Lines(*proof.verdicts, runs, f"wrote {paths.validation} and {paths.card.name}")
     record = {
         "passed": True,
         "sha256": proof.sha256,
@@ -191,9 +191,9 @@ def _said(settings: Settings, paths: Paths, proof: "Proof") -> None:
 def _replayed(settings: Settings, verdicts: Sequence["Verdict"]) -> None:
     wrong = [problem for verdict in verdicts for problem in verdict.problems]
     record = {"passed": not wrong, "variants": [asdict(verdict) for verdict in verdicts]}
-    settings.result(record, "\n".join(map(str, verdicts)))
+    settings.result(record, Lines(*verdicts))
     if wrong:
-        raise CheckFailedError("on these images:\n  " + "\n  ".join(wrong[:10]))
+        raise CheckFailedError(Lines("on these images:", *(f"  {one}" for one in wrong[:10])))
 
 
 def _validate_servers(
@@ -207,7 +207,7 @@ def _validate_servers(
     from pipeline.verify import require_passed, verify
 
     evidence = verify(paths, urls, golden, timeout, file, report=settings.say)
-    settings.result(evidence.record(), f"{evidence}\nwrote {file or paths.replay}")
+    settings.result(evidence.record(), Lines(evidence, f"wrote {file or paths.replay}"))
     require_passed(evidence)
 
 
@@ -215,8 +215,7 @@ def _validate_repository(settings: Settings, paths: Paths, only: str | None) -> 
     from pipeline.prove import prove_repository
 
     tables = prove_repository(paths, report=settings.say, only=only)
-    text = (
-        "\n\n".join(map(str, tables)) + f"\nwrote the tables beside the exports in {paths.exported}"
-    )
+    wrote = f"wrote the tables beside the exports in {paths.exported}"
+    text = Lines(*(Lines(table, "") for table in tables), wrote)
     record = asdict(tables[0]) if len(tables) == 1 else {"models": [asdict(t) for t in tables]}
     settings.result(record, text, "pipeline serve")

@@ -27,11 +27,23 @@ from pipeline.paths import (
     data_name,
     is_name,
     model_name,
+    require_printable,
 )
+from pipeline.text import Lines, escape
 
 BUG, INTERRUPTED = 70, 130
+# A path of the user's that cannot be used as it is.
+UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what of it is somebody's
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
+
+
+def echo(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print `text` with what is foreign in it escaped; only `Lines` have line breaks."""
+    click.echo(escape(text), err=err, nl=nl)
 
 
 @dataclass
@@ -51,7 +63,7 @@ class Settings:
         """A line of progress, on standard error."""
         if not (self.quiet or self.silent):
             self.clear()
-            click.echo(str(line), err=True)
+            echo(line, err=True)
 
     def update(self, line: object) -> None:
         """Progress that the next line replaces; into a file or a pipe, a line now and then."""
@@ -65,7 +77,7 @@ class Settings:
             return
         self.updated = now
         self.clear()
-        click.echo(str(line), err=True, nl=not is_terminal)
+        echo(line, err=True, nl=not is_terminal)
 
     def result(self, record: Mapping[str, Any], text: object, then: str = "") -> None:
         """The result on standard output: one JSON object, or text and what to type next."""
@@ -73,11 +85,11 @@ class Settings:
             return
         self.clear()
         if self.json:
-            click.echo(json.dumps(record, default=str))
+            echo(json.dumps(record, default=str))
             return
-        click.echo(str(text))
+        echo(text)
         if then:
-            click.echo(f"next: {then}")
+            echo(f"next: {then}")
 
     def clear(self) -> None:
         """Take away a line of progress that nothing followed."""
@@ -148,6 +160,15 @@ def common_options() -> list[click.Option]:
     ]
 
 
+def _refuse_empty(command: click.Command, context: click.Context, args: list[str]) -> None:
+    """Raise Click's error for an option or argument whose value is empty, as $UNSET is."""
+    given, _, order = command.make_parser(context).parse_args(list(args))
+    for parameter in order:
+        value = given.get(str(parameter.name))
+        if "" in (value if isinstance(value, list | tuple) else [value]):
+            raise click.BadParameter("the value is empty", context, parameter)
+
+
 class Command(click.Command):
     """A command that accepts the common options after its name."""
 
@@ -155,10 +176,21 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
         self.params += common_options()
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As Click's, without empty values."""
+        _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+
+def _echo_traceback(error: BaseException) -> None:
+    """Print a traceback, indented: a line of an error's message must not look like one of ours."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    echo(Lines(*(f"  {line}" for line in lines)), err=True)
+
 
 def _bug(error: Exception) -> NoReturn:
-    traceback.print_exception(error)
-    click.echo(
+    _echo_traceback(error)
+    echo(
         "This is a bug of ours. Please report it with the lines above, the command, and what "
         "'pipeline --version' prints.",
         err=True,
@@ -183,6 +215,11 @@ class Group(click.Group):
             # Click lets through what it does not know: whatever it is, it is ours.
             _bug(error)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As Click's, without empty values."""
+        _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
+
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """As Click's, with our errors as Click's."""
         context: click.Context = _at_the_edge(
@@ -197,6 +234,16 @@ class Group(click.Group):
 
 def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) -> Any:
     try:
+        return _with_exit_codes(call, context)
+    except click.exceptions.NoArgsIsHelpError:  # its message is our help
+        raise
+    except click.ClickException as error:
+        error.message = escape(error.message)  # type: ignore[misc]  # Click prints it
+        raise
+
+
+def _with_exit_codes(call: Callable[[], Any], context: click.Context | None) -> Any:
+    try:
         return call()
     except PipelineError as error:
         if context:
@@ -204,17 +251,18 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
         if Settings().silent and not isinstance(error, LostError):
             sys.exit(error.exit_code)  # the first process says it
         if context and context.ensure_object(Settings).debug:
-            traceback.print_exception(error)
-        failure = click.ClickException(str(error))
+            _echo_traceback(error)
+        failure = click.ClickException(escape(error))
         failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
         raise failure from error
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        if context and context.ensure_object(Settings).debug:
-            traceback.print_exception(error)
-        raise click.ClickException(
-            f"cannot use {error.filename} ({error.strerror}): check its rights and what lies there"
-        ) from error
     except OSError as error:
+        if error.errno in UNUSABLE:
+            if context and context.ensure_object(Settings).debug:
+                _echo_traceback(error)
+            raise click.ClickException(
+                f"cannot use {error.filename} ({error.strerror}): check its rights and what lies "
+                "there"
+            ) from error
         if error.errno not in FULL:
             raise
         _drop_output()
@@ -231,7 +279,7 @@ def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) 
             ".venv/bin/pipeline"
         ) from error
     except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
 
 
@@ -311,7 +359,8 @@ prediction_log_option = click.option(
 
 def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
     """The paths of a model; a run is called as its model unless it has a name of its own."""
-    named = name or MODEL_NAMES["mnist"]
+    require_printable(settings.root)
+    named = MODEL_NAMES["mnist"] if name is None else name
     return Paths(settings.root, name=named, run=run or named)
 
 

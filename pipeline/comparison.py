@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckFailedError, PipelineError
+from pipeline.text import Lines
 
 YARDSTICKS = ("yardstick", "no-op")  # the first that is there; records of old have the second
 BESIDE = (*YARDSTICKS, "ONNX Runtime")  # rows beside those of the model: they tell nothing of it
@@ -96,7 +97,7 @@ class Comparison:
         for name, rows in (("before", self.only_before), ("now", self.only_after)):
             if rows:
                 told.append(f"only {name}: {', '.join(rows)}")
-        return "\n".join(told)
+        return Lines(*told)
 
 
 def read(file: Path, asked: Sequence[str], name: str) -> dict[str, dict[str, Any]]:

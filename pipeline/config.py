@@ -56,13 +56,18 @@ PRECISIONS = ("fp32", "fp16", "int8")
 class Criterion:
     """When an exported file says what its module says. Set before anything is measured."""
 
-    batch_sizes: tuple[int, ...] = (1, 2, 3, 7, 64, 65, 256)  # 65: one above the packaged largest
+    batch_sizes: tuple[int, ...] = (1, 2, 3, 7, 64, 65, 256)  # of all rows
+    largest_batch: int = 256  # every size up to it is tried on one batch; `package` allows no more
     threads: tuple[int, ...] = (1, 2)
     # The least error that a row is granted: 8 units in the last place of float32, of the row's
     # largest output. Twice that, or twice eager PyTorch's own error, is the row's bound.
     floor: float = 2**-20
     ratio: float = 8.0  # of the largest error to eager PyTorch's, at most
-    # What accuracy a variant may lose against eager float32, as a fraction.
+    # Eager PyTorch's largest error, as a share of the images' median margin. Sound networks are
+    # near a millionth; above this one, float32 does not compute the network.
+    unstable: float = 1e-3
+    ties: int = 5  # images whose class may change in float32, each within its bound of a tie
+    # What accuracy a variant may lose against the reference, as a fraction.
     lost_accuracy: tuple[tuple[str, float], ...] = (("fp16", 0.0002), ("int8", 0.001))
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipeline.files import sha256, write_bytes
 from pipeline.golden import Golden
 from pipeline.paths import Paths
 from pipeline.replay import REPACKAGE, Release, load_release
+from pipeline.text import Lines
 from pipeline.tritonserver import IMAGE, KEY_HEADER, RESTRICTED
 
 KINDS = ("compose", "kubernetes")
@@ -48,10 +50,10 @@ class Deployment:
     then: str
 
     def __str__(self) -> str:
-        wrote = "\n".join(f"wrote {path}" for path in self.files)
         what = f"{self.name} version {self.version}, sha256 {self.sha256[:12]}, {self.image}"
-        warning = f"\n{self.warning}" if self.warning else ""
-        return f"{wrote}\nfor {what}; nothing was packaged{warning}"
+        wrote = (f"wrote {path}" for path in self.files)
+        warning = [self.warning] if self.warning else []
+        return Lines(*wrote, f"for {what}; nothing was packaged", *warning)
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class _Values:
     queue_metric: str
     image: str
     repository: str  # the image without its tag
-    packaged: str  # the model's folder
-    source: str  # the same, seen from the compose file
+    folder: str  # the repository's, for a shell
+    source: str  # the model's folder, seen from the compose file
     arguments: list[str]  # of tritonserver
     models: str  # the repository's folder in the container
     probe: list[str]  # arguments of python3, as JSON
@@ -121,7 +123,7 @@ def deploy(paths: Paths, kind: str, release: str | None = None) -> Deployment:
         values.sha256,
         image,
         tuple(folder / name for name in sorted(contents)),
-        "\n".join(filter(None, (_warning(release), _unreadable(paths, kind)))),
+        Lines(*filter(None, (_warning(release), _unreadable(paths, kind)))),
         _then(kind, folder, values.service),
     )
 
@@ -180,7 +182,7 @@ def _values(
         queue_metric=f"{service.replace('-', '_')}_queue_time_us",
         image=image,
         repository=image.partition(":")[0],
-        packaged=str(paths.packaged),
+        folder=shlex.quote(str(paths.repository)),
         source=_quoted(os.path.relpath(paths.packaged, paths.deployment(kind))),
         arguments=_arguments(paths.name, kind, models),
         models=models,
@@ -269,20 +271,25 @@ def _unreadable(paths: Paths, kind: str) -> str:
         if kind == "compose" and path.stat().st_mode & wanted != wanted:
             return (
                 f"user {USER} in the container cannot read {path}: chmod -R o+rX "
-                f"'{paths.packaged}' '{paths.deployment(kind)}', or set user: to yourself"
+                f"{shlex.join(map(str, (paths.packaged, paths.deployment(kind))))}, or set user: "
+                "to yourself"
             )
     return ""
 
 
 def _then(kind: str, folder: Path, service: str) -> str:
     key = "$(openssl rand -hex 24)"
+
+    def quoted(name: str) -> str:
+        return shlex.quote(str(folder / name))
+
     if kind == "compose":
         return (
-            f"TRITON_ADMIN_KEY={key} docker compose -f {folder / 'compose.yaml'} --profile cpu "
+            f"TRITON_ADMIN_KEY={key} docker compose -f {quoted('compose.yaml')} --profile cpu "
             "up --detach --wait"
         )
     return (
         f"kubectl create secret generic {service}-admin --from-literal=key={key}, "
-        f"{folder / 'fill.yaml'} says how to fill the volume, "
-        f"kubectl apply -f {folder / 'manifests'}"
+        f"{quoted('fill.yaml')} says how to fill the volume, "
+        f"kubectl apply -f {quoted('manifests')}"
     )

@@ -25,6 +25,7 @@ from pipeline.significance import (
     largest_share_shift,
     share_shift,
 )
+from pipeline.text import Lines
 
 LISTED = 3  # other models, or strange classes, that are named
 ARCSINE, SMIRNOV = "arcsine z", "Kolmogorov-Smirnov lambda"
@@ -115,7 +116,7 @@ class Drift:
             f"drift is what lies beyond the allowed by more than chance explains: p below "
             f"{self.alpha:g}"
         )
-        return "\n".join([said, head, *map(str, self.checks), rule, *self._notes()])
+        return Lines(said, head, *self.checks, rule, *self._notes())
 
     def _notes(self) -> list[str]:
         notes = [f"{name}: not checked" for name in self.unchecked]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pipeline.endpoint import Endpoint
 from pipeline.errors import PipelineError, ServerError, SlowError
+from pipeline.text import escape
 
 Kind = Literal[
     "slow",  # no answer before the deadline
@@ -132,8 +133,7 @@ def of_connection(error: BaseException, is_connected: bool) -> Fault:
     if isinstance(error, RemoteDisconnected | IncompleteRead | ConnectionError):
         return Fault("lost", reason, error)
     if isinstance(error, BadStatusLine):
-        said = " ".join("".join(one if one.isprintable() else " " for one in str(reason)).split())
-        return Fault("alien", f"no HTTP, but {said}", error)
+        return Fault("alien", f"no HTTP, but {reason}", error)
     if isinstance(error, HTTPException | ValueError):
         return Fault("alien", reason, error)
     return Fault("lost" if is_connected else "unreached", reason, error)
@@ -235,5 +235,5 @@ def _error_of(body: bytes) -> str:
 
 def _short(text: str) -> str:
     """The text in one line, and not too much of it."""
-    line = " ".join(text.split())
+    line = escape(" ".join(text.split()))
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,6 +54,15 @@ def remove(path: Path) -> None:
         raise _cannot_write(path, error) from error
 
 
+def clear_temporary(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders that killed writers of `name` left in a folder.
+
+    The caller holds the lock of all who write there.
+    """
+    for left in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+        remove(left)
+
+
 def write_with(path: Path, write: Callable[[Path], object]) -> str:
     """Let `write` fill a temporary file, put it in place of `path`, and return its SHA-256.
 
@@ -71,7 +81,8 @@ def write_with(path: Path, write: Callable[[Path], object]) -> str:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left
+            temporary.unlink(missing_ok=True)
     if sha256(path) != digest:
         raise CorruptError(f"{path} does not read back as it was written: check the disk")
     return digest
@@ -164,8 +175,8 @@ def _refuse_shared(path: Path) -> None:
 def _refuse_open_to_all(path: Path, mode: int) -> None:
     if mode & stat.S_IWOTH:
         raise CheckFailedError(
-            f"{path} can be changed by anybody on this machine: chmod o-w '{path}', after a look "
-            "at what is there"
+            f"{path} can be changed by anybody on this machine: chmod o-w "
+            f"{shlex.quote(str(path))}, after a look at what is there"
         )
 
 

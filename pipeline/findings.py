@@ -21,18 +21,16 @@ def write_findings(
     record: Mapping[str, Any],
     rows: np.ndarray,
     held: Held,
-    allowed: np.ndarray,
     verdict: Verdict,
 ) -> None:
     """Write the record of a failed proof with its worst rows, as pictures and as arrays.
 
-    `allowed` (N,) is how far each row may lie from the reference. In a lower precision the rows
-    that changed class come first: errors alone are no fault there.
+    In a lower precision the rows that changed class come first: errors alone are no fault there.
     """
     write_json(paths.failed / paths.validation.name, record)
     if not held.errors.any():
         return  # the file never ran
-    rank = held.errors / allowed
+    rank = held.errors / held.allowed
     if verdict.precision != "fp32":
         rank[[flip.row for flip in verdict.flips]] = np.inf
     worst = np.argsort(-rank, kind="stable")[:WORST]
@@ -48,7 +46,7 @@ def write_findings(
         reference=reference.outputs[worst],
         eager=reference.eager[worst],
         outputs=held.outputs[worst],
-        allowed=allowed[worst],
+        allowed=held.allowed[worst],
     )
     write_bytes(paths.worst, buffer.getvalue())
     for place, row in enumerate(worst, 1):

@@ -25,7 +25,7 @@ SECONDS = 60.0
 MEMORY = 8 * 1024**3
 # Two images, as the policy tells them, then the batches that a server may form, while that goes
 # quickly: a file may do more work at one of them.
-BATCHES = (2, *range(1, 66), 256)
+BATCHES = (2, *range(1, 257))
 QUICK = 3.0  # seconds, loading included
 REFUSED = 3  # the status of the process when ONNX Runtime says no: its words are on standard output
 NUMPY = {

@@ -21,6 +21,7 @@ from pipeline.errors import PipelineError
 from pipeline.files import locked, read_json, sha256
 from pipeline.images import MAX_FILE_BYTES, fit, read_gray
 from pipeline.paths import FOLDER
+from pipeline.text import Lines
 
 # Shape letters: N images.
 
@@ -63,11 +64,13 @@ class _Problems:
     def require_none(self, folder: Path) -> None:
         if not self.count:
             return
-        lines = "".join(f"\n  {problem}" for problem in self.shown)
-        more = f"\n  and {self.count - SHOWN} more" if self.count > SHOWN else ""
+        more = [f"and {self.count - SHOWN} more"] if self.count > SHOWN else []
         raise PipelineError(
-            f"{folder} is no data set yet, mend this and fetch again:{lines}{more}\n"
-            "It must have a folder for each class, with pictures in it; nothing was written"
+            Lines(
+                f"{folder} is no data set yet, mend this and fetch again:",
+                *(f"  {problem}" for problem in (*self.shown, *more)),
+                "It must have a folder for each class, with pictures in it; nothing was written",
+            )
         )
 
 

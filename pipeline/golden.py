@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.errors import CheckFailedError, CorruptError
 from pipeline.evaluate import Predictor, margins, predict
+from pipeline.text import Lines
 
 GOLDEN_IMAGES = 100  # shared out evenly among the classes
 MOST_CLASSES = 50  # that get a share each; of more classes the hardest and the plainest of all
@@ -57,17 +58,25 @@ class Agreement:
 def choose_golden(
     images: np.ndarray, labels: np.ndarray, outputs: np.ndarray, bounds: np.ndarray
 ) -> Golden:
-    """Of each class the plainest images and then the hardest, by the reference's margin.
+    """Choose of each class the plainest images and then the hardest, by the reference's margin.
 
     100 in all, ten a class where there are ten classes. A class with fewer images has them all.
+    Only images whose margin exceeds their bound: of others any class could be right. Raises
+    CheckFailedError when there are none.
     """
     ahead = margins(outputs)
-    present = np.unique(labels)
+    rows = np.flatnonzero(ahead > bounds)
+    if not len(rows):
+        raise CheckFailedError(
+            f"no golden set can be made: each of {len(labels):,} images may be off by more than "
+            "the margin between its classes, so that any answer would pass"
+        )
+    present = np.unique(labels[rows])
     if len(present) > MOST_CLASSES:
-        chosen = _ends(np.arange(len(labels)), ahead, GOLDEN_IMAGES)
+        chosen = _ends(rows, ahead, GOLDEN_IMAGES)
     else:
         share = max(2, GOLDEN_IMAGES // len(present))
-        groups = [_ends(np.flatnonzero(labels == label), ahead, share) for label in present]
+        groups = [_ends(rows[labels[rows] == label], ahead, share) for label in present]
         chosen = np.concatenate(groups)
     return Golden(images[chosen], labels[chosen], outputs[chosen], bounds[chosen])
 
@@ -82,10 +91,10 @@ def _ends(rows: np.ndarray, ahead: np.ndarray, count: int) -> np.ndarray:
 
 
 def compare(golden: Golden, candidate: Predictor, batch_sizes: tuple[int, ...]) -> Agreement:
-    """How far `candidate` lies from the golden set, at each batch size.
+    """Compare `candidate` with the golden set at each batch size.
 
-    A row may be off by its bound, and its class may change only where the reference's margin is
-    below that. A candidate that fails, answers in another shape, or is not finite does not pass.
+    A row may be off by its bound, and no class may change. A candidate that fails, answers in
+    another shape, or is not finite does not pass.
     """
     problems: list[str] = []
     largest, differing = 0.0, 0
@@ -111,9 +120,10 @@ def compare(golden: Golden, candidate: Predictor, batch_sizes: tuple[int, ...]) 
 
 def _judge(golden: Golden, errors: np.ndarray, changed: np.ndarray, size: int) -> list[str]:
     problems = []
-    forbidden = int((changed & (margins(golden.outputs) >= golden.bounds)).sum())
-    if forbidden:
-        problems.append(f"batch size {size}: {forbidden} images change class, none of them may")
+    if changed.any():
+        problems.append(
+            f"batch size {size}: {int(changed.sum())} images change class, none of them may"
+        )
     over = errors / golden.bounds
     if over.max() > 1:
         row = int(over.argmax())
@@ -139,8 +149,8 @@ def require(agreement: Agreement, what: str, mend: str) -> Agreement:
     """`agreement` if it passed; otherwise CheckFailedError with its problems, and how to mend."""
     if agreement.passed:
         return agreement
-    shown = "\n  ".join(agreement.problems[:10])
-    raise CheckFailedError(f"{what}:\n  {shown}\n{mend}")
+    problems = (f"  {problem}" for problem in agreement.problems[:10])
+    raise CheckFailedError(Lines(f"{what}:", *problems, mend))
 
 
 _ARRAYS = tuple(Golden.__dataclass_fields__)
@@ -156,7 +166,8 @@ def pack_golden(golden: Golden) -> bytes:
 def unpack_golden(content: bytes, name: str) -> Golden:
     """The golden set in the bytes of an .npz file.
 
-    Raises CorruptError when it is none; nothing in it is unpickled.
+    Raises CorruptError when it is not one, and CheckFailedError when a row's bound is not below
+    its margin; nothing in it is unpickled.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -169,4 +180,12 @@ def unpack_golden(content: bytes, name: str) -> Golden:
     is_whole = len(images) == len(labels) == len(outputs) == len(bounds) > 0 and outputs.ndim == 2
     if not is_whole or outputs.dtype != np.float64 or not (bounds > 0).all():
         raise CorruptError(f"{name} is no golden set: its arrays do not belong together")
+    loose = ~(margins(outputs) > bounds)
+    if loose.any():
+        row = int(loose.argmax())
+        raise CheckFailedError(
+            f"{name} accepts wrong classes: {int(loose.sum())} of {len(bounds)} images may be off "
+            f"by more than their margin (image {row} by {bounds[row]:.3g} at a margin of "
+            f"{margins(outputs)[row]:.3g}). Run 'pipeline validate' and 'pipeline package' again"
+        )
     return Golden(images, labels, outputs, bounds)

@@ -13,12 +13,13 @@ import torch
 from pipeline.device import choose
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.export import export
-from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.proof import prove_export
+from pipeline.provenance import write_figure
 from pipeline.recipes import RECIPES, TrainConfig
 from pipeline.runs import Summary, run
+from pipeline.text import Lines
 
 LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split
 NAME = "gpu-check"  # of the runs and of the export
@@ -57,7 +58,7 @@ def gpu_check(
     report("training twice: as it is, and compiled")
     plain, compiled = train_twice(paths, "cuda", report)
     check = checked_export(paths, signed_off_by, tests, plain, compiled, report)
-    write_json(paths.gpu, {"command": "make gpu-check", **machine(), **asdict(check)})
+    write_figure("gpu", paths.gpu, {"command": "make gpu-check", **machine(), **asdict(check)})
     return check
 
 
@@ -68,7 +69,9 @@ def run_gpu_tests() -> int:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={result}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise CheckFailedError(f"the tests marked gpu failed:\n{done.stdout[-3000:]}")
+            raise CheckFailedError(
+                Lines("the tests marked gpu failed:", *done.stdout[-3000:].splitlines())
+            )
         return passed(result)
 
 

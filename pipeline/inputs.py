@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.images import MAX_FILE_BYTES, fit, read_gray
+from pipeline.text import Lines
 
 STANDARD_INPUT = "-"
 _GIVE = "'-' takes a picture there, or the names of pictures, one a line"
@@ -163,4 +164,4 @@ def drawn(image: np.ndarray, is_unicode: bool) -> str:
     else:
         marks = " .:-=+*#%@"
         shades = np.rint((upper + lower) / 2 * (len(marks) - 1)).astype(int)
-    return "\n".join("".join(marks[shade] for shade in row).rstrip() for row in shades)
+    return Lines(*("".join(marks[shade] for shade in row).rstrip() for row in shades))

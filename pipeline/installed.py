@@ -15,6 +15,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from pipeline.errors import PipelineError
+from pipeline.text import Lines
 
 DISTRIBUTION = "handwriting-pipeline"
 PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that the packages are built for
@@ -54,7 +55,7 @@ class Examined:
             lines.append(f"{check.level:<8} {check.what:<{width}}  {check.found}")
             if check.mend:
                 lines.append(f"{'':<8} {'':<{width}}  mend: {check.mend}")
-        return "\n".join(lines)
+        return Lines(*lines)
 
 
 def rebuild(setting: str = "") -> str:

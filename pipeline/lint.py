@@ -13,6 +13,7 @@ from pipeline.lint_files import Model
 from pipeline.lint_graph import Graph, read_graph
 from pipeline.lint_text import Config, Finding, read_config
 from pipeline.targets import Target
+from pipeline.text import Lines
 
 CONFIG, PROFILES = "config.pbtxt", "configs"
 # Rules that look at a config, whatever its backend; those that also need its graph are in _graphs.
@@ -65,7 +66,7 @@ class Linted:
         counts = (
             f"{_plural(self.count('error'), 'error')}, {_plural(self.count('warning'), 'warning')}"
         )
-        return "\n".join([*map(str, self.findings), f"{names}: {counts}, {tried}"])
+        return Lines(*self.findings, f"{names}: {counts}, {tried}")
 
 
 def _plural(count: int, word: str) -> str:

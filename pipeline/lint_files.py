@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pipeline import triton
 from pipeline.files import sha256
 from pipeline.lint_graph import Graph
 from pipeline.lint_text import Config, Finding, Level
@@ -177,6 +178,11 @@ def code(model: Model) -> Iterator[Finding]:
         yield model.config.finding(
             "brings-code", "warning", f"model_operations.op_library_filename[{index}]",
             f"makes the server run the code in '{name}'", "remove it, unless you trust it",
+        )  # fmt: skip
+    for what in triton.commands(model.folder, model.config.message):
+        yield model.config.finding(
+            "brings-code", "warning", "instance_group", f"may have the server run {what}",
+            "remove it, unless you trust it", "python_backend src/stub_launcher.cc Launch",
         )  # fmt: skip
 
 

@@ -4,14 +4,13 @@ import contextlib
 import re
 import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import lint_files, tritonserver
+from pipeline import lint_files, triton, tritonserver
 from pipeline.config import ServeConfig
 from pipeline.errors import ServerError
 from pipeline.lint import CONFIG, Linted, in_order
@@ -21,7 +20,8 @@ from pipeline.lint_config import OTHER_BACKENDS
 from pipeline.lint_files import Model
 from pipeline.lint_text import Config, Finding, Level, read_config
 from pipeline.paths import Paths
-from pipeline.serve import POLL_SECONDS, process, with_free_ports
+from pipeline.serve import POLL_SECONDS, with_free_ports
+from pipeline.server_process import launched
 
 LOAD_SECONDS = 30.0  # in which a model loads, or never will
 # What our python-based backend refuses and the native one may not, in its words.
@@ -112,6 +112,8 @@ def _brings_code(model: Model) -> bool:
     message: Any = model.config.message
     if message.model_operations.op_library_filename or message.runtime:
         return True
+    if triton.commands(model.folder, message):
+        return True
     if message.model_repository_agents.agents or lint_files.brought_code(model):
         return True
     if {"EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"} & set(message.parameters):
@@ -173,15 +175,10 @@ def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[Server]
     """A scratch server on `repository` that has loaded nothing yet."""
     config = with_free_ports(ServeConfig())
     server_id, key = f"handwriting-{secrets.token_hex(6)}", secrets.token_urlsafe(24)
-    with tempfile.TemporaryDirectory(prefix=f"{server_id}-") as scratch:
-        backends, log = Path(scratch) / "backends", Path(scratch) / "server.log"
-        if runtime.kind == "wheel":
-            tritonserver.lay_out_backends(runtime, backends)
-        command = tritonserver.command(runtime, repository, config, server_id, key, backends)
-        with process(command, runtime, log, server_id) as child:
-            server = Server(child, log, config.http_port, {tritonserver.KEY_HEADER: key})
-            _await(server, config.start_seconds)
-            yield server
+    with launched(runtime, repository, config, server_id, key) as (child, log):
+        server = Server(child, log, config.http_port, {tritonserver.KEY_HEADER: key})
+        _await(server, config.start_seconds)
+        yield server
 
 
 def _await(server: Server, seconds: float) -> None:

@@ -21,6 +21,7 @@ from pipeline.replay import Release, selected_releases
 from pipeline.serve import Server, running_server, with_free_ports
 from pipeline.served_score import Scored, score_served
 from pipeline.speed_table import table
+from pipeline.text import Lines
 from pipeline.timing import Row, Score, Window, answered, closed_loop, ratio, require_right
 from pipeline.tritonserver import KEY_HEADER
 from pipeline.turns import UNTIL, Until, take_turns
@@ -112,7 +113,7 @@ class Serving:
         ]
 
     def __str__(self) -> str:
-        return "\n".join([table(self.rows), *self.told_ratios()])
+        return Lines(table(self.rows), *self.told_ratios())
 
 
 def cells(name: str) -> list[Cell]:

@@ -10,6 +10,7 @@ from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import (
     check_digest,
     check_manifest,
+    clear_temporary,
     locked,
     new_folder,
     read_json,
@@ -77,18 +78,22 @@ def archive(paths: Paths, done: Packaged, target: Path | None = None) -> tuple[P
     path = target or model.archive(done.version)
     if target and done.precision != "fp32":  # one tar for each model
         path = target.with_stem(f"{target.stem}-{done.precision}")
-    return path, write_tar(model.packaged, done.version, paths.onnx.name, path)
+    with locked(model.lock):
+        if not target:  # where others write as well
+            clear_temporary(path.parent, path.name)
+        return path, write_tar(model.packaged, done.version, paths.onnx.name, path)
 
 
 def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
     """Each file of the export with what goes into its version, all of it checked."""
     manifest = check_manifest(paths.export, EXPORT)
     proven = _require_validation(paths)
-    largest = max(proven[0]["batch_sizes"])
-    if config.max_batch_size >= largest:
+    largest = min(entry.get("largest_batch", 0) for entry in proven)
+    if config.max_batch_size > largest:
         raise PipelineError(
-            f"max-batch-size must be below {largest}, the largest batch that the proof has tried, "
-            f"got {config.max_batch_size}"
+            f"--max-batch-size {config.max_batch_size} is above {largest}, the largest batch that "
+            "was validated: choose a smaller one, or run 'pipeline validate' again if the export "
+            "was validated by an older version"
         )
     return [_load(paths, manifest, entry, config) for entry in proven]
 
@@ -145,6 +150,8 @@ def _add(paths: Paths, load: _Load) -> Packaged:
     model = paths.named(load.name)
     with locked(model.lock):
         refuse_shared(model.repository, [model.packaged] if model.packaged.exists() else [])
+        for folder in (model.packaged, model.packaged / triton.PROFILES, model.packaged / "warmup"):
+            clear_temporary(folder)
         version = next_version(model.packaged)
         old = _fitting(model.packaged / triton.CONFIG, load.message, version)
         is_selected = old is None or serving(model) is None

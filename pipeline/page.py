@@ -3,6 +3,7 @@
 # Shape letters: N images, K classes.
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -129,7 +130,9 @@ def _then(paths: Paths, manifest: Mapping[str, Any] | Note) -> str:
         return f"pipeline validate{_named(paths)}"
     if not paths.packaged.exists():
         return f"pipeline package{_named(paths)}"
-    return "pipeline serve" if paths.agreement.exists() else f"pipeline validate {paths.repository}"
+    if not paths.agreement.exists():
+        return f"pipeline validate {shlex.quote(str(paths.repository))}"
+    return "pipeline serve"
 
 
 def _named(paths: Paths) -> str:

@@ -1,6 +1,7 @@
 """Where each artifact lies: no other module spells a file name."""
 
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 def is_name(value: str) -> bool:
     """Whether a model, a run or a cached data set can be called so."""
     return _NAME.fullmatch(value) is not None
+
+
+def require_printable(path: Path) -> None:
+    """Raise PipelineError if the absolute path has characters that would garble what is printed.
+
+    Those are control characters, line breaks, and bytes that are not UTF-8.
+    """
+    try:
+        name = str(path.absolute())
+    except FileNotFoundError as error:
+        raise PipelineError("the current folder was removed: change to another one") from error
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        raise PipelineError(
+            f"the path {name!a} has control characters or is not UTF-8: rename the folder"
+        )
 
 
 def data_name(dataset: str) -> str:

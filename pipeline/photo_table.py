@@ -17,6 +17,7 @@ from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.photos import HELD_BACK, SCENES, pictures
 from pipeline.runtime import onnx_predictor
+from pipeline.text import Lines
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Photos:
     def __str__(self) -> str:
         head = f"{'condition':20} {'images':>6} {'accuracy':>9} {'confidence':>11} {'ECE':>6}"
         sums = (self.tuned, self.held_back, self.total)
-        return "\n".join([head, *map(str, self.rows), *map(str, sums)])
+        return Lines(head, *self.rows, *sums)
 
 
 def benchmark_photos(

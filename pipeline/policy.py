@@ -156,18 +156,22 @@ def _place(part: Any, field: str, text: str) -> str:
 def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]:
     """Yield what shows a source path and cannot be left out, since the graph computes with it."""
     for tensor in tensors:
-        raw = tensor.raw_data
-        if any(map(_shows_path, tensor.string_data)) or any(mark in raw for mark in MARKS):
-            yield f"a source path in the data of {tensor.name or 'a nameless tensor'}"
+        where = f"in the data of {tensor.name or 'a nameless tensor'}"
+        if paths := [*filter(None, map(_path_in, tensor.string_data))]:
+            yield f"a source path {where}: '{paths[0]}'"
+        elif any(mark in tensor.raw_data for mark in MARKS):
+            yield f"a source path {where}"
     for node in nodes:
         for entry in node.attribute:
-            if any(map(_shows_path, (entry.s, *entry.strings))):
-                yield f"a source path in '{entry.name}' of {node.op_type} {node.name}".rstrip()
+            if paths := [*filter(None, map(_path_in, (entry.s, *entry.strings)))]:
+                where = f"in '{entry.name}' of {node.op_type} {node.name}".rstrip()
+                yield f"a source path {where}: '{paths[0]}'"
 
 
-def _shows_path(content: bytes) -> bool:
-    """Whether bytes show a source path as text, or as UTF-16 or UTF-32."""
-    return bool(SOURCE_PATH.search(content.replace(b"\0", b"").decode(errors="replace")))
+def _path_in(content: bytes) -> str:
+    """Return the text of `content` if it shows a source path, as UTF-16 or UTF-32 too."""
+    text = content.replace(b"\0", b"").decode(errors="replace")
+    return text[:200] if SOURCE_PATH.search(text) else ""
 
 
 def _has_metadata(part: Any) -> bool:

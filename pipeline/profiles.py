@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline import machine, triton
 from pipeline.config import PackageConfig
 from pipeline.files import write_bytes
+from pipeline.text import Lines
 
 # The configs of a packaged model: config.pbtxt, and those that --model-config-name chooses.
 PROFILES = {
@@ -57,11 +58,11 @@ def table(explained: Mapping[str, list[Choice]]) -> str:
     own = {key: [one for one in found if one not in shared] for key, found in explained.items()}
     parts = {"every config below": shared, **own} if len(own) > 1 else explained
     width = max(len(one.field) for found in parts.values() for one in found)
-    return "\n".join(
-        f"{_title(name)}:\n"
-        + "\n".join(f"  {one.field:<{width}}  {one.said}: {one.reason}" for one in found)
-        for name, found in parts.items()
-    )
+    lines = []
+    for name, found in parts.items():
+        lines.append(f"{_title(name)}:")
+        lines += [f"  {one.field:<{width}}  {one.said}: {one.reason}" for one in found]
+    return Lines(*lines)
 
 
 def _in_all(choice: Choice, explained: Mapping[str, list[Choice]]) -> bool:

@@ -132,7 +132,7 @@ def replay(
         raise PipelineError(
             f"the images are {given.dtype} {given.shape[1:]}, the module takes {wanted}"
         )
-    reference = reference_of(subject, sample.images, sample)
+    reference = reference_of(subject, sample.images, sample, criterion)
     return [
         hold(
             precision,
@@ -179,10 +179,11 @@ def _keep(trial: Trial, results: Mapping[str, Result]) -> Proof:
     paths, reference = trial.paths, trial.reference
     manifest = read_json(paths.manifest, EXPORT)
     files, variants = dict(manifest["files"]), []
+    allowed = {precision: _allowed(trial, result.held) for precision, result in results.items()}
+    golden = {precision: _golden(trial, bound) for precision, bound in allowed.items()}
     for precision, result in results.items():
-        allowed = _allowed(trial, precision, result.held)
         path = paths.variant_golden(precision)
-        files[path.name] = write_bytes(path, _golden(trial, allowed))
+        files[path.name] = write_bytes(path, golden[precision])
         profile = profile_export(paths, manifest, precision, trial.rows[: len(reference.labels)])
         norm = paths.variant_profile(precision)
         files[norm.name] = write_bytes(norm, packed(profile))
@@ -195,8 +196,8 @@ def _keep(trial: Trial, results: Mapping[str, Result]) -> Proof:
                 "golden": path.name,
                 "golden_sha256": files[path.name],
                 # How far a served row may lie from eager float32, and how many may change class.
-                "allowed_error": float(allowed.max() + reference.errors.max()),
-                "allowed_flips": int((margins(reference.outputs) < allowed).sum()),
+                "allowed_error": float(allowed[precision].max() + reference.errors.max()),
+                "allowed_flips": result.verdict.flipped + trial.criterion.ties,
             }
         )
     files[paths.evidence.name] = write_bytes(paths.evidence, _evidence(trial, results))
@@ -213,13 +214,14 @@ def _keep(trial: Trial, results: Mapping[str, Result]) -> Proof:
     )
 
 
-def _allowed(trial: Trial, precision: str, held: Held) -> np.ndarray:
-    """How far a served row may lie from the reference, float64 (N,).
+def _allowed(trial: Trial, held: Held) -> np.ndarray:
+    """Compute how far a served row may lie from the reference, float64 (N,).
 
     In lower precision twice its own proven error: other hardware rounds otherwise.
     """
-    known = trial.reference.errors if precision == "fp32" else held.errors
-    return bounds(trial.reference.outputs, known, trial.criterion)
+    if held.precision == "fp32":
+        return held.allowed
+    return bounds(trial.reference.outputs, held.errors, trial.criterion)
 
 
 def _golden(trial: Trial, allowed: np.ndarray) -> bytes:
@@ -238,7 +240,7 @@ def _evidence(trial: Trial, results: Mapping[str, Result]) -> bytes:
     }
     for precision, result in results.items():
         arrays[f"errors_{precision}"] = result.held.errors.astype(np.float32)
-        arrays[f"said_{precision}"] = result.held.said(precision).astype(np.int32)
+        arrays[f"said_{precision}"] = result.held.classes.astype(np.int32)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()

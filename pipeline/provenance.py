@@ -1,10 +1,16 @@
-"""Which sources decide each figure of the README, and which figures are older than theirs."""
+"""The figures that the README quotes: which sources decide each, and whether it is as measured.
 
+A figure has the digest of its sources and of its own content. The second shows a number that was
+changed by mistake; it is no seal, since whoever edits a file can write a new digest as well.
+"""
+
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
-from pipeline.files import read_json, sha256
+from pipeline.errors import CorruptError, PipelineError
+from pipeline.files import read_json, sha256, write_json
 from pipeline.recipes import RECIPES
 
 MEASURE = "measure it with 'make figures'"
@@ -56,11 +62,41 @@ def recipe_digest(recipe: str) -> str:
     return sources_digest("training", RECIPES.get(recipe))
 
 
+def write_figure(name: str, file: Path, record: Mapping[str, Any]) -> None:
+    """Write the measured result `name` with the digest of its sources and of its content.
+
+    Each row of the training table has the digest of its own sources.
+    """
+    figure = dict(record)
+    if name != "training":
+        figure["sources_sha256"] = sources_digest(name)
+    write_json(file, {**figure, "content_sha256": _content_digest(figure)})
+
+
+def read_figure(file: Path) -> dict[str, Any]:
+    """Read a measured result; CorruptError if its content does not match its digest."""
+    figure = read_json(file, MEASURE)
+    recorded, actual = str(figure.get("content_sha256")), _content_digest(figure)
+    if recorded != actual:
+        raise CorruptError(
+            f"{file} does not match the digest of its content (recorded {recorded[:12]}, found "
+            f"{actual[:12]}): a measured number is not edited, measure it again with "
+            f"'{figure.get('command', 'make figures')}'"
+        )
+    return figure
+
+
+def _content_digest(figure: Mapping[str, Any]) -> str:
+    """One SHA-256 over what a figure says, however its file is indented."""
+    content = {k: v for k, v in figure.items() if k not in ("schema", "content_sha256")}
+    return sha256(json.dumps(content).encode())
+
+
 def stale(figures: Path) -> list[str]:
     """The figures, and rows of the training table, that were measured on other sources."""
     found = []
     for path in sorted(figures.glob("*.json")):
-        record = read_json(path, MEASURE)
+        record = read_figure(path)
         if path.stem == "training":
             rows = [row["recipe"] for row in record["rows"] if _is_old_row(row)]
             found += [f"{path.name} ({', '.join(rows)})"] if rows else []

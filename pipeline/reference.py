@@ -1,4 +1,6 @@
-"""A module in float64: what it would say if nothing were rounded."""
+"""A module as the reference: in float64, and asked twice, since a reference must not waver."""
+
+# Shape letters: N rows, B batch, K classes.
 
 import copy
 from collections.abc import Mapping
@@ -10,8 +12,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from pipeline.errors import PipelineError
+from pipeline.config import Criterion
+from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor
+from pipeline.golden import row_errors
+from pipeline.validate import bounds, shifted
+
+BATCH = 64  # images a call
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -64,3 +71,44 @@ def reference_predictor(model: nn.Module) -> Predictor:
         return answers
 
     return predict
+
+
+def steady_answers(
+    predictor: Predictor, rows: np.ndarray, criterion: Criterion, what: str, seed: int = 0
+) -> np.ndarray:
+    """Ask a module about rows (N, ...) twice and return its answers (N, K).
+
+    The batches of either round come in a random order and at random places in memory; the second
+    round runs on another number of threads. Raises CheckFailedError when a row's two answers differ
+    by more than float32 rounds: then the module keeps state, draws random numbers, or depends on
+    how it is run.
+    """
+    starts = range(0, len(rows), BATCH)
+    rng = np.random.default_rng(seed)
+    usual = torch.get_num_threads()
+    rounds = []
+    try:
+        for number in (usual, 1 if usual > 1 else 2):
+            torch.set_num_threads(number)
+            answers: dict[int, np.ndarray] = {}
+            for start in rng.permutation(starts):
+                images = rows[start : start + BATCH]
+                answers[start] = predictor(shifted(images) if rng.random() < 0.5 else images)
+            rounds.append(np.concatenate([answers[start] for start in starts]))
+    finally:
+        torch.set_num_threads(usual)
+    first, second = rounds
+    if not np.isfinite(first).all():
+        return first  # which its caller refuses, with the row
+    apart = row_errors(first, second)
+    wavering = apart > bounds(first, np.zeros(len(rows)), criterion)
+    if wavering.any():
+        row = int(apart.argmax())
+        raise CheckFailedError(
+            f"the module answers a row differently when it is asked again ({what}): "
+            f"{int(wavering.sum()):,} of {len(rows):,} rows, row {row} by {apart[row]:.3g}. Its "
+            "answers must depend on the images alone: not on earlier calls, random numbers, the "
+            "number of threads or the images' address. Call .eval() on it, and keep no state in "
+            "'forward'"
+        )
+    return first

@@ -19,6 +19,7 @@ from pipeline.files import check_digest, check_manifest, read_json, refuse_share
 from pipeline.golden import Agreement, Golden, compare, unpack_golden
 from pipeline.paths import Paths
 from pipeline.query import triton_predictor
+from pipeline.text import Lines
 
 TABLE_BATCH = 64  # images a request in the agreement table
 GOLDEN_BATCHES = (1, 2, 7)  # at which a server is asked the golden set
@@ -56,7 +57,7 @@ class Table:
         digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
         title = f"{self.name} version {self.version}{digest}: {self.images:,} {self.split} images"
         header = f"{'':<24} {'accuracy':>8} {'differing':>9} {'max |diff|':>12} {'images/s':>10}"
-        return "\n".join([title, header, *map(str, self.rows)])
+        return Lines(title, header, *self.rows)
 
 
 def agree(
@@ -190,6 +191,11 @@ def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
         path, model = triton.profile_file(folder, profile), replace(paths, name=folder.name)
         config = triton.read(path)
         _refuse_foreign(folder, config)
+        if found := triton.commands(folder, config):
+            raise CheckFailedError(
+                f"{path} may have the server run {found[0]}: remove it, or rename it "
+                "with letters, digits, '-', '_' and '.' only"
+            )
         versions = triton.selected(config)
         if not versions:
             raise CheckFailedError(f"{path} selects no version: {REPACKAGE}")

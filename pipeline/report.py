@@ -7,10 +7,10 @@ from typing import Any
 
 from pipeline import proofs
 from pipeline.errors import PipelineError
-from pipeline.files import read_json, write_bytes, write_json
+from pipeline.files import read_json, write_bytes
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.provenance import MEASURE, recipe_digest, sources_digest
+from pipeline.provenance import MEASURE, read_figure, recipe_digest, write_figure
 from pipeline.replay import Row, Table
 
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
@@ -28,16 +28,9 @@ def save_figures(paths: Paths) -> Path:
     proof = read_json(paths.agreement, MEASURE)
     training = read_json(paths.summary, MEASURE)
     figure = paths.figures / "agreement.json"
-    record = {
-        **{key: value for key, value in proof.items() if key != "schema"},
-        "command": "make figures",
-        "sources_sha256": sources_digest("agreement"),
-        "training": {
-            key: training[key]
-            for key in ("recipe", "parameters", "test_accuracy", "train_seconds", "device")
-        },
-    }
-    write_json(figure, record)
+    keys = ("recipe", "parameters", "test_accuracy", "train_seconds", "device")
+    quoted = {key: training[key] for key in keys}
+    write_figure("agreement", figure, {**proof, "command": "make figures", "training": quoted})
     return figure
 
 
@@ -46,8 +39,7 @@ def save_benchmark(paths: Paths, what: str, record: dict[str, Any]) -> Path:
     figure = paths.figures / f"{'serving' if what == 'serve' else what}.json"
     name = "" if what == "photos" else f" --name {paths.name}"
     command = f"pipeline benchmark --what {what}{name} --figures"
-    digest = sources_digest(figure.stem)
-    write_json(figure, {**record, "command": command, "sources_sha256": digest})
+    write_figure(figure.stem, figure, {**record, "command": command})
     return figure
 
 
@@ -62,10 +54,14 @@ def save_training(paths: Paths, rows: Sequence[dict[str, Any]]) -> Path:
         for row in rows
     }
     if figure.exists():
-        kept = read_json(figure, MEASURE)["rows"]
+        kept = read_figure(figure)["rows"]
         measured = {row["recipe"]: row for row in kept} | measured
     ordered = sorted(measured.values(), key=lambda row: float(row["share"]))
-    write_json(figure, {"command": "pipeline benchmark --what train --figures", "rows": ordered})
+    write_figure(
+        "training",
+        figure,
+        {"command": "pipeline benchmark --what train --figures", "rows": ordered},
+    )
     return figure
 
 
@@ -139,7 +135,7 @@ def gpu_markdown(figure: dict[str, Any]) -> str:
 def native_markdown(figures: Path) -> str:
     """The README's sentence about Triton's native backend, which stands behind that about GPUs."""
     file = figures / "native.json"
-    figure = read_json(file, "run 'make prove-native' again") if file.exists() else {}
+    figure = read_figure(file) if file.exists() else {}
     if figure.get("passed") is not True or figure.get("runtime") not in ("docker", "path"):
         return NATIVE_NOT_VERIFIED
     servers = figure["servers"]
@@ -223,7 +219,7 @@ def rendered(readme: str, figures: Path) -> str:
         if name in MISSING and not figure.exists():
             text = MISSING[name]
         else:
-            text = RENDERERS[name](read_json(figure, MEASURE))
+            text = RENDERERS[name](read_figure(figure))
         if name == "gpu":
             text = f"{text} {native_markdown(figures)}"
         return f"{match.group(1)}{text}\n{match.group(3)}"

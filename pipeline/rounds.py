@@ -14,12 +14,12 @@ import numpy as np
 
 from pipeline.client import Client
 from pipeline.errors import ServerError
-from pipeline.evaluate import margins
 from pipeline.golden import Golden, row_errors
 
 THREADS = 16  # that ask at once, through one client
-SIZES = (2, 7)  # of batches, beside the largest that the server takes
+SIZES = (2, 7)  # of batches of all images, beside the largest that the server takes
 LARGEST = 256  # images in a batch, whatever the server takes
+SEED = 0  # of the order and the sizes of the concurrent requests
 SMALL = 8  # images in most batches of the concurrent round: many meet in one batch of the server
 PATIENCE = 10  # timeouts that a whole round may take
 WORST = 5  # images that a round names
@@ -78,12 +78,17 @@ def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
     """For each way of asking, the images of each request, by their index below `count`.
 
     `largest` is the most images that the server takes at once; where that is one, nothing is
-    batched. The concurrent requests are shuffled, the same each time.
+    batched. Batches of every size up to it are asked, most sizes once: a model may be wrong at a
+    single one. The concurrent requests are shuffled, the same each time.
     """
     largest = max(1, min(largest, LARGEST))
     single = [np.array([index]) for index in range(count)]
     batched = [rows for size in sorted({*SIZES, largest}) for rows in _chunks(count, size, largest)]
-    rng = np.random.default_rng(0)
+    start = 0
+    for size in sorted({*range(2, largest)} - {*SIZES}):
+        batched.append(np.arange(start, start + size) % count)
+        start += size
+    rng = np.random.default_rng(SEED)
     mixed = [rows for _ in range(2) for rows in _mixed(rng, count, min(SMALL, largest))]
     mixed += [*_mixed(rng, count, largest), *single, *single]
     order = rng.permutation(len(mixed))
@@ -176,7 +181,6 @@ def _judged(mode: str, golden: Golden, answered: Sequence[_Answered], seconds: f
     errors = row_errors(golden.outputs[rows], outputs)
     ratios = errors / golden.bounds[rows]
     changed = outputs.argmax(axis=1) != golden.outputs.argmax(axis=1)[rows]
-    forbidden = changed & (margins(golden.outputs) >= golden.bounds)[rows]
     farthest: dict[int, int] = {}  # of each image the answer that is farthest off
     for answer in np.argsort(-ratios, kind="stable"):
         farthest.setdefault(int(rows[answer]), int(answer))
@@ -194,7 +198,7 @@ def _judged(mode: str, golden: Golden, answered: Sequence[_Answered], seconds: f
         worst=worst,
         versions=tuple(sorted({answer.version for answer in answered})),
         seconds=seconds,
-        problems=misfit or _problems(ratios, forbidden, worst),
+        problems=misfit or _problems(ratios, changed, worst),
     )
 
 
@@ -226,12 +230,10 @@ def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _problems(
-    ratios: np.ndarray, forbidden: np.ndarray, worst: tuple[Worst, ...]
-) -> tuple[str, ...]:
+def _problems(ratios: np.ndarray, changed: np.ndarray, worst: tuple[Worst, ...]) -> tuple[str, ...]:
     problems = []
-    if forbidden.any():
-        problems.append(f"{int(forbidden.sum())} of {len(ratios)} answers are of another class")
+    if changed.any():
+        problems.append(f"{int(changed.sum())} of {len(ratios)} answers are of another class")
     if ratios.max() > 1:
         first = worst[0]
         off = "is not finite" if first.error is None else f"is off by {first.error:.3g}"

@@ -21,10 +21,12 @@ from pipeline.scored import (
     Model,
     begin,
     finished,
+    repeated_ids,
     selected_model,
 )
 from pipeline.scorer import Reader, Scorer
 from pipeline.shards import Cut, Shard, cut
+from pipeline.text import Lines
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Scored:
     scored: int
     rejected: int  # showed no image; _rejected/ says why
     unsure: int  # of those scored
+    repeated: int  # ids that more than one of those scored has
     resumed: int  # that an earlier start of the job had answered
     workers: int  # 0: all was there
     start_seconds: float  # for Ray and the workers' sessions
@@ -47,11 +50,13 @@ class Scored:
 
     def __str__(self) -> str:
         unsure = f", {self.unsure:,} of them not sure" if self.unsure else ""
+        repeated = f", {self.repeated:,} ids repeat" if self.repeated else ""
         there = f"; {self.resumed:,} were there already" if self.resumed else ""
         speed = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
-        return (
+        return Lines(
             f"{self.name} version {self.version} (sha256 {self.digest[:12]}) scored "
-            f"{self.scored:,} of {self.images:,} images{unsure}{there}{speed}\nwrote {self.output}"
+            f"{self.scored:,} of {self.images:,} images{unsure}{repeated}{there}{speed}",
+            f"wrote {self.output}",
         )
 
 
@@ -103,11 +108,13 @@ def score(
             ran = _run(whole, missing, model, folder, config, report)
         remove(folder.unpacked)
         missing, counts = _survey(folder, whole)
-    if missing:
-        raise PipelineError(
-            f"{folder.part(missing[0].index)} is not whole: run the same command again"
-        )
-    return _scored(output, model, ran, before, counts)
+        if missing:
+            raise PipelineError(
+                f"{folder.part(missing[0].index)} is not whole: run the same command again"
+            )
+        parts = [shard.index for shard in whole.shards]
+        repeated = repeated_ids(folder, parts, counts.scored)
+    return _scored(output, model, ran, before, counts, repeated)
 
 
 def _refuse_inside(output: Path, source: Path) -> None:
@@ -129,7 +136,9 @@ class _Run:
     last: float = 0.0  # when the last one ended
 
 
-def _scored(output: Path, model: Model, ran: _Run, before: Counts, counts: Counts) -> Scored:
+def _scored(
+    output: Path, model: Model, ran: _Run, before: Counts, counts: Counts, repeated: int
+) -> Scored:
     seconds = ran.last - ran.first
     return Scored(
         output=str(output),
@@ -137,6 +146,7 @@ def _scored(output: Path, model: Model, ran: _Run, before: Counts, counts: Count
         scored=counts.scored,
         rejected=counts.rejected,
         unsure=counts.unsure,
+        repeated=repeated,
         resumed=before.images,
         workers=ran.workers,
         start_seconds=round(ran.first - ran.begun, 3) if seconds else 0.0,

@@ -4,7 +4,7 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pipeline import triton
 from pipeline.config import ScoreConfig
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor, predict
-from pipeline.files import read_json, remove, write_json, write_with
+from pipeline.files import clear_temporary, read_json, write_json, write_with
 from pipeline.parquet import NO_ID, Rows
 from pipeline.paths import Paths
 from pipeline.prediction import probabilities
@@ -25,6 +25,7 @@ from pipeline.replay import REPACKAGE
 from pipeline.versions import checked
 
 COUNTS = ("rejected", "unsure")  # in the metadata of a file of answers
+HASHES_AT_ONCE = 2**24  # of ids, in memory: 128 MiB
 REJECTED = pa.schema([("id", pa.string()), ("reason", pa.string())])
 
 
@@ -123,8 +124,8 @@ def begin(folder: Folder, record: Mapping[str, Any]) -> None:
 
     Raises PipelineError when the folder holds another job, or anything else.
     """
-    for left in (*folder.path.glob(".*.tmp"), *folder.rejected_folder.glob(".*.tmp")):
-        remove(left)
+    for below in (folder.path, folder.rejected_folder):
+        clear_temporary(below)
     mend = f"choose another --output, or remove {folder.path} to start anew"
     if not folder.job.exists():
         if set(folder.path.iterdir()) - {folder.lock, folder.unpacked}:
@@ -151,6 +152,37 @@ def finished(folder: Folder, index: int, rows: int) -> Counts | None:
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):
         return None
     return counts if counts.images == rows else None
+
+
+def repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
+    """Count the ids that more than one of the `rows` answers in these parts has, by 64-bit hashes.
+
+    Many answers are read several times, each time for another share of the ids, so that the memory
+    stays bounded.
+    """
+    repeated, passes = 0, -(-rows // HASHES_AT_ONCE)
+    for turn in range(passes):
+        shares = [np.zeros(0, np.uint64)]
+        for index in parts:
+            hashes = _hashes(folder.part(index))
+            shares.append(hashes[(hashes >> np.uint64(40)) % np.uint64(passes) == turn])
+        hashes = np.sort(np.concatenate(shares))
+        same = np.append(hashes[1:] == hashes[:-1], False)
+        repeated += int(np.count_nonzero(same[:-1] & ~same[1:]))  # where the equal ones end
+    return repeated
+
+
+def _hashes(part: Path) -> np.ndarray:
+    """A number (N,) for each id of a part; a whole number has one of its own."""
+    with pq.ParquetFile(part) as file:
+        ids = file.read(["id"])["id"]
+    if pa.types.is_integer(ids.type):
+        numbers = ids.to_numpy().astype(np.uint64)
+    else:
+        numbers = np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids)).astype(np.uint64)
+    # Times an odd number, so that the high bits vary as well.
+    mixed: np.ndarray = numbers * np.uint64(0x9E3779B97F4A7C15)
+    return mixed
 
 
 def score_rows(

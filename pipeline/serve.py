@@ -6,7 +6,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from pipeline.running import start_time as start_time
 from pipeline.server_process import END_SECONDS as END_SECONDS
 from pipeline.server_process import clear as clear
 from pipeline.server_process import dead_children as dead_children
-from pipeline.server_process import process as process
+from pipeline.server_process import launched
 from pipeline.server_process import processes_of as processes_of
 
 POLL_SECONDS = 0.05
@@ -95,47 +94,41 @@ def running_server(
     _require_free(config)
     server_id = f"handwriting-{secrets.token_hex(6)}"
     key = secrets.token_urlsafe(24)
-    with tempfile.TemporaryDirectory(prefix=f"{server_id}-") as scratch:
-        backends, log = Path(scratch) / "backends", paths.server_log
-        if runtime.kind == "wheel":
-            tritonserver.lay_out_backends(runtime, backends)
-        if not is_recorded:
-            log = Path(scratch) / log.name
-        command = tritonserver.command(runtime, paths.repository, config, server_id, key, backends)
-        report(f"starting {runtime}")
-        start = log.stat().st_size if log.exists() else 0
-        with process(command, runtime, log, server_id) as child:
-            server = Server(
-                id=server_id,
-                pid=child.pid,
-                start_time=start_time(child.pid) or 0,
-                supervisor_pid=os.getpid(),
-                supervisor_start_time=start_time(os.getpid()) or 0,
-                http_port=config.http_port,
-                grpc_port=config.grpc_port,
-                metrics_port=config.metrics_port,
-                admin_key=key,
-                runtime=runtime.kind,
-                profile=config.profile,
-                models={name: release.version for name, release in releases.items()},
-                is_ready=False,
-                ready_at=0.0,
-                restarts=restarts,
-                why=why,
-                root=root(paths),
-            )
-            if is_recorded:
-                write_record(paths, server)
-            # Without a record, nobody knows where to ask.
-            unproven = digests - (proven or set()) if is_recorded else set()
-            at = Log(log, start)
-            await_ready(paths, server, child, releases, unproven, at, config.start_seconds)
-            if proven is not None:
-                proven |= digests
-            server = replace(server, is_ready=True, ready_at=time.time())
-            if is_recorded:
-                write_record(paths, server)
-            yield server, child
+    log = paths.server_log if is_recorded else None
+    start = log.stat().st_size if log and log.exists() else 0
+    report(f"starting {runtime}")
+    with launched(runtime, paths.repository, config, server_id, key, log) as (child, log_file):
+        server = Server(
+            id=server_id,
+            pid=child.pid,
+            start_time=start_time(child.pid) or 0,
+            supervisor_pid=os.getpid(),
+            supervisor_start_time=start_time(os.getpid()) or 0,
+            http_port=config.http_port,
+            grpc_port=config.grpc_port,
+            metrics_port=config.metrics_port,
+            admin_key=key,
+            runtime=runtime.kind,
+            profile=config.profile,
+            models={name: release.version for name, release in releases.items()},
+            is_ready=False,
+            ready_at=0.0,
+            restarts=restarts,
+            why=why,
+            root=root(paths),
+        )
+        if is_recorded:
+            write_record(paths, server)
+        # Without a record, nobody knows where to ask.
+        unproven = digests - (proven or set()) if is_recorded else set()
+        at = Log(log_file, start)
+        await_ready(paths, server, child, releases, unproven, at, config.start_seconds)
+        if proven is not None:
+            proven |= digests
+        server = replace(server, is_ready=True, ready_at=time.time())
+        if is_recorded:
+            write_record(paths, server)
+        yield server, child
 
 
 @dataclass(frozen=True)

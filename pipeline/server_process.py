@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import tritonserver
+from pipeline.config import ServeConfig
+from pipeline.paths import require_printable
 from pipeline.running import start_time
 
 POLL_SECONDS = 0.05
@@ -19,9 +21,13 @@ KILL_SECONDS = 5.0  # in which a killed process is gone
 END_SECONDS = tritonserver.EXIT_SECONDS + 2.0  # in which a server ends that has nothing to do
 
 
+# In the environment of all of a server's processes, whatever they are called.
+MARK = "PIPELINE_SERVER_ID"
+
+
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, unless somebody listens to it already."""
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, unless there is a handler for it already."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -34,16 +40,42 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def launched(
+    runtime: tritonserver.Runtime,
+    repository: Path,
+    config: ServeConfig,
+    server_id: str,
+    admin_key: str,
+    log: Path | None = None,
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Start a tritonserver on `repository`; the process and its log, all gone after the block.
+
+    Without `log`, the log is in the server's temporary folder.
+    """
+    require_printable(repository)
+    parent = tritonserver.scratch_parent()
+    with tempfile.TemporaryDirectory(prefix=f"{server_id}-", dir=parent) as folder:
+        scratch = Path(folder)
+        log, backends = log or scratch / "server.log", scratch / "backends"
+        runtime, shown = tritonserver.plain_paths(runtime, repository, scratch)
+        if runtime.kind == "wheel":
+            tritonserver.lay_out_backends(runtime, backends)
+        command = tritonserver.command(runtime, shown, config, server_id, admin_key, backends)
+        with process(command, runtime, log, server_id) as child:
+            yield child, log
+
+
+@contextlib.contextmanager
 def process(
     command: list[str], runtime: tritonserver.Runtime, log: Path, server_id: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The server's process in a group of its own, which ends with the block."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with _ended_by_sigterm():
+    with ended_by_sigterm():
         with log.open("ab") as output:
             child = subprocess.Popen(
                 command,
-                env=tritonserver.environment(runtime),
+                env={**tritonserver.environment(runtime), MARK: server_id},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -60,13 +92,11 @@ def process(
 
 
 def processes_of(server_id: str) -> list[int]:
-    """The server's processes that still run: tritonserver, its stubs, or a container's command."""
-    stub = f"{tempfile.gettempdir()}/{server_id}-"
-    found = []
+    """Return the server's living processes: tritonserver, its stubs, or a container's command."""
+    mark, found = f"{MARK}={server_id}".encode(), []
     for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended while we looked, or is somebody else's
-            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            if arguments[0].startswith(stub) or f"--id={server_id}" in arguments:
+        with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
     return [pid for pid in found if start_time(pid) is not None]
 
@@ -96,5 +126,5 @@ def clear(server_id: str, runtime: str) -> None:
     # Only now: a process that still ran could make another.
     for region in Path("/dev/shm").glob(f"{server_id}*"):
         region.unlink(missing_ok=True)
-    for scratch in Path(tempfile.gettempdir()).glob(f"{server_id}-*"):
+    for scratch in tritonserver.scratch_parent().glob(f"{server_id}-*"):
         shutil.rmtree(scratch, ignore_errors=True)

@@ -6,6 +6,7 @@ import ast
 import gzip
 import math
 import os
+import shlex
 import shutil
 import struct
 import zlib
@@ -226,8 +227,8 @@ def _idx_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
     head = file.read(4)
     if head[:3] != _IDX or not head[3:]:
         raise PipelineError(
-            f"{path} is none of the formats that can be scored: give {KINDS}. For one picture, "
-            f"'pipeline query {path}'"
+            f"{path} is none of the formats that can be scored: give {KINDS}. For one picture: "
+            f"pipeline query {shlex.quote(str(path))}"
         )
     content = file.read(4 * head[3])
     if len(content) != 4 * head[3] or not content:

@@ -19,6 +19,7 @@ from pipeline.data import cached, fetch_command, find_dataset
 from pipeline.datasets import DataFile, Dataset
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import locked, sha256, write_bytes
+from pipeline.text import Lines
 
 CONNECT_SECONDS = 5.0  # a mirror that has not answered by then is dead
 STALL_SECONDS = 8.0  # in each such stretch of a download ...
@@ -109,11 +110,11 @@ def _reason(error: OSError) -> str:
 
 def _explain(dataset: str, missing: list[DataFile], failures: list[str]) -> str:
     names = ", ".join(file.name for file in missing)
-    tried = "".join(f"\n  {failure}" for failure in failures or ["no source is known"])
-    return (
-        f"cannot get {names} of {dataset}:{tried}\n"
+    return Lines(
+        f"cannot get {names} of {dataset}:",
+        *(f"  {failure}" for failure in failures or ["no source is known"]),
         "Put these files, raw or .gz, into a folder DIR and "
-        f"{fetch_command(dataset, '--from DIR')}, or set HANDWRITING_DATA_DIR to it"
+        f"{fetch_command(dataset, '--from DIR')}, or set HANDWRITING_DATA_DIR to it",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import PipelineError
+from pipeline.text import Lines
 from pipeline.timing import LAST, PERCENTILES, WITHIN, Row
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
@@ -25,7 +26,7 @@ def table(rows: Sequence[Row]) -> str:
     """All rows, what the server says of its part, and what to know before one believes them."""
     served = [f"{_asked(row)} {_split(row)}" for row in rows if row.split()]
     lines = [HEADER, *map(line, rows), *([SPLIT, *served] if served else []), *_remarks(rows)]
-    return "\n".join(lines)
+    return Lines(*lines)
 
 
 def line(row: Row) -> str:

@@ -15,6 +15,7 @@ from pipeline.metrics import Load
 from pipeline.paths import Paths
 from pipeline.replay import Release, load_release, replay_golden, served_version
 from pipeline.serve import POLL_SECONDS, Server, is_alive, recorded
+from pipeline.text import Lines
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class State:
                 f"{load.failures:>8,} {batch:>10} {_ms(load.p50_us):>9} {_ms(load.p99_us):>9}"
             )
         lines.append("right on its golden sets, over HTTP and gRPC just now")
-        return "\n".join(lines)
+        return Lines(*lines)
 
 
 def _ms(microseconds: float | None) -> str:
@@ -131,7 +132,7 @@ def living(paths: Paths) -> Server:
     if server is None:
         said = last_words(paths)
         ended = f"; the last one ended with: {said}" if said else ": 'pipeline serve' starts one"
-        raise ServerError(f"no server of ours is running{ended}")
+        raise ServerError(Lines(*f"no server of ours is running{ended}".split("\n")))
     is_watched = is_alive(server.supervisor_pid, server.supervisor_start_time)
     if not is_alive(server.pid, server.start_time):
         now = (
@@ -156,7 +157,7 @@ def last_words(paths: Paths) -> str:
     found = re.search(
         r"^Error: (.*)", paths.supervisor_log.read_text(errors="replace"), re.DOTALL | re.MULTILINE
     )
-    return found[1].strip() if found else ""
+    return Lines(*found[1].strip().split("\n")) if found else ""
 
 
 def logs(paths: Paths, count: int) -> list[str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
@@ -21,9 +22,11 @@ from pipeline.serve import (
     clear,
     drain,
     is_alive,
+    processes_of,
     recorded,
     running_server,
 )
+from pipeline.server_process import ended_by_sigterm
 from pipeline.state import last_words
 from pipeline.tritonserver import ports
 from pipeline.watch import Canary, pause_after, watch
@@ -75,7 +78,7 @@ def serve(
     """
     asked = _Asked()
     taken = "another 'pipeline serve' runs here: stop it with 'pipeline serve stop'"
-    with locked(paths.exported / ".supervisor.lock", taken), asked.heard():
+    with locked(_lock(paths), taken), asked.heard():
         refuse_second(paths)
         remove(paths.server_log)
         try:
@@ -164,12 +167,12 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
 
     Raises what that command failed with.
     """
-    with locked(paths.exported / ".serve.lock"):
+    with ended_by_sigterm(), locked(paths.exported / ".serve.lock"):
         refuse_second(paths)
         pid = _spawn(paths, config)
         try:
             return _await_ready(paths, config, pid)
-        except BaseException:  # Ctrl-C too: what is not ready is not left behind
+        except BaseException:  # Ctrl-C and SIGTERM too: what is not ready is not left behind
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGTERM)
                 os.waitpid(pid, 0)
@@ -212,12 +215,34 @@ def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
         time.sleep(POLL_SECONDS)
 
 
+def _lock(paths: Paths) -> Path:
+    """Return the file that a supervisor holds locked as long as it lives."""
+    return paths.exported / ".supervisor.lock"
+
+
+def _is_supervised(paths: Paths, server: Server) -> bool:
+    """Whether the recorded supervisor runs: that very process, which also has our lock open.
+
+    A pid and a start time alone may be another process's, after a restart of the machine say, and
+    what they name here is sent signals.
+    """
+    pid = server.supervisor_pid
+    if not is_alive(pid, server.supervisor_start_time):
+        return False
+    with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
+        for opened in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if opened.samefile(_lock(paths)):
+                    return True
+    return False
+
+
 def refuse_second(paths: Paths) -> None:
     """Raise PipelineError when our server runs already; clear what a dead one left."""
     server = recorded(paths)
     if server is None:
         return
-    if is_alive(server.supervisor_pid, server.supervisor_start_time):
+    if _is_supervised(paths, server):
         raise PipelineError(
             f"a server runs already (pid {server.pid}, {server.http_url}): "
             "stop it with 'pipeline serve stop'"
@@ -238,7 +263,7 @@ def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Se
     repository: then the server goes on as it is.
     """
     before = recorded(paths)
-    if before is None or not is_alive(before.supervisor_pid, before.supervisor_start_time):
+    if before is None or not _is_supervised(paths, before):
         raise ServerError("no server of ours is running: 'pipeline serve' starts one")
     # What it would not start with is no reason to stop what runs.
     selected_releases(paths, before.profile)
@@ -249,19 +274,10 @@ def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Se
         now = recorded(paths)
         if now and now.id != before.id and now.is_ready:
             return now
-        if not is_alive(before.supervisor_pid, before.supervisor_start_time):
+        if not _is_supervised(paths, before):
             raise ServerError(last_words(paths) or "the server ended instead of starting anew")
         time.sleep(POLL_SECONDS)
     raise ServerError(f"the server did not come back in {seconds:g} s: 'pipeline serve logs'")
-
-
-def _await_end(pid: int, started: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while is_alive(pid, started):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
 
 
 def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
@@ -269,13 +285,16 @@ def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
     server = recorded(paths)
     if server is None:
         raise ServerError("no server of ours is running")
-    if is_alive(server.supervisor_pid, server.supervisor_start_time):
-        os.kill(server.supervisor_pid, signal.SIGTERM)
-        if not _await_end(server.supervisor_pid, server.supervisor_start_time, seconds):
+    if not _is_supervised(paths, server):
+        was_alive = server.pid in processes_of(server.id)
+        clear_dead(paths, server)
+        return f"cleared a {'server without supervisor' if was_alive else 'dead server'}"
+    os.kill(server.supervisor_pid, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while is_alive(server.supervisor_pid, server.supervisor_start_time):
+        if time.monotonic() > deadline:
             os.kill(server.supervisor_pid, signal.SIGKILL)
             clear_dead(paths, server)
             return f"killed the server (pid {server.pid}): it did not stop in {seconds:g} s"
-        return f"stopped the server (pid {server.pid})"
-    was_alive = is_alive(server.pid, server.start_time)
-    clear_dead(paths, server)
-    return f"cleared a {'server without supervisor' if was_alive else 'dead server'}"
+        time.sleep(POLL_SECONDS)
+    return f"stopped the server (pid {server.pid})"

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.config import ExportConfig
 from pipeline.errors import PipelineError
+from pipeline.text import Lines
 
 
 @dataclass(frozen=True)
@@ -141,4 +142,4 @@ def listing() -> str:
     lines.append(
         f"Without a target: opset {default.opset}, IR {default.ir_version}, which all of them load."
     )
-    return "\n".join(lines)
+    return Lines(*lines)

@@ -13,7 +13,7 @@ from pipeline.config import Criterion
 from pipeline.departures import between, from_weights
 from pipeline.diagnose import diagnose
 from pipeline.errors import CheckFailedError
-from pipeline.evaluate import Predictor, margins, predict
+from pipeline.evaluate import Predictor, margins
 from pipeline.export import versions
 from pipeline.files import remove, sha256
 from pipeline.findings import replay_command, write_findings
@@ -21,13 +21,13 @@ from pipeline.first_run import require_first_run
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
 from pipeline.probes import probe_images, refusals
-from pipeline.reference import reference_predictor
+from pipeline.reference import reference_predictor, steady_answers
 from pipeline.runtime import onnx_predictor
 from pipeline.sample import Sample
 from pipeline.subject import Subject
-from pipeline.validate import Held, Reference, Verdict, bounds, hold
+from pipeline.text import Lines
+from pipeline.validate import Held, Reference, Verdict, hold, require_stable
 
-REFERENCE_BATCH = 64
 Say = Callable[[str], None]
 
 
@@ -67,7 +67,7 @@ def trial_of(
     """The trial of an export's files: its module has answered every image and probe."""
     rows = np.concatenate([sample.images, probe_images(sample.images)])
     report(f"the module in float64 on {len(rows):,} images")
-    reference = reference_of(subject, rows, sample)
+    reference = reference_of(subject, rows, sample, criterion)
     for outputs, what in ((reference.outputs, "in float64"), (reference.eager, "in float32")):
         if not np.isfinite(outputs).all():
             row = int(np.flatnonzero(~np.isfinite(outputs).all(axis=1))[0])
@@ -75,14 +75,20 @@ def trial_of(
                 f"the module itself answers row {row} with values that are not finite {what}: "
                 "nothing can be proven of it"
             )
+    reference = require_stable(reference, criterion)
     return Trial(paths, subject, rows, reference, criterion, provider, report, options)
 
 
-def reference_of(subject: Subject, rows: np.ndarray, sample: Sample) -> Reference:
-    """What the module says of rows (N, ...), in float64 and in eager float32."""
-    outputs = predict(reference_predictor(subject.model), rows, REFERENCE_BATCH)
-    # In the same batches: a module that mixes its rows must not widen its own bounds by it.
-    eager = predict(eager_predictor(subject.model), rows, REFERENCE_BATCH)
+def reference_of(
+    subject: Subject, rows: np.ndarray, sample: Sample, criterion: Criterion
+) -> Reference:
+    """Ask the module about rows (N, ...) in float64 and in eager float32, twice each.
+
+    In the same batches: a module that mixes its rows must not widen its own bounds by it.
+    """
+    double, single = reference_predictor(subject.model), eager_predictor(subject.model)
+    outputs = steady_answers(double, rows, criterion, "in float64")
+    eager = steady_answers(single, rows, criterion, "in float32")
     if sample.labels is not None:
         return Reference(outputs, eager, sample.labels)
     return Reference(outputs, eager, outputs[: len(sample.images)].argmax(axis=1), False)
@@ -147,14 +153,16 @@ def _weights(trial: Trial) -> dict[str, np.ndarray]:
 def _fail(trial: Trial, verdict: Verdict, held: Held) -> None:
     paths = trial.paths
     remove(paths.failed)
-    allowed = bounds(trial.reference.outputs, trial.reference.errors, trial.criterion)
     record = {**record_of(trial), "passed": False, "variants": [asdict(verdict)]}
-    write_findings(paths, record, trial.rows, held, allowed, verdict)
-    shown = "\n  ".join(verdict.problems[:10])
-    again = f"\nReplay them: {replay_command(paths, trial.options)}" if held.errors.any() else ""
+    write_findings(paths, record, trial.rows, held, verdict)
+    again = [f"Replay them: {replay_command(paths, trial.options)}"] if held.errors.any() else []
     raise CheckFailedError(
-        f"{paths.name} ({verdict.precision}) is not what its module says:\n  {shown}\n"
-        f"The worst rows, as pictures and arrays: {paths.failed}{again}"
+        Lines(
+            f"{paths.name} ({verdict.precision}) is not what its module says:",
+            *(f"  {problem}" for problem in verdict.problems[:10]),
+            f"The worst rows, as pictures and arrays: {paths.failed}",
+            *again,
+        )
     )
 
 

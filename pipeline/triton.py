@@ -1,6 +1,7 @@
 """config.pbtxt as protobuf messages: written, read, and asked questions."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.errors import PipelineError
 
 LABELS, WARMUP = "labels.txt", "digit"
 CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
+STUB = "triton_python_backend_stub"  # the program that the python backend starts
 PREVIOUS = "previous_version"  # the parameter that says which version was selected before
 MIN_PROBABILITY = "min_probability"  # the parameter: a float, below it an answer is not sure
 ENGINES = "trt_engine_cache_path"
@@ -149,6 +151,17 @@ def classes(message: ModelConfig) -> tuple[str, ...]:
     if stated:
         return tuple(map(str, json.loads(stated)))
     return tuple(map(str, range(message.output[0].dims[-1]))) if message.output else ()
+
+
+def commands(folder: Path, message: ModelConfig) -> list[str]:
+    """Return what in a model's config and folder Triton's python backend would run as a command.
+
+    It gives names to a shell, unquoted, and prefers a stub that lies in the model's folder to its
+    own (StubLauncher::Launch in python_backend's stub_launcher.cc).
+    """
+    names = [message.default_model_filename, *(group.name for group in message.instance_group)]
+    found = [repr(name) for name in names if not re.fullmatch(r"[\w./+~-]*", name, re.ASCII)]
+    return found + ([str(folder / STUB)] if (folder / STUB).exists() else [])
 
 
 def pictures(message: ModelConfig) -> str:

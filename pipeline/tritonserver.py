@@ -3,15 +3,18 @@
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
+from pipeline.text import Lines
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
 BACKENDS = Path(__file__).parent / "backend"
@@ -22,6 +25,10 @@ KEY_HEADER = "triton-admin-key"
 SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.99:0.001")
 DOCKER_SECONDS = 5.0  # in which Docker's engine has to answer
 EXIT_SECONDS = 1  # for connections that stay open, after everything accepted was answered
+# A path as the wheel's server can use it. Its python backend starts a model by a shell, unquoted
+# (stub_launcher.cc: bash -c " exec STUB MODEL ..."), the Python in there takes file names for
+# ASCII, and PATH and LD_LIBRARY_PATH are cut at colons and semicolons.
+_PLAIN = re.compile(r"[A-Za-z0-9_./@+=~-]+")
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,12 @@ def find(paths: Paths, wanted: str) -> Runtime:
             return found
         missing.append(f"{kind}: {found}")
     raise PipelineError(
-        "no tritonserver can run here:\n  " + "\n  ".join(missing) + "\nThe packaged repository "
-        f"runs anywhere that {IMAGE} runs; everything up to 'pipeline package' works here"
+        Lines(
+            "no tritonserver can run here:",
+            *(f"  {reason}" for reason in missing),
+            f"The packaged repository runs anywhere that {IMAGE} runs; everything up to "
+            "'pipeline package' works here",
+        )
     )
 
 
@@ -85,7 +96,8 @@ def _in_wheel(paths: Paths) -> Runtime | str:
     if not environment.exists():
         return (
             f"no server environment at {environment}: make .venv-triton (or python3 -m venv "
-            f"{environment} && {python} -m pip install --no-deps -r {REQUIREMENTS})"
+            f"{shlex.quote(str(environment))} && {shlex.quote(str(python))} -m pip install "
+            f"--no-deps -r {shlex.quote(str(REQUIREMENTS))})"
         )
     if not python.exists() or not found:
         lacks = "pytriton" if python.exists() else "bin/python"
@@ -98,12 +110,12 @@ def _in_wheel(paths: Paths) -> Runtime | str:
     # The stub is linked against libpython: that of the environment's own Python, not another.
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    libraries = os.pathsep.join([folder, str(site / "nvidia_pytriton.libs")])
+    libraries = os.pathsep.join([folder, str(site.absolute() / "nvidia_pytriton.libs")])
     return Runtime(
         "wheel",
-        (str(found[0] / "bin" / "tritonserver"),),
+        (str(found[0].absolute() / "bin" / "tritonserver"),),
         {"LD_LIBRARY_PATH": libraries},
-        python,
+        python.absolute(),
     )
 
 
@@ -148,6 +160,43 @@ def remove_container(name: str) -> None:
         subprocess.run([program, "rm", "--force", name], capture_output=True, check=False)
 
 
+def scratch_parent() -> Path:
+    """Return where a server's temporary folder goes: TMPDIR, or /tmp if TMPDIR is not plain."""
+    folder = Path(tempfile.gettempdir())
+    return folder if _PLAIN.fullmatch(str(folder)) else Path("/tmp")
+
+
+def plain_paths(runtime: Runtime, repository: Path, scratch: Path) -> tuple[Runtime, Path]:
+    """Return the runtime and the repository by plain paths; links in `scratch` stand in for others.
+
+    Only the wheel's server needs them.
+    """
+    repository = repository.resolve()
+    if runtime.python is None:
+        return runtime, repository
+    old = runtime.python.parent.parent
+    new = _plain(old, scratch / "environment")
+
+    def moved(text: str) -> str:
+        return text.replace(str(old), str(new))
+
+    runtime = replace(
+        runtime,
+        program=tuple(map(moved, runtime.program)),
+        environment={key: moved(value) for key, value in runtime.environment.items()},
+        python=new / runtime.python.relative_to(old),
+    )
+    return runtime, _plain(repository, scratch / "repository")
+
+
+def _plain(path: Path, link: Path) -> Path:
+    """Return `path`, or `link` made to lead there if the path is not plain."""
+    if _PLAIN.fullmatch(str(path)):
+        return path
+    link.symlink_to(path)
+    return link
+
+
 def lay_out_backends(runtime: Runtime, folder: Path) -> None:
     """Fill `folder` with the python backend, the stub of its Python, and our onnxruntime."""
     server = Path(runtime.program[0]).parent.parent
@@ -171,11 +220,11 @@ def command(
     admin_key: str,
     backends: Path,
 ) -> list[str]:
-    """The command line that starts this runtime on `repository`."""
+    """The command line that starts this runtime on `repository`, an absolute path."""
     inside = runtime.kind == "docker"
     host = "0.0.0.0" if inside else config.host  # a container's own; -p below decides
     arguments = [
-        f"--model-repository={'/models' if inside else repository.resolve()}",
+        f"--model-repository={'/models' if inside else repository}",
         "--model-control-mode=explicit",
         f"--id={server_id}",
         f"--exit-timeout-secs={EXIT_SECONDS}",
@@ -195,7 +244,10 @@ def command(
     if not inside:
         return [*runtime.program, *arguments]
     published = [f"-p={config.host}:{port}:{port}" for port in ports(config).values()]
-    mount = f"-v={repository.resolve()}:/models:ro"
+    source = f"source={repository}"
+    if re.search('[,"]', source):  # --mount is read as a line of CSV, and -v is cut at colons
+        source = '"{}"'.format(source.replace('"', '""'))
+    mount = f"--mount=type=bind,{source},target=/models,readonly"
     name = f"--name={server_id}"
     return [*runtime.program, "--rm", name, mount, *published, IMAGE, "tritonserver", *arguments]
 

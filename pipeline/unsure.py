@@ -11,6 +11,7 @@ from pipeline.machine import machine
 from pipeline.nondigits import Kind, kinds
 from pipeline.paths import Paths
 from pipeline.runtime import onnx_predictor
+from pipeline.text import Lines
 
 EXPORT = "run 'pipeline export' again"
 
@@ -56,14 +57,12 @@ class Unsure:
         rows = [*self.rows, self.digits, self.right, self.wrong]
         wide = max(len(row.name) for row in rows)
         lines = [f"{row.name:<{wide}} {row.images:>7,} {row.share:>9.2%}" for row in rows]
-        return "\n".join(
-            [
-                f"{'not sure of':<{wide}} {'images':>7} {'refused':>9}",
-                *lines,
-                f"what is no digit: {self.share:.2%} refused, the mean of its kinds without the "
-                "letters that may be digits and the signs; refused is what is below "
-                f"{self.min_probability:g}",
-            ]
+        return Lines(
+            f"{'not sure of':<{wide}} {'images':>7} {'refused':>9}",
+            *lines,
+            f"what is no digit: {self.share:.2%} refused, the mean of its kinds without the "
+            "letters that may be digits and the signs; refused is what is below "
+            f"{self.min_probability:g}",
         )
 
 

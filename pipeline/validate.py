@@ -3,8 +3,8 @@
 # Shape letters: N rows (images, then probes), M labelled images, K classes.
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,17 +22,29 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Reference:
-    """What the module says of the rows in float64, and eager PyTorch in float32."""
+    """The module's answers to the rows in float64, and eager PyTorch's in float32."""
 
     outputs: np.ndarray  # float64 (N, K)
     eager: np.ndarray  # float32 (N, K)
     labels: np.ndarray  # int64 (M,): the true classes of the first M rows; the rest are probes
-    is_labelled: bool = True  # whether somebody labelled them; else they are the reference's own
+    is_labelled: bool = True  # whether labels were given; else they are the reference's own
+    largest_bound: float = np.inf  # of any row in float32
 
     @property
     def errors(self) -> np.ndarray:
         """Eager PyTorch's own error in each row, float64 (N,)."""
         return row_errors(self.outputs, self.eager)
+
+    def bounds(self, criterion: Criterion) -> np.ndarray:
+        """Compute how far a float32 answer to each row may lie from the reference, float64 (N,)."""
+        allowed = bounds(self.outputs, self.errors, criterion)
+        capped: np.ndarray = np.minimum(allowed, self.largest_bound)
+        return capped
+
+    def changed(self, outputs: np.ndarray) -> np.ndarray:
+        """Tell which rows of outputs (N, K) have another class than the reference, bool (N,)."""
+        changed: np.ndarray = outputs.argmax(axis=1) != self.outputs.argmax(axis=1)
+        return changed
 
     def accuracy(self, outputs: np.ndarray) -> float:
         """The fraction of the labelled rows that outputs (N, K) read rightly."""
@@ -54,6 +66,34 @@ def bounds(outputs: np.ndarray, known_errors: np.ndarray, criterion: Criterion) 
     return allowed
 
 
+def require_stable(reference: Reference, criterion: Criterion) -> Reference:
+    """Return the reference with a ceiling for its bounds, if float32 can compute the module.
+
+    Twice the largest error that a stable module may have is the ceiling: without one, a module
+    that float32 cannot compute would excuse any file. Raises CheckFailedError when eager PyTorch's
+    largest error in float32 exceeds the criterion's share of the images' median margin, or changes
+    the class of more images than may tie.
+    """
+    images = len(reference.labels)
+    margin = float(np.median(margins(reference.outputs[:images])))
+    error, limit = float(reference.errors.max()), criterion.unstable * margin
+    changed = int(reference.changed(reference.eager)[:images].sum())
+    if error > limit or changed > criterion.ties:
+        raise CheckFailedError(
+            f"this network is not stable in float32: its largest error is {error:.3g} at margins "
+            f"of {margin:.3g} (median), {limit:.3g} is allowed, and {changed:,} of {images:,} "
+            "images change class against float64. Look for large numbers that cancel out, half "
+            "precision, masks such as -1e9, and logarithms of probabilities; end with "
+            "torch.log_softmax"
+        )
+    if not limit:
+        raise CheckFailedError(
+            f"this network gives two classes the same output for half of {images:,} images or "
+            "more: there is no margin to validate. Train it, or give other images"
+        )
+    return replace(reference, largest_bound=2 * limit)
+
+
 @dataclass(frozen=True)
 class Flip:
     """An image whose class changed."""
@@ -72,10 +112,11 @@ class Verdict:
     precision: str
     images: int
     probes: int  # blank, full, single pixel, checkerboard, noise: beside the images
-    batch_sizes: tuple[int, ...]
+    batch_sizes: tuple[int, ...]  # of all rows
+    largest_batch: int  # every size up to it was tried
     threads: tuple[int, ...]
     accuracy: float  # fraction of the images, 0 to 1
-    lost_accuracy: float  # against eager float32; negative when it is better
+    lost_accuracy: float  # against the reference; negative when it is better
     flipped: int  # images whose class changed, allowed or not
     flips: tuple[Flip, ...]  # the first thousand of them
     mcnemar_p: float  # how probable so uneven a change is by chance
@@ -111,11 +152,40 @@ def rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
+@dataclass(frozen=True)
+class Run:
+    """Rows that a file is asked in batches of one size, with a number of threads."""
+
+    size: int  # images a batch
+    threads: int
+    rows: np.ndarray  # int64: which rows, at least one full batch
+
+    def __str__(self) -> str:
+        return f"batch size {self.size}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+def runs_of(criterion: Criterion, count: int) -> Iterator[Run]:
+    """List the runs over `count` rows: all of them at some sizes, one batch at every other size.
+
+    The single batches take the rows in turns. They need one number of threads: which kernel a
+    runtime chooses for a size does not depend on it.
+    """
+    for threads in criterion.threads:
+        for size in sorted(criterion.batch_sizes, reverse=True):
+            yield Run(size, threads, np.resize(np.arange(count), max(count, size)))
+    start = 0
+    for size in sorted({*range(1, criterion.largest_batch + 1)} - {*criterion.batch_sizes}):
+        yield Run(size, criterion.threads[0], np.arange(start, start + size) % count)
+        start += size
+
+
 @dataclass
 class Held:
     """All runs of one file over the rows, as they come in."""
 
+    precision: str
     reference: Reference
+    allowed: np.ndarray  # float64 (N,): the bound of each row
     errors: np.ndarray  # float64 (N,): the largest of any run
     outputs: np.ndarray  # (N, K): each row in the run in which it was worst
     own: np.ndarray | None = None  # (N, K): of the first run
@@ -123,16 +193,38 @@ class Held:
     speeds: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def said(self, precision: str) -> np.ndarray:
+    @property
+    def classes(self) -> np.ndarray:
         """The class of each row (N,): of fp32 in its worst run, of others in the first."""
-        outputs = self.outputs if precision == "fp32" or self.own is None else self.own
+        outputs = self.outputs if self.precision == "fp32" or self.own is None else self.own
         classes: np.ndarray = outputs.argmax(axis=1)
         return classes
 
     @property
     def is_settled(self) -> bool:
         """Whether more runs could say nothing new: some row in ten is wrong already."""
-        return any(rows.mean() > SETTLED for rows in self.beyond.values())
+        return any(len(rows) > SETTLED * len(self.errors) for rows in self.beyond.values())
+
+    def add(self, run: Run, outputs: np.ndarray) -> None:
+        """Hold the outputs (R, K) of a run against the reference and the first run."""
+        wanted = self.reference.eager
+        if outputs.shape[1:] != wanted.shape[1:] or outputs.dtype != wanted.dtype:
+            self.problems.append(
+                f"{run}: answers {outputs.dtype} {outputs.shape} instead of {wanted.dtype} "
+                f"{(len(run.rows), *wanted.shape[1:])}"
+            )
+            return
+        self.own = outputs[: len(wanted)] if self.own is None else self.own
+        errors = row_errors(self.reference.outputs[run.rows], outputs)
+        # A row may stand in a run more than once: of equal indices numpy keeps the last.
+        worse = np.argsort(errors, kind="stable")
+        worse = worse[errors[worse] > self.errors[run.rows[worse]]]
+        self.errors[run.rows[worse]], self.outputs[run.rows[worse]] = errors[worse], outputs[worse]
+        if self.precision != "fp32":
+            errors = row_errors(self.own[run.rows], outputs)
+        beyond = np.unique(run.rows[errors > self.allowed[run.rows]])
+        if len(beyond):
+            self.beyond[str(run)] = beyond
 
 
 def hold(
@@ -143,81 +235,62 @@ def hold(
     criterion: Criterion,
     say: Say = lambda line: None,
 ) -> tuple[Verdict, Held]:
-    """The verdict on a file over rows (N, ...), from a candidate for each number of threads.
+    """Compute the verdict on a file over rows (N, ...), from a candidate for each thread count.
 
     A row of fp32 is held against the reference, one of a lower precision against the file's own
     first answer: in whatever batch and place, it has to be the same.
     """
-    held = Held(reference, np.zeros(len(rows)), reference.eager.copy())
-    allowed = bounds(reference.outputs, reference.errors, criterion)
+    allowed = reference.bounds(criterion)
+    held = Held(precision, reference, allowed, np.zeros(len(rows)), reference.eager.copy())
     if not np.isfinite(reference.outputs).all():
         held.problems.append("the reference itself is not finite")
-    for threads, candidate in candidates.items():
-        for size in sorted(criterion.batch_sizes, reverse=True):
-            run = f"batch size {size}, {threads} thread{'s' * (threads > 1)}"
-            say(f"{precision}: {run}")
-            _run(held, precision, candidate, rows, size, threads, run, allowed)
-            if held.is_settled:
-                return _verdict(precision, rows, held, allowed, criterion), held
-    return _verdict(precision, rows, held, allowed, criterion), held
+    for run in runs_of(criterion, len(rows)):
+        if held.is_settled:
+            break
+        is_whole = run.size in criterion.batch_sizes
+        say(f"{precision}: {run if is_whole else f'every batch size to {criterion.largest_batch}'}")
+        candidate = candidates[run.threads]
+        images = rows[run.rows] if is_whole else shifted(rows[run.rows])
+        try:
+            if run.size == SPEED_BATCH:
+                candidate(images[: run.size])  # the first call of a runtime is not its speed
+            start = time.perf_counter()
+            outputs = predict(candidate, images, run.size)
+            seconds = time.perf_counter() - start
+        except CheckFailedError as error:
+            held.problems.append(f"{run}: {error}")
+            continue
+        held.add(run, outputs)
+        if run.size == SPEED_BATCH:
+            held.speeds[str(run.threads)] = len(images) / seconds
+    return _verdict(rows, held, criterion), held
 
 
-def _run(
-    held: Held,
-    precision: str,
-    candidate: Predictor,
-    rows: np.ndarray,
-    size: int,
-    threads: int,
-    run: str,
-    allowed: np.ndarray,
-) -> None:
-    try:
-        candidate(rows[:size])  # the first call of a runtime is not its speed
-        start = time.perf_counter()
-        outputs = predict(candidate, rows, size)
-        seconds = time.perf_counter() - start
-    except CheckFailedError as error:
-        held.problems.append(f"{run}: {error}")
-        return
-    wanted = held.reference.eager
-    if outputs.shape != wanted.shape or outputs.dtype != wanted.dtype:
-        held.problems.append(
-            f"{run}: answers {outputs.dtype} {outputs.shape} "
-            f"instead of {wanted.dtype} {wanted.shape}"
-        )
-        return
-    held.own = outputs if held.own is None else held.own
-    errors = row_errors(held.reference.outputs, outputs)
-    worse = errors > held.errors
-    held.errors[worse], held.outputs[worse] = errors[worse], outputs[worse]
-    apart = errors if precision == "fp32" else row_errors(held.own, outputs)
-    if (apart > allowed).any():
-        held.beyond[run] = apart > allowed
-    if size == SPEED_BATCH:
-        held.speeds[str(threads)] = len(rows) / seconds
+def shifted(images: np.ndarray) -> np.ndarray:
+    """Copy images (N, ...) to where no vector of a processor is aligned: one value further on."""
+    moved = np.empty(images.size + 1, images.dtype)[1:].reshape(images.shape)
+    moved[:] = images
+    return moved
 
 
-def _verdict(
-    precision: str, rows: np.ndarray, held: Held, allowed: np.ndarray, criterion: Criterion
-) -> Verdict:
-    reference = held.reference
+def _verdict(rows: np.ndarray, held: Held, criterion: Criterion) -> Verdict:
+    reference, precision = held.reference, held.precision
     own = reference.eager if held.own is None else held.own
-    changed = held.said(precision) != reference.outputs.argmax(axis=1)
+    changed = held.classes != reference.outputs.argmax(axis=1)
     images, largest = len(reference.labels), float(held.errors.max())
     eager_error = float(reference.errors.max())
     # An eager run without any error leaves nothing to divide by but rounding itself.
     least = _ULP * max(1.0, float(np.abs(reference.outputs).max()))
     ratio = largest / max(eager_error, least)
-    problems = [*held.problems, *_beyond(precision, held, allowed)]
+    lost = reference.accuracy(reference.outputs) - reference.accuracy(own)
+    problems = [*held.problems, *_beyond(held)]
     if precision == "fp32":
-        problems += _forbidden(changed, held, allowed)
+        problems += _forbidden(changed, held, criterion)
         if not ratio <= criterion.ratio:
             problems.append(
                 f"the largest error is {ratio:,.3g} times eager float32's, "
                 f"{criterion.ratio:g} times is allowed"
             )
-    lost = reference.accuracy(reference.eager) - reference.accuracy(own)
     problems += _lost(precision, lost, images, criterion)
     smallest = float(margins(reference.outputs[:images]).min())
     is_known = bool(np.isfinite(largest))
@@ -226,12 +299,13 @@ def _verdict(
         images=images,
         probes=len(rows) - images,
         batch_sizes=criterion.batch_sizes,
+        largest_batch=criterion.largest_batch,
         threads=criterion.threads,
         accuracy=reference.accuracy(own),
         lost_accuracy=lost,
         flipped=int(changed[:images].sum()),
-        flips=_flips(changed, held.said(precision), reference),
-        mcnemar_p=mcnemar(reference.is_right(reference.eager), reference.is_right(own)),
+        flips=_flips(changed, held.classes, reference),
+        mcnemar_p=mcnemar(reference.is_right(reference.outputs), reference.is_right(own)),
         max_error=largest if is_known else None,
         mean_error=float(held.errors.mean()) if is_known else None,
         eager_error=eager_error,
@@ -242,28 +316,38 @@ def _verdict(
     )
 
 
-def _beyond(precision: str, held: Held, allowed: np.ndarray) -> list[str]:
-    """Which rows lie beyond their bound and in which runs, in one sentence."""
+def _beyond(held: Held) -> list[str]:
+    """Say which rows lie beyond their bound and in which runs, in one sentence."""
     if not held.beyond:
         return []
-    rows = np.logical_or.reduce([*held.beyond.values()])
-    if precision == "fp32":
-        worst = int(np.where(rows, held.errors / allowed, 0).argmax())
-        said = f"row {worst} differs by {held.errors[worst]:.3g}, {allowed[worst]:.3g} is allowed"
+    rows = np.unique(np.concatenate([*held.beyond.values()]))
+    if held.precision == "fp32":
+        worst = int(rows[(held.errors[rows] / held.allowed[rows]).argmax()])
+        why = (
+            f"row {worst} differs by {held.errors[worst]:.3g}, {held.allowed[worst]:.3g} is allowed"
+        )
     else:
-        said = f"row {int(rows.argmax())} does not answer as in the first run"
+        why = f"row {rows[0]} does not answer as in the first run"
     runs = list(held.beyond)
     where = "; ".join(runs[:3]) + (f" and {len(runs) - 3} more runs" if len(runs) > 3 else "")
-    return [f"{int(rows.sum()):,} of {len(rows):,} rows lie beyond their bound ({where}): {said}"]
+    return [f"{len(rows):,} of {len(held.errors):,} rows lie beyond their bound ({where}): {why}"]
 
 
-def _forbidden(changed: np.ndarray, held: Held, allowed: np.ndarray) -> list[str]:
-    wrong = changed & (margins(held.reference.outputs) >= allowed)
-    if not wrong.any():
-        return []
-    row = int(wrong.argmax())
-    was, said = held.reference.outputs[row].argmax(), held.outputs[row].argmax()
-    return [f"{int(wrong.sum()):,} rows change class and none may: row {row} from {was} to {said}"]
+def _forbidden(changed: np.ndarray, held: Held, criterion: Criterion) -> list[str]:
+    """Say which rows changed class in float32 and may not: only a few near a tie may."""
+    problems = []
+    wrong = changed & (margins(held.reference.outputs) >= held.allowed)
+    if wrong.any():
+        row = int(wrong.argmax())
+        before, after = held.reference.outputs[row].argmax(), held.outputs[row].argmax()
+        problems.append(
+            f"{int(wrong.sum()):,} rows change class and none may: row {row} from {before} to "
+            f"{after}"
+        )
+    images = int(changed[: len(held.reference.labels)].sum())
+    if images > criterion.ties:
+        problems.append(f"{images:,} images change class, {criterion.ties} may where classes tie")
+    return problems
 
 
 def _lost(precision: str, lost: float, images: int, criterion: Criterion) -> list[str]:

@@ -19,6 +19,7 @@ from pipeline.golden import compare, require
 from pipeline.paths import Paths
 from pipeline.replay import GOLDEN_BATCHES, REPACKAGE, Release, load_release
 from pipeline.running import serving
+from pipeline.text import Lines
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Listing:
     def __str__(self) -> str:
         header = f"{'version':>7}  {'sha256':<12}  {'precision':<9}  {'accuracy':>8}"
         lines = [f"{one}  {self._marks(one)}".rstrip() for one in self.versions]
-        return "\n".join([self.name, header, *lines])
+        return Lines(self.name, header, *lines)
 
     def _marks(self, one: Version) -> str:
         marks = {
@@ -206,12 +207,10 @@ class Difference:
     def __str__(self) -> str:
         lines = [f"{self.name} version {self.first} -> {self.second}"]
         lines += [f"{key}: {one} -> {other}" for key, (one, other) in self.records.items()]
-        return "\n".join(
-            [
-                *lines,
-                f"answers to {self.images} golden images: {self.differing} differing classes, "
-                f"largest difference {self.max_abs_diff:.2e}",
-            ]
+        return Lines(
+            *lines,
+            f"answers to {self.images} golden images: {self.differing} differing classes, "
+            f"largest difference {self.max_abs_diff:.2e}",
         )
 
 

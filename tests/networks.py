@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import graph
-from pipeline.config import IMAGES, log_probabilities
+from pipeline.config import IMAGES, TensorSpec, log_probabilities
 from pipeline.export import export_program, to_onnx
 from pipeline.sample import Sample
 
@@ -17,6 +17,13 @@ def onnx_of(model: nn.Module) -> bytes:
     """The network as ONNX, in the name of our signature."""
     wanted = graph.Signature(IMAGES, log_probabilities(10), 18, 9)
     return to_onnx(export_program(model, IMAGES), wanted, {})
+
+
+def residual_onnx(model: nn.Module) -> bytes:
+    """Export a residual network, in the name of its own signature."""
+    images = TensorSpec("images", "uint8", (3, 32, 32))
+    wanted = graph.Signature(images, TensorSpec("logits", "float32", (5,)), 18, 9)
+    return to_onnx(export_program(model, images), wanted, {})
 
 
 class Residual(nn.Module):
@@ -45,6 +52,45 @@ class Residual(nn.Module):
         return scores
 
 
+class Turncoat(Residual):
+    """The same, with the opposite answers in float32."""
+
+    def answer(self, x: Tensor) -> Tensor:
+        scores = super().answer(x)
+        return scores if scores.dtype == torch.float64 else -scores
+
+
+class Swamped(Residual):
+    """The same, rounded to whole numbers in float32 by a large constant that comes and goes."""
+
+    def answer(self, x: Tensor) -> Tensor:
+        return (super().answer(x) + 1.6e7) - 1.6e7
+
+
+class Counting(Residual):
+    """The same, with the opposite answer at every second call."""
+
+    calls = 0
+
+    def answer(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().answer(x) * (-1 if self.calls % 2 else 1)
+
+
+class ByThreads(Residual):
+    """The same, with the opposite answers on one thread."""
+
+    def answer(self, x: Tensor) -> Tensor:
+        return super().answer(x) * (-1 if torch.get_num_threads() == 1 else 1)
+
+
+class ByAddress(Residual):
+    """The same, with the opposite answers to images that are not aligned to 16 bytes."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels) * (-1 if pixels.data_ptr() % 16 else 1)
+
+
 class Mixing(Residual):
     """The same with a reshape that mixes rows."""
 
@@ -71,9 +117,39 @@ def residual() -> nn.Module:
 
 def mixing() -> nn.Module:
     """A module with the same weights and a planted bug."""
-    model = Mixing()
+    return with_residual_weights(Mixing)
+
+
+def with_residual_weights(kind: type[Residual]) -> nn.Module:
+    """Make a module of `kind` with the sound module's weights."""
+    model = kind()
     model.load_state_dict(residual().state_dict())
     return model
+
+
+def turncoat() -> nn.Module:
+    """A module that is right in float64 only."""
+    return with_residual_weights(Turncoat)
+
+
+def swamped() -> nn.Module:
+    """A module that float32 cannot compute."""
+    return with_residual_weights(Swamped)
+
+
+def counting() -> nn.Module:
+    """A module whose answers depend on how often it was called."""
+    return with_residual_weights(Counting)
+
+
+def by_threads() -> nn.Module:
+    """A module whose answers depend on the number of threads."""
+    return with_residual_weights(ByThreads)
+
+
+def by_address() -> nn.Module:
+    """A module whose answers depend on where its images lie in memory."""
+    return with_residual_weights(ByAddress)
 
 
 def unseeded() -> nn.Module:

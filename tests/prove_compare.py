@@ -26,7 +26,7 @@ from pipeline.cli import main as pipeline
 from pipeline.files import read_json, sha256, write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import sources_digest, write_figure
 from pipeline.report import render_readme
 
 SHARE = 0.2  # of what the backend takes, that it sleeps as well
@@ -167,13 +167,11 @@ def prove(parts: Path, folder: Path, times: int) -> Record:
 
 def main(result: Path, times: int) -> None:
     """Plant a slowdown and a loss, measure the same so often, and write what was found."""
-    digest = sources_digest("compare")
-    parts = Path("exported") / "compare" / digest[:12]
+    parts = Path("exported") / "compare" / sources_digest("compare")[:12]
     with tempfile.TemporaryDirectory(prefix="handwriting-compare-") as folder:
         found = prove(parts, Path(folder), times)
     record = {
         "command": "make prove-compare",
-        "sources_sha256": digest,
         **machine(),
         "share": SHARE,
         **found,
@@ -184,7 +182,7 @@ def main(result: Path, times: int) -> None:
     assert all(change["row"].startswith("handwriting") for change in slow["worse"]), found
     assert wrong["worse"], found
     assert [one["exit"] for one in found["same"]] == [0] * times, found
-    write_json(result, record)
+    write_figure("compare", result, record)
     render_readme(Path("README.md"), Path("exported/figures"))
     print(f"wrote {result}")
 

@@ -29,10 +29,9 @@ from prove_kill import project
 from pipeline import serve, supervise
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
-from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 
 HANG_SECONDS = 60.0
@@ -284,9 +283,9 @@ def main(result: Path, *counts: int) -> None:
     """Prove it, and write the record."""
     requests, pictures, users, seconds = counts
     record = prove(requests, pictures, users, seconds)
-    record |= {"sources_sha256": sources_digest("gateway"), **machine()}
+    record |= machine()
     print(json.dumps(record, indent=1))
-    write_json(result, record)
+    write_figure("gateway", result, record)
     render_readme(Path("README.md"), Path("exported/figures"))
     print(f"wrote {result}")
 

@@ -22,10 +22,9 @@ from traffic import PAUSE_SECONDS, Running, Tally, Traffic, expected, lost, traf
 from pipeline import serve, supervise, triton
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
-from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 
 WITHIN = 10.0  # seconds, for right answers to come again and for a drain to be done
@@ -162,7 +161,6 @@ def main(result: Path, kills: int, drains: int) -> None:
     left = leftovers(ids)
     record = {
         "command": "make prove-kill",
-        "sources_sha256": sources_digest("kill"),
         **machine(),
         "kills": {
             kind: {"times": len(all_), "median": statistics.median(all_), "longest": max(all_)}
@@ -183,7 +181,7 @@ def main(result: Path, kills: int, drains: int) -> None:
     assert not gone
     assert max((s for all_ in outages.values() for s in all_), default=0.0) < WITHIN
     assert max(drained, default=0.0) < WITHIN
-    write_json(result, record)
+    write_figure("kill", result, record)
     render_readme(Path("README.md"), Path("exported/figures"))
     print(f"wrote {result}")
 

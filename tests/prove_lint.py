@@ -18,13 +18,12 @@ import onnxruntime
 from mutations import CASES, LOADS, ON_A_SERVER, UNTRIED, Case, build, static_fault
 from onnx.backend.test.case.node import collect_testcases
 
-from pipeline.files import write_json
 from pipeline.lint import lint_model
 from pipeline.lint_live import Trial, try_models
 from pipeline.lint_text import Finding
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 
 COMMAND = "make prove-lint"
@@ -129,7 +128,6 @@ def main() -> None:
     right = {LOADS, UNTRIED}
     record: dict[str, Any] = {
         "command": COMMAND,
-        "sources_sha256": sources_digest("lint"),
         "mutations": sum(one["expected"] not in right for one in rows),
         "sound": sum(one["expected"] in right for one in rows),
         "faults": sum(bool(one["fault"]) for one in rows),
@@ -137,7 +135,7 @@ def main() -> None:
         "cases": rows,
     }
     record["faults"] += record["corpus"]["refused_though_sound"]
-    write_json(Path(sys.argv[1]), {**machine(), **record})
+    write_figure("lint", Path(sys.argv[1]), {**machine(), **record})
     render_readme(Path("README.md"), Path("exported/figures"))
     print(f"{record['mutations']} mutations, {record['sound']} sound variations, ", end="")
     print(f"{record['faults']} not as expected; ONNX's own tests: {record['corpus']}")

@@ -17,9 +17,8 @@ from typing import Any
 from pipeline import tritonserver
 from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
-from pipeline.files import write_json
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.serve import running_server, with_free_ports
 from pipeline.tritonserver import IMAGE
@@ -84,14 +83,13 @@ def prove(paths: Paths, kind: str, result: Path, report: Say) -> Evidence:
     runtime, evidence = served(paths, kind, report)
     record: dict[str, Any] = {
         "command": COMMANDS.get(kind, f"tests/prove_native.py --runtime {kind}"),
-        "sources_sha256": sources_digest("native"),
         "runtime": kind,
         "runs_on": runtime,
         "image": IMAGE if kind == "docker" else None,
         "image_digest": digest,
         **evidence.record(),
     }
-    write_json(result, record)
+    write_figure("native", result, record)
     return evidence
 
 

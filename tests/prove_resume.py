@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,10 +19,10 @@ from pipeline.checkpoint import load_state
 from pipeline.data import load_split
 from pipeline.device import choose
 from pipeline.errors import PipelineError
-from pipeline.files import remove, sha256, write_json
+from pipeline.files import remove, sha256
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.runs import identity, recorded_config
 
@@ -158,12 +157,7 @@ def main(result: Path, kills: int, inside: int) -> None:
         (root / "data" / "mnist").symlink_to(Path("data/mnist").resolve())
         load_split("mnist", root / "data" / "mnist", "test")  # or say how to fetch it
         outcome = prove(root, kills, inside, report=lambda line: print(line, flush=True))
-    record: dict[str, Any] = {
-        "command": "make prove-resume",
-        "sources_sha256": sources_digest("resume"),
-    }
-    record |= {**machine(), **asdict(outcome)}
-    write_json(result, record)
+    write_figure("resume", result, {"command": "make prove-resume", **machine(), **asdict(outcome)})
     render_readme(Path("README.md"), result.parent)
     print(f"wrote {result}")
     if not outcome.is_perfect or outcome.inside_a_write < inside:

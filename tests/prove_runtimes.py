@@ -19,11 +19,11 @@ from pipeline.config import ExportConfig
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Difference, difference, predict
 from pipeline.export import export_program, signature_of, to_onnx
-from pipeline.files import remove, write_json
+from pipeline.files import remove
 from pipeline.machine import machine
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.subject import Subject, exported_sample, subject_of_run
 from pipeline.targets import dialect, span
@@ -177,13 +177,12 @@ def main(result: Path, run: str) -> None:
     require(rows)
     record: dict[str, Any] = {
         "command": "make prove-runtimes",
-        "sources_sha256": sources_digest("runtimes"),
         **machine(),
         "recipe": training["recipe"],
         "dataset": training["dataset"],
         "rows": [asdict(row) for row in rows],
     }
-    write_json(result, record)
+    write_figure("runtimes", result, record)
     render_readme(Path("README.md"), result.parent)
     print(f"wrote {result}")
 

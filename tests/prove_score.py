@@ -24,10 +24,9 @@ from pyarrow import parquet as pq
 from pipeline.cluster import SCRATCH
 from pipeline.data import load_split
 from pipeline.evaluate import predict
-from pipeline.files import write_json
 from pipeline.machine import cores, machine
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.runtime import onnx_predictor
 
@@ -215,15 +214,14 @@ def main(result: Path, images: int) -> None:
     """Prove it, and write what was found."""
     with tempfile.TemporaryDirectory() as folder:
         found = prove(Path(folder), images)
-    record = {"command": "make prove-score", "sources_sha256": sources_digest("score")}
-    record |= {**machine(), **found}
+    record = {"command": "make prove-score", **machine(), **found}
     print(json.dumps(record, indent=2))
     assert found["killed"] == found["uninterrupted"]
     assert found["killed"]["rows"] == images
     assert found["killed"]["are_ids_right"]
     assert 0 < found["resumed"] < images
     assert not found["left"]
-    write_json(result, record)
+    write_figure("score", result, record)
     render_readme(Path("README.md"), Path("exported/figures"))
     print(f"wrote {result}")
     if found["ratio"] < LEAST or found["peak_bytes"] > (1 + MAY_GROW) * found["fewer_peak_bytes"]:

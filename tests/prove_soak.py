@@ -13,9 +13,8 @@ from traffic import traffic
 
 from pipeline import serve, supervise
 from pipeline.config import ServeConfig
-from pipeline.files import write_json
 from pipeline.machine import machine
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 
 MAY_GROW = 5 * 1024 * 1024  # bytes
@@ -71,7 +70,6 @@ def main(result: Path, requests: int) -> None:
     first, last = sizes[0][1], sizes[-1][1]
     record = {
         "command": "make prove-soak",
-        "sources_sha256": sources_digest("soak"),
         **machine(),
         "requests": tally.requests,
         "wrong": tally.wrong,
@@ -86,7 +84,7 @@ def main(result: Path, requests: int) -> None:
     assert last.descriptors <= first.descriptors
     assert last.shared_memory == first.shared_memory
     assert not leftovers({server.id})
-    write_json(result, record)
+    write_figure("soak", result, record)
     render_readme(Path("README.md"), Path("exported/figures"))
     print(f"wrote {result}")
 

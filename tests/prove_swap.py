@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from traffic import Traffic, expected, traffic
@@ -20,10 +19,9 @@ from traffic import Traffic, expected, traffic
 from pipeline import supervise, swap
 from pipeline.config import ServeConfig
 from pipeline.data import load_split
-from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.provenance import sources_digest
+from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.serve import Server, with_free_ports
 from pipeline.versions import versions
@@ -152,11 +150,7 @@ def main(result: Path, promotes: int, requests: int) -> None:
         paths = make_two_versions(root, say)
         with serving(paths) as server:
             outcome = prove(paths, server, images, promotes, requests, say)
-    record: dict[str, Any] = {
-        "command": "make prove-swap",
-        "sources_sha256": sources_digest("swap"),
-    }
-    write_json(result, record | {**machine(), **asdict(outcome)})
+    write_figure("swap", result, {"command": "make prove-swap", **machine(), **asdict(outcome)})
     say(f"{outcome}")
     render_readme(Path("README.md"), Path("exported/figures"))
     say(f"wrote {result}")

@@ -252,3 +252,30 @@ def test_a_line_of_progress_is_taken_away_before_the_result(
     shown = capsys.readouterr()
     assert shown.err == "\r\x1b[Khalf-way\r\x1b[K"
     assert shown.out == "done\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["validate", "--name", ""], ["validate", "--name="], ["versions", "list", "--name", ""]),
+        *(["export", "--run", ""], ["train", "--run="], ["train", "--dataset", ""]),
+        *(["--root", "", "train"], ["train", "--root="], ["serve", "--profile", ""]),
+        *(["query", ""], ["validate", ""], ["score", "x", "--output", ""]),
+        ["gpu-check", "--signed-off-by", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_value_is_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "the value is empty" in error_line(result) or "--dataset" in arguments
+
+
+def test_an_empty_name_in_a_file_of_settings_is_not_the_default(empty: Chain) -> None:
+    (empty.root / "settings.toml").write_text('[versions.list]\nname = ""\n')
+    result = empty.run("--config", str(empty.root / "settings.toml"), "versions", "list")
+    assert result.exit_code == 1
+    assert error_line(result).startswith("'' is no name")

@@ -303,7 +303,7 @@ def test_each_release_has_a_folder_of_its_own_on_the_volume(tmp_path: Path) -> N
     (first,) = (a for a in container["args"] if a.startswith("--model-repository="))
     models = first.removeprefix("--model-repository=")
     assert re.fullmatch(r"/models/1-[0-9a-f]{12}", models)
-    assert f"fill:{models}/\n" in (folder / "fill.yaml").read_text()
+    assert f"fill:{models}/)\n" in (folder / "fill.yaml").read_text()
     config = paths.packaged / "config.pbtxt"  # another config is another release
     config.write_text(config.read_text() + "# changed\n")
     deploy(paths, "kubernetes")

@@ -23,6 +23,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_system_that_can_only_be_read_is_an_error_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(PipelineError, match="cannot write .*Read-only file system"):
+        files.write_with(tmp_path / "record", refused)
+
+
 def test_a_folder_where_a_file_should_be_is_called_one(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="Is a directory.* Name a file, not a folder"):
         files.write_bytes(tmp_path, b"content")

@@ -73,12 +73,29 @@ def test_a_predictor_that_fails_does_not_pass(golden: Golden) -> None:
     assert compare(golden, fails, (2,)).problems == ("batch size 2: no",)
 
 
-def test_a_class_may_change_only_where_the_margin_is_below_the_bound() -> None:
-    close = np.log(np.array([[0.500001, 0.499999], [0.9, 0.1]]))
-    swapped = close[:, ::-1].copy()
-    swapped[1] = close[1]
-    assert compare(golden_of(close, 1e-4), says(swapped), (2,)).passed
-    assert not compare(golden_of(close, 1e-6), says(swapped), (2,)).passed
+CLOSE = np.log(np.array([[0.500001, 0.499999], [0.9, 0.1]]))
+
+
+def test_no_class_may_change_however_near_the_answer_is() -> None:
+    swapped = CLOSE.copy()
+    swapped[0] = CLOSE[0, ::-1]
+    agreement = compare(golden_of(CLOSE, 1e-4), says(swapped), (2,))
+    assert agreement.problems == ("batch size 2: 1 images change class, none of them may",)
+
+
+@pytest.mark.parametrize("bound", [1e-4, 1e9, float("inf")])
+def test_a_golden_set_that_accepts_a_wrong_class_is_refused(bound: float) -> None:
+    content = pack_golden(golden_of(CLOSE, bound))
+    with pytest.raises(CheckFailedError, match="it accepts wrong classes: . of 2 images may be"):
+        unpack_golden(content, "it")
+    assert len(unpack_golden(pack_golden(golden_of(CLOSE, 1e-6)), "it").labels) == 2
+
+
+def test_a_golden_set_has_only_images_whose_margin_exceeds_their_bound() -> None:
+    images, labels = np.zeros((2, 1), np.uint8), np.zeros(2, np.int64)
+    assert len(choose_golden(images, labels, CLOSE, np.full(2, 1e-4)).labels) == 1
+    with pytest.raises(CheckFailedError, match="no golden set can be made: each of 2 images"):
+        choose_golden(images, labels, CLOSE, np.full(2, 10.0))
 
 
 def test_a_golden_set_has_the_plainest_and_the_hardest_of_each_class() -> None:
@@ -86,7 +103,7 @@ def test_a_golden_set_has_the_plainest_and_the_hardest_of_each_class() -> None:
     labels = rng.integers(0, 10, 2000)
     outputs = rng.normal(size=(2000, 10))
     images = np.arange(2000, dtype=np.int64)[:, np.newaxis]
-    golden = choose_golden(images, labels, outputs, np.ones(2000))
+    golden = choose_golden(images, labels, outputs, np.full(2000, 1e-9))
     assert golden.labels.tolist() == [label for label in range(10) for _ in range(10)]
     ahead = margins(outputs)
     for label in range(10):
@@ -99,9 +116,9 @@ def test_a_golden_set_has_the_plainest_and_the_hardest_of_each_class() -> None:
 def test_a_class_with_few_images_has_them_all_and_a_hundred_classes_share_a_hundred() -> None:
     outputs = np.random.default_rng(2).normal(size=(300, 100))
     images = np.zeros((300, 1), np.uint8)
-    few = choose_golden(images[:3], np.array([0, 1, 1]), outputs[:3], np.ones(3))
+    few = choose_golden(images[:3], np.array([0, 1, 1]), outputs[:3], np.full(3, 1e-9))
     assert few.labels.tolist() == [0, 1, 1]
-    many = choose_golden(images, np.arange(300) % 100, outputs, np.ones(300))
+    many = choose_golden(images, np.arange(300) % 100, outputs, np.full(300, 1e-9))
     assert len(many.labels) == 100
 
 

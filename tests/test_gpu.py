@@ -8,8 +8,8 @@ from conftest import Chain, error_line
 
 from pipeline import gpu
 from pipeline.errors import CheckFailedError, PipelineError
-from pipeline.files import write_json
 from pipeline.machine import machine
+from pipeline.provenance import write_figure
 from pipeline.recipes import TrainConfig, recipe
 from pipeline.report import NOT_VERIFIED, gpu_markdown, rendered
 
@@ -75,5 +75,5 @@ def test_the_readme_says_not_verified_until_somebody_has_signed(tmp_path: Path) 
         "train_seconds": 1.0,
         "compiled_train_seconds": 20.0,
     }
-    write_json(tmp_path / "gpu.json", record)
+    write_figure("gpu", tmp_path / "gpu.json", record)
     assert "GPU: verified by Ada" in rendered(readme, tmp_path)

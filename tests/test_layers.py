@@ -12,6 +12,7 @@ PACKAGE = REPOSITORY / "pipeline"
 # A module imports only modules above it.
 ORDER = [
     *(
+        "text",
         "errors",
         "config",
         "recipes",
@@ -49,9 +50,8 @@ ORDER = [
     *("logged", "significance", "packaged_profile", "drift"),
     *("lint_ask", "lint_live", "limits", "counters", "guard", "link", "gateway"),
     *("connections", "webserver"),
-    *("prove", "gpu", "benchmark", "nondigits", "unsure"),
+    *("prove", "provenance", "gpu", "benchmark", "nondigits", "unsure"),
     *(
-        "provenance",
         "proofs",
         "report",
         "figures",

@@ -257,8 +257,9 @@ def test_a_backend_that_nobody_has_is_answered_with_the_nearest(
     assert "did you mean " in errors(repository)[0]
 
 
-def test_code_that_a_model_brings_is_said_and_never_run(repository: Path) -> None:
-    (repository / "net" / "1" / "libtriton_onnxruntime.so").write_bytes(b"")
+@pytest.mark.parametrize("name", ["1/libtriton_onnxruntime.so", "triton_python_backend_stub"])
+def test_code_that_a_model_brings_is_said_and_never_run(repository: Path, name: str) -> None:
+    (repository / "net" / name).write_bytes(b"")
     (finding,) = lint(repository).findings
     assert (finding.rule, finding.level) == ("brings-code", "warning")
 
@@ -271,17 +272,30 @@ BRINGS_CODE = {
     "runtime": 'backend: "onnxruntime" runtime: "model.py"',
     "operators": 'backend: "onnxruntime" model_operations { op_library_filename: "x.so" }',
     "ensemble": 'platform: "ensemble"',
+    # The python backend gives these to a shell, and starts the stub that it finds in the folder.
+    "group": 'backend: "onnxruntime" instance_group { name: "$(touch ran)" }',
+    "file": 'backend: "onnxruntime" default_model_filename: "$(touch ran).onnx"',
+    "stub": 'backend: "onnxruntime"',
 }
 
 
 @pytest.mark.server
-def test_no_code_of_a_model_is_run_for_a_trial(repository: Path) -> None:
+def test_no_code_of_a_model_is_run_for_a_trial(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, text in BRINGS_CODE.items():
         write_model(repository / name)
         bare(repository / name, text)
         if name in ("python", "guessed", "elsewhere", "runtime"):
             (repository / name / "1" / "model.onnx").rename(repository / name / "1" / "model.py")
+    model = repository / "file" / "1" / "model.onnx"
+    model.rename(model.with_name("$(touch ran).onnx"))
+    stub = repository / "stub" / "triton_python_backend_stub"
+    stub.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    stub.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
     trials = try_models(repository, BRINGS_CODE, Paths(REPOSITORY))
+    assert not (tmp_path / "ran").exists()
     assert {trial.model: trial.outcome for trial in trials} == dict.fromkeys(
         BRINGS_CODE, "not judged"
     )

@@ -1,6 +1,9 @@
 import json
 import multiprocessing
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -114,6 +117,32 @@ def test_sixteen_packagers_at_once_get_a_version_each(chain: Chain) -> None:
     assert (triton.selected(config), triton.previous(config)) == ([17], 16)
 
 
+@pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
+def test_what_a_killed_packager_left_is_cleared_by_the_next(chain: Chain, call: str) -> None:
+    code = (
+        f"import os, signal; os.{call} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"from pipeline.cli import main; main(['--root', {str(chain.root)!r}, 'package'])"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], check=False, timeout=HANG_GUARD)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(chain.paths.packaged.rglob(".*.tmp"))
+    (chain.paths.packaged / ".notes.tmp").touch()  # not ours
+    version = chain.record("package")["version"]
+    assert [path.name for path in chain.paths.packaged.rglob(".*.tmp")] == [".notes.tmp"]
+    assert (chain.paths.packaged / str(version) / "manifest.json").exists()
+    assert triton.selected(config_of(chain)) == [version]
+
+
+def test_what_a_killed_packager_left_of_an_archive_is_cleared_by_the_next(chain: Chain) -> None:
+    left = chain.paths.exported / f".handwriting-2.tar.{0:08x}.tmp"
+    others = chain.paths.exported / f".handwriting-3.tar.{0:08x}.tmp"
+    for path in (left, others):
+        path.touch()
+    assert chain.run("package", "--archive").exit_code == 0
+    assert not left.exists()
+    assert others.exists()
+
+
 def test_an_export_that_was_never_validated_is_refused_with_3(chain: Chain) -> None:
     chain.paths.validation.unlink()
     edit_json(chain.paths.manifest, lambda record: record["files"].pop("validation.json"))
@@ -149,10 +178,10 @@ def test_a_thousand_bit_flips_of_the_model_are_all_refused(chain: Chain) -> None
 
 
 def test_a_batch_larger_than_the_proof_has_tried_is_refused(chain: Chain) -> None:
-    result = chain.run("package", "--max-batch-size", "256")
+    result = chain.run("package", "--max-batch-size", "257")
     assert result.exit_code == 1
-    assert "below 256, the largest batch that the proof has tried" in error_line(result)
-    assert chain.run("package", "--max-batch-size", "255").exit_code == 0
+    assert "--max-batch-size 257 is above 256, the largest batch that" in error_line(result)
+    assert chain.run("package", "--max-batch-size", "256").exit_code == 0
 
 
 def test_a_validation_of_other_bytes_is_refused_with_4(chain: Chain) -> None:

@@ -32,6 +32,7 @@ def test_validate_leaves_a_proof_with_the_digest_of_the_bytes_that_ran(made: Cha
     assert fp32["golden_sha256"] == sha256(made.paths.golden)
     assert (fp32["images"], fp32["probes"]) == (10_000, 20)
     assert fp32["batch_sizes"] == [1, 2, 3, 7, 64, 65, 256]
+    assert fp32["largest_batch"] == 256
     assert fp32["threads"] == [1, 2]
     assert fp32["flips"] == []
     assert 0 < fp32["max_error"] <= 1e-4

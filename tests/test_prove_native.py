@@ -7,10 +7,11 @@ from pathlib import Path
 
 import prove_native
 import pytest
-from conftest import REPOSITORY, Chain, edit_json, link_server_environment
+from conftest import REPOSITORY, Chain, link_server_environment
 
 from pipeline import tritonserver
 from pipeline.errors import PipelineError
+from pipeline.provenance import write_figure
 from pipeline.report import NATIVE_NOT_VERIFIED, rendered
 from pipeline.tritonserver import IMAGE
 
@@ -80,12 +81,12 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     assert f"--name={asked[2][2]}" in asked[1]
     assert not chain.paths.replay.exists()
     # A wrong server's evidence takes its place, and the README says no more than before.
-    edit_json(chain.paths.native, lambda record: record.update(passed=False))
+    write_figure("native", chain.paths.native, {**record, "passed": False})
     assert NATIVE_NOT_VERIFIED in rendered(BLOCK, chain.paths.figures)
 
 
 def test_the_wheel_is_no_native_backend(tmp_path: Path) -> None:
-    (tmp_path / "native.json").write_text('{"schema": 1, "passed": true, "runtime": "wheel"}')
+    write_figure("native", tmp_path / "native.json", {"passed": True, "runtime": "wheel"})
     assert NATIVE_NOT_VERIFIED in rendered(BLOCK, tmp_path)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import networks
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import Chain, small
+from conftest import Chain, error_line, small
 from networks import onnx_of
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
@@ -413,6 +414,71 @@ def test_int8_that_finds_its_ranges_in_each_batch_is_refused(bench: Bench, tmp_p
 def test_half_precision_that_passes_itself_off_as_fp32_is_refused(bench: Bench) -> None:
     with pytest.raises(CheckFailedError, match="times eager float32's, 8 times is allowed"):
         bench.judge(to_fp16(bench.sound, 9), is_ours=False)
+
+
+def negate_at(*sizes: int) -> Callable[[onnx.ModelProto], None]:
+    """Make an edit after which a file answers batches of these sizes with the opposite."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        image, answer = model.graph.input[0].name, model.graph.output[0].name
+        for node in model.graph.node:
+            node.output[:] = ["right" if name == answer else name for name in node.output]
+        constants: dict[str, np.ndarray] = {
+            "sizes": np.array(sizes, np.int64),
+            "axis": np.array([0], np.int64),
+            "plus": np.array([1], np.float32),
+            "minus": np.array([-1], np.float32),
+        }
+        for name, value in constants.items():
+            model.graph.initializer.append(numpy_helper.from_array(value, name))
+        steps: list[tuple[str, list[str], str, dict[str, int]]] = [
+            ("Shape", [image], "shape", {"start": 0, "end": 1}),
+            ("Equal", ["shape", "sizes"], "hits", {}),
+            ("Cast", ["hits"], "counted", {"to": TensorProto.FLOAT}),
+            ("ReduceMax", ["counted", "axis"], "hit", {"keepdims": 1}),
+            ("Cast", ["hit"], "is_hit", {"to": TensorProto.BOOL}),
+            ("Where", ["is_hit", "minus", "plus"], "sign", {}),
+            ("Mul", ["right", "sign"], answer, {}),
+        ]
+        for operator, taken, given, attributes in steps:
+            model.graph.node.append(helper.make_node(operator, taken, [given], **attributes))
+
+    return edit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(40, 44, 52), (255,)])
+def test_a_file_that_is_wrong_at_some_batch_sizes_is_refused(
+    bench: Bench, sizes: tuple[int, ...]
+) -> None:
+    with pytest.raises(CheckFailedError, match=f"batch size {sizes[0]}, 1 thread"):
+        bench.judge(edited(bench.sound, negate_at(*sizes)), is_ours=False)
+
+
+SAMPLE = networks.residual_sample()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("factory", "exported", "message"),
+    [
+        ("turncoat", networks.turncoat, r"not stable in float32: its largest error is \d"),
+        ("swamped", networks.swamped, r"not stable in float32: its largest error is 0\.\d"),
+        ("counting", networks.residual, "answers a row differently when it is asked again"),
+        ("by_threads", networks.residual, "answers a row differently when it is asked again"),
+        ("by_address", networks.residual, "answers a row differently when it is asked again"),
+    ],
+)
+def test_a_module_that_is_no_yardstick_is_refused(
+    tmp_path: Path, factory: str, exported: Callable[[], nn.Module], message: str
+) -> None:
+    np.savez(tmp_path / "images.npz", images=SAMPLE.images, labels=SAMPLE.labels)  # type: ignore[arg-type]
+    (tmp_path / "given.onnx").write_bytes(networks.residual_onnx(exported()))
+    options = ["--module", f"networks:{factory}", "--images", str(tmp_path / "images.npz")]
+    result = Chain(tmp_path).run("validate", "--onnx", str(tmp_path / "given.onnx"), *options)
+    assert result.exit_code == 3, result.output
+    assert re.search(message, error_line(result))
+    assert not (tmp_path / "exported/given/validation.json").exists()
 
 
 @pytest.mark.slow

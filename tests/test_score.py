@@ -23,7 +23,7 @@ from conftest import Chain, error_line
 from pyarrow import parquet as pq
 from test_shards import damaged, idx, png
 
-from pipeline import triton
+from pipeline import scored, triton
 from pipeline.cli import main
 from pipeline.cli_score import reading
 from pipeline.cluster import SCRATCH, connected
@@ -114,6 +114,32 @@ def test_ids_beyond_63_bits_are_written_as_they_are() -> None:
     assert rejected["id"].to_pylist() == [str(2**63 + 102)]
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 2**24])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([4, 5, -1, 5, 7, 4, 5, 8, -1]),
+        np.array([4, 5, 2**64 - 1, 5, 7, 4, 5, 8, 2**64 - 1], np.uint64),
+        np.array(["d", "e", "ü", "e", "", "d", "e", "E", "ü"], object),
+    ],
+    ids=["whole", "large", "text"],
+)
+def test_ids_that_repeat_are_counted_over_all_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: np.ndarray, at_once: int
+) -> None:
+    monkeypatch.setattr(scored, "HASHES_AT_ONCE", at_once)
+    for index in range(3):
+        rows = replace(rows_like(OUTPUTS, ["", "", ""]), ids=ids[3 * index : 3 * index + 3])
+        write(
+            Folder(tmp_path),
+            index,
+            *score_rows(rows, MODEL, lambda images: OUTPUTS[: len(images)], TOP_2),
+        )
+    assert scored.repeated_ids(Folder(tmp_path), range(3), len(ids)) == 3
+    assert scored.repeated_ids(Folder(tmp_path), [0], 3) == 0
+    assert scored.repeated_ids(Folder(tmp_path), [], 0) == 0
+
+
 def test_a_shard_without_any_image_has_an_empty_file_of_the_same_columns() -> None:
     full, _, _ = scored_rows(OUTPUTS, ["", "", ""])
     table, rejected, counts = scored_rows(OUTPUTS, ["bad", "bad", "bad"], top=9)
@@ -137,7 +163,7 @@ def test_only_files_that_are_whole_count_as_finished(tmp_path: Path) -> None:
 def test_a_job_goes_on_only_with_the_same_source_and_model(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     begin(folder, RECORD)
-    (tmp_path / ".part-000000.parquet.ab.tmp").touch()
+    (tmp_path / ".part-000000.parquet.0123abcd.tmp").touch()
     begin(folder, RECORD)
     assert not list(tmp_path.glob(".*.tmp"))
     with pytest.raises(PipelineError, match="whose digest is f+ and not e+: choose another"):
@@ -259,6 +285,19 @@ def test_bad_pictures_go_to_the_side_table_and_the_exit_code_is_1(
     reasons = {row["id"]: row["reason"] for row in pq.read_table(out / "_rejected").to_pylist()}
     assert "cannot be read as an image" in reasons["1.png"]
     assert "its format is unknown" in reasons["notes.txt"]
+
+
+@pytest.mark.slow
+def test_ids_that_repeat_are_said(
+    a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path
+) -> None:
+    source = tmp_path / "a.parquet"
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(digits.ravel()), 784)
+    ids = [f"digit {index % 98}" for index in range(100)]
+    pq.write_table(pa.table({"id": ids, "image": flat}), source, row_group_size=10)
+    command = ["score", str(source), "--output", str(tmp_path / "id=1"), "--rows", "10"]
+    assert made.record(*command)["repeated"] == 2
+    assert ", 2 ids repeat" in made.run(*command).stdout
 
 
 @pytest.mark.slow

@@ -374,6 +374,40 @@ def test_ctrl_c_while_a_detached_server_starts_leaves_nothing(
     assert_nothing_is_left()
 
 
+@pytest.mark.server
+def test_sigterm_while_a_detached_server_starts_leaves_nothing(servable: Chain) -> None:
+    command = [sys.executable, "-m", "pipeline", "--root", str(servable.root), "serve"]
+    process = subprocess.Popen([*command, "--detach", "--port", "auto"])
+    wait_until(servable.paths.server.exists)  # tritonserver was started
+    server = serve.recorded(servable.paths)
+    assert server
+    process.terminate()  # as timeout(1) does
+    assert process.wait(HANG_GUARD) == 130
+    assert not servable.paths.server.exists()
+    for pid in (server.pid, server.supervisor_pid):
+        assert serve.start_time(pid) is None
+    assert_nothing_is_left()
+
+
+@pytest.mark.server
+def test_a_server_that_never_becomes_ready_is_gone_with_all_its_processes(
+    servable: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = tmp_path / "bin" / "bash"  # which Triton starts its stubs by
+    hanging.parent.mkdir()
+    hanging.write_text("#!/bin/sh\nsleep 500\n")
+    hanging.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{hanging.parent}:{os.environ['PATH']}")
+    result = servable.run("serve", "--detach", "--port", "auto", "--start-seconds", "5")
+    assert result.exit_code == 5
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+            variables = (process / "environ").read_bytes()
+            assert str(hanging.parent).encode() not in variables, process
+    assert not servable.paths.server.exists()
+    assert_nothing_is_left()
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(chain: Chain) -> None:
     chain.paths.supervisor_log.mkdir()
     result = chain.run("serve", "--detach")
@@ -512,6 +546,24 @@ def test_a_packaged_file_with_a_flipped_bit_is_not_served(chain: Chain) -> None:
 
 
 @pytest.mark.slow
+def test_a_model_that_would_have_the_server_run_a_command_is_not_served(chain: Chain) -> None:
+    config = chain.paths.packaged / "config.pbtxt"
+    text = config.read_text()
+    ran = chain.root / "ran"
+    config.write_text(text.replace("count: 1", f'count: 1 name: "$(touch {ran})"', 1))
+    for command in (["serve", "--port", "auto"], ["validate", str(chain.paths.repository)]):
+        result = chain.run(*command)
+        assert result.exit_code == 3
+        assert f"'$(touch {ran})'" in error_line(result)
+    config.write_text(text)
+    stub = chain.paths.packaged / "triton_python_backend_stub"
+    stub.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    stub.chmod(0o755)
+    result = chain.run("serve", "--port", "auto")
+    assert result.exit_code == 3
+    assert str(stub) in error_line(result)
+
+
 def test_a_missing_and_a_truncated_model_are_not_served(chain: Chain) -> None:
     model = chain.paths.packaged / "1" / "model.onnx"
     content = model.read_bytes()
@@ -676,8 +728,9 @@ def test_a_server_record_that_is_none_is_corrupt(chain: Chain) -> None:
 
 
 def left_of(server_id: str) -> subprocess.Popen[bytes]:
-    """A process that looks like one of a server's, once the system shows its command line."""
-    process = subprocess.Popen(["sh", "-c", "sleep 9; :", "sh", f"--id={server_id}"])
+    """A process that looks like one of a server's, once the system shows its environment."""
+    mark = {server_process.MARK: server_id}
+    process = subprocess.Popen(["sleep", "9"], env={**os.environ, **mark})
     deadline = time.monotonic() + HANG_GUARD
     while process.pid not in serve.processes_of(server_id) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -697,6 +750,27 @@ def test_only_what_bears_a_dead_servers_id_as_our_processes_do_is_cleared(chain:
     finally:
         reader.kill()
         reader.wait()
+
+
+def test_a_stranger_that_has_the_pid_of_a_dead_supervisor_is_not_sent_a_signal(
+    chain: Chain,
+) -> None:
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        for command, exit_code in (("restart", 5), ("stop", 0)):
+            record = dict.fromkeys(("pid", "supervisor_pid"), stranger.pid)
+            started = serve.start_time(stranger.pid)
+            assert started
+            times = dict.fromkeys(("start_time", "supervisor_start_time"), started)
+            pretend(chain, **record, **times)
+            result = chain.run("serve", command)
+            assert result.exit_code == exit_code
+            assert stranger.poll() is None
+        assert result.stdout.startswith("cleared a dead server")
+        assert not chain.paths.server.exists()
+    finally:
+        stranger.kill()
+        assert stranger.wait() == -signal.SIGKILL
 
 
 def test_a_process_that_is_just_being_started_is_cleared_with_the_others(
@@ -804,7 +878,7 @@ def test_the_command_of_each_runtime_is_loopback_only(tmp_path: Path) -> None:
         if kind == "docker":
             assert "-p=127.0.0.1:8000:8000" in text
             assert tritonserver.IMAGE in line
-            assert f"-v={tmp_path}:/models:ro" in text
+            assert f"--mount=type=bind,source={tmp_path},target=/models,readonly" in line
         else:
             assert "--http-address=127.0.0.1" in text
 

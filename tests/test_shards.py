@@ -287,7 +287,7 @@ def saved(array: np.ndarray) -> bytes:
     [
         (b"", "none of the formats", PipelineError),
         (b"hello", "none of the formats", PipelineError),
-        (PICTURES[0], "'pipeline query .*'", PipelineError),
+        (PICTURES[0], "pipeline query .*", PipelineError),
         (idx(np.zeros(5, np.uint8)), r"arrays of shape \[\], the model takes", PipelineError),
         (idx(IMAGES[:0, 0]), "holds no images", PipelineError),
         (idx(IMAGES[:, 0])[:-1], "is cut: its header says 50 images", CorruptError),

@@ -10,9 +10,9 @@ from pipeline.config import Criterion
 from pipeline.errors import CheckFailedError
 from pipeline.evaluate import Predictor
 from pipeline.probes import intruders, probe_images, refusals
-from pipeline.validate import Reference, Verdict, bounds, hold
+from pipeline.validate import Reference, Verdict, bounds, hold, require_stable, runs_of
 
-CRITERION = Criterion(batch_sizes=(3, 64), threads=(1,))
+CRITERION = Criterion(batch_sizes=(3, 64), largest_batch=8, threads=(1,))
 ROWS = np.arange(100, dtype=np.float32)[:, np.newaxis]  # each row is its own number
 OUTPUTS: np.ndarray = np.log(np.random.default_rng(0).dirichlet(np.ones(10), 100))
 ROUNDED: np.ndarray = OUTPUTS.astype(np.float32)
@@ -100,6 +100,63 @@ def test_a_class_may_change_only_where_the_margin_is_below_the_bound_and_is_list
     assert held.passed, held.problems
     (flip,) = held.flips
     assert (flip.row, flip.reference, flip.said, flip.label) == (5, 0, 1, 0)
+
+
+def test_more_classes_than_a_few_may_not_change_even_where_they_tie() -> None:
+    outputs = np.repeat(np.log([[0.7, 0.2, 0.1]]), 100, axis=0)
+    outputs[:6] = np.log([0.4 + 1e-9, 0.4, 0.2])
+    swapped = outputs.astype(np.float32)
+    swapped[:6, :2] = swapped[0, 0], swapped[0, 0] + np.float32(1e-7)
+    reference = Reference(outputs, outputs.astype(np.float32), np.zeros(80, np.int64))
+    held = verdict(says(swapped), reference=reference)
+    assert held.problems == ("6 images change class, 5 may where classes tie",)
+
+
+def with_a_class_that_is_masked(outputs: np.ndarray, dtype: type) -> np.ndarray:
+    """Add a class whose output float32 can only tell in steps of 64."""
+    return np.concatenate([outputs, np.full((len(outputs), 1), -(2.0**30))], 1).astype(dtype)
+
+
+def test_one_enormous_output_does_not_excuse_the_others() -> None:
+    outputs = with_a_class_that_is_masked(OUTPUTS, np.float64)
+    reference = Reference(outputs, outputs.astype(np.float32), REFERENCE.labels)
+    reversed_ = with_a_class_that_is_masked(OUTPUTS[:, ::-1], np.float32)
+    stable = require_stable(reference, CRITERION)
+    assert verdict(says(outputs.astype(np.float32)), reference=stable).passed
+    problems = verdict(says(reversed_), reference=stable).problems
+    assert "100 of 100 rows lie beyond their bound" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("eager", "message"),
+    [
+        (-ROUNDED, r"not stable in float32: its largest error is 19\.5 at margins of 0\.\d+"),
+        (ROUNDED + np.float32(2e-3), r"its largest error is 0\.002 at margins of 0\.427"),
+        (np.repeat(ROUNDED[:1], 100, 0), r"\d\d of 80 images change class against float64"),
+    ],
+)
+def test_a_module_that_float32_cannot_compute_is_refused(eager: np.ndarray, message: str) -> None:
+    with pytest.raises(CheckFailedError, match=message):
+        require_stable(Reference(OUTPUTS, eager, REFERENCE.labels), CRITERION)
+
+
+def test_a_module_that_tells_no_classes_apart_is_refused() -> None:
+    same = np.zeros((100, 10))
+    with pytest.raises(CheckFailedError, match="there is no margin to validate"):
+        require_stable(Reference(same, same.astype(np.float32), REFERENCE.labels), CRITERION)
+
+
+@pytest.mark.parametrize("count", [1, 20, 10_020])
+def test_every_batch_size_is_tried_with_a_full_batch_and_every_row_at_some_sizes(
+    count: int,
+) -> None:
+    criterion = Criterion()
+    runs = list(runs_of(criterion, count))
+    assert {run.size for run in runs} == set(range(1, 257))
+    assert all(len(run.rows) >= run.size and run.rows.max() < count for run in runs)
+    whole = [run for run in runs if run.size in criterion.batch_sizes]
+    assert len(whole) == len(criterion.batch_sizes) * len(criterion.threads)
+    assert all(set(run.rows) == set(range(count)) for run in whole)
 
 
 def test_a_reference_that_is_not_finite_proves_nothing() -> None:
