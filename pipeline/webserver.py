@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from pipeline.config import GatewayConfig
-from pipeline.connections import Connection
+from pipeline.connections import BACKLOG, Connection
 from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
 from pipeline.link import Link, finder
@@ -50,6 +50,7 @@ def settings(gateway: Gateway) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        backlog=BACKLOG,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=END_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
