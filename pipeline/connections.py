@@ -12,6 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pipeline.limits import client_of, is_fair
 
 BACKLOG = 64  # connections that asyncio accepts before it lets us refuse any of them
+QUEUE = 1024  # that wait in the system to be accepted; beyond, a client tries again after 1 s
 MAX_CONNECTIONS = 512  # at once: below the 1024 files that a process usually may open
 MAX_REFUSED = 128  # further ones that may read why they are refused; others are just closed
 REQUEST_SECONDS = 15.0  # from a request's first byte, or from connecting, to its last header
