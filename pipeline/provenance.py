@@ -4,7 +4,9 @@ A figure has the digest of its sources and of its own content. The second shows 
 changed by mistake; it is no seal, since whoever edits a file can write a new digest as well.
 """
 
+import ast
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import read_json, sha256, write_json
 from pipeline.recipes import RECIPES
 
+PACKAGE = Path(__file__).parent
 MEASURE = "measure it with 'make figures'"
 NETWORK = ("augment.py", "letters.py", "outliers.py", "model.py", "train.py")
 BACKEND = tuple(
@@ -50,11 +53,64 @@ SOURCES: dict[str, tuple[str, ...]] = {
 }
 
 
+_MODULE_PATH = re.compile(r"\bpipeline(\.\w+)+")
+
+
 def sources_digest(figure: str, *settings: object) -> str:
-    """One SHA-256 over the sources that decide a figure, and over settings that do."""
-    folder = Path(__file__).parent
-    digests = [sha256(folder / name) for name in SOURCES[figure]]
-    return sha256("".join([*digests, *map(repr, settings)]).encode())
+    """Return one SHA-256 of the code that decides a figure, and of settings that do.
+
+    Code that only moves, within a file or to another one of these sources, keeps its digest.
+    """
+    texts = {text for name in SOURCES[figure] for text in statements((PACKAGE / name).read_text())}
+    return sha256(repr((sorted(texts), settings)).encode())
+
+
+def statements(source: str) -> list[str]:
+    """Return the syntax of each top-level statement as text, the same on every Python from 3.11.
+
+    Left out is what does not decide a measurement: layout, comments, imports, docstrings, and the
+    paths of our modules.
+    """
+    tree = ast.parse(source)
+    modules = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline")
+        for alias in node.names
+        if (PACKAGE.parent / f"{node.module}.{alias.name}".replace(".", "/"))
+        .with_suffix(".py")
+        .exists()
+    }
+    return [text for node in tree.body if (text := _syntax(node, modules))]
+
+
+def _syntax(value: object, modules: set[str]) -> str:
+    """Return a node, a list of nodes or a value as text; nothing for what is left out."""
+    match value:
+        case None | ast.Import() | ast.ImportFrom() | ast.expr_context():
+            return ""
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Expr(value=ast.Constant(value=str())):
+            return ""
+        case ast.Attribute(value=ast.Name(id=name)) if name in modules:
+            return f"Name(id={value.attr!r})"  # as it is where it is imported by its own name
+        case ast.JoinedStr(values=parts):
+            # Python 3.12 has empty strings in format specifications, others do not.
+            texts = [text for part in parts if (text := _syntax(part, modules)) != "''"]
+            return f"JoinedStr([{', '.join(texts)}])"
+        case ast.Constant(value=str(text)):
+            return repr(_MODULE_PATH.sub("pipeline", text))
+        case ast.Constant():
+            return repr(value.value)
+        case ast.AST():
+            fields = [(name, _syntax(inner, modules)) for name, inner in ast.iter_fields(value)]
+            listed = ", ".join(f"{name}={text}" for name, text in fields if text)
+            return f"{type(value).__name__}({listed})"
+        case list():
+            # A missing default or key keeps its place; a statement that is left out has none.
+            texts = ["-" if item is None else _syntax(item, modules) for item in value]
+            return f"[{', '.join(filter(None, texts))}]" if value else ""
+        case _:
+            return repr(value)
 
 
 def recipe_digest(recipe: str) -> str:
