@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import IMAGES
 from pipeline.data import RECORD, fetch_command, read_idx, record_dataset, verify
 from pipeline.datasets import (
     DATASETS,
@@ -27,6 +26,7 @@ from pipeline.datasets import (
 )
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import locked, sha256
+from pipeline.signature import IMAGES
 from pipeline.sources import download
 
 # Shape letters: N images.

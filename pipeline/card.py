@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.config import pictures_of
 from pipeline.paths import FOLDER, Paths
+from pipeline.signature import pictures_of
 from pipeline.validate import rounded
 
 HUB = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist"}

@@ -10,9 +10,9 @@ import click
 from click.core import ParameterSource
 
 from pipeline.command import Command, Settings, name_of_run, name_option, paths_of
-from pipeline.config import PRECISIONS, PackageConfig
 from pipeline.errors import PipelineError
-from pipeline.paths import MODEL_NAMES, TAKEN, Paths
+from pipeline.package_settings import PackageConfig
+from pipeline.paths import MODEL_NAMES, PRECISIONS, TAKEN, Paths
 from pipeline.targets import dialect, listing, records
 from pipeline.text import Lines
 

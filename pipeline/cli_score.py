@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from pipeline.command import Command, Settings, name_option, paths_of
-from pipeline.config import ScoreConfig
 from pipeline.errors import PipelineError
+from pipeline.score_settings import ScoreConfig
 
 
 def reading(output: Path) -> str:

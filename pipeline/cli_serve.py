@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.command import Group, Settings, echo, paths_of
-from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, ServerError
 from pipeline.paths import MODEL_NAMES, Paths
+from pipeline.serve_settings import ServeConfig
 from pipeline.text import Lines
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ from pipeline.cli_export import (
     sample_of,
 )
 from pipeline.command import Command, Settings, name_option, paths_of, seconds_type
-from pipeline.config import PRECISIONS
 from pipeline.errors import CheckFailedError, PipelineError
-from pipeline.paths import Paths
+from pipeline.paths import PRECISIONS, Paths
 from pipeline.text import Lines
 
 FEW = 100  # images

@@ -13,8 +13,8 @@ from pipeline.command import (
     prediction_log_option,
     seconds_type,
 )
-from pipeline.config import GatewayConfig
 from pipeline.errors import PipelineError
+from pipeline.gateway_settings import GatewayConfig
 
 
 class PortType(click.IntRange):

@@ -85,7 +85,7 @@ class Client:
         return self._run(self._asking.config(self._deadline()))
 
     def pictures(self) -> str:
-        """How pictures become the served model's images: see config.pictures_of."""
+        """How pictures become the served model's images: see signature.pictures_of."""
         return triton.pictures(self.config())
 
     def metadata(self, of_model: bool = False) -> dict[str, Any]:

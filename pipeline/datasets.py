@@ -7,7 +7,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import MNIST_CLASSES
+from pipeline.signature import MNIST_CLASSES
 
 DEFAULT_DATASET = "mnist"
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from onnx import TensorProto, helper
 
 from pipeline import installed, lint_live, tritonserver
-from pipeline.config import ServeConfig
 from pipeline.data import verify
 from pipeline.datasets import DEFAULT_DATASET
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.installed import Check, Examined, in_a_line, looked
 from pipeline.paths import Paths
 from pipeline.running import serving
+from pipeline.serve_settings import ServeConfig
 
 GLIBC = (2, 35)  # of the server in the wheel
 DISK_BYTES = 1 << 30  # for data, runs and exports, generously

@@ -31,3 +31,9 @@ class ServerError(PipelineError):
 
 class SlowError(ServerError):
     """No answer in time, from a server that may only have too much to do."""
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise PipelineError unless the setting `name` is one of its choices."""
+    if value not in choices:
+        raise PipelineError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from pipeline import graph
-from pipeline.config import PRECISIONS, ExportConfig, TensorSpec, pictures_of
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import remove, sha256, write_bytes, write_json
-from pipeline.paths import Paths
+from pipeline.paths import PRECISIONS, Paths
 from pipeline.policy import check_policy
 from pipeline.sample import Sample, pack_sample
+from pipeline.signature import TensorSpec, pictures_of
 from pipeline.subject import Subject, exported_sample, subject_of_run
+from pipeline.targets import ExportConfig
 from pipeline.variants import CALIBRATION_IMAGES, to_fp16, to_int8
 
 OUTPUTS = {

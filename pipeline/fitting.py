@@ -7,8 +7,8 @@ By the rules of RULES.md, in whole numbers.
 
 import numpy as np
 
-from pipeline.config import IMAGES
 from pipeline.ink import edge_of, slide
+from pipeline.signature import IMAGES
 
 DIGIT = 20  # pixels that the longer side of a digit has in MNIST
 FULL = 16  # so many pixels at least have the highest level

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import IMAGES, pictures_of
 from pipeline.data import RECORD, record_dataset, verify
 from pipeline.datasets import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 from pipeline.errors import PipelineError
 from pipeline.files import locked, read_json, sha256
 from pipeline.images import MAX_FILE_BYTES, fit, read_gray
 from pipeline.paths import FOLDER
+from pipeline.signature import IMAGES, pictures_of
 from pipeline.text import Lines
 
 # Shape letters: N images.

@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline import triton
-from pipeline.config import GatewayConfig
 from pipeline.counters import Counters
 from pipeline.errors import PipelineError, ServerError
+from pipeline.gateway_settings import GatewayConfig
 from pipeline.guard import Guard, host_names, stated_length
 from pipeline.images import read_image
 from pipeline.limits import (

@@ -15,8 +15,8 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, ValueInfoProto
 
-from pipeline.config import TensorSpec
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
+from pipeline.signature import TensorSpec
 from pipeline.sizes import BITS, STANDARD, raw_bytes
 
 BATCH = "batch"  # the name of dimension 0, on the input and on the output

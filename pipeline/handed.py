@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from pipeline import graph
-from pipeline.config import TensorSpec
 from pipeline.errors import CheckFailedError
 from pipeline.policy import SCRUB, check_policy
+from pipeline.signature import TensorSpec
 
 
 def handed_in(path: Path, scrub: bool = False) -> bytes:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.config import IMAGES
 from pipeline.errors import PipelineError
 from pipeline.files import write_bytes
 from pipeline.fitting import fitted
 from pipeline.ink import frame, ink, middle, reduced
+from pipeline.signature import IMAGES
 
 # Shape letters: H height, W width, of the image at hand. Gray levels go from 0 to 255.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import lint_files, tritonserver
-from pipeline.config import ServeConfig
 from pipeline.errors import ServerError
 from pipeline.lint import CONFIG, Linted, in_order
 from pipeline.lint_ask import GoneError, Server, SilentError, wrong_answer
@@ -21,6 +20,7 @@ from pipeline.lint_files import Model
 from pipeline.lint_text import Config, Finding, Level, read_config
 from pipeline.paths import Paths
 from pipeline.serve import POLL_SECONDS, with_free_ports
+from pipeline.serve_settings import ServeConfig
 from pipeline.server_process import launched
 
 LOAD_SECONDS = 30.0  # in which a model loads, or never will

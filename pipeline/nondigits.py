@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.config import IMAGES
 from pipeline.data import load_split
 from pipeline.images import prepare
+from pipeline.signature import IMAGES
 
 EACH = 1000  # images of a kind; of letters as many as there are
 SIDE = 140  # pixels of the paper that letters and scribbles are drawn on

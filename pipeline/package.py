@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import graph, profiles, triton
-from pipeline.config import PackageConfig, pictures_of
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import (
     check_digest,
@@ -19,9 +18,11 @@ from pipeline.files import (
     write_json,
 )
 from pipeline.golden import unpack_golden
+from pipeline.package_settings import PackageConfig
 from pipeline.paths import MODEL_NAMES, Paths, packaged_name
 from pipeline.policy import check_policy
 from pipeline.running import serving
+from pipeline.signature import pictures_of
 from pipeline.tarball import write_tar
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"

@@ -253,3 +253,6 @@ class Paths:
     @property
     def figures(self) -> Path:
         return self.exported / "figures"
+
+
+PRECISIONS = ("fp32", "fp16", "int8")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import machine, triton
-from pipeline.config import PackageConfig
 from pipeline.files import write_bytes
+from pipeline.package_settings import PackageConfig
 from pipeline.text import Lines
 
 # The configs of a packaged model: config.pbtxt, and those that --model-config-name chooses.

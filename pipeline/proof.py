@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.card import model_card
-from pipeline.config import Criterion, ExportConfig
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import margins
 from pipeline.export import (
@@ -33,6 +32,7 @@ from pipeline.reference_profile import packed
 from pipeline.runtime import onnx_predictor
 from pipeline.sample import Sample
 from pipeline.subject import EXPORT, Subject, exported_sample, exported_subject
+from pipeline.targets import ExportConfig
 from pipeline.trial import (
     Result,
     Say,
@@ -43,7 +43,7 @@ from pipeline.trial import (
     trial_of,
     try_file,
 )
-from pipeline.validate import Held, Verdict, bounds, hold
+from pipeline.validate import Criterion, Held, Verdict, bounds, hold
 
 
 @dataclass(frozen=True)

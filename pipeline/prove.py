@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from pipeline.client import Client
-from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.evaluate import predict
 from pipeline.files import write_json
@@ -15,6 +14,7 @@ from pipeline.query import triton_predictor
 from pipeline.replay import Release, Table, agree, require_agreement, selected_releases
 from pipeline.runtime import onnx_predictor
 from pipeline.serve import running_server, with_free_ports
+from pipeline.serve_settings import ServeConfig
 from pipeline.subject import exported_sample, exported_subject
 
 

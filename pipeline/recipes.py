@@ -3,8 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.config import require_choice
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, require_choice
 
 LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels each network takes
 

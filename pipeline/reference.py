@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from pipeline.config import Criterion
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor
 from pipeline.golden import row_errors
-from pipeline.validate import bounds, shifted
+from pipeline.validate import Criterion, bounds, shifted
 
 BATCH = 64  # images a call
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import connected
-from pipeline.config import ScoreConfig
 from pipeline.errors import PipelineError
 from pipeline.files import locked, remove
 from pipeline.machine import cores
 from pipeline.parquet import Columns
 from pipeline.paths import Paths
+from pipeline.score_settings import ScoreConfig
 from pipeline.scored import (
     Counts,
     Folder,

@@ -14,7 +14,6 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from pipeline import triton
-from pipeline.config import ScoreConfig
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor, predict
 from pipeline.files import clear_temporary, read_json, write_json, write_with
@@ -22,6 +21,7 @@ from pipeline.parquet import NO_ID, Rows
 from pipeline.paths import Paths
 from pipeline.prediction import probabilities
 from pipeline.replay import REPACKAGE
+from pipeline.score_settings import ScoreConfig
 from pipeline.versions import checked
 
 COUNTS = ("rejected", "unsure")  # in the metadata of a file of answers

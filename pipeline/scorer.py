@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import ScoreConfig
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Predictor
 from pipeline.files import check_digest
 from pipeline.parquet import Rows
 from pipeline.runtime import onnx_predictor
+from pipeline.score_settings import ScoreConfig
 from pipeline.scored import Folder, Model, score_rows, write
 from pipeline.shards import Cut, read
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from pipeline import candidate, tritonserver
 from pipeline.admin import Admin
 from pipeline.client import Client
-from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import write_json
 from pipeline.lint import require_loadable
@@ -25,6 +24,7 @@ from pipeline.running import is_alive as is_alive
 from pipeline.running import recorded as recorded
 from pipeline.running import root
 from pipeline.running import start_time as start_time
+from pipeline.serve_settings import ServeConfig
 from pipeline.server_process import END_SECONDS as END_SECONDS
 from pipeline.server_process import clear as clear
 from pipeline.server_process import dead_children as dead_children

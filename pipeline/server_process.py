@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import tritonserver
-from pipeline.config import ServeConfig
 from pipeline.paths import require_printable
 from pipeline.running import start_time
+from pipeline.serve_settings import ServeConfig
 
 POLL_SECONDS = 0.05
 KILL_SECONDS = 5.0  # in which a killed process is gone

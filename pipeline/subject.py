@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import load_checkpoint
-from pipeline.config import IMAGES, TensorSpec, log_probabilities
 from pipeline.data import load_split, scored_split
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import check_digest
 from pipeline.paths import Paths
 from pipeline.sample import Sample, read_sample, require_labels
+from pipeline.signature import IMAGES, TensorSpec, log_probabilities
 
 EXPORT = "run 'pipeline export' again"
 

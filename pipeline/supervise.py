@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.config import ServeConfig
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError, ServerError
 from pipeline.files import locked, remove
 from pipeline.lint import require_loadable
@@ -26,6 +25,7 @@ from pipeline.serve import (
     recorded,
     running_server,
 )
+from pipeline.serve_settings import ServeConfig
 from pipeline.server_process import ended_by_sigterm
 from pipeline.state import last_words
 from pipeline.tritonserver import ports

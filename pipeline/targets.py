@@ -4,7 +4,6 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config import ExportConfig
 from pipeline.errors import PipelineError
 from pipeline.text import Lines
 
@@ -82,6 +81,14 @@ def span(release: str) -> Span:
 def target(release: str) -> Target:
     """What Triton `release`, written YY.MM, loads; PipelineError when that is not known."""
     return span(release).at(release)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The ONNX dialect: what every Triton since 23.09 loads."""
+
+    opset: int = 18
+    ir_version: int = 9
 
 
 def dialect(release: str | None = None, opset: int | None = None) -> ExportConfig:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from pipeline import graph
-from pipeline.config import Criterion
 from pipeline.departures import between, from_weights
 from pipeline.diagnose import diagnose
 from pipeline.errors import CheckFailedError
@@ -26,7 +25,7 @@ from pipeline.runtime import onnx_predictor
 from pipeline.sample import Sample
 from pipeline.subject import Subject
 from pipeline.text import Lines
-from pipeline.validate import Held, Reference, Verdict, hold, require_stable
+from pipeline.validate import Criterion, Held, Reference, Verdict, hold, require_stable
 
 Say = Callable[[str], None]
 

@@ -10,8 +10,9 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfig
 
-from pipeline.config import PackageConfig, TensorSpec
 from pipeline.errors import PipelineError
+from pipeline.package_settings import PackageConfig
+from pipeline.signature import TensorSpec
 
 LABELS, WARMUP = "labels.txt", "digit"
 CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
@@ -165,7 +166,7 @@ def commands(folder: Path, message: ModelConfig) -> list[str]:
 
 
 def pictures(message: ModelConfig) -> str:
-    """How pictures become this model's images: see config.pictures_of."""
+    """How pictures become this model's images: see signature.pictures_of."""
     return parameter(message, "pictures") or "digit"
 
 

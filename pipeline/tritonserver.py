@@ -11,9 +11,9 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
+from pipeline.serve_settings import ServeConfig
 from pipeline.text import Lines
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"

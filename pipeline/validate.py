@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pipeline.config import Criterion
 from pipeline.errors import CheckFailedError
 from pipeline.evaluate import Predictor, margins, mcnemar, predict
 from pipeline.golden import row_errors
@@ -18,6 +17,25 @@ SETTLED = 0.1  # of the rows beyond their bound: then the rest of the runs is sp
 SPEED_BATCH = 64  # images a call where images per second are told
 _ULP = 2**-23  # a unit in the last place of float32, of a number between 1 and 2
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """When an exported file says what its module says. Set before anything is measured."""
+
+    batch_sizes: tuple[int, ...] = (1, 2, 3, 7, 64, 65, 256)  # of all rows
+    largest_batch: int = 256  # every size up to it is tried on one batch; `package` allows no more
+    threads: tuple[int, ...] = (1, 2)
+    # The least error that a row is granted: 8 units in the last place of float32, of the row's
+    # largest output. Twice that, or twice eager PyTorch's own error, is the row's bound.
+    floor: float = 2**-20
+    ratio: float = 8.0  # of the largest error to eager PyTorch's, at most
+    # Eager PyTorch's largest error, as a share of the images' median margin. Sound networks are
+    # near a millionth; above this one, float32 does not compute the network.
+    unstable: float = 1e-3
+    ties: int = 5  # images whose class may change in float32, each within its bound of a tie
+    # What accuracy a variant may lose against the reference, as a fraction.
+    lost_accuracy: tuple[tuple[str, float], ...] = (("fp16", 0.0002), ("int8", 0.001))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from pipeline.config import GatewayConfig
 from pipeline.connections import BACKLOG, QUEUE, Connection
 from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
+from pipeline.gateway_settings import GatewayConfig
 from pipeline.link import Link, finder
 from pipeline.paths import Paths
 from pipeline.prediction_log import PredictionLog

@@ -17,7 +17,8 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from pipeline import triton
-from pipeline.config import IMAGES, PackageConfig, log_probabilities
+from pipeline.package_settings import PackageConfig
+from pipeline.signature import IMAGES, log_probabilities
 
 DIGEST = "ab" * 32
 LARGEST = 4  # images in a batch

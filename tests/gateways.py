@@ -21,11 +21,13 @@ from PIL import Image, ImageDraw
 
 from pipeline import triton, webserver
 from pipeline.client import Prediction
-from pipeline.config import IMAGES, MNIST_CLASSES, GatewayConfig, PackageConfig, log_probabilities
 from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
+from pipeline.gateway_settings import GatewayConfig
 from pipeline.link import Link
+from pipeline.package_settings import PackageConfig
 from pipeline.prediction_log import PredictionLog
+from pipeline.signature import IMAGES, MNIST_CLASSES, log_probabilities
 
 WAIT_SECONDS = 20.0
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import graph
-from pipeline.config import IMAGES, TensorSpec, log_probabilities
 from pipeline.export import export_program, to_onnx
 from pipeline.sample import Sample
+from pipeline.signature import IMAGES, TensorSpec, log_probabilities
 
 
 def onnx_of(model: nn.Module) -> bytes:

@@ -29,12 +29,12 @@ from PIL import Image
 from prove_kill import project
 
 from pipeline import serve, supervise
-from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.provenance import write_figure
 from pipeline.report import render_readme
+from pipeline.serve_settings import ServeConfig
 
 HANG_SECONDS = 60.0
 CHECK_EVERY = 500  # hostile requests, between two that must be answered rightly

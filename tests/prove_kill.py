@@ -20,12 +20,12 @@ from pathlib import Path
 from traffic import PAUSE_SECONDS, Running, Tally, Traffic, expected, lost, traffic
 
 from pipeline import serve, supervise, triton
-from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.provenance import write_figure
 from pipeline.report import render_readme
+from pipeline.serve_settings import ServeConfig
 
 WITHIN = 10.0  # seconds, for right answers to come again and for a drain to be done
 HANG_SECONDS = 60.0

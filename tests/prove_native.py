@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tritonserver
-from pipeline.config import ServeConfig
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
 from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.serve import running_server, with_free_ports
+from pipeline.serve_settings import ServeConfig
 from pipeline.tritonserver import IMAGE
 from pipeline.verify import Evidence, require_passed, verify
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import ExportConfig
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Difference, difference, predict
 from pipeline.export import export_program, signature_of, to_onnx
@@ -26,7 +25,7 @@ from pipeline.paths import Paths
 from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.subject import Subject, exported_sample, subject_of_run
-from pipeline.targets import dialect, span
+from pipeline.targets import ExportConfig, dialect, span
 
 ENVIRONMENTS = Path(".venv-runtimes")
 MAX_ABS_DIFF = 1e-4  # between log-probabilities

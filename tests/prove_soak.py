@@ -12,10 +12,10 @@ from prove_kill import ask_of, leftovers, project
 from traffic import traffic
 
 from pipeline import serve, supervise
-from pipeline.config import ServeConfig
 from pipeline.machine import machine
 from pipeline.provenance import write_figure
 from pipeline.report import render_readme
+from pipeline.serve_settings import ServeConfig
 
 MAY_GROW = 5 * 1024 * 1024  # bytes
 WARM = 0.1  # of the requests, before it is first looked at

@@ -17,13 +17,13 @@ import numpy as np
 from traffic import Traffic, expected, traffic
 
 from pipeline import supervise, swap
-from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.serve import Server, with_free_ports
+from pipeline.serve_settings import ServeConfig
 from pipeline.versions import versions
 
 TOLERANCE = 1e-4  # of an answer's log-probabilities

@@ -13,10 +13,10 @@ from conftest import Chain, link_server_environment
 from onnx import TensorProto, helper
 from test_backend import save
 
-from pipeline.config import ServeConfig
 from pipeline.errors import ServerError
 from pipeline.load import Server
 from pipeline.serve import running_server, with_free_ports
+from pipeline.serve_settings import ServeConfig
 from pipeline.tritonserver import KEY_HEADER
 
 pytestmark = pytest.mark.server

@@ -17,8 +17,8 @@ from playwright.sync_api import Browser, expect
 
 from pipeline import triton
 from pipeline.client import Client
-from pipeline.config import GatewayConfig
 from pipeline.data import load_split
+from pipeline.gateway_settings import GatewayConfig
 from pipeline.images import prepare
 from pipeline.link import Link, finder
 

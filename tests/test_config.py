@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PackageConfig, ServeConfig
 from pipeline.errors import PipelineError
+from pipeline.package_settings import PackageConfig
 from pipeline.paths import Paths
 from pipeline.recipes import RECIPES, Recipe, TrainConfig, recipe
+from pipeline.serve_settings import ServeConfig
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ import yaml
 from conftest import Chain, error_line
 
 from pipeline import profiles, serve, triton
-from pipeline.config import IMAGES, PackageConfig, TensorSpec, log_probabilities
 from pipeline.deploy import deploy
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import SCHEMA, write_bytes, write_json
 from pipeline.golden import Golden, pack_golden
+from pipeline.package_settings import PackageConfig
 from pipeline.paths import Paths
+from pipeline.signature import IMAGES, TensorSpec, log_probabilities
 
 Served = tuple[Chain, dict[str, Any]]
 needs_promtool = pytest.mark.skipif(

@@ -13,9 +13,9 @@ import pytest
 from conftest import REPOSITORY, Chain, error_line, flip_bit, link_server_environment
 
 from pipeline import doctor, installed, tritonserver
-from pipeline.config import ServeConfig
 from pipeline.installed import Check
 from pipeline.paths import Paths
+from pipeline.serve_settings import ServeConfig
 
 
 class Space(NamedTuple):

@@ -11,12 +11,12 @@ from conftest import REPOSITORY, Chain, edit_json, error_line
 from networks import onnx_of
 
 from pipeline import graph
-from pipeline.config import IMAGES, log_probabilities
 from pipeline.errors import CheckFailedError
 from pipeline.export import check_onnx, export_program
 from pipeline.files import sha256
 from pipeline.model import build
 from pipeline.recipes import RECIPES
+from pipeline.signature import IMAGES, log_probabilities
 
 PROOF = ("MODEL_CARD.md", "evidence.npz", "golden.npz", "reference_profile.json", "validation.json")
 

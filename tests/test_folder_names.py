@@ -21,9 +21,9 @@ from test_serve import assert_nothing_is_left, wait_until
 from pipeline import serve, server_process, tritonserver
 from pipeline.cli_serve import echo_server
 from pipeline.command import Settings
-from pipeline.config import ServeConfig
 from pipeline.deploy import deploy
 from pipeline.errors import PipelineError
+from pipeline.serve_settings import ServeConfig
 from pipeline.tritonserver import Runtime
 
 ODD = "it's a $HOME of ü日本"

@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 from pipeline import triton
 from pipeline.cli import main
 from pipeline.client import Client
-from pipeline.config import ServeConfig
 from pipeline.data import Split, enough_epochs, load_split, verify
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
@@ -26,6 +25,7 @@ from pipeline.images import read_image
 from pipeline.paths import Paths
 from pipeline.recipes import Recipe
 from pipeline.serve import running_server, with_free_ports
+from pipeline.serve_settings import ServeConfig
 
 
 def draw(path: Path, kind: int = 0, seed: int = 0, side: int = 60) -> None:

@@ -38,11 +38,11 @@ from gateways import (
 )
 from PIL import Image
 
-from pipeline.config import GatewayConfig
 from pipeline.connections import READ_BYTES, Connection
 from pipeline.errors import PipelineError, ServerError, SlowError
 from pipeline.files import write_json
 from pipeline.gateway import PAGE
+from pipeline.gateway_settings import GatewayConfig
 from pipeline.guard import HEADERS, check_host, host_names
 from pipeline.images import read_image
 from pipeline.limits import (

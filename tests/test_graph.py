@@ -10,10 +10,10 @@ from conftest import small
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline import graph
-from pipeline.config import TensorSpec
 from pipeline.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.policy import check_policy
 from pipeline.runtime import onnx_predictor
+from pipeline.signature import TensorSpec
 
 
 def test_a_graph_that_keeps_the_policy_passes_and_has_a_signature() -> None:

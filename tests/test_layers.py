@@ -14,7 +14,11 @@ ORDER = [
     *(
         "text",
         "errors",
-        "config",
+        "signature",
+        "package_settings",
+        "serve_settings",
+        "gateway_settings",
+        "score_settings",
         "recipes",
         "targets",
         "paths",

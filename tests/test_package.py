@@ -14,12 +14,13 @@ from conftest import Chain, edit_json, error_line, flip_bit
 from tritonclient.grpc import model_config_pb2
 
 from pipeline import triton
-from pipeline.config import IMAGES, PackageConfig, TensorSpec, log_probabilities
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.package import next_version, package
+from pipeline.package_settings import PackageConfig
 from pipeline.paths import Paths
 from pipeline.profiles import PROFILES
+from pipeline.signature import IMAGES, TensorSpec, log_probabilities
 
 HANG_GUARD = 60.0  # seconds
 

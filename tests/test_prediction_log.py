@@ -20,8 +20,8 @@ from conftest import error_line
 from pipeline.async_client import AsyncClient
 from pipeline.cli import main
 from pipeline.client import Client
-from pipeline.config import GatewayConfig
 from pipeline.errors import PipelineError
+from pipeline.gateway_settings import GatewayConfig
 from pipeline.images import png
 from pipeline.link import Link
 from pipeline.prediction import Prediction

@@ -9,11 +9,12 @@ from conftest import Chain, error_line
 
 from pipeline import profiles, triton
 from pipeline.client import Client
-from pipeline.config import IMAGES, PackageConfig, log_probabilities
 from pipeline.errors import PipelineError
 from pipeline.golden import compare, unpack_golden
+from pipeline.package_settings import PackageConfig
 from pipeline.profiles import PROFILES, Choice
 from pipeline.running import default_url
+from pipeline.signature import IMAGES, log_probabilities
 
 TWO_CORES = PackageConfig(cores=2)
 ON_CPU = [name for name in PROFILES if name not in profiles.ON_GPU]

@@ -18,7 +18,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor, nn
 
-from pipeline.config import IMAGES, Criterion, ExportConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError
 from pipeline.export import check_onnx, export_program, signature_of, to_onnx
@@ -26,8 +25,11 @@ from pipeline.handed import handed_in
 from pipeline.model import Cnn
 from pipeline.paths import Paths
 from pipeline.sample import Sample
+from pipeline.signature import IMAGES
 from pipeline.subject import subject_of_run
+from pipeline.targets import ExportConfig
 from pipeline.trial import Trial, trial_of, try_file
+from pipeline.validate import Criterion
 from pipeline.variants import to_fp16, to_int8
 
 # Of so few images one or two may be lost.

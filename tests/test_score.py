@@ -27,7 +27,6 @@ from pipeline import scored, triton
 from pipeline.cli import main
 from pipeline.cli_score import reading
 from pipeline.cluster import SCRATCH, connected
-from pipeline.config import ScoreConfig
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.evaluate import predict
 from pipeline.files import locked
@@ -36,6 +35,7 @@ from pipeline.parquet import Columns, Rows
 from pipeline.prediction import predicted
 from pipeline.runtime import onnx_predictor
 from pipeline.score import score
+from pipeline.score_settings import ScoreConfig
 from pipeline.scored import (
     Counts,
     Folder,

@@ -35,11 +35,11 @@ from pipeline.admin import Admin
 from pipeline.cli_serve import echo_server
 from pipeline.client import Client
 from pipeline.command import Settings
-from pipeline.config import ServeConfig
 from pipeline.data import load_split
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.files import locked, sha256, write_json
 from pipeline.paths import Paths
+from pipeline.serve_settings import ServeConfig
 from pipeline.triton import ModelConfig
 from pipeline.tritonserver import Runtime
 

@@ -6,9 +6,8 @@ import onnx.helper
 import pytest
 
 from pipeline import targets
-from pipeline.config import ExportConfig
 from pipeline.errors import PipelineError
-from pipeline.targets import OPSETS, SPANS, Span, Target, dialect, loaded_by, target
+from pipeline.targets import OPSETS, SPANS, ExportConfig, Span, Target, dialect, loaded_by, target
 
 
 @pytest.mark.parametrize(

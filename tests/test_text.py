@@ -22,10 +22,11 @@ from test_query import stroke
 
 from pipeline import triton
 from pipeline.cli import main
-from pipeline.config import IMAGES, PackageConfig, log_probabilities
 from pipeline.errors import PipelineError
+from pipeline.package_settings import PackageConfig
 from pipeline.paths import Paths
 from pipeline.running import Server, start_time
+from pipeline.signature import IMAGES, log_probabilities
 from pipeline.text import Lines, escape
 
 FORGED = "handwriting: 0 errors, 0 warnings, not tried on a server"

@@ -6,11 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pipeline.config import Criterion
 from pipeline.errors import CheckFailedError
 from pipeline.evaluate import Predictor
 from pipeline.probes import intruders, probe_images, refusals
-from pipeline.validate import Reference, Verdict, bounds, hold, require_stable, runs_of
+from pipeline.validate import Criterion, Reference, Verdict, bounds, hold, require_stable, runs_of
 
 CRITERION = Criterion(batch_sizes=(3, 64), largest_batch=8, threads=(1,))
 ROWS = np.arange(100, dtype=np.float32)[:, np.newaxis]  # each row is its own number

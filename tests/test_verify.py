@@ -20,12 +20,12 @@ import pytest
 from conftest import Chain, edit_json, error_line, flip_bit, link_server_environment
 
 from pipeline import triton
-from pipeline.config import ServeConfig
 from pipeline.errors import CorruptError
 from pipeline.files import sha256, write_bytes
 from pipeline.golden import Golden, pack_golden
 from pipeline.runtime import onnx_predictor
 from pipeline.serve import running_server, with_free_ports
+from pipeline.serve_settings import ServeConfig
 from pipeline.yardstick import Yardstick, misnamed, stated_classes, yardstick_of
 
 Served = tuple[Chain, dict[str, Any]]

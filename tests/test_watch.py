@@ -13,11 +13,11 @@ import pytest
 from conftest import Chain
 
 from pipeline import metrics, serve, supervise, watch
-from pipeline.config import ServeConfig
 from pipeline.errors import CorruptError, PipelineError, ServerError, SlowError
 from pipeline.metrics import Load
 from pipeline.replay import selected_releases
 from pipeline.serve import Server, bound_log
+from pipeline.serve_settings import ServeConfig
 from pipeline.watch import Canary, pause_after
 
 SERVER = Server(**{**dict.fromkeys(Server.__dataclass_fields__, 1), "id": "ours", "pid": 2**22})  # type: ignore[arg-type]
