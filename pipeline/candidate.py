@@ -9,7 +9,8 @@ from pipeline.client import Client
 from pipeline.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.golden import require
 from pipeline.paths import Paths
-from pipeline.replay import Release, replay_golden, served_version
+from pipeline.ready import replay_golden, served_version
+from pipeline.release import Release
 from pipeline.running import Server
 
 ANSWER_SECONDS = 60.0

@@ -36,11 +36,12 @@ def report_command(
       pipeline report --run wide
       pipeline report --figures
     """
-    from pipeline.report import agreement, render_readme, save_figures
+    from pipeline.agreement import read_agreement
+    from pipeline.report import render_readme, save_figures
 
     paths = _reported(paths_of(settings, name, run or name), run, name)
     if table:
-        proof = agreement(paths)
+        proof = read_agreement(paths)
         settings.result(asdict(proof), Lines(proof, f"read {paths.agreement}"), "pipeline serve")
         return
     if paths.images.exists() and not run:
@@ -53,7 +54,7 @@ def report_command(
     page = write_page(paths)
     record, lines = {"run": paths.run, "page": str(paths.page)}, [f"wrote {paths.page}"]
     if paths.agreement.exists():
-        proof = agreement(paths)
+        proof = read_agreement(paths)
         record |= asdict(proof)
         lines = [str(proof), f"read {paths.agreement}", *lines]
     if figures:

@@ -17,7 +17,7 @@ from pipeline.evaluate import margins
 from pipeline.files import sha256, write_bytes
 from pipeline.golden import Golden
 from pipeline.paths import Paths
-from pipeline.replay import REPACKAGE, Release, load_release
+from pipeline.release import REPACKAGE, Release, load_release
 from pipeline.text import Lines
 from pipeline.tritonserver import IMAGE, KEY_HEADER, RESTRICTED
 

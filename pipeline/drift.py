@@ -15,9 +15,9 @@ from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.files import write_json
 from pipeline.logged import Entry, Logged, read_log
 from pipeline.machine import machine
-from pipeline.packaged_profile import find_profile
 from pipeline.paths import Paths
 from pipeline.reference_profile import ReferenceProfile, binned
+from pipeline.release import find_profile
 from pipeline.significance import (
     Shift,
     distribution_shift,

@@ -189,3 +189,6 @@ def unpack_golden(content: bytes, name: str) -> Golden:
             f"{margins(outputs)[row]:.3g}). Run 'pipeline validate' and 'pipeline package' again"
         )
     return Golden(images, labels, outputs, bounds)
+
+
+GOLDEN_BATCHES = (1, 2, 7)  # at which a server is asked the golden set

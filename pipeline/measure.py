@@ -16,7 +16,7 @@ from pipeline.files import write_json
 from pipeline.load_open import open_loop
 from pipeline.machine import machine
 from pipeline.paths import Paths
-from pipeline.replay import Release, selected_releases
+from pipeline.release import Release, selected_releases
 from pipeline.serve import Server, running_server, with_free_ports
 from pipeline.serve_settings import ServeConfig
 from pipeline.served_score import Scored, score_served

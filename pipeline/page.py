@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline import figures
+from pipeline.agreement import Table, read_agreement
 from pipeline.answers import Answers, answers, picture
 from pipeline.augment import examples
 from pipeline.card import percent
@@ -23,8 +24,6 @@ from pipeline.files import check_manifest, read_json, write_bytes
 from pipeline.paths import MODEL_NAMES, Paths
 from pipeline.predictions import Predictions, load_predictions
 from pipeline.recipes import RECIPES, TrainConfig
-from pipeline.replay import Table
-from pipeline.report import agreement
 from pipeline.runs import recorded_config
 from pipeline.speeds import MEASURE, Speeds, speeds
 from pipeline.watched import Watched, watched
@@ -214,7 +213,7 @@ def _proof(paths: Paths, manifest: Mapping[str, Any] | Note) -> Table | Note:
         return manifest
     if not paths.agreement.exists():
         return Note("No server has been held against this model yet", _then(paths, manifest))
-    table = agreement(paths)
+    table = read_agreement(paths)
     if table.sha256 != manifest["files"].get(paths.onnx.name):
         return Note(
             f"The last proof was of another model.onnx (version {table.version})",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from pipeline.agreement import Table, agree, require_agreement
 from pipeline.client import Client
 from pipeline.errors import PipelineError
 from pipeline.evaluate import predict
@@ -11,7 +12,7 @@ from pipeline.machine import machine
 from pipeline.model import eager_predictor
 from pipeline.paths import Paths
 from pipeline.query import triton_predictor
-from pipeline.replay import Release, Table, agree, require_agreement, selected_releases
+from pipeline.release import Release, selected_releases
 from pipeline.runtime import onnx_predictor
 from pipeline.serve import running_server, with_free_ports
 from pipeline.serve_settings import ServeConfig

@@ -27,7 +27,18 @@ TIMING = ("timing.py", "turns.py", "load.py", "load_http.py", "beside.py", "meas
 # What decides the figures: a change of one of these makes them stale.
 SOURCES: dict[str, tuple[str, ...]] = {
     "agreement": (
-        *("recipes.py", *NETWORK, "runs.py", "export.py", "replay.py", "profiles.py", *SERVER),
+        *(
+            "recipes.py",
+            *NETWORK,
+            "runs.py",
+            "export.py",
+            "agreement.py",
+            "golden.py",
+            "ready.py",
+            "release.py",
+            "profiles.py",
+            *SERVER,
+        ),
     ),
     "training": (*NETWORK, "runs.py"),
     "resume": ("train.py", "checkpoint.py", "records.py", "runs.py", "files.py"),
@@ -36,7 +47,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("lint.py", "lint_text.py", "lint_graph.py", "lint_files.py", "lint_config.py"),
         *("lint_backend.py", "lint_accelerators.py", "lint_rules.py", "lint_live.py", *BACKEND),
     ),
-    "swap": ("swap.py", "versions.py", "admin.py", "package.py", *SERVER),
+    "swap": ("swap.py", "release.py", "versions.py", "admin.py", "package.py", *SERVER),
     "kill": ("watch.py", "supervise.py", *SERVER),
     "soak": ("watch.py", "supervise.py", *SERVER),
     "serving": ("profiles.py", *TIMING, *BACKEND),

@@ -11,16 +11,8 @@ from pipeline.files import read_json, write_bytes
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.provenance import MEASURE, read_figure, recipe_digest, write_figure
-from pipeline.replay import Row, Table
 
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
-
-
-def agreement(paths: Paths) -> Table:
-    """The table that the last proof of a model wrote."""
-    record = read_json(paths.agreement, "run 'pipeline validate exported/model_repository'")
-    fields = {name: record[name] for name in Table.__dataclass_fields__}
-    return Table(**{**fields, "rows": tuple(Row(**row) for row in record["rows"])})
 
 
 def save_figures(paths: Paths) -> Path:

@@ -20,9 +20,8 @@ from pipeline.files import clear_temporary, read_json, write_json, write_with
 from pipeline.parquet import NO_ID, Rows
 from pipeline.paths import Paths
 from pipeline.prediction import probabilities
-from pipeline.replay import REPACKAGE
+from pipeline.release import REPACKAGE, checked
 from pipeline.score_settings import ScoreConfig
-from pipeline.versions import checked
 
 COUNTS = ("rejected", "unsure")  # in the metadata of a file of answers
 HASHES_AT_ONCE = 2**24  # of ids, in memory: 128 MiB

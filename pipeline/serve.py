@@ -18,7 +18,7 @@ from pipeline.errors import PipelineError, ServerError
 from pipeline.files import write_json
 from pipeline.lint import require_loadable
 from pipeline.paths import Paths
-from pipeline.replay import Release, selected_releases
+from pipeline.release import Release, selected_releases
 from pipeline.running import Server as Server
 from pipeline.running import is_alive as is_alive
 from pipeline.running import recorded as recorded

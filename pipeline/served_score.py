@@ -11,7 +11,7 @@ from pipeline.client import Client
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
 from pipeline.query import triton_predictor
-from pipeline.replay import Release
+from pipeline.release import Release
 from pipeline.serve import Server, processes_of
 from pipeline.timing import Score
 from pipeline.usage import peak_bytes

@@ -13,7 +13,8 @@ from pipeline.errors import ServerError
 from pipeline.golden import require
 from pipeline.metrics import Load
 from pipeline.paths import Paths
-from pipeline.replay import Release, load_release, replay_golden, served_version
+from pipeline.ready import replay_golden, served_version
+from pipeline.release import Release, load_release
 from pipeline.serve import POLL_SECONDS, Server, is_alive, recorded
 from pipeline.text import Lines
 

@@ -13,7 +13,7 @@ from pipeline.errors import CheckFailedError, CorruptError, PipelineError, Serve
 from pipeline.files import locked, remove
 from pipeline.lint import require_loadable
 from pipeline.paths import Paths
-from pipeline.replay import selected_releases
+from pipeline.release import selected_releases
 from pipeline.serve import (
     END_SECONDS,
     POLL_SECONDS,

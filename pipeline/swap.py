@@ -15,12 +15,14 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline import candidate, triton, versions
+from pipeline import release as release_module
 from pipeline.admin import Admin
 from pipeline.client import Client
 from pipeline.errors import PipelineError, ServerError
 from pipeline.files import locked, write_bytes
 from pipeline.paths import Paths
-from pipeline.replay import Release, served_version
+from pipeline.ready import served_version
+from pipeline.release import Release
 from pipeline.running import serving
 from pipeline.serve import Server, recorded, write_record
 from pipeline.versions import Change
@@ -60,7 +62,7 @@ def served(paths: Paths) -> int | None:
 
 
 def _promote(paths: Paths, version: int, report: Report) -> Change:
-    release = versions.checked(paths, version)
+    release = release_module.checked(paths, version)
     server = serving(paths)
     if server is None:
         versions.require_right(release)

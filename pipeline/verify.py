@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import rounds, triton
+from pipeline.agreement import Table, agree, require_agreement
 from pipeline.client import Client
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.evaluate import Predictor
@@ -15,7 +16,7 @@ from pipeline.files import write_json
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.query import triton_predictor
-from pipeline.replay import Release, Table, agree, require_agreement
+from pipeline.release import Release
 from pipeline.rounds import Round
 from pipeline.text import Lines
 from pipeline.yardstick import Yardstick, misnamed, stated_classes, yardstick_of

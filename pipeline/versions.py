@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from pipeline import triton
-from pipeline.errors import CheckFailedError, PipelineError
+from pipeline.errors import PipelineError
 from pipeline.evaluate import difference as apart
-from pipeline.files import locked, read_json, refuse_shared, remove, write_bytes
-from pipeline.golden import compare, require
+from pipeline.files import locked, read_json, remove, write_bytes
+from pipeline.golden import GOLDEN_BATCHES, compare, require
 from pipeline.paths import Paths
-from pipeline.replay import GOLDEN_BATCHES, REPACKAGE, Release, load_release
+from pipeline.release import REPACKAGE, Release, checked, load_release, version_numbers
 from pipeline.running import serving
 from pipeline.text import Lines
 
@@ -82,7 +82,7 @@ class Change:
 def versions(paths: Paths, served: int | None = None) -> Listing:
     """Every version of the model in the repository; `served` is what a server answers with."""
     config = triton.read(paths.packaged / "config.pbtxt")
-    found = tuple(_version(paths, number, config) for number in _numbers(paths))
+    found = tuple(_version(paths, number, config) for number in version_numbers(paths))
     return Listing(paths.name, found, served)
 
 
@@ -124,24 +124,6 @@ def previous(paths: Paths) -> int:
     return number
 
 
-def checked(paths: Paths, version: int) -> Release:
-    """The release of a version, intact, with the digest that every config states."""
-    refuse_shared(paths.repository, [paths.packaged])
-    configs = {path: triton.read(path) for path in triton.config_files(paths.packaged)}
-    if version not in _numbers(paths):
-        there = ", ".join(map(str, _numbers(paths))) or "none"
-        raise PipelineError(f"{paths.name} has no version {version}; there are: {there}")
-    release = load_release(paths, version)
-    for path, config in configs.items():
-        stated = triton.digest(config, str(version))
-        if stated != release.sha256:
-            raise CheckFailedError(
-                f"{path} states digest {str(stated)[:12]} for version {version}, whose model.onnx "
-                f"has {release.sha256[:12]}: {REPACKAGE}"
-            )
-    return release
-
-
 def select(paths: Paths, release: Release) -> Change:
     """Let every config name this version, config.pbtxt last. The caller holds the lock."""
     before = max(triton.selected(triton.read(paths.packaged / "config.pbtxt")), default=None)
@@ -164,7 +146,7 @@ def prune(paths: Paths) -> list[int]:
             raise PipelineError(f"{paths.name} selects no version, so none is known to be old")
         server = serving(paths)
         kept = {triton.previous(config), server.models[paths.name] if server else None}
-        gone = [n for n in _numbers(paths) if n < min(selected) and n not in kept]
+        gone = [n for n in version_numbers(paths) if n < min(selected) and n not in kept]
         for number in gone:
             _remove(paths.packaged / str(number))
         for path in triton.config_files(paths.packaged) if gone else []:
@@ -248,10 +230,6 @@ def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         leaves |= _flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return leaves
-
-
-def _numbers(paths: Paths) -> list[int]:
-    return sorted(int(f.name) for f in paths.packaged.glob("[1-9]*") if f.name.isdigit())
 
 
 def _record(paths: Paths, number: int, file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pipeline.client import Client
 from pipeline.errors import PipelineError, ServerError, SlowError
 from pipeline.golden import compare
 from pipeline.paths import Paths
-from pipeline.replay import Release, load_release
+from pipeline.release import Release, load_release
 from pipeline.serve import POLL_SECONDS, Server, bound_log, dead_children
 
 MISSES = 3  # in a row, after which a server is taken for dead

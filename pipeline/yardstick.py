@@ -12,7 +12,8 @@ from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.golden import Golden, unpack_golden
 from pipeline.paths import Paths
-from pipeline.replay import Release, load_release, served_version
+from pipeline.ready import served_version
+from pipeline.release import Release, load_release
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from pipeline.candidate import _files
 from pipeline.client import Certificates, Client, endpoint
 from pipeline.errors import PipelineError, ServerError, SlowError
 from pipeline.images import write_png
-from pipeline.replay import load_release
+from pipeline.release import load_release
 from pipeline.serve import free_ports
 
 TIMEOUT = 0.5  # seconds, of a call that has to be given up

@@ -917,7 +917,8 @@ def test_the_wheel_is_refused_for_a_network_and_for_a_python_without_stub(
 
 
 def test_rows_that_disagree_fail_the_table() -> None:
-    from pipeline.replay import Limits, Row, Table, require_agreement
+    from pipeline.agreement import Row, Table, require_agreement
+    from pipeline.release import Limits
 
     good, far = Row("a", 0.9, 0, 0.0, 1.0), Row("b", 0.9, 0, 1e-3, 1.0)
     table = Table("m", 1, None, 1, "test", (good, good))

@@ -9,7 +9,7 @@ import pytest
 from pipeline import served_score
 from pipeline.beside import Beside
 from pipeline.paths import Paths
-from pipeline.replay import Release
+from pipeline.release import Release
 from pipeline.running import Server
 from pipeline.served_score import Scored, score_served
 from pipeline.timing import Score

@@ -9,7 +9,7 @@ from pipeline import profiles, triton
 from pipeline.files import sha256
 from pipeline.package_settings import PackageConfig
 from pipeline.paths import Paths
-from pipeline.replay import selected_releases
+from pipeline.release import selected_releases
 from pipeline.signature import IMAGES, log_probabilities
 from pipeline.tarball import upload_order, write_tar
 

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from pipeline import triton, versions
 from pipeline.files import sha256
 from pipeline.golden import Golden, pack_golden
-from pipeline.replay import load_release
+from pipeline.release import load_release
 from pipeline.running import start_time
 from pipeline.runtime import onnx_predictor
 

@@ -15,7 +15,7 @@ from conftest import Chain
 from pipeline import metrics, serve, supervise, watch
 from pipeline.errors import CorruptError, PipelineError, ServerError, SlowError
 from pipeline.metrics import Load
-from pipeline.replay import selected_releases
+from pipeline.release import selected_releases
 from pipeline.serve import Server, bound_log
 from pipeline.serve_settings import ServeConfig
 from pipeline.watch import Canary, pause_after

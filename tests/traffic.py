@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.client import Client
 from pipeline.errors import PipelineError
 from pipeline.paths import Paths
-from pipeline.replay import load_release
+from pipeline.release import load_release
 
 HANG_SECONDS = 60.0  # in which a client has started or come to its end
 PAUSE_SECONDS = 0.05  # after a failure
