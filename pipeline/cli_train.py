@@ -9,7 +9,7 @@ from click.core import ParameterSource
 
 from pipeline.command import Command, Settings, dataset_option, paths_of
 from pipeline.paths import MODEL_NAMES, model_name
-from pipeline.recipes import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig
+from pipeline.recipes import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig, enough_epochs
 from pipeline.recipes import recipe as recipe_named
 from pipeline.text import Lines
 
@@ -92,7 +92,6 @@ def train_command(
       pipeline train
       pipeline train --recipe baseline --run yardstick --resume
     """
-    from pipeline.data import enough_epochs
     from pipeline.runs import recorded_config
     from pipeline.runs import run as train
 

@@ -15,11 +15,9 @@ from pipeline.datasets import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Datase
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import check_digest, read_json, remove, write_json, write_with
 from pipeline.paths import FOLDER, data_name
-from pipeline.recipes import Recipe
 
 # Shape letters: N images.
 
-MIN_STEPS = 200  # of a training on few pictures
 RECORD = "dataset.json"  # beside the files of a set whose digests nobody publishes
 
 
@@ -84,16 +82,6 @@ def record_dataset(
         files[name] = {"sha256": sha256, "size": (folder / name).stat().st_size}
     record = {"source": source, "classes": classes, "files": files, "validation": validation}
     write_json(folder / RECORD, {**record, **details})
-
-
-def enough_epochs(recipe: Recipe, dataset: str, folder: Path) -> float:
-    """The recipe's epochs, or as many as make 200 steps of a small folder of pictures."""
-    if not dataset.startswith(FOLDER):
-        return recipe.epochs
-    found = find_dataset(dataset, folder)
-    images = found.train_labels.size - 8 - found.validation  # an IDX header has 8 bytes
-    steps = images // min(recipe.batch_size, images)  # in an epoch
-    return max(recipe.epochs, float(math.ceil(MIN_STEPS / steps)))
 
 
 def _write_idx(array: np.ndarray, path: Path) -> None:

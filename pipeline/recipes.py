@@ -1,9 +1,12 @@
 """Recipes: how each network is trained. Imports nothing heavy."""
 
+import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError, require_choice
+from pipeline.paths import FOLDER
 
 LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels each network takes
 
@@ -221,3 +224,18 @@ def recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
         of_dataset = {**of_dataset, "outliers": 0.0}
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(RECIPES[name], **{**of_dataset, **given})
+
+
+MIN_STEPS = 200  # of a training on few pictures
+
+
+def enough_epochs(recipe: Recipe, dataset: str, folder: Path) -> float:
+    """The recipe's epochs, or as many as make 200 steps of a small folder of pictures."""
+    if not dataset.startswith(FOLDER):
+        return recipe.epochs
+    from pipeline.data import find_dataset  # loads numpy, which --help has no use for
+
+    found = find_dataset(dataset, folder)
+    images = found.train_labels.size - 8 - found.validation  # an IDX header has 8 bytes
+    steps = images // min(recipe.batch_size, images)  # in an epoch
+    return max(recipe.epochs, float(math.ceil(MIN_STEPS / steps)))

@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw
 from pipeline import triton
 from pipeline.cli import main
 from pipeline.client import Client
-from pipeline.data import Split, enough_epochs, load_split, verify
+from pipeline.data import Split, load_split, verify
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
 from pipeline.folders import _split, import_folder
 from pipeline.images import read_image
 from pipeline.paths import Paths
-from pipeline.recipes import Recipe
+from pipeline.recipes import Recipe, enough_epochs
 from pipeline.serve import running_server, with_free_ports
 from pipeline.serve_settings import ServeConfig
 
