@@ -5,8 +5,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli_export import named
-from pipeline.command import Command, Settings, name_option, paths_of
+from pipeline.command import Command, Settings, name_option, named, paths_of
 from pipeline.text import Lines
 
 file_type = click.Path(path_type=Path, dir_okay=False)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pipeline.command import Command, Settings, name_of_run, name_option, paths_of
+from pipeline.command import Command, Settings, name_of_run, name_option, named, paths_of
 from pipeline.errors import PipelineError
 from pipeline.package_settings import PackageConfig
-from pipeline.paths import MODEL_NAMES, PRECISIONS, TAKEN, Paths
+from pipeline.paths import PRECISIONS, TAKEN, Paths
 from pipeline.targets import dialect, listing, records
 from pipeline.text import Lines
 
@@ -107,11 +107,6 @@ def export_command(
     )
     record = {**asdict(done[0]), "variants": [asdict(one) for one in done]}
     settings.result(record, Lines(*wrote), f"pipeline validate{named(paths)}")
-
-
-def named(paths: Paths) -> str:
-    """The option that a next command needs to speak of the same model."""
-    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
 
 
 def named_paths(settings: Settings, name: str | None) -> Paths:

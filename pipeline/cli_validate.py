@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli_export import (
-    class_names,
-    file_type,
-    module_options,
-    named,
-    named_paths,
-    sample_of,
-)
-from pipeline.command import Command, Settings, name_option, paths_of, seconds_type
+from pipeline.cli_export import class_names, file_type, module_options, named_paths, sample_of
+from pipeline.command import Command, Settings, name_option, named, paths_of, seconds_type
 from pipeline.errors import CheckFailedError, PipelineError
 from pipeline.paths import PRECISIONS, Paths
 from pipeline.text import Lines

@@ -4,8 +4,7 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.cli_export import named
-from pipeline.command import Group, Settings, name_option, paths_of
+from pipeline.command import Group, Settings, name_option, named, paths_of
 
 
 @click.group("versions", cls=Group)

@@ -370,3 +370,8 @@ def name_of_run(paths: Paths) -> str:
         return paths.name
     dataset = str(read_json(paths.run_config, "run 'pipeline train' again").get("dataset"))
     return model_name(dataset)
+
+
+def named(paths: Paths) -> str:
+    """The option that a next command needs to speak of the same model."""
+    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
