@@ -16,7 +16,7 @@ from pipeline.model import build
 from pipeline.paths import Paths
 from pipeline.recipes import RECIPES, TrainConfig
 from pipeline.recipes import recipe as recipe_named
-from pipeline.runs import run
+from pipeline.runs import train_run
 from pipeline.train import Progress, train
 
 SEEDS = {"quick": 5, "record": 5, "standard": 3}
@@ -143,7 +143,7 @@ def benchmark_training(
             if not trial:
                 remove(of_trial.trial)
                 before = yardstick(train_split, few)
-                done = run(of_trial, config, resume, on_step=on_step)
+                done = train_run(of_trial, config, resume, on_step=on_step)
                 seconds = (before + yardstick(train_split, few)) / 2
                 trial = Trial(seed, done.test_accuracy, done.train_seconds, seconds)
                 write_json(of_trial.trial, {"config": config.record(), "trial": asdict(trial)})

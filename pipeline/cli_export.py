@@ -85,7 +85,7 @@ def export_command(
         return
     config = dialect(target_triton, opset)
     wanted = ["fp32", *precision]
-    from pipeline.export import export, export_module
+    from pipeline.export import export_module, export_run
 
     if module:
         from pipeline.subject import subject_of_module
@@ -99,7 +99,7 @@ def export_command(
             raise click.UsageError("--images and what belongs to it go with --module")
         paths = paths_of(settings, name, run or name)
         paths = paths if name else replace(paths, name=name_of_run(paths))
-        done = export(paths, config, wanted, settings.say)
+        done = export_run(paths, config, wanted, settings.say)
     wrote = (
         f"wrote {one.path} ({one.size:,} bytes, opset {one.opset}, IR {one.ir_version}, "
         f"sha256 {one.sha256[:12]})"
@@ -200,7 +200,7 @@ def package_command(
         _explain(settings, paths, config, explain)
         return
     lines, variants, promote = [], [], []
-    for one in package.package(paths, config):
+    for one in package.package_model(paths, config):
         lines.append(str(one))
         variants.append({**asdict(one), "folder": str(one.folder)})
         if not one.is_selected:
@@ -235,7 +235,7 @@ def _deploy(
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise click.UsageError(f"--deploy packages nothing: leave out {options}")
-    from pipeline.deploy import deploy
+    from pipeline.deploy import write_deployment
 
-    done = deploy(paths, kind, release)
+    done = write_deployment(paths, kind, release)
     settings.result(asdict(done), done, done.then)

@@ -25,11 +25,13 @@ def lint_command(
       pipeline lint
       pipeline lint path/to/models --live --target-triton 24.10
     """
-    from pipeline.lint import lint, require_clean
+    from pipeline.lint import lint_repository, require_clean
     from pipeline.targets import target
 
     paths = paths_of(settings)
-    linted = lint(repository or paths.repository, target(target_triton) if target_triton else None)
+    linted = lint_repository(
+        repository or paths.repository, target(target_triton) if target_triton else None
+    )
     if live:
         from pipeline.lint_live import lint_live
 

@@ -77,7 +77,7 @@ def score_command(
     try:
         from pipeline.cluster import load
         from pipeline.parquet import Columns
-        from pipeline.score import score
+        from pipeline.score import score_source
 
         load(config.address)
     except ModuleNotFoundError as error:
@@ -85,7 +85,7 @@ def score_command(
             f"scoring needs {error.name}: in the project's folder, pip install '.[batch]'"
         ) from error
     columns = Columns(image_column, id_column)
-    done = score(paths_of(settings, name), source, output, config, columns, settings.update)
+    done = score_source(paths_of(settings, name), source, output, config, columns, settings.update)
     settings.result(asdict(done), done, reading(output))
     if done.rejected:
         raise PipelineError(

@@ -69,7 +69,7 @@ def serve(context: click.Context, /, port: bool, detach: bool, **changes: Any) -
     if detach:
         echo_server(settings, supervise.detach(paths, config))
     else:
-        supervise.serve(paths, config, partial(echo_server, settings), settings.say)
+        supervise.serve_repository(paths, config, partial(echo_server, settings), settings.say)
 
 
 def echo_server(settings: Settings, server: "Server") -> None:

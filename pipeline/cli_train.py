@@ -93,7 +93,7 @@ def train_command(
       pipeline train --recipe baseline --run yardstick --resume
     """
     from pipeline.runs import recorded_config
-    from pipeline.runs import run as train
+    from pipeline.runs import train_run as train
 
     paths = paths_of(settings, run=run or model_name(dataset))
     wanted = recipe_named(recipe, dataset, **changes)

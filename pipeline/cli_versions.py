@@ -30,10 +30,10 @@ def list_command(settings: Settings, name: str | None) -> None:
       pipeline versions list
     """
     from pipeline.swap import served
-    from pipeline.versions import versions
+    from pipeline.versions import list_versions
 
     paths = paths_of(settings, name)
-    listing = versions(paths, served(paths))
+    listing = list_versions(paths, served(paths))
     settings.result(asdict(listing), listing, f"pipeline versions promote N{named(paths)}")
 
 

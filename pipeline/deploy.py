@@ -98,7 +98,7 @@ class _Values:
     alert_us: int  # mean time in the queue that somebody should know of
 
 
-def deploy(paths: Paths, kind: str, release: str | None = None) -> Deployment:
+def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Deployment:
     """Write the files that run the selected version of a packaged model on a Triton release.
 
     Raises PipelineError when nothing is packaged, or when that release does not load it, and

@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def export(
+def export_run(
     paths: Paths,
     config: ExportConfig = ExportConfig(),
     precisions: Sequence[str] = ("fp32",),

@@ -12,13 +12,13 @@ import torch
 
 from pipeline.device import choose
 from pipeline.errors import CheckFailedError, PipelineError
-from pipeline.export import export
+from pipeline.export import export_run
 from pipeline.machine import machine
 from pipeline.paths import Paths
 from pipeline.proof import prove_export
 from pipeline.provenance import write_figure
 from pipeline.recipes import RECIPES, TrainConfig
-from pipeline.runs import Summary, run
+from pipeline.runs import Summary, train_run
 from pipeline.text import Lines
 
 LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split
@@ -93,7 +93,7 @@ def train_twice(
     asked = replace(config or TrainConfig("quick", RECIPES["quick"]), device=device)
     summaries = []
     for compiled in (True, False):  # the plain one last: it is the one that is exported
-        done = run(replace(paths, run=NAME), replace(asked, compiled=compiled), report=report)
+        done = train_run(replace(paths, run=NAME), replace(asked, compiled=compiled), report=report)
         if done.test_accuracy < LEAST_ACCURACY:
             raise CheckFailedError(
                 f"trained on {done.device} it reads {done.test_accuracy:.2%} of the test digits, "
@@ -115,7 +115,7 @@ def checked_export(
     if not signed_off_by.strip():
         raise PipelineError("somebody must answer for the check: make gpu-check SIGNED='your name'")
     of_check = replace(paths, run=NAME, name=NAME)
-    export(of_check, report=report)
+    export_run(of_check, report=report)
     is_cuda = plain.device.startswith("cuda")
     # The proof of the CPU is the one that is kept; ONNX Runtime on the GPU has to pass it as well.
     on_gpu = prove_export(of_check, provider="cuda", report=report) if is_cuda else None

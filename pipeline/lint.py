@@ -89,7 +89,7 @@ def require_loadable(repository: Path) -> None:
 
     A model that may run more than ONNX Runtime is one too: 'pipeline package' writes none.
     """
-    findings = lint(repository).findings
+    findings = lint_repository(repository).findings
     errors = [one for one in findings if one.level == "error" or one.rule in RUNS_CODE]
     if errors:
         more = f" (and {_plural(len(errors) - 1, 'error')} more: 'pipeline lint')"
@@ -103,7 +103,7 @@ def model_folders(repository: Path) -> list[Path]:
     return sorted(entry for entry in repository.iterdir() if entry.is_dir())
 
 
-def lint(repository: Path, target: Target | None = None) -> Linted:
+def lint_repository(repository: Path, target: Target | None = None) -> Linted:
     """All that Triton would stumble over in a repository of ONNX models, the worst first.
 
     `target` is the Triton release that is to serve it. Raises PipelineError when there is none.

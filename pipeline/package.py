@@ -45,7 +45,7 @@ class Packaged:
         return f"wrote {self.folder} (version {self.version}, sha256 {self.sha256[:12]}){said}"
 
 
-def package(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packaged]:
+def package_model(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packaged]:
     """Add each file of the export to the repository as the next version of its model.
 
     It is selected, unless our server runs: then nothing but a promotion changes what is served.

@@ -86,7 +86,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def run(
+def train_run(
     paths: Paths,
     config: TrainConfig,
     resume: bool = False,

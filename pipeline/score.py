@@ -76,7 +76,7 @@ class Progress:
 Report = Callable[[Progress], object]
 
 
-def score(
+def score_source(
     paths: Paths,
     source: Path,
     output: Path,

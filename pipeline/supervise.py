@@ -65,7 +65,7 @@ class _Asked:
                 signal.signal(number, handler)
 
 
-def serve(
+def serve_repository(
     paths: Paths,
     config: ServeConfig,
     on_ready: Callable[[Server], None],

@@ -79,7 +79,7 @@ class Change:
         return f"{self.name} version {self.version} (sha256 {self.sha256[:12]}) {what}{before}"
 
 
-def versions(paths: Paths, served: int | None = None) -> Listing:
+def list_versions(paths: Paths, served: int | None = None) -> Listing:
     """Every version of the model in the repository; `served` is what a server answers with."""
     config = triton.read(paths.packaged / "config.pbtxt")
     found = tuple(_version(paths, number, config) for number in version_numbers(paths))

@@ -24,7 +24,7 @@ from pipeline.provenance import write_figure
 from pipeline.report import render_readme
 from pipeline.serve import Server, with_free_ports
 from pipeline.serve_settings import ServeConfig
-from pipeline.versions import versions
+from pipeline.versions import list_versions
 
 TOLERANCE = 1e-4  # of an answer's log-probabilities
 IMAGES = 1_000  # of the test split
@@ -71,7 +71,7 @@ def prove(
 
     Each rests for `pause` seconds after a request.
     """
-    numbers = [one.version for one in versions(paths).versions]
+    numbers = [one.version for one in list_versions(paths).versions]
     outputs = expected(paths, numbers, images)
     first, second = (outputs[number] for number in numbers)
     urls = (server.http_url, server.grpc_url) * 2

@@ -16,7 +16,7 @@ import yaml
 from conftest import Chain, error_line
 
 from pipeline import profiles, serve, triton
-from pipeline.deploy import deploy
+from pipeline.deploy import write_deployment
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import SCHEMA, write_bytes, write_json
 from pipeline.golden import Golden, pack_golden
@@ -70,8 +70,8 @@ def read(path: Path) -> Any:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     """Both kinds of files of one model. Read them; change copies."""
     paths = packaged(tmp_path_factory.mktemp("deploy"))
-    deploy(paths, "compose")
-    deploy(paths, "kubernetes")
+    write_deployment(paths, "compose")
+    write_deployment(paths, "kubernetes")
     return paths
 
 
@@ -279,7 +279,7 @@ def test_the_health_checks_of_both_kinds_tell_a_right_server_from_none_or_anothe
 def test_the_compose_file_says_what_the_packaged_model_is(tmp_path: Path) -> None:
     config = PackageConfig(instances=2, intra_op_threads=3)
     paths = packaged(tmp_path / "a $HOME b", "My_net.2", config=config)
-    done = deploy(paths, "compose")
+    done = write_deployment(paths, "compose")
     assert (done.name, done.version) == ("My_net.2", 1)
     compose = read(paths.deployment("compose") / "compose.yaml")
     assert compose["name"] == "triton-my-net-2"
@@ -298,7 +298,7 @@ def test_the_compose_file_says_what_the_packaged_model_is(tmp_path: Path) -> Non
 
 def test_each_release_has_a_folder_of_its_own_on_the_volume(tmp_path: Path) -> None:
     paths = packaged(tmp_path)
-    deploy(paths, "kubernetes")
+    write_deployment(paths, "kubernetes")
     folder = paths.deployment("kubernetes")
     (container,) = pod_of(folder)["containers"]
     (first,) = (a for a in container["args"] if a.startswith("--model-repository="))
@@ -307,17 +307,20 @@ def test_each_release_has_a_folder_of_its_own_on_the_volume(tmp_path: Path) -> N
     assert f"fill:{models}/)\n" in (folder / "fill.yaml").read_text()
     config = paths.packaged / "config.pbtxt"  # another config is another release
     config.write_text(config.read_text() + "# changed\n")
-    deploy(paths, "kubernetes")
+    write_deployment(paths, "kubernetes")
     (container,) = pod_of(folder)["containers"]
     assert first not in container["args"]
 
 
 def test_files_that_the_container_cannot_read_are_said_with_what_mends_them(tmp_path: Path) -> None:
     paths = packaged(tmp_path)
-    assert deploy(paths, "compose").warning == ""
+    assert write_deployment(paths, "compose").warning == ""
     (paths.packaged / "1" / "model.onnx").chmod(0o600)
-    assert f"cannot read {paths.packaged}/1/model.onnx: chmod" in deploy(paths, "compose").warning
-    assert deploy(paths, "kubernetes").warning == ""  # copied by its own user
+    assert (
+        f"cannot read {paths.packaged}/1/model.onnx: chmod"
+        in write_deployment(paths, "compose").warning
+    )
+    assert write_deployment(paths, "kubernetes").warning == ""  # copied by its own user
 
 
 def pod_of(folder: Path) -> dict[str, Any]:
@@ -373,36 +376,36 @@ def test_selectors_find_the_pods(files: Paths) -> None:
 
 def test_a_release_that_cannot_load_the_model_is_refused_with_one_that_can(tmp_path: Path) -> None:
     paths = packaged(tmp_path, opset=21, ir_version=10)
-    assert deploy(paths, "compose", "24.05").image.endswith(":24.05-py3")
+    assert write_deployment(paths, "compose", "24.05").image.endswith(":24.05-py3")
     with pytest.raises(PipelineError, match=r"24\.04 cannot load.*opset 21.*24\.05 or later"):
-        deploy(paths, "compose", "24.04")
+        write_deployment(paths, "compose", "24.04")
 
 
 def test_a_release_with_a_known_hole_is_warned_of(tmp_path: Path) -> None:
     paths = packaged(tmp_path)
-    assert "older than 26.05" in str(deploy(paths, "compose", "24.10"))
-    assert "older" not in str(deploy(paths, "compose", "26.07"))
+    assert "older than 26.05" in str(write_deployment(paths, "compose", "24.10"))
+    assert "older" not in str(write_deployment(paths, "compose", "26.07"))
 
 
 def test_a_changed_model_is_not_deployed(tmp_path: Path) -> None:
     paths = packaged(tmp_path)
     (paths.packaged / "1" / "model.onnx").write_bytes(b"other")
     with pytest.raises(CorruptError, match="does not match its digest"):
-        deploy(paths, "compose")
+        write_deployment(paths, "compose")
 
 
 def test_an_image_too_large_for_a_configmap_is_refused_by_kubernetes_only(tmp_path: Path) -> None:
     paths = packaged(tmp_path, shape=(3, 600, 600))
-    deploy(paths, "compose")
+    write_deployment(paths, "compose")
     with pytest.raises(PipelineError, match="too many for the ConfigMap"):
-        deploy(paths, "kubernetes")
+        write_deployment(paths, "kubernetes")
 
 
 def test_the_same_package_gives_the_same_files(files: Paths) -> None:
     folder = files.exported / "deploy"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    deploy(files, "compose")
-    deploy(files, "kubernetes")
+    write_deployment(files, "compose")
+    write_deployment(files, "kubernetes")
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert before == after
 

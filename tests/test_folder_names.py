@@ -21,7 +21,7 @@ from test_serve import assert_nothing_is_left, wait_until
 from pipeline import serve, server_process, tritonserver
 from pipeline.cli_serve import echo_server
 from pipeline.command import Settings
-from pipeline.deploy import deploy
+from pipeline.deploy import write_deployment
 from pipeline.errors import PipelineError
 from pipeline.serve_settings import ServeConfig
 from pipeline.tritonserver import Runtime
@@ -142,7 +142,7 @@ def test_a_deployment_in_a_folder_of_an_odd_name_finds_the_model(tmp_path: Path)
     paths = packaged(tmp_path / "it's a $HOME; of ü日本")
     for kind in ("compose", "kubernetes"):
         folder = paths.deployment(kind)
-        done = deploy(paths, kind)
+        done = write_deployment(paths, kind)
         files = {word for word in shlex.split(done.then) if word.startswith(str(folder))}
         assert files
         assert all(Path(file).exists() for file in files)

@@ -26,7 +26,7 @@ from mutations import (
 
 from pipeline.cli import main
 from pipeline.errors import PipelineError
-from pipeline.lint import lint, lint_model
+from pipeline.lint import lint_model, lint_repository
 from pipeline.lint_live import cause, try_models
 from pipeline.lint_text import Config, Finding, field_lines, read_config
 from pipeline.paths import Paths
@@ -49,7 +49,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def errors(repository: Path, release: str | None = None) -> list[str]:
-    linted = lint(repository, target(release) if release else None)
+    linted = lint_repository(repository, target(release) if release else None)
     return [str(finding) for finding in linted.findings if finding.level == "error"]
 
 
@@ -159,7 +159,7 @@ def test_after_a_trial_of_our_own_repository_our_own_server_is_next(chain: Chain
 
 def test_a_models_own_folder_is_no_repository_and_the_right_one_is_named(repository: Path) -> None:
     with pytest.raises(PipelineError, match=f"lint the repository in which it lies, {repository}"):
-        lint(repository / "net")
+        lint_repository(repository / "net")
     (repository / "config.pbtxt").write_text("")  # Triton takes folders only
     assert errors(repository) == []
 
@@ -187,9 +187,9 @@ def test_warnings_do_not_close_the_gate(repository: Path) -> None:
 
 def test_a_missing_repository_and_an_empty_one_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="no model repository at"):
-        lint(tmp_path / "none")
+        lint_repository(tmp_path / "none")
     assert "holds no model" in errors(tmp_path)[0]
-    assert str(lint(tmp_path)).splitlines()[-1].startswith("no model: 1 error")
+    assert str(lint_repository(tmp_path)).splitlines()[-1].startswith("no model: 1 error")
 
 
 def test_a_repository_that_anyone_may_write_is_refused(repository: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_profile_is_linted_as_the_config_is(repository: Path) -> None:
 def test_models_of_other_backends_are_left_to_themselves(repository: Path) -> None:
     bare(repository / "net", 'backend: "python"\n')
     (repository / "net" / "1" / "model.onnx").rename(repository / "net" / "1" / "model.py")
-    (finding,) = lint(repository).findings
+    (finding,) = lint_repository(repository).findings
     assert finding.level == "note"
     assert "not judged: it is for the backend python" in str(finding)
 
@@ -260,7 +260,7 @@ def test_a_backend_that_nobody_has_is_answered_with_the_nearest(
 @pytest.mark.parametrize("name", ["1/libtriton_onnxruntime.so", "triton_python_backend_stub"])
 def test_code_that_a_model_brings_is_said_and_never_run(repository: Path, name: str) -> None:
     (repository / "net" / name).write_bytes(b"")
-    (finding,) = lint(repository).findings
+    (finding,) = lint_repository(repository).findings
     assert (finding.rule, finding.level) == ("brings-code", "warning")
 
 
@@ -304,12 +304,12 @@ def test_no_code_of_a_model_is_run_for_a_trial(
 @pytest.mark.parametrize("platform", ["tensorrt_plan", "pytorch_libtorch", "ensemble"])
 def test_platforms_of_others_are_left_to_themselves(repository: Path, platform: str) -> None:
     bare(repository / "net", f'platform: "{platform}"\n')
-    assert [finding.level for finding in lint(repository).findings] == ["note"]
+    assert [finding.level for finding in lint_repository(repository).findings] == ["note"]
 
 
 def test_the_threads_of_all_instances_are_counted(repository: Path) -> None:
     edit(repository / "net", "count: 1", "count: 10000")
-    (finding,) = lint(repository).findings
+    (finding,) = lint_repository(repository).findings
     assert (finding.rule, finding.level) == ("threads", "warning")
     assert "10000 instances with 1 threads share the" in finding.message
 
@@ -323,7 +323,7 @@ def test_a_shape_that_the_graph_computes_is_left_to_a_server(repository: Path) -
     outputs = [onnx.helper.make_tensor_value_info("scores", 1, ["batch", "a", "b", "c"])]
     save(repository / "net", graph(nodes, outputs=outputs))
     edit(repository / "net", 'dims: 4\n  label_filename: "labels.txt"', "dims: [ 1, 2, 2 ]")
-    (finding,) = lint(repository).findings
+    (finding,) = lint_repository(repository).findings
     assert (finding.rule, finding.level) == ("tensor-dims", "warning")
 
 

@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 from pipeline import triton
 from pipeline.errors import CorruptError, PipelineError
 from pipeline.files import sha256
-from pipeline.package import next_version, package
+from pipeline.package import next_version, package_model
 from pipeline.package_settings import PackageConfig
 from pipeline.paths import Paths
 from pipeline.profiles import PROFILES
@@ -94,7 +94,7 @@ def test_versions_count_as_numbers(tmp_path: Path) -> None:
 def _package(root: Path, begin: Barrier, count: int) -> None:
     def one() -> int:
         begin.wait(HANG_GUARD)
-        return package(Paths(root))[0].version
+        return package_model(Paths(root))[0].version
 
     with ThreadPoolExecutor(count) as pool:
         for future in [pool.submit(one) for _ in range(count)]:
@@ -172,10 +172,10 @@ def test_a_thousand_bit_flips_of_the_model_are_all_refused(chain: Chain) -> None
         broken[bit // 8] ^= 1 << (bit % 8)
         chain.paths.onnx.write_bytes(broken)
         with pytest.raises(CorruptError, match=r"model\.onnx does not match its digest"):
-            package(chain.paths)
+            package_model(chain.paths)
     assert not chain.paths.repository.exists()
     chain.paths.onnx.write_bytes(sound)
-    assert [one.version for one in package(chain.paths)] == [1]
+    assert [one.version for one in package_model(chain.paths)] == [1]
 
 
 def test_a_batch_larger_than_the_proof_has_tried_is_refused(chain: Chain) -> None:

@@ -34,7 +34,7 @@ from pipeline.images import read_image
 from pipeline.parquet import Columns, Rows
 from pipeline.prediction import predicted
 from pipeline.runtime import onnx_predictor
-from pipeline.score import score
+from pipeline.score import score_source
 from pipeline.score_settings import ScoreConfig
 from pipeline.scored import (
     Counts,
@@ -246,7 +246,9 @@ def test_a_source_gets_the_answers_of_onnx_runtime_in_process(
         for name, image in zip(ids, digits, strict=False):
             (source / name).write_bytes(png(image))
         images = np.stack([read_image(source / name) for name in ids])
-    done = score(made.paths, source, tmp_path / "out", ScoreConfig(rows=30, workers=1), Columns())
+    done = score_source(
+        made.paths, source, tmp_path / "out", ScoreConfig(rows=30, workers=1), Columns()
+    )
     assert (done.images, done.scored, done.rejected) == (len(ids), len(ids), 0)
     outputs = predict(onnx_predictor(made.paths.onnx.read_bytes(), 1), images, 64)
     rows = rows_in(tmp_path / "out")
@@ -307,20 +309,20 @@ def test_what_is_lost_is_scored_again_and_nothing_else(
     source, out = tmp_path / "source", tmp_path / "out"
     source.write_bytes(idx(digits[:, 0]))
     config = ScoreConfig(rows=30, workers=1)
-    score(made.paths, source, out, config, Columns())
+    score_source(made.paths, source, out, config, Columns())
     first = {path.name: path.read_bytes() for path in out.glob("part-*")}
     kept = (out / "part-000000.parquet").stat().st_mtime_ns
     (out / "part-000001.parquet").unlink()
     (out / "part-000003.parquet").write_bytes(b"cut")
-    again = score(made.paths, source, out, config, Columns())
+    again = score_source(made.paths, source, out, config, Columns())
     assert (again.images, again.resumed, again.scored) == (100, 60, 100)
     assert {path.name: path.read_bytes() for path in out.glob("part-*")} == first
     assert (out / "part-000000.parquet").stat().st_mtime_ns == kept
-    nothing = score(made.paths, source, out, config, Columns())
+    nothing = score_source(made.paths, source, out, config, Columns())
     assert (nothing.resumed, nothing.workers, nothing.images_per_second) == (100, 0, None)
     source.write_bytes(idx(digits[:90, 0]))
     with pytest.raises(PipelineError, match="whose source_digest is .*start anew"):
-        score(made.paths, source, out, config, Columns())
+        score_source(made.paths, source, out, config, Columns())
 
 
 @pytest.mark.slow
@@ -334,7 +336,7 @@ def test_what_goes_wrong_in_a_worker_is_an_error_in_a_line(
     content[4:60] = b"\xff" * 56  # the header of its first page
     source.write_bytes(content)
     with pytest.raises(CorruptError, match="a.parquet cannot be read on"):
-        score(made.paths, source, tmp_path / "out", ScoreConfig(), Columns())
+        score_source(made.paths, source, tmp_path / "out", ScoreConfig(), Columns())
 
 
 @pytest.mark.slow
@@ -344,9 +346,9 @@ def test_what_is_compressed_is_scored_and_goes_on(
     source, out = tmp_path / "images.gz", tmp_path / "out"
     source.write_bytes(gzip.compress(idx(digits[:, 0])))
     config = ScoreConfig(rows=60, workers=1)
-    assert score(made.paths, source, out, config, Columns()).scored == 100
+    assert score_source(made.paths, source, out, config, Columns()).scored == 100
     (out / "part-000001.parquet").unlink()
-    assert score(made.paths, source, out, config, Columns()).resumed == 60
+    assert score_source(made.paths, source, out, config, Columns()).resumed == 60
     assert set(rows_in(out)) == set(range(100))
     assert not (out / "_unpacked").exists()
     source.write_bytes(damaged(source.read_bytes(), -8))
@@ -364,7 +366,7 @@ def test_odd_names_and_links_do_not_stop_a_folder(
     (source / os.fsdecode(b"day\xe9.png")).write_bytes(png(digits[0]))
     (source / os.fsdecode(b"no\xe9.png")).touch()
     (source / "gone.png").symlink_to("nowhere")
-    done = score(made.paths, source, out, ScoreConfig(workers=1), Columns())
+    done = score_source(made.paths, source, out, ScoreConfig(workers=1), Columns())
     assert (done.images, done.scored, done.rejected) == (3, 1, 2)
     assert set(rows_in(out)) == {"day\\xe9.png"}
     assert set(rows_in(out / "_rejected")) == {"gone.png", "no\\xe9.png"}

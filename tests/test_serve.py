@@ -670,7 +670,9 @@ def test_free_ports_are_auto_or_0_and_one_port_is_wrong_usage(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[ServeConfig] = []
-    monkeypatch.setattr(supervise, "serve", lambda paths, config, *_: served.append(config))
+    monkeypatch.setattr(
+        supervise, "serve_repository", lambda paths, config, *_: served.append(config)
+    )
     for value in ("auto", "0"):
         assert empty.run("serve", "--port", value).exit_code == 0
     assert all(config.http_port != ServeConfig.http_port for config in served)

@@ -51,7 +51,7 @@ def state(chain: Chain) -> tuple[int | None, int, int]:
     """The version that is served, the one that is selected, and the one that is recorded."""
     served = swap.served(chain.paths)
     (selected,) = (
-        one.version for one in versions.versions(chain.paths).versions if one.is_selected
+        one.version for one in versions.list_versions(chain.paths).versions if one.is_selected
     )
     return served, selected, server_of(chain).models["handwriting"]
 

@@ -11,7 +11,7 @@ from mutations import write_model
 from pipeline import nondigits, triton
 from pipeline.data import load_split
 from pipeline.evaluate import REFUSED
-from pipeline.lint import lint
+from pipeline.lint import lint_repository
 from pipeline.report import rendered
 from pipeline.runtime import onnx_predictor
 
@@ -88,10 +88,10 @@ def test_lint_refuses_a_threshold_that_is_no_probability(
     for sound in ("0", "1", "0.5"):
         triton.set_parameter(config, key, sound)
         (folder / "config.pbtxt").write_text(triton.to_text(config))
-        assert lint(folder.parent).count("error") == 0
+        assert lint_repository(folder.parent).count("error") == 0
     triton.set_parameter(config, key, value)
     (folder / "config.pbtxt").write_text(triton.to_text(config))
-    (finding,) = [one for one in lint(folder.parent).findings if one.level == "error"]
+    (finding,) = [one for one in lint_repository(folder.parent).findings if one.level == "error"]
     assert finding.rule == "min-probability"
     assert f"'{value}' is no probability" in str(finding)
     assert finding.fix
