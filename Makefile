@@ -104,10 +104,10 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	$(PIP) install -q -c constraints.txt -e '.[web,batch]' --group dev
 	@touch $@
 
-.venv-triton/done: pipeline/backend/requirements.txt
+.venv-triton/done: pipeline/serving/backend/requirements.txt
 	$(PYTHON) -m venv .venv-triton
 	@echo "installing the server's environment"
-	$(SERVER_PIP) install -q --no-deps -r pipeline/backend/requirements.txt
+	$(SERVER_PIP) install -q --no-deps -r pipeline/serving/backend/requirements.txt
 	@touch $@
 
 .PHONY: test coverage test-fast lint typecheck format figures system
@@ -148,25 +148,25 @@ gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a G
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
 	$(PIPELINE) benchmark --what train --recipes best --resume --figures
 prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_resume.py exported/figures/resume.json 100 30
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_resume exported/figures/resume.json 100 30
 prove-swap: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## change the served version 100 times under 100,000 requests
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_swap.py exported/figures/swap.json 100 100000
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_swap exported/figures/swap.json 100 100000
 prove-runtimes: $(SUMMARY) | .venv/done ## run what is exported for older Tritons on the ONNX Runtimes inside them (RUN)
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_runtimes.py exported/figures/runtimes.json $(RUN)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_runtimes exported/figures/runtimes.json $(RUN)
 prove-kill: $(PACKAGED) .venv-triton/done ## kill stub, server and supervisor 20 times, and drain 50 times, under load
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_kill.py exported/figures/kill.json 20 50
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_kill exported/figures/kill.json 20 50
 prove-soak: $(PACKAGED) .venv-triton/done ## 200,000 requests: the server keeps its size
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_soak.py exported/figures/soak.json 200000
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_soak exported/figures/soak.json 200000
 prove-native: .venv/done ## put the golden set to NVIDIA's image on what is packaged, where Docker is (NAME)
-	.venv/bin/python tests/prove_native.py exported/figures/native.json --name $(NAME)
+	.venv/bin/python -m tools.prove_native exported/figures/native.json --name $(NAME)
 prove-gateway: $(PACKAGED) .venv-triton/done ## 50,000 fuzzed requests, 20,000 damaged pictures, two lockouts and 200 users before the page's gateway
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_gateway.py exported/figures/gateway.json 50000 20000 200 30
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_gateway exported/figures/gateway.json 50000 20000 200 30
 prove-score: $(PACKAGED) .venv/done ## score a million images, killed twice, beside ONNX Runtime in process
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_score.py exported/figures/score.json 1000000
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_score exported/figures/score.json 1000000
 prove-lint: .venv/done .venv-triton/done ## mutate a model repository, and hold lint against a real Triton
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_lint.py exported/figures/lint.json
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_lint exported/figures/lint.json
 prove-compare: $(PACKAGED) .venv-triton/done ## plant a slowdown and a loss of accuracy for --compare to find, and compare the same ten times
-	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_compare.py exported/figures/compare.json 10
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_compare exported/figures/compare.json 10
 
 system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import NodeProto, TensorProto, helper
 
-from pipeline.cli import main
-from pipeline.files import locked
-from pipeline.paths import Paths
+from pipeline.cli.main import main
+from pipeline.core.files import locked
+from pipeline.core.paths import Paths
 
 # Before torch is loaded: tests run side by side, and threads that wait for each other crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -16,21 +16,23 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2
 
-from pipeline import triton
-from pipeline.package_settings import PackageConfig
-from pipeline.signature import IMAGES, log_probabilities
+from pipeline.core.signature import IMAGES, log_probabilities
+from pipeline.repository import config_pbtxt
+from pipeline.repository.settings import PackageConfig
 
 DIGEST = "ab" * 32
 LARGEST = 4  # images in a batch
 
 
-def config() -> triton.ModelConfig:
+def config() -> config_pbtxt.ModelConfig:
     """The config of a model of ten digits, as a packaged one has it."""
     classes = [str(digit) for digit in range(10)]
     settings = PackageConfig(max_batch_size=LARGEST)
-    message = triton.model_config("handwriting", IMAGES, log_probabilities(10), classes, settings)
-    triton.set_parameter(message, "sha256.1", DIGEST)
-    triton.set_parameter(message, triton.MIN_PROBABILITY, "0.5")
+    message = config_pbtxt.model_config(
+        "handwriting", IMAGES, log_probabilities(10), classes, settings
+    )
+    config_pbtxt.set_parameter(message, "sha256.1", DIGEST)
+    config_pbtxt.set_parameter(message, config_pbtxt.MIN_PROBABILITY, "0.5")
     return message
 
 
@@ -135,7 +137,7 @@ def _over_http(path: str, headers: Mapping[str, str], body: bytes, asked: Asked)
     if not path.startswith("/v2/models/handwriting/"):
         return Reply(400, headers={"Connection": "close"})
     if path.endswith("/config"):
-        return Reply(body=triton.to_json(config()).encode())
+        return Reply(body=config_pbtxt.to_json(config()).encode())
     length = int(headers["inference-header-content-length"])
     shape = json.loads(body[:length])["inputs"][0]["shape"]
     rows = _inferred(np.frombuffer(body[length:], np.uint8).reshape(shape), asked)

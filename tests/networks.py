@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import graph
-from pipeline.export import export_program, to_onnx
-from pipeline.sample import Sample
-from pipeline.signature import IMAGES, TensorSpec, log_probabilities
+from pipeline.core.signature import IMAGES, TensorSpec, log_probabilities
+from pipeline.export import graph
+from pipeline.export.export import export_program, to_onnx
+from pipeline.export.sample import Sample
 
 
 def onnx_of(model: nn.Module) -> bytes:

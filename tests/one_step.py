@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pipeline.data import Split
-from pipeline.device import choose
-from pipeline.processes import together
-from pipeline.recipes import TrainConfig, recipe
-from pipeline.train import Batches, Learner
+from pipeline.data.splits import Split
+from pipeline.training.device import choose
+from pipeline.training.loop import Batches, Learner
+from pipeline.training.processes import together
+from pipeline.training.recipes import TrainConfig, recipe
 
 
 def main(file: Path) -> None:

@@ -1,4 +1,4 @@
-// Runs pipeline/web/prepare.js over pictures from standard input, each as its width and height
+// Runs pipeline/web/page/prepare.js over pictures from standard input, each as its width and height
 // (uint32, little-endian) and its RGBA; answers with 784 bytes each.
 import { readFileSync } from "node:fs";
 

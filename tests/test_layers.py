@@ -1,158 +1,77 @@
-"""The shape of the code: who may import whom, and where each heavy library lives."""
+"""The shape of the code: rooms, what they hand out, and what must not be loaded."""
 
 import ast
+import importlib
+import pkgutil
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+
+import pipeline
+from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "pipeline"
-# A module imports only modules above it.
-ORDER = [
-    *(
-        "text",
-        "errors",
-        "signature",
-        "package_settings",
-        "serve_settings",
-        "gateway_settings",
-        "score_settings",
-        "targets",
-        "paths",
-        "files",
-        "machine",
-        "usage",
-        "ruled",
-        "ink",
-    ),
-    *("fitting", "images", "datasets", "data", "recipes", "photo_light", "photos"),
-    *("folders", "sources", "archives", "evaluate", "timing", "golden", "validate", "probes"),
-    *("speed_table", "turns", "open_loop"),
-    "diagnose",
-    *("findings", "sample", "predictions", "device", "processes", "augment"),
-    *("letters", "outliers", "model"),
-    *("reference", "checkpoint", "train", "records", "runs", "subject", "sizes", "graph"),
-    *("policy", "departures", "handed", "variants", "export", "runtime", "photo_table"),
-    "first_run",
-    *("reference_profile", "profiling"),
-    *("card", "trial", "workers"),
-    *("proof", "triton", "running", "profiles", "tarball", "package"),
-    *("lint_text", "lint_graph", "lint_files", "lint_config", "lint_backend"),
-    *("lint_accelerators", "lint_rules", "lint"),
-    *("endpoint", "faults", "wire", "prediction", "prediction_log", "asking", "http_connection"),
-    "grpc_channel",
-    *(
-        "client",
-        "async_client",
-        "inputs",
-        "query",
-        "load_http",
-        "load",
-        "load_open",
-        "release",
-        "ready",
-        "agreement",
-    ),
-    "yardstick",
-    *("rounds", "verify", "versions", "tritonserver", "deploy", "admin", "candidate", "metrics"),
-    *("server_process", "serve"),
-    *("parquet", "shards", "scored", "cluster", "scorer", "score"),
-    *("comparison", "infer", "beside", "served_score", "measure"),
-    *("watch", "state", "supervise", "swap"),
-    *("logged", "significance", "drift"),
-    *("lint_ask", "lint_live", "limits", "counters", "guard", "link", "gateway"),
-    *("connections", "webserver"),
-    *("prove", "provenance", "gpu", "benchmark", "nondigits", "unsure"),
-    *(
-        "proofs",
-        "report",
-        "figures",
-        "speed_figures",
-        "speeds",
-        "answers",
-        "evidence",
-    ),
-    *("watched", "page"),
-    *("installed", "doctor_probes", "doctor"),
-    *("command", "cli_data", "cli_doctor", "cli_train", "cli_export", "cli_drift", "cli_validate"),
-    *("cli_serve", "cli_query", "cli_score", "cli_versions", "cli_repository", "cli_measure"),
-    *("cli_benchmark", "cli_web", "cli", "__main__"),
-]
-# The home of each heavy library.
-HOMES = {
-    "torch": {
-        *("device", "processes", "augment", "model", "checkpoint", "train", "runs", "export"),
-        *(
-            "records",
-            "gpu",
-            "benchmark",
-            "reference",
-            "subject",
-            "doctor_probes",
-            "workers",
-            "outliers",
-        ),
-    },
-    "safetensors": {"checkpoint"},
-    "onnx": {
-        *("sizes", "graph", "policy", "departures", "variants", "export", "lint_graph", "doctor"),
-    },
-    "onnxruntime": {"export", "runtime", "variants", "doctor_probes", "first_run"},
-    "tritonclient": {
-        *("triton", "wire", "admin", "load_http", "load", "lint_config", "lint_backend"),
-    },
-    "google": {
-        *("graph", "triton", "wire", "asking", "client", "async_client", "admin", "load"),
-        *("lint_text", "lint_graph"),
-    },
-    "grpc": {"grpc_channel", "client", "async_client", "load", "load_open"},
-    "aiohttp": {"async_client"},
-    "prometheus_client": {"metrics", "counters"},
-    "PIL": {"images", "limits", "photos", "photo_light", "nondigits"},
-    "starlette": {"guard", "gateway"},
-    "uvicorn": {"connections", "webserver"},
-    "matplotlib": {"figures", "speed_figures"},
-    "jinja2": {"page", "card", "deploy"},
-    "pooch": {"sources"},
-    "ray": {"cluster", "score"},
-    "pyarrow": {"parquet", "scored"},
-    "tensorboard": set(),  # through torch, where it is installed
-    "click": {p.stem for p in PACKAGE.glob("cli*.py")} | {"command"},
-}
+ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+MOST_FILES = 16  # in a room, subfolders apart
 
 
-def imports(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return names
+@pytest.mark.parametrize("room", ["cli", "doctor"])
+def test_importing_every_module_of_a_room_loads_no_torch(room: str) -> None:
+    names = [f"pipeline.{room}.{path.stem}" for path in (PACKAGE / room).glob("[!_]*.py")]
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
+    assert done.returncode == 0
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+def test_rooms_are_small_enough_to_be_read_through() -> None:
+    beside = [path.name for path in PACKAGE.iterdir() if path.is_file()]
+    assert len(beside) <= 6
+    for room in ROOMS:
+        files = [path.name for path in room.iterdir() if path.is_file()]
+        assert len(files) <= MOST_FILES, room.name
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_modules_above_it(module: str) -> None:
-    ours = {name.split(".")[1] for name in imports(module) if name.startswith("pipeline.")}
-    below = ours & set(ORDER[ORDER.index(module) :])
-    assert not below, f"{module} imports {below}"
+def handed_out(room: Path) -> set[str]:
+    """The names that a room's `__init__` says it hands out."""
+    tree = ast.parse((room / "__init__.py").read_text())
+    return {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline.")
+        for alias in node.names
+        if alias.asname
+    }
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_heavy_library_is_imported_in_its_home_only(module: str) -> None:
-    for name in {name.split(".")[0] for name in imports(module)} & HOMES.keys():
-        assert module in HOMES[name], f"{module} imports {name}"
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_a_room_hands_out_names_that_equal_no_module(room: Path) -> None:
+    names = handed_out(room)
+    modules = {module.name for module in pkgutil.iter_modules([str(room)])}
+    assert not names & (modules | {other.name for other in ROOMS})
+    loaded = importlib.import_module(f"pipeline.{room.name}")
+    for name in names:
+        assert getattr(loaded, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = loaded.no_such_name
+
+
+def test_the_client_is_imported_from_its_room() -> None:
+    from pipeline.client import AsyncClient, Certificates, Client
+
+    assert {AsyncClient.__name__, Certificates.__name__, Client.__name__} <= handed_out(
+        PACKAGE / "client"
+    )
+
+
+def test_the_package_carries_its_types() -> None:
+    assert (Path(pipeline.__file__).parent / "py.typed").is_file()
 
 
 def test_the_backend_imports_nothing_of_ours() -> None:
-    for path in (PACKAGE / "backend").rglob("*.py"):
+    for path in (PACKAGE / "serving" / "backend").rglob("*.py"):
         assert "pipeline" not in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)
 
 

@@ -1,0 +1,138 @@
+"""The check that someone with a GPU runs and signs: until then a GPU is called not verified."""
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pipeline.benchmark.provenance import write_figure
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.machine import machine
+from pipeline.core.paths import Paths
+from pipeline.core.text import Lines
+from pipeline.export.export import export_run
+from pipeline.training.device import choose
+from pipeline.training.recipes import RECIPES, TrainConfig
+from pipeline.training.run import Summary, train_run
+from pipeline.validation.export import prove_export
+
+LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split
+NAME = "gpu-check"  # of the runs and of the export
+
+
+@dataclass(frozen=True)
+class GpuCheck:
+    """What was run on a GPU, and who answers for it."""
+
+    signed_off_by: str
+    device: str  # as device.py describes it, precision and TF32 included
+    capability: str
+    torch: str
+    cuda: str | None
+    tests: int  # marked gpu, all passed, none skipped
+    test_accuracy: float  # fraction of images, 0 to 1
+    train_seconds: float
+    compiled_test_accuracy: float  # the same through torch.compile
+    compiled_train_seconds: float  # compilation included
+    max_error: float | None  # of ONNX Runtime on the CPU, against the network in float64
+    max_error_on_gpu: float | None  # and on CUDA, every node of it, TF32 off
+    weights_sha256: str
+
+
+def gpu_check(
+    paths: Paths, signed_off_by: str, report: Callable[[str], None] = lambda line: None
+) -> GpuCheck:
+    """Run the tests marked gpu, a short training twice, an export and its validation; keep it all.
+
+    Raises PipelineError without a GPU, and CheckFailedError when a test fails or is skipped, or a
+    training does not learn.
+    """
+    placement = choose("cuda")
+    report(f"running the tests that need {placement}")
+    tests = run_gpu_tests()
+    report("training twice: as it is, and compiled")
+    plain, compiled = train_twice(paths, "cuda", report)
+    check = checked_export(paths, signed_off_by, tests, plain, compiled, report)
+    write_figure("gpu", paths.gpu, {"command": "make gpu-check", **machine(), **asdict(check)})
+    return check
+
+
+def run_gpu_tests() -> int:
+    """How many tests marked gpu passed: all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={result}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CheckFailedError(
+                Lines("the tests marked gpu failed:", *done.stdout[-3000:].splitlines())
+            )
+        return passed(result)
+
+
+def passed(result: Path) -> int:
+    """How many tests a JUnit file counts; CheckFailedError unless there are some and all passed."""
+    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    for suite in ElementTree.parse(result).iter("testsuite"):
+        for key in counts:
+            counts[key] += int(suite.get(key, "0"))
+    if not counts["tests"] or counts["failures"] + counts["errors"] + counts["skipped"]:
+        raise CheckFailedError(f"not every test marked gpu ran and passed: {counts}")
+    return counts["tests"]
+
+
+def train_twice(
+    paths: Paths, device: str, report: Callable[[str], None], config: TrainConfig | None = None
+) -> tuple[Summary, Summary]:
+    """Runs of the quick recipe on `device`, as it is and compiled."""
+    asked = replace(config or TrainConfig("quick", RECIPES["quick"]), device=device)
+    summaries = []
+    for compiled in (True, False):  # the plain one last: it is the one that is exported
+        done = train_run(replace(paths, run=NAME), replace(asked, compiled=compiled), report=report)
+        if done.test_accuracy < LEAST_ACCURACY:
+            raise CheckFailedError(
+                f"trained on {done.device} it reads {done.test_accuracy:.2%} of the test digits, "
+                f"less than {LEAST_ACCURACY:.1%}"
+            )
+        summaries.append(done)
+    return summaries[1], summaries[0]
+
+
+def checked_export(
+    paths: Paths,
+    signed_off_by: str,
+    tests: int,
+    plain: Summary,
+    compiled: Summary,
+    report: Callable[[str], None],
+) -> GpuCheck:
+    """The record of it all, once what was trained is exported and ONNX Runtime agrees with it."""
+    if not signed_off_by.strip():
+        raise PipelineError("somebody must answer for the check: make gpu-check SIGNED='your name'")
+    of_check = replace(paths, run=NAME, name=NAME)
+    export_run(of_check, report=report)
+    is_cuda = plain.device.startswith("cuda")
+    # The proof of the CPU is the one that is kept; ONNX Runtime on the GPU has to pass it as well.
+    on_gpu = prove_export(of_check, provider="cuda", report=report) if is_cuda else None
+    proof = prove_export(of_check, report=report)
+    capability = torch.cuda.get_device_capability() if is_cuda else ()
+    return GpuCheck(
+        signed_off_by=signed_off_by.strip(),
+        device=plain.device,
+        capability=".".join(map(str, capability)),
+        torch=plain.torch,
+        cuda=torch.version.cuda,
+        tests=tests,
+        test_accuracy=plain.test_accuracy,
+        train_seconds=plain.train_seconds,
+        compiled_test_accuracy=compiled.test_accuracy,
+        compiled_train_seconds=compiled.train_seconds,
+        max_error=proof.verdicts[0].max_error,
+        max_error_on_gpu=on_gpu.verdicts[0].max_error if on_gpu else None,
+        weights_sha256=plain.weights_sha256,
+    )

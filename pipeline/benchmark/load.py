@@ -1,0 +1,215 @@
+"""Ask a server as hard as it can answer, at a cost that stays small beside its own.
+
+Requests are built once and sent as bytes; answers are kept as bytes and read when the time is up.
+"""
+
+# Shape letters: N images, B batch, K classes.
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import numpy as np
+import tritonclient.grpc
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from pipeline.benchmark import load_http
+from pipeline.benchmark.load_http import Found
+from pipeline.benchmark.timing import Window, answered, warm_up, wrong_classes
+from pipeline.core.errors import ServerError
+from pipeline.repository import config_pbtxt
+
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+TIMEOUT = 30.0  # seconds for one answer
+_PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Requests of one size, ready to be sent, and the classes that their answers must have."""
+
+    way: str  # grpc or http
+    batch: int
+    requests: tuple[bytes, ...]
+    classes: tuple[np.ndarray, ...]  # int64 (B,) each
+    dtype: str  # of the outputs
+
+
+def questions(
+    config: config_pbtxt.ModelConfig,
+    batches: Sequence[np.ndarray],
+    classes: Sequence[np.ndarray],
+    way: str = "grpc",
+) -> Questions:
+    """Requests to a served model for each of the batches (B, ...), whose classes are known."""
+    request = _WAYS[way].request
+    requests = tuple(request(config, images) for images in batches)
+    dtype = config_pbtxt.dtype(config.output[0])
+    return Questions(way, len(batches[0]), requests, tuple(classes), dtype)
+
+
+def _request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
+    message = service_pb2.ModelInferRequest(model_name=config.name)
+    tensor = message.inputs.add(name=config.input[0].name, shape=images.shape)
+    tensor.datatype = np_to_triton_dtype(images.dtype)
+    message.outputs.add(name=config.output[0].name)
+    message.raw_input_contents.append(np.ascontiguousarray(images).tobytes())
+    return bytes(message.SerializeToString())
+
+
+def closed_loop(address: str, asked: Questions, concurrency: int, seconds: float) -> Window:
+    """Keep so many requests under way for so long, each answer held to the classes of its own."""
+    begin = time.perf_counter() + warm_up(seconds)
+    way = _WAYS[asked.way]
+    found = way.ask(address, asked.requests, concurrency, begin, begin + seconds)
+    latencies, answers, failed = found
+    return Window(seconds, asked.batch, np.array(latencies), count_wrong(asked, answers), failed)
+
+
+def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
+    """How many images in answers to requests of that turn are not of their class."""
+    content = _WAYS[asked.way].content
+    return sum(
+        _wrong(content, answer, asked.classes[turn % len(asked.classes)], asked.dtype)
+        for turn, answer in answers
+    )
+
+
+def _ask(
+    address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
+) -> Found:
+    return asyncio.run(_ask_all(address, requests, concurrency, begin, end))
+
+
+async def _ask_all(
+    address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
+) -> Found:
+    latencies: list[float] = []
+    answers: list[tuple[int, bytes]] = []
+    failed = 0
+
+    async def caller(turn: int, call: Any) -> None:
+        nonlocal failed
+        now = time.perf_counter()
+        while now < end:
+            request = requests[turn % len(requests)]
+            try:
+                answers.append((turn, await call(request, timeout=TIMEOUT)))
+            except grpc.aio.AioRpcError:
+                failed += 1
+                now = time.perf_counter()
+                continue
+            then, now = now, time.perf_counter()
+            turn += concurrency
+            if begin <= now < end:
+                latencies.append(now - then)
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.unary_unary(METHOD)  # bytes out, bytes in
+        await asyncio.gather(*(caller(turn, call) for turn in range(concurrency)))
+    return latencies, answers, failed
+
+
+def _content(answer: bytes) -> bytes:
+    (content,) = service_pb2.ModelInferResponse.FromString(answer).raw_output_contents
+    return bytes(content)
+
+
+def _wrong(
+    content: Callable[[bytes], bytes], answer: bytes, classes: np.ndarray, dtype: str
+) -> int:
+    """How many of an answer's images have another class than they should."""
+    try:
+        outputs = np.frombuffer(content(answer), dtype).reshape(len(classes), -1)
+        return wrong_classes(outputs, classes)
+    except (DecodeError, ValueError):  # not one output, or not a row for each image
+        return len(classes)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a protocol says it."""
+
+    request: Callable[[config_pbtxt.ModelConfig, np.ndarray], bytes]
+    ask: Callable[[str, tuple[bytes, ...], int, float, float], Found]
+    content: Callable[[bytes], bytes]
+
+
+_WAYS = {
+    "grpc": _Way(_request, _ask, _content),
+    "http": _Way(load_http.request, load_http.ask, load_http.content),
+}
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What Triton has counted of a model since it was loaded."""
+
+    images: int
+    executions: int
+    requests: int
+    nanoseconds: dict[str, int]  # by part
+
+    def since(self, earlier: "Counters") -> dict[str, float]:
+        """Microseconds a request spent in each part since then, and the mean batch formed."""
+        requests = max(1, self.requests - earlier.requests)
+        executions = max(1, self.executions - earlier.executions)
+        parts = {
+            f"{part}_us": (count - earlier.nanoseconds[part]) / requests / 1e3
+            for part, count in self.nanoseconds.items()
+        }
+        return {**parts, "batch": (self.images - earlier.images) / executions}
+
+
+class Server:
+    """The side of a running server that is not for clients: its counters and its models."""
+
+    def __init__(self, http: str, grpc: str, admin_key: str, key_header: str) -> None:
+        self.addresses = {"http": http, "grpc": grpc}
+        self._headers = {f"triton-grpc-protocol-{key_header}": admin_key}
+        self._client = tritonclient.grpc.InferenceServerClient(grpc)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._client.close()
+
+    def load(self, name: str) -> None:
+        """Load a model of the server's repository."""
+        try:
+            self._client.load_model(name, headers=self._headers, client_timeout=TIMEOUT)
+        except InferenceServerException as error:
+            raise ServerError(f"the server does not load {name}: {error.message()}") from error
+
+    def counters(self, name: str) -> Counters:
+        """What Triton has counted of a model."""
+        try:
+            answer = self._client.get_inference_statistics(name, client_timeout=TIMEOUT)
+        except InferenceServerException as error:
+            raise ServerError(
+                f"the server no longer says what it has counted of {name}, it may have died: "
+                f"{error.message()}"
+            ) from error
+        stats = answer.model_stats[-1]
+        parts = {part: getattr(stats.inference_stats, part).ns for part in _PARTS}
+        requests = stats.inference_stats.success.count
+        return Counters(stats.inference_count, stats.execution_count, requests, parts)
+
+    def measure(self, name: str, asked: Questions, concurrency: int, seconds: float) -> Window:
+        """A window of load on the model, with what the server says of its own part."""
+        address = self.addresses[asked.way]
+        ask = functools.partial(closed_loop, address, asked, concurrency)
+        return self.counted(name, lambda: answered(ask, seconds))
+
+    def counted(self, name: str, measure: Callable[[], Window]) -> Window:
+        """What `measure` finds of the model, with what the server says of its own part."""
+        before = self.counters(name)
+        window = measure()
+        return replace(window, split=self.counters(name).since(before))

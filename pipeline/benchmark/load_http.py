@@ -1,0 +1,162 @@
+"""Load over HTTP/1.1: requests made once, sent as bytes by a thread for each connection.
+
+For large requests: what the client spends on each is a tenth of what a gRPC library spends, and on
+a machine that client and server share it is the server that should be measured.
+"""
+
+# Shape letters: B batch.
+
+import contextlib
+import json
+import queue
+import re
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tritonclient.utils import np_to_triton_dtype
+
+from pipeline.repository import config_pbtxt
+
+Found = tuple[list[float], list[tuple[int, bytes]], int]  # latencies, answers by turn, failures
+
+_CHUNK = 1 << 16  # bytes
+_LARGEST = 1 << 26  # bytes of an answer
+_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
+_HEADER = re.compile(rb"\r\ninference-header-content-length: *(\d+)\r\n", re.IGNORECASE)
+_OK = b"HTTP/1.1 200 "
+
+
+def request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
+    """A request for the first output of a batch (B, ...), its arrays as bytes after the JSON.
+
+    KServe's protocol, version 2, with Triton's extension for binary data.
+    """
+    array = np.ascontiguousarray(images)
+    tensor = {
+        "name": config.input[0].name,
+        "shape": list(array.shape),
+        "datatype": np_to_triton_dtype(array.dtype),
+        "parameters": {"binary_data_size": array.nbytes},
+    }
+    output = {"name": config.output[0].name, "parameters": {"binary_data": True}}
+    header = json.dumps({"inputs": [tensor], "outputs": [output]}).encode()
+    head = (
+        f"POST /v2/models/{config.name}/infer HTTP/1.1\r\nHost: localhost\r\n"
+        f"Inference-Header-Content-Length: {len(header)}\r\n"
+        f"Content-Length: {len(header) + array.nbytes}\r\n\r\n"
+    )
+    return head.encode() + header + array.tobytes()
+
+
+def ask(
+    address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
+) -> Found:
+    """Keep so many requests under way until `end`; latencies count from `begin` on."""
+    host, _, port = address.rpartition(":")
+
+    def caller(turn: int) -> Found:
+        latencies: list[float] = []
+        answers: list[tuple[int, bytes]] = []
+        failed = 0
+        while (now := time.perf_counter()) < end:
+            try:
+                with socket.create_connection((host, int(port)), _patience(end)) as connection:
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    while now < end:
+                        connection.sendall(requests[turn % len(requests)])
+                        answers.append((turn, _answer(connection)))
+                        then, now = now, time.perf_counter()
+                        turn += concurrency
+                        if begin <= now < end:
+                            latencies.append(now - then)
+            except (OSError, ValueError):
+                failed += 1
+        return latencies, answers, failed
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        every = list(pool.map(caller, range(concurrency)))
+    latencies = [latency for found, _, _ in every for latency in found]
+    answers = [answer for _, found, _ in every for answer in found]
+    return latencies, answers, sum(failed for _, _, failed in every)
+
+
+class Pool:
+    """Connections that requests are sent over as they come; those beyond its size wait."""
+
+    def __init__(self, address: str, size: int, silence: float) -> None:
+        host, _, port = address.rpartition(":")
+        self._address, self._silence = (host, int(port)), silence
+        self._idle: queue.LifoQueue[socket.socket] = queue.LifoQueue()
+        self._workers = ThreadPoolExecutor(size)
+
+    def send(self, request: bytes, done: Callable[[bytes | None], None]) -> None:
+        """Begin a request; `done` gets its answer, or None where there is none."""
+        self._workers.submit(self._ask, request, done)
+
+    def _ask(self, request: bytes, done: Callable[[bytes | None], None]) -> None:
+        try:
+            connection = self._connection()
+        except OSError:
+            done(None)
+            return
+        try:
+            connection.sendall(request)
+            answer = _answer(connection)
+        except (OSError, ValueError):
+            connection.close()
+            done(None)
+            return
+        done(answer)
+        self._idle.put(connection)
+
+    def _connection(self) -> socket.socket:
+        """One that waits for work, or a new one."""
+        if not self._idle.empty():
+            with contextlib.suppress(queue.Empty):  # another took it
+                return self._idle.get_nowait()
+        connection = socket.create_connection(self._address, self._silence)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def close(self) -> None:
+        """Wait for what is under way, and hang up."""
+        self._workers.shutdown()
+        while not self._idle.empty():
+            self._idle.get().close()
+
+
+def _patience(end: float) -> float:
+    """Seconds that a connection may be silent: past the window's end by what a stall may take."""
+    return max(0.0, end - time.perf_counter()) + 30.0
+
+
+def _answer(connection: socket.socket) -> bytes:
+    """The next answer, head and body. Raises ValueError for one that is not OK, or no answer."""
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += _more(connection, answer)
+    length = _LENGTH.search(answer)
+    if not answer.startswith(_OK) or not length:
+        raise ValueError(f"no answer: {answer[:100]!r}")
+    whole = answer.index(b"\r\n\r\n") + 4 + int(length[1])
+    while len(answer) < whole:
+        answer += _more(connection, answer)
+    return answer
+
+
+def _more(connection: socket.socket, answer: bytes) -> bytes:
+    chunk = connection.recv(_CHUNK)
+    if not chunk or len(answer) > _LARGEST:
+        raise ValueError("the answer breaks off, or does not end")
+    return chunk
+
+
+def content(answer: bytes) -> bytes:
+    """The bytes of an answer's output. Raises ValueError where they cannot be found."""
+    header = _HEADER.search(answer)
+    if not header:
+        raise ValueError("an answer without binary data")
+    return answer[answer.index(b"\r\n\r\n") + 4 + int(header[1]) :]

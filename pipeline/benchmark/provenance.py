@@ -1,0 +1,253 @@
+"""The figures that the README quotes: which sources decide each, and whether it is as measured.
+
+A figure has the digest of its sources and of its own content. The second shows a number that was
+changed by mistake; it is no seal, since whoever edits a file can write a new digest as well.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import read_json, sha256, write_json
+from pipeline.training.recipes import RECIPES
+
+PACKAGE = Path(__file__).parent.parent
+MEASURE = "measure it with 'make figures'"
+NETWORK = (
+    "training/augment.py",
+    "training/letters.py",
+    "training/outliers.py",
+    "training/networks.py",
+    "training/loop.py",
+)
+BACKEND = tuple(
+    f"serving/backend/onnxruntime/{name}.py" for name in ("model", "ort_checks", "ort_settings")
+)
+SERVER = (
+    "serving/serve.py",
+    "serving/process.py",
+    "serving/candidate.py",
+    "repository/config_pbtxt.py",
+    *BACKEND,
+)
+RULES = ("images/read.py", "images/ink.py", "images/ruled.py", "images/crop.py")
+TIMING = (
+    "benchmark/timing.py",
+    "benchmark/turns.py",
+    "benchmark/load.py",
+    "benchmark/load_http.py",
+    "benchmark/beside.py",
+    "benchmark/serving.py",
+)
+# What decides the figures: a change of one of these makes them stale.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "agreement": (
+        *(
+            "training/recipes.py",
+            *NETWORK,
+            "training/run.py",
+            "export/export.py",
+            "validation/agreement.py",
+            "repository/golden.py",
+            "serving/ready.py",
+            "repository/release.py",
+            "repository/profiles.py",
+            *SERVER,
+        ),
+    ),
+    "training": (*NETWORK, "training/run.py"),
+    "resume": (
+        "training/loop.py",
+        "training/checkpoint.py",
+        "training/records.py",
+        "training/run.py",
+        "core/files.py",
+    ),
+    "runtimes": (
+        "training/networks.py",
+        "export/targets.py",
+        "export/graph.py",
+        "export/export.py",
+    ),
+    "lint": (
+        *(
+            "repository/lint/check.py",
+            "repository/lint/text.py",
+            "repository/lint/graph.py",
+            "repository/lint/files.py",
+            "repository/lint/config.py",
+        ),
+        *(
+            "repository/lint/backend.py",
+            "repository/lint/accelerators.py",
+            "repository/lint/tensors.py",
+            "serving/scratch.py",
+            *BACKEND,
+        ),
+    ),
+    "swap": (
+        "serving/swap.py",
+        "repository/release.py",
+        "repository/versions.py",
+        "serving/admin.py",
+        "repository/package.py",
+        *SERVER,
+    ),
+    "kill": ("serving/watch.py", "serving/supervise.py", *SERVER),
+    "soak": ("serving/watch.py", "serving/supervise.py", *SERVER),
+    "serving": ("repository/profiles.py", *TIMING, *BACKEND),
+    "compare": ("benchmark/compare.py", "benchmark/inference.py", "benchmark/workers.py", *TIMING),
+    "gateway": (
+        "web/gateway.py",
+        "web/connections.py",
+        "web/guard.py",
+        "web/limits.py",
+        "web/link.py",
+        *RULES,
+    ),
+    "photos": (
+        "training/recipes.py",
+        *NETWORK,
+        "benchmark/photos.py",
+        "benchmark/photo_light.py",
+        *RULES,
+    ),
+    "unsure": (
+        "training/recipes.py",
+        *NETWORK,
+        "core/evaluate.py",
+        "benchmark/nondigits.py",
+        *RULES,
+    ),
+    "score": (
+        *(
+            "scoring/source.py",
+            "scoring/parquet.py",
+            "scoring/worker.py",
+            "scoring/scorer.py",
+            "scoring/cluster.py",
+            "scoring/job.py",
+        ),
+        "export/runtime.py",
+    ),
+    "native": ("validation/rounds.py", "validation/servers.py", "validation/yardstick.py"),
+    "gpu": ("training/device.py", *NETWORK, "benchmark/gpu_check.py"),
+}
+
+
+_MODULE_PATH = re.compile(r"\bpipeline(\.\w+)+")
+
+
+def sources_digest(figure: str, *settings: object) -> str:
+    """Return one SHA-256 of the code that decides a figure, and of settings that do.
+
+    Code that only moves, within a file or to another one of these sources, keeps its digest.
+    """
+    texts = {text for name in SOURCES[figure] for text in statements((PACKAGE / name).read_text())}
+    return sha256(repr((sorted(texts), settings)).encode())
+
+
+def statements(source: str) -> list[str]:
+    """Return the syntax of each top-level statement as text, the same on every Python from 3.11.
+
+    Left out is what does not decide a measurement: layout, comments, imports, docstrings, and the
+    paths of our modules.
+    """
+    tree = ast.parse(source)
+    modules = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline")
+        for alias in node.names
+        if (PACKAGE.parent / f"{node.module}.{alias.name}".replace(".", "/"))
+        .with_suffix(".py")
+        .exists()
+    }
+    return [text for node in tree.body if (text := _syntax(node, modules))]
+
+
+def _syntax(value: object, modules: set[str]) -> str:
+    """Return a node, a list of nodes or a value as text; nothing for what is left out."""
+    match value:
+        case None | ast.Import() | ast.ImportFrom() | ast.expr_context():
+            return ""
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Expr(value=ast.Constant(value=str())):
+            return ""
+        case ast.Attribute(value=ast.Name(id=name)) if name in modules:
+            return f"Name(id={value.attr!r})"  # as it is where it is imported by its own name
+        case ast.JoinedStr(values=parts):
+            # Python 3.12 has empty strings in format specifications, others do not.
+            texts = [text for part in parts if (text := _syntax(part, modules)) != "''"]
+            return f"JoinedStr([{', '.join(texts)}])"
+        case ast.Constant(value=str(text)):
+            return repr(_MODULE_PATH.sub("pipeline", text))
+        case ast.Constant():
+            return repr(value.value)
+        case ast.AST():
+            fields = [(name, _syntax(inner, modules)) for name, inner in ast.iter_fields(value)]
+            listed = ", ".join(f"{name}={text}" for name, text in fields if text)
+            return f"{type(value).__name__}({listed})"
+        case list():
+            # A missing default or key keeps its place; a statement that is left out has none.
+            texts = ["-" if item is None else _syntax(item, modules) for item in value]
+            return f"[{', '.join(filter(None, texts))}]" if value else ""
+        case _:
+            return repr(value)
+
+
+def recipe_digest(recipe: str) -> str:
+    """The same of a row of the training table: other recipes may change."""
+    return sources_digest("training", RECIPES.get(recipe))
+
+
+def write_figure(name: str, file: Path, record: Mapping[str, Any]) -> None:
+    """Write the measured result `name` with the digest of its sources and of its content.
+
+    Each row of the training table has the digest of its own sources.
+    """
+    figure = dict(record)
+    if name != "training":
+        figure["sources_sha256"] = sources_digest(name)
+    write_json(file, {**figure, "content_sha256": _content_digest(figure)})
+
+
+def read_figure(file: Path) -> dict[str, Any]:
+    """Read a measured result; CorruptError if its content does not match its digest."""
+    figure = read_json(file, MEASURE)
+    recorded, actual = str(figure.get("content_sha256")), _content_digest(figure)
+    if recorded != actual:
+        raise CorruptError(
+            f"{file} does not match the digest of its content (recorded {recorded[:12]}, found "
+            f"{actual[:12]}): a measured number is not edited, measure it again with "
+            f"'{figure.get('command', 'make figures')}'"
+        )
+    return figure
+
+
+def _content_digest(figure: Mapping[str, Any]) -> str:
+    """One SHA-256 over what a figure says, however its file is indented."""
+    content = {k: v for k, v in figure.items() if k not in ("schema", "content_sha256")}
+    return sha256(json.dumps(content).encode())
+
+
+def stale(figures: Path) -> list[str]:
+    """The figures, and rows of the training table, that were measured on other sources."""
+    found = []
+    for path in sorted(figures.glob("*.json")):
+        record = read_figure(path)
+        if path.stem == "training":
+            rows = [row["recipe"] for row in record["rows"] if _is_old_row(row)]
+            found += [f"{path.name} ({', '.join(rows)})"] if rows else []
+        elif path.stem not in SOURCES:
+            raise PipelineError(f"{path}: nothing says which sources decide it")
+        elif record.get("sources_sha256") != sources_digest(path.stem):
+            found.append(path.name)
+    return found
+
+
+def _is_old_row(row: dict[str, Any]) -> bool:
+    return bool(row.get("sources_sha256") != recipe_digest(row["recipe"]))

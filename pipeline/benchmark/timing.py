@@ -1,0 +1,233 @@
+"""Latency and throughput of whatever answers batches of images: windows, and what they add up to.
+
+A window is a stretch of time in which one thing is measured. Two things are compared by taking
+turns, window by window, so that whatever else a machine does meets both.
+"""
+
+# Shape letters: N images, B batch, K classes.
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import CheckFailedError
+from pipeline.core.evaluate import Predictor
+
+WARM_UP = 0.3  # seconds before a window that do not count, at most
+PERCENTILES = (50, 90, 95, 99)
+BEYOND = 10  # requests slower than a percentile, at least, for it to be claimed
+WITHIN = 0.10  # of their mean, that the last windows may lie apart, as perf_analyzer has it
+LAST = 3  # windows that must agree
+BEHIND = 0.25  # of the latency, that the client of an open loop may make itself
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was answered in one stretch of time, warm-up left out."""
+
+    seconds: float
+    batch: int  # images a request
+    latencies: np.ndarray  # float64, seconds; one for each request that was answered
+    wrong: int = 0  # images whose class was not theirs, warm-up included
+    failed: int = 0  # requests without an answer, warm-up included
+    split: dict[str, float] = field(default_factory=dict)  # what the server says of its part
+    late: np.ndarray = field(default_factory=lambda: np.zeros(0))  # seconds; open loop: see there
+    others: float = 0.0  # part of the machine's cores that went to others meanwhile
+
+    @property
+    def images_per_second(self) -> float:
+        return len(self.latencies) * self.batch / self.seconds
+
+    @property
+    def fastest_ms(self) -> float:
+        """The third fastest answer: nobody disturbed it, however busy the machine was."""
+        return float(np.sort(self.latencies)[:3][-1] * 1e3) if len(self.latencies) else np.nan
+
+
+def together(windows: Sequence[Window]) -> Window:
+    """Windows of the same requests as one."""
+    return replace(
+        windows[0],
+        seconds=sum(window.seconds for window in windows),
+        latencies=np.concatenate([window.latencies for window in windows]),
+        wrong=sum(window.wrong for window in windows),
+        failed=sum(window.failed for window in windows),
+        others=statistics.mean(window.others for window in windows),
+    )
+
+
+def warm_up(seconds: float) -> float:
+    """How long a window of so many seconds is warmed up for."""
+    return min(WARM_UP, seconds / 2)
+
+
+def is_settled(speeds: Sequence[float], within: float = WITHIN) -> bool:
+    """Whether the last windows lie so near to their mean."""
+    last = speeds[-LAST:]
+    mean = statistics.mean(last)
+    return len(last) == LAST and all(abs(speed - mean) <= within * mean for speed in last)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is answered to the test split, and what it takes."""
+
+    images: int
+    accuracy: float  # fraction of images, 0 to 1
+    differing: int  # images whose class is not eager PyTorch's
+    peak_bytes: int = 0  # of its processes, libraries included
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to ask, over all its windows."""
+
+    name: str
+    way: str  # grpc, http or in process
+    batch: int
+    concurrency: int  # 0: in an open loop, as many as are under way
+    windows: tuple[Window, ...]
+    rate: float = 0.0  # of an open loop: requests a second
+    score: Score | None = None
+
+    @property
+    def speed(self) -> float:
+        """The median of the windows' images a second."""
+        return statistics.median(self.speeds)
+
+    @property
+    def speeds(self) -> list[float]:
+        return [window.images_per_second for window in self.windows]
+
+    @property
+    def wrong(self) -> int:
+        return sum(window.wrong for window in self.windows)
+
+    @property
+    def failed(self) -> int:
+        return sum(window.failed for window in self.windows)
+
+    def latency_ms(self) -> dict[str, float]:
+        """Percentiles over the requests of all windows, where enough lie beyond to claim one."""
+        return _percentiles(np.concatenate([window.latencies for window in self.windows]))
+
+    def late_ms(self) -> dict[str, float]:
+        """By how much an open loop's client itself was late."""
+        return _percentiles(np.concatenate([window.late for window in self.windows]))
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the client of an open loop was late by so much that it, too, was measured."""
+        late, latency = (
+            np.concatenate([getattr(window, what) for window in self.windows])
+            for what in ("late", "latencies")
+        )
+        return bool(len(late)) and bool(late.mean() > BEHIND * latency.mean())
+
+    @property
+    def others(self) -> float:
+        """The part of the machine's cores that went to others, in the middle one of the windows."""
+        return statistics.median(window.others for window in self.windows)
+
+    @property
+    def is_settled(self) -> bool:
+        return is_settled(self.speeds)
+
+    def split(self) -> dict[str, float]:
+        """The median over the windows of each part that the server states."""
+        parts = [window.split for window in self.windows if window.split]
+        names = parts[0] if parts else {}
+        return {name: statistics.median(part[name] for part in parts) for name in names}
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON has it."""
+        speeds = {"median": self.speed, "min": min(self.speeds), "max": max(self.speeds)}
+        parts = [window.split for window in self.windows if window.split]
+        asked = {"rate": self.rate, "late_ms": self.late_ms(), "behind": self.is_behind}
+        return {
+            **{key: getattr(self, key) for key in ("name", "way", "batch", "concurrency")},
+            **(asked if self.rate else {}),
+            "images_per_second": {**speeds, "rounds": self.speeds},
+            "latency_ms": self.latency_ms(),
+            "fastest_ms": {"rounds": [window.fastest_ms for window in self.windows]},
+            "server": self.split(),
+            "server_rounds": {name: [part[name] for part in parts] for name in self.split()},
+            "requests": sum(len(window.latencies) for window in self.windows),
+            "wrong": self.wrong,
+            "failed": self.failed,
+            "settled": self.is_settled,
+            "others": self.others,
+            **(asdict(self.score) if self.score else {}),
+        }
+
+
+def _percentiles(seconds: np.ndarray) -> dict[str, float]:
+    """Percentiles in milliseconds, those beyond which enough lie."""
+    parts = [part for part in PERCENTILES if len(seconds) * (100 - part) >= 100 * BEYOND]
+    found = np.percentile(seconds, parts) * 1e3 if parts else np.zeros(0)
+    return {f"p{part}": float(ms) for part, ms in zip(parts, found, strict=True)}
+
+
+def require_right(rows: Sequence[Row]) -> None:
+    """Raise where an answer was wrong or missing: how fast it came is no figure then."""
+    bad = [
+        f"{row.name}, {row.batch} images a request, {row.concurrency or 'so many'} at once: "
+        f"{row.wrong} wrong, {row.failed} failed"
+        for row in rows
+        if row.wrong or row.failed or not all(row.speeds)
+    ]
+    if bad:
+        raise CheckFailedError(f"answers were wrong or missing: {'; '.join(bad)}")
+
+
+def ratio(row: Row, of: Row) -> dict[str, Any]:
+    """The row's speed as a part of the other's: of medians, and of each pair of windows."""
+    pairs = [ours / theirs for ours, theirs in zip(row.speeds, of.speeds, strict=True)]
+    return {
+        "median_of_pairs": statistics.median(pairs),
+        "min": min(pairs),
+        "max": max(pairs),
+        "of_medians": row.speed / of.speed,
+    }
+
+
+def answered(measure: Callable[[float], Window], seconds: float) -> Window:
+    """A window with an answer in it, however busy the machine is: as long as that takes."""
+    while True:
+        window = measure(seconds)
+        if len(window.latencies) or window.wrong or window.failed:
+            return window
+        seconds *= 2
+
+
+def wrong_classes(outputs: np.ndarray, classes: np.ndarray) -> int:
+    """How many rows (B, K) of outputs are not of the classes (B,) that they should be."""
+    if outputs.shape[:1] != classes.shape:
+        return len(classes)
+    return int((outputs.argmax(axis=1) != classes).sum())
+
+
+def closed_loop(
+    predictor: Predictor,
+    batches: Sequence[np.ndarray],
+    classes: Sequence[np.ndarray],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Window:
+    """Ask one batch (B, ...) after the other, round and round, each answer held to its classes."""
+    latencies, outputs = [], []
+    now, turn = clock(), 0
+    begin = now + warm_up(seconds)
+    end = begin + seconds
+    while now < end:
+        outputs.append(predictor(batches[turn % len(batches)]))
+        then, now = now, clock()
+        turn += 1
+        if begin <= now < end:
+            latencies.append(now - then)
+    wrong = sum(wrong_classes(o, classes[turn % len(classes)]) for turn, o in enumerate(outputs))
+    return Window(seconds, len(batches[0]), np.array(latencies), wrong)

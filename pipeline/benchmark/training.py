@@ -1,0 +1,162 @@
+"""How good the recipes are, and how long they take beside a yardstick in the same run."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.core.files import read_json, remove, write_json
+from pipeline.core.paths import Paths
+from pipeline.data.splits import Split, load_split
+from pipeline.training.device import choose
+from pipeline.training.loop import Progress, train
+from pipeline.training.networks import build
+from pipeline.training.recipes import RECIPES, TrainConfig
+from pipeline.training.recipes import recipe as recipe_named
+from pipeline.training.run import train_run
+
+SEEDS = {"quick": 5, "record": 5, "standard": 3}
+YARDSTICK = "baseline"
+YARDSTICK_EPOCHS = 1.0 / 8  # measured before and after each run of a recipe
+# Two-sided 95 % of Student's t, for 1 to 9 degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a recipe, between two pieces of the yardstick."""
+
+    seed: int
+    test_accuracy: float  # fraction of images, 0 to 1
+    seconds: float  # in the training loop
+    yardstick_seconds: float  # all of baseline's epochs, extrapolated from the pieces beside it
+
+    @property
+    def share(self) -> float:
+        """The recipe's time as a part of the yardstick's."""
+        return self.seconds / self.yardstick_seconds
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """What a recipe is worth over its seeds."""
+
+    recipe: str
+    parameters: int
+    multiply_adds: int  # for one image
+    trials: tuple[Trial, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.mean(trial.test_accuracy for trial in self.trials)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation over seeds; 0 for a single one."""
+        accuracies = [trial.test_accuracy for trial in self.trials]
+        return statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+
+    @property
+    def half_width(self) -> float:
+        """Half the 95 % confidence interval of the mean accuracy; 0 for a single seed."""
+        count = len(self.trials)
+        return STUDENT[count - 2] * self.deviation / math.sqrt(count) if count > 1 else 0.0
+
+    @property
+    def share(self) -> float:
+        """The median of the trials' shares of the yardstick's time."""
+        return statistics.median(trial.share for trial in self.trials)
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON has it, every seed with it."""
+        return {
+            "recipe": self.recipe,
+            "parameters": self.parameters,
+            "multiply_adds": self.multiply_adds,
+            "accuracy": self.accuracy,
+            "deviation": self.deviation,
+            "half_width": self.half_width,
+            "share": self.share,
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.recipe:<10} {self.accuracy:>8.3%} ± {self.half_width:.3%}  "
+            f"1/{1 / self.share:,.0f} of {YARDSTICK}'s time"
+        )
+
+
+def multiply_adds(recipe: str) -> int:
+    """Multiply-adds of one image in the convolutions and linear layers of a recipe's network."""
+    model = build(RECIPES[recipe], 10).eval()
+    total = 0
+
+    def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        total += output.numel() * next(module.parameters())[0].numel()
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    model(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
+    return total
+
+
+def yardstick(train_split: Split, validation: Split) -> float:
+    """Seconds that baseline's epochs would take, from a piece of one."""
+    settings = replace(RECIPES[YARDSTICK], epochs=YARDSTICK_EPOCHS)
+    placement = choose("cpu")
+    _, last = train(TrainConfig(YARDSTICK, settings), train_split, validation, placement)
+    return last.seconds * RECIPES[YARDSTICK].epochs / last.epoch
+
+
+def benchmark_training(
+    paths: Paths,
+    recipes: Sequence[str] = tuple(SEEDS),
+    seeds: int | None = None,
+    resume: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+) -> list[TrainingRow]:
+    """Train each recipe with its seeds on MNIST, on the CPU, each as a run of its own.
+
+    With `resume`, trials that an earlier call finished stand, and one that it began goes on.
+    """
+    for name in recipes:
+        recipe_named(name)  # all of them, before minutes are spent on the first
+    folder = paths.data("mnist")
+    train_split = load_split("mnist", folder, "train")
+    validation = load_split("mnist", folder, "validation")
+    few = replace(validation, images=validation.images[:500], labels=validation.labels[:500])
+    rows = []
+    for recipe in recipes:
+        trials = []
+        for seed in range(1, (seeds or SEEDS.get(recipe, 3)) + 1):
+            of_trial = replace(paths, run=f"benchmark-{recipe}-{seed}")
+            config = TrainConfig(recipe, RECIPES[recipe], seed=seed, device="cpu")
+            trial = _finished(of_trial, config) if resume else None
+            if not trial:
+                remove(of_trial.trial)
+                before = yardstick(train_split, few)
+                done = train_run(of_trial, config, resume, on_step=on_step)
+                seconds = (before + yardstick(train_split, few)) / 2
+                trial = Trial(seed, done.test_accuracy, done.train_seconds, seconds)
+                write_json(of_trial.trial, {"config": config.record(), "trial": asdict(trial)})
+            trials.append(trial)
+            report(f"{recipe}, seed {seed}: {trial.test_accuracy:.2%}, 1/{1 / trial.share:,.0f}")
+        parameters = sum(p.numel() for p in build(RECIPES[recipe], 10).parameters())
+        rows.append(TrainingRow(recipe, parameters, multiply_adds(recipe), tuple(trials)))
+    return rows
+
+
+def _finished(paths: Paths, config: TrainConfig) -> Trial | None:
+    """The trial that an earlier benchmark finished with the same settings."""
+    if not paths.trial.exists():
+        return None
+    record = read_json(paths.trial, "run the benchmark without --resume")
+    return Trial(**record["trial"]) if record.get("config") == config.record() else None

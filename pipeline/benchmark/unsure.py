@@ -1,0 +1,106 @@
+"""How often a model is not sure: of things that are no digits, and of digits, right and wrong."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.benchmark.nondigits import Kind, kinds
+from pipeline.core.errors import PipelineError
+from pipeline.core.evaluate import Predictor, is_refused, predict
+from pipeline.core.files import check_digest, check_manifest, write_json
+from pipeline.core.machine import machine
+from pipeline.core.paths import Paths
+from pipeline.core.text import Lines
+from pipeline.data.splits import scored_split
+from pipeline.export.runtime import onnx_predictor
+
+EXPORT = "run 'pipeline export' again"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images of one kind, and how many of them the model is not sure of."""
+
+    name: str
+    images: int
+    refused: int
+    is_counted: bool = True  # among what is to be refused
+
+    @property
+    def share(self) -> float:
+        """The fraction refused, 0 to 1; of no images none."""
+        return self.refused / max(1, self.images)
+
+
+@dataclass(frozen=True)
+class Unsure:
+    """What a model is not sure of."""
+
+    name: str
+    sha256: str  # of the model.onnx that was asked
+    min_probability: float  # below it the likeliest class is no answer
+    rows: tuple[Row, ...]  # things that are no digits
+    digits: Row  # all of the test split, right or wrong
+    right: Row  # those of them that are read rightly
+    wrong: Row
+
+    @property
+    def share(self) -> float:
+        """The fraction refused of what is no digit, each kind counting as much as any other."""
+        counted = [row.share for row in self.rows if row.is_counted]
+        return sum(counted) / len(counted)
+
+    def record(self) -> dict[str, Any]:
+        """The result as JSON would have it, with when and where it was measured."""
+        return {**asdict(self), "share": self.share, **machine()}
+
+    def __str__(self) -> str:
+        rows = [*self.rows, self.digits, self.right, self.wrong]
+        wide = max(len(row.name) for row in rows)
+        lines = [f"{row.name:<{wide}} {row.images:>7,} {row.share:>9.2%}" for row in rows]
+        return Lines(
+            f"{'not sure of':<{wide}} {'images':>7} {'refused':>9}",
+            *lines,
+            f"what is no digit: {self.share:.2%} refused, the mean of its kinds without the "
+            "letters that may be digits and the signs; refused is what is below "
+            f"{self.min_probability:g}",
+        )
+
+
+def measure_unsure(paths: Paths) -> Unsure:
+    """What the exported model, run by ONNX Runtime, is not sure of; written beside it.
+
+    Raises PipelineError for a model that was not trained on MNIST, or without a threshold.
+    """
+    manifest = check_manifest(paths.export, EXPORT)
+    training, threshold = manifest.get("training"), manifest.get("min_probability")
+    if not training or training["dataset"] != "mnist":
+        raise PipelineError(
+            f"{paths.name} reads no digits, and what it should refuse is not known here: choose a "
+            "model of MNIST with --name"
+        )
+    if threshold is None:
+        raise PipelineError(
+            f"{paths.name} has no threshold, it was trained before there was one: run 'pipeline "
+            f"train --run {manifest['run']}', then 'pipeline export --run {manifest['run']}'"
+        )
+    content = check_digest(paths.onnx, manifest["files"].get(paths.onnx.name), EXPORT)
+    test = scored_split(training, manifest["data_sha256"], paths.data("mnist"))
+    predictor = onnx_predictor(content)
+    outputs = predict(predictor, test.images)
+    refused, right = is_refused(outputs, threshold), outputs.argmax(axis=1) == test.labels
+    found = Unsure(
+        name=paths.name,
+        sha256=manifest["files"][paths.onnx.name],
+        min_probability=threshold,
+        rows=tuple(_row(predictor, kind, threshold) for kind in kinds(paths.data("fashion-mnist"))),
+        digits=Row("test digits", len(test), int(refused.sum())),
+        right=Row("read rightly", int(right.sum()), int(refused[right].sum())),
+        wrong=Row("read wrongly", int((~right).sum()), int(refused[~right].sum())),
+    )
+    write_json(paths.unsure, found.record())
+    return found
+
+
+def _row(predictor: Predictor, kind: Kind, threshold: float) -> Row:
+    refused = is_refused(predict(predictor, kind.images), threshold)
+    return Row(kind.name, len(refused), int(refused.sum()), kind.is_counted)

@@ -1,0 +1,182 @@
+"""Runtimes in processes of their own, so that threads do not disturb each other and peak memory is
+each one's own; and the yardstick beside them, which no change of ours can move."""
+
+# Shape letters: N images, B batch, K classes.
+
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from pipeline.benchmark.timing import Row, Window, answered, closed_loop, together
+from pipeline.core.errors import PipelineError
+from pipeline.core.evaluate import Predictor, margins, predict, score
+from pipeline.core.files import check_digest
+from pipeline.core.paths import Paths
+from pipeline.core.usage import peak_bytes
+from pipeline.data.splits import scored_split
+from pipeline.export.sample import read_sample
+from pipeline.repository.golden import Golden, unpack_golden
+
+YARDSTICK = "yardstick"
+EAGER, RUNTIME = "eager PyTorch", "ONNX Runtime"
+SIDE = 96  # of the yardstick's matrices: too small for a second thread
+EXPORT = "run 'pipeline export' again"
+UNSURE = "the golden set has no image whose class is sure: train for longer"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One way to run the export in a process."""
+
+    name: str
+    precision: str
+    threads: int
+
+    def __str__(self) -> str:
+        variant = f" {self.precision}" if self.name == RUNTIME else ""
+        return f"{self.name}{variant}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+def yardstick(seconds: float) -> Window:
+    """A window of matrix products in numpy, on one thread: what this machine can do just now."""
+    matrix = np.random.default_rng(0).random((SIDE, SIDE), np.float32)
+    outputs = np.eye(1, SIDE, dtype=np.float32)
+
+    def products(images: np.ndarray) -> np.ndarray:
+        for _ in range(20):
+            np.dot(images, images)
+        return outputs
+
+    ask = functools.partial(closed_loop, products, [matrix], [np.zeros(1, np.int64)])
+    return answered(ask, seconds)
+
+
+def yardstick_row(windows: list[list[Window]]) -> Row:
+    """The yardstick's row, from the windows that it had at each place of a round."""
+    rounds = zip(*windows, strict=True)
+    return Row(YARDSTICK, "numpy", 1, 1, tuple(together(of_round) for of_round in rounds))
+
+
+Ask = Callable[..., Any]
+
+
+@contextmanager
+def worker(paths: Paths, runtime: Runtime, manifest: Mapping[str, Any]) -> Iterator[Ask]:
+    """A process with the runtime in it, as a function that asks it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=_work, args=(theirs, paths, runtime, dict(manifest)), daemon=True
+    )
+    process.start()
+    theirs.close()
+
+    def ask(*question: Any) -> Any:
+        try:
+            ours.send(question)
+            answer = ours.recv()
+        except (EOFError, OSError) as error:
+            raise PipelineError(f"the process with {runtime} ended: out of memory?") from error
+        if isinstance(answer, PipelineError):
+            raise answer
+        return answer
+
+    try:
+        yield ask
+    finally:
+        ours.close()
+        process.join(5)
+        process.kill()
+
+
+def _work(connection: Connection, paths: Paths, runtime: Runtime, manifest: dict[str, Any]) -> None:
+    """Answer questions until nobody asks any more."""
+    os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
+    try:
+        predictor, failure = _predictor(paths, runtime, manifest), None
+    except PipelineError as error:
+        predictor, failure = None, error
+    while True:
+        try:
+            kind, *arguments = connection.recv()
+        except EOFError:
+            return
+        if predictor is None:
+            connection.send(failure)
+            continue
+        try:
+            connection.send(_answer(kind, arguments, predictor, paths, runtime, manifest))
+        except PipelineError as error:
+            connection.send(error)
+
+
+def _answer(
+    kind: str,
+    arguments: list[Any],
+    predictor: Predictor,
+    paths: Paths,
+    runtime: Runtime,
+    manifest: dict[str, Any],
+) -> Any:
+    if kind == "score":
+        return scored(predictor, *scored_images(paths, manifest))
+    if kind == "measure":
+        golden = unpack_golden(paths.variant_golden(runtime.precision).read_bytes(), EXPORT)
+        batch, seconds = arguments
+        ask = functools.partial(closed_loop, predictor, *sure_batches(golden, batch))
+        return answered(ask, seconds)
+    return peak_bytes()
+
+
+def _predictor(paths: Paths, runtime: Runtime, manifest: dict[str, Any]) -> Predictor:
+    if runtime.name == EAGER:
+        import torch
+
+        from pipeline.export.subject import exported_subject
+        from pipeline.training.networks import eager_predictor
+
+        torch.set_num_threads(runtime.threads)
+        return eager_predictor(exported_subject(paths, manifest).model)
+    from pipeline.export.runtime import onnx_predictor
+
+    return onnx_predictor(paths.variant(runtime.precision).read_bytes(), runtime.threads)
+
+
+def scored_images(
+    paths: Paths, manifest: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images (N, ...) that an export is proven on, and their classes where they are known."""
+    if manifest.get("module"):
+        check_digest(paths.images, manifest.get("images_sha256"), EXPORT)
+        sample = read_sample(paths.images)
+        return sample.images, sample.labels
+    training = manifest["training"]
+    test = scored_split(training, manifest["data_sha256"], paths.data(training["dataset"]))
+    return test.images, test.labels
+
+
+def scored(
+    predictor: Predictor, images: np.ndarray, labels: np.ndarray | None, batch: int = 64
+) -> tuple[float, np.ndarray]:
+    """The accuracy on images (N, ...), and the class of each (N,); unknown classes are its own."""
+    outputs = predict(predictor, images, batch)
+    classes = outputs.argmax(axis=1)
+    return score(outputs, classes if labels is None else labels).accuracy, classes
+
+
+def sure_batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Batches of the golden set's images whose class no rounding can change, and their classes."""
+    is_sure = margins(golden.outputs) > 2 * golden.bounds
+    images, classes = golden.images[is_sure], golden.outputs[is_sure].argmax(axis=1)
+    if not len(images):
+        raise PipelineError(UNSURE)
+    batches = len(images) if size == 1 else 8
+    rows = np.arange(batches * size).reshape(batches, size) % len(images)
+    return [images[row] for row in rows], [classes[row] for row in rows]

@@ -1,0 +1,377 @@
+"""What every command shares: its options, how it speaks, and how errors become exit codes."""
+
+import difflib
+import errno
+import json
+import os
+import sys
+import time
+import tomllib
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from pipeline.core.errors import LostError, PipelineError
+from pipeline.core.files import read_json
+from pipeline.core.paths import (
+    FOLDER,
+    MODEL_NAMES,
+    NAME_RULE,
+    TAKEN,
+    Paths,
+    data_name,
+    is_name,
+    model_name,
+    require_printable,
+)
+from pipeline.core.text import Lines, escape
+from pipeline.data.catalog import DATASETS, DEFAULT_DATASET
+
+BUG, INTERRUPTED = 70, 130
+# A path of the user's that cannot be used as it is.
+UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what of it is somebody's
+TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
+
+
+def echo(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print `text` with what is foreign in it escaped; only `Lines` have line breaks."""
+    click.echo(escape(text), err=err, nl=nl)
+
+
+@dataclass
+class Settings:
+    """What the options that all commands accept were set to."""
+
+    root: Path = Path()
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
+    # Of the processes that torchrun starts, the first one speaks for all.
+    silent: bool = field(default_factory=lambda: os.environ.get("RANK", "0") != "0")
+    updated: float = field(default_factory=time.monotonic)  # when progress was last shown
+
+    def say(self, line: object) -> None:
+        """A line of progress, on standard error."""
+        if not (self.quiet or self.silent):
+            self.clear()
+            echo(line, err=True)
+
+    def update(self, line: object) -> None:
+        """Progress that the next line replaces; into a file or a pipe, a line now and then."""
+        is_terminal = sys.stderr.isatty()
+        now = time.monotonic()
+        if (
+            self.quiet
+            or self.silent
+            or now - self.updated < (TERMINAL_SECONDS if is_terminal else LOG_SECONDS)
+        ):
+            return
+        self.updated = now
+        self.clear()
+        echo(line, err=True, nl=not is_terminal)
+
+    def result(self, record: Mapping[str, Any], text: object, then: str = "") -> None:
+        """The result on standard output: one JSON object, or text and what to type next."""
+        if self.silent:
+            return
+        self.clear()
+        if self.json:
+            echo(json.dumps(record, default=str))
+            return
+        echo(text)
+        if then:
+            echo(f"next: {then}")
+
+    def clear(self) -> None:
+        """Take away a line of progress that nothing followed."""
+        if sys.stderr.isatty():
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _store(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value and parameter.name:
+        setattr(context.ensure_object(Settings), parameter.name, value)
+
+
+def _load_config(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    """Take defaults from a TOML file: a table for each command, the options as its keys."""
+    if value is None:
+        return
+    try:
+        tables = tomllib.loads(value.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PipelineError(f"cannot read the settings in {value}: {error}") from error
+    root = context.find_root().command
+    if isinstance(root, click.Group):
+        _check_tables(tables, root, value)
+    for key in context.command_path.split()[1:]:
+        tables = tables.get(key, {})
+    context.default_map = {**(context.default_map or {}), **tables}
+
+
+def _check_tables(tables: Mapping[str, Any], command: click.Command, file: Path) -> None:
+    """Refuse a key that no command or option has: a typo must not be silently left out."""
+    options = {parameter.name for parameter in command.params}
+    commands = command.commands if isinstance(command, click.Group) else {}
+    for key, value in tables.items():
+        if isinstance(value, dict) and key in commands:
+            _check_tables(value, commands[key], file)
+        elif key not in options:
+            known = ", ".join(sorted({*map(str, options), *commands} - {"config"}))
+            raise PipelineError(f"{file} sets {key!r}, which is unknown here; there are: {known}")
+
+
+def common_options() -> list[click.Option]:
+    """The options that are accepted before and after any command."""
+    return [
+        click.Option(
+            ["--config"],
+            type=click.Path(path_type=Path, dir_okay=False),
+            is_eager=True,
+            expose_value=False,
+            callback=_load_config,
+            help="Take defaults from a TOML file.",
+        ),
+        click.Option(
+            ["--root"],
+            type=click.Path(path_type=Path, file_okay=False),
+            expose_value=False,
+            callback=_store,
+            help="The project's folder.  [default: the current one]",
+        ),
+        *(
+            click.Option(names, is_flag=True, expose_value=False, callback=_store, help=text)
+            for names, text in (
+                (["--json"], "Print the result as JSON."),
+                (["-q", "--quiet"], "No progress on standard error."),
+                (["-v", "--verbose"], "More progress on standard error."),
+                (["--debug"], "Show the traceback of an error as well."),
+            )
+        ),
+    ]
+
+
+def _refuse_empty(command: click.Command, context: click.Context, args: list[str]) -> None:
+    """Raise Click's error for an option or argument whose value is empty, as $UNSET is."""
+    given, _, order = command.make_parser(context).parse_args(list(args))
+    for parameter in order:
+        value = given.get(str(parameter.name))
+        if "" in (value if isinstance(value, list | tuple) else [value]):
+            raise click.BadParameter("the value is empty", context, parameter)
+
+
+class Command(click.Command):
+    """A command that accepts the common options after its name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += common_options()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As Click's, without empty values."""
+        _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+
+def _echo_traceback(error: BaseException) -> None:
+    """Print a traceback, indented: a line of an error's message must not look like one of ours."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    echo(Lines(*(f"  {line}" for line in lines)), err=True)
+
+
+def _bug(error: Exception) -> NoReturn:
+    _echo_traceback(error)
+    echo(
+        "This is a bug of ours. Please report it with the lines above, the command, and what "
+        "'pipeline --version' prints.",
+        err=True,
+    )
+    sys.exit(BUG)
+
+
+class Group(click.Group):
+    """Commands whose errors become exit codes here and nowhere else."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += common_options()
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; never returns when Click is in standalone mode."""
+        try:
+            return super().main(*args, **{"obj": Settings(), **kwargs})
+        except Exception as error:
+            # Click lets through what it does not know: whatever it is, it is ours.
+            _bug(error)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As Click's, without empty values."""
+        _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As Click's, with our errors as Click's."""
+        context: click.Context = _at_the_edge(
+            lambda: super(Group, self).make_context(*args, **kwargs)
+        )
+        return context
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As Click's, with our errors as Click's."""
+        return _at_the_edge(lambda: super(Group, self).invoke(ctx), ctx)
+
+
+def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) -> Any:
+    try:
+        return _with_exit_codes(call, context)
+    except click.exceptions.NoArgsIsHelpError:  # its message is our help
+        raise
+    except click.ClickException as error:
+        error.message = escape(error.message)  # type: ignore[misc]  # Click prints it
+        raise
+
+
+def _with_exit_codes(call: Callable[[], Any], context: click.Context | None) -> Any:
+    try:
+        return call()
+    except PipelineError as error:
+        if context:
+            context.ensure_object(Settings).clear()
+        if Settings().silent and not isinstance(error, LostError):
+            sys.exit(error.exit_code)  # the first process says it
+        if context and context.ensure_object(Settings).debug:
+            _echo_traceback(error)
+        failure = click.ClickException(escape(error))
+        failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
+        raise failure from error
+    except OSError as error:
+        if error.errno in UNUSABLE:
+            if context and context.ensure_object(Settings).debug:
+                _echo_traceback(error)
+            raise click.ClickException(
+                f"cannot use {error.filename} ({error.strerror}): check its rights and what lies "
+                "there"
+            ) from error
+        if error.errno not in FULL:
+            raise
+        _drop_output()
+        what = f"cannot write {error.filename}" if error.filename else "cannot write"
+        raise click.ClickException(
+            f"{what} ({error.strerror}): make room, or write elsewhere"
+        ) from error
+    except ModuleNotFoundError as error:
+        if (error.name or "pipeline").partition(".")[0] == "pipeline":
+            raise  # ours
+        raise click.ClickException(
+            f"this needs {error.name}, which is not installed beside {sys.executable}: asking a "
+            "server takes less than the rest does. In the project's folder: 'make .venv', then use "
+            ".venv/bin/pipeline"
+        ) from error
+    except KeyboardInterrupt:
+        echo("interrupted", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _drop_output() -> None:
+    """Let what a full disk did not take go, or Python tries once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
+    """One of the data sets, or `folder:` and a path, which becomes absolute."""
+
+    name = "dataset"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(DATASETS)}|{FOLDER}PATH]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.startswith(FOLDER):
+            return value if value in DATASETS else self._misspelt(value, param, ctx)
+        path = value.removeprefix(FOLDER)
+        if not path:
+            self.fail(f"no path follows {value!r}: write {FOLDER}PATH", param, ctx)
+        # Not resolved: a link gives a folder another name.
+        dataset = FOLDER + os.path.abspath(os.path.expanduser(path))
+        name = data_name(dataset)
+        if not is_name(name) or name in {*DATASETS, *TAKEN}:
+            why = f"{name!r} is taken" if is_name(name) else f"{name!r} is no name: use {NAME_RULE}"
+            self.fail(
+                f"the model is called as the folder, and {why}. Rename the folder, or make a link "
+                "to it under another name (ln -s)",
+                param,
+                ctx,
+            )
+        return dataset
+
+    def _misspelt(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> NoReturn:
+        close = difflib.get_close_matches(value, DATASETS, n=1)
+        meant = f" Did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(map(repr, DATASETS))
+        folder = f"{FOLDER}PATH for a folder of pictures"
+        self.fail(f"{value!r} is not one of {known}, or {folder}.{meant}", param, ctx)
+
+
+class UrlType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
+    """The URL of a server, as a client takes it."""
+
+    name = "url"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from pipeline.client.endpoint import endpoint
+
+        try:
+            endpoint(value)
+        except PipelineError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+seconds_type = click.FloatRange(min=0, min_open=True)
+
+dataset_option = click.option(
+    "--dataset", type=DatasetType(), default=DEFAULT_DATASET, show_default=True
+)
+name_option = click.option("--name", help="The model's name.  [default: handwriting]")
+
+prediction_log_option = click.option(
+    "--prediction-log",
+    type=click.Path(path_type=Path),
+    help="Append what is answered to this file, for 'pipeline drift': no images, no file names.",
+)
+
+
+def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
+    """The paths of a model; a run is called as its model unless it has a name of its own."""
+    require_printable(settings.root)
+    named = MODEL_NAMES["mnist"] if name is None else name
+    return Paths(settings.root, name=named, run=run or named)
+
+
+def name_of_run(paths: Paths) -> str:
+    """The model name that goes with the run's data set."""
+    if not paths.run_config.exists():
+        return paths.name
+    dataset = str(read_json(paths.run_config, "run 'pipeline train' again").get("dataset"))
+    return model_name(dataset)
+
+
+def named(paths: Paths) -> str:
+    """The option that a next command needs to speak of the same model."""
+    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"

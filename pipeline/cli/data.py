@@ -1,0 +1,127 @@
+"""The commands that fetch and check the images."""
+
+import shlex
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from pipeline.cli.command import Group, Settings, dataset_option, paths_of
+from pipeline.core.paths import FOLDER, MODEL_NAMES, model_name
+from pipeline.core.text import Lines
+from pipeline.data.catalog import DATASETS, DEFAULT_DATASET
+
+SHOWN = 20  # labels of a sample
+
+
+@click.group(cls=Group, name="data")
+def data_group() -> None:
+    """Fetch and check the images.
+
+    \b
+    Example:
+      pipeline data fetch
+    """
+
+
+@data_group.command("fetch")
+@dataset_option
+@click.option(
+    "--from",
+    "source",
+    envvar="HANDWRITING_DATA_DIR",
+    type=click.Path(path_type=Path),
+    help="A folder with the files of the set, as they are or as they are published.",
+)
+@click.pass_obj
+def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None:
+    """Bring the data set into the cache, from the first source that has it.
+
+    \b
+    Example:
+      pipeline data fetch
+      pipeline data fetch --from ~/mnist
+      pipeline data fetch --dataset folder:letters
+    """
+    from pipeline.data.archives import fetch_archives
+    from pipeline.data.fetch import fetch
+    from pipeline.data.folders import import_folder
+
+    cache = paths_of(settings).data(dataset)
+    if dataset.startswith(FOLDER):
+        context = click.get_current_context()
+        if context.get_parameter_source("source") == ParameterSource.COMMANDLINE:
+            raise click.UsageError("folder:PATH says where the pictures are: leave out --from")
+        folder = import_folder(dataset, cache, settings.say, settings.update)
+    elif DATASETS[dataset].downloads:
+        folder = fetch_archives(dataset, cache, source, settings.say)
+    else:
+        folder = fetch(dataset, cache, source, settings.say)
+    record = {"dataset": dataset, "folder": str(folder)}
+    settings.result(record, f"{dataset} is in {folder}", f"pipeline train{_option(dataset)}")
+
+
+def _option(dataset: str) -> str:
+    return "" if dataset == DEFAULT_DATASET else f" --dataset {shlex.quote(dataset)}"
+
+
+@data_group.command("verify")
+@dataset_option
+@click.pass_obj
+def verify_command(settings: Settings, dataset: str) -> None:
+    """Check every file in the cache against its SHA-256.
+
+    \b
+    Example:
+      pipeline data verify
+    """
+    from pipeline.data.splits import verify
+
+    digests = verify(dataset, paths_of(settings).data(dataset))
+    lines = [f"{digest}  {file}" for file, digest in digests.items()]
+    settings.result(
+        {"dataset": dataset, "files": digests},
+        Lines(*lines),
+        f"pipeline train{_option(dataset)}",
+    )
+
+
+@data_group.command("path")
+@dataset_option
+@click.pass_obj
+def path_command(settings: Settings, dataset: str) -> None:
+    """Print where the cache of a data set is.
+
+    \b
+    Example:
+      pipeline data path
+    """
+    folder = paths_of(settings).data(dataset).resolve()
+    settings.result({"dataset": dataset, "folder": str(folder)}, folder)
+
+
+@data_group.command("sample")
+@dataset_option
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--count", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.pass_obj
+def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -> None:
+    """Write some test images as PNG files, to query with.
+
+    \b
+    Example:
+      pipeline data sample digits
+    """
+    from pipeline.data.splits import load_split
+    from pipeline.images.read import write_png
+
+    split = load_split(dataset, paths_of(settings).data(dataset), "test")
+    files = [folder / f"{index:05d}.png" for index in range(min(count, len(split)))]
+    for file, image in zip(files, split.images, strict=False):
+        write_png(image, file)
+    labels = [split.classes[label] for label in split.labels[: len(files)]]
+    shown = ", ".join(labels[:SHOWN]) + (", ..." if len(labels) > SHOWN else "")
+    text = f"wrote {len(files)} images to {folder}, which show {shown}"
+    record = {"files": [str(file) for file in files], "labels": labels}
+    name = "" if dataset in MODEL_NAMES else f" --name {model_name(dataset)}"
+    settings.result(record, text, f"pipeline query{name} {shlex.quote(str(folder))}")

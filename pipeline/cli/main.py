@@ -1,0 +1,54 @@
+"""One thin command for each stage: parse, call, echo."""
+
+import sys
+
+import click
+
+from pipeline import __doc__ as summary
+from pipeline.cli.benchmark import benchmark_command
+from pipeline.cli.command import Group
+from pipeline.cli.data import data_group
+from pipeline.cli.doctor import doctor_command
+from pipeline.cli.drift import drift_command
+from pipeline.cli.export import export_command, package_command
+from pipeline.cli.lint import lint_command
+from pipeline.cli.query import query_command
+from pipeline.cli.report import gpu_check_command, report_command
+from pipeline.cli.score import score_command
+from pipeline.cli.serve import serve
+from pipeline.cli.train import train_command
+from pipeline.cli.validate import validate_command
+from pipeline.cli.versions import versions_group
+from pipeline.cli.web import web_command
+
+
+@click.group(
+    cls=Group,
+    help=f"{summary}\n\n\b\nExample:\n  pipeline data fetch && pipeline train && pipeline export",
+    context_settings={"auto_envvar_prefix": "HANDWRITING", "help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="handwriting-pipeline", prog_name="pipeline")
+def main() -> None:
+    """Replaced by the text above."""
+
+
+main.add_command(data_group)
+main.add_command(serve)
+main.add_command(train_command)
+main.add_command(export_command)
+main.add_command(validate_command)
+main.add_command(package_command)
+main.add_command(versions_group)
+main.add_command(lint_command)
+main.add_command(report_command)
+main.add_command(benchmark_command)
+main.add_command(gpu_check_command)
+main.add_command(doctor_command)
+main.add_command(web_command)
+main.add_command(query_command)
+main.add_command(drift_command)
+main.add_command(score_command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

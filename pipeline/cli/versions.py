@@ -1,0 +1,117 @@
+"""The commands around the versions of a packaged model."""
+
+from dataclasses import asdict
+
+import click
+
+from pipeline.cli.command import Group, Settings, name_option, named, paths_of
+
+
+@click.group("versions", cls=Group)
+def versions_group() -> None:
+    """List, promote, roll back, prune and compare the versions of a packaged model.
+
+    \b
+    Example:
+      pipeline versions list
+      pipeline versions promote 2
+      pipeline versions rollback
+    """
+
+
+@versions_group.command("list")
+@name_option
+@click.pass_obj
+def list_command(settings: Settings, name: str | None) -> None:
+    """Show which versions there are, which one is selected, and which one is served.
+
+    \b
+    Example:
+      pipeline versions list
+    """
+    from pipeline.repository.versions import list_versions
+    from pipeline.serving.swap import served
+
+    paths = paths_of(settings, name)
+    listing = list_versions(paths, served(paths))
+    settings.result(asdict(listing), listing, f"pipeline versions promote N{named(paths)}")
+
+
+@versions_group.command("promote")
+@click.argument("version", type=click.IntRange(1))
+@name_option
+@click.pass_obj
+def promote_command(settings: Settings, version: int, name: str | None) -> None:
+    """Select a version. A server that runs answers with it from then on, without a pause.
+
+    The candidate is first loaded beside what is served, and must answer its golden set rightly.
+
+    \b
+    Example:
+      pipeline versions promote 2
+    """
+    from pipeline.serving.swap import promote
+
+    paths = paths_of(settings, name)
+    change = promote(paths, version, settings.say)
+    then = "rollback" if change.before not in (None, version) else "list"
+    settings.result(asdict(change), change, f"pipeline versions {then}{named(paths)}")
+
+
+@versions_group.command("rollback")
+@name_option
+@click.pass_obj
+def rollback_command(settings: Settings, name: str | None) -> None:
+    """Go back to the version that was selected before; a second time, forward again.
+
+    \b
+    Example:
+      pipeline versions rollback
+    """
+    from pipeline.serving.swap import rollback
+
+    paths = paths_of(settings, name)
+    change = rollback(paths, settings.say)
+    settings.result(asdict(change), change, f"pipeline versions list{named(paths)}")
+
+
+@versions_group.command("prune")
+@name_option
+@click.pass_obj
+def prune_command(settings: Settings, name: str | None) -> None:
+    """Remove what is older than the selected version, but for the one before it.
+
+    Versions that are newer wait to be promoted, and stay.
+
+    \b
+    Example:
+      pipeline versions prune
+    """
+    from pipeline.repository.versions import prune
+
+    paths = paths_of(settings, name)
+    gone = prune(paths)
+    removed = ", ".join(str(paths.packaged / str(number)) for number in gone)
+    text = f"removed {removed}" if gone else "nothing is older than what is kept"
+    settings.result(
+        {"name": paths.name, "removed": gone}, text, f"pipeline versions list{named(paths)}"
+    )
+
+
+@versions_group.command("diff")
+@click.argument("first", type=click.IntRange(1))
+@click.argument("second", type=click.IntRange(1))
+@name_option
+@click.pass_obj
+def diff_command(settings: Settings, first: int, second: int, name: str | None) -> None:
+    """Show what two versions' records say differently, and how far their answers lie apart.
+
+    \b
+    Example:
+      pipeline versions diff 1 2
+    """
+    from pipeline.repository.versions import difference
+
+    paths = paths_of(settings, name)
+    found = difference(paths, first, second)
+    settings.result(asdict(found), found, f"pipeline versions promote {second}{named(paths)}")

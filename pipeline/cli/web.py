@@ -1,0 +1,102 @@
+"""The command that serves a page to draw on."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.command import (
+    Settings,
+    UrlType,
+    name_option,
+    paths_of,
+    prediction_log_option,
+    seconds_type,
+)
+from pipeline.core.errors import PipelineError
+from pipeline.web.settings import GatewayConfig
+
+
+class PortType(click.IntRange):
+    """A port's number; `auto` means the same as 0."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return 0 if value == "auto" else super().convert(value, param, ctx)
+
+
+@click.command()
+@click.option(
+    "--url", type=UrlType(), help="grpc://HOST:PORT of a Triton server.  [default: our server]"
+)
+@name_option
+@click.option("--host", default=GatewayConfig.host, show_default=True, help="Where to listen.")
+@click.option(
+    "--port",
+    type=PortType(0, 65535),
+    default=GatewayConfig.port,
+    show_default=True,
+    help="auto or 0: a free one.",
+)
+@click.option(
+    "--allow-host",
+    "allow_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A further name for this machine, as browsers write it.",
+)
+@click.option(
+    "--timeout",
+    type=seconds_type,
+    default=GatewayConfig.timeout,
+    show_default=True,
+    help="Seconds for an answer.",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(1),
+    default=GatewayConfig.requests,
+    show_default=True,
+    help="How many may be under way at once.",
+)
+@prediction_log_option
+@click.pass_obj
+def web_command(
+    settings: Settings,
+    /,
+    url: str | None,
+    name: str | None,
+    prediction_log: Path | None,
+    **changes: Any,
+) -> None:
+    """Serve a page to draw on, which asks the served model while you draw.
+
+    On loopback, until Ctrl-C. It waits for a server that is not there yet, and finds it again.
+
+    An address may hold as many connections (of 512), bytes of uploads (of 64 MiB) and requests
+    under way as it leaves free: half of them when it is alone. All clients of a reverse proxy have
+    its address: limit each of them there.
+
+    \b
+    Example:
+      pipeline web
+      pipeline web --port 0 --url grpc://127.0.0.1:8001
+      pipeline web --prediction-log seen.jsonl
+    """
+    from pipeline.client.log import opened
+
+    try:
+        from pipeline.web.server import serve_page
+    except ModuleNotFoundError as error:
+        raise PipelineError(
+            f"the page needs {error.name}: in the project's folder, pip install '.[web]'"
+        ) from error
+    paths, config = paths_of(settings, name), GatewayConfig(**changes)
+
+    def started(address: str) -> None:
+        where = url or "our server"
+        record = {"url": address, "classify": f"{address}classify", "asks": where}
+        settings.result(
+            record, f"draw at {address}, which asks {paths.name} of {where}; Ctrl-C stops it"
+        )
+
+    serve_page(paths, config, url, started, opened(prediction_log))

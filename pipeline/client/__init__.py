@@ -1,0 +1,26 @@
+"""A client of a served model over HTTP and gRPC, for programs, commands and the gateway.
+
+Read `client.py` first, then `calls.py`, the protocol-independent logic that the synchronous and the
+asynchronous client share; `faults.py` says what can go wrong. Installs with
+`client-requirements.txt` alone: it knows neither torch nor ONNX Runtime, nor how a server starts.
+"""
+
+from typing import TYPE_CHECKING
+
+from pipeline.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from pipeline.client.async_client import AsyncClient as AsyncClient
+    from pipeline.client.client import Client as Client
+    from pipeline.client.endpoint import Certificates as Certificates
+    from pipeline.client.prediction import Prediction as Prediction
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "AsyncClient": "async_client",
+        "Certificates": "endpoint",
+        "Client": "client",
+        "Prediction": "prediction",
+    },
+)

@@ -1,0 +1,176 @@
+"""HTTP to one server with a deadline that nothing outlasts: no name, no handshake, no trickle.
+
+Python's own client waits anew for each packet, and for a name's address without any end.
+"""
+
+import contextlib
+import http.client
+import io
+import ipaddress
+import queue
+import select
+import socket
+import ssl
+import threading
+import time
+from typing import Any
+
+from pipeline.client.endpoint import Endpoint
+from pipeline.client.faults import Fault, of_connection
+from pipeline.client.wire import MAX_ANSWER_BYTES, HttpAnswer, HttpRequest
+
+Address = tuple[Any, ...]
+
+
+class _Timed:
+    """What http.client needs of a socket; every wait ends at one deadline."""
+
+    def __init__(self, connected: socket.socket, end: float) -> None:
+        self.socket, self.end = connected, end
+
+    def arm(self) -> socket.socket:
+        """The socket, which now waits no longer than the time that is left."""
+        self.socket.settimeout(_left(self.end))
+        return self.socket
+
+    def sendall(self, content: bytes) -> None:
+        self.arm().sendall(content)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Reader(self))
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class _Reader(io.RawIOBase):
+    def __init__(self, timed: _Timed) -> None:
+        self._timed = timed
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._timed.arm().recv_into(buffer)
+
+
+class HttpConnection:
+    """One connection, for one thread at a time."""
+
+    def __init__(self, target: Endpoint, context: ssl.SSLContext | None) -> None:
+        self._endpoint, self._context = target, context
+        self._library = http.client.HTTPConnection(target.host, target.port)
+        self._timed: _Timed | None = None
+
+    def exchange(self, request: HttpRequest, seconds: float) -> HttpAnswer | Fault:
+        """The answer to a request, or why there is none; after a Fault the connection is closed."""
+        end = time.monotonic() + seconds
+        try:
+            self._connect(end)
+            return self._exchange(request)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            fault = of_connection(error, is_connected=self._timed is not None)
+        except BaseException:  # Ctrl-C: half an answer may wait on this connection
+            self.close()
+            raise
+        self.close()
+        return fault
+
+    def is_stale(self) -> bool:
+        """Whether the server has closed the connection, or says something unasked."""
+        if self._timed is None:
+            return False
+        try:
+            return bool(select.select([self._timed.socket], [], [], 0)[0])
+        except (OSError, ValueError):  # more open files than select() knows
+            return True
+
+    def close(self) -> None:
+        """Close it; the next request connects anew."""
+        self._library.close()
+        if self._timed:
+            self._timed.close()
+        self._timed = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _connect(self, end: float) -> None:
+        if self._timed:
+            self._timed.end = end
+            return
+        connected = _connected(self._endpoint, end)
+        try:
+            if self._context:
+                connected = self._context.wrap_socket(
+                    connected, server_hostname=self._endpoint.host
+                )
+        except BaseException:
+            connected.close()
+            raise
+        self._timed = _Timed(connected, end)
+        self._library.sock = self._timed
+
+    def _exchange(self, request: HttpRequest) -> HttpAnswer:
+        self._library.request(request.verb, request.path, request.body or None, request.headers)
+        response = self._library.getresponse()
+        body = response.read(MAX_ANSWER_BYTES + 1)
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+        if response.length:  # what it announced and did not send
+            raise http.client.IncompleteRead(body, response.length)
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        if response.will_close:
+            self.close()
+        return HttpAnswer(response.status, headers, body)
+
+
+def _left(end: float) -> float:
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("no time left")
+    return left
+
+
+def _connected(target: Endpoint, end: float) -> socket.socket:
+    """A connection to the first of the host's addresses that takes one."""
+    refused: OSError = OSError("the host's name has no address")
+    for family, address in _addresses(target, end):
+        candidate = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            candidate.settimeout(_left(end))
+            candidate.connect(address)
+            candidate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            candidate.settimeout(_left(end))
+        except OSError as error:
+            candidate.close()
+            refused = error
+        except BaseException:
+            candidate.close()
+            raise
+        else:
+            return candidate
+    raise refused
+
+
+def _addresses(target: Endpoint, end: float) -> list[tuple[int, Address]]:
+    """The host's addresses; a name is looked up aside, since nothing can end such a wait."""
+    with contextlib.suppress(ValueError):
+        version = ipaddress.ip_address(target.host).version
+        return [(socket.AF_INET if version == 4 else socket.AF_INET6, (target.host, target.port))]
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.put(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    try:
+        answer = found.get(timeout=_left(end))
+    except queue.Empty as error:
+        raise TimeoutError(f"no address of {target.host} in time") from error
+    if isinstance(answer, Exception):
+        raise answer
+    return [(family, address) for family, _, _, _, address in answer]

@@ -1,0 +1,156 @@
+"""From pictures to what a model takes, and from its outputs to predictions."""
+
+# Shape letters: N images, H height, W width, K classes.
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import PipelineError
+from pipeline.images.read import Picture, read_image
+from pipeline.repository import config_pbtxt
+
+Image = Picture | str  # a string is the path of a file
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image."""
+
+    label: str
+    probability: float  # of that label, 0 to 1
+    top: tuple[tuple[str, float], ...]  # labels with probabilities, the likeliest first
+    version: str  # of the model that answered
+    sha256: str | None  # of its file, as the server's config states it
+    is_sure: bool = True  # its probability is at or above the model's threshold
+
+    def record(self) -> dict[str, Any]:
+        """The prediction as JSON has it."""
+        record = asdict(self)
+        is_sure = record.pop("is_sure")
+        return {**record, "sure": is_sure}
+
+
+def predicted(
+    row: np.ndarray,
+    config: config_pbtxt.ModelConfig,
+    classes: tuple[str, ...],
+    version: str,
+    top: int,
+) -> Prediction:
+    """What a row of outputs (K,) says."""
+    chances = probabilities(row, config_pbtxt.kind(config))
+    order = np.argsort(-row)[: max(1, top)]
+    # Where the config names fewer classes than there are, the others go by their number.
+    names = {index: str(index) for index in range(len(row))} | dict(enumerate(classes))
+    ranked = tuple((names[int(index)], float(chances[index])) for index in order)
+    is_sure = ranked[0][1] >= config_pbtxt.min_probability(config)
+    return Prediction(*ranked[0], ranked, version, config_pbtxt.digest(config, version), is_sure)
+
+
+def probabilities(row: np.ndarray, kind: str) -> np.ndarray:
+    """The probabilities (..., K) in a row or rows of outputs (..., K) of that kind."""
+    values = row.astype(np.float64)
+    if kind == "probabilities":
+        return values
+    exponents = np.exp(values - values.max(axis=-1, keepdims=True))
+    chances: np.ndarray = exponents / exponents.sum(axis=-1, keepdims=True)
+    return chances if kind == "logits" else np.exp(values)
+
+
+def listed(images: Image | Iterable[Image]) -> list[Image]:
+    """One picture or many, as a list; an array may be either, which the model's shape decides."""
+    if isinstance(images, str | bytes | Path | np.ndarray) or not isinstance(images, Iterable):
+        return [images]
+    return list(images)
+
+
+def shape_of(config: config_pbtxt.ModelConfig) -> tuple[int, ...]:
+    """The shape of one image as the model takes it; -1 is any size."""
+    return tuple(config.input[0].dims)
+
+
+def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
+    """A picture, or each array of the model's shape that an array holds; none is prepared yet.
+
+    Raises PipelineError for a picture where the model says that it takes arrays only.
+    """
+    shape, pictures = shape_of(config), config_pbtxt.pictures(config)
+    if isinstance(image, np.ndarray):
+        if is_of(image.shape, shape) or pictures == "arrays":
+            return [image]
+        if is_of(image.shape[1:], shape):
+            return list(image)
+        if is_of((1, *image.shape), shape):
+            return [image[np.newaxis]]
+        _refuse_other_rows(image, shape)
+    elif pictures == "arrays":
+        raise PipelineError(
+            f"{config.name} does not say how a picture becomes what it takes: give arrays of its "
+            f"shape, {list(shape)}"
+        )
+    if not isinstance(image, str | Picture):
+        raise PipelineError(
+            f"{type(image).__name__} is no picture: give a path, the bytes of a file, an image of "
+            "Pillow or an array"
+        )
+    return [image]
+
+
+def _refuse_other_rows(array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise PipelineError for an array of images that are flat, or have no channels."""
+    is_flat = array.ndim in (1, 2) and array.shape[-1] == math.prod(shape)
+    if min(shape) < 1 or not (is_flat or (array.ndim == 3 and (1, *array.shape[1:]) == shape)):
+        return
+    mend = f"give array.reshape({', '.join(map(str, (-1, *shape)))})"
+    if array.ndim == 2:
+        mend += ", or Image.fromarray(array) if it is a picture after all"
+    raise PipelineError(f"an array of shape {list(array.shape)} is no picture but images: {mend}")
+
+
+def prepared(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
+    """What the model takes, of one of the `singles`."""
+    pictures = config_pbtxt.pictures(config)
+    if isinstance(image, np.ndarray) and (
+        pictures == "arrays" or is_of(image.shape, shape_of(config))
+    ):
+        array = image
+    else:
+        array = read_image(Path(image) if isinstance(image, str) else image, pictures=pictures)
+    require_fit(array[np.newaxis], config)
+    return array
+
+
+def _is_share(images: np.ndarray) -> bool:
+    """Whether these are floating-point numbers from 0 to 1, as torch has pixels."""
+    return images.dtype.kind == "f" and images.size > 0 and 0 <= images.min() <= images.max() <= 1
+
+
+def is_of(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a shape is the wanted one, in which -1 is any size."""
+    return len(shape) == len(wanted) and all(
+        want in (-1, size) for size, want in zip(shape, wanted, strict=True)
+    )
+
+
+def require_fit(images: np.ndarray, config: config_pbtxt.ModelConfig) -> None:
+    """Raise PipelineError for images (N, ...) that the model cannot take, before they are sent."""
+    tensor = config.input[0]
+    wanted, got = list(tensor.dims), list(images.shape[1 if config.max_batch_size else 0 :])
+    dtype = config_pbtxt.type_name(tensor)
+    if str(images.dtype) != dtype:
+        mend = f"images.astype(np.{dtype})"
+        if dtype == "uint8":
+            scale = "(255 * images).round()" if _is_share(images) else "images"
+            mend = f"give pixels from 0 for paper to 255 for ink, {scale}.astype(np.uint8)"
+        raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {mend}")
+    if not is_of(tuple(got), tuple(wanted)):
+        array = ", ".join(map(str, ["N", *wanted] if config.max_batch_size else wanted))
+        raise PipelineError(
+            f"{config.name} takes images of shape {wanted}, not {got}: give an array [{array}], or "
+            "a picture, which is fitted"
+        )

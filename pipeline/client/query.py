@@ -1,0 +1,251 @@
+"""Ask a served model about files, many at a time, and predictors that ask a server."""
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from pipeline.client.client import Client, Prediction
+from pipeline.core.errors import PipelineError
+from pipeline.images.inputs import Seen, Source, fitted, gray_of, look
+
+FILES_AT_ONCE = 64
+# So many come first, and are read here: the first answer does not wait for others, and a few
+# pictures need no processes, which take a second to start.
+FIRST_BATCHES = (1, 8, FILES_AT_ONCE)
+UNDER_WAY = 6  # batches that are being read, or wait to be asked about
+LINGER = 0.02  # seconds that a batch waits for one more name
+NOT_SURE = "not sure"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one picture: a prediction, or why there is none."""
+
+    file: str
+    prediction: Prediction | None
+    error: str | None = None
+    image: np.ndarray | None = field(default=None, compare=False, repr=False)  # as it was asked
+    is_picture: bool = True  # False: a folder, or standard input, that gave none
+
+    def record(self) -> dict[str, Any]:
+        """The answer as one line of JSON has it."""
+        return {"file": self.file, **(self.prediction.record() if self.prediction else {})}
+
+    def __str__(self) -> str:
+        if not self.prediction:
+            return f"{self.file}: {self.error}"
+        ranked = [f"{label} {chance:.2%}" for label, chance in self.prediction.top]
+        if not self.prediction.is_sure:
+            return f"{self.file}: {NOT_SURE}  (perhaps {', '.join(ranked)})"
+        also = f"  (then {', '.join(ranked[1:])})" if ranked[1:] else ""
+        return f"{self.file}: {self.prediction.label}  {self.prediction.probability:.2%}{also}"
+
+
+@dataclass
+class Count:
+    """How many pictures got which answer so far."""
+
+    answered: int = 0
+    unsure: int = 0  # of those answered
+    failed: int = 0  # pictures without an answer
+    empty: int = 0  # folders and the like that gave no picture
+
+    def add(self, answer: Answer) -> None:
+        self.empty += not answer.is_picture
+        self.failed += answer.is_picture and answer.prediction is None
+        self.answered += answer.prediction is not None
+        self.unsure += answer.prediction is not None and not answer.prediction.is_sure
+
+    def __str__(self) -> str:
+        unsure = f" ({self.unsure} of them {NOT_SURE})" if self.unsure else ""
+        return f"{self.answered} answered{unsure}"
+
+    @property
+    def total(self) -> int:
+        return self.answered + self.failed
+
+
+def ask_files(
+    connect: Callable[[], Client],
+    sources: Iterable[Source],
+    top: int = 3,
+    min_confidence: float | None = None,
+    workers: int | None = None,
+) -> Generator[Answer, None, None]:
+    """An answer for each picture, in order; one that cannot be read does not stop the others.
+
+    At most a few batches are in memory. `min_confidence` takes the place of the model's own
+    threshold. Connects when there is something to ask, so that what cannot be read is named in
+    any case. Once the first batches are answered, `workers` processes read ahead; close the
+    iterator and they end at once.
+    """
+    with contextlib.ExitStack() as stack:
+        names = _Names(sources)
+        client: Client | None = None
+        while (client is None or names.is_starting) and (batch := names.take(wait=True)):
+            grays = [gray_of(source) for source in batch]
+            seen = [Seen(None, gray if isinstance(gray, str) else None) for gray in grays]
+            if client is None and any(isinstance(gray, np.ndarray) for gray in grays):
+                client = stack.enter_context(connect())
+                pictures = _pictures(client)
+            if client is not None:
+                seen = [fitted(*pair, pictures) for pair in zip(batch, grays, strict=True)]
+            yield from _answers(client, batch, seen, top, min_confidence)
+        if client is None:
+            return
+        readers = stack.enter_context(_Readers(pictures, workers or _cores()))
+        for batch, seen in _read(names, readers):
+            yield from _answers(client, batch, seen, top, min_confidence)
+
+
+def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], list[Seen]]]:
+    """Every batch with what it shows, in order, while the next few are being read."""
+    under_way: deque[tuple[list[Source], Future[list[Seen]]]] = deque()
+    while True:
+        while len(under_way) < UNDER_WAY and (batch := names.take(wait=not under_way)):
+            under_way.append((batch, readers.submit(batch)))
+        if not under_way:
+            return
+        batch, future = under_way.popleft()
+        try:
+            seen = future.result()
+        except BrokenProcessPool as error:
+            raise PipelineError(
+                f"a process that reads pictures died, at {batch[0].name} or up to "
+                f"{UNDER_WAY * FILES_AT_ONCE} pictures later: is there enough memory?"
+            ) from error
+        yield batch, seen
+
+
+def _answers(
+    client: Client | None,
+    batch: list[Source],
+    seen: list[Seen],
+    top: int,
+    min_confidence: float | None,
+) -> Iterator[Answer]:
+    images = [each.image for each in seen if each.image is not None]
+    predictions = iter(client.classify(images, top) if client and images else ())
+    for source, each in zip(batch, seen, strict=True):
+        if each.image is None:
+            yield Answer(source.name, None, each.error, is_picture=source.error is None)
+            continue
+        prediction = next(predictions)
+        if min_confidence is not None:
+            is_sure = prediction.probability >= min_confidence
+            prediction = replace(prediction, is_sure=is_sure)
+        yield Answer(source.name, prediction, image=each.image)
+
+
+def _pictures(client: Client) -> str:
+    """How pictures become the served model's images."""
+    pictures = client.pictures()
+    if pictures == "arrays":
+        raise PipelineError(
+            f"{client.name} does not say how a picture becomes what it takes: ask it from Python, "
+            "with arrays"
+        )
+    return pictures
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Names:
+    """Sources that a thread takes from their iterator, so that slow ones hold up no answer."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self._queue: queue.Queue[Source | BaseException | None] = queue.Queue(4 * FILES_AT_ONCE)
+        self._end: BaseException | bool = False
+        self._sizes = list(FIRST_BATCHES)
+        # A daemon: nothing ends a wait for standard input.
+        threading.Thread(target=self._fill, args=(sources,), daemon=True).start()
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the next batch is one of the first."""
+        return bool(self._sizes)
+
+    def take(self, wait: bool) -> list[Source]:
+        """The next batch; nothing at the end, or where none is at hand and we need not wait."""
+        size = self._sizes.pop(0) if self._sizes else FILES_AT_ONCE
+        batch: list[Source] = []
+        while not self._end and len(batch) < size:
+            try:
+                source = self._queue.get(timeout=None if wait and not batch else LINGER)
+            except queue.Empty:
+                break
+            if isinstance(source, Source):
+                batch.append(source)
+            else:
+                self._end = source or True
+        if not batch and isinstance(self._end, BaseException):
+            raise self._end
+        return batch
+
+    def _fill(self, sources: Iterable[Source]) -> None:
+        try:
+            for source in sources:
+                self._queue.put(source)
+        except BaseException as error:  # the thread that takes raises it
+            self._queue.put(error)
+        else:
+            self._queue.put(None)
+
+
+class _Readers:
+    """Processes that read pictures; Ctrl-C is for us, and they end with us, whatever they read."""
+
+    def __init__(self, pictures: str, workers: int) -> None:
+        self._pictures = pictures
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
+
+    def submit(self, batch: list[Source]) -> Future[list[Seen]]:
+        with _without_interrupts():  # a process that starts here inherits this
+            return self._pool.submit(look, batch, self._pictures)
+
+    def __enter__(self) -> "_Readers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        processes, results = self._pool._processes, self._pool._result_queue
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if not any(exception):
+            return
+        # Python would wait at its end for what is being read. From 3.14 on: terminate_workers().
+        for process in list((processes or {}).values()):
+            process.terminate()
+        # And the pool waits for no rest of what one of them was about to send.
+        results._writer.close()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def triton_predictor(client: Client) -> Callable[[np.ndarray], np.ndarray]:
+    """A predictor that asks a served model."""
+    return lambda images: client.infer(images)[0]

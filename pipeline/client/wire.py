@@ -1,0 +1,226 @@
+"""Requests and answers as both protocols have them: gRPC's messages, and the same over HTTP."""
+
+# Shape letters: N images, K classes.
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError, Message
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, triton_to_np_dtype
+
+from pipeline.client.faults import Fault, of_http
+from pipeline.repository import config_pbtxt
+
+SERVICE = "inference.GRPCInferenceService"
+MAX_ANSWER_BYTES = 256 * 2**20
+_LENGTH = "Inference-Header-Content-Length"  # of the JSON before the tensors
+# What comes of reading an answer that is none of Triton's.
+_UNREADABLE = (
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError),
+    *(DecodeError, json_format.ParseError),
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method of Triton's service with its request; the answer is a message as well."""
+
+    method: str
+    request: Message
+    may_repeat: bool = True  # asked twice is as good as asked once
+
+    @property
+    def path(self) -> str:
+        """Where gRPC has the method."""
+        return f"/{SERVICE}/{self.method}"
+
+    @property
+    def content(self) -> bytes:
+        """The request as gRPC sends it."""
+        return self.request.SerializeToString()
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """The same over HTTP."""
+
+    verb: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+
+@dataclass(frozen=True)
+class HttpAnswer:
+    """What an HTTP server answered; the headers' names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def server_metadata() -> Call:
+    """What the server says of itself."""
+    return Call("ServerMetadata", service_pb2.ServerMetadataRequest())
+
+
+def model_metadata(name: str, version: str) -> Call:
+    """What the server says of a model."""
+    return Call("ModelMetadata", service_pb2.ModelMetadataRequest(name=name, version=version))
+
+
+def model_config(name: str, version: str) -> Call:
+    """A model's configuration."""
+    return Call("ModelConfig", service_pb2.ModelConfigRequest(name=name, version=version))
+
+
+def infer(
+    name: str,
+    version: str,
+    config: config_pbtxt.ModelConfig,
+    images: np.ndarray,
+    class_count: int = 0,
+) -> Call:
+    """An inference on images (N, ...); with a class count, for its labels instead of numbers.
+
+    It may be repeated: a model without state answers the same, and nothing else changes.
+    """
+    request = service_pb2.ModelInferRequest(model_name=name, model_version=version)
+    request.inputs.add(
+        name=config.input[0].name,
+        datatype=np_to_triton_dtype(images.dtype) or "",
+        shape=images.shape,
+    )
+    request.raw_input_contents.append(images.tobytes())
+    output = request.outputs.add(name=config.output[0].name)
+    if class_count:
+        output.parameters["classification"].int64_param = class_count
+    return Call("ModelInfer", request)
+
+
+def to_http(call: Call, headers: Mapping[str, str]) -> HttpRequest:
+    """The call as HTTP has it, with further headers; only what a client asks."""
+    request = _over_http(call)
+    return replace(request, headers={**headers, **request.headers})
+
+
+def _over_http(call: Call) -> HttpRequest:
+    request: Any = call.request
+    if call.method == "ServerMetadata":
+        return HttpRequest("GET", "/v2", {})
+    if call.method == "ModelInfer":
+        return _infer_over_http(request)
+    path = _model_path(request.name, request.version)
+    if call.method == "ModelConfig":
+        return HttpRequest("GET", f"{path}/config", {})
+    assert call.method == "ModelMetadata", f"{call.method} is for gRPC"
+    return HttpRequest("GET", path, {})
+
+
+def _model_path(name: str, version: str) -> str:
+    path = f"/v2/models/{quote(name, safe='')}"
+    return f"{path}/versions/{quote(version, safe='')}" if version else path
+
+
+def _infer_over_http(request: Any) -> HttpRequest:
+    (tensor,), (content,), (output,) = request.inputs, request.raw_input_contents, request.outputs
+    wanted: dict[str, Any] = {"binary_data": True}
+    if "classification" in output.parameters:
+        wanted["classification"] = output.parameters["classification"].int64_param
+    given = {
+        "name": tensor.name,
+        "datatype": tensor.datatype,
+        "shape": list(tensor.shape),
+        "parameters": {"binary_data_size": len(content)},
+    }
+    outputs = [{"name": output.name, "parameters": wanted}]
+    head = json.dumps({"inputs": [given], "outputs": outputs}).encode()
+    headers = {"Content-Type": "application/octet-stream", _LENGTH: str(len(head))}
+    path = f"{_model_path(request.model_name, request.model_version)}/infer"
+    return HttpRequest("POST", path, headers, head + content)
+
+
+_ANSWERS: dict[str, type[Message]] = {
+    "ServerMetadata": service_pb2.ServerMetadataResponse,
+    "ModelMetadata": service_pb2.ModelMetadataResponse,
+    "ModelConfig": service_pb2.ModelConfigResponse,
+    "ModelInfer": service_pb2.ModelInferResponse,
+    "RepositoryModelLoad": service_pb2.RepositoryModelLoadResponse,
+    "RepositoryModelUnload": service_pb2.RepositoryModelUnloadResponse,
+    "RepositoryIndex": service_pb2.RepositoryIndexResponse,
+}
+
+
+def from_grpc(call: Call, content: bytes) -> Message | Fault:
+    """The message in an answer over gRPC."""
+    try:
+        return _ANSWERS[call.method].FromString(content)
+    except DecodeError as error:
+        return alien(error)
+
+
+def from_http(call: Call, answer: HttpAnswer) -> Message | Fault:
+    """The message in an answer over HTTP."""
+    headers = answer.headers
+    if answer.status != 200:
+        return of_http(
+            answer.status, answer.body, headers.get("retry-after"), headers.get("location")
+        )
+    message: Any = _ANSWERS[call.method]()
+    length = headers.get(_LENGTH.lower())
+    try:
+        end = int(length) if length else len(answer.body)
+        told = json.loads(answer.body[:end])
+        if call.method == "ModelInfer":
+            return _inferred(message, told, answer.body[end:])
+        part = message.config if call.method == "ModelConfig" else message
+        json_format.ParseDict(told, part, ignore_unknown_fields=True)
+    except _UNREADABLE as error:
+        return alien(error)
+    return message  # type: ignore[no-any-return]
+
+
+def _inferred(message: Any, told: Any, rest: bytes) -> Message:
+    """An answer to an inference: what was told in JSON, and its tensors in the rest."""
+    message.model_name = told["model_name"]
+    message.model_version = str(told["model_version"])
+    for output in told["outputs"]:
+        message.outputs.add(name=output["name"], datatype=output["datatype"], shape=output["shape"])
+        size = output["parameters"]["binary_data_size"]
+        message.raw_output_contents.append(rest[:size])
+        rest = rest[size:]
+    return message  # type: ignore[no-any-return]
+
+
+def outputs(answer: Any, name: str, images: int) -> np.ndarray | Fault:
+    """The output of that name, a row for each image."""
+    try:
+        index = [output.name for output in answer.outputs].index(name)
+        tensor, content = answer.outputs[index], answer.raw_output_contents[index]
+        shape = tuple(tensor.shape)
+        if not shape or shape[0] != images or min(shape) < 0:
+            raise ValueError(f"answers of shape {list(shape)} to {images} images")
+        if tensor.datatype == "BYTES":
+            return np.asarray(deserialize_bytes_tensor(content)).reshape(shape)
+        dtype = triton_to_np_dtype(tensor.datatype)
+        if dtype is None:
+            raise ValueError(f"an answer of type {tensor.datatype!r}")
+        values = np.frombuffer(content, dtype).reshape(shape)
+        if np.isnan(values).any():
+            raise ValueError("an answer that is not a number")
+    except (*_UNREADABLE, OSError, ArithmeticError, struct.error) as error:
+        return alien(error)
+    return values
+
+
+def alien(error: Exception) -> Fault:
+    """The fault of an answer that cannot be read."""
+    reason = " ".join(str(error).split())[:200]
+    return Fault("alien", reason or type(error).__name__, error)

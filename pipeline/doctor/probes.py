@@ -1,0 +1,56 @@
+"""What doctor asks of a library, in a process of its own: a library that crashes ends only that.
+
+Run as `python -m pipeline.doctor.probes torch` or `... onnxruntime MODEL`; prints one JSON object.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import PipelineError
+
+
+def torch_facts() -> dict[str, Any]:
+    """Torch's build and the GPUs that it can use, after a computation."""
+    import torch
+
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if torch.ones(8).sum().item() != 8:
+        raise PipelineError("torch cannot add")
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
+    }
+
+
+def runtime_facts(model: Path) -> dict[str, Any]:
+    """ONNX Runtime's version, and of each provider in its build why it does not run the model.
+
+    The model doubles what it gets.
+    """
+    import numpy as np
+    import onnxruntime
+
+    from pipeline.export.runtime import PROVIDERS, onnx_predictor
+
+    built = onnxruntime.get_available_providers()
+    failing: dict[str, str] = {}
+    for name, chain in PROVIDERS.items():
+        first = chain[0] if isinstance(chain[0], str) else chain[0][0]
+        if first not in built:
+            continue
+        failing[name] = ""
+        try:
+            if onnx_predictor(model.read_bytes(), 1, name)(np.ones((1, 2), np.float32)).sum() != 4:
+                failing[name] = "it computes wrongly"
+        except PipelineError as error:
+            failing[name] = str(error)
+    return {"version": onnxruntime.__version__, "providers": failing}
+
+
+if __name__ == "__main__":
+    asked, *arguments = sys.argv[1:]
+    facts = torch_facts() if asked == "torch" else runtime_facts(Path(arguments[0]))
+    print(json.dumps(facts))

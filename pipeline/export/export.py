@@ -1,0 +1,288 @@
+"""A module through torch.export to ONNX files, with a manifest of what they were made of."""
+
+import io
+import json
+import logging
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.files import remove, sha256, write_bytes, write_json
+from pipeline.core.paths import PRECISIONS, Paths
+from pipeline.core.signature import TensorSpec, pictures_of
+from pipeline.export import graph
+from pipeline.export.policy import check_policy
+from pipeline.export.sample import Sample, pack_sample
+from pipeline.export.subject import Subject, exported_sample, subject_of_run
+from pipeline.export.targets import ExportConfig
+from pipeline.export.variants import CALIBRATION_IMAGES, to_fp16, to_int8
+
+OUTPUTS = {
+    "log_probabilities": "natural logarithms of probabilities",
+    "probabilities": "probabilities",
+    "logits": "logits: softmax makes probabilities of them",
+}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file that was written, not yet proven."""
+
+    precision: str
+    path: Path
+    sha256: str
+    size: int  # bytes
+    opset: int
+    ir_version: int
+
+
+def export_program(model: nn.Module, images: TensorSpec) -> torch.export.ExportedProgram:
+    """The graph of `model`, in the mode that it is in, for any number of images.
+
+    Nodes lose the traces that name source files of this machine. Raises CheckFailedError when
+    torch.export cannot trace the module, or only for a fixed batch.
+    """
+    # Two images, not one: torch.export takes a dimension of size 1 to be fixed.
+    example = torch.zeros(2, *images.shape, dtype=getattr(torch, images.dtype))
+    batch = ({0: torch.export.Dim(graph.BATCH)},)
+    try:
+        with warnings.catch_warnings():
+            # Raised inside torch's own export code; nothing that a user could mend.
+            warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
+            program = torch.export.export(model, (example,), dynamic_shapes=batch)
+    except Exception as error:  # its tracer has a dozen kinds, and passes on the module's own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines[:3])
+        raise CheckFailedError(
+            f"torch.export cannot trace {type(model).__name__} for any number of images "
+            f"({type(error).__name__}: {said}); --debug shows all of it"
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def to_onnx(
+    program: torch.export.ExportedProgram,
+    wanted: graph.Signature,
+    metadata: dict[str, str],
+) -> bytes:
+    """`program` as the bytes of one ONNX file that obeys the graph policy and the signature.
+
+    Raises CheckFailedError when the exporter made anything else.
+    """
+    # The exporter only remarks that torchvision is missing, which we do without.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=wanted.opset,
+            input_names=[wanted.images.name],
+            output_names=[wanted.outputs.name],
+            # Said again, or the axis would be called after one of torch's symbols.
+            dynamic_shapes=({0: torch.export.Dim(graph.BATCH)},),
+            verbose=False,
+        )
+    if converted is None:
+        raise CheckFailedError("torch.onnx.export made no program")
+    content = graph.scrub(converted.model_proto, wanted.ir_version, metadata)
+    check_onnx(content, wanted)
+    return content
+
+
+def check_onnx(content: bytes, wanted: graph.Signature, name: str = "the exported graph") -> None:
+    """Raise CheckFailedError unless `content` has the wanted signature, and the graph policy."""
+    model = graph.parse(content, name)
+    check_policy(model, name)
+    found = graph.signature(model, name)
+    if found != wanted:
+        raise CheckFailedError(f"{name} {found}; it should be one that {wanted}")
+
+
+def source_commit(root: Path) -> str | None:
+    """The commit that the code at `root` is at, or None where there is no git."""
+    git = shutil.which("git")
+    if not git:
+        return None
+    command = [git, "-C", str(root), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """The versions of what made an export."""
+    return {
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def export_run(
+    paths: Paths,
+    config: ExportConfig = ExportConfig(),
+    precisions: Sequence[str] = ("fp32",),
+    report: Say = lambda line: None,
+) -> list[Exported]:
+    """Export the finished run to `exported/<name>/`: model.pt2, model.onnx, manifest.json.
+
+    Other precisions are made of model.onnx and lie beside it. What an earlier export left there
+    is void and goes first: its proof is about other bytes.
+    """
+    subject = subject_of_run(paths)
+    sample = exported_sample(paths, subject.origin) if "int8" in precisions else None
+    return _export(paths, subject, sample, config, precisions, report)
+
+
+def export_module(
+    paths: Paths,
+    subject: Subject,
+    sample: Sample,
+    config: ExportConfig = ExportConfig(),
+    precisions: Sequence[str] = ("fp32",),
+    report: Say = lambda line: None,
+) -> list[Exported]:
+    """Export anybody's module as `export` does a run, with a copy of the images to prove it on."""
+    return _export(paths, subject, sample, config, precisions, report)
+
+
+def _export(
+    paths: Paths,
+    subject: Subject,
+    sample: Sample | None,
+    config: ExportConfig,
+    precisions: Sequence[str],
+    report: Say,
+) -> list[Exported]:
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise PipelineError(f"no precision {precision!r}: there are {', '.join(PRECISIONS)}")
+    report("torch.export")
+    program = export_program(subject.model, subject.images)
+    report("torch.onnx.export")
+    contents = {"fp32": to_onnx(program, signature_of(subject, config), metadata_of(subject))}
+    for precision in [p for p in PRECISIONS[1:] if p in precisions]:
+        report(precision)
+        images = sample.calibration if sample else np.empty(0)
+        contents[precision] = variant(contents["fp32"], precision, config.ir_version, images)
+        wanted = signature_of(subject, config)
+        check_onnx(contents[precision], wanted, f"the {precision} variant")
+    return write_export(paths, subject, sample, config, contents, _program_bytes(program))
+
+
+def variant(content: bytes, precision: str, ir_version: int, calibration: np.ndarray) -> bytes:
+    """The fp32 file `content` in a lower precision; int8 is calibrated on images (M, ...)."""
+    if precision == "fp16":
+        return to_fp16(content, ir_version)
+    return to_int8(content, ir_version, calibration[:CALIBRATION_IMAGES])
+
+
+def signature_of(subject: Subject, config: ExportConfig) -> graph.Signature:
+    """The signature that a file of the subject has in the dialect of `config`."""
+    return graph.Signature(subject.images, subject.outputs, config.opset, config.ir_version)
+
+
+def metadata_of(subject: Subject) -> dict[str, str]:
+    """What a file says of itself to whoever reads it without us."""
+    shape = ", ".join(map(str, subject.images.shape))
+    classes = len(subject.classes)
+    record = {
+        "classes": json.dumps(subject.classes),
+        "images": f"{subject.images.dtype} [batch, {shape}]",
+        "outputs": f"{subject.outputs.dtype} [batch, {classes}], {OUTPUTS[subject.kind]}",
+        "weights_sha256": subject.weights_sha256,
+        "versions": json.dumps(versions(), sort_keys=True),
+    }
+    if training := subject.origin.get("training"):
+        is_digit = pictures_of(training["dataset"]) == "digit"
+        record["images"] += ", 0 is paper and 255 is ink" if is_digit else ", gray levels"
+        record["data_sha256"] = json.dumps(subject.origin["data_sha256"], sort_keys=True)
+    return record
+
+
+def write_export(
+    paths: Paths,
+    subject: Subject,
+    sample: Sample | None,
+    config: ExportConfig,
+    contents: dict[str, bytes],
+    program: bytes | None,
+) -> list[Exported]:
+    """Put ONNX files (by precision) with their manifest in place of what lay there before."""
+    for stale in _all_files(paths):
+        remove(stale)
+    files = {}
+    if program:
+        files[paths.program.name] = write_bytes(paths.program, program)
+    if "module" in subject.origin and sample:
+        files[paths.images.name] = write_bytes(
+            paths.images, pack_sample(sample, CALIBRATION_IMAGES)
+        )
+    done = []
+    for precision, content in contents.items():
+        path = paths.variant(precision)
+        files[path.name] = write_bytes(path, content)
+        dialect = (config.opset, config.ir_version)
+        done.append(Exported(precision, path, sha256(content), len(content), *dialect))
+    write_json(paths.manifest, _manifest(paths, config, subject, files, list(contents)))
+    return done
+
+
+def _all_files(paths: Paths) -> list[Path]:
+    """What an export and its proof consist of, the manifest first."""
+    variants = [paths.variant(precision) for precision in PRECISIONS]
+    golden = [paths.variant_golden(precision) for precision in PRECISIONS]
+    golden += [paths.variant_profile(precision) for precision in PRECISIONS]
+    agreement = [paths.variant_agreement(precision) for precision in PRECISIONS]
+    proof = [paths.validation, paths.evidence, paths.card, *agreement, paths.failed]
+    return [paths.manifest, *proof, *golden, *variants, paths.program, paths.images]
+
+
+def export_config(manifest: dict[str, Any]) -> ExportConfig:
+    """The ONNX dialect that a manifest states."""
+    return ExportConfig(manifest["opset"], manifest["ir_version"])
+
+
+def _program_bytes(program: torch.export.ExportedProgram) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def _manifest(
+    paths: Paths,
+    config: ExportConfig,
+    subject: Subject,
+    files: dict[str, str],
+    precisions: list[str],
+) -> dict[str, Any]:
+    return {
+        "name": paths.name,
+        **subject.origin,
+        "files": files,
+        "precisions": precisions,
+        "classes": list(subject.classes),
+        "images": asdict(subject.images),
+        "outputs": asdict(subject.outputs),
+        "kind": subject.kind,
+        "images_sha256": files.get(paths.images.name),
+        "weights_sha256": subject.weights_sha256,
+        "opset": config.opset,
+        "ir_version": config.ir_version,
+        "versions": versions(),
+        "source_commit": source_commit(Path(__file__).parent),
+    }

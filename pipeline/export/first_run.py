@@ -1,0 +1,116 @@
+"""The first run of an ONNX file that something else exported: bounded, in a process of its own.
+
+The graph policy tells sizes and work from the graph. What it cannot tell (an operator that is slow
+on such numbers, a batch size with work of its own, a crash of ONNX Runtime) ends that process only.
+Run as `python -m pipeline.export.first_run BYTES SECONDS`, with the file on standard input.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import onnxruntime
+
+from pipeline.core.errors import CheckFailedError
+
+# A core that does 5 G multiply-adds a second takes 40 for two images of the most work allowed.
+SECONDS = 60.0
+# Of address space: a sound file of 470 MB takes 1.6 GiB, and all values of two images at most 4.
+MEMORY = 8 * 1024**3
+# Two images, as the policy tells them, then the batches that a server may form, while that goes
+# quickly: a file may do more work at one of them.
+BATCHES = (2, *range(1, 257))
+QUICK = 3.0  # seconds, loading included
+REFUSED = 3  # the status of the process when ONNX Runtime says no: its words are on standard output
+NUMPY = {
+    "float": "float32",
+    "double": "float64",
+}  # ONNX Runtime's names of types, where they differ
+
+
+def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = MEMORY) -> None:
+    """Load an ONNX file and run it in a process that may take so many seconds and bytes.
+
+    Raises CheckFailedError when that is not enough, when ONNX Runtime refuses the file, and when it
+    crashes.
+    """
+    command = [sys.executable, "-m", "pipeline.export.first_run", str(memory), str(seconds)]
+    # numpy's threads take address space, the more the more cores there are.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as file:  # a pipe would be fed 512 bytes at a time
+        file.write(content)
+        file.seek(0)
+        try:
+            done = subprocess.run(
+                command,
+                stdin=file,
+                capture_output=True,
+                check=False,
+                timeout=seconds,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CheckFailedError(
+                f"ONNX Runtime does not load the file and answer 2 images within {seconds:g} s: "
+                "export a graph that takes less work"
+            ) from error
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise CheckFailedError(f"ONNX Runtime crashes on the file ({name}): export it again")
+    if done.returncode:
+        output = (done.stdout if done.returncode == REFUSED else done.stderr).decode(
+            errors="replace"
+        )
+        reason = (output.strip().splitlines() or ["no reason given"])[-1][:500]
+        raise CheckFailedError(f"ONNX Runtime does not load and run the file: {reason}")
+
+
+def run_batches(content: bytes) -> None:
+    """Load an ONNX file and let it answer batches in which every second image is blank."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    started = time.monotonic()
+    session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    (images,) = session.get_inputs()
+    name = images.type.removeprefix("tensor(").removesuffix(")")
+    for size in BATCHES:
+        rows = np.resize(np.arange(128), (size, *images.shape[1:])).astype(NUMPY.get(name, name))
+        rows[::2] = 0
+        session.run(None, {images.name: rows})
+        if time.monotonic() - started > QUICK:
+            return
+
+
+def _limit(kind: int, most: int) -> None:
+    """Limit what this process may take, further than it is limited already."""
+    hard = resource.getrlimit(kind)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space
+        resource.setrlimit(kind, (most, most))
+
+
+def main(memory: int, seconds: float) -> int:
+    """Run the file on standard input; return the status of the process."""
+    _limit(resource.RLIMIT_AS, memory)
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_CPU, int(seconds) + 1)  # where whoever started it was killed
+    try:
+        run_batches(sys.stdin.buffer.read())
+    except MemoryError:
+        print(f"it takes more than {memory:,} bytes of memory")
+        return REFUSED
+    except Exception as error:  # whatever a file that was made to break it makes it raise
+        print(" ".join(str(error).split()) or type(error).__name__)
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), float(sys.argv[2])))

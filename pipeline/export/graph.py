@@ -1,0 +1,301 @@
+"""An ONNX graph as bytes: reading it, its signature, and what is scrubbed from it."""
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx
+from google.protobuf.message import DecodeError, Message
+from onnx import TensorProto, ValueInfoProto
+
+from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
+from pipeline.core.signature import TensorSpec
+from pipeline.export.sizes import BITS, STANDARD, raw_bytes
+
+BATCH = "batch"  # the name of dimension 0, on the input and on the output
+MAX_BYTES = 512 * 1024 * 1024
+# A node that PyTorch exported brings 40 with its attributes, names and metadata.
+MAX_PARTS = 1_000_000
+# Text that shows whose machine a model comes from: a traceback, a path of a person or a system, a
+# file of code or weights. Exporters call nodes `/layer1/layer1.0/conv1/Conv` and parameters
+# `model/conv1/weight`, so a slash alone says nothing. Nothing in it looks back over what it has
+# read: a name of a megabyte must not take minutes.
+SOURCE_PATH = re.compile(
+    r"""
+    File\ " | (?:site|dist)-packages
+    | (?i: [/\\] (?:home\d*|users?) [/\\]+ \w )
+    | (?<![A-Za-z0-9.)]) / (?: root | tmp | etc | opt | mnt | media | srv | data\d* | private | work
+      | scratch | projects | workspaces? | export | storage | cluster | nfs | gpfs | lustre
+      | Volumes | kaggle | dbfs | content/drive | usr/(?: local|lib|share|src|bin )
+      | var/(?: tmp|lib|log|folders|run|www|opt|mnt ) ) / [\w.]
+    | (?<![A-Za-z0-9]) [A-Za-z]: (?: \\+ | / ) \w
+    | (?<![\w\\]) \\\\ [\w.$-]+ \\ \w
+    | (?<![\w~]) ~\w* / \w
+    | \b (?: file | s3 | gs | hdfs | abfss? | dbfs | smb | nfs | sftp | ssh | scp ):/
+    | [/\\] [^\s/\\]* \. (?: py[ciw]? | ipynb )\b
+    | [/\\] [^\s/\\]* \. (?: pth? | ckpt | onnx | h5 | hdf5 | pkl | pickle | np[yz] | safetensors
+      | tflite | keras | ya?ml | toml | json | cfg | ini | sh | so | dll | csv | txt | log | zip
+      | tar | gz ) (?! [\w/\\] | \.\w )
+    | \w\. (?: py | ipynb ) :\d
+    """,
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What goes in and what comes out; shapes without the batch."""
+
+    images: TensorSpec
+    outputs: TensorSpec
+    opset: int
+    ir_version: int
+
+    def __str__(self) -> str:
+        dialect = f"opset {self.opset}, IR {self.ir_version}"
+        return f"takes {self.images}, answers {self.outputs}, {dialect}"
+
+
+def parse(content: bytes, name: str) -> onnx.ModelProto:
+    """The model in `content`; CorruptError names the file when it is none."""
+    if len(content) > MAX_BYTES:
+        raise CheckFailedError(f"{name} is larger than {MAX_BYTES} bytes")
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise CorruptError(f"{name} is no ONNX file: export it again") from error
+    if sum(1 for _ in islice(chain(parts(model), texts(model)), MAX_PARTS + 1)) > MAX_PARTS:
+        raise CheckFailedError(
+            f"{name} has more than {MAX_PARTS} parts and names: export a smaller graph"
+        )
+    if not all(isinstance(text, str) for _, _, text in texts(model)):
+        raise CorruptError(f"{name} is no ONNX file, a name in it is not UTF-8: export it again")
+    return model
+
+
+def parts(message: Message) -> Iterator[Any]:
+    """A message and all messages that it is made of, those of attributes and their graphs too."""
+    yield message
+    if isinstance(message, TensorProto):  # whose data would be copied
+        yield from (*message.external_data, *message.metadata_props)
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from parts(part)
+
+
+def _batch_axis(value: ValueInfoProto, name: str, wanted: str | None, images: str) -> str:
+    """The name of dimension 0; CheckFailedError unless it is `wanted`, or has any where None is."""
+    dims = value.type.tensor_type.shape.dim
+    axis = dims[0].dim_param if dims else ""
+    if axis and wanted in (None, axis):
+        return axis
+    found = f"called '{axis}'" if axis else "dynamic without a name"
+    if not dims:
+        found = "missing"
+    elif dims[0].HasField("dim_value"):
+        found = f"fixed at {dims[0].dim_value}"
+    expected = f"the axis '{wanted}'" if wanted else "a named axis"
+    raise CheckFailedError(
+        f"{name}: dimension 0 of {value.name} is {found}, not {expected}: "
+        f'export it with dynamic_shapes={{"{images}": {{0: "{wanted or BATCH}"}}}}'
+    )
+
+
+def _spec(value: ValueInfoProto, name: str) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dims = tensor.shape.dim[1:]
+    if not all(dim.HasField("dim_value") for dim in dims):
+        raise CheckFailedError(f"{name}: {value.name} has an open dimension besides the batch")
+    if tensor.elem_type not in BITS:
+        raise CheckFailedError(f"{name}: {value.name} has no type that we know")
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in dims))
+
+
+def signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> Signature:
+    """The signature of an image classifier: one tensor in, one out, the batch axis named.
+
+    The axis is called `batch`, or anything where that is None, and the same on both. Raises
+    CheckFailedError for a graph of any other form.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    outputs = list(model.graph.output)
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise CheckFailedError(
+            f"{name} has {len(inputs)} inputs and {len(outputs)} outputs, not one of each"
+        )
+    axis = _batch_axis(inputs[0], name, batch, inputs[0].name)
+    _batch_axis(outputs[0], name, axis, inputs[0].name)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in STANDARD), 0)
+    return Signature(_spec(inputs[0], name), _spec(outputs[0], name), opset, model.ir_version)
+
+
+def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> bytes:
+    """The bytes of `model` without the exporter's traces, with our metadata: the same each time.
+
+    Names that show a source path get others. The domains of operators that no node uses go too
+    (quantization leaves a dozen), and so does the right to override an initializer.
+    """
+    model.ir_version = ir_version
+    model.DiscardUnknownFields()
+    found = list(parts(model))
+    for part in found:
+        for field in ("metadata_props", "doc_string"):
+            if field in part.DESCRIPTOR.fields_by_name:
+                part.ClearField(field)
+    for value in overridable(model):
+        model.graph.input.remove(value)
+    _rename(model)
+    model.graph.name = model.graph.name or "graph"  # which the checker demands
+    used = STANDARD | {part.domain for part in found if isinstance(part, onnx.NodeProto)}
+    opsets = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    for key in sorted(metadata):
+        model.metadata_props.add(key=key, value=metadata[key])
+    return model.SerializeToString(deterministic=True)
+
+
+def overridable(model: onnx.ModelProto) -> list[ValueInfoProto]:
+    """The inputs that have an initializer: before IR 4 a constant, since then a mere default."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    stored |= {tensor.values.name for tensor in model.graph.sparse_initializer}
+    return [v for v in model.graph.input if v.name in stored] if model.ir_version >= 4 else []
+
+
+def texts(message: Message) -> Iterator[tuple[Any, str, str]]:
+    """Every text in `message` and its parts: the part, the field, what it says.
+
+    A text that is not UTF-8 comes as bytes.
+    """
+    for part in parts(message):
+        for field in _text_fields(part.DESCRIPTOR):
+            value = getattr(part, field)
+            several: Iterable[Any] = [value] if isinstance(value, (str, bytes)) else value
+            for text in several:
+                if text:
+                    yield part, field, text
+
+
+@cache
+def _text_fields(descriptor: Any) -> list[str]:
+    return [field.name for field in descriptor.fields if field.type == field.TYPE_STRING]
+
+
+def public_names(model: onnx.ModelProto) -> set[str]:
+    """The names that clients use, which cannot be changed without them."""
+    return {value.name for value in (*model.graph.input, *model.graph.output)}
+
+
+def _rename(model: onnx.ModelProto) -> None:
+    """Give every name that shows a source path another one, the same wherever it stands."""
+    every, public = list(texts(model)), public_names(model)
+    names = dict.fromkeys(text for _, _, text in every)
+    fresh = (name for number in count() if (name := f"renamed_{number}") not in names)
+    names = {n: next(fresh) for n in names if n not in public and SOURCE_PATH.search(n)}
+    for part, field, text in every:
+        if text not in names:
+            continue
+        if isinstance(part, (onnx.ModelProto, onnx.GraphProto)):  # nothing refers to it
+            part.ClearField(field)
+        elif isinstance(getattr(part, field), str):
+            setattr(part, field, names[text])
+        else:
+            getattr(part, field)[:] = [names.get(other, other) for other in getattr(part, field)]
+
+
+def inlined(path: Path) -> onnx.ModelProto:
+    """The model in the file `path`, with the data that lies in files beside it taken in.
+
+    A tensor may name nothing but a plain file in the folder of `path`: whoever made the model
+    chose the name, and must not make us read anything else. Raises CheckFailedError otherwise.
+    """
+    content = read(path)
+    model = parse(content, str(path))
+    total = len(content)
+    for part in parts(model):
+        if isinstance(part, TensorProto) and is_external(part):
+            total += raw_bytes(part) or 0
+            if total > MAX_BYTES:
+                raise CheckFailedError(f"{path} and its data are larger than {MAX_BYTES} bytes")
+            data = _external(part, path)
+            name, dims, data_type = part.name, list(part.dims), part.data_type
+            part.Clear()
+            part.MergeFrom(TensorProto(name=name, dims=dims, data_type=data_type, raw_data=data))
+    return model
+
+
+def _open_regular(path: Path, flags: int = 0) -> BinaryIO:
+    """The file `path` itself, open; OSError when it is no regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would wait
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file")
+    return open(descriptor, "rb")
+
+
+def read(path: Path) -> bytes:
+    """The bytes of the ONNX file at `path`; PipelineError when it is no file that can be read."""
+    try:
+        file = _open_regular(path)
+    except OSError as error:
+        raise PipelineError(f"cannot read {path}: {error.strerror}") from error
+    with file:
+        return file.read(MAX_BYTES + 1)  # of which `parse` says that it is too large
+
+
+def _external(tensor: TensorProto, path: Path) -> bytes:
+    """The data of `tensor` from the file beside `path` that it names."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    said = f"{path}: the data of {tensor.name} lies in '{location}', "
+    if location in ("", ".", "..") or not set(location).isdisjoint("/\\\0"):
+        raise CheckFailedError(f"{said}which is no plain file name")
+    try:
+        file = _open_regular(path.parent / location, os.O_NOFOLLOW)
+    except OSError as error:
+        is_link = error.errno == errno.ELOOP
+        why = "is a symbolic link" if is_link else f"cannot be read: {error.strerror}"
+        raise CheckFailedError(f"{said}which {why}") from error
+    with file:
+        facts = os.fstat(file.fileno())
+        if facts.st_nlink != 1:
+            raise CheckFailedError(f"{said}which has {facts.st_nlink} hard links, not one")
+        offset, length = _span(entries, facts.st_size, said)
+        if length != raw_bytes(tensor):
+            raise CheckFailedError(f"{said}{length} bytes, which is not what its dims claim")
+        file.seek(offset)
+        return file.read(length)
+
+
+def _span(entries: dict[str, str], size: int, said: str) -> tuple[int, int]:
+    """Where in a file of `size` bytes the data lies: offset and length."""
+    offset = entries.get("offset", "0")
+    if not re.fullmatch("[0-9]{1,18}", offset):
+        raise CheckFailedError(f"{said}at '{offset}', which is no offset")
+    length = entries.get("length", str(max(0, size - int(offset))))
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise CheckFailedError(f"{said}with '{length}' for a length")
+    if int(offset) + int(length) > size:
+        raise CheckFailedError(f"{said}from {offset} for {length} bytes, beyond its end at {size}")
+    return int(offset), int(length)
+
+
+def is_external(tensor: TensorProto) -> bool:
+    """Whether `tensor` says that its data, or some, is in another file."""
+    return tensor.data_location == TensorProto.EXTERNAL or len(tensor.external_data) > 0
+
+
+def metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """What the file says of itself, as `scrub` wrote it."""
+    return {entry.key: entry.value for entry in model.metadata_props}

@@ -1,0 +1,178 @@
+"""What we allow in an ONNX graph: more than a checker asks, since a server will load it."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import onnx
+from onnx import NodeProto, TensorProto
+from onnx.checker import ValidationError
+from onnx.shape_inference import InferenceError
+
+from pipeline.core.errors import CheckFailedError
+from pipeline.export.graph import SOURCE_PATH, is_external, overridable, parts, public_names, texts
+from pipeline.export.sizes import STANDARD, is_whole, too_large
+
+CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+# ONNX Runtime on a CPU skips a Dropout that was left in training mode; other runtimes obey it.
+RANDOM = frozenset(
+    {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
+    | {"RandomUniform", "RandomUniformLike"}
+)
+SCRUB = "'--scrub' leaves them out of a copy"
+FOLDERS = ("home", "Users", "root")
+# What a person's path has in whatever encoding, and numbers have by chance once in 10^13 bytes.
+MARKS = tuple(
+    mark.encode(encoding).strip(b"\0")
+    for mark in (*map("/{}/".format, FOLDERS), "\\Users\\", "file://", "site-packages")
+    for encoding in ("utf-8", "utf-16-le")
+)
+SHOWN = 20  # things of a kind in a message
+
+
+def check_policy(model: onnx.ModelProto, name: str) -> None:
+    """Refuse what the checker lets pass and a server should never load.
+
+    One file, one version of the standard domain and nothing else, no functions, no control flow,
+    nothing random or in training mode, nothing a client may override, no value and no computation
+    that is larger than its file without being small, no source paths. Raises CheckFailedError with
+    everything that is wrong.
+    """
+    found = list(parts(model))
+    nodes = [part for part in found if isinstance(part, NodeProto)]
+    tensors = [part for part in found if isinstance(part, TensorProto)]
+    wrong = [*_dialect(model, nodes), *_operators(model, nodes), *_storage(tensors)]
+    wrong += [*too_large(model), *_sources(model, found), *_hidden(nodes, tensors)]
+    if wrong:
+        raise CheckFailedError(f"{name} breaks the graph policy: {_listed(wrong, '; ', 9999)}")
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    # The last where the checker quotes a name that is no text.
+    except (ValidationError, InferenceError, UnicodeDecodeError) as error:
+        raise CheckFailedError(f"{name} is no valid ONNX model: {error}") from error
+
+
+def _names(names: Iterable[str]) -> str:
+    return _listed(sorted(set(names)))
+
+
+def _listed(things: list[str], separator: str = ", ", longest: int = 200) -> str:
+    """Join the first of `things`, cut where they are too long to be read, and count the others."""
+    shown = [t if len(t) <= longest else f"{t[:longest]}..." for t in things[:SHOWN]]
+    more = len(things) - len(shown)
+    return separator.join([*shown, f"and {more:,} more"] if more else shown)
+
+
+def _dialect(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
+    """Yield what leaves open which operators the file means, or which values.
+
+    The checker follows the first import of a domain and ONNX Runtime 1.31 the last.
+    """
+    versions: dict[str, list[int]] = {}
+    for entry in model.opset_import:
+        domain = "" if entry.domain in STANDARD else entry.domain
+        versions.setdefault(domain, []).append(entry.version)
+    for domain, several in versions.items():
+        if len(several) > 1:
+            name, listed = domain or "the standard domain", " and ".join(map(str, several))
+            yield f"{name} imported as {listed}: export it with one opset"
+    newest = onnx.defs.onnx_opset_version()
+    if not all(1 <= version <= newest for version in versions.get("", [0])):
+        yield f"no import of the standard domain between opset 1 and {newest}: export it again"
+    if unused := versions.keys() - {""} - {node.domain for node in nodes}:
+        yield f"imports that no node uses, {_names(unused)}: {SCRUB}"
+    if defaults := overridable(model):
+        yield f"weights that a client may override, {_names(v.name for v in defaults)}: {SCRUB}"
+    if any(entry.ref_attr_name for node in nodes for entry in node.attribute):
+        yield "an attribute that refers to a function's"
+
+
+def _operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> list[str]:
+    wrong = []
+    if domains := {node.domain for node in nodes} - STANDARD:
+        wrong.append(f"operators of domain {_names(domains)}")
+    if control := {node.op_type for node in nodes} & CONTROL_FLOW:
+        wrong.append(f"control flow: {_names(control)}")
+    if chance := {node.op_type for node in nodes} & RANDOM:
+        wrong.append(f"chance: {_names(chance)}; export the model in evaluation mode")
+    if any(_is_training(node) for node in nodes):
+        wrong.append("a batch normalization in training mode")
+    if model.functions:
+        wrong.append(f"local functions: {_names(entry.name for entry in model.functions)}")
+    if model.training_info:
+        wrong.append("graphs for training")
+    return wrong
+
+
+def _is_training(node: NodeProto) -> bool:
+    return any(entry.name == "training_mode" and entry.i for entry in node.attribute)
+
+
+def _storage(tensors: list[TensorProto]) -> list[str]:
+    wrong = []
+    if external := [tensor for tensor in tensors if is_external(tensor)]:
+        wrong.append(f"external data: {_names(_said_location(tensor) for tensor in external)}")
+    if torn := [t.name for t in tensors if not is_external(t) and not is_whole(t)]:
+        wrong.append(f"tensors that do not hold what their dims claim: {_names(torn)}")
+    return wrong
+
+
+def _said_location(tensor: TensorProto) -> str:
+    locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+    return f"{tensor.name or 'a nameless tensor'} in '{_names(locations)}'"
+
+
+def _sources(model: onnx.ModelProto, found: list[Any]) -> list[str]:
+    """Traces of the exporter. The model's own metadata may stay, unless it shows a source path."""
+    wrong = []
+    if any(part.metadata_props for part in found if part is not model and _has_metadata(part)):
+        wrong.append(f"metadata of the exporter in its graph, source paths among it: {SCRUB}")
+    if any("doc_string" in part.DESCRIPTOR.fields_by_name and part.doc_string for part in found):
+        wrong.append(f"doc strings, which may hold source paths: {SCRUB}")
+    public = public_names(model)
+    shown = {
+        _place(part, field, text): text
+        for part, field, text in texts(model)
+        if field != "doc_string" and SOURCE_PATH.search(text)
+    }
+    if fixed := sorted(public.intersection(shown.values())):
+        wrong.append(
+            f"source paths for the names of inputs or outputs, {_listed(fixed)}: clients use them, "
+            "so export it with other names"
+        )
+    if places := [place for place, text in shown.items() if text not in public]:
+        wrong.append(f"source paths in {_listed(places)}: {SCRUB}")
+    return wrong
+
+
+def _place(part: Any, field: str, text: str) -> str:
+    """Where a text stands, in words."""
+    if isinstance(part, onnx.StringStringEntryProto):
+        return f"metadata '{part.key}'"
+    if isinstance(part, (onnx.ModelProto, onnx.GraphProto)):
+        return field
+    return f"the {field} '{text}'"
+
+
+def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]:
+    """Yield what shows a source path and cannot be left out, since the graph computes with it."""
+    for tensor in tensors:
+        where = f"in the data of {tensor.name or 'a nameless tensor'}"
+        if paths := [*filter(None, map(_path_in, tensor.string_data))]:
+            yield f"a source path {where}: '{paths[0]}'"
+        elif any(mark in tensor.raw_data for mark in MARKS):
+            yield f"a source path {where}"
+    for node in nodes:
+        for entry in node.attribute:
+            if paths := [*filter(None, map(_path_in, (entry.s, *entry.strings)))]:
+                where = f"in '{entry.name}' of {node.op_type} {node.name}".rstrip()
+                yield f"a source path {where}: '{paths[0]}'"
+
+
+def _path_in(content: bytes) -> str:
+    """Return the text of `content` if it shows a source path, as UTF-16 or UTF-32 too."""
+    text = content.replace(b"\0", b"").decode(errors="replace")
+    return text[:200] if SOURCE_PATH.search(text) else ""
+
+
+def _has_metadata(part: Any) -> bool:
+    return "metadata_props" in part.DESCRIPTOR.fields_by_name

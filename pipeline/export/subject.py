@@ -1,0 +1,185 @@
+"""What is exported and proven: the network of a run, or anybody's module with images of theirs."""
+
+# Shape letters: N images, K classes.
+
+import copy
+import hashlib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.files import check_digest
+from pipeline.core.paths import Paths
+from pipeline.core.signature import IMAGES, TensorSpec, log_probabilities
+from pipeline.data.splits import load_split, scored_split
+from pipeline.export.sample import Sample, read_sample, require_labels
+from pipeline.training.checkpoint import load_checkpoint
+
+EXPORT = "run 'pipeline export' again"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A module in evaluation mode on the CPU, and what there is to say of it."""
+
+    model: nn.Module
+    images: TensorSpec
+    outputs: TensorSpec
+    kind: str  # what the outputs are: log_probabilities, probabilities or logits
+    classes: tuple[str, ...]
+    weights_sha256: str
+    origin: dict[str, Any]  # what the manifest says of where it comes from
+
+
+def subject_of_run(paths: Paths) -> Subject:
+    """The network of a finished run."""
+    checkpoint = load_checkpoint(paths)
+    summary = checkpoint.summary
+    metrics = ("test_accuracy", "test_loss", "validation_accuracy", "train_seconds")
+    return Subject(
+        model=checkpoint.model,
+        images=IMAGES,
+        outputs=log_probabilities(len(checkpoint.classes)),
+        kind=log_probabilities(0).name,
+        classes=checkpoint.classes,
+        weights_sha256=summary["weights_sha256"],
+        origin={
+            "run": paths.run,
+            "training": checkpoint.config.record(),
+            "data_sha256": summary["data_sha256"],
+            "metrics": {key: summary[key] for key in metrics},
+            "min_probability": summary.get("min_probability"),
+        },
+    )
+
+
+def subject_of_module(
+    module: str, sample: Sample, root: Path, classes: Sequence[str] = ()
+) -> Subject:
+    """Anybody's module, `package.module:factory`; its signature is that of the sample.
+
+    Raises PipelineError when it is no image classifier of one tensor in and one out.
+    """
+    model = build_module(module, root)
+    if weights_digest(build_module(module, root)) != weights_digest(model):
+        raise PipelineError(
+            f"{module} makes other weights each time: let it load them, or draw them from a seed"
+        )
+    first = torch.from_numpy(sample.images[:2])
+    try:
+        with torch.inference_mode():
+            outputs = model(first)
+    except (RuntimeError, TypeError, ValueError) as error:
+        shape = " x ".join(map(str, sample.images.shape))
+        raise PipelineError(
+            f"{module} does not take images of {sample.images.dtype} {shape}: {error}"
+        ) from error
+    is_scores = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
+    if not is_scores or len(outputs) != 2 or outputs.shape[1] < 2:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise PipelineError(
+            f"{module} answers {found} to 2 images; wanted is one tensor of numbers, (2, classes)"
+        )
+    if outputs.dtype == torch.float64:
+        raise PipelineError(
+            f"{module} answers in float64, which is not served: call .float() on it"
+        )
+    answers = outputs.numpy()
+    names = tuple(classes) or tuple(map(str, range(answers.shape[1])))
+    if len(names) != answers.shape[1]:
+        raise PipelineError(f"{module} tells {answers.shape[1]} classes apart, {len(names)} named")
+    dtype = str(sample.images.dtype)
+    if len(set(names)) < len(names) or "" in names:
+        raise PipelineError(f"classes need a name each, and not the same: {', '.join(names)}")
+    require_labels(sample, names)
+    return Subject(
+        model=model,
+        images=TensorSpec(IMAGES.name, dtype, tuple(sample.images.shape[1:])),
+        outputs=TensorSpec(kind_of(answers), str(answers.dtype), (answers.shape[1],)),
+        kind=kind_of(answers),
+        classes=names,
+        weights_sha256=weights_digest(model),
+        origin={"module": module},
+    )
+
+
+def kind_of(outputs: np.ndarray) -> str:
+    """What outputs (N, K) of a classifier are: log_probabilities, probabilities or logits."""
+    values = outputs.astype(np.float64)
+    if (values >= 0).all() and np.allclose(values.sum(axis=1), 1, atol=1e-3):
+        return "probabilities"
+    is_normalized = (values <= 1e-6).all() and np.allclose(np.exp(values).sum(axis=1), 1, atol=1e-3)
+    return "log_probabilities" if is_normalized else "logits"
+
+
+def build_module(module: str, root: Path) -> nn.Module:
+    """What `package.module:factory` makes, in evaluation mode; looked for under `root` as well.
+
+    The factory may also be a module itself. Raises PipelineError when there is none.
+    """
+    package, _, name = module.partition(":")
+    if not package or not name:
+        raise PipelineError(f"{module!r} names no factory: write package.module:factory")
+    for folder in (str(root.resolve()), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        made = getattr(importlib.import_module(package), name)
+        model = made if isinstance(made, nn.Module) else made()
+    except Exception as error:  # whatever somebody's code raises: it is theirs, and named
+        raise PipelineError(
+            f"cannot make a module with {module}: {type(error).__name__}: {error} (--debug shows "
+            "where)"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise PipelineError(f"{module} makes a {type(model).__name__}, not a torch.nn.Module")
+    return copy.deepcopy(model).cpu().eval()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """One SHA-256 over a module's parameters and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def exported_subject(paths: Paths, manifest: dict[str, Any]) -> Subject:
+    """The module that an export was made of, as its manifest says; its weights are the same.
+
+    Raises CheckFailedError when it has other weights by now.
+    """
+    if module := manifest.get("module"):
+        sample = exported_sample(paths, manifest)
+        subject = subject_of_module(str(module), sample, paths.root, manifest["classes"])
+        where = f"{module} makes now"
+    else:
+        subject = subject_of_run(replace(paths, run=str(manifest.get("run"))))
+        where = f"run {manifest.get('run')} has now"
+    if manifest.get("weights_sha256") != subject.weights_sha256:
+        raise CheckFailedError(
+            f"{paths.export} was exported from other weights than {where}: {EXPORT}"
+        )
+    images, outputs = (TensorSpec.from_record(manifest[key]) for key in ("images", "outputs"))
+    return replace(subject, images=images, outputs=outputs, kind=manifest["kind"])
+
+
+def exported_sample(paths: Paths, manifest: dict[str, Any]) -> Sample:
+    """The images that an export is proven on: the run's test split, or what was handed in."""
+    if manifest.get("module"):
+        check_digest(paths.images, manifest.get("images_sha256"), EXPORT)
+        return read_sample(paths.images)
+    training, digests = manifest["training"], manifest["data_sha256"]
+    folder = paths.data(training["dataset"])
+    test = scored_split(training, digests, folder)
+    return Sample(test.images, test.labels, load_split(training["dataset"], folder, "train").images)

@@ -1,0 +1,102 @@
+"""Variants of an exported file in lower precision: float16, and int8 calibrated on images."""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from pipeline.core.errors import CheckFailedError
+from pipeline.export import graph
+
+CALIBRATION_IMAGES = 1024
+CALIBRATED = "calibration_images"  # the key in an int8 file's metadata
+_BATCH = 64  # images a calibration step
+# Everything between two convolutions as well, so that numbers stay 8 bits wide on the way. Not
+# batch normalization: what is not fused into a convolution has few weights and loses most.
+_QUANTIZED = ("Conv", "Gemm", "MatMul", "MaxPool", "AveragePool", "Relu", "Concat", "Reshape")
+
+
+class _Images(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
+    """Calibration images, batch after batch, as ONNX Runtime's calibrator asks for them."""
+
+    def __init__(self, name: str, images: np.ndarray) -> None:
+        starts = range(0, len(images), _BATCH)
+        self._batches = iter([{name: images[start : start + _BATCH]} for start in starts])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._batches, None)
+
+
+def to_fp16(content: bytes, ir_version: int) -> bytes:
+    """The ONNX model in `content` with weights and arithmetic in float16, its signature unchanged.
+
+    Meant for GPUs: a CPU computes in float32 between roundings.
+    """
+    model = graph.parse(content, "the fp32 file")
+    metadata = graph.metadata(model)
+    half = convert_float_to_float16(model, keep_io_types=True)
+    _sort(half.graph)
+    return graph.scrub(half, ir_version, metadata)
+
+
+def _sort(part: onnx.GraphProto) -> None:
+    """Put each node behind those that it takes from: the converter appends its casts at the end."""
+    made = {name for node in part.node for name in node.output}
+    waiting, ordered = list(part.node), []
+    while waiting:
+        ready = [node for node in waiting if not made & set(node.input)]
+        if not ready:
+            raise CheckFailedError("the fp16 variant has a cycle: leave it out of --precision")
+        ordered += ready
+        made -= {name for node in ready for name in node.output}
+        waiting = [node for node in waiting if node not in ready]
+    del part.node[:]
+    part.node.extend(ordered)
+
+
+def to_int8(content: bytes, ir_version: int, images: np.ndarray) -> bytes:
+    """The ONNX model in `content`, statically quantized to 8 bits (QDQ), its signature unchanged.
+
+    Activations get the ranges that `images` (N, ...) bring about. Weights are quantized per
+    channel and to 7 bits (reduce_range): on a CPU without VNNI, 8 bits by 8 bits can overflow.
+    """
+    if not len(images):
+        raise CheckFailedError("int8 needs images to be calibrated on, and there are none")
+    model = graph.parse(content, "the fp32 file")
+    metadata = {**graph.metadata(model), CALIBRATED: str(len(images))}
+    name = model.graph.input[0].name
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        fp32, prepared, int8 = (Path(folder) / f"{step}.onnx" for step in ("a", "b", "c"))
+        fp32.write_bytes(content)
+        quant_pre_process(fp32, prepared, skip_optimization=True, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            int8,
+            _Images(name, images),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(_QUANTIZED),
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return graph.scrub(onnx.load_model(int8), ir_version, metadata)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantizer's remarks, which it makes on the root logger."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)

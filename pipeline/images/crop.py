@@ -1,0 +1,213 @@
+"""A digit's ink as MNIST has it: one digit, 20 pixels high or wide, centred by its mass.
+
+By the rules of RULES.md, in whole numbers.
+"""
+
+# Shape letters: H height, W width.
+
+import numpy as np
+
+from pipeline.core.signature import IMAGES
+from pipeline.images.ink import edge_of, slide
+
+DIGIT = 20  # pixels that the longer side of a digit has in MNIST
+FULL = 16  # so many pixels at least have the highest level
+THIN = 26  # twentieths of a pixel of MNIST: strokes thinner than that are made as wide as this
+SMALLEST = 40  # of the digit's mass: a part of less than one such share is a speck
+NEAR = 4  # a part is near when its distance is at most the digit's side by this
+
+
+def fitted(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
+    """The digit in ink levels (H, W) as uint8 (28, 28); zeros where ruled paper has none."""
+    mask = ink >= threshold
+    if is_ruled:
+        mask &= ~_left_over(mask)
+    if not mask.any():
+        return np.zeros(IMAGES.shape[1:], np.uint8)
+    kept = _kept(ink, mask)
+    rows, columns = np.flatnonzero(kept.any(axis=1)), np.flatnonzero(kept.any(axis=0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    side = int(max(bottom - top, right - left))
+    edge = 2 * (side // DIGIT + 1)  # pixels of margin, enough for one of MNIST's and a thick stroke
+    window = _window(kept, top - edge, bottom + edge, left - edge, right + edge)
+    levels = _window(ink, top - edge, bottom + edge, left - edge, right + edge)
+    reach = max(1, side // DIGIT)  # how far the soft edge of a stroke goes
+    levels = levels * _grown(window, reach)
+    levels, grown = _thickened(levels, window, side)
+    side += 2 * grown
+    box = (edge - grown, edge - grown, bottom - top + 2 * grown, right - left + 2 * grown)
+    return _centred(_full(_scaled(levels, box, side)))
+
+
+def _window(levels: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    """A part of the levels (H, W), zero where it lies outside."""
+    part = levels[max(top, 0) : bottom, max(left, 0) : right]
+    before = (max(-top, 0), max(-left, 0))
+    found = np.zeros((bottom - top, right - left), levels.dtype)
+    found[before[0] : before[0] + part.shape[0], before[1] : before[1] + part.shape[1]] = part
+    return found
+
+
+def _grown(levels: np.ndarray, by: int) -> np.ndarray:
+    """The highest level within `by` pixels in both directions (H, W)."""
+    wide = np.zeros([length + 2 * by for length in levels.shape], levels.dtype)
+    wide[by:-by, by:-by] = levels
+    return slide(wide, 2 * by + 1, np.maximum)
+
+
+def _thickened(levels: np.ndarray, window: np.ndarray, side: int) -> tuple[np.ndarray, int]:
+    """Hairlines made wide enough to survive the scaling, and by how many pixels on each side."""
+    area = int(window.sum())
+    edges = int((window[1:] != window[:-1]).sum() + (window[:, 1:] != window[:, :-1]).sum())
+    # A stroke is about twice its area by its edge wide: in 1/20 of a pixel of MNIST.
+    width = 2 * area * DIGIT * 20 // (edges * side)
+    by = max(0, (THIN - width) * side // (2 * DIGIT * 20))
+    by = min(by, side // DIGIT)
+    return (_grown(levels, by) if by else levels), by
+
+
+def _left_over(mask: np.ndarray) -> np.ndarray:
+    """What lines leave in the frame of a mask (H, W), where they run out of the picture."""
+    edge = edge_of(mask)
+    inner = np.zeros(mask.shape, bool)
+    inner[edge:-edge, edge:-edge] = True
+    labels, count = parts(mask)
+    reaches_in = np.bincount(labels[inner], minlength=count + 1) > 0
+    return np.asarray(~reaches_in[labels])
+
+
+def _kept(ink: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Which pixels (H, W) are the digit: the heaviest part, and what is near and no speck."""
+    labels, count = parts(mask)
+    if count == 1:
+        return mask
+    where = labels[mask] - 1
+    mass = np.bincount(where, ink[mask], count).astype(np.int64)
+    y, x = np.nonzero(mask)
+    boxes = np.empty((count, 4), np.int64)  # top, bottom, left, right; inclusive
+    boxes[:, [0, 2]], boxes[:, [1, 3]] = max(mask.shape), 0
+    np.minimum.at(boxes[:, 0], where, y)
+    np.maximum.at(boxes[:, 1], where, y)
+    np.minimum.at(boxes[:, 2], where, x)
+    np.maximum.at(boxes[:, 3], where, x)
+    height, width = mask.shape
+    at_border = (boxes[:, 0] == 0) | (boxes[:, 2] == 0)
+    at_border |= (boxes[:, 1] == height - 1) | (boxes[:, 3] == width - 1)
+    chosen = _chosen(mass, boxes, at_border)
+    return np.asarray(np.concatenate([[False], chosen])[labels])
+
+
+def _chosen(mass: np.ndarray, boxes: np.ndarray, at_border: np.ndarray) -> np.ndarray:
+    """Which parts (n,) make the digit."""
+    inside = np.where(at_border, 0, mass)
+    main = int(inside.argmax()) if inside.max() * 8 >= mass.max() else int(mass.argmax())
+    possible = mass * SMALLEST >= mass[main]
+    if not at_border[main]:
+        possible &= ~at_border
+    chosen = np.zeros(len(mass), bool)
+    chosen[main] = True
+    top, bottom, left, right = boxes[main]
+    while True:
+        near = max(bottom - top, right - left) // NEAR + 1
+        gap_y = np.maximum(boxes[:, 0] - bottom, top - boxes[:, 1])
+        gap_x = np.maximum(boxes[:, 2] - right, left - boxes[:, 3])
+        more = possible & ~chosen & (np.maximum(gap_y, gap_x) <= near)
+        if not more.any():
+            return chosen
+        chosen |= more
+        top, left = boxes[chosen][:, [0, 2]].min(axis=0)
+        bottom, right = boxes[chosen][:, [1, 3]].max(axis=0)
+
+
+def parts(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """The connected parts of a mask (H, W), numbered from 1 as they come, and how many there are.
+
+    Pixels that touch at a corner are connected. Runs within rows are united with those above.
+    """
+    height, width = mask.shape
+    padded = np.zeros((height, width + 1), np.int8)
+    padded[:, :-1] = mask
+    steps = np.diff(padded.ravel(), prepend=np.int8(0))
+    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)  # in rows of W + 1
+    count = len(starts)
+    # A run touches those above that end after it begins, and begin before it ends.
+    first = np.searchsorted(ends, starts - (width + 1))
+    last = np.searchsorted(starts, ends - (width + 1), side="right")
+    touching = np.maximum(last - first, 0)
+    lower = np.repeat(np.arange(count), touching)
+    upper = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching, touching)
+    upper += np.repeat(first, touching)
+    roots = _united(count, lower, upper)
+    names, numbers = np.unique(roots, return_inverse=True)
+    labels = np.zeros(mask.shape, np.int32)
+    labels[mask] = np.repeat(numbers + 1, ends - starts)
+    return labels, len(names)
+
+
+def _united(count: int, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """The first member (count,) of the group of each, where pairs are of one group."""
+    root = np.arange(count)
+    while True:
+        least = np.minimum(root[lower], root[upper])
+        before = root.copy()
+        np.minimum.at(root, root[lower], least)
+        np.minimum.at(root, root[upper], least)
+        root = root[root]
+        if (root == before).all():
+            return root
+
+
+def _scaled(levels: np.ndarray, box: tuple[int, int, int, int], side: int) -> np.ndarray:
+    """The digit in its box (top, left, height, width), made 20 of `side`, with a margin of 1."""
+    top, left, height, width = box
+    if DIGIT - 2 <= side <= DIGIT + 1:  # it has MNIST's size
+        margin = np.arange(-1, height + 1), np.arange(-1, width + 1)
+        return levels[top + margin[0]][:, left + margin[1]].astype(np.float64)
+    how = _areas if side > DIGIT else _cubics
+    rows = how(levels.shape[0], top, height, side)
+    columns = how(levels.shape[1], left, width, side)
+    # Floating point is exact for whole numbers below 2^53; / 4096, so that what follows is, too.
+    found = np.maximum(rows @ levels.astype(np.float64) @ columns.T, 0)
+    return np.asarray(found if side > DIGIT else np.floor(found / 4096))
+
+
+def _areas(length: int, start: int, extent: int, side: int) -> np.ndarray:
+    """How much of each pixel each of the scaled ones covers, (scaled, length), in 1/20."""
+    count = -(-extent * DIGIT // side) + 2
+    begin = start * DIGIT + side * (np.arange(count) - 1)[:, np.newaxis]
+    pixel = DIGIT * np.arange(length)
+    covered = np.minimum(begin + side, pixel + DIGIT) - np.maximum(begin, pixel)
+    return np.asarray(np.maximum(covered, 0), np.float64)
+
+
+def _cubics(length: int, start: int, extent: int, side: int) -> np.ndarray:
+    """Weights (scaled, length) of Catmull and Rom's cubic, times 2 * 40^3."""
+    count = -(-extent * DIGIT // side) + 2
+    centre = 2 * start * DIGIT + side * (2 * np.arange(count) - 1)[:, np.newaxis]  # in 1/40
+    t = np.abs(centre - 40 * np.arange(length) - 20)
+    near = 3 * t**3 - 200 * t**2 + 128000
+    far = -(t**3) + 200 * t**2 - 12800 * t + 256000
+    return np.where(t <= 40, near, np.where(t < 80, far, 0)).astype(np.float64)
+
+
+def _full(levels: np.ndarray) -> np.ndarray:
+    """Levels (H, W) as uint8, so that 16 pixels at least are 255."""
+    ordered = np.sort(levels.ravel())
+    full = int(ordered[-min(FULL, len(ordered))]) or int(ordered[-1])
+    whole = levels.astype(np.int64)
+    return np.asarray(np.minimum((whole * 510 + full) // (2 * full), 255), np.uint8)
+
+
+def _centred(digit: np.ndarray) -> np.ndarray:
+    """The digit, uint8 (H, W), on 28 x 28, its centre of mass in the middle as in MNIST."""
+    canvas = np.zeros([side + 2 for side in IMAGES.shape[1:]], np.uint8)  # (30, 30)
+    place = []
+    for axis, side in enumerate(canvas.shape):
+        mass = digit.sum(axis=1 - axis, dtype=np.int64)
+        total, moment = int(mass.sum()), int((mass * np.arange(len(mass))).sum())
+        # Every digit of MNIST has its centre at 13.5 or more and below 14.5.
+        start = -(-((side - 1) * total - 2 * moment) // (2 * total))
+        start = min(max(start, 0), side - len(mass))  # whole, even where it is lopsided
+        place.append(slice(start, start + len(mass)))
+    canvas[tuple(place)] = digit
+    return canvas[1:-1, 1:-1]  # only faint margins can be lost

@@ -1,0 +1,221 @@
+"""What in a picture is ink: polarity, paper, noise and ruled lines, by the rules of RULES.md.
+
+Whole numbers only, so that another language gets the very same levels.
+"""
+
+# Shape letters: H height, W width. Gray levels go from 0 to 255.
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pipeline.images.ruled import without_lines
+
+THUMBNAIL = 160  # pixels at most on a side of what the paper is estimated from
+STROKE = 4  # the thumbnail's longer side by this: ink wider than that is taken for paper
+NOISE = 2  # deviations of the paper's levels that are taken off
+MIN_DISTANCE = 5  # deviations above the paper at which ink may begin
+FAINT = 5  # on flat paper ink begins at its highest level by this
+MAX_NOISE = 3  # a picture with more is smoothed
+SMOOTHINGS = 3  # times at most
+MIN_CONTRAST = 16  # gray levels between paper and ink; below, the paper is blank
+OF_LINES = 2  # on ruled paper the ink has at least the lines' level by this
+
+
+def reduced(levels: np.ndarray, factor: int) -> np.ndarray:
+    """Levels (H, W) with `factor` pixels made one in each direction: their mean, rounded."""
+    if factor == 1:
+        return levels.astype(np.int32)
+    starts = [np.arange(0, length, factor) for length in levels.shape]
+    sums = np.add.reduceat(levels, starts[0], axis=0, dtype=np.int32)
+    sums = np.add.reduceat(sums, starts[1], axis=1)
+    rows, columns = (
+        np.minimum(factor, length - start)
+        for start, length in zip(starts, levels.shape, strict=True)
+    )
+    count = rows[:, np.newaxis] * columns
+    return np.asarray((sums + count // 2) // count, np.int32)
+
+
+def frame(levels: np.ndarray) -> np.ndarray:
+    """The levels along the picture's border (n,), where paper is to be expected."""
+    height, width = levels.shape
+    edge = edge_of(levels)
+    if 2 * edge >= min(height, width):
+        return levels.ravel()
+    sides = levels[edge : height - edge]
+    parts = (levels[:edge], levels[height - edge :], sides[:, :edge], sides[:, width - edge :])
+    return np.concatenate([part.ravel() for part in parts])
+
+
+def edge_of(levels: np.ndarray) -> int:
+    """How many pixels of the border, on each side of a picture (H, W), are its frame."""
+    height, width = levels.shape
+    side: int = min(height, width)
+    return max(1, side // 14)
+
+
+def middle(levels: np.ndarray) -> int:
+    """The lower median of levels 0 to 255: the first that half of them do not exceed."""
+    below = np.cumsum(np.bincount(levels.ravel()))
+    return int(np.searchsorted(below, (below[-1] + 1) // 2))
+
+
+def ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
+    """How far each pixel (H, W) stands out from the paper, and from which level on it is ink.
+
+    That level is 0 where there is no ink at all. Last, whether the paper is ruled.
+    """
+    paper = middle(frame(gray))
+    if _is_flat(gray, paper):  # drawn on a screen, or prepared already
+        raised, line = without_lines(_on_flat(gray, paper), 0)
+        highest = int(raised.max())
+        threshold = max(highest // FAINT + 1, line // OF_LINES)
+        return raised, threshold if highest >= max(MIN_CONTRAST, threshold) else 0, line > 0
+    raised = _raised(gray)
+    for _ in range(SMOOTHINGS):
+        if _noise(raised, middle(raised)) <= MAX_NOISE:
+            break
+        raised = _smoothed(raised)
+    level = middle(raised)
+    noise = _noise(raised, level)
+    raised, line = without_lines(np.maximum(raised - level, 0), noise)
+    distance = max(MIN_CONTRAST // 2, MIN_DISTANCE * noise, line // OF_LINES)
+    threshold = max(_otsu(raised, distance), distance)
+    if raised.max() < max(MIN_CONTRAST, distance):
+        return raised, 0, line > 0
+    return np.maximum(raised - NOISE * noise, 0), max(threshold - NOISE * noise, 1), line > 0
+
+
+def _is_flat(gray: np.ndarray, paper: int) -> bool:
+    """Whether most of the border has the very same level."""
+    border = frame(gray)
+    return int((border == paper).sum()) * 3 >= 2 * len(border)
+
+
+def _noise(raised: np.ndarray, level: int) -> int:
+    """The standard deviation of the paper's levels: 3/2 of the median distance."""
+    return 3 * middle(np.abs(raised - level)) // 2
+
+
+def _smoothed(levels: np.ndarray) -> np.ndarray:
+    """The mean (H, W) of the 3 x 3 pixels around each, the border's pixels going on outside."""
+    wide = np.pad(levels, 1, mode="edge")
+    rows = wide[:-2] + wide[1:-1] + wide[2:]
+    return np.asarray((rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4) // 9)
+
+
+def _on_flat(gray: np.ndarray, paper: int) -> np.ndarray:
+    """The distance from paper that has one level, on the side where the ink is."""
+    distance = gray - paper
+    if _cubes(distance) <= 0:
+        distance = -distance
+    return np.asarray(np.maximum(distance, 0))
+
+
+def _cubes(distance: np.ndarray) -> int:
+    """The sum of cubes: ink is rare and far from the paper, so its sign is that of the ink."""
+    return int((distance.astype(np.int64) ** 3).sum())
+
+
+def _raised(gray: np.ndarray) -> np.ndarray:
+    """The distance of each pixel (H, W) from uneven paper, on the side where the ink is."""
+    factor = -(-max(gray.shape) // THUMBNAIL)
+    small = reduced(gray, factor)
+    is_bright = _cubes(small - _mean_around(small)) > 0
+    if is_bright:
+        bright = _enlarged(_paper(small), factor, gray.shape)
+        return np.asarray(np.maximum(gray - bright, 0))
+    paper = np.maximum(255 - _enlarged(_paper(255 - small), factor, gray.shape), 1)
+    # Of light that falls on it, paper and ink reflect shares: the same in the shadow.
+    return np.asarray((np.maximum(paper - gray, 0) * 255 + paper // 2) // paper)
+
+
+def _mean_around(small: np.ndarray) -> np.ndarray:
+    """The mean (H, W) of the square around each pixel, a half of the longer side wide."""
+    half = max(1, max(small.shape) // 4)
+    sums = small.astype(np.int64)
+    counts = np.ones(small.shape, np.int64)
+    for axis in (0, 1):
+        length = small.shape[axis]
+        first = np.maximum(np.arange(length) - half, 0)
+        last = np.minimum(np.arange(length) + half + 1, length)
+        shape = [1, 1]
+        shape[axis] = length
+        counts *= (last - first).reshape(shape)
+        summed = np.cumsum(np.insert(sums, 0, 0, axis=axis), axis=axis)
+        sums = np.take(summed, last, axis=axis) - np.take(summed, first, axis=axis)
+    return np.asarray((sums + counts // 2) // counts)
+
+
+def _paper(small: np.ndarray) -> np.ndarray:
+    """The level of the paper under each pixel (H, W), where ink is brighter than paper.
+
+    It is an opening: the level to which a square can rise from below without cutting the surface
+    of the levels. A stroke is narrower than the square, so it does not lift it.
+    """
+    side = max(3, max(small.shape) // STROKE)
+    levels = _continued(_continued(small, side - 1).T, side - 1).T
+    return slide(slide(levels, side, np.minimum), side, np.maximum)
+
+
+def _continued(levels: np.ndarray, by: int) -> np.ndarray:
+    """Levels (H, W) with `by` more columns on both sides, that go on as the levels rise or fall."""
+    last = levels.shape[1] - 1
+    steps = np.arange(1, by + 1)
+    before = 2 * levels[:, :1] - levels[:, np.minimum(steps[::-1], last)]
+    after = 2 * levels[:, last:] - levels[:, np.maximum(last - steps, 0)]
+    return np.concatenate([before, levels, after], axis=1)
+
+
+def slide(
+    levels: np.ndarray, side: int, extreme: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """The extreme of each square of `side` pixels that lies within levels (H, W)."""
+    for _ in (0, 1):
+        done = 1
+        found = levels
+        while done < side:
+            step = min(done, side - done)
+            found = extreme(found[: len(found) - step], found[step:])
+            done += step
+        levels = found.T
+    return levels
+
+
+def _enlarged(small: np.ndarray, factor: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The levels (H, W) between those of a thumbnail, linearly, rounded to the nearest."""
+    if factor == 1:
+        return small
+    levels = small
+    for axis in (0, 1):
+        place = 2 * np.arange(shape[axis]) + 1 - factor  # in halves of a thumbnail's pixel
+        first = place // (2 * factor)
+        part = place - 2 * factor * first
+        if axis == 0:
+            part = part[:, np.newaxis]
+        last = levels.shape[axis] - 1
+        low = np.take(levels, np.clip(first, 0, last), axis=axis)
+        high = np.take(levels, np.clip(first + 1, 0, last), axis=axis)
+        levels = low * (2 * factor - part) + high * part
+    whole = 4 * factor * factor
+    return np.asarray((levels + whole // 2) // whole)
+
+
+def _otsu(raised: np.ndarray, distance: int) -> int:
+    """The level that best parts ink from what is fainter, of the levels above `distance`."""
+    counts = np.bincount(raised.ravel(), minlength=256)
+    counts[:distance] = 0
+    below = np.cumsum(counts)
+    mass = np.cumsum(counts * np.arange(len(counts)))
+    total, whole = int(below[-1]), int(mass[-1])
+    if not total:
+        return 0
+    best, found = -1.0, 0
+    for level in np.flatnonzero(counts)[:-1]:
+        count, sum_below = int(below[level]), int(mass[level])
+        apart = sum_below * (total - count) - (whole - sum_below) * count
+        spread = float(apart) * float(apart) / (float(count) * float(total - count))
+        if spread > best:
+            best, found = spread, int(level) + 1
+    return found

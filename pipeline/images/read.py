@@ -1,0 +1,233 @@
+"""An image file of any size, as the model takes it: uint8, 28 x 28, made as MNIST was made.
+
+Polarity is found, the paper made even, noise dropped; what is left is cropped to the ink, fitted
+into 20 x 20 and centred by its mass. Everything from gray levels on is in `prepare`.
+"""
+
+import contextlib
+import io
+import os
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.files import write_bytes
+from pipeline.core.signature import IMAGES
+from pipeline.images.crop import fitted
+from pipeline.images.ink import frame, ink, middle, reduced
+
+# Shape letters: H height, W width, of the image at hand. Gray levels go from 0 to 255.
+
+Picture = Path | bytes | Image.Image | np.ndarray  # a file, its content, or its pixels
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM is Pillow's word for PNM
+_CHANNELS = ((), (2,), (3,), (4,))  # of an array after H and W: gray, with alpha, RGB, with alpha
+MAX_FILE_BYTES = 64 * 2**20
+MAX_PIXELS = 50_000_000
+WORK_SIDE = 640  # pixels; a larger image is first reduced to this
+
+
+def read_image(source: Picture, name: str = "the image", pictures: str = "digit") -> np.ndarray:
+    """The image in a picture as uint8 (1, 28, 28).
+
+    A `digit` has 0 for paper and 255 for ink, zeros if it is blank; a `whole` picture has its
+    gray levels. `name` is what messages call an image that comes as bytes.
+    """
+    return fit(read_gray(source, name), pictures)
+
+
+def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
+    """The gray levels uint8 (H, W) in a picture, upright and without alpha."""
+    if isinstance(source, Path):
+        name, source = str(source), _read_file(source)
+    if isinstance(source, bytes) and len(source) > MAX_FILE_BYTES:
+        raise PipelineError(f"{name} is larger than {MAX_FILE_BYTES} bytes: reduce it")
+    return _decode(source, name)
+
+
+def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
+    """Gray levels uint8 (H, W) as uint8 (1, 28, 28), in the way that the model was trained on."""
+    return fit_whole(gray) if pictures == "whole" else prepare(gray)
+
+
+def _read_file(path: Path) -> bytes:
+    if os.path.isdir(path):  # Path.is_dir() raises where a name is too long
+        raise PipelineError(f"{path} is a folder: name its files, {path}/*")
+    if not os.path.isfile(path):
+        raise PipelineError(f"no image file {path}: check the name, and your rights in its folder")
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PipelineError(f"cannot read {path} ({error.strerror}): check its rights") from error
+
+
+def _decode(source: bytes | Image.Image | np.ndarray, name: str) -> np.ndarray:
+    """The gray levels uint8 (H, W) of a picture, upright and without alpha."""
+    try:
+        # Pillow warns of odd metadata, and of sizes that are refused here anyway.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _opened(source) as image:
+                _check_size(image, name)
+                if isinstance(source, bytes):  # a large JPEG is decoded at a half, a quarter ...
+                    image.draft("L", (WORK_SIDE, WORK_SIDE))
+                return _upright(_gray(image), _orientation(image))
+    except _DECODING_ERRORS as error:
+        raise PipelineError(
+            f"{name} cannot be read as an image ({_reason(error)}): "
+            "give a whole PNG, JPEG, WebP, BMP, GIF, TIFF or PNM file"
+        ) from error
+
+
+def _opened(
+    source: bytes | Image.Image | np.ndarray,
+) -> contextlib.AbstractContextManager[Image.Image]:
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source), formats=FORMATS)
+    if not isinstance(source, np.ndarray):
+        return contextlib.nullcontext(source)  # the caller's own: not ours to close
+    if source.ndim not in (2, 3) or source.shape[2:] not in _CHANNELS or not source.size:
+        raise PipelineError(
+            f"an array of shape {list(source.shape)} is no picture: give gray levels (H, W) or "
+            "colours (H, W, 3)"
+        )
+    if source.dtype.kind == "f" and not np.isfinite(source).all():
+        raise PipelineError(
+            "an array with NaN or infinity is no picture: look where they come from"
+        )
+    return contextlib.nullcontext(Image.fromarray(source))
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    """Refuse too many pixels by the header, before they are decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise PipelineError(
+            f"{name} has {image.width} x {image.height} pixels, {MAX_PIXELS} are allowed: reduce it"
+        )
+
+
+def _orientation(image: Image.Image) -> object:
+    """How the camera was held; None where damaged EXIF, which spoils no picture, does not tell."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (*_DECODING_ERRORS, struct.error):
+        return None
+
+
+def _upright(gray: np.ndarray, orientation: object) -> np.ndarray:
+    """The picture as the camera was held; ImageOps.exif_transpose stumbles over damaged EXIF."""
+    if orientation not in _UPRIGHT:
+        return gray
+    return np.asarray(Image.fromarray(gray).transpose(_UPRIGHT[orientation]))
+
+
+_UPRIGHT: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# What Pillow raises for content that it cannot decode, found by feeding it damaged files.
+_DECODING_ERRORS = (
+    OSError,  # UnidentifiedImageError is one
+    SyntaxError,
+    TypeError,  # from numbers of the wrong kind in a TIFF's tags
+    ValueError,
+    Image.DecompressionBombError,
+)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "its format is unknown"
+    return str(error) or type(error).__name__
+
+
+def _gray(image: Image.Image) -> np.ndarray:
+    """The gray levels uint8 (H, W) of an image in any of Pillow's modes."""
+    if image.mode[0] in "IF":  # 16 or 32 bits, of any range
+        levels = np.nan_to_num(np.asarray(image, np.float32))
+        levels = levels - levels.min()
+        return _uint8(levels * (255 / max(levels.max(), 1)))
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("L"))
+    levels, alpha = np.asarray(image.convert("RGBA").convert("LA"), np.uint16).transpose(2, 0, 1)
+    if alpha.min() == 255:
+        return np.asarray(levels, np.uint8)
+    paper = _paper_behind(levels, alpha)
+    # At most 255 * 255 + 127, which 16 bits hold.
+    return np.asarray((levels * alpha + paper * (255 - alpha) + 127) // 255, np.uint8)
+
+
+def _paper_behind(levels: np.ndarray, alpha: np.ndarray) -> np.uint16:
+    """The level of the paper where a picture is transparent."""
+    if 2 * alpha.sum(dtype=np.int64) > 255 * alpha.size:  # the paper is in it: the rest is paper
+        return np.uint16(middle(levels[alpha > 127]))
+    weighted = np.multiply(levels, alpha, dtype=np.int64).sum()
+    # Only ink is in the picture: the paper is what the ink stands out from.
+    return np.uint16(0 if weighted > 127 * alpha.sum(dtype=np.int64) else 255)
+
+
+def _uint8(levels: np.ndarray) -> np.ndarray:
+    return np.asarray(np.rint(np.clip(levels, 0, 255)), np.uint8)
+
+
+def prepare(gray: np.ndarray) -> np.ndarray:
+    """Gray levels uint8 (H, W) as the model takes them: uint8 (1, 28, 28), zeros without ink."""
+    if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
+        raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
+    levels, threshold, is_ruled = ink(reduced(gray, -(-max(gray.shape) // WORK_SIDE)))
+    if not threshold:
+        return np.zeros(IMAGES.shape, np.uint8)
+    return fitted(levels, threshold, is_ruled)[np.newaxis]
+
+
+def fit_whole(gray: np.ndarray) -> np.ndarray:
+    """Gray levels uint8 (H, W) fitted into uint8 (1, 28, 28); 28 x 28 come back unchanged.
+
+    What the picture is too narrow or too low for gets the level of its border.
+    """
+    side = IMAGES.shape[1]
+    scale = side / max(gray.shape)
+    height, width = (max(1, round(length * scale)) for length in gray.shape)
+    how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    canvas = np.full(IMAGES.shape, np.uint8(np.median(frame(gray))))
+    top, left = (side - height) // 2, (side - width) // 2
+    fitted = Image.fromarray(gray).resize((width, height), how)
+    canvas[0, top : top + height, left : left + width] = np.asarray(fitted)
+    return canvas
+
+
+def png(image: np.ndarray) -> bytes:
+    """An image, uint8 (1, H, W) or (3, H, W), as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    pixels = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def pictured(image: np.ndarray) -> np.ndarray | None:
+    """What a model takes, of any type, as a picture uint8 (1 or 3, H, W); None if it is none."""
+    if image.ndim == 2:
+        image = image[np.newaxis]
+    if image.ndim != 3 or len(image) not in (1, 3):
+        return None
+    if image.dtype == np.uint8:
+        return image
+    values = image.astype(np.float64) - image.min()
+    scaled: np.ndarray = (values * (255 / (values.max() or 1))).astype(np.uint8)
+    return scaled
+
+
+def write_png(image: np.ndarray, path: Path) -> None:
+    """Write an image, uint8 (1, 28, 28), as a grayscale PNG."""
+    write_bytes(path, png(image))

@@ -1,0 +1,295 @@
+"""A prediction log held against the model's reference profile."""
+
+# Shape letters: N images, K classes, E bins.
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.client.logged import Entry, Logged, read_log
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.files import write_json
+from pipeline.core.machine import machine
+from pipeline.core.paths import Paths
+from pipeline.core.text import Lines
+from pipeline.monitoring.significance import (
+    Shift,
+    distribution_shift,
+    holm,
+    largest_share_shift,
+    share_shift,
+)
+from pipeline.repository.reference_profile import ReferenceProfile, binned
+from pipeline.repository.release import find_profile
+
+LISTED = 3  # other models, or strange classes, that are named
+ARCSINE, SMIRNOV = "arcsine z", "Kolmogorov-Smirnov lambda"
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """From where on a difference is drift."""
+
+    alpha: float = 0.05  # how probable a false alarm may be, over all checks together
+    class_share: float = 0.10  # of a class's own rate, by which it may change
+    class_least: float = 0.005  # and by so much in any case
+    confidence: float = 0.10  # Kolmogorov's D: images whose confidence is not as it was
+    ink: float = 0.15  # the same of ink; MNIST's two halves of the test split differ by 0.13
+    unusual_ink: float = 0.015  # change of the share that lies in the reference's tails
+    tail: float = 0.005  # of the reference's images, at either end
+    unsure: float = 0.02  # change of the share of "not sure"
+    least: int = 200  # predictions; fewer say too little
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property of the predictions, and whether it drifted."""
+
+    name: str
+    test: str
+    said: str  # where the largest difference is, in words
+    effect: float
+    allowed: float
+    statistic: float
+    p: float  # adjusted for there being several checks
+    drifted: bool
+
+    @property
+    def chance(self) -> str:
+        """P as text."""
+        return f"{self.p:.2g}" if self.p else "<1e-300"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:<11} {self.said:<44} {self.effect:>+7.3f} {self.allowed:>7.3f} "
+            f"{self.statistic:>9.2f} {self.chance:>8}  {'DRIFT' if self.drifted else 'ok'}"
+        )
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a log says of a model, held against what the model was when it was proven."""
+
+    log: str
+    name: str
+    versions: tuple[str, ...]  # in which the model file was served
+    sha256: str
+    reference: str  # where the profile lies
+    images: int
+    first: str  # time of the first prediction, UTC
+    last: str
+    others: dict[str, int]  # predictions of other models, which were left out
+    unreadable: int  # lines
+    lost: int  # predictions that the log says it lacks
+    alpha: float
+    checks: tuple[Check, ...]
+    unchecked: tuple[str, ...]  # what the profile or the log says nothing of
+    class_counts: tuple[int, ...]
+    confidence_counts: tuple[int, ...]
+    ink_counts: tuple[int, ...] | None
+    profile: ReferenceProfile
+
+    @property
+    def drifted(self) -> tuple[str, ...]:
+        return tuple(check.name for check in self.checks if check.drifted)
+
+    def record(self) -> dict[str, Any]:
+        """The result as JSON would have it, with when it was looked at."""
+        return {"passed": not self.drifted, "drifted": self.drifted, **asdict(self), **machine()}
+
+    def __str__(self) -> str:
+        version = ", ".join(sorted(self.versions))
+        head = (
+            f"{'':<11} {'where it differs most':<44} {'effect':>7} {'allowed':>7} "
+            f"{'statistic':>9} {'p':>8}"
+        )
+        said = (
+            f"{self.images:,} predictions of {self.name} version {version}, {self.first} to "
+            f"{self.last}, against {self.profile.images:,} images of {self.profile.images_from}"
+        )
+        rule = (
+            f"drift is what lies beyond the allowed by more than chance explains: p below "
+            f"{self.alpha:g}"
+        )
+        return Lines(said, head, *self.checks, rule, *self._notes())
+
+    def _notes(self) -> list[str]:
+        notes = [f"{name}: not checked" for name in self.unchecked]
+        named = list(self.others.items())[:LISTED]
+        if self.others:
+            more = " and others" if len(self.others) > LISTED else ""
+            listed = ", ".join(f"{count:,} of {model}" for model, count in named)
+            notes.append(f"left out, as this profile is not theirs: {listed}{more}")
+        if self.unreadable:
+            notes.append(f"left out: {self.unreadable:,} lines that cannot be read")
+        if self.lost:
+            notes.append(f"the log lacks {self.lost:,} predictions that could not be written")
+        return notes
+
+
+def watch(
+    paths: Paths,
+    log: Path,
+    *,
+    reference: Path | None = None,
+    version: int | None = None,
+    since: datetime | None = None,
+    last: int | None = None,
+    config: DriftConfig = DriftConfig(),
+) -> Drift:
+    """Hold the log against the profile of the packaged version that is selected, or another's.
+
+    Written to exported/<name>/drift.json. Raises PipelineError where there is no profile, or
+    where the log has too few predictions of the model file that it belongs to.
+    """
+    where, profile = find_profile(paths, reference, version)
+    logged = read_log(log, profile.name, profile.sha256, since)
+    if last:
+        logged.entries = logged.entries[-last:]
+    if len(logged.entries) < config.least:
+        raise PipelineError(_too_few(log, profile, logged, config.least))
+    found = replace(compare(profile, logged, config), log=str(log), reference=str(where))
+    write_json(paths.drift, found.record())
+    return found
+
+
+def require_none(found: Drift) -> None:
+    """Raise CheckFailedError where something drifted."""
+    if found.drifted:
+        raise CheckFailedError(
+            f"{found.name} does not get, or does not say, what it did when it was proven: "
+            f"{', '.join(found.drifted)}. Look at what it is asked (the camera, the form, who "
+            "asks); train on such images if they are to stay"
+        )
+
+
+def compare(
+    profile: ReferenceProfile, logged: Logged, config: DriftConfig = DriftConfig()
+) -> Drift:
+    """Hold predictions of one model file against its profile.
+
+    Raises PipelineError for a class that the profile does not know.
+    """
+    entries, now = logged.entries, _counted(profile, logged.entries)
+    shifts = _shifts(profile, now, len(entries), config)
+    chances = holm({name: shift.p for name, (shift, _, _) in shifts.items()})
+    return Drift(
+        log="",
+        name=profile.name,
+        versions=tuple(sorted(logged.versions)),
+        sha256=profile.sha256,
+        reference="",
+        images=len(entries),
+        first=min(entry.time for entry in entries),
+        last=max(entry.time for entry in entries),
+        others={str(model): count for model, count in logged.others.most_common()},
+        unreadable=logged.unreadable,
+        lost=logged.lost,
+        alpha=config.alpha,
+        checks=tuple(
+            _check(name, *found, chances[name], config.alpha) for name, found in shifts.items()
+        ),
+        unchecked=tuple(name for name in ("ink", "not sure") if name not in shifts),
+        class_counts=now.classes,
+        confidence_counts=now.confidence,
+        ink_counts=now.ink,
+        profile=profile,
+    )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """A log's predictions, counted as the profile's are."""
+
+    classes: tuple[int, ...]
+    confidence: tuple[int, ...]
+    ink: tuple[int, ...] | None  # None where the profile or a line of the log has none
+    unsure: int
+
+
+def _counted(profile: ReferenceProfile, entries: Sequence[Entry]) -> _Counts:
+    labels = Counter(entry.label for entry in entries)
+    if strange := labels.keys() - set(profile.classes):
+        raise PipelineError(
+            f"predictions of {', '.join(sorted(strange)[:LISTED])}, classes that {profile.name} "
+            "has not: the log or the profile is another model's"
+        )
+    confidence = np.array([entry.probability for entry in entries])
+    inks = [entry.ink for entry in entries if entry.ink is not None]
+    has_ink = profile.ink_counts is not None and len(inks) == len(entries)
+    return _Counts(
+        classes=tuple(labels[label] for label in profile.classes),
+        confidence=binned(confidence, profile.confidence_edges),
+        ink=binned(np.array(inks), profile.ink_edges) if has_ink else None,
+        unsure=sum(not entry.is_sure for entry in entries),
+    )
+
+
+Found = tuple[Shift, str, str]  # with the test's name, and where the difference is, in words
+
+
+def _shifts(
+    profile: ReferenceProfile, now: _Counts, images: int, config: DriftConfig
+) -> dict[str, Found]:
+    before, counts = np.array(profile.class_counts), np.array(now.classes)
+    shift = largest_share_shift(before, counts, config.class_share, config.class_least)
+    shares = f"{before[shift.at] / profile.images:.1%} -> {counts[shift.at] / images:.1%}"
+    found = {"classes": (shift, ARCSINE, f"class {profile.classes[shift.at]}: {shares}")}
+    found["confidence"] = _distribution(
+        *("confidence", profile.confidence_edges, profile.confidence_counts),
+        *(now.confidence, config.confidence),
+    )
+    if profile.ink_counts is not None and now.ink is not None:
+        found["ink"] = _distribution(
+            "ink", profile.ink_edges, profile.ink_counts, now.ink, config.ink
+        )
+        found["unusual ink"] = _unusual(profile.ink_edges, profile.ink_counts, now.ink, config)
+    if profile.unsure is not None:
+        shift = share_shift(profile.unsure, profile.images, now.unsure, images, config.unsure)
+        said = f"{profile.unsure / profile.images:.1%} -> {now.unsure / images:.1%}"
+        found["not sure"] = (shift, ARCSINE, said)
+    return found
+
+
+def _distribution(
+    name: str,
+    edges: tuple[float, ...],
+    before: tuple[int, ...],
+    now: tuple[int, ...],
+    allowed: float,
+) -> Found:
+    shift = distribution_shift(np.array(before), np.array(now), allowed)
+    shares = [sum(counts[: shift.at]) / sum(counts) for counts in (before, now)]
+    said = f"{name} below {edges[shift.at]:.6g}: {shares[0]:.1%} -> {shares[1]:.1%}"
+    return shift, SMIRNOV, said
+
+
+def _unusual(
+    edges: tuple[float, ...], before: tuple[int, ...], now: tuple[int, ...], config: DriftConfig
+) -> Found:
+    """The share in the reference's tails: a few strange images move no whole distribution."""
+    counts, of, images = np.array(before), sum(before), sum(now)
+    low = int((counts.cumsum() <= config.tail * of).sum())
+    high = len(counts) - int((counts[::-1].cumsum() <= config.tail * of).sum())
+    known, found = (sum(c[:low]) + sum(c[high:]) for c in (before, now))
+    shift = share_shift(known, of, found, images, config.unusual_ink)
+    bounds = f"ink outside {edges[low]:g} to {edges[high]:g}"
+    return shift, ARCSINE, f"{bounds}: {known / of:.1%} -> {found / images:.1%}"
+
+
+def _check(name: str, shift: Shift, test: str, said: str, p: float, alpha: float) -> Check:
+    return Check(name, test, said, shift.effect, shift.allowed, shift.statistic, p, p < alpha)
+
+
+def _too_few(log: Path, profile: ReferenceProfile, logged: Logged, least: int) -> str:
+    others = ", ".join(f"{count:,} of {model}" for model, count in logged.others.most_common(3))
+    also = f" It has {others}: choose with --name, --model-version." if others else ""
+    return (
+        f"{log} has {len(logged.entries):,} predictions of {profile.name} with sha256 "
+        f"{profile.sha256[:12]}, fewer than {least}: too few to tell drift from chance.{also}"
+    )

@@ -1,0 +1,14 @@
+"""The report of a run: one self-contained HTML page of whatever the run and its export have.
+
+Read `page.py` first; each section has a module that gathers what it shows, and `figures.py` draws.
+Reads records that other rooms wrote, and measures nothing itself.
+"""
+
+from typing import TYPE_CHECKING
+
+from pipeline.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from pipeline.report.page import write_page as write_page
+
+__getattr__ = lazily(__name__, {"write_page": "page"})

@@ -1,0 +1,75 @@
+"""What the last look at a prediction log shows: each check, and then against now."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.core.errors import CorruptError
+from pipeline.core.files import read_json
+from pipeline.core.paths import Paths
+from pipeline.monitoring.drift import Check
+from pipeline.report import figures
+
+AGAIN = "run 'pipeline drift LOG' again"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A prediction log that was held against the model's reference profile."""
+
+    sha256: str  # of the model file
+    versions: tuple[str, ...]
+    images: int
+    first: str
+    last: str
+    reference_images: int
+    images_from: str
+    alpha: float
+    checks: tuple[Check, ...]
+    figures: tuple[Markup, ...]
+
+    @property
+    def drifted(self) -> tuple[str, ...]:
+        return tuple(check.name for check in self.checks if check.drifted)
+
+
+def watched(paths: Paths) -> Watched | None:
+    """What `pipeline drift` found last, or None where it never looked.
+
+    Raises CorruptError for a record that is none of ours.
+    """
+    if not paths.drift.exists():
+        return None
+    record = read_json(paths.drift, AGAIN)
+    try:
+        profile = record["profile"]
+        return Watched(
+            sha256=str(record["sha256"]),
+            versions=tuple(record["versions"]),
+            images=int(record["images"]),
+            first=str(record["first"]),
+            last=str(record["last"]),
+            reference_images=int(profile["images"]),
+            images_from=str(profile["images_from"]),
+            alpha=float(record["alpha"]),
+            checks=tuple(Check(**check) for check in record["checks"]),
+            figures=_figures(record, profile),
+        )
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise CorruptError(f"{paths.drift} is no record of drift: {AGAIN}") from error
+
+
+def _figures(record: dict[str, Any], profile: dict[str, Any]) -> tuple[Markup, ...]:
+    rates = [_shares(one["class_counts"]) for one in (profile, record)]
+    drawn = [figures.rate_chart(profile["classes"], *rates)]
+    for what in ("confidence", "ink"):
+        counts = [one[f"{what}_counts"] for one in (profile, record)]
+        if None not in counts:
+            drawn.append(figures.below_chart(what, profile[f"{what}_edges"], *counts))
+    return tuple(map(Markup, drawn))
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    return [count / sum(counts) for count in counts]

@@ -1,0 +1,236 @@
+"""Drawings as SVG to stand inside a page: they take its colours and fonts, light or dark."""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from pipeline.core.evaluate import Bin, wilson_interval
+
+SIZE = (5.2, 3.1)  # inches; a page scales it
+MARGIN_BINS = 60
+# Matplotlib wants colours it knows; the SVG gets the page's variables in their place.
+INK, MUTED, GRID, ACCENT, SECOND = ("#010203", "#010204", "#010205", "#010206", "#010207")
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    ACCENT: "var(--accent)",
+    SECOND: "var(--second)",
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+Line = Mapping[str, Any]  # of metrics.jsonl
+
+
+def loss_curve(lines: Sequence[Line]) -> str:
+    """The training loss over the epochs, and its running mean."""
+    epochs = [line["epoch"] for line in lines]
+    losses = [line["loss"] for line in lines]
+    with rc_context(STYLE):
+        figure, axes = _axes("epoch", "training loss (nats)")
+        axes.plot(epochs, losses, ".", color=MUTED, alpha=0.45, ms=4, mew=0, label="one batch")
+        axes.plot(epochs, list(_smooth(losses)), color=ACCENT, label="running mean")
+        if min(losses) > 0:
+            _logarithmic(axes)
+        axes.legend(loc="upper right", labelcolor=MUTED)
+        return svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
+
+
+def accuracy_curve(lines: Sequence[Line]) -> str:
+    """The validation accuracy in percent after each epoch."""
+    measured = [line for line in lines if "validation_accuracy" in line]
+    epochs = [line["epoch"] for line in measured]
+    percent = [100 * line["validation_accuracy"] for line in measured]
+    with rc_context(STYLE):
+        figure, axes = _axes("epoch", "validation accuracy (%)")
+        axes.plot(epochs, percent, "o-", color=ACCENT, ms=5)
+        end = (epochs[-1], percent[-1])
+        axes.annotate(
+            f"{percent[-1]:.2f} %", end, (0, 8), textcoords="offset points", ha="right", color=INK
+        )
+        axes.set_xlim(0, epochs[-1] * 1.04)
+        room = max(0.2, 0.15 * (max(percent) - min(percent)))
+        axes.set_ylim(min(percent) - room, min(100.0, max(percent) + room))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        return svg(figure, "accuracy", f"validation accuracy, at last {percent[-1]:.2f} %")
+
+
+def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
+    """How often right against how sure, before and after the temperature was fitted."""
+    with rc_context(STYLE):
+        figure, axes = _axes("how sure (mean probability)", "how often right")
+        axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="honest")
+        sure, right = _points(before)
+        axes.plot(sure, right, "s--", color=SECOND, ms=4, lw=1.2, label="before")
+        sure, right = _points(after)
+        ranges = [wilson_interval(round(b.accuracy * b.images), b.images) for b in after]
+        axes.vlines(sure, *zip(*ranges, strict=True), color=ACCENT, lw=1, alpha=0.6)
+        axes.plot(sure, right, "o-", color=ACCENT, ms=4.5, label="after")
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+        axes.legend(loc="upper left", labelcolor=MUTED)
+        return svg(figure, "reliability", "how often right against how sure")
+
+
+def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
+    """How many images the predictor was how sure about, before and after the temperature."""
+    with rc_context(STYLE):
+        figure, axes = _axes("how sure (mean probability)", "images")
+        for bins, colour, label in ((before, SECOND, "before"), (after, ACCENT, "after")):
+            sure, counts = _points(bins)[0], [b.images for b in bins]
+            marker = "s--" if bins is before else "o-"
+            axes.plot(sure, counts, marker, color=colour, ms=4, lw=1.2, label=label)
+        _logarithmic(axes)
+        axes.set_xlim(0, 1.02)
+        axes.legend(loc="upper left", labelcolor=MUTED)
+        return svg(figure, "histogram", "images by how sure the answer was")
+
+
+def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> str:
+    """How many images have how large a margin, and where the largest error of each file lies."""
+    positive = [margin for margin in margins if margin > 0] or [1.0]
+    low, high = min(positive) / 1.1, max(positive) * 1.1
+    step = (high / low) ** (1 / MARGIN_BINS)
+    with rc_context(STYLE):
+        figure, axes = _axes("by how much the likeliest class is ahead (nats)", "images")
+        edges = [low * step**index for index in range(MARGIN_BINS + 1)]
+        axes.hist(positive, edges, histtype="stepfilled", color=ACCENT, alpha=0.35, lw=0)
+        styles = zip((INK, SECOND, ACCENT), ("-", "--", ":"), strict=True)
+        for (name, error), (colour, dashes) in zip(largest.items(), styles, strict=False):
+            axes.axvline(error, color=colour, ls=dashes, label=f"{name} {error:.2g}")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axes)
+        axes.set_ylim(bottom=0.7)
+        if largest:
+            legend = axes.legend(
+                loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, labelcolor=MUTED
+            )
+            legend.set_title("largest error")
+        return svg(figure, "margins", "images by their margin, and the largest errors")
+
+
+def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[float]) -> str:
+    """How often each class was answered, in percent, by the reference and by a log."""
+    with rc_context(STYLE):
+        figure, axes = _axes("class", "answers (%)")
+        places = range(len(classes))
+        for rates, shift, colour, label in (
+            (before, -0.2, MUTED, "reference"),
+            (now, 0.2, ACCENT, "log"),
+        ):
+            heights = [100 * rate for rate in rates]
+            axes.bar([at + shift for at in places], heights, 0.4, color=colour, label=label)
+        axes.set_xticks(list(places), list(classes), rotation=90 if len(classes) > 12 else 0)
+        axes.grid(visible=False, axis="x")
+        _legend_above(axes)
+        return svg(figure, "rates", "how often each class was answered, then and now")
+
+
+def below_chart(
+    what: str, edges: Sequence[float], before: Sequence[int], now: Sequence[int]
+) -> str:
+    """The share of images below each value, from counts in bins, by the reference and by a log."""
+    with rc_context(STYLE):
+        figure, axes = _axes(what, "images below it (%)")
+        for counts, colour, dashes, label in (
+            (before, MUTED, "--", "reference"),
+            (now, ACCENT, "-", "log"),
+        ):
+            shares = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
+            axes.plot(edges, shares, dashes, color=colour, label=label)
+        axes.set_ylim(0, 102)
+        if what == "confidence":
+            _near_one(axes)
+        _legend_above(axes)
+        return svg(figure, f"below-{what}", f"the share of images below each {what}")
+
+
+def _near_one(axes: Axes) -> None:
+    """Stretch the axis towards 1, where most answers are."""
+    least = 1e-6
+
+    def doubt(values: np.ndarray) -> np.ndarray:
+        away: np.ndarray = -np.log10(np.maximum(1 - values, least))
+        return away
+
+    axes.set_xscale("function", functions=(doubt, lambda places: 1 - 10.0**-places))
+    axes.set_xlim(0, 1 - least)
+    axes.set_xticks([0, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower right", labelcolor=MUTED, bbox_to_anchor=(1, 1), ncols=2)
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.tick_params(which="both", length=0)
+    return figure, axes
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:,g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _points(bins: Sequence[Bin]) -> tuple[list[float], list[float]]:
+    return [b.confidence for b in bins], [b.accuracy for b in bins]
+
+
+def _smooth(values: Sequence[float]) -> Iterable[float]:
+    """A running mean that reaches back over a twelfth of the values or so."""
+    weight, mean, total = 1 - 1 / max(1.0, len(values) / 12), 0.0, 0.0
+    for value in values:
+        mean, total = weight * mean + value, weight * total + 1
+        yield mean / total
+
+
+def svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an `<svg>` element whose bytes depend on nothing but what it shows.
+
+    Ids are salted with `name`, so that figures in one page do not share any.
+    """
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(r"<style.*?</style>", "", body)  # it would be the whole page's
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    body = re.sub(r"font-family: [^;\"]*", "", body)
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, variable)
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body.strip()}'

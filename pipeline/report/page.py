@@ -1,0 +1,299 @@
+"""The report of a run: one self-contained page of whatever the run and its export have."""
+
+# Shape letters: N images, K classes.
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import check_manifest, read_json, write_bytes
+from pipeline.core.paths import MODEL_NAMES, Paths
+from pipeline.data.splits import Split, load_split
+from pipeline.report import figures
+from pipeline.report.answers import Answers, answers, picture
+from pipeline.report.drift import Watched, watched
+from pipeline.report.evidence import Evidence, evidence
+from pipeline.report.speeds import MEASURE, Speeds, speeds
+from pipeline.training.augment import examples
+from pipeline.training.predictions import Predictions, load_predictions
+from pipeline.training.recipes import RECIPES, TrainConfig
+from pipeline.training.run import recorded_config
+from pipeline.validation.agreement import Table, read_agreement
+from pipeline.validation.card import percent
+
+DIGITS, DRAWS = 8, 6  # in the grid of distorted digits
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a section lacks, and the command that makes it."""
+
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Distorted:
+    """A training image and what the recipe's distortion made of it, as data: URLs."""
+
+    label: str
+    original: str
+    draws: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template shows. Where a part is a Note, it says what would make it."""
+
+    run: str
+    name: str
+    summary: Mapping[str, Any]
+    curves: tuple[Markup, ...] | Note
+    answers: Answers | Note
+    pictures: Note | None  # why mistakes have none
+    distorted: tuple[Distorted, ...] | Note
+    evidence: Evidence | Note
+    proof: Table | Note
+    watched: Watched | Note
+    speeds: Speeds | Note
+    settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's own where it differs
+    digests: tuple[tuple[str, str], ...]  # SHA-256, path under the project's root
+    export: Note | None  # why digests lack an export's
+    then: str  # the command that the chain lacks after this report
+
+
+def write_page(paths: Paths) -> Page:
+    """Write the report of a finished run to `runs/<run>/report.html`; return what it shows.
+
+    Raises PipelineError when there is no finished run, and CorruptError when a file of the run or
+    of its export is not what was recorded.
+    """
+    page = collect(paths)
+    write_bytes(paths.page, render(page).encode())
+    return page
+
+
+def render(page: Page) -> str:
+    """The page as HTML; the same page gives the same text."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment.get_template("report.html").render(page=page, is_note=_is_note)
+
+
+def collect(paths: Paths) -> Page:
+    """Everything that the run and its export have to show."""
+    summary = _summary(paths)
+    config = recorded_config(paths) or TrainConfig()
+    predictions = _predictions(paths, summary)
+    test = _pictured(_split(paths, config, "test"), predictions)
+    train = _split(paths, config, "train")
+    manifest = _manifest(paths, summary)
+    return Page(
+        run=paths.run,
+        name=paths.name,
+        summary=summary,
+        curves=_curves(paths),
+        answers=predictions
+        if isinstance(predictions, Note)
+        else answers(predictions, summary, test if isinstance(test, Split) else None),
+        pictures=test if isinstance(test, Note) else None,
+        distorted=_distorted(train, config) if isinstance(train, Split) else train,
+        evidence=_evidence(paths, manifest, test),
+        proof=_proof(paths, manifest),
+        watched=_watched(paths, manifest),
+        speeds=_speeds(paths, manifest),
+        settings=_settings(config),
+        digests=_digests(paths, config, summary, manifest),
+        export=manifest if isinstance(manifest, Note) else None,
+        then=_then(paths, manifest),
+    )
+
+
+def _then(paths: Paths, manifest: Mapping[str, Any] | Note) -> str:
+    if isinstance(manifest, Note):
+        return manifest.command
+    if not paths.validation.exists():
+        return f"pipeline validate{_named(paths)}"
+    if not paths.packaged.exists():
+        return f"pipeline package{_named(paths)}"
+    if not paths.agreement.exists():
+        return f"pipeline validate {shlex.quote(str(paths.repository))}"
+    return "pipeline serve"
+
+
+def _named(paths: Paths) -> str:
+    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
+
+
+def _is_note(value: object) -> bool:
+    return isinstance(value, Note)
+
+
+def _train_command(paths: Paths) -> str:
+    return f"pipeline train --run {paths.run}"
+
+
+def _export_command(paths: Paths) -> str:
+    named = "" if paths.name == paths.run else f" --name {paths.name}"
+    return f"pipeline export --run {paths.run}{named}"
+
+
+def _summary(paths: Paths) -> dict[str, Any]:
+    if not paths.run_folder.exists():
+        raise PipelineError(
+            f"no run at {paths.run_folder}: run '{_train_command(paths)}' first, or name one that "
+            "there is with --run"
+        )
+    mend = f"the run is not finished; finish it with '{_train_command(paths)} --resume'"
+    return read_json(paths.summary, mend)
+
+
+def _predictions(paths: Paths, summary: Mapping[str, Any]) -> Predictions | Note:
+    if digest := summary.get("predictions_sha256"):
+        return load_predictions(paths, str(digest))
+    lack = "This run is from a time when runs did not keep their predictions"
+    return Note(lack, _train_command(paths))
+
+
+def _split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:
+    """The split, or why there is none here; a cached file that changed is an error all the same."""
+    try:
+        return load_split(config.dataset, paths.data(config.dataset), name)
+    except CorruptError:
+        raise
+    except PipelineError as error:
+        return Note(f"Pictures are left out: {error}")
+
+
+def _pictured(test: Split | Note, predictions: Predictions | Note) -> Split | Note:
+    """The test split that the predictions were made on, or why there are no pictures of it."""
+    if isinstance(test, Note) or isinstance(predictions, Note):
+        return test
+    if np.array_equal(test.labels, predictions.labels):
+        return test
+    return Note("Pictures are left out: the cached test split is not the one that was scored")
+
+
+def _manifest(paths: Paths, summary: Mapping[str, Any]) -> dict[str, Any] | Note:
+    """The manifest of this run's export."""
+    again = _export_command(paths)
+    if not paths.manifest.exists():
+        return Note("This run has not been exported yet", again)
+    manifest = check_manifest(paths.export, f"run '{again}' again")
+    if manifest.get("weights_sha256") != summary["weights_sha256"]:
+        return Note(f"exported/{paths.name} is the export of other weights than these", again)
+    return manifest
+
+
+def _evidence(
+    paths: Paths, manifest: Mapping[str, Any] | Note, test: Split | Note
+) -> Evidence | Note:
+    if isinstance(manifest, Note):
+        return manifest
+    shown = evidence(paths, manifest, test if isinstance(test, Split) else None)
+    lack = "The exported files have not been held against their module yet"
+    return shown or Note(lack, f"pipeline validate{_named(paths)}")
+
+
+def _proof(paths: Paths, manifest: Mapping[str, Any] | Note) -> Table | Note:
+    if isinstance(manifest, Note):
+        return manifest
+    if not paths.agreement.exists():
+        return Note("No server has been held against this model yet", _then(paths, manifest))
+    table = read_agreement(paths)
+    if table.sha256 != manifest["files"].get(paths.onnx.name):
+        return Note(
+            f"The last proof was of another model.onnx (version {table.version})",
+            "pipeline package && pipeline validate exported/model_repository",
+        )
+    return table
+
+
+def _watched(paths: Paths, manifest: Mapping[str, Any] | Note) -> Watched | Note:
+    if isinstance(manifest, Note):
+        return manifest
+    shown, command = watched(paths), f"pipeline drift LOG{_named(paths)}"
+    if shown is None:
+        return Note("No prediction log has been held against this model yet", command)
+    if shown.sha256 != manifest["files"].get(paths.onnx.name):
+        return Note("The last prediction log was of another model.onnx", command)
+    return shown
+
+
+def _speeds(paths: Paths, manifest: Mapping[str, Any] | Note) -> Speeds | Note:
+    if isinstance(manifest, Note):
+        return manifest
+    measured = speeds(paths, str(manifest["files"].get(paths.onnx.name)))
+    return measured or Note("Nobody has measured yet how fast it is", f"{MEASURE}{_named(paths)}")
+
+
+def _curves(paths: Paths) -> tuple[Markup, ...] | Note:
+    if not paths.metrics.exists():
+        return Note(f"runs/{paths.run}/{paths.metrics.name} is gone", _train_command(paths))
+    try:
+        lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+        return Markup(figures.loss_curve(lines)), Markup(figures.accuracy_curve(lines))
+    except (ValueError, LookupError, TypeError) as error:
+        raise CorruptError(
+            f"{paths.metrics} holds no learning curve: run '{_train_command(paths)}' again"
+        ) from error
+
+
+def _distorted(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
+    """The first image of some classes, distorted as in training."""
+    if not config.settings.distorts:
+        return Note("This recipe distorts nothing: the network saw each training image as it is")
+    present = np.unique(train.labels)[:DIGITS]
+    chosen = [int(np.flatnonzero(train.labels == label)[0]) for label in present]
+    images = train.images[chosen]
+    return tuple(
+        Distorted(train.classes[label], picture(image), tuple(map(picture, draws)))
+        for label, image, draws in zip(
+            present, images, examples(images, config.settings, DRAWS), strict=True
+        )
+    )
+
+
+def _settings(config: TrainConfig) -> tuple[tuple[str, str, str], ...]:
+    own = asdict(RECIPES[config.recipe]) if config.recipe in RECIPES else {}
+    return tuple(
+        (name, _plain(value), "" if own.get(name, value) == value else _plain(own[name]))
+        for name, value in asdict(config.settings).items()
+    )
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _digests(
+    paths: Paths,
+    config: TrainConfig,
+    summary: Mapping[str, Any],
+    manifest: Mapping[str, Any] | Note,
+) -> tuple[tuple[str, str], ...]:
+    files = {
+        paths.weights: summary["weights_sha256"],
+        paths.predictions: summary.get("predictions_sha256"),
+        **{paths.data(config.dataset) / name: d for name, d in summary["data_sha256"].items()},
+    }
+    if not isinstance(manifest, Note):
+        files |= {paths.export / name: digest for name, digest in manifest["files"].items()}
+    return tuple(
+        (str(digest), path.relative_to(paths.root).as_posix())
+        for path, digest in files.items()
+        if digest
+    )

@@ -1,0 +1,15 @@
+"""Would Triton load this model repository, and serve it correctly? From the files alone.
+
+Read `check.py` first, which applies the rules of the other modules to each model; `text.py` reads a
+config.pbtxt with its line numbers. Every rule names the source of Triton that it follows. No rule
+starts a server: `serving/scratch.py` does.
+"""
+
+from typing import TYPE_CHECKING
+
+from pipeline.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from pipeline.repository.lint.check import lint_repository as lint_repository
+
+__getattr__ = lazily(__name__, {"lint_repository": "check"})

@@ -1,0 +1,268 @@
+"""The folders of a model as Triton reads them: versions, what is in them, who may change them."""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import sha256
+from pipeline.repository import config_pbtxt
+from pipeline.repository.lint.graph import Graph
+from pipeline.repository.lint.text import Config, Finding, Level
+
+ONNX = "model.onnx"  # where the config names no other file
+DEFAULT_BATCH = 4  # which Triton fills in where a config leaves its tensors to the graph
+LARGEST_VERSION = 2**63 - 1
+VERSIONS = "core src/model_repository_manager/model_lifecycle.cc VersionsToLoad"
+_INTEGER = re.compile(r"\s*([+-]?[0-9]+)")  # what std::stoll takes for a number: a prefix is enough
+_REPACKAGE = "package it again, or put the right file back"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's folder under one of its configs, and the graphs of its versions."""
+
+    folder: Path
+    config: Config
+    versions: Mapping[int, Path]  # as Triton counts them
+    graphs: Mapping[int, Graph] = field(default_factory=dict)
+
+    @property
+    def filename(self) -> str:
+        return str(self.config.message.default_model_filename) or ONNX
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the config describes the tensors, so that Triton fills nothing in."""
+        return bool(self.config.message.input and self.config.message.output)
+
+    @property
+    def max_batch_size(self) -> int:
+        """The largest batch, as Triton fills it in."""
+        stated = int(self.config.message.max_batch_size)
+        graphs = self.graphs.values()
+        if stated or self.is_complete or not graphs:
+            return stated
+        return DEFAULT_BATCH if all(graph.can_batch for graph in graphs) else 0
+
+    def file(self, version: int) -> Path:
+        """The file of a version; a large model may be a folder that holds it."""
+        path = self.versions[version] / self.filename
+        return path / ONNX if path.is_dir() else path
+
+    @property
+    def selected(self) -> list[int]:
+        """The versions that Triton would load."""
+        policy = self.config.message.version_policy
+        choice = policy.WhichOneof("policy_choice")
+        if choice == "specific":
+            return [version for version in policy.specific.versions if version in self.versions]
+        newest = sorted(self.versions, reverse=True)
+        count = policy.latest.num_versions if choice == "latest" else 1
+        return newest if choice == "all" else newest[:count]
+
+
+def is_onnx(config: Any, folder: Path) -> bool:
+    """Whether Triton gives the model to its onnxruntime backend."""
+    if config.backend or config.platform:
+        return str(config.backend or config.platform) in ("onnxruntime", "onnxruntime_onnx")
+    if config.default_model_filename:
+        return str(config.default_model_filename) == ONNX
+    first = min((entry.name for entry in folder.iterdir() if entry.is_dir()), default="")
+    return (folder / first / ONNX).exists()
+
+
+def versions(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
+    """The versions in a model's folder by Triton's own reading, and names that are mistakes."""
+    found: dict[int, Path] = {}
+    findings: list[Finding] = []
+
+    def say(level: Level, path: Path, said: str, fix: str) -> None:
+        findings.append(Finding("version-name", level, path, said, fix, source=VERSIONS))
+
+    for entry in sorted(folder.iterdir()):
+        name = entry.name
+        if not entry.is_dir() or name in ("warmup", "configs", "initial_state"):
+            continue
+        number = _INTEGER.match(name)
+        if name.startswith("0") and len(name) > 1:
+            said = f"ignore version directory '{name}' which contains leading zeros"
+            say("warning", entry, said, f"call it {name.lstrip('0') or '0'}")
+        elif not number and re.search(r"[0-9]", name) and not name.startswith("."):
+            said = f"ignore version directory '{name}' which fails to convert to integral number"
+            say("warning", entry, said, "a version is called by its number alone")
+        elif number and abs(version := int(number[1])) > LARGEST_VERSION:
+            said = f"'{name}' is beyond all version numbers, and takes the whole server down"
+            say("error", entry, said, "call it otherwise")
+        elif number:
+            found[version] = folder / str(version)
+            if name != str(version):
+                said = f"Triton takes the folder '{name}' for version {version}"
+                is_there = (folder / str(version)).is_dir()
+                more = "" if is_there else f", looks for it in '{version}', and finds nothing there"
+                say("warning", entry, said + more, "call it otherwise, or move it elsewhere")
+    return found, findings
+
+
+def version_files(model: Model) -> Iterator[Finding]:
+    """Versions that the policy asks for and that are not there, or hold no model."""
+    config, chosen = model.config, model.selected
+    policy = config.message.version_policy
+    for index, version in enumerate(policy.specific.versions):
+        if version not in model.versions:
+            said = f"version {version} is specified for model '{model.folder.name}', but the "
+            yield config.finding(
+                "version-missing", "error", f"version_policy.specific.versions[{index}]",
+                f"{said}version directory is not present", _have(model), VERSIONS,
+            )  # fmt: skip
+    if not chosen:
+        name = model.folder.name
+        said = "at least one version must be available under the version policy of model "
+        fix = f"put the model into {model.folder / '1' / model.filename}"
+        if model.versions:
+            fix = _have(model)
+        yield config.finding(
+            "no-version", "error", "version_policy", f"{said}'{name}'", fix, VERSIONS
+        )
+    for version, path in model.versions.items():
+        if (version in chosen or path.is_dir()) and not model.file(version).is_file():
+            said = f"unable to find '{model.file(version).relative_to(model.folder)}'"
+            level: Level = "error" if version in chosen else "warning"
+            hangs = "; a version without its file can hang the server's start for ever"
+            if version not in chosen:
+                hangs += " once the version policy selects it, as today's does not"
+            fix = f"put {model.filename} there, remove the folder, or set default_model_filename"
+            source = "onnxruntime_backend src/onnxruntime.cc LoadModel"
+            yield Finding("model-file", level, path, said + hangs, fix, source=source)
+
+
+def _have(model: Model) -> str:
+    there = ", ".join(map(str, sorted(model.versions))) or "none"
+    return f"versions there: {there}"
+
+
+def safety(folder: Path) -> Iterator[Finding]:
+    """Links, files that are none, and files that anyone may change."""
+    open_to_all: list[Path] = []
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            said = f"is a link to '{os.readlink(path)}': what is served can change unseen"
+            yield Finding("link", "error", path, said, "put a copy in its place")
+        elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            said = "is neither a file nor a folder: to read it can hang the server"
+            yield Finding("file-kind", "error", path, said, "remove it")
+        elif mode & stat.S_IWOTH:
+            open_to_all.append(path)
+    if open_to_all:
+        others = len(open_to_all) - 1
+        more = f", and so are {others} others in this model" if others else ""
+        said = f"is writable by everyone{more}: anybody here can change what is served"
+        fix = f"chmod -R o-w {folder}"
+        yield Finding("world-writable", "error", open_to_all[0], said, fix)
+
+
+def code(model: Model) -> Iterator[Finding]:
+    """What makes the server run code that came with the model."""
+    for path in brought_code(model):
+        said = "is native code that Triton loads into the server with this model"
+        source = "core src/backend_model.cc GetBackendLibrarySearchPaths"
+        fix = "remove it, unless you wrote it"
+        yield Finding("brings-code", "warning", path, said, fix, source=source)
+    for where, what in _foreign_code(model):
+        yield model.config.finding(
+            "brings-code", "warning", where, f"may have the server run {what}",
+            "remove it, unless you trust it",
+        )  # fmt: skip
+
+
+def _foreign_code(model: Model) -> Iterator[tuple[str, str]]:
+    """Fields of a config that name code to run, and what they name."""
+    message = model.config.message
+    for index, name in enumerate(message.model_operations.op_library_filename):
+        yield f"model_operations.op_library_filename[{index}]", f"the code in '{name}'"
+    for index, agent in enumerate(message.model_repository_agents.agents):
+        yield f"model_repository_agents.agents[{index}]", f"the agent '{agent.name}'"
+    if message.runtime:
+        yield "runtime", f"'{message.runtime}'"
+    for key in ("EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"):
+        if key in message.parameters:
+            yield f"parameters[{key}]", f"what {key} names"
+    for what in config_pbtxt.commands(model.folder, message):
+        yield "instance_group", what
+
+
+def brought_code(model: Model) -> list[Path]:
+    """The libraries in a model's folders that Triton would load by their names."""
+    folders = [model.folder, *model.versions.values()]
+    names = ("libtriton_*.so", "batchstrategy.so")
+    return [path for folder in folders for name in names for path in folder.glob(name)]
+
+
+def brings_code(model: Model) -> bool:
+    """Whether a load might run more than ONNX Runtime, or another backend that Triton has."""
+    message: Any = model.config.message
+    if any(code(model)):
+        return True
+    if is_onnx(message, model.folder):
+        return False
+    if message.backend:  # which Triton looks for in a folder of that name
+        return re.fullmatch(r"\w+", message.backend) is None
+    # Triton guesses: from the files, else from the end of the folder's name.
+    return "." in model.folder.name or any(model.folder.rglob("*.py"))
+
+
+def digest(path: Path) -> str:
+    """A file's SHA-256, computed once for all the configs that state it."""
+    facts = path.stat()
+    return _digest(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, modified_ns: int) -> str:
+    return sha256(path)
+
+
+def digests(model: Model) -> Iterator[Finding]:
+    """Files that differ from the digests that the config and the manifest state."""
+    for key, value in model.config.message.parameters.items():
+        version = key.removeprefix("sha256.")
+        if version == key or not version.isdecimal():
+            continue
+        where, stated = f"parameters[{key}]", value.string_value
+        if int(version) not in model.versions:
+            said = f"states a digest for version {version}, which is not there"
+            yield model.config.finding("digest", "warning", where, said, "remove it")
+        elif model.file(int(version)).is_file():
+            found = digest(model.file(int(version)))
+            if found != stated:
+                said = f"version {version} has digest {found[:12]}, the config states "
+                yield model.config.finding(
+                    "digest", "error", where, f"{said}'{stated[:12]}'", _REPACKAGE
+                )
+
+
+def manifest(folder: Path) -> Iterator[Finding]:
+    """Files of a version that differ from its manifest, where it has one of ours."""
+    path = folder / "manifest.json"
+    try:
+        files = json.loads(path.read_bytes())["files"]
+        stated = {Path(str(name)).name: str(listed) for name, listed in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # somebody else's, or none
+    for name, listed in stated.items():
+        if not re.fullmatch("[0-9a-f]{64}", listed):
+            return
+        file = folder / name
+        if not file.is_file():
+            yield Finding(
+                "digest", "error", path, f"lists '{name}', which is not there", _REPACKAGE
+            )
+        elif digest(file) != listed:
+            said = f"does not match its digest in {path.name} ({listed[:12]})"
+            yield Finding("digest", "error", file, said, _REPACKAGE)

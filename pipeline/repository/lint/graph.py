@@ -1,0 +1,227 @@
+"""What ONNX Runtime would say of a model file: its tensors, its faults. Runs nothing."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, ValueInfoProto
+from onnx.shape_inference import InferenceError
+
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.export.graph import is_external, parse, parts, read
+from pipeline.export.sizes import STANDARD, is_whole, raw_bytes
+from pipeline.repository.lint.text import Finding, Level
+
+FILE = "onnxruntime onnxruntime/core/graph/model.cc"
+TYPES = {
+    **{TensorProto.DataType.Value(f"INT{bits}"): f"TYPE_INT{bits}" for bits in (8, 16, 32, 64)},
+    **{TensorProto.DataType.Value(f"UINT{bits}"): f"TYPE_UINT{bits}" for bits in (8, 16, 32, 64)},
+    TensorProto.FLOAT16: "TYPE_FP16",
+    TensorProto.FLOAT: "TYPE_FP32",
+    TensorProto.DOUBLE: "TYPE_FP64",
+    TensorProto.BFLOAT16: "TYPE_BF16",
+    TensorProto.BOOL: "TYPE_BOOL",
+    TensorProto.STRING: "TYPE_STRING",
+}
+# Domains that ONNX Runtime brings along.
+KNOWN_DOMAINS = STANDARD | {"ai.onnx.ml"}
+KNOWN_DOMAIN_ROOTS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")
+# Operators of the standard domain that ONNX never had or has given up, and ONNX Runtime knows.
+RUNTIME_ONLY = frozenset(
+    {
+        "Affine",
+        "Crop",
+        "DynamicSlice",
+        "GivenTensorFill",
+        "ImageScaler",
+        "MeanVarianceNormalization",
+    }
+    | {"ParametricSoftplus", "Scale", "ScaledTanh", "ThresholdedRelu"}
+)
+SMALL = 1024  # elements: what may be somebody's shape
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or an output of a graph."""
+
+    name: str
+    data_type: str  # as Triton calls it; TYPE_INVALID for what it has no word for
+    shape: tuple[int, ...]  # with the batch; -1 is open; () a scalar
+    kind: str = "tensor_type"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a model file takes and gives."""
+
+    path: Path
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    defaults: dict[str, Tensor] = field(default_factory=dict)  # inputs that need not be given
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    opset: int = 0
+    ir_version: int = 0
+    foreign: frozenset[str] = frozenset()  # domains that need a library of their own
+    computes_shapes: bool = False  # so that ONNX Runtime may know more of them than is told here
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether dimension 0 of every input and output is open."""
+        return all(t.shape[:1] == (-1,) for t in (*self.inputs.values(), *self.outputs.values()))
+
+
+def read_graph(path: Path) -> tuple[Graph | None, list[Finding]]:
+    """The graph in a model file, if it can be read, and what is wrong with it in any config."""
+    try:
+        model = parse(read(path), str(path))
+    except CheckFailedError as error:  # too large to be read here
+        return None, [Finding("onnx", "note", path, f"not looked into: {error}")]
+    except PipelineError as error:
+        said = str(error).partition(": export")[0].removeprefix(f"{path} ")
+        return None, [_wrong(path, said, "export it again")]
+    if not model.graph.output:
+        said = "holds no graph: it is empty, or cut off"
+        return None, [_wrong(path, said, "export it again")]
+    findings = [*_external(model, path), *_links(model, path), *_operators(model, path)]
+    foreign = {node.domain for node in model.graph.node} - _domains(model)
+    _infer(model)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    values = list(model.graph.input)
+    graph = Graph(
+        path,
+        {value.name: _tensor(value) for value in values if value.name not in constants},
+        {value.name: _tensor(value) for value in values if value.name in constants},
+        {value.name: _tensor(value) for value in model.graph.output},
+        max((entry.version for entry in model.opset_import if entry.domain in STANDARD), default=0),
+        model.ir_version,
+        frozenset(foreign),
+        any(node.op_type == "Shape" for node in model.graph.node),
+    )
+    return graph, findings
+
+
+def _wrong(path: Path, said: str, fix: str, level: Level = "error") -> Finding:
+    return Finding("onnx", level, path, said, fix, source=FILE)
+
+
+def _domains(model: onnx.ModelProto) -> set[str]:
+    used = {node.domain for node in model.graph.node}
+    known = {domain for domain in used if domain.startswith(KNOWN_DOMAIN_ROOTS)}
+    return known | KNOWN_DOMAINS | {function.domain for function in model.functions}
+
+
+def _infer(model: onnx.ModelProto) -> None:
+    """Fill in the shapes that follow from the graph, as ONNX Runtime does before Triton asks.
+
+    Without onnx's data propagation, which a few nodes can make allocate without end: see sizes.
+    """
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) and max(tensor.dims) > SMALL:
+            kept = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+            tensor.CopyFrom(kept)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model)
+    except (InferenceError, RuntimeError, ValueError, DecodeError):
+        return  # the declared shapes stay
+    model.graph.CopyFrom(inferred.graph)
+
+
+def _tensor(value: ValueInfoProto) -> Tensor:
+    kind = value.type.WhichOneof("value") or "tensor_type"
+    dims = value.type.tensor_type.shape.dim
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims)
+    data_type = TYPES.get(value.type.tensor_type.elem_type, "TYPE_INVALID")
+    return Tensor(value.name, data_type, shape, kind)
+
+
+def _links(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+    """Names in the graph that nobody gives or that two nodes do, and weights that are cut off."""
+    graph = model.graph
+    made = Counter(name for node in graph.node for name in node.output if name)
+    known = {*made, *(value.name for value in graph.input)}
+    known |= {tensor.name for tensor in graph.initializer}
+    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    for node in graph.node:
+        for name in node.input:
+            if name and name not in known:
+                said = f"Node input '{name}' is not a graph input, initializer, or output of a node"
+                yield _wrong(path, f"Invalid model. {said} ({node.op_type})", "export it again")
+    for tensor in graph.initializer:
+        if not is_external(tensor) and not is_whole(tensor):
+            said = f"the tensor '{tensor.name}' does not hold what its dims claim"
+            yield _wrong(path, said, "export it again")
+    for value in graph.output:
+        if value.name not in known:
+            yield _wrong(path, f"nothing computes the output '{value.name}'", "export it again")
+    for name, count in made.items():
+        if count > 1:
+            said = f"Duplicate definition of name ({name}): {count} nodes give it"
+            yield _wrong(path, said, "export it again")
+
+
+def _operators(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    opset = max((versions.get(domain, 0) for domain in STANDARD), default=0)
+    own = {function.name for function in model.functions if function.domain in STANDARD}
+    if opset > onnx.defs.onnx_opset_version():
+        return  # newer than what is known here
+    used = {node.op_type for node in model.graph.node if node.domain in STANDARD}
+    for name in sorted(used - own - RUNTIME_ONLY):
+        try:
+            schema = onnx.defs.get_schema(name, opset, "")
+        except onnx.defs.SchemaError:
+            said = f"{name}({opset}) is not a registered function/op"
+            yield _wrong(path, said, "export it with operators of its opset")
+            continue
+        if schema.deprecated:
+            said = f"{name} is deprecated in opset {opset}"
+            yield _wrong(path, said, "export it with operators of its opset")
+
+
+def _external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+    """What is wrong with the files that hold the model's weights."""
+    tensors = [part for part in parts(model) if isinstance(part, TensorProto) and is_external(part)]
+    by_place: dict[str, list[Any]] = {}
+    for tensor in tensors:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        by_place.setdefault(entries.get("location", ""), []).append((tensor, entries))
+    for location, found in by_place.items():
+        said = f"the data of {found[0][0].name or 'a tensor'} lies in '{location}', which "
+        if why := _misplaced(path.parent, location):
+            fix = f"put the file beside {path.name}, or export one file"
+            yield Finding("external-data", "error", path, said + why, fix, source=FILE)
+        elif why := _torn(found, (path.parent / location).stat().st_size):
+            fix = f"copy '{location}' again, it belongs to {path.name}"
+            yield Finding("external-data", "error", path, said + why, fix, source=FILE)
+
+
+def _misplaced(folder: Path, location: str) -> str:
+    """Why a file of weights is none that may be read; empty when it may."""
+    place = PurePosixPath(location)
+    if not location or place.is_absolute() or ".." in place.parts or "\0" in location:
+        return "is not in the version's folder"
+    try:
+        facts = os.lstat(folder / place)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return "" if stat.S_ISREG(facts.st_mode) else "is no plain file"
+
+
+def _torn(found: Iterable[tuple[Any, dict[str, str]]], size: int) -> str:
+    for tensor, entries in found:
+        offset, length = entries.get("offset", "0"), entries.get("length", "")
+        if not offset.isdecimal() or not (length.isdecimal() or not length):
+            return f"it reads from '{offset}' for '{length}' bytes"
+        needed = raw_bytes(tensor)
+        if length and needed is not None and int(length) != needed:
+            return f"holds {length} bytes of {tensor.name}, whose dims claim {needed}"
+        end = int(offset) + (int(length) if length else needed or 0)
+        if end > size:
+            return f"ends at {size}, and {tensor.name} reaches to {end}"
+    return ""

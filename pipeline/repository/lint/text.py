@@ -1,0 +1,194 @@
+"""A config.pbtxt as lint reads it: the message, on which line each field stands, what was meant."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from google.protobuf import text_format
+
+from pipeline.repository.config_pbtxt import ModelConfig
+
+Level = Literal["error", "warning", "note"]
+Place = tuple[str, ...]  # a field, from the outermost message to it: ("input[1]", "dims[0]")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a model repository, where, and how to mend it."""
+
+    rule: str
+    level: Level  # error: Triton refuses it, hangs, or answers wrongly
+    file: Path
+    message: str  # in Triton's words where Triton would say it
+    fix: str = ""
+    line: int | None = None
+    source: str | None = None  # where Triton's own code decides it
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else str(self.file)
+        mend = f" ({self.fix})" if self.fix else ""
+        return f"{place}: {self.level}: {self.message}{mend}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config file, read."""
+
+    path: Path
+    message: Any = field(default_factory=ModelConfig)
+    lines: dict[Place, int] = field(default_factory=dict)
+
+    def line(self, where: str) -> int | None:
+        """The line of a field such as `input[1].dims`, or of the nearest around it."""
+        steps = re.findall(r"(\w+)(?:\[(.*?)\])?", where)
+        place = tuple(_step(name, which or 0) for name, which in steps)
+        while place and place not in self.lines:
+            place = place[:-1]
+        return self.lines.get(place)
+
+    def finding(
+        self, rule: str, level: Level, where: str, message: str, fix: str, source: str | None = None
+    ) -> Finding:
+        """A finding at a field of this config."""
+        return Finding(rule, level, self.path, message, fix, self.line(where), source)
+
+
+def _step(name: str, which: object) -> str:
+    return f"{name}[{which}]"
+
+
+def read_config(path: Path) -> Config | Finding:
+    """The config in a file, or what is wrong with its text."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        return Finding("config-text", "error", path, f"cannot be read: {error.strerror}")
+    text = content.decode(errors="replace")  # Triton minds no strange byte in a comment
+    try:
+        message = text_format.Parse(text, ModelConfig())
+    except text_format.ParseError as error:
+        said = re.sub(r"^\d+:\d+ ?: ", "", str(error)).replace("\n", " ")
+        column = f", column {error.GetColumn()}" if error.GetColumn() else ""
+        return Finding(
+            "config-text", "error", path, f"does not parse{column}: {said}", _meant(said),
+            error.GetLine(), "core src/filesystem/api.cc ReadTextProto",
+        )  # fmt: skip
+    return Config(path, message, field_lines(text))
+
+
+# What other libraries call Triton's types.
+_OTHERS_SAY = {
+    **dict.fromkeys(("TYPE_FLOAT", "TYPE_FLOAT32"), "TYPE_FP32"),
+    **dict.fromkeys(("TYPE_DOUBLE", "TYPE_FLOAT64"), "TYPE_FP64"),
+    **dict.fromkeys(("TYPE_HALF", "TYPE_FLOAT16"), "TYPE_FP16"),
+    "TYPE_BYTES": "TYPE_STRING",
+    "TYPE_LONG": "TYPE_INT64",
+    "TYPE_BYTE": "TYPE_UINT8",
+}
+
+
+def _meant(said: str) -> str:
+    """The known name that is nearest to the one that a parser does not know."""
+    if "\ufeff" in said:
+        return "save it without a byte order mark"
+    unknown = re.search(r'"inference\.([\w.]+)" has no (?:field|value) named "?(\w+)', said)
+    if not unknown:
+        return "look at the line and at the one above it"
+    if unknown[2] in _OTHERS_SAY:
+        return f"did you mean {_OTHERS_SAY[unknown[2]]}?"
+    known = _names(unknown[1])
+    close = difflib.get_close_matches(unknown[2], known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"
+
+
+def _names(kind: str) -> list[str]:
+    """The fields of a message type, or the values of an enum type, of Triton's config."""
+    outer, *inner = kind.split(".")
+    file = ModelConfig.DESCRIPTOR.file
+    found: Any = file.message_types_by_name.get(outer) or file.enum_types_by_name.get(outer)
+    for name in inner:
+        found = found.nested_types_by_name.get(name) or found.enum_types_by_name.get(name)
+    values = getattr(found, "values_by_name", None)
+    return list(values or found.fields_by_name)
+
+
+_TOKEN = re.compile(
+    r"""(?P<comment>\#[^\n]*)|(?P<string>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
+    r"""|(?P<word>[\w.+-]+)|(?P<mark>[{}<>\[\]:,;])|(?P<newline>\n)"""
+)
+
+
+def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
+    """The tokens of a text proto: kind, text, line."""
+    line = 1
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup or ""
+        if kind == "newline":
+            line += 1
+        elif kind != "comment":
+            yield kind, match[0], line
+
+
+def field_lines(text: str) -> dict[Place, int]:
+    """The line of each field of a text proto that parses; a map's entry has its key for a number.
+
+    The n-th of a repeated field is `name[n]`.
+    """
+    scan = _Scan()
+    for kind, token, line in _tokens(text):
+        scan.take(kind, token, line)
+    return scan.lines
+
+
+class _Scan:
+    """Where a scanner of a text proto is, and what it has seen."""
+
+    def __init__(self) -> None:
+        self.lines: dict[Place, int] = {}
+        self._counts: Counter[Place] = Counter()
+        self._name = ""  # of the field whose value comes next
+        self._in_list = self._awaits_value = False
+        self._place: Place = ()  # the message that the scanner is in
+        self._around: list[tuple[Place, str, bool]] = []
+
+    def take(self, kind: str, token: str, line: int) -> None:
+        if kind == "mark":
+            self._mark(token, line)
+        elif self._awaits_value:
+            self._enter(line)
+            self._awaits_value = self._in_list
+            if self._name == "key" and self._place:
+                self._rename(token.strip("\"'"))
+        elif kind == "word":
+            self._name = token
+
+    def _mark(self, token: str, line: int) -> None:
+        if token in "{<":
+            self._around.append((self._place, self._name, self._in_list))
+            self._place = self._enter(line)
+            self._in_list = self._awaits_value = False
+        elif token in "}>" and self._around:
+            self._place, self._name, self._in_list = self._around.pop()
+            self._awaits_value = self._in_list
+        elif token in ":[]":
+            self._in_list = token == "[" or (self._in_list and token == ":")
+            self._awaits_value = token != "]"
+
+    def _enter(self, line: int) -> Place:
+        kind = (*self._place, self._name)
+        place = (*self._place, _step(self._name, self._counts[kind]))
+        self._counts[kind] += 1
+        self.lines[place] = line
+        return place
+
+    def _rename(self, key: str) -> None:
+        """Call the map's entry that the scanner is in by its key."""
+        *outer, last = self._place
+        place = (*outer, _step(last.partition("[")[0], key))
+        for old in [old for old in self.lines if old[: len(self._place)] == self._place]:
+            self.lines[(*place, *old[len(self._place) :])] = self.lines.pop(old)
+        self._place = place

@@ -1,0 +1,284 @@
+"""A validated export becomes the next version in a Triton model repository."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.files import (
+    check_digest,
+    check_manifest,
+    clear_temporary,
+    locked,
+    new_folder,
+    read_json,
+    refuse_shared,
+    write_bytes,
+    write_json,
+)
+from pipeline.core.paths import MODEL_NAMES, Paths, packaged_name
+from pipeline.core.signature import pictures_of
+from pipeline.export import graph
+from pipeline.export.policy import check_policy
+from pipeline.repository import config_pbtxt, profiles
+from pipeline.repository.golden import unpack_golden
+from pipeline.repository.running import serving
+from pipeline.repository.settings import PackageConfig
+from pipeline.repository.tarball import write_tar
+
+EXPORT = "run 'pipeline export', then 'pipeline validate'"
+VALIDATE = "run 'pipeline validate' first"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A version that was added to a model repository."""
+
+    name: str
+    precision: str
+    folder: Path  # of the version
+    version: int
+    sha256: str  # of its model.onnx
+    is_selected: bool  # Triton loads it; not where a server of ours serves another one
+
+    def __str__(self) -> str:
+        said = "" if self.is_selected else "; the running server goes on with what it serves"
+        return f"wrote {self.folder} (version {self.version}, sha256 {self.sha256[:12]}){said}"
+
+
+def package_model(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packaged]:
+    """Add each file of the export to the repository as the next version of its model.
+
+    It is selected, unless our server runs: then nothing but a promotion changes what is served.
+    fp32 is called as the model, a variant has its precision behind that. Raises CheckFailedError
+    when the export was never validated, CorruptError when a file changed since, and
+    CheckFailedError when its signature or classes differ from the repository's.
+    """
+    return [_add(paths, load) for load in _loads(paths, config)]
+
+
+def explain(
+    paths: Paths, config: PackageConfig, profile: str = "all"
+) -> dict[str, list[profiles.Choice]]:
+    """What `package` would write into each config of the fp32 model, with reasons; none is written.
+
+    Raises what `package` raises, and PipelineError for a profile that there is not.
+    """
+    chosen = [name for name in profiles.PROFILES if profile in (name, "all")]
+    if not chosen:
+        raise PipelineError(f"no profile {profile!r}: there are {', '.join(profiles.PROFILES)}")
+    load = _loads(paths, config)[0]
+    packaged = paths.repository / load.name
+    version = next_version(packaged)
+    base = _selecting(
+        load, version, _fitting(packaged / config_pbtxt.CONFIG, load.message, version)
+    )
+    return {name: profiles.explain(name, base, config) for name in chosen}
+
+
+def archive(paths: Paths, done: Packaged, target: Path | None = None) -> tuple[Path, str]:
+    """Write a packaged version as a tar (exported/NAME-VERSION.tar); its path and SHA-256."""
+    model = replace(paths, name=done.name)
+    path = target or model.archive(done.version)
+    if target and done.precision != "fp32":  # one tar for each model
+        path = target.with_stem(f"{target.stem}-{done.precision}")
+    with locked(model.lock):
+        if not target:  # where others write as well
+            clear_temporary(path.parent, path.name)
+        return path, write_tar(model.packaged, done.version, paths.onnx.name, path)
+
+
+def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
+    """Each file of the export with what goes into its version, all of it checked."""
+    manifest = check_manifest(paths.export, EXPORT)
+    proven = _require_validation(paths)
+    largest = min(entry.get("largest_batch", 0) for entry in proven)
+    if config.max_batch_size > largest:
+        raise PipelineError(
+            f"--max-batch-size {config.max_batch_size} is above {largest}, the largest batch that "
+            "was validated: choose a smaller one, or run 'pipeline validate' again if the export "
+            "was validated by an older version"
+        )
+    return [_load(paths, manifest, entry, config) for entry in proven]
+
+
+@dataclass(frozen=True)
+class _Load:
+    """One file of an export, checked, with all that goes into its version."""
+
+    name: str
+    precision: str
+    sha256: str
+    content: bytes
+    golden: bytes
+    profile: bytes | None  # none in an export of old
+    manifest: dict[str, Any]
+    message: config_pbtxt.ModelConfig
+    config: PackageConfig
+
+    @property
+    def min_probability(self) -> float | None:
+        """Below which the model is not sure; none where it was fitted on nothing."""
+        return self.manifest.get("min_probability")
+
+
+def _load(
+    paths: Paths, manifest: dict[str, Any], entry: dict[str, Any], config: PackageConfig
+) -> _Load:
+    precision = str(entry["precision"])
+    path, golden_path = paths.variant(precision), paths.variant_golden(precision)
+    content = check_digest(path, entry["sha256"], EXPORT)
+    golden = check_digest(golden_path, entry["golden_sha256"], VALIDATE)
+    profile_path = paths.variant_profile(precision)
+    digest = manifest["files"].get(profile_path.name)
+    profile = check_digest(profile_path, digest, VALIDATE) if digest else None
+    model = graph.parse(content, str(path))
+    check_policy(model, str(path))
+    found = graph.signature(model, str(path), batch=None)
+    name, classes = packaged_name(paths.name, precision), manifest["classes"]
+    message = config_pbtxt.model_config(name, found.images, found.outputs, classes, config)
+    training = manifest.get("training")
+    pictures = pictures_of(training["dataset"]) if training else "arrays"
+    for key, value, usual in (
+        ("pictures", pictures, "digit"),
+        ("outputs", manifest["kind"], "log_probabilities"),
+    ):
+        if value != usual:
+            config_pbtxt.set_parameter(message, key, value)
+    of_file = {**manifest, "precision": precision}
+    sha256 = entry["sha256"]
+    return _Load(name, precision, sha256, content, golden, profile, of_file, message, config)
+
+
+def _add(paths: Paths, load: _Load) -> Packaged:
+    model = paths.named(load.name)
+    with locked(model.lock):
+        refuse_shared(model.repository, [model.packaged] if model.packaged.exists() else [])
+        for folder in (
+            model.packaged,
+            model.packaged / config_pbtxt.PROFILES,
+            model.packaged / "warmup",
+        ):
+            clear_temporary(folder)
+        version = next_version(model.packaged)
+        old = _fitting(model.packaged / config_pbtxt.CONFIG, load.message, version)
+        is_selected = old is None or serving(model) is None
+        if old and not is_selected:
+            _refuse_change(model, old, load)
+        folder = model.packaged / str(version)
+        with new_folder(folder) as fresh:
+            _fill(fresh, paths, load)
+        if is_selected:
+            _select(model, load, version, old)
+        else:
+            _announce(model, load, version)
+    return Packaged(load.name, load.precision, folder, version, load.sha256, is_selected)
+
+
+def _select(model: Paths, load: _Load, version: int, old: config_pbtxt.ModelConfig | None) -> None:
+    """Write all that Triton reads beside the versions; config.pbtxt last."""
+    classes = "\n".join(load.manifest["classes"]) + "\n"
+    first = unpack_golden(load.golden, "the golden set").images[0].tobytes()
+    write_bytes(model.packaged / config_pbtxt.LABELS, classes.encode())
+    write_bytes(model.packaged / "warmup" / config_pbtxt.WARMUP, first)
+    profiles.write_configs(model.packaged, _selecting(load, version, old), load.config)
+
+
+def _selecting(
+    load: _Load, version: int, old: config_pbtxt.ModelConfig | None
+) -> config_pbtxt.ModelConfig:
+    """What all configs have: every version's digest, the one selected and the one before."""
+    message = load.message
+    if old:
+        message.version_policy.CopyFrom(old.version_policy)
+        for key, value in config_pbtxt.statements(old).items():
+            config_pbtxt.set_parameter(message, key, value)
+        if before := config_pbtxt.parameter(old, config_pbtxt.PREVIOUS):
+            config_pbtxt.set_parameter(message, config_pbtxt.PREVIOUS, before)
+    config_pbtxt.state(message, version, load.sha256, load.min_probability)
+    config_pbtxt.select(message, version)
+    return message
+
+
+def _announce(model: Paths, load: _Load, version: int) -> None:
+    """State the new version's digest and threshold in every config, and change nothing else."""
+    for path in config_pbtxt.config_files(model.packaged):
+        message = config_pbtxt.read(path)
+        config_pbtxt.state(message, version, load.sha256, load.min_probability)
+        write_bytes(path, config_pbtxt.to_text(message).encode())
+
+
+def _refuse_change(model: Paths, old: config_pbtxt.ModelConfig, load: _Load) -> None:
+    """Raise PipelineError when the model would be run otherwise than as it is served."""
+    new = profiles.message_of("config", load.message, load.config)
+    before, after = config_pbtxt.settings(old), config_pbtxt.settings(new)
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    if changed:
+        raise PipelineError(
+            f"{model.name} is being served, and its config would change ({', '.join(changed)}): "
+            "package with the options that it was packaged with, or run 'pipeline serve stop' "
+            "first"
+        )
+
+
+def _require_validation(paths: Paths) -> list[dict[str, Any]]:
+    """What the validation record says of each file; CheckFailedError if there is none."""
+    if not paths.validation.exists():
+        failed = (
+            f"; its last validation failed, see {paths.failed}" if paths.failed.exists() else ""
+        )
+        named = "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
+        raise CheckFailedError(
+            f"{paths.onnx} is not validated{failed}: run 'pipeline validate{named}' first"
+        )
+    validation = read_json(paths.validation, VALIDATE)
+    variants: list[dict[str, Any]] = validation.get("variants", [])
+    if validation.get("passed") is not True or not variants:
+        raise CheckFailedError(f"{paths.validation} does not say that it passed: {VALIDATE}")
+    return variants
+
+
+def next_version(folder: Path) -> int:
+    """One more than the highest version in a model's folder; the first is 1."""
+    versions = [int(entry.name) for entry in folder.glob("[1-9]*") if entry.name.isdigit()]
+    return max(versions, default=0) + 1
+
+
+def _fitting(
+    path: Path, message: config_pbtxt.ModelConfig, version: int
+) -> config_pbtxt.ModelConfig | None:
+    """The config that is there, if there is one; `message` must fit what it has promised."""
+    if not path.exists():
+        return None
+    old = config_pbtxt.read(path)
+    if config_pbtxt.classes(old) != config_pbtxt.classes(message):
+        differing = (
+            f"classes {config_pbtxt.classes(old)}, the export has {config_pbtxt.classes(message)}"
+        )
+    elif _signature(old) != _signature(message):
+        differing = f"{_signature(old)}, the export has {_signature(message)}"
+    else:
+        return old
+    raise CheckFailedError(
+        f"version {version} would change what {path.parent} promises its clients: it has "
+        f"{differing}. Package it under a name of its own (--name)"
+    )
+
+
+def _signature(message: config_pbtxt.ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
+    tensors = [*message.input, *message.output]
+    return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
+
+
+def _fill(folder: Path, paths: Paths, load: _Load) -> None:
+    """The files of a version: the model, its proof, and a manifest of just these."""
+    parts = {
+        paths.onnx.name: load.content,
+        paths.golden.name: load.golden,
+        paths.validation.name: paths.validation.read_bytes(),
+        paths.card.name: paths.card.read_bytes(),
+    }
+    if load.profile:
+        parts[paths.variant_profile("fp32").name] = load.profile
+    files = {name: write_bytes(folder / name, content) for name, content in parts.items()}
+    write_json(folder / paths.manifest.name, {**load.manifest, "files": files})

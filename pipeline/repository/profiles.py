@@ -1,0 +1,289 @@
+"""The configs of a packaged model, each field of them with its reason.
+
+A choice is made once: the messages that are written and what `--explain` says both come from it.
+What the fields do is read in Triton's sources: core's src/model_config_utils.cc and
+src/dynamic_batch_scheduler.cc, and ModelState::LoadModel in the native backend's onnxruntime.cc.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.core import machine
+from pipeline.core.files import write_bytes
+from pipeline.core.text import Lines
+from pipeline.repository import config_pbtxt
+from pipeline.repository.settings import PackageConfig
+
+# The configs of a packaged model: config.pbtxt, and those that --model-config-name chooses.
+PROFILES = {
+    "config": "runs anywhere and loads a machine little",
+    "cpu": "a batch at a time, on every core",
+    "gpu": "CUDA, in float32 as on the CPU",
+    "latency": "no request waits for company, nor for another's answer",
+    "tensorrt-fp16": "TensorRT in float16, its engine built once",
+    "throughput": "large batches: a request waits until one is full, or its time is up",
+}
+ASKED = "asked for"
+ON_GPU = ("gpu", "tensorrt-fp16")
+SIDE_BY_SIDE = ("latency", "throughput")  # with a session for each core
+MOST_INSTANCES = 8  # that are derived: each has its own copy of the weights
+DELAY_US, LONG_DELAY_US = 500, 2000
+WORKSPACE = 1 << 30  # bytes
+LONG = 36  # characters of a value that are shown
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field of a config, its value, and why it has that."""
+
+    field: str  # as in config.pbtxt, of a GPU accelerator its name and the key
+    value: config_pbtxt.Value
+    reason: str
+
+    @property
+    def said(self) -> str:
+        """The value in a line."""
+        said = ", ".join(map(str, self.value)) if isinstance(self.value, tuple) else str(self.value)
+        return said if len(said) <= LONG else f"{said[:LONG]}..."
+
+
+def explain(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
+    """Every field of a profile's config: what all profiles have in common, then its own."""
+    return [*_common(base), *choices(profile, base, config)]
+
+
+def table(explained: Mapping[str, list[Choice]]) -> str:
+    """The choices of some profiles as text, those that all of them share first."""
+    shared = [one for one in next(iter(explained.values())) if _in_all(one, explained)]
+    own = {key: [one for one in found if one not in shared] for key, found in explained.items()}
+    parts = {"every config below": shared, **own} if len(own) > 1 else explained
+    width = max(len(one.field) for found in parts.values() for one in found)
+    lines = []
+    for name, found in parts.items():
+        lines.append(f"{_title(name)}:")
+        lines += [f"  {one.field:<{width}}  {one.said}: {one.reason}" for one in found]
+    return Lines(*lines)
+
+
+def _in_all(choice: Choice, explained: Mapping[str, list[Choice]]) -> bool:
+    return all(choice in found for found in explained.values())
+
+
+def _title(profile: str) -> str:
+    if profile not in PROFILES:
+        return profile
+    file = (
+        config_pbtxt.CONFIG if profile == "config" else f"{config_pbtxt.PROFILES}/{profile}.pbtxt"
+    )
+    return f"{file}, {PROFILES[profile]}"
+
+
+def message_of(
+    profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig
+) -> config_pbtxt.ModelConfig:
+    """A profile's config: `base`, which has the versions and digests, and the profile's choices."""
+    message = config_pbtxt.ModelConfig()
+    message.CopyFrom(base)
+    for choice in choices(profile, base, config):
+        config_pbtxt.put(message, choice.field, choice.value)
+    return message
+
+
+def write_configs(packaged: Path, base: config_pbtxt.ModelConfig, config: PackageConfig) -> None:
+    """Write every profile's config, config.pbtxt last, and keep others' profiles in step."""
+    folder = packaged / config_pbtxt.PROFILES
+    own = [path for path in config_pbtxt.config_files(packaged)[:-1] if path.stem not in PROFILES]
+    messages = {path: _in_step(config_pbtxt.read(path), base) for path in own}
+    messages |= {folder / f"{name}.pbtxt": message_of(name, base, config) for name in PROFILES}
+    messages[packaged / config_pbtxt.CONFIG] = messages.pop(folder / "config.pbtxt")
+    for path, message in messages.items():
+        write_bytes(path, config_pbtxt.to_text(message).encode())
+
+
+def _in_step(
+    message: config_pbtxt.ModelConfig, base: config_pbtxt.ModelConfig
+) -> config_pbtxt.ModelConfig:
+    """The message with the versions of `base`, and what it says of them and to clients."""
+    for key in base.parameters:
+        config_pbtxt.set_parameter(message, key, base.parameters[key].string_value)
+    message.version_policy.CopyFrom(base.version_policy)
+    return message
+
+
+def choices(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
+    """What a profile decides, from the options, the machine's cores and the model's input."""
+    cores = config.cores or machine.cores()
+    instances, why = _instances(profile, cores)
+    if config.instances:
+        instances, why = config.instances, ASKED
+    return [
+        *_batching(profile, config),
+        _kind(profile),
+        Choice("instance_group.count", instances, why),
+        *_threads(profile, cores, instances, config),
+        *(_on_gpu(profile, base, config) if profile in ON_GPU else ()),
+        Choice(
+            "cuda.use_tf32",
+            "0",
+            "ONNX Runtime's default rounds float32 to 10 bits on a GPU, PyTorch's does not; Triton "
+            "24.06 and later know it" + ("" if profile in ON_GPU else "; not read on a CPU"),
+        ),
+        _warm_up(config.max_batch_size),
+    ]
+
+
+def _batching(profile: str, config: PackageConfig) -> list[Choice]:
+    largest = config.max_batch_size
+    delay, why = {
+        "latency": (0, "no wait: what is queued when a session is free runs together"),
+        "throughput": (LONG_DELAY_US, f"4 x {DELAY_US}: what a batch may wait to become full"),
+    }.get(
+        profile,
+        (DELAY_US, "half a millisecond for company, which a lone request waits for in vain"),
+    )
+    if config.max_queue_delay_us is not None:
+        delay, why = config.max_queue_delay_us, ASKED
+    is_usual = largest == PackageConfig.max_batch_size
+    found = [
+        Choice(
+            "max_batch_size",
+            largest,
+            ("" if is_usual else f"{ASKED}; ") + "the proof has tried larger batches than this",
+        ),
+        Choice("dynamic_batching.max_queue_delay_microseconds", delay, why),
+    ]
+    if profile == "throughput" and largest > 1:
+        sizes, halves = (largest // 2, largest), f"{largest} / 2 = {largest // 2}"
+        why = f"a batch of one of these sizes leaves at once, full or half full: {halves}"
+        found.append(Choice("dynamic_batching.preferred_batch_size", sizes, why))
+    return found
+
+
+def _kind(profile: str) -> Choice:
+    if profile in ON_GPU:
+        return Choice(
+            "instance_group.kind",
+            "KIND_GPU",
+            "else no GPU is used; where there is none the load fails",
+        )
+    return Choice("instance_group.kind", "KIND_CPU", "needs nothing that a machine may lack")
+
+
+def _instances(profile: str, cores: int) -> tuple[int, str]:
+    if profile in SIDE_BY_SIDE:
+        count = min(cores, MOST_INSTANCES)
+        lone = "threads of one session wait for each other, sessions do not"
+        return count, f"min({_count(cores, 'core')}, {MOST_INSTANCES}) = {count}: {lone}"
+    if profile in ON_GPU:
+        return 1, "one session on each GPU: batches fill it, and a second one needs its own memory"
+    return 1, "one session takes whole batches; without a count Triton starts two on a CPU"
+
+
+def _threads(profile: str, cores: int, instances: int, config: PackageConfig) -> list[Choice]:
+    threads, why = 1, "a single core; the rest of the machine is somebody else's"
+    if profile in ON_GPU:
+        why = "the GPU computes; one thread hands it its work"
+    elif profile in ("cpu", *SIDE_BY_SIDE):
+        threads = max(1, cores // instances)
+        why = f"{_count(cores, 'core')} / {_count(instances, 'instance')} = {threads}"
+        why += " thread" if threads == 1 else " threads"
+    if config.intra_op_threads:
+        threads, why = config.intra_op_threads, ASKED
+    if profile not in ON_GPU and threads * instances > cores:
+        together = f"{instances} x {threads} = {_count(instances * threads, 'thread')}"
+        why += f"; {together} share {_count(cores, 'core')}"
+    between = "operators run one after the other (execution_mode 0), and this is not read"
+    return [
+        Choice("parameters.intra_op_thread_count", str(threads), why),
+        Choice(
+            "parameters.inter_op_thread_count",
+            str(config.inter_op_threads or 1),
+            f"{ASKED}; {between}" if config.inter_op_threads else between,
+        ),
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _on_gpu(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
+    # Under parameters: in the cuda block the native backend overwrites it with its default.
+    search = Choice(
+        "parameters.cudnn_conv_algo_search",
+        "1",
+        "heuristic: the usual exhaustive search is run anew for each batch size that comes, not "
+        "just for the warm-up's, and picks by the clock",
+    )
+    return [search, *_tensorrt(base, config)] if profile == "tensorrt-fp16" else [search]
+
+
+def _tensorrt(base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
+    """Only keys that the native backend knows: any other fails the load."""
+    images, largest = base.input[0], config.max_batch_size
+    shape = "".join(f"x{dim}" for dim in images.dims)
+    ladder = {
+        "min": (1, "with all three given, one engine serves every batch size from 1"),
+        "opt": (largest, "the size to be fast at: a full batch, as under load"),
+        "max": (largest, f"to {largest}, max_batch_size; without them each new size builds anew"),
+    }
+    reasons = {
+        "precision_mode": (
+            "FP16",
+            "float16: an fp32 file's golden set refuses such answers, so this is for the fp16 "
+            "variant (pipeline export --precision fp16)",
+        ),
+        "max_workspace_size_bytes": (str(WORKSPACE), "1024 x 1024 x 1024: a bound while it builds"),
+        "trt_engine_cache_enable": ("1", "building takes minutes, and is for this GPU only"),
+        config_pbtxt.ENGINES: (
+            config_pbtxt.engine_folder(base),
+            "/tmp can be written in a read-only container too (mount a volume there to keep "
+            "engines); named by digest, for ONNX Runtime mistakes engines of other weights for its",
+        ),
+        **{
+            f"trt_profile_{end}_shapes": (f"{images.name}:{size}{shape}", why)
+            for end, (size, why) in ladder.items()
+        },
+    }
+    return [Choice(f"tensorrt.{key}", value, why) for key, (value, why) in reasons.items()]
+
+
+def _warm_up(largest: int) -> Choice:
+    sizes = tuple(2**step for step in range(largest.bit_length()) if 2**step < largest)
+    ladder = (*sizes, largest)
+    images = " + ".join(map(str, ladder)) if len(ladder) < 4 else f"1 + 2 + ... + {largest}"
+    return Choice(
+        "model_warmup.batch_size",
+        ladder,
+        f"each doubles; {images} = {sum(ladder)} runs of a real image before the first request, so "
+        "that none waits for memory or, on a GPU, for the choice of an algorithm",
+    )
+
+
+def _common(base: config_pbtxt.ModelConfig) -> list[Choice]:
+    """What all profiles have, read from the message that they start from."""
+    images, outputs = base.input[0], base.output[0]
+    graph = "as in the graph, where the batch comes first and is not listed here"
+    found = [
+        Choice("name", base.name, "the folder's name: Triton compares them"),
+        Choice("backend", base.backend, "NVIDIA's native one, or ours of the same name"),
+    ]
+    for role, tensor in (("input", images), ("output", outputs)):
+        dims = ", ".join(map(str, tensor.dims))
+        found.append(Choice(role, f"{tensor.name} {config_pbtxt.dtype(tensor)} [{dims}]", graph))
+    labels = "class names, for Triton's classification extension"
+    found.append(Choice("output.label_filename", outputs.label_filename, labels))
+    for version in config_pbtxt.selected(base):
+        policy = "the version that a server takes; 'pipeline versions' changes it"
+        found.append(Choice("version_policy.specific", version, policy))
+    reasons = {
+        "sha256": "of that version's model.onnx; no server reads it, 'pipeline serve' does",
+        "classes": "the same names for clients that read the config",
+        "pictures": "how clients make images of picture files",
+        "outputs": "what the numbers are, for clients",
+    }
+    for key in sorted(base.parameters):
+        why = reasons.get(key.partition(".")[0], "no server reads it; the pipeline does")
+        found.append(Choice(f"parameters.{key}", base.parameters[key].string_value, why))
+    return found

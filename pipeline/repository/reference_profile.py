@@ -1,0 +1,140 @@
+"""What a model says of the validation split, in counts: what its later answers are held against."""
+
+# Shape letters: N images, K classes.
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import CorruptError
+from pipeline.core.files import SCHEMA
+
+REMAKE = "run 'pipeline validate', then 'pipeline package'"
+# Most answers are nearly certain: above 0.98 the bins are of equal width in log(1 - probability).
+CONFIDENCE_EDGES = tuple(
+    round(edge, 7)
+    for edge in (*np.arange(0, 0.98, 0.01), *(1 - 10 ** np.arange(-1.7, -6.05, -0.1)), 1.0)
+)
+INK_EDGES = tuple(round(edge, 3) for edge in np.arange(0, 1.0005, 0.005))
+
+
+@dataclass(frozen=True)
+class ReferenceProfile:
+    """Counts of a model's answers to images that are as they should be."""
+
+    name: str
+    precision: str
+    sha256: str  # of the model's file
+    images_from: str  # the split, or where else the images came from
+    images: int
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]  # of the answers, not of the labels
+    confidence_edges: tuple[float, ...]  # of the bins; a bin holds its lower edge
+    confidence_counts: tuple[int, ...]
+    ink_edges: tuple[float, ...]
+    ink_counts: tuple[int, ...] | None  # None where the model's images are no uint8 pixels
+    min_probability: float | None  # below it an answer is not sure
+    unsure: int | None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "ReferenceProfile":
+        """The profile that a JSON object holds; ValueError and the like where it holds none."""
+        fields = {name: _tupled(record[name]) for name in cls.__dataclass_fields__}
+        profile = cls(**fields)
+        profile.require_sense()
+        return profile
+
+    def require_sense(self) -> None:
+        """Raise ValueError unless the counts belong together."""
+        for counts, wanted in (
+            (self.class_counts, len(self.classes)),
+            (self.confidence_counts, len(self.confidence_edges) - 1),
+            (self.ink_counts, len(self.ink_edges) - 1),
+        ):
+            if counts is not None and (len(counts), sum(counts)) != (wanted, self.images):
+                raise ValueError(f"{len(counts)} counts, {sum(counts)} images in all")
+        if self.images < 1:
+            raise ValueError("of no images")
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def profile_of(
+    outputs: np.ndarray,
+    images: np.ndarray,
+    kind: str,
+    *,
+    name: str,
+    precision: str,
+    sha256: str,
+    images_from: str,
+    classes: tuple[str, ...],
+    min_probability: float | None,
+) -> ReferenceProfile:
+    """The profile of outputs (N, K) of that kind for images (N, ...)."""
+    confidence, ink = confidence_of(outputs, kind), ink_of(images)
+    answers = np.bincount(outputs.argmax(axis=1), minlength=len(classes))
+    unsure = None if min_probability is None else int((confidence < min_probability).sum())
+    return ReferenceProfile(
+        name=name,
+        precision=precision,
+        sha256=sha256,
+        images_from=images_from,
+        images=len(images),
+        classes=classes,
+        class_counts=tuple(map(int, answers)),
+        confidence_edges=CONFIDENCE_EDGES,
+        confidence_counts=binned(confidence, CONFIDENCE_EDGES),
+        ink_edges=INK_EDGES,
+        ink_counts=None if ink is None else binned(ink, INK_EDGES),
+        min_probability=min_probability,
+        unsure=unsure,
+    )
+
+
+def confidence_of(outputs: np.ndarray, kind: str) -> np.ndarray:
+    """The probability of the likeliest class of each row (N, K), float64 (N,)."""
+    values = outputs.astype(np.float64)
+    largest: np.ndarray = values.max(axis=1)
+    if kind == "logits":
+        largest = -np.log(np.exp(values - largest[:, np.newaxis]).sum(axis=1))
+    return largest if kind == "probabilities" else np.exp(largest)
+
+
+def ink_of(images: np.ndarray) -> np.ndarray | None:
+    """The ink mass of each image: the mean of its pixels over 255, float64 (N,).
+
+    None for what is no uint8: nobody knows what such a number means.
+    """
+    if images.dtype != np.uint8:
+        return None
+    mean: np.ndarray = images.reshape(len(images), -1).mean(axis=1) / 255
+    return mean
+
+
+def binned(values: np.ndarray, edges: tuple[float, ...]) -> tuple[int, ...]:
+    """How many values (N,) lie in each bin; what lies outside goes to the outermost."""
+    inside = np.clip(values, edges[0], edges[-1])
+    return tuple(map(int, np.histogram(inside, edges)[0]))
+
+
+def packed(profile: ReferenceProfile) -> bytes:
+    """The profile as the bytes of a JSON file."""
+    text = json.dumps({"schema": SCHEMA, **asdict(profile)}, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def unpacked(content: bytes, where: str) -> ReferenceProfile:
+    """The profile in a file's bytes; CorruptError where they hold none."""
+    try:
+        record = json.loads(content)
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"schema {record['schema']}")
+        return ReferenceProfile.from_record(record)
+    except (ValueError, TypeError, LookupError) as error:
+        raise CorruptError(f"{where} is no reference profile ({error}): {REMAKE}") from error

@@ -1,0 +1,26 @@
+"""Settings of packaging. Imports nothing heavy: the command line reads them."""
+
+from dataclasses import dataclass
+
+from pipeline.core.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class PackageConfig:
+    """How Triton runs the packaged model. What is None each profile derives: see profiles.py."""
+
+    max_batch_size: int = 64
+    max_queue_delay_us: int | None = None  # how long a request may wait for company
+    instances: int | None = None
+    intra_op_threads: int | None = None
+    inter_op_threads: int | None = None
+    cores: int | None = None  # of the machine that will serve; None: as many as this one has
+
+    def __post_init__(self) -> None:
+        counts = ("max_batch_size", "instances", "intra_op_threads", "inter_op_threads", "cores")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PipelineError(f"{name} must be at least 1, got {value}")
+        if self.max_queue_delay_us is not None and self.max_queue_delay_us < 0:
+            raise PipelineError(f"max_queue_delay_us is negative: {self.max_queue_delay_us}")

@@ -1,0 +1,16 @@
+"""Millions of images classified offline: a source in, Parquet out, resumed where it stopped.
+
+Read `job.py` first, then `source.py`, which cuts a source into shards, and `worker.py`, which
+answers one. Ray and pyarrow are known here only. No server is asked: the selected release of a
+repository runs in process.
+"""
+
+from typing import TYPE_CHECKING
+
+from pipeline.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from pipeline.scoring.job import score_source as score_source
+    from pipeline.scoring.settings import ScoreConfig as ScoreConfig
+
+__getattr__ = lazily(__name__, {"ScoreConfig": "settings", "score_source": "job"})

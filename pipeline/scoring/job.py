@@ -1,0 +1,266 @@
+"""Offline classification of millions on Ray Data: a source in, Parquet out, resumable."""
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.files import locked, remove
+from pipeline.core.machine import cores
+from pipeline.core.paths import Paths
+from pipeline.core.text import Lines
+from pipeline.scoring.cluster import connected
+from pipeline.scoring.parquet import Columns
+from pipeline.scoring.scorer import Reader, Scorer
+from pipeline.scoring.settings import ScoreConfig
+from pipeline.scoring.source import Cut, Shard, cut
+from pipeline.scoring.worker import (
+    Counts,
+    Folder,
+    Model,
+    begin,
+    finished,
+    repeated_ids,
+    selected_model,
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a job did."""
+
+    output: str
+    images: int
+    scored: int
+    rejected: int  # showed no image; _rejected/ says why
+    unsure: int  # of those scored
+    repeated: int  # ids that more than one of those scored has
+    resumed: int  # that an earlier start of the job had answered
+    workers: int  # 0: all was there
+    start_seconds: float  # for Ray and the workers' sessions
+    seconds: float  # from the first shard's beginning to the last one's end
+    images_per_second: float | None
+    name: str
+    version: str
+    digest: str  # SHA-256 of the model's file
+
+    def __str__(self) -> str:
+        unsure = f", {self.unsure:,} of them not sure" if self.unsure else ""
+        repeated = f", {self.repeated:,} ids repeat" if self.repeated else ""
+        there = f"; {self.resumed:,} were there already" if self.resumed else ""
+        speed = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
+        return Lines(
+            f"{self.name} version {self.version} (sha256 {self.digest[:12]}) scored "
+            f"{self.scored:,} of {self.images:,} images{unsure}{repeated}{there}{speed}",
+            f"wrote {self.output}",
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    done: int
+    images: int
+    per_second: float
+
+    def __str__(self) -> str:
+        left = f", {(self.images - self.done) / self.per_second:,.0f} s left"
+        return f"{self.done:,} of {self.images:,} images, {self.per_second:,.0f}/s{left}"
+
+
+Report = Callable[[Progress], object]
+
+
+def score_source(
+    paths: Paths,
+    source: Path,
+    output: Path,
+    config: ScoreConfig,
+    columns: Columns,
+    report: Report = lambda progress: None,
+) -> Scored:
+    """Classify every image of a source into the folder `output`, or go on where it stopped.
+
+    Raises PipelineError for what is no source, for a folder that holds another job, and while
+    another process is at it.
+    """
+    model = selected_model(paths)
+    folder = Folder(Path(os.path.abspath(output)))
+    place = Path(os.path.abspath(source))
+    _refuse_inside(output, source)
+    is_new = not folder.path.exists()
+    with locked(folder.lock, f"another job is writing {output}: wait for it, or choose another"):
+        try:
+            whole = cut(place, model.shape, model.pictures, config.rows, folder.unpacked, columns)
+            begin(folder, _job(whole, model, config))
+        except PipelineError:
+            if is_new:
+                remove(folder.path)
+            raise
+        missing, before = _survey(folder, whole)
+        ran = _Run(0, time.time())
+        if missing:
+            ran = _run(whole, missing, model, folder, config, report)
+        remove(folder.unpacked)
+        missing, counts = _survey(folder, whole)
+        if missing:
+            raise PipelineError(
+                f"{folder.part(missing[0].index)} is not whole: run the same command again"
+            )
+        parts = [shard.index for shard in whole.shards]
+        repeated = repeated_ids(folder, parts, counts.scored)
+    return _scored(output, model, ran, before, counts, repeated)
+
+
+def _refuse_inside(output: Path, source: Path) -> None:
+    """Raise PipelineError when the answers would lie in the folder that is read."""
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise PipelineError(
+            f"{output} lies in {source}, whose files are what is scored: choose an --output "
+            "outside of it"
+        )
+
+
+@dataclass
+class _Run:
+    """What was measured while workers were at it; times in seconds since 1970."""
+
+    workers: int
+    begun: float
+    first: float = 0.0  # when the first shard was begun
+    last: float = 0.0  # when the last one ended
+
+
+def _scored(
+    output: Path, model: Model, ran: _Run, before: Counts, counts: Counts, repeated: int
+) -> Scored:
+    seconds = ran.last - ran.first
+    return Scored(
+        output=str(output),
+        images=counts.images,
+        scored=counts.scored,
+        rejected=counts.rejected,
+        unsure=counts.unsure,
+        repeated=repeated,
+        resumed=before.images,
+        workers=ran.workers,
+        start_seconds=round(ran.first - ran.begun, 3) if seconds else 0.0,
+        seconds=round(seconds, 3),
+        images_per_second=(
+            round((counts.images - before.images) / seconds, 1) if seconds else None
+        ),
+        name=model.name,
+        version=model.version,
+        digest=model.digest,
+    )
+
+
+def _job(whole: Cut, model: Model, config: ScoreConfig) -> dict[str, Any]:
+    """What must be the same when a job goes on."""
+    columns = whole.columns or Columns()
+    return {
+        "source": whole.path,
+        "source_digest": whole.digest,
+        "images": whole.rows,
+        "image_column": columns.image,
+        "id_column": columns.id,
+        "model": model.name,
+        "version": model.version,
+        "digest": model.digest,
+        "min_probability": model.min_probability,
+        "top": config.top,
+        "rows": config.rows,
+    }
+
+
+def _survey(folder: Folder, whole: Cut) -> tuple[list[Shard], Counts]:
+    """The shards that have no whole files yet, and what became of the others."""
+    missing, counts = [], Counts()
+    for shard in whole.shards:
+        found = finished(folder, shard.index, shard.rows)
+        if found:
+            counts += found
+        else:
+            missing.append(shard)
+    return missing, counts
+
+
+def _run(
+    whole: Cut,
+    missing: list[Shard],
+    model: Model,
+    folder: Folder,
+    config: ScoreConfig,
+    report: Report,
+) -> _Run:
+    """Score the missing shards, a worker for each core or GPU."""
+    begun = time.time()
+    with connected(config.address, config.workers or cores()):
+        ran = _Run(min(_workers(config), len(missing)), begun)
+        left, done = sum(shard.rows for shard in missing), 0
+        for row in _stream(replace(whole, shards=()), missing, model, folder, config, ran.workers):
+            if row["failed"]:
+                raise pickle.loads(row["failed"])
+            ran.first = min(ran.first or row["begun"], row["begun"])
+            ran.last = max(ran.last, row["ended"])
+            done += row["images"]
+            rate = done / (ran.last - ran.first)
+            report(Progress(whole.rows - left + done, whole.rows, rate))
+    return ran
+
+
+def _workers(config: ScoreConfig) -> int:
+    """One for each core or GPU of the cluster: the one place that decides."""
+    import ray  # not before `connected` has set what it reads
+
+    kind = "CPU" if config.provider == "cpu" else "GPU"
+    there = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
+    if not there:
+        raise PipelineError(f"Ray sees no {kind} here: '--provider cpu' needs no GPU")
+    return min(config.workers or there, there)
+
+
+def _stream(
+    source: Cut,
+    missing: list[Shard],
+    model: Model,
+    folder: Folder,
+    config: ScoreConfig,
+    workers: int,
+) -> Iterator[dict[str, Any]]:
+    """What was written of each shard, as the workers come to it.
+
+    On CPUs Ray Data fuses the two steps, and a worker reads what it scores; for GPUs tasks on the
+    CPUs read, and the images wait in the bounded object store.
+    """
+    from ray import data as ray_data
+    from ray.exceptions import RayError, UserCodeException
+
+    context = ray_data.DataContext.get_current()
+    context.enable_progress_bars = False
+    items = [{"shard": pickle.dumps(shard)} for shard in missing]
+    shards = ray_data.from_items(items, override_num_blocks=len(items))
+    rows = shards.map_batches(Reader(source), batch_size=1, num_cpus=1)
+    where: dict[str, Any] = {"num_cpus": 1} if config.provider == "cpu" else {"num_gpus": 1}
+    written = rows.map_batches(
+        Scorer,
+        fn_constructor_args=(model, folder, config),
+        batch_size=None,  # a shard
+        compute=ray_data.ActorPoolStrategy(size=workers),
+        **where,
+    )
+    try:
+        yield from written.iter_rows()
+    except UserCodeException:  # a bug of ours
+        raise
+    except RayError as error:
+        last = str(error).strip().rpartition("\n")[2]
+        raise PipelineError(
+            f"Ray gave up ({type(error).__name__}: {last}): run the same command again, it goes "
+            "on where it stopped; with fewer --workers where memory was short"
+        ) from error

@@ -1,0 +1,295 @@
+"""Images out of Parquet: which column they are in, which rows to read at once, what each shows."""
+
+# Shape letters: N images, C channels, H height, W width.
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import parquet as pq
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.images.inputs import Source, look, text_of
+
+NAMES, ID = ("image", "images"), "id"  # of columns, where nobody names them
+NO_ID = "its id is null"  # the reason of a row whose id is its number
+ROWS_AT_ONCE = 256  # of arrays: what fits into a core's cache is quicker
+# Of a column at once. Without it, or with pre_buffer, Arrow reads a row group's column whole.
+BUFFER_BYTES = 2**20
+LARGE_GROUP = 16  # pieces that a large row group is cut into, each of which reads over those before
+WHOLE_GROUP = 2  # times the rows asked for: up to there a row group is one piece
+MAX_PIECE = 8  # times the rows asked for
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where images and their names are; None: not named yet, or there is no such column."""
+
+    image: str | None = None
+    id: str | None = None
+    root: str | None = None  # where a row is named by its file as well: the folder of the files
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images as a model takes them, each with its id; those with a reason are none."""
+
+    ids: np.ndarray  # int64, uint64 or str (N,)
+    images: np.ndarray  # uint8 (N, C, H, W), zeros where there is none
+    reasons: np.ndarray  # str (N,): why there is no image; empty where there is one
+
+
+def rows_of(
+    ids: np.ndarray, found: Sequence[np.ndarray | str | None], shape: tuple[int, ...]
+) -> Rows:
+    """Rows of what was found for each id: an image (C, H, W), or why there is none."""
+    images = np.zeros((len(ids), *shape), np.uint8)
+    reasons = np.full(len(ids), "", object)
+    for index, one in enumerate(found):
+        if isinstance(one, np.ndarray) and one.shape == shape:
+            images[index] = one
+        else:
+            reasons[index] = one if isinstance(one, str) else "the model takes another shape"
+    return Rows(ids, images, reasons)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptError(f"{path} is no readable Parquet file ({error}): get it again") from error
+
+
+def choose(
+    root: Path, files: Iterable[Path], shape: tuple[int, ...], pictures: str, wanted: Columns
+) -> Columns:
+    """The columns to read of the files below `root`, which every file must have alike."""
+    paths = list(files)
+    with _open(paths[0]) as first:
+        schema = first.schema_arrow
+    image = _image_column(paths[0], schema, shape, wanted.image)
+    if pictures == "arrays" and not _depth(schema.field(image).type):
+        raise PipelineError(
+            f"the model does not say how the pictures in {paths[0]} become what it takes: give "
+            "it arrays"
+        )
+    if wanted.id and wanted.id not in schema.names:
+        raise PipelineError(_no_column(paths[0], wanted.id, schema))
+    key = wanted.id or (ID if ID in schema.names else None)
+    for path in paths[1:]:
+        with _open(path) as file:
+            for name in (image, key):
+                if name and (
+                    name not in file.schema_arrow.names
+                    or file.schema_arrow.field(name).type != schema.field(name).type
+                ):
+                    raise PipelineError(
+                        f"{path} has no column {name!r} of the type that {paths[0]} has "
+                        f"({schema.field(name).type}): score it on its own"
+                    )
+    return Columns(image, key, str(root) if key is None and len(paths) > 1 else None)
+
+
+def _no_column(path: Path, name: str, schema: Any) -> str:
+    return f"{path} has no column {name!r}, it has {', '.join(schema.names)}: name one of them"
+
+
+def _image_column(path: Path, schema: Any, shape: tuple[int, ...], wanted: str | None) -> str:
+    if wanted and wanted not in schema.names:
+        raise PipelineError(_no_column(path, wanted, schema))
+    fitting = [field.name for field in schema if _is_image(field.type, shape)]
+    if wanted:
+        fitting = [name for name in fitting if name == wanted]
+    elif len(fitting) > 1:
+        fitting = [name for name in fitting if name in NAMES] or fitting
+    if len(fitting) != 1:
+        types = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        several = f"{' and '.join(fitting)} may both be" if fitting else "no column is"
+        raise PipelineError(
+            f"{path}: {several} images, the bytes of pictures or whole numbers of shape "
+            f"{list(shape)} ({types}). Name one with --image-column"
+        )
+    return str(fitting[0])
+
+
+def _is_image(kind: Any, shape: tuple[int, ...]) -> bool:
+    if _is_bytes(kind):
+        return True
+    depth = _depth(kind)
+    while isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    for _ in range(depth):
+        kind = kind.value_type
+    return depth > 0 and pa.types.is_integer(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
+    """Whether a column holds files, as they are or beside their path as `datasets` keeps them."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _depth(kind: Any) -> int:
+    """How many lists lie in each other; 0 for no list."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _depth(kind.storage_type)
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return 1 + _depth(kind.value_type) if any(is_list(kind) for is_list in lists) else 0
+
+
+Piece = tuple[str, int, int, int, tuple[int, ...]]  # path, rows, first row, rows left out, groups
+
+
+def pieces(files: Iterable[Path], rows: int) -> Iterator[Piece]:
+    """The files in pieces of about so many rows: row groups together, or part of a large one."""
+    for path in files:
+        with _open(path) as file:
+            metadata = file.metadata
+            sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        start, waiting, held = 0, list[int](), 0  # `held` rows are in the groups that wait
+        for group, size in enumerate(sizes):
+            if waiting and held + size > rows:
+                yield str(path), held, start, 0, tuple(waiting)
+                start, waiting, held = start + held, [], 0
+            if size <= WHOLE_GROUP * rows:  # rather a larger piece than one read over
+                waiting, held = [*waiting, group], held + size
+                continue
+            step = max(rows, min(MAX_PIECE * rows, -(-size // LARGE_GROUP)))
+            for skip in range(0, size, step):
+                yield str(path), min(step, size - skip), start + skip, skip, (group,)
+            start += size
+        if held:
+            yield str(path), held, start, 0, tuple(waiting)
+
+
+def read(
+    path: Path,
+    groups: tuple[int, ...],
+    span: tuple[int, int, int],
+    shape: tuple[int, ...],
+    pictures: str,
+    columns: Columns,
+) -> Rows:
+    """The rows of a piece: in these row groups, by `span` = (left out, to read, first number)."""
+    skip, count, first = span
+    names = [name for name in (columns.image, columns.id) if name]
+    parts, row = list[Rows](), 0
+    with _open(path) as file:
+        try:
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), columns=names):
+                low, high = max(skip - row, 0), min(skip + count - row, len(batch))
+                if low < high:
+                    number = first + row + low - skip
+                    taken = batch.slice(low, high - low)
+                    parts.append(_rows(path, taken, number, shape, pictures, columns))
+                row += len(batch)
+                if row >= skip + count:
+                    break
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptError(f"{path} cannot be read on ({error}): get it again") from error
+    joined = [np.concatenate(part) for part in zip(*map(_fields, parts), strict=True)]
+    return Rows(*joined)
+
+
+def _fields(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return rows.ids, rows.images, rows.reasons
+
+
+def _rows(
+    path: Path, batch: Any, first: int, shape: tuple[int, ...], pictures: str, columns: Columns
+) -> Rows:
+    numbers = np.arange(first, first + len(batch))
+    ids, missing = _ids(path, batch, numbers, columns)
+    column = batch.column(columns.image)
+    while isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if _is_bytes(column.type):
+        rows = rows_of(ids, _decoded(column, ids, pictures), shape)
+    else:
+        pixels = _pixels(column, shape)
+        found = pixels if pixels is None else pixels.reshape(len(batch), *shape)
+        if found is not None:
+            rows = Rows(ids, found, np.full(len(batch), "", object))
+        else:
+            rows = rows_of(ids, [_one(value.as_py(), shape) for value in column], shape)
+    rows.reasons[missing] = NO_ID
+    return rows
+
+
+def _ids(
+    path: Path, batch: Any, numbers: np.ndarray, columns: Columns
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids (N,) of a batch, and which of them are null and became the row's number."""
+    missing = np.zeros(len(batch), bool)
+    if columns.id is None:
+        if columns.root is None:
+            return numbers, missing
+        name = text_of(str(path.relative_to(columns.root)))
+        return np.array([f"{name}:{number}" for number in numbers], object), missing
+    column = batch.column(columns.id)
+    missing = np.asarray(column.is_null())
+    if pa.types.is_integer(column.type):
+        kind = np.uint64 if pa.types.is_uint64(column.type) else np.int64
+        values = np.asarray(pc.fill_null(column, 0)).astype(kind)
+        return np.where(missing, numbers.astype(kind), values), missing
+    texts = zip(column.to_pylist(), numbers, strict=True)
+    return np.array([f"row {n}" if i is None else str(i) for i, n in texts], object), missing
+
+
+def _decoded(column: Any, ids: np.ndarray, pictures: str) -> list[np.ndarray | str | None]:
+    """What each picture shows, or why it shows nothing; as `pipeline query` has it."""
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "bytes")
+    contents = zip(map(str, ids), column.to_pylist(), strict=True)
+    listed = [Source(i, c, None if c is not None else "its image is null") for i, c in contents]
+    return [one.error or one.image for one in look(listed, pictures)]
+
+
+def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The pixels of all rows, uint8 (N * C * H * W,), if every row is as it should be."""
+    lengths = _lengths(shape, depth := _depth(column.type))
+    if len(lengths) != depth or math.prod(lengths) != math.prod(shape):
+        return None
+    for length in lengths:
+        sizes = pc.list_value_length(column)
+        if column.null_count or not pc.all(pc.equal(sizes, length)).as_py():
+            return None
+        column = column.flatten()
+    if column.null_count:
+        return None
+    if column.type != pa.uint8():
+        bounds = pc.min_max(column).as_py()
+        if bounds["min"] < 0 or bounds["max"] > 255:
+            return None
+        column = column.cast(pa.uint8())
+    return np.asarray(column)
+
+
+def _lengths(shape: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """How long the lists are at each depth; an image may be flat, or without axes of size 1."""
+    if depth == 1:
+        return (math.prod(shape),)
+    return shape if depth >= len(shape) else shape[len(shape) - depth :]
+
+
+def _one(value: Any, shape: tuple[int, ...]) -> np.ndarray | str:
+    """One image, or why it is none."""
+    if value is None:
+        return "its image is null"
+    try:
+        array = np.array(value)
+    except ValueError:
+        return "its rows differ in length"
+    if array.dtype == object:
+        return "one of its pixels is null"
+    if array.size != math.prod(shape) or array.shape[-1] not in (array.size, shape[-1]):
+        return f"its shape is {list(array.shape)}, the model takes {list(shape)}"
+    if array.min() < 0 or array.max() > 255:
+        return f"its pixels go from {array.min()} to {array.max()}, not within 0 to 255"
+    return array.astype(np.uint8).reshape(shape)

@@ -1,0 +1,267 @@
+"""A source of many images, cut into shards: files of arrays, folders of pictures, Parquet."""
+
+# Shape letters: N images, C channels, H height, W width.
+
+import ast
+import gzip
+import math
+import os
+import shlex
+import shutil
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import sha256, write_with
+from pipeline.images.inputs import Source, is_picture, look, sources, text_of
+from pipeline.scoring import parquet
+from pipeline.scoring.parquet import Columns, Rows
+
+HEAD_BYTES = 64  # which say what a file is
+PICTURES_A_SHARD = 512  # at most: to read a picture takes far longer than to read an array
+KINDS = "Parquet (a file or a folder), IDX (also .gz), .npy of uint8, or a folder of pictures"
+_IDX, _NPY, _GZIP, _PARQUET = b"\0\0\x08", b"\x93NUMPY", b"\x1f\x8b", b"PAR1"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some images of a source: one worker reads them, and one file gets their answers."""
+
+    index: int
+    path: str
+    rows: int
+    start: int  # the number of its first image in the file
+    offset: int = 0  # of an array: the byte where it begins; of Parquet: rows left out in front
+    groups: tuple[int, ...] = ()  # of Parquet
+    names: tuple[str, ...] = ()  # of pictures
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A source with its shards, which are the same whenever it is cut again."""
+
+    path: str
+    kind: str  # arrays, pictures or parquet
+    digest: str  # of the names, sizes and times of its files
+    shape: tuple[int, ...]  # (C, H, W) of an image
+    pictures: str  # how a picture becomes one: see config.pictures_of
+    shards: tuple[Shard, ...]
+    columns: Columns | None = None  # of Parquet
+
+    @property
+    def rows(self) -> int:
+        """How many images there are, good ones and bad ones."""
+        return sum(shard.rows for shard in self.shards)
+
+
+def cut(
+    path: Path,
+    shape: tuple[int, ...],
+    pictures: str,
+    rows: int,
+    unpacked: Path,
+    wanted: Columns,
+) -> Cut:
+    """The source at `path` in shards of about so many rows, for a model that takes (C, H, W).
+
+    What is compressed as a whole is unpacked into the file `unpacked`. `wanted` names columns of
+    Parquet. Raises PipelineError for what is no source, and CorruptError for a cut file.
+    """
+    if not path.exists():
+        raise PipelineError(f"no {path}: check the name")
+    below = _below(path) if path.is_dir() else []
+    files = _parquet_files(path, below)
+    if files:
+        columns = parquet.choose(path, files, shape, pictures, wanted)
+        shards = [Shard(i, *piece) for i, piece in enumerate(parquet.pieces(files, rows))]
+        kind, listed = "parquet", files
+    elif path.is_dir():
+        kind, columns, listed = "pictures", None, below
+        _require_pictures(path, pictures)
+        shards = list(_pictures(listed, min(rows, PICTURES_A_SHARD)))
+    else:
+        kind, columns, listed = "arrays", None, [path]
+        shards = list(_arrays(_plain(path, unpacked), path, shape, rows))
+    if not shards:
+        raise PipelineError(f"{path} holds no images: give {KINDS}")
+    return Cut(str(path), kind, _digest(path, listed), shape, pictures, tuple(shards), columns)
+
+
+def read(source: Cut, shard: Shard) -> Rows:
+    """The images of a shard, and why some of them are none."""
+    if source.columns:
+        return parquet.read(
+            Path(shard.path),
+            shard.groups,
+            (shard.offset, shard.rows, shard.start),
+            source.shape,
+            source.pictures,
+            source.columns,
+        )
+    if source.kind == "arrays":
+        return _read_array(source, shard)
+    seen = look([Source(name) for name in shard.names], source.pictures)
+    root = Path(source.path)
+    ids = np.array([text_of(str(Path(name).relative_to(root))) for name in shard.names], object)
+    found = [text_of(one.error) if one.error else one.image for one in seen]
+    return parquet.rows_of(ids, found, source.shape)
+
+
+def _digest(path: Path, files: Iterable[Path]) -> str:
+    """One SHA-256 that changes when a file comes, goes, or is written anew."""
+    lines = []
+    for file in files:
+        name = file.name if file == path else str(file.relative_to(path))
+        try:
+            status = file.stat()
+        except OSError:  # such as a link to nowhere, which is rejected when it is read
+            lines.append(f"{name}\n")
+        else:
+            lines.append(f"{name} {status.st_size} {status.st_mtime_ns}\n")
+    return sha256("".join(lines).encode(errors="surrogateescape"))
+
+
+def _below(folder: Path) -> list[Path]:
+    """All files below a folder; PipelineError where there are none, or a part is not readable."""
+    found = list(sources([str(folder)]))
+    for source in found:
+        if source.error:
+            raise PipelineError(source.error)
+    return [Path(source.name) for source in found]
+
+
+def _parquet_files(path: Path, below: list[Path]) -> list[Path]:
+    """The Parquet files at `path`; as its other readers do, none that begin with '.' or '_'.
+
+    Raises PipelineError when there is something else to score beside them.
+    """
+    if not path.is_dir():
+        return [path] if _begins(path, _PARQUET) else []
+    shown = [f for f in below if not any(p[0] in "._" for p in f.relative_to(path).parts)]
+    files = sorted(file for file in shown if file.suffix == ".parquet")
+    for other in shown if files else ():
+        if other.suffix != ".parquet" and _is_scored(other):
+            raise PipelineError(
+                f"{path} holds Parquet ({files[0]}) and something else to score ({other}): put "
+                "one of them into another folder"
+            )
+    return files
+
+
+def _is_scored(path: Path) -> bool:
+    head = _head(path) if path.is_file() else b""
+    return is_picture(head) or head.startswith((_IDX, _NPY, _PARQUET))
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    return _head(path).startswith(magic)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError as error:
+        raise PipelineError(f"cannot read {path} ({error.strerror}): check its rights") from error
+
+
+def _require_pictures(path: Path, pictures: str) -> None:
+    if pictures == "arrays":
+        raise PipelineError(
+            f"the model does not say how the pictures in {path} become what it takes: give it "
+            "arrays, as Parquet, IDX or .npy"
+        )
+
+
+def _pictures(files: list[Path], rows: int) -> Iterator[Shard]:
+    for index, start in enumerate(range(0, len(files), rows)):
+        names = tuple(map(str, files[start : start + rows]))
+        yield Shard(index, os.path.dirname(names[0]), len(names), start, names=names)
+
+
+def _plain(path: Path, unpacked: Path) -> Path:
+    """The file itself, or what it holds when it is compressed."""
+    if not _begins(path, _GZIP):
+        return path
+
+    def unpack(temporary: Path) -> None:
+        # Here, since BadGzipFile is an OSError, which to write_with is one of the disk.
+        try:
+            with gzip.open(path) as packed, temporary.open("wb") as file:
+                shutil.copyfileobj(packed, file, 2**20)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise CorruptError(f"{path} cannot be unpacked ({error}): get it again") from error
+
+    write_with(unpacked, unpack)
+    return unpacked
+
+
+def _arrays(file: Path, path: Path, shape: tuple[int, ...], rows: int) -> Iterator[Shard]:
+    """The shards of a file of arrays; `path` is what the user calls it."""
+    with file.open("rb") as opened:
+        stated = _npy_shape(opened, path) if _begins(file, _NPY) else _idx_shape(opened, path)
+        offset = opened.tell()
+    size, images = math.prod(shape), stated[0]
+    if math.prod(stated[1:]) != size:
+        raise PipelineError(
+            f"{path} holds arrays of shape {list(stated[1:])}, the model takes {list(shape)}"
+        )
+    length = file.stat().st_size
+    if length != offset + images * size:
+        raise CorruptError(
+            f"{path} is cut: its header says {images:,} images of {size} bytes, "
+            f"{length - offset:,} bytes are there. Get it again"
+        )
+    for index, start in enumerate(range(0, images, rows)):
+        count = min(rows, images - start)
+        yield Shard(index, str(file), count, start, offset + start * size)
+
+
+def _idx_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
+    head = file.read(4)
+    if head[:3] != _IDX or not head[3:]:
+        raise PipelineError(
+            f"{path} is none of the formats that can be scored: give {KINDS}. For one picture: "
+            f"pipeline query {shlex.quote(str(path))}"
+        )
+    content = file.read(4 * head[3])
+    if len(content) != 4 * head[3] or not content:
+        raise CorruptError(f"{path} ends inside its header: get it again")
+    shape: tuple[int, ...] = struct.unpack(f">{head[3]}I", content)
+    return shape
+
+
+def _npy_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
+    """The shape in the header of a .npy; the file stands at its first value then."""
+    try:
+        file.seek(6)
+        long = file.read(2)[0] > 1
+        (length,) = struct.unpack("<I" if long else "<H", file.read(4 if long else 2))
+        header = ast.literal_eval(file.read(length).decode("latin1"))
+        shape = tuple(map(int, header["shape"]))
+    except (LookupError, SyntaxError, TypeError, ValueError, struct.error) as error:
+        raise CorruptError(f"{path} has no readable header: write it again") from error
+    if header["descr"] != "|u1" or header["fortran_order"] or not shape:
+        raise PipelineError(
+            f"{path} holds {header['descr']} of shape {list(shape)}: give uint8 in C order, "
+            "np.save(path, np.ascontiguousarray(images, np.uint8))"
+        )
+    return shape
+
+
+def _read_array(source: Cut, shard: Shard) -> Rows:
+    size = math.prod(source.shape)
+    with open(shard.path, "rb") as file:
+        file.seek(shard.offset)
+        content = file.read(shard.rows * size)
+    if len(content) != shard.rows * size:
+        raise CorruptError(f"{source.path} became shorter while it was read: start anew")
+    images = np.frombuffer(content, np.uint8).reshape(shard.rows, *source.shape)
+    ids = np.arange(shard.start, shard.start + shard.rows)
+    return Rows(ids, images, np.full(shard.rows, "", object))

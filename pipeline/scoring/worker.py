@@ -1,0 +1,254 @@
+"""What becomes of scored images: answers as Parquet, shard by shard, and the job they are of."""
+
+# Shape letters: N images, C channels, H height, W width, K classes.
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet as pq
+
+from pipeline.client.prediction import probabilities
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.evaluate import Predictor, predict
+from pipeline.core.files import clear_temporary, read_json, write_json, write_with
+from pipeline.core.paths import Paths
+from pipeline.repository import config_pbtxt
+from pipeline.repository.release import REPACKAGE, checked
+from pipeline.scoring.parquet import NO_ID, Rows
+from pipeline.scoring.settings import ScoreConfig
+
+COUNTS = ("rejected", "unsure")  # in the metadata of a file of answers
+HASHES_AT_ONCE = 2**24  # of ids, in memory: 128 MiB
+REJECTED = pa.schema([("id", pa.string()), ("reason", pa.string())])
+
+
+@dataclass(frozen=True)
+class Model:
+    """The version of a packaged model that its config selects, and how to read its outputs."""
+
+    name: str
+    version: str
+    path: str  # of its file, which workers read
+    digest: str  # SHA-256 of that
+    classes: tuple[str, ...]
+    kind: str  # of its outputs: see triton.kind
+    pictures: str  # how a picture becomes what it takes: see config.pictures_of
+    shape: tuple[int, ...]  # (C, H, W)
+    min_probability: float  # below it an answer is not sure
+
+
+def selected_model(paths: Paths) -> Model:
+    """The packaged model's selected version, its files and digests checked."""
+    config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
+    selected = config_pbtxt.selected(config)
+    if not selected:
+        raise CheckFailedError(
+            f"{paths.packaged / config_pbtxt.CONFIG} selects no version: {REPACKAGE}"
+        )
+    release = checked(paths, max(selected))
+    images = config.input[0]
+    shape = tuple(images.dims)
+    if config_pbtxt.dtype(images) != "uint8" or min(shape) < 1 or not config.max_batch_size:
+        raise PipelineError(
+            f"{paths.name} takes {config_pbtxt.dtype(images)} {list(shape)}: "
+            "only what takes batches of "
+            "uint8 images of one size is scored here; ask a server with 'pipeline serve'"
+        )
+    return Model(
+        paths.name,
+        str(release.version),
+        os.path.abspath(release.folder / paths.onnx.name),
+        release.sha256,
+        config_pbtxt.classes(config),
+        config_pbtxt.kind(config),
+        config_pbtxt.pictures(config),
+        shape,
+        config_pbtxt.min_probability(config),
+    )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many images of a shard, or of all, became what."""
+
+    scored: int = 0
+    rejected: int = 0
+    unsure: int = 0  # of those scored
+
+    @property
+    def images(self) -> int:
+        """All of them."""
+        return self.scored + self.rejected
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.scored + other.scored, self.rejected + other.rejected, self.unsure + other.unsure
+        )
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a job writes. Names that begin with '_' or '.' are none of the result's to readers."""
+
+    path: Path
+
+    @property
+    def job(self) -> Path:
+        return self.path / "_job.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "_lock"
+
+    @property
+    def unpacked(self) -> Path:
+        return self.path / "_unpacked"
+
+    @property
+    def rejected_folder(self) -> Path:
+        return self.path / "_rejected"
+
+    def part(self, index: int) -> Path:
+        return self.path / f"part-{index:06}.parquet"
+
+    def rejected(self, index: int) -> Path:
+        return self.rejected_folder / f"part-{index:06}.parquet"
+
+
+def begin(folder: Folder, record: Mapping[str, Any]) -> None:
+    """Say which job the folder holds, or that it goes on; the caller holds the lock.
+
+    Raises PipelineError when the folder holds another job, or anything else.
+    """
+    for below in (folder.path, folder.rejected_folder):
+        clear_temporary(below)
+    mend = f"choose another --output, or remove {folder.path} to start anew"
+    if not folder.job.exists():
+        if set(folder.path.iterdir()) - {folder.lock, folder.unpacked}:
+            raise PipelineError(f"{folder.path} holds other files, and no job of ours: {mend}")
+        write_json(folder.job, record)
+        return
+    before = read_json(folder.job, mend)
+    for key, value in record.items():
+        if before.get(key) != value:
+            raise PipelineError(
+                f"{folder.path} holds the answers of another job, whose {key} is "
+                f"{before.get(key)} and not {value}: {mend}"
+            )
+
+
+def finished(folder: Folder, index: int, rows: int) -> Counts | None:
+    """What became of a shard of so many rows, by its files; None where they are not whole."""
+    try:
+        metadata = pq.read_metadata(folder.part(index))
+        stated = {name: int(metadata.metadata[name.encode()]) for name in COUNTS}
+        counts = Counts(metadata.num_rows, **stated)
+        if counts.rejected and pq.read_metadata(folder.rejected(index)).num_rows != counts.rejected:
+            return None
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):
+        return None
+    return counts if counts.images == rows else None
+
+
+def repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
+    """Count the ids that more than one of the `rows` answers in these parts has, by 64-bit hashes.
+
+    Many answers are read several times, each time for another share of the ids, so that the memory
+    stays bounded.
+    """
+    repeated, passes = 0, -(-rows // HASHES_AT_ONCE)
+    for turn in range(passes):
+        shares = [np.zeros(0, np.uint64)]
+        for index in parts:
+            hashes = _hashes(folder.part(index))
+            shares.append(hashes[(hashes >> np.uint64(40)) % np.uint64(passes) == turn])
+        hashes = np.sort(np.concatenate(shares))
+        same = np.append(hashes[1:] == hashes[:-1], False)
+        repeated += int(np.count_nonzero(same[:-1] & ~same[1:]))  # where the equal ones end
+    return repeated
+
+
+def _hashes(part: Path) -> np.ndarray:
+    """A number (N,) for each id of a part; a whole number has one of its own."""
+    with pq.ParquetFile(part) as file:
+        ids = file.read(["id"])["id"]
+    if pa.types.is_integer(ids.type):
+        numbers = ids.to_numpy().astype(np.uint64)
+    else:
+        numbers = np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids)).astype(np.uint64)
+    # Times an odd number, so that the high bits vary as well.
+    mixed: np.ndarray = numbers * np.uint64(0x9E3779B97F4A7C15)
+    return mixed
+
+
+def score_rows(
+    rows: Rows, model: Model, predictor: Predictor, config: ScoreConfig
+) -> tuple[pa.Table, pa.Table, Counts]:
+    """The answers, what was rejected, and how many there are of each."""
+    reasons = rows.reasons.copy()
+    asked = np.flatnonzero(reasons == "")
+    images = rows.images if len(asked) == len(rows.images) else rows.images[asked]
+    classes = max(1, len(model.classes))
+    outputs = (
+        predict(predictor, images, config.batch_size)
+        if len(asked)
+        else np.zeros((0, classes), np.float32)
+    )
+    whole = np.isfinite(outputs).all(axis=1)
+    reasons[asked[~whole]] = "the model's answer is not finite"
+    table, unsure = _answers(rows.ids[asked[whole]], outputs[whole], model, config.top)
+    bad = np.flatnonzero(reasons != "")
+    ids = [_named(*pair) for pair in zip(rows.ids[bad], reasons[bad], strict=True)]
+    rejected = pa.table({"id": ids, "reason": reasons[bad].tolist()}, REJECTED)
+    return table, rejected, Counts(len(table), len(bad), unsure)
+
+
+def _named(key: object, reason: str) -> str:
+    """What a rejected row is called: by its number where it has no id, as text ids have it."""
+    return f"row {key}" if reason == NO_ID and not isinstance(key, str) else str(key)
+
+
+def _answers(ids: np.ndarray, outputs: np.ndarray, model: Model, top: int) -> tuple[pa.Table, int]:
+    """A row for each output (K,), and how many of them are not sure."""
+    count, classes = outputs.shape
+    # Where the config names fewer classes than there are, the others go by their number.
+    named = {**{index: str(index) for index in range(classes)}, **dict(enumerate(model.classes))}
+    labels = pa.array([named[index] for index in range(classes)], pa.string())
+    best = min(top, classes)
+    order = np.argsort(-outputs, axis=1, kind="stable")[:, :best]  # (N, top)
+    chances = np.take_along_axis(probabilities(outputs, model.kind), order, axis=1)
+    sure = chances[:, 0] >= model.min_probability if count else np.zeros(0, bool)
+    ranked = pa.StructArray.from_arrays(
+        [labels.take(pa.array(order.ravel())), pa.array(chances.ravel().astype(np.float32))],
+        ["label", "probability"],
+    )
+    kind = {"i": pa.int64(), "u": pa.uint64()}.get(ids.dtype.kind, pa.string())
+    table = pa.table(
+        {
+            "id": pa.array(ids, kind),
+            "label": labels.take(pa.array(order[:, 0])),
+            "probability": pa.array(chances[:, 0].astype(np.float32)),
+            "top": pa.ListArray.from_arrays(
+                pa.array(np.arange(count + 1, dtype=np.int32) * best), ranked
+            ),
+            "sure": pa.array(sure),
+            "version": pa.repeat(pa.scalar(model.version), count),
+            "digest": pa.repeat(pa.scalar(model.digest), count),
+        }
+    )
+    return table, int(count - sure.sum())
+
+
+def write(folder: Folder, index: int, table: pa.Table, rejected: pa.Table, counts: Counts) -> None:
+    """Write the files of a shard; that of its answers comes last and says that all is there."""
+    if len(rejected):
+        write_with(folder.rejected(index), functools.partial(pq.write_table, rejected))
+    said = {name: str(getattr(counts, name)) for name in COUNTS}
+    table = table.replace_schema_metadata(said)
+    write_with(folder.part(index), functools.partial(pq.write_table, table))

@@ -1,0 +1,296 @@
+"""Files that run a packaged model elsewhere: Docker Compose, Kubernetes, Prometheus."""
+
+import base64
+import json
+import math
+import os
+import re
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.evaluate import margins
+from pipeline.core.files import sha256, write_bytes
+from pipeline.core.paths import Paths
+from pipeline.core.text import Lines
+from pipeline.export import targets
+from pipeline.repository import config_pbtxt
+from pipeline.repository.golden import Golden
+from pipeline.repository.release import REPACKAGE, Release, load_release
+from pipeline.serving.tritonserver import IMAGE, KEY_HEADER, RESTRICTED
+
+KINDS = ("compose", "kubernetes")
+SAFE = "26.05"  # before it, one JSON request with an absurd shape ends the server
+EXIT_SECONDS = 20  # in which requests that are under way may end
+MEMORY_MIB = 2048
+USER = 1000  # in the container
+MOST_PROBE_BYTES = 1_000_000  # a ConfigMap holds 1 MiB
+_TEMPLATES = Path(__file__).parent / "templates"
+_LETTERS = {"float16": "e", "float32": "f", "float64": "d"}  # as Python's struct has them
+# Where each file of a kind comes from: its own template, unless it is shared.
+_SHARED = {
+    "compose": {"alerts.yml": "shared/alerts.yml"},
+    "kubernetes": {"prometheus/alerts.yml": "shared/alerts.yml"},
+}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The files that were written for a packaged version, and how they are put to use."""
+
+    kind: str
+    name: str
+    version: int
+    sha256: str  # of its model.onnx
+    image: str  # of the container
+    files: tuple[Path, ...]
+    warning: str
+    then: str
+
+    def __str__(self) -> str:
+        what = f"{self.name} version {self.version}, sha256 {self.sha256[:12]}, {self.image}"
+        wrote = (f"wrote {path}" for path in self.files)
+        warning = [self.warning] if self.warning else []
+        return Lines(*wrote, f"for {what}; nothing was packaged", *warning)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The image that a health check asks about: the one that the reference is surest of."""
+
+    image: bytes
+    answer: int  # its class
+    letter: str  # the type of the model's outputs
+
+    def arguments(self, name: str) -> list[str]:
+        url = f"http://127.0.0.1:8000/v2/models/{name}/infer"
+        return ["/probe/probe.py", url, "/probe/image", str(self.answer), self.letter]
+
+
+@dataclass(frozen=True)
+class _Values:
+    """What the templates say of a model."""
+
+    name: str
+    version: int
+    sha256: str
+    slug: str  # the name as Kubernetes and Compose allow names
+    service: str
+    selector: str  # of the model's series
+    queue_metric: str
+    image: str
+    repository: str  # the image without its tag
+    folder: str  # the repository's, for a shell
+    source: str  # the model's folder, seen from the compose file
+    arguments: list[str]  # of tritonserver
+    models: str  # the repository's folder in the container
+    probe: list[str]  # arguments of python3, as JSON
+    probe_program: str
+    probe_image: str  # base64
+    probe_sha256: str
+    exit_seconds: int
+    cpus: int
+    memory_mib: int
+    delay_us: int  # how long the config lets a request wait for company
+    scale_us: int  # mean time in the queue that the autoscaler aims at
+    alert_us: int  # mean time in the queue that somebody should know of
+
+
+def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Deployment:
+    """Write the files that run the selected version of a packaged model on a Triton release.
+
+    Raises PipelineError when nothing is packaged, or when that release does not load it, and
+    CorruptError when a packaged file changed.
+    """
+    config = config_pbtxt.read(paths.packaged / "config.pbtxt")
+    versions = config_pbtxt.selected(config)
+    if not versions:
+        raise PipelineError(f"{paths.packaged} selects no version of its own: {REPACKAGE}")
+    packaged = load_release(paths, max(versions))
+    image = _image(packaged, release)
+    probe = _probe(packaged.golden, config_pbtxt.dtype(config.output[0]))
+    values = _values(paths, kind, config, packaged, image, probe)
+    folder = paths.deployment(kind)
+    contents = {**_rendered(kind, values), **_probe_files(kind, values, probe)}
+    for name, content in sorted(contents.items()):
+        write_bytes(folder / name, content)
+    return Deployment(
+        kind,
+        values.name,
+        values.version,
+        values.sha256,
+        image,
+        tuple(folder / name for name in sorted(contents)),
+        Lines(*filter(None, (_warning(release), _unreadable(paths, kind)))),
+        _then(kind, folder, values.service),
+    )
+
+
+def _image(packaged: Release, release: str | None) -> str:
+    """NVIDIA's image of that release, or our own choice; PipelineError if it cannot load it."""
+    repository, _, tag = IMAGE.partition(":")
+    wanted = targets.target(release or tag.removesuffix("-py3"))
+    opset, ir_version = packaged.manifest["opset"], packaged.manifest["ir_version"]
+    if opset > wanted.opset or ir_version > wanted.ir_version:
+        oldest = targets.loaded_by(opset, ir_version)
+        instead = f"take Triton {oldest.release} or later, or " if oldest else ""
+        raise PipelineError(
+            f"Triton {wanted.release} cannot load {packaged.folder}: it is opset {opset}, IR "
+            f"{ir_version}, and ONNX Runtime {wanted.onnxruntime} there loads opset "
+            f"{wanted.opset}, IR {wanted.ir_version} at most: {instead}export it with "
+            f"--target-triton {wanted.release}, validate it and package it"
+        )
+    return f"{repository}:{wanted.release}-py3"
+
+
+def _probe(golden: Golden, dtype: str) -> _Probe:
+    if dtype not in _LETTERS:
+        raise PipelineError(f"a health check reads {', '.join(_LETTERS)}; the outputs are {dtype}")
+    row = int(margins(golden.outputs).argmax())
+    answer = int(golden.outputs[row].argmax())
+    return _Probe(golden.images[row].tobytes(), answer, _LETTERS[dtype])
+
+
+def _values(
+    paths: Paths,
+    kind: str,
+    config: config_pbtxt.ModelConfig,
+    packaged: Release,
+    image: str,
+    probe: _Probe,
+) -> _Values:
+    slug = re.sub(r"[^a-z0-9]+", "-", paths.name.lower())[:40].strip("-")
+    service = f"triton-{slug}"
+    program = (_TEMPLATES / "shared" / "probe.py").read_text()
+    # Each release in a folder of its own: a pod finds it whole, and a rollback its own again.
+    files = sorted(path for path in paths.packaged.rglob("*") if path.is_file())
+    digest = sha256("".join(sha256(path) for path in files).encode())
+    models = "/models" if kind == "compose" else f"/models/{packaged.version}-{digest[:12]}"
+    threads = int(config_pbtxt.parameter(config, "intra_op_thread_count") or 1)
+    instances = sum(group.count for group in config.instance_group) or 1
+    delay_us = int(config.dynamic_batching.max_queue_delay_microseconds)
+    scale_us = max(2000, 4 * delay_us)
+    return _Values(
+        name=paths.name,
+        version=packaged.version,
+        sha256=packaged.sha256,
+        slug=slug,
+        service=service,
+        selector=f'job="{service}",model="{paths.name}"',
+        queue_metric=f"{service.replace('-', '_')}_queue_time_us",
+        image=image,
+        repository=image.partition(":")[0],
+        folder=shlex.quote(str(paths.repository)),
+        source=_quoted(os.path.relpath(paths.packaged, paths.deployment(kind))),
+        arguments=_arguments(paths.name, kind, models),
+        models=models,
+        probe=[json.dumps(argument) for argument in probe.arguments(paths.name)],
+        probe_program=program,
+        probe_image=base64.b64encode(probe.image).decode(),
+        probe_sha256=sha256(program.encode() + probe.image),
+        exit_seconds=EXIT_SECONDS,
+        cpus=math.ceil(threads * instances) + 1,  # one for the front ends
+        memory_mib=MEMORY_MIB,
+        delay_us=delay_us,
+        scale_us=scale_us,
+        alert_us=5 * scale_us,
+    )
+
+
+def _quoted(path: str) -> str:
+    """A path as a string of YAML in which Compose finds no variable."""
+    relative = path if path.startswith((".", "/")) else f"./{path}"
+    return json.dumps(relative.replace("$", "$$"))
+
+
+def _arguments(name: str, kind: str, models: str) -> list[str]:
+    """The command line of tritonserver, the admin key as a variable of Compose or Kubernetes."""
+    key = {
+        "compose": "${TRITON_ADMIN_KEY:?is not set, see the top of compose.yaml}",
+        "kubernetes": "$(TRITON_ADMIN_KEY)",
+    }
+    return [
+        f"--model-repository={models}",
+        "--model-control-mode=explicit",
+        f"--load-model={name}",
+        f"--exit-timeout-secs={EXIT_SECONDS}",
+        f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={key[kind]}",
+        f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key[kind]}",
+    ]
+
+
+def _rendered(kind: str, values: _Values) -> dict[str, bytes]:
+    """The text of each file of a kind, by its path in the deployment's folder."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.serving"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # Not braces: Prometheus has those in its own templates.
+        block_start_string="[%",
+        block_end_string="%]",
+        variable_start_string="[[",
+        variable_end_string="]]",
+    )
+    own = [name for name in environment.list_templates() if name.startswith(f"{kind}/")]
+    sources = {name.removeprefix(f"{kind}/"): name for name in own} | _SHARED[kind]
+    return {
+        name: environment.get_template(source).render(asdict(values)).encode()
+        for name, source in sources.items()
+    }
+
+
+def _probe_files(kind: str, values: _Values, probe: _Probe) -> dict[str, bytes]:
+    """What the health check needs beside the files; Kubernetes has it in a ConfigMap."""
+    if kind == "compose":
+        return {"probe/probe.py": values.probe_program.encode(), "probe/image": probe.image}
+    if len(values.probe_image) > MOST_PROBE_BYTES:
+        raise PipelineError(
+            f"an image of {values.name} has {len(probe.image):,} bytes, too many for the ConfigMap "
+            "of a probe: take the compose files and write manifests of your own"
+        )
+    return {}
+
+
+def _warning(release: str | None) -> str:
+    if release is None or release >= SAFE:
+        return ""
+    return (
+        f"Triton {release} is older than {SAFE}: a request with an absurd shape can end it, so "
+        "let nobody but your own clients reach it"
+    )
+
+
+def _unreadable(paths: Paths, kind: str) -> str:
+    """What the user in the container cannot read, and how it can; Compose mounts it as it is."""
+    for path in (paths.packaged, *paths.packaged.rglob("*"), *paths.deployment(kind).rglob("*")):
+        wanted = 0o005 if path.is_dir() else 0o004
+        if kind == "compose" and path.stat().st_mode & wanted != wanted:
+            return (
+                f"user {USER} in the container cannot read {path}: chmod -R o+rX "
+                f"{shlex.join(map(str, (paths.packaged, paths.deployment(kind))))}, or set user: "
+                "to yourself"
+            )
+    return ""
+
+
+def _then(kind: str, folder: Path, service: str) -> str:
+    key = "$(openssl rand -hex 24)"
+
+    def quoted(name: str) -> str:
+        return shlex.quote(str(folder / name))
+
+    if kind == "compose":
+        return (
+            f"TRITON_ADMIN_KEY={key} docker compose -f {quoted('compose.yaml')} --profile cpu "
+            "up --detach --wait"
+        )
+    return (
+        f"kubectl create secret generic {service}-admin --from-literal=key={key}, "
+        f"{quoted('fill.yaml')} says how to fill the volume, "
+        f"kubectl apply -f {quoted('manifests')}"
+    )

@@ -1,0 +1,247 @@
+"""A tritonserver that answers its golden sets rightly, or none: started, awaited, stopped."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pipeline.client.client import Client
+from pipeline.core.errors import PipelineError, ServerError
+from pipeline.core.files import write_json
+from pipeline.core.paths import Paths
+from pipeline.repository.lint.check import require_loadable
+from pipeline.repository.release import Release, selected_releases
+from pipeline.repository.running import Server as Server
+from pipeline.repository.running import is_alive as is_alive
+from pipeline.repository.running import recorded as recorded
+from pipeline.repository.running import root
+from pipeline.repository.running import start_time as start_time
+from pipeline.serving import candidate, tritonserver
+from pipeline.serving.admin import Admin
+from pipeline.serving.process import END_SECONDS as END_SECONDS
+from pipeline.serving.process import clear as clear
+from pipeline.serving.process import dead_children as dead_children
+from pipeline.serving.process import launched
+from pipeline.serving.process import processes_of as processes_of
+from pipeline.serving.settings import ServeConfig
+
+POLL_SECONDS = 0.05
+MEND = "Look at the server's environment, then package it again"
+LOG_BYTES = 16 * 1024 * 1024  # of the server's log, of which one more generation is kept
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nothing listens on at the moment."""
+    with contextlib.ExitStack() as stack:
+        # All are held until the last one is known: a port that was let go may be given again.
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+def with_free_ports(config: ServeConfig) -> ServeConfig:
+    """`config` on three ports that are free now."""
+    http, grpc, metrics = free_ports(3)
+    return replace(config, http_port=http, grpc_port=grpc, metrics_port=metrics)
+
+
+def _require_free(config: ServeConfig) -> None:
+    for service, port in tritonserver.ports(config).items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.host, port))
+            except OSError as error:
+                raise PipelineError(
+                    f"port {port} ({service}) is taken: stop what listens there, choose another "
+                    f"with --{service}-port, or take free ones with --port auto"
+                ) from error
+
+
+@contextlib.contextmanager
+def running_server(
+    paths: Paths,
+    config: ServeConfig = ServeConfig(),
+    is_recorded: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    restarts: int = 0,
+    why: str = "",
+    proven: set[str] | None = None,
+) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
+    """A server on the repository that answers its golden sets rightly, stopped at the end.
+
+    `restarts` and `why` are what its supervisor has to say of the ones before it, and `proven`
+    the digests of the models that those answered rightly with: any other is first asked under a
+    name that nobody knows.
+
+    Raises PipelineError when a port is taken or nothing can run, CheckFailedError when it answers
+    wrongly, CorruptError when a packaged file changed, ServerError when it does not come up.
+    """
+    releases = selected_releases(paths, config.profile)
+    digests = {release.sha256 for release in releases.values()}
+    if not restarts:
+        require_loadable(paths.repository)
+    runtime = tritonserver.find(paths, config.runtime)
+    if config.host != "127.0.0.1" and runtime.kind == "wheel":
+        raise PipelineError("the wheel's tritonserver is too old for a network: loopback only")
+    _require_free(config)
+    server_id = f"handwriting-{secrets.token_hex(6)}"
+    key = secrets.token_urlsafe(24)
+    log = paths.server_log if is_recorded else None
+    start = log.stat().st_size if log and log.exists() else 0
+    report(f"starting {runtime}")
+    with launched(runtime, paths.repository, config, server_id, key, log) as (child, log_file):
+        server = Server(
+            id=server_id,
+            pid=child.pid,
+            start_time=start_time(child.pid) or 0,
+            supervisor_pid=os.getpid(),
+            supervisor_start_time=start_time(os.getpid()) or 0,
+            http_port=config.http_port,
+            grpc_port=config.grpc_port,
+            metrics_port=config.metrics_port,
+            admin_key=key,
+            runtime=runtime.kind,
+            profile=config.profile,
+            models={name: release.version for name, release in releases.items()},
+            is_ready=False,
+            ready_at=0.0,
+            restarts=restarts,
+            why=why,
+            root=root(paths),
+        )
+        if is_recorded:
+            write_record(paths, server)
+        # Without a record, nobody knows where to ask.
+        unproven = digests - (proven or set()) if is_recorded else set()
+        at = Log(log_file, start)
+        await_ready(paths, server, child, releases, unproven, at, config.start_seconds)
+        if proven is not None:
+            proven |= digests
+        server = replace(server, is_ready=True, ready_at=time.time())
+        if is_recorded:
+            write_record(paths, server)
+        yield server, child
+
+
+@dataclass(frozen=True)
+class Log:
+    """What one server has written into a log that others wrote before it."""
+
+    path: Path
+    start: int  # where its own part begins, in bytes
+
+    def cause(self) -> str:
+        """The error that explains the others, in a line."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return tritonserver.cause(file.read().decode(errors="replace"))
+
+
+def bound_log(path: Path, limit: int = LOG_BYTES) -> None:
+    """Begin a log anew that has become too long, and keep what it was until then beside it."""
+    if path.stat().st_size > limit:
+        shutil.copyfile(path, path.with_name(path.name + ".1"))
+        os.truncate(path, 0)  # its writers append
+
+
+def drain(server: Server, seconds: float) -> bool:
+    """Let a server answer what it has accepted, and refuse what comes from now on.
+
+    Triton's own way out keeps accepting on connections that are open, and cuts them off in the
+    middle of an answer. Returns False when `seconds` were too few, or the server was not there.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        with Admin(server.grpc_url, server.admin_key, seconds) as admin:
+            ready = {name for (name, _), state in admin.states().items() if state == "READY"}
+            for name in sorted(ready):
+                admin.unload(name)
+            while any(n in ready and s != "UNAVAILABLE" for (n, _), s in admin.states().items()):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(POLL_SECONDS)
+    except PipelineError:
+        return False
+    return True
+
+
+def write_record(paths: Paths, server: Server) -> None:
+    """Write server.json, readable by its owner only: it holds the admin key."""
+    previous = os.umask(0o077)
+    try:
+        write_json(paths.server, asdict(server))
+    finally:
+        os.umask(previous)
+
+
+def await_ready(
+    paths: Paths,
+    server: Server,
+    child: subprocess.Popen[bytes],
+    releases: dict[str, Release],
+    unproven: set[str],
+    log: Log,
+    seconds: float,
+) -> None:
+    """Return once our server's models answer their golden sets rightly over both protocols."""
+    deadline = time.monotonic() + seconds
+    for url in (server.http_url, server.grpc_url):
+        with Client(url, timeout=2.0, retries=0) as client:
+            _await_answer(client, server, child, log, deadline, seconds)
+    try:
+        with Admin(
+            server.grpc_url, server.admin_key, max(1.0, deadline - time.monotonic())
+        ) as admin:
+            for name, release in releases.items():
+                _load(paths.named(name), server, admin, release, release.sha256 in unproven)
+    except candidate.NotLoadedError as error:
+        raise ServerError(f"tritonserver did not start: {log.cause()}") from error
+    except ServerError as error:
+        if child.poll() is None:
+            raise ServerError(
+                f"tritonserver was not ready in {seconds:g} s; its log ends: {log.cause()}"
+            ) from error
+        raise ServerError(f"tritonserver did not start: {log.cause()}") from error
+
+
+def _load(paths: Paths, server: Server, admin: Admin, release: Release, is_unproven: bool) -> None:
+    """Have a model served that answers its golden set rightly."""
+    what = f"{paths.name} version {release.version}"
+    if is_unproven:
+        candidate.prove(paths, server, admin, release, MEND)
+    with candidate.loading(what, MEND):
+        admin.load(paths.name)
+    candidate.require_right(server, paths.name, release, f"{what} answers wrongly", MEND)
+
+
+def _await_answer(
+    client: Client,
+    server: Server,
+    child: subprocess.Popen[bytes],
+    log: Log,
+    deadline: float,
+    seconds: float,
+) -> None:
+    while True:
+        if child.poll() is not None:
+            raise ServerError(f"tritonserver did not start: {log.cause()}")
+        try:
+            name = client.server_name()
+        except ServerError as error:
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"tritonserver was not ready in {seconds:g} s; its log ends: {log.cause()}"
+                ) from error
+            time.sleep(POLL_SECONDS)
+            continue
+        if name != server.id:
+            raise PipelineError(f"{client.endpoint} is another server ({name}): choose other ports")
+        return

@@ -1,0 +1,300 @@
+"""The server that `pipeline serve` keeps: in the foreground or detached, restarted, stopped."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError, ServerError
+from pipeline.core.files import locked, remove
+from pipeline.core.paths import Paths
+from pipeline.repository.lint.check import require_loadable
+from pipeline.repository.release import selected_releases
+from pipeline.serving.process import ended_by_sigterm
+from pipeline.serving.serve import (
+    END_SECONDS,
+    POLL_SECONDS,
+    Server,
+    clear,
+    drain,
+    is_alive,
+    processes_of,
+    recorded,
+    running_server,
+)
+from pipeline.serving.settings import ServeConfig
+from pipeline.serving.state import last_words
+from pipeline.serving.tritonserver import ports
+from pipeline.serving.watch import Canary, pause_after, watch
+
+RESTART = signal.SIGUSR1  # asks a supervisor to start its server anew
+YOUNG_SECONDS = 10.0  # a server that dies before has not shown that it can live
+Child = subprocess.Popen[bytes]
+
+
+class _Asked:
+    """What the signals that this process got have asked for."""
+
+    def __init__(self) -> None:
+        self.to_restart = False
+        self.to_end = False
+        self._ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def _end(self, number: int, frame: object) -> None:
+        self.to_end = number != signal.SIGINT
+        for other in self._ending:  # what follows is bounded, and is not to be interrupted
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def _restart(self, number: int, frame: object) -> None:
+        self.to_restart = True
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Listen to the signals; to Ctrl-C by name, since a shell's background job ignores it."""
+        previous = {number: signal.signal(number, self._end) for number in self._ending}
+        previous[RESTART] = signal.signal(RESTART, self._restart)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def serve_repository(
+    paths: Paths,
+    config: ServeConfig,
+    on_ready: Callable[[Server], None],
+    report: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Serve the repository until Ctrl-C (KeyboardInterrupt) or SIGTERM (it returns).
+
+    A server that dies or answers wrongly is started anew. Raises what the first start failed
+    with, and ServerError when that many later ones failed in a row.
+    """
+    asked = _Asked()
+    taken = "another 'pipeline serve' runs here: stop it with 'pipeline serve stop'"
+    with locked(_lock(paths), taken), asked.heard():
+        refuse_second(paths)
+        remove(paths.server_log)
+        try:
+            _lives(paths, config, on_ready, report, asked)
+        except KeyboardInterrupt:
+            paths.supervisor_log.unlink(missing_ok=True)  # it ended as it should: no last words
+            if not asked.to_end:
+                raise
+        finally:
+            paths.server.unlink(missing_ok=True)
+
+
+def _lives(
+    paths: Paths,
+    config: ServeConfig,
+    on_ready: Callable[[Server], None],
+    report: Callable[[str], None],
+    asked: _Asked,
+) -> None:
+    """One server after the other."""
+    restarts, failed, early, why = 0, 0, 0, ""
+    proven: set[str] = set()
+    while True:
+        lived, asked.to_restart = 0.0, False
+        try:
+            starting = running_server(paths, config, True, report, restarts, why, proven)
+            with starting as (server, child):
+                began = time.monotonic()
+                if restarts:
+                    report(f"ready again (pid {server.pid})")
+                else:
+                    on_ready(server)
+                failed = 0
+                why = _life(paths, config, server, child, asked, report)
+                lived = time.monotonic() - began
+        except PipelineError as error:
+            failed += 1
+            if not restarts:
+                raise
+            why = f"it did not start ({error})"
+            if failed == config.failed_starts:
+                raise ServerError(
+                    f"gave up after {failed} failed starts in a row: {why}"
+                ) from error
+        early = early + 1 if 0 < lived < YOUNG_SECONDS and not asked.to_restart else 0
+        pause = pause_after(failed, early)
+        report(f"{why}: starting it again" + (f" in {pause:g} s" if pause else ""))
+        restarts += 1
+        time.sleep(pause)
+
+
+def _life(
+    paths: Paths,
+    config: ServeConfig,
+    server: Server,
+    child: Child,
+    asked: _Asked,
+    report: Callable[[str], None],
+) -> str:
+    """Watch a server until it has to be started anew, and why; drained if it can be."""
+    canary = Canary(paths, server, selected_releases(paths, config.profile))
+    try:
+        why = watch(
+            child, canary, paths.server_log, lambda: asked.to_restart, config.canary_seconds
+        )
+        if asked.to_restart:
+            _drain(server, config, report)
+        else:  # nothing to be waited for
+            clear(server.id, server.runtime)
+        return why
+    except KeyboardInterrupt:
+        _drain(server, config, report)
+        raise
+    finally:
+        canary.close()
+
+
+def _drain(server: Server, config: ServeConfig, report: Callable[[str], None]) -> None:
+    seconds = config.stop_seconds - END_SECONDS
+    if not drain(server, seconds):
+        report(f"not drained in {seconds:g} s: what it had accepted may be without an answer")
+
+
+def detach(paths: Paths, config: ServeConfig) -> Server:
+    """Start `pipeline serve` in a session of its own; return once its server is ready.
+
+    Raises what that command failed with.
+    """
+    with ended_by_sigterm(), locked(paths.exported / ".serve.lock"):
+        refuse_second(paths)
+        pid = _spawn(paths, config)
+        try:
+            return _await_ready(paths, config, pid)
+        except BaseException:  # Ctrl-C and SIGTERM too: what is not ready is not left behind
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGTERM)
+                os.waitpid(pid, 0)
+            raise
+
+
+def _spawn(paths: Paths, config: ServeConfig) -> int:
+    """Start `pipeline serve`; its pid. Not a Popen, which would be answerable for its end."""
+    options = [f"--{service}-port={port}" for service, port in ports(config).items()]
+    command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve", *options]
+    command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
+    command += [f"--profile={config.profile}"] if config.profile else []
+    log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    streams = [(os.POSIX_SPAWN_DUP2, log, stream) for stream in (1, 2)]
+    silence = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+    try:
+        return os.posix_spawn(
+            sys.executable, command, os.environ, file_actions=silence + streams, setsid=True
+        )
+    finally:
+        os.close(log)
+
+
+def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
+    # The command has a deadline of its own; this one only guards against a hang of its Python.
+    deadline = time.monotonic() + config.start_seconds + 30
+    while True:
+        ended, code = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            kinds = {kind.exit_code: kind for kind in (CheckFailedError, CorruptError, ServerError)}
+            kind = kinds.get(os.waitstatus_to_exitcode(code), PipelineError)
+            stopped = "it was stopped before it was ready"
+            where = f"see {paths.supervisor_log}" if paths.supervisor_log.exists() else stopped
+            raise kind(last_words(paths) or where)
+        server = recorded(paths)
+        if server and server.supervisor_pid == pid and server.is_ready:
+            return server
+        if time.monotonic() > deadline:
+            raise ServerError(f"the server's supervisor hangs: see {paths.supervisor_log}")
+        time.sleep(POLL_SECONDS)
+
+
+def _lock(paths: Paths) -> Path:
+    """Return the file that a supervisor holds locked as long as it lives."""
+    return paths.exported / ".supervisor.lock"
+
+
+def _is_supervised(paths: Paths, server: Server) -> bool:
+    """Whether the recorded supervisor runs: that very process, which also has our lock open.
+
+    A pid and a start time alone may be another process's, after a restart of the machine say, and
+    what they name here is sent signals.
+    """
+    pid = server.supervisor_pid
+    if not is_alive(pid, server.supervisor_start_time):
+        return False
+    with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
+        for opened in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if opened.samefile(_lock(paths)):
+                    return True
+    return False
+
+
+def refuse_second(paths: Paths) -> None:
+    """Raise PipelineError when our server runs already; clear what a dead one left."""
+    server = recorded(paths)
+    if server is None:
+        return
+    if _is_supervised(paths, server):
+        raise PipelineError(
+            f"a server runs already (pid {server.pid}, {server.http_url}): "
+            "stop it with 'pipeline serve stop'"
+        )
+    clear_dead(paths, server)
+
+
+def clear_dead(paths: Paths, server: Server) -> None:
+    """Remove what is left of a server whose supervisor was killed."""
+    clear(server.id, server.runtime)
+    paths.server.unlink(missing_ok=True)
+
+
+def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Server:
+    """Have our server drained and started anew; return it once it is ready.
+
+    Raises ServerError when there is none, or it does not come back, and what is wrong with the
+    repository: then the server goes on as it is.
+    """
+    before = recorded(paths)
+    if before is None or not _is_supervised(paths, before):
+        raise ServerError("no server of ours is running: 'pipeline serve' starts one")
+    # What it would not start with is no reason to stop what runs.
+    selected_releases(paths, before.profile)
+    require_loadable(paths.repository)
+    os.kill(before.supervisor_pid, RESTART)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = recorded(paths)
+        if now and now.id != before.id and now.is_ready:
+            return now
+        if not _is_supervised(paths, before):
+            raise ServerError(last_words(paths) or "the server ended instead of starting anew")
+        time.sleep(POLL_SECONDS)
+    raise ServerError(f"the server did not come back in {seconds:g} s: 'pipeline serve logs'")
+
+
+def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
+    """Stop the recorded server and say what was done; ServerError when there is none."""
+    server = recorded(paths)
+    if server is None:
+        raise ServerError("no server of ours is running")
+    if not _is_supervised(paths, server):
+        was_alive = server.pid in processes_of(server.id)
+        clear_dead(paths, server)
+        return f"cleared a {'server without supervisor' if was_alive else 'dead server'}"
+    os.kill(server.supervisor_pid, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while is_alive(server.supervisor_pid, server.supervisor_start_time):
+        if time.monotonic() > deadline:
+            os.kill(server.supervisor_pid, signal.SIGKILL)
+            clear_dead(paths, server)
+            return f"killed the server (pid {server.pid}): it did not stop in {seconds:g} s"
+        time.sleep(POLL_SECONDS)
+    return f"stopped the server (pid {server.pid})"

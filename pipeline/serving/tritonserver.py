@@ -1,0 +1,290 @@
+"""Which tritonserver can run here, how it is started, and what its log says when it fails."""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.paths import Paths
+from pipeline.core.text import Lines
+from pipeline.serving.settings import ServeConfig
+
+IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
+BACKENDS = Path(__file__).parent / "backend"
+REQUIREMENTS = BACKENDS / "requirements.txt"
+RESTRICTED = "model-repository,shared-memory,trace,logging"
+KEY_HEADER = "triton-admin-key"
+# A minute's latencies as quantiles: which, and how exact in rank.
+SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.99:0.001")
+DOCKER_SECONDS = 5.0  # in which Docker's engine has to answer
+EXIT_SECONDS = 1  # for connections that stay open, after everything accepted was answered
+# A path as the wheel's server can use it. Its python backend starts a model by a shell, unquoted
+# (stub_launcher.cc: bash -c " exec STUB MODEL ..."), the Python in there takes file names for
+# ASCII, and PATH and LD_LIBRARY_PATH are cut at colons and semicolons.
+_PLAIN = re.compile(r"[A-Za-z0-9_./@+=~-]+")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A way to run tritonserver."""
+
+    kind: str  # path, wheel or docker
+    program: tuple[str, ...]
+    environment: dict[str, str]  # on top of ours
+    python: Path | None = None  # of the server's environment, where we bring the backend
+
+    def __str__(self) -> str:
+        said = {
+            "path": "tritonserver on the PATH, native backend",
+            "wheel": "tritonserver of the wheel, our python-based backend",
+            "docker": f"docker, {IMAGE}",
+        }
+        return said[self.kind]
+
+
+def find(paths: Paths, wanted: str) -> Runtime:
+    """The runtime that is `wanted`, or the first that this machine has.
+
+    Raises PipelineError saying what is missing and how to mend it.
+    """
+    finders = {"path": _on_path, "wheel": _in_wheel, "docker": _in_docker}
+    kinds = list(finders) if wanted == "auto" else [wanted]
+    missing = []
+    for kind in kinds:
+        found = finders[kind](paths)
+        if isinstance(found, Runtime):
+            return found
+        missing.append(f"{kind}: {found}")
+    raise PipelineError(
+        Lines(
+            "no tritonserver can run here:",
+            *(f"  {reason}" for reason in missing),
+            f"The packaged repository runs anywhere that {IMAGE} runs; everything up to "
+            "'pipeline package' works here",
+        )
+    )
+
+
+def _on_path(paths: Paths) -> Runtime | str:
+    program = shutil.which("tritonserver")
+    if not program:
+        return "no tritonserver on the PATH"
+    backends = Path(program).resolve().parent.parent / "backends"
+    if not (backends / "onnxruntime").is_dir():
+        return f"{program} has no onnxruntime backend in {backends}"
+    return Runtime("path", (program,), {})
+
+
+def fits_wheel() -> bool:
+    """Whether the wheel's tritonserver is for this kind of machine."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+def _in_wheel(paths: Paths) -> Runtime | str:
+    if not fits_wheel():
+        return f"the wheel is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    environment = paths.triton_environment
+    python = environment / "bin" / "python"
+    found = sorted(environment.glob("lib/python3.*/site-packages/pytriton/tritonserver"))
+    if not environment.exists():
+        return (
+            f"no server environment at {environment}: make .venv-triton (or python3 -m venv "
+            f"{shlex.quote(str(environment))} && {shlex.quote(str(python))} -m pip install "
+            f"--no-deps -r {shlex.quote(str(REQUIREMENTS))})"
+        )
+    if not python.exists() or not found:
+        lacks = "pytriton" if python.exists() else "bin/python"
+        return (
+            f"the server environment {environment} lacks {lacks}: build it anew with 'rm -r "
+            ".venv-triton && make .venv-triton'"
+        )
+    site = found[0].parent.parent
+    _require_numpy(site)
+    # The stub is linked against libpython: that of the environment's own Python, not another.
+    command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
+    folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    libraries = os.pathsep.join([folder, str(site.absolute() / "nvidia_pytriton.libs")])
+    return Runtime(
+        "wheel",
+        (str(found[0].absolute() / "bin" / "tritonserver"),),
+        {"LD_LIBRARY_PATH": libraries},
+        python.absolute(),
+    )
+
+
+def _require_numpy(site: Path) -> None:
+    """Refuse a numpy with which the wheel's Triton answers wrongly, and with HTTP 200."""
+    records = site.glob("numpy-*.dist-info")
+    found = [entry.name.removesuffix(".dist-info").split("-")[1] for entry in records]
+    is_older_python = site.parent.name in ("python3.11", "python3.12")
+    if is_older_python and found and not found[0].startswith("1."):
+        raise PipelineError(
+            f"the server's environment {site.parents[2]} has numpy {found[0]}, with which this "
+            "tritonserver answers wrongly: build it anew with 'rm -r .venv-triton && make "
+            ".venv-triton'"
+        )
+
+
+def _in_docker(paths: Paths) -> Runtime | str:
+    program = shutil.which("docker")
+    if not program:
+        return "no docker on the PATH"
+    if not docker_engine(program):
+        return f"{program} is here and its engine does not answer: start Docker's engine"
+    return Runtime("docker", (program, "run"), {})
+
+
+def docker_engine(program: str) -> str:
+    """The version of Docker's engine; empty where it does not answer."""
+    command = [program, "info", "--format", "{{.ServerVersion}}"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=DOCKER_SECONDS
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def remove_container(name: str) -> None:
+    """Kill and remove a container of ours: it outlives the command that began it."""
+    program = shutil.which("docker")
+    if program:
+        subprocess.run([program, "rm", "--force", name], capture_output=True, check=False)
+
+
+def scratch_parent() -> Path:
+    """Return where a server's temporary folder goes: TMPDIR, or /tmp if TMPDIR is not plain."""
+    folder = Path(tempfile.gettempdir())
+    return folder if _PLAIN.fullmatch(str(folder)) else Path("/tmp")
+
+
+def plain_paths(runtime: Runtime, repository: Path, scratch: Path) -> tuple[Runtime, Path]:
+    """Return the runtime and the repository by plain paths; links in `scratch` stand in for others.
+
+    Only the wheel's server needs them.
+    """
+    repository = repository.resolve()
+    if runtime.python is None:
+        return runtime, repository
+    old = runtime.python.parent.parent
+    new = _plain(old, scratch / "environment")
+
+    def moved(text: str) -> str:
+        return text.replace(str(old), str(new))
+
+    runtime = replace(
+        runtime,
+        program=tuple(map(moved, runtime.program)),
+        environment={key: moved(value) for key, value in runtime.environment.items()},
+        python=new / runtime.python.relative_to(old),
+    )
+    return runtime, _plain(repository, scratch / "repository")
+
+
+def _plain(path: Path, link: Path) -> Path:
+    """Return `path`, or `link` made to lead there if the path is not plain."""
+    if _PLAIN.fullmatch(str(path)):
+        return path
+    link.symlink_to(path)
+    return link
+
+
+def lay_out_backends(runtime: Runtime, folder: Path) -> None:
+    """Fill `folder` with the python backend, the stub of its Python, and our onnxruntime."""
+    server = Path(runtime.program[0]).parent.parent
+    version = server.parent.parent.parent.name.removeprefix("python")
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.exists():
+        raise PipelineError(
+            f"the wheel has no stub for Python {version} ({stub}): build the server's environment "
+            "with Python 3.11 to 3.13 (make clean-triton .venv-triton)"
+        )
+    shutil.copytree(server / "backends" / "python", folder / "python")
+    shutil.copy2(stub, folder / "python" / stub.name)
+    shutil.copytree(BACKENDS / "onnxruntime", folder / "onnxruntime")
+
+
+def command(
+    runtime: Runtime,
+    repository: Path,
+    config: ServeConfig,
+    server_id: str,
+    admin_key: str,
+    backends: Path,
+) -> list[str]:
+    """The command line that starts this runtime on `repository`, an absolute path."""
+    inside = runtime.kind == "docker"
+    host = "0.0.0.0" if inside else config.host  # a container's own; -p below decides
+    arguments = [
+        f"--model-repository={'/models' if inside else repository}",
+        "--model-control-mode=explicit",
+        f"--id={server_id}",
+        f"--exit-timeout-secs={EXIT_SECONDS}",
+        *(f"--metrics-config={setting}" for setting in SUMMARIES),
+        f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={admin_key}",
+        f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={admin_key}",
+    ]
+    for service, port in ports(config).items():
+        arguments += [f"--{service}-address={host}", f"--{service}-port={port}"]
+    if config.profile:
+        arguments.append(f"--model-config-name={config.profile}")
+    if runtime.kind == "wheel":
+        arguments += [
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={server_id}",
+        ]
+    if not inside:
+        return [*runtime.program, *arguments]
+    published = [f"-p={config.host}:{port}:{port}" for port in ports(config).values()]
+    source = f"source={repository}"
+    if re.search('[,"]', source):  # --mount is read as a line of CSV, and -v is cut at colons
+        source = '"{}"'.format(source.replace('"', '""'))
+    mount = f"--mount=type=bind,{source},target=/models,readonly"
+    name = f"--name={server_id}"
+    return [*runtime.program, "--rm", name, mount, *published, IMAGE, "tritonserver", *arguments]
+
+
+def ports(config: ServeConfig) -> dict[str, int]:
+    """The port of each of Triton's services."""
+    return {"http": config.http_port, "grpc": config.grpc_port, "metrics": config.metrics_port}
+
+
+def environment(runtime: Runtime) -> dict[str, str]:
+    """Our environment without what would lead the server's Python astray, plus the runtime's.
+
+    The stub takes the packages of the first python3 on the PATH, and of nothing else.
+    """
+    inherited = {
+        key: v for key, v in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL"))
+    }
+    if runtime.python:
+        inherited["PATH"] = f"{runtime.python.parent}{os.pathsep}{inherited.get('PATH', '')}"
+    return {**inherited, **runtime.environment}
+
+
+_ERROR = re.compile(r"^E\d{4} \S+ +\d+ [\w.]+:\d+\] (.*)$", re.MULTILINE)
+# Lines that only repeat that something failed, or that say it of everything at once.
+_VAGUE = ("failed to load all models", "CudaDriverHelper has not been initialized")
+# It names the model, the version and the reason; what comes before it is a part of it.
+_VERDICT = "failed to load '"
+# Docker's own reason, after which it only points to its help.
+_NO_ENGINE = "Cannot connect to the Docker daemon"
+
+
+def cause(log: str) -> str:
+    """The error in tritonserver's log that explains the others, in a line."""
+    errors: list[str] = [match.strip().strip('"') for match in _ERROR.findall(log)]
+    telling = [error for error in errors if not error.startswith(_VAGUE)]
+    if telling:
+        return next((error for error in telling if error.startswith(_VERDICT)), telling[0])
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    refusal = next((line for line in lines if _NO_ENGINE in line), "")
+    return refusal or (lines[-1] if lines else "it wrote no log")

@@ -1,0 +1,82 @@
+"""Distorted copies of a batch, made where the batch lies: turned, sheared, shifted, bent."""
+
+# Shape letters: B batch, H height, W width, S side of the elastic grid.
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.training.recipes import Recipe
+
+ELASTIC_SIDE = 5  # points on a side of the coarse grid that elastic distortion bends
+
+
+def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
+    """Images (B, 1, H, W), each distorted at random as far as the recipe says; 0 stays paper.
+
+    `strength` (0 to 1) is how much of that; mirroring is done or not.
+
+    Draws from torch's global generator of the images' device. Returns them as they are when the
+    recipe distorts nothing, otherwise as float32 from 0 to 255.
+    """
+    if not recipe.distorts:
+        return images
+    images, count, device = images.float(), len(images), images.device
+    if recipe.stroke:
+        images = _stroke(images, recipe.stroke * strength)
+    weights = _affine(count, recipe, strength, device)  # (B, 2, 3)
+    if recipe.elastic:
+        bend = torch.rand(count, 2, ELASTIC_SIDE**2, device=device) * 2 - 1  # -1 to 1
+        weights = torch.cat([weights, bend * recipe.elastic * strength], dim=2)  # (B, 2, 3 + S^2)
+    high, wide = images.shape[2:]
+    basis = _basis(high, wide, device)[: weights.shape[2]]  # (3 + S^2 or 3, H W)
+    grid = (weights.flatten(0, 1) @ basis).view(count, 2, high, wide).permute(0, 2, 3, 1)
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+def _stroke(images: Tensor, strength: float) -> Tensor:
+    """Images whose strokes are thicker or thinner, by up to a pixel on each side at strength 1."""
+    amount = (torch.rand(len(images), 1, 1, 1, device=images.device) * 2 - 1) * strength
+    thick = functional.max_pool2d(images, 3, 1, 1)
+    thin = -functional.max_pool2d(-images, 3, 1, 1)
+    return torch.lerp(images, torch.where(amount > 0, thick, thin), amount.abs())
+
+
+def _affine(count: int, recipe: Recipe, strength: float, device: torch.device) -> Tensor:
+    """Random affine maps (count, 2, 3) in the units of `affine_grid`, where the image is 2 wide."""
+    draw = (torch.rand(6, count, device=device) * 2 - 1) * strength  # -1 to 1
+    turn, shear = draw[0] * recipe.rotate, draw[1] * recipe.shear
+    wide, high = torch.exp(draw[2:4] * recipe.stretch)
+    if recipe.mirror:
+        wide = torch.where(torch.rand(count, device=device) < recipe.mirror, -wide, wide)
+    right, down = draw[4:6] * recipe.shift
+    cosine, sine = turn.cos(), turn.sin()
+    first = torch.stack([cosine * wide, (shear * cosine - sine) * wide, right], dim=1)
+    second = torch.stack([sine * high, (shear * sine + cosine) * high, down], dim=1)
+    return torch.stack([first, second], dim=1)
+
+
+@cache
+def _basis(high: int, wide: int, device: torch.device) -> Tensor:
+    """What the displacement of each pixel is a sum of, (3 + S^2, H W), so that one product does it.
+
+    Its coordinates as `grid_sample` has them, one, and a bump for each point of the coarse grid
+    (Simard et al. 2003 smooth random displacements with a Gaussian; these are bicubic).
+    """
+    across, down = ((2 * torch.arange(side) + 1) / side - 1 for side in (wide, high))
+    ones = torch.ones(high, wide)
+    affine = torch.stack([ones * across, ones * down[:, None], ones])  # (3, H, W)
+    points = torch.eye(ELASTIC_SIDE**2).view(-1, 1, ELASTIC_SIDE, ELASTIC_SIDE)
+    bumps = functional.interpolate(points, (high, wide), mode="bicubic", align_corners=True)
+    return torch.cat([affine, bumps[:, 0]]).flatten(1).to(device)
+
+
+def examples(images: np.ndarray, recipe: Recipe, draws: int, seed: int = 0) -> np.ndarray:
+    """What the recipe makes of uint8 images (N, 1, H, W): uint8 (N, draws, 1, H, W)."""
+    torch.manual_seed(seed)
+    repeated = torch.from_numpy(images).repeat_interleave(draws, dim=0)  # (N * draws, 1, H, W)
+    distorted = augment(repeated, recipe).round().to(torch.uint8).numpy()
+    return distorted.reshape(len(images), draws, *images.shape[1:])

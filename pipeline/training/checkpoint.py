@@ -1,0 +1,156 @@
+"""Weights with their config, and the state that a run resumes from, as safetensors with digests."""
+
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import check_digest, read_json, write_bytes, write_json
+from pipeline.core.paths import Paths
+from pipeline.training.networks import Network, build
+from pipeline.training.recipes import TrainConfig
+
+RETRAIN = "run 'pipeline train' again"
+START_OVER = "run 'pipeline train' without --resume to start over"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network, and the record of how it came to be."""
+
+    model: Network  # in evaluation mode, on the CPU
+    config: TrainConfig
+    classes: tuple[str, ...]
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a run needs to go on as if it had never stopped."""
+
+    step: int  # optimizer steps done
+    seconds: float  # of training so far
+    tensors: dict[str, Tensor]
+
+
+def _unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    return load(content), header["__metadata__"]
+
+
+def save_weights(
+    paths: Paths, model: nn.Module, config: TrainConfig, classes: tuple[str, ...]
+) -> str:
+    """Write the weights with their config; return the file's SHA-256.
+
+    The bytes depend on nothing but the weights, the config and the classes.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    record = json.dumps({"config": config.record(), "classes": classes}, sort_keys=True)
+    return write_bytes(paths.weights, save(tensors, metadata={"record": record}))
+
+
+def load_checkpoint(paths: Paths) -> Checkpoint:
+    """The finished run's network.
+
+    Raises PipelineError when the run is missing or unfinished, and CorruptError when the weights
+    are not the bytes that training wrote.
+    """
+    if not paths.run_folder.exists():
+        raise PipelineError(f"no run at {paths.run_folder}: run 'pipeline train' first")
+    mend = f"the run is not finished; finish it with 'pipeline train --run {paths.run} --resume'"
+    summary = read_json(paths.summary, mend)
+    content = check_digest(paths.weights, summary.get("weights_sha256"), RETRAIN)
+    try:
+        tensors, metadata = _unpack(content)
+        record = json.loads(metadata["record"])
+        config, classes = TrainConfig.from_record(record["config"]), tuple(record["classes"])
+        model = build(config.settings, len(classes))
+        model.load_state_dict(tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptError(f"{paths.weights} is no checkpoint of ours: {RETRAIN}") from error
+    return Checkpoint(model.eval(), config, classes, summary)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state, one flat tensor dictionary."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{key}": value
+        for index, state in states.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give `optimizer` back the state that `optimizer_tensors` took."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            like = parameters[int(index)]
+            if value.shape == like.shape:
+                # In the parameter's memory layout: a fused step goes through both as they lie.
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            states.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+
+
+def save_state(paths: Paths, state: State, identity: dict[str, Any]) -> None:
+    """Write the state under a name of its own, then point `latest.json` at it.
+
+    `identity` is what must be the same for a resume to be exact.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
+    record = {"step": state.step, "seconds": state.seconds, "identity": identity}
+    file = paths.checkpoint / f"step-{state.step:07d}.safetensors"
+    digest = write_bytes(file, save(tensors, metadata={"record": json.dumps(record)}))
+    write_json(paths.checkpoint / "latest.json", {"file": file.name, "sha256": digest})
+    for other in paths.checkpoint.glob("step-*.safetensors"):
+        if other != file:
+            other.unlink()
+
+
+def load_state(paths: Paths, identity: dict[str, Any]) -> State | None:
+    """The state to resume from, or None when nothing was saved yet.
+
+    Raises PipelineError when another identity saved it, and CorruptError when its bytes changed.
+    """
+    pointer_file = paths.checkpoint / "latest.json"
+    if not pointer_file.exists():
+        return None
+    pointer = read_json(pointer_file, START_OVER)
+    file = paths.checkpoint / str(pointer.get("file"))
+    if not file.is_file():
+        raise CorruptError(f"{pointer_file} points at {file}, which is not there: {START_OVER}")
+    content = check_digest(file, pointer.get("sha256"), START_OVER)
+    try:
+        tensors, metadata = _unpack(content)
+        record = json.loads(metadata["record"])
+        state = State(int(record["step"]), float(record["seconds"]), tensors)
+        saved = dict(record["identity"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CorruptError(f"{file} is no checkpoint of ours: {START_OVER}") from error
+    _refuse_differences(saved, identity)
+    return state
+
+
+def _refuse_differences(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    differences = [
+        f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key)
+    ]
+    if differences:
+        raise PipelineError(
+            f"cannot resume exactly: {'; '.join(differences)}. "
+            f"Use the same settings, or {START_OVER}"
+        )

@@ -1,0 +1,127 @@
+"""The one place that decides where things run, how precisely, and how many processes share it."""
+
+import ctypes
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.core.errors import PipelineError
+
+# mallopt's parameters and what they are set to: freed memory stays with the process.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+_KEEP = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 1 << 26}  # bytes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A device, how training computes on it, and this process's place among those that share it."""
+
+    device: torch.device
+    description: str
+    precision: torch.dtype = torch.float32  # of a forward pass in training; weights are float32
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        return self.description
+
+
+class _Precise(nn.Module):
+    """A network whose forward pass runs in a lower precision where torch holds that to be safe."""
+
+    def __init__(self, network: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.place, self.precision = device.type, precision
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.place, self.precision):
+            outputs: Tensor = self.network(images)
+        return outputs.float()
+
+
+def prepare(network: nn.Module, placement: Placement, compiled: bool = False) -> nn.Module:
+    """`network`, moved to its device in place, as a training loop calls it there.
+
+    In channels_last, under autocast where the precision is lower, compiled if asked for, and with
+    gradients averaged over all processes. Statistics of batch normalization stay each process's
+    own; the first one's are kept.
+    """
+    device = placement.device
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub
+    model = network
+    if placement.precision != torch.float32:
+        model = _Precise(model, device, placement.precision)
+    if compiled:
+        model.compile()
+    if placement.processes > 1:
+        with warnings.catch_warnings():
+            # The name that torch 2.13 wants instead is unknown to the versions before it.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model = DistributedDataParallel(model, broadcast_buffers=False)
+    return model
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what torch frees instead of giving it back after each batch.
+
+    Otherwise the kernel hands out and clears the same pages at every step: a quarter of a small
+    network's time. Does nothing where there is no glibc.
+    """
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            for parameter, value in _KEEP.items():
+                library.mallopt(parameter, value)
+
+
+def _missing_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return f"torch {torch.__version__} sees no GPU (is the driver installed?)"
+
+
+def _cuda(local_rank: int) -> tuple[torch.device, torch.dtype, str]:
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    # Off, so that a GPU's answers differ from a CPU's by rounding only.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    # bfloat16 has float32's range: no gradient underflows, so none has to be scaled. A GPU without
+    # it trains in float32.
+    has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    precision = torch.bfloat16 if has_bfloat16 else torch.float32
+    name = torch.cuda.get_device_name(device)
+    return device, precision, f"{name}; {str(precision).removeprefix('torch.')}; TF32 off"
+
+
+def choose(wanted: str) -> Placement:
+    """The placement for `wanted`: auto, cpu or cuda; torchrun's variables say which process it is.
+
+    Raises PipelineError when CUDA is demanded and missing: a GPU is never silently left out.
+    """
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    shared = f" in each of {processes} processes" if processes > 1 else ""
+    if wanted != "cpu" and torch.cuda.is_available():
+        device, precision, details = _cuda(int(os.environ.get("LOCAL_RANK", "0")))
+        return Placement(device, f"cuda ({details}){shared}", precision, rank, processes)
+    if wanted == "cuda":
+        raise PipelineError(
+            f"no CUDA device: {_missing_cuda()}. Install a CUDA build of torch "
+            "(make .venv TORCH_INDEX=URL), or use --device cpu"
+        )
+    keep_freed_memory()
+    reason = f"; {_missing_cuda()}" if wanted == "auto" else ""
+    threads = torch.get_num_threads()
+    description = f"cpu ({threads} thread{'s' * (threads > 1)}{shared}{reason})"
+    return Placement(torch.device("cpu"), description, rank=rank, processes=processes)

@@ -1,0 +1,295 @@
+"""The training loop of the learner's note: five lines a step, and what they need around them."""
+
+# Shape letters: B batch, M things that are no digits, N images, K classes.
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pipeline.core.errors import PipelineError
+from pipeline.core.evaluate import evaluate
+from pipeline.data.splits import Split
+from pipeline.training.augment import augment
+from pipeline.training.checkpoint import State, optimizer_tensors, restore_optimizer
+from pipeline.training.device import Placement, prepare
+from pipeline.training.networks import Network, build, eager_predictor
+from pipeline.training.outliers import Outliers
+from pipeline.training.processes import agreed
+from pipeline.training.recipes import Recipe, TrainConfig
+
+EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
+FOLLOW_EVERY = 4  # steps, at which averaged weights follow
+FORESEEN = 0.02  # of a run, before which nobody knows how long it takes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run stands."""
+
+    epoch: float  # passes done, in parts
+    epochs: float
+    step: int
+    loss: float  # of the latest batch, in nats
+    lr: float
+    images_per_second: float
+    seconds: float  # of training so far, with all that it prepares; evaluation is not counted
+    validation_accuracy: float | None = None  # 0 to 1, where it was measured
+
+    def __str__(self) -> str:
+        accuracy, left = self.validation_accuracy, self.seconds * (self.epochs / self.epoch - 1)
+        known = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
+        said = f"epoch {self.epoch:.2f}/{self.epochs:.4g}: loss {self.loss:.4f}{known}"
+        if self.epoch < FORESEEN * self.epochs:
+            return said
+        return f"{said}, {self.images_per_second:,.0f} images/s, {left:.0f} s left"
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the parameters of `model`."""
+    parameters, lr, decay = model.parameters(), recipe.lr, recipe.weight_decay
+    betas = (recipe.beta1, recipe.beta2)
+    if recipe.optimizer == "adadelta":
+        return torch.optim.Adadelta(parameters, lr=lr, weight_decay=decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
+    """The learning rate of `step`: a function of the step alone, so that a resume is exact."""
+    if recipe.schedule == "decay":
+        return recipe.lr * recipe.gamma ** (step // steps_per_epoch)
+    # One cycle (Smith 2018, arXiv:1708.07120): up in a line, then down along a cosine.
+    done, warm_up = (step + 0.5) / steps, recipe.warm_up
+    if done < warm_up:
+        return recipe.lr * (0.04 + 0.96 * done / warm_up)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+
+
+def distortion(recipe: Recipe, step: int, steps: int) -> float:
+    """How much of the recipe's distortion the images of `step` get, 1 to 0."""
+    left = 1 - step / steps
+    return min(1.0, left / recipe.fade) if recipe.fade else 1.0
+
+
+def shuffled(count: int, seed: int, epoch: int) -> Tensor:
+    """The order (count,) in which `epoch` visits the images: a function of seed and epoch."""
+    generator = torch.Generator().manual_seed(seed * EPOCH_STRIDE + epoch)
+    return torch.randperm(count, generator=generator)
+
+
+class Batches:
+    """The batch of any step: a function of the seed and the step, whatever came before.
+
+    Of a batch that several processes share, each has its own part.
+    """
+
+    def __init__(self, split: Split, recipe: Recipe, seed: int, placement: Placement) -> None:
+        self.images = torch.from_numpy(split.images).to(placement.device)  # whole split, uint8
+        self.labels = torch.from_numpy(split.labels).to(placement.device)
+        self.classes = len(split.classes)
+        self.recipe, self.seed, self.placement = recipe, seed, placement
+        self.size = min(recipe.batch_size, len(split))
+        if self.size % placement.processes:
+            raise PipelineError(
+                f"a batch of {self.size} cannot be shared by {placement.processes} processes: "
+                "choose a --batch-size that they divide"
+            )
+        self.steps_per_epoch = len(split) // self.size
+        self.steps = max(1, round(recipe.epochs * self.steps_per_epoch))
+        self.outliers = Outliers(self.images, self.labels, seed) if recipe.outliers else None
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 1, 28, 28), distorted if the recipe says so, and labels (B,).
+
+        With things that are no digits after them, and probabilities (B, K) instead of labels, where
+        the recipe has such.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, shuffled(len(self.labels), self.seed, epoch)
+        rank, processes = self.placement.rank, self.placement.processes
+        batch = self._order[position * self.size : (position + 1) * self.size][rank::processes]
+        batch = batch.to(self.labels.device)
+        # For distortion and for dropout: another draw in each process.
+        torch.manual_seed((self.seed * EPOCH_STRIDE + step) * processes + rank)
+        images, labels = self.images[batch], self.labels[batch]
+        strength = distortion(self.recipe, step, self.steps)
+        if not self.outliers:
+            return augment(images, self.recipe, strength), labels
+        count = round(self.recipe.outliers * len(labels))
+        painted = self.outliers.painted(count // 10)
+        written = self.outliers.written(count - len(painted))
+        images = augment(torch.cat([images, written]), self.recipe, strength)
+        return torch.cat([images, painted]), with_unknown(labels, count, self.classes)
+
+
+def with_unknown(labels: Tensor, others: int, classes: int) -> Tensor:
+    """What to say (B + M, K) of images with labels (B,), and of others that could be any class."""
+    certain = functional.one_hot(labels, classes).float()
+    return torch.cat([certain, certain.new_full((others, classes), 1 / classes)])
+
+
+class Learner:
+    """What changes while a network learns, and goes into a checkpoint: weights, average, state."""
+
+    def __init__(self, config: TrainConfig, classes: int, placement: Placement) -> None:
+        recipe = config.settings
+        torch.manual_seed(config.seed)
+        self.network = build(recipe, classes)
+        self.model = prepare(self.network, placement, config.compiled)
+        self.optimizer = make_optimizer(self.network, recipe)
+        self.average = _average(self.network, recipe)
+
+    def follow(self) -> None:
+        """Let the averaged weights, where the recipe wants them, follow the others."""
+        if self.average:
+            self.average.update_parameters(self.network)
+
+    @property
+    def best(self) -> Network:
+        """What to judge by: the average, once there is one."""
+        if self.average and self.average.n_averaged:
+            return cast(Network, self.average.module)
+        return self.network
+
+    def snapshot(self, step: int, seconds: float) -> State:
+        """The state of the run after `step` optimizer steps."""
+        tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
+        if self.average:
+            averaged = self.average.state_dict()
+            tensors |= {f"average.{name}": value for name, value in averaged.items()}
+        return State(step, seconds, {**tensors, **optimizer_tensors(self.optimizer)})
+
+    def restore(self, state: State) -> None:
+        """Go on from `state` as if the run had never stopped."""
+        for name, module in (("model", self.network), ("average", self.average)):
+            if module:
+                module.load_state_dict(
+                    {key: state.tensors[f"{name}.{key}"] for key in module.state_dict()}
+                )
+        restore_optimizer(self.optimizer, state.tensors)
+
+
+def train(
+    config: TrainConfig,
+    train_split: Split,
+    validation: Split,
+    placement: Placement,
+    state: State | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    save: Callable[[State], None] = lambda state: None,
+    is_stopped: Callable[[], bool] = lambda: False,
+    save_every: int = 0,
+) -> tuple[Network, Progress]:
+    """A network trained on `train_split`, and where the run ended.
+
+    Continues from `state` exactly; hands a new state to `save` after each epoch, after each
+    `save_every` steps if that is not 0, and when `is_stopped` says so, then raises
+    KeyboardInterrupt. Raises PipelineError when the loss is not finite.
+    """
+    recipe, clock = config.settings, _Clock(state.seconds if state else 0.0)
+    batches = Batches(train_split, recipe, config.seed, placement)
+    learner = Learner(config, len(train_split.classes), placement)
+    model, optimizer = learner.model, learner.optimizer
+    loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    first = 0
+    if state:
+        first = state.step
+        learner.restore(state)
+
+    for step in range(first, batches.steps):
+        images, labels = batches.at(step)
+        lr = set_learning_rate(optimizer, recipe, step, batches)
+        model.train()
+
+        optimizer.zero_grad()
+        outputs = model(images)
+        loss = loss_function(outputs, labels)
+        loss.backward()
+        optimizer.step()
+
+        done = step + 1
+        mean_loss, must_stop = agreed(placement, loss.item(), is_stopped())
+        progress = _progress(done, batches, mean_loss, lr, clock.seconds())
+        left = batches.steps - done
+        if left <= batches.steps // 2 and left % FOLLOW_EVERY == 0:
+            learner.follow()
+        is_last, ends_epoch = done == batches.steps, done % batches.steps_per_epoch == 0
+        with clock.paused():
+            if placement.is_first and (ends_epoch or is_last):
+                accuracy = _accuracy(learner.best, validation, placement)
+                progress = replace(progress, validation_accuracy=accuracy)
+            on_progress(progress)
+            is_due = ends_epoch or must_stop or (save_every and done % save_every == 0)
+            if is_due and not is_last:
+                save(learner.snapshot(done, progress.seconds))
+            if must_stop and not is_last:
+                raise KeyboardInterrupt
+    return learner.best.eval(), progress
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, batches: Batches
+) -> float:
+    """Give `optimizer` the learning rate of `step`, and return it."""
+    lr = learning_rate(recipe, step, batches.steps, batches.steps_per_epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def _accuracy(network: Network, split: Split, placement: Placement) -> float:
+    predictor = eager_predictor(network.eval(), placement.device)
+    return evaluate(predictor, split.images, split.labels).accuracy
+
+
+def _progress(done: int, batches: Batches, loss: float, lr: float, seconds: float) -> Progress:
+    """Where the run stands after `done` steps; PipelineError when its loss is not finite."""
+    if not math.isfinite(loss):
+        raise PipelineError(
+            f"the loss is {loss} at step {done} of {batches.steps} with learning rate {lr:.3g}: "
+            "try a smaller --lr; the last checkpoint is kept"
+        )
+    return Progress(
+        epoch=done / batches.steps_per_epoch,
+        epochs=batches.steps / batches.steps_per_epoch,
+        step=done,
+        loss=loss,
+        lr=lr,
+        images_per_second=done * batches.size / seconds,
+        seconds=seconds,
+    )
+
+
+def _average(model: Network, recipe: Recipe) -> AveragedModel | None:
+    """A copy of `model` that will follow it slowly, where the recipe wants one."""
+    if not recipe.average:
+        return None
+    follow = get_ema_multi_avg_fn(recipe.average**FOLLOW_EVERY)  # type: ignore[no-untyped-call]  # torch's
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+
+
+class _Clock:
+    """Seconds of training, without the pauses for evaluation and for writing."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._start = time.perf_counter() - seconds
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        seconds = self.seconds()
+        yield
+        self._start = time.perf_counter() - seconds

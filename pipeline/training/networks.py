@@ -1,0 +1,251 @@
+"""The networks: uint8 images in, log-probabilities out, and nothing left for a client to do."""
+
+# Shape letters: B batch, C channels, H height, W width, K classes.
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.core.evaluate import Predictor
+from pipeline.training.recipes import Recipe
+
+# Of MNIST's training pixels, scaled to 0..1. They live in the model, so no client needs them.
+MEAN, STD = 0.1307, 0.3081
+
+
+class Network(nn.Module):
+    """What every network of ours shares: the signature, with all preprocessing inside.
+
+    Subclasses define `logits`. The temperature is 1.0 until it is fitted. The computation runs
+    in the dtype of the buffers, so `.double()` makes a float64 reference of the same weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+    temperature: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN))
+        self.register_buffer("std", torch.tensor(STD))
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map uint8 images (B, 1, 28, 28) to log-probabilities (B, K)."""
+        x = images.to(self.mean.dtype) / 255.0  # (B, 1, 28, 28): paper 0.0, ink 1.0
+        x = (x - self.mean) / self.std
+        return torch.log_softmax(self.logits(x) / self.temperature, dim=1)  # (B, K)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Map normalized images (B, 1, 28, 28) to logits (B, K)."""
+        raise TypeError(f"{type(self).__name__} defines no logits")
+
+
+class DigitNorm(nn.BatchNorm2d):
+    """Batch normalization by the digits of a batch, behind which `outliers` times as many follow.
+
+    What is no digit varies so much that statistics of everything would fit neither.
+    """
+
+    def __init__(self, channels: int, momentum: float, outliers: float) -> None:
+        super().__init__(channels, momentum=momentum)
+        self.outliers = outliers
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.outliers):
+            return super().forward(x)
+        count = round(len(x) / (1 + self.outliers))
+        running = (self.running_mean, self.running_var, self.momentum)
+        settings = (self.weight, self.bias, running, count, self.eps)
+        normalized: Tensor = _ByDigits.apply(x, *settings)  # type: ignore[no-untyped-call]  # torch's
+        return normalized
+
+
+class _ByDigits(torch.autograd.Function):
+    """Rows (B, C, H, W) normalized by the first `count` of them, with all gradients.
+
+    Through their statistics too: else what is no digit would drag them along without end. What is
+    `running`, two statistics (C,) and a momentum, follows them. Written out, since autograd's own
+    way, operation by operation, takes twice as long.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Any, count: int, eps: float
+    ) -> Tensor:
+        running_mean, running_var, momentum = running
+        _, mean, scale = torch.native_batch_norm(
+            x[:count], None, None, running_mean, running_var, True, momentum, eps
+        )  # (C,) each; the scale is 1 / deviation
+        variance = scale.pow(-2) - eps
+        ctx.save_for_backward(x, weight, mean, scale, variance)
+        ctx.count, ctx.eps = count, eps
+        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale, variance = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            *(gradients[0], x, weight, mean, variance, mean, scale),
+            *(False, ctx.eps, [True, True, True]),
+        )
+        digits = x[: ctx.count]
+        each = weight * scale / (digits.numel() / len(weight))  # (C,): what one pixel has a part of
+        slope = each * of_weight * scale
+        shift = (each * of_bias - slope * mean).view(-1, 1, 1)
+        of_x[: ctx.count].sub_(torch.addcmul(shift, digits, slope.view(-1, 1, 1)))
+        return of_x, of_weight, of_bias, None, None, None
+
+
+class Cnn(Network):
+    """A small CNN that shrinks the image early: four convolutions, then maximum and mean.
+
+    Padded, it sees the border as well as the middle, at more than twice the cost. Trained beside
+    things that are none of its classes, it has a score for those as well, see `shared`.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        classes: int,
+        norm_momentum: float = 0.1,
+        padded: bool = False,
+        dropout: float = 0.0,
+        outliers: float = 0.0,
+    ) -> None:
+        super().__init__()
+        a, b, c, d = channels
+        self.knows_none = outliers > 0
+
+        def normalized(channels: int) -> list[nn.Module]:
+            return [DigitNorm(channels, norm_momentum, outliers), nn.ReLU()]
+
+        pad = int(padded)
+        self.features = nn.Sequential(
+            nn.Conv2d(1, a, 5, stride=2, padding=2 * pad),  # (B, a, 12, 12); padded 14
+            nn.ReLU(),
+            nn.Conv2d(a, b, 3, padding=pad, bias=False),  # (B, b, 10, 10); 14
+            nn.MaxPool2d(2),  # (B, b, 5, 5); 7; before the normalization, which is cheaper so
+            *normalized(b),
+            nn.Dropout(dropout),
+            nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5); 7
+            *normalized(c),
+            nn.Conv2d(c, d, 3, padding=pad, bias=False),  # (B, d, 3, 3); 7
+            *normalized(d),
+        )
+        side = 7 if padded else 3
+        self.maximum, self.mean_pool = nn.MaxPool2d(side), nn.AvgPool2d(side)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(2 * d, classes + self.knows_none)
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        x = torch.cat([self.maximum(x), self.mean_pool(x)], dim=1)  # (B, 2 d, 1, 1)
+        # The channels last: so is the gradient then, and the pools need not copy it.
+        x = x.permute(0, 2, 3, 1).flatten(1)  # (B, 2 d)
+        scores: Tensor = self.classifier(self.dropout(x))
+        return shared(scores) if self.knows_none else scores  # (B, K)
+
+
+def shared(scores: Tensor) -> Tensor:
+    """Logarithms (B, K) of the probabilities of K classes, from scores (B, K + 1).
+
+    The last score is that of none of them. What is none could be any: each gets an equal part.
+    """
+    logs = torch.log_softmax(scores, dim=1)
+    classes = logs[:, :-1]
+    part = logs[:, -1:] - math.log(classes.shape[1])
+    # The same as logaddexp, which in ONNX would be the logarithm of a sum that may vanish.
+    return classes + functional.softplus(part - classes)
+
+
+class ClassicCnn(Network):
+    """The two-convolution network of PyTorch's MNIST example, the field's yardstick.
+
+    https://github.com/pytorch/examples/blob/main/mnist/main.py
+    """
+
+    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        a, b = channels
+        self.features = nn.Sequential(
+            nn.Conv2d(1, a, 3),  # (B, a, 26, 26)
+            nn.ReLU(),
+            nn.Conv2d(a, b, 3),  # (B, b, 24, 24)
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # (B, b, 12, 12)
+            nn.Dropout(0.25),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(b * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.classifier(self.features(x).flatten(1))
+        return scores
+
+
+class RecordCnn(Network):
+    """The network of the 0.76-second record: https://github.com/tuomaso/train_mnist_fast."""
+
+    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        a, b = channels
+        self.features = nn.Sequential(
+            nn.Conv2d(1, a, 5),  # (B, a, 24, 24)
+            nn.MaxPool2d(2),  # (B, a, 12, 12)
+            nn.ReLU(),
+            nn.Conv2d(a, b, 3),  # (B, b, 10, 10)
+            nn.MaxPool2d(2),  # (B, b, 5, 5)
+            nn.ReLU(),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(b * 5 * 5, 256), nn.ReLU(), nn.Linear(256, classes)
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.classifier(self.features(x).flatten(1))
+        return scores
+
+
+class Net(Network):
+    """The two-layer network of the learner's note: 784-128-10."""
+
+    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        (hidden,) = channels
+        self.layer1 = nn.Linear(28 * 28, hidden)
+        self.layer2 = nn.Linear(hidden, classes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.layer2(torch.relu(self.layer1(x.flatten(1))))
+        return scores
+
+
+def build(recipe: Recipe, classes: int) -> Network:
+    """The recipe's network with random weights, drawn from torch's global generator."""
+    if recipe.network == "cnn":
+        settings = (recipe.norm_momentum, recipe.padded, recipe.dropout, recipe.outliers)
+        return Cnn(recipe.channels, classes, *settings)
+    if recipe.network == "classic":
+        return ClassicCnn(recipe.channels, classes)
+    if recipe.network == "record":
+        return RecordCnn(recipe.channels, classes)
+    return Net(recipe.channels, classes)
+
+
+def eager_predictor(model: nn.Module, device: torch.device | None = None) -> Predictor:
+    """A predictor that runs `model`, in the mode that it is in, on `device`."""
+    place = device or torch.device("cpu")
+    model.to(place)
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            outputs: np.ndarray = model(torch.from_numpy(images).to(place)).cpu().numpy()
+        return outputs
+
+    return predict

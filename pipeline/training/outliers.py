@@ -1,0 +1,285 @@
+"""Things that are no digits, made for training beside the digits of a batch: nothing to be sure of.
+
+They come from torch's global generator. What a model is measured with is made in another way, by
+`nondigits.py`.
+"""
+
+# Shape letters: M things, B digits, H height, W width, S strokes, P points of a stroke,
+# N pixels near a point, in a row; V ways to write a letter.
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.training.letters import SIDE as GRID
+from pipeline.training.letters import STROKES, ways
+
+SIDE, HALF = 28, 14  # pixels
+SPOT = 5  # pixels, and 2, of half the width that a spot of ink has at least; a narrower may be a 1
+POINTS = 18  # of a stroke
+NEAR = 3  # pixels about a point of a stroke that it may ink
+STOCK, PIECE = 4096, 128  # things of a kind; so many drawings are made at a time
+# How each digit may be turned and be none. 4: along its diagonal, 2: left to right, 1: upside down.
+# A 2 mirrored is nearly a 5, a 6 turned twice is a 9; 0 and 1 stay too much what they are.
+TURNS: dict[int, tuple[int, ...]] = {
+    2: (4, 5, 6, 7),
+    3: (2, 3, 4, 5, 6, 7),
+    4: (1, 2, 3, 5, 6),
+    5: (4, 5, 6, 7),
+    6: (1, 2, 4, 5, 6, 7),
+    7: (2, 3, 4, 5, 6),
+    8: (5, 6),
+    9: (1, 2, 4, 5, 6, 7),
+}
+
+
+class Outliers:
+    """A stock of things to show beside digits: a function of those digits and of the seed."""
+
+    def __init__(self, digits: Tensor, labels: Tensor, seed: int) -> None:
+        letters, strokes, self._painted = _drawings(seed, digits.device)
+        torch.manual_seed(seed)
+        self._written = torch.cat([letters, strokes, _spoiled(digits, labels)])
+
+    def written(self, count: int) -> Tensor:
+        """Things of strokes (M, 1, H, W); a quarter are letters, a quarter digits spoiled."""
+        return _some(self._written, count)
+
+    def painted(self, count: int) -> Tensor:
+        """Filled shapes, clouds and plain paper (M, 1, H, W)."""
+        return _some(self._painted, count)
+
+
+@cache
+def _drawings(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Letters, twice as many things of strokes, and filled shapes, uint8 (M, 1, H, W) each."""
+    torch.manual_seed(seed)
+    letters, strokes, filled = (
+        torch.cat([make(PIECE, device) for _ in range(count // PIECE)])
+        for make, count in ((_letters, STOCK), (_strokes, 2 * STOCK), (_filled, STOCK))
+    )
+    return _levels(letters), _levels(strokes), _levels(filled)
+
+
+def _levels(ink: Tensor) -> Tensor:
+    """Ink from 0 to 1 as gray levels."""
+    return (255 * ink).round().to(torch.uint8)
+
+
+def _spoiled(digits: Tensor, labels: Tensor) -> Tensor:
+    """Things (STOCK, 1, H, W) made of digits (B, 1, H, W) with labels (B,): a half is turned."""
+    mixed = STOCK // 6
+    return torch.cat(
+        [
+            _turned(digits, labels, STOCK - 3 * mixed),
+            _cut(digits, mixed),
+            _pairs(digits, mixed),
+            _over(digits, labels, mixed),
+        ]
+    )
+
+
+def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Digits turned and mirrored so that they are none."""
+    ways = _ways(labels.device)[labels]  # (B, 8): 1 where allowed
+    chosen = torch.multinomial(ways.sum(dim=1) + 1e-9, count, replacement=True)
+    way = torch.multinomial(ways[chosen] + 1e-9, 1).view(-1, 1, 1, 1)  # (M, 1, 1, 1)
+    things = digits[chosen]
+    things = torch.where(way & 4 > 0, things.mT, things)
+    things = torch.where(way & 2 > 0, things.flip(-1), things)
+    return torch.where(way & 1 > 0, things.flip(-2), things)
+
+
+@cache
+def _ways(device: torch.device) -> Tensor:
+    """Which turns (10, 8) are allowed of each digit."""
+    ways = torch.zeros(10, 8)
+    for digit, turns in TURNS.items():
+        ways[digit, list(turns)] = 1
+    return ways.to(device)
+
+
+def _some(things: Tensor, count: int) -> Tensor:
+    return things[torch.randint(len(things), (count,), device=things.device)]
+
+
+def _cut(digits: Tensor, count: int) -> Tensor:
+    """Halves of two digits, each where the other half belongs."""
+    first, second = _some(digits, count), _some(digits, count)
+    beside = torch.cat([first[..., HALF:], second[..., :HALF]], dim=-1)
+    above = torch.cat([first[..., HALF:, :], second[..., :HALF, :]], dim=-2)
+    return torch.where(_coin(count, digits.device), beside, above)
+
+
+def _pairs(digits: Tensor, count: int) -> Tensor:
+    """Two digits beside each other, squeezed into the place of one."""
+    return torch.cat([_some(digits, count)[..., ::2], _some(digits, count)[..., 1::2]], dim=-1)
+
+
+def _over(digits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """A digit written over another that lies on its side; 0 and 1 would still leave a digit."""
+    wide = (labels > 1).float() + 1e-9
+    first, second = torch.multinomial(wide, 2 * count, replacement=True).view(2, -1)
+    return torch.maximum(digits[first], digits[second].mT)
+
+
+def _letters(count: int, device: torch.device) -> Tensor:
+    """Letters from an unsteady hand, narrow or wide, upright or slanted; some with serifs."""
+    every = torch.tensor(ways(), device=device)  # (V, S, 3, 2)
+    chosen = torch.randint(len(every), (count,), device=device)
+    points = every[chosen]  # (M, S, 3, 2)
+    # Strokes that meet keep meeting: what moves is the point of the grid.
+    moves = torch.randn(count, GRID * GRID, 2, device=device) * 0.3
+    places = (points.round().clamp(0, GRID - 1) @ points.new_tensor([1.0, GRID])).long()
+    points = points + moves.gather(1, places.view(count, -1, 1).expand(-1, -1, 2)).view_as(points)
+    across, down = points.unbind(dim=-1)
+    wide, slant = _share(2, count, 1, 1, device=device)
+    across = across * (0.6 + 0.7 * wide) - down * (slant - 0.4) * 0.4
+    strokes = torch.stack([down, across], dim=-1)[:, :, None]  # (M, S, 1, 3, 2)
+    return _inked(strokes, contrast=_share(count, 1, device=device) * 0.7)
+
+
+def _strokes(count: int, device: torch.device) -> Tensor:
+    """Strokes between the points of a jittered lattice, or one long line; some mirrored; 0 to 1."""
+    is_walk, is_line = _coin(count, device), _coin(count, device, 0.8)
+    lines = [
+        torch.where(is_walk, *pair)
+        for pair in zip(_walks(count, device), _curls(count, device), strict=True)
+    ]
+    ways = zip(lines, _segments(count, device), strict=True)
+    first, second, third = (torch.where(is_line, *pair) for pair in ways)
+    least = torch.where(is_line, torch.where(is_walk, 8, 5), 4)  # a shorter walk may be a digit
+    most = torch.where(is_line, STROKES, 6)
+    used = least + (torch.rand(count, 1, 1, 1, device=device) * (most - least + 1)).int()
+    is_used = torch.arange(STROKES, device=device).view(1, -1, 1, 1) < used
+    strokes = torch.stack(
+        [torch.where(is_used, part, first[:, :1]) for part in (first, second, third)], dim=3
+    )
+    ink = _inked(strokes, contrast=torch.zeros(count, 1, device=device))
+    return torch.where(_coin(count, device, 0.25), torch.maximum(ink, ink.flip(-1)), ink)
+
+
+def _inked(strokes: Tensor, contrast: Tensor) -> Tensor:
+    """Strokes (M, S, 1, 3, 2) as ink (M, 1, H, W), each thing's of one width and size.
+
+    By the `contrast` (M, 1), 0 to 1, they are thinner where they run level.
+    """
+    count, device = len(strokes), strokes.device
+    first, second, third = strokes.unbind(dim=3)  # it begins, bends towards, ends
+    along = torch.linspace(0, 1, POINTS, device=device)[:, None]  # (P, 1)
+    paths = (1 - along) ** 2 * first + 2 * along * (1 - along) * second + along**2 * third
+    ways = 2 * (1 - along) * (second - first) + 2 * along * (third - second)  # (M, S, P, 2)
+    length = ways.norm(dim=-1).flatten(1)  # (M, S P)
+    level = ways[..., 1].abs().flatten(1) / length.clamp(min=1e-6)
+    paths = _sized(paths.flatten(1, 2), length) * (8 + 2 * _share(count, 1, 1, device=device))
+    width = 0.5 + 1.8 * _share(count, 1, device=device) ** 2  # half of it, in pixels
+    return (0.5 - _away(paths, (width * (1 - contrast * level)).clamp(min=0.5))).clamp(0, 1)
+
+
+def _away(paths: Tensor, width: Tensor) -> Tensor:
+    """How far each pixel (M, 1, H, W) is from discs, about points (M, P, 2) of radius (M, P).
+
+    0 is on the rim, below it inside; pixels that are farther than NEAR from any are 1 away.
+    """
+    side = SIDE + 2 * NEAR  # with a margin, where whatever is outside lands
+    near = torch.arange(-NEAR, NEAR + 1, device=paths.device)  # (N,)
+    places = paths + (SIDE - 1) / 2  # (M, P, 2), counted from the middle of the first pixel
+    pixels = places.round()[..., None] + near  # (M, P, 2, N): rows, and columns
+    down, across = (pixels - places[..., None]).square().unbind(dim=2)  # (M, P, N) each
+    away = (down[..., None] + across[..., None, :]).sqrt_().sub_(width[..., None, None])
+    row, column = (pixels + NEAR).clamp(0, side - 1).long().unbind(dim=2)
+    pixel = (side * row)[..., None] + column[..., None, :]  # (M, P, N, N)
+    field = away.new_ones(len(paths), side * side)
+    field.scatter_reduce_(1, pixel.flatten(1), away.flatten(1), "amin")
+    framed: Tensor = field.view(-1, 1, side, side)
+    return framed[:, :, NEAR:-NEAR, NEAR:-NEAR]
+
+
+def _sized(paths: Tensor, length: Tensor) -> Tensor:
+    """Points (M, P, 2), the longer side 2, about the middle of their mass as (M, P) has it."""
+    least, most = paths.amin(dim=1, keepdim=True), paths.amax(dim=1, keepdim=True)
+    half = ((most - least) / 2).amax(dim=2, keepdim=True).clamp(min=0.1)
+    mass = length / length.sum(dim=1, keepdim=True)
+    return (paths - (paths * mass[:, :, None]).sum(dim=1, keepdim=True)) / half
+
+
+def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where strokes begin, what they bend towards, and where they end: (M, S, 1, 2) each.
+
+    Half of them begin where the one before ends, and half are straight.
+    """
+    shape = (count, STROKES, 1, 2)
+    begin, end = (
+        torch.randint(-1, 2, (2, *shape), device=device) + _spread(2, *shape, device=device) / 8
+    )
+    goes_on, is_bent = torch.rand(2, *shape[:-1], 1, device=device) < 0.5
+    begin = torch.where(goes_on, end.roll(1, dims=1), begin)
+    return begin, (begin + end) / 2 + _spread(*shape, device=device) * 1.2 * is_bent, end
+
+
+def _curls(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of strokes that go on without a corner: a quadratic spline between any points."""
+    return _along(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)
+
+
+def _walks(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a pen that wanders: at each point it turns, a little or right round."""
+    unsteady, bias = 1.2 + 1.3 * _share(count, 1, device=device), _spread(count, 1, device=device)
+    turns = unsteady * torch.randn(count, STROKES + 2, device=device) + 1.2 * bias
+    heading = turns.cumsum(dim=1)
+    length = torch.exp(0.4 * torch.randn(count, STROKES + 2, device=device))
+    steps = torch.stack([heading.sin(), heading.cos()], dim=-1) * length[..., None]
+    return _along(steps.cumsum(dim=1)[:, :, None])
+
+
+def _along(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A quadratic spline along points (M, S + 2, 1, 2)."""
+    halfway = (points[:, 1:] + points[:, :-1]) / 2  # (M, S + 1, 1, 2)
+    return halfway[:, :-1], points[:, 1:-1], halfway[:, 1:]
+
+
+def _filled(count: int, device: torch.device) -> Tensor:
+    """Boxes, ellipses and blobs of cloudy gray, on paper or all over it, some the other way round.
+
+    Some are without clouds, some are nothing but one gray level, and some are spots of full ink.
+    """
+    middle, size = _spread(2, count, 1, device=device) * 4, _share(2, count, 1, device=device) * 14
+    x, y = (_pixels(device).T[:, None] - middle) / (size + 2)  # (M, H W) each
+    corner = 2 + 6 * _share(count, 1, device=device)  # 2 is an ellipse; more is nearly a box
+    spot = (x.abs() ** corner + y.abs() ** corner < 1).view(-1, 1, SIDE, SIDE)
+    blob = _clouds(count, 4, device) > 0.5
+    everywhere = _coin(count, device, 0.2)
+    inside = torch.where(_coin(count, device), spot, blob & spot.roll(1, dims=0)) | everywhere
+    grain = int(torch.randint(2, SIDE // 2, ()))
+    contrast, level = _share(2, count, 1, 1, 1, device=device)
+    ink = (level + (_clouds(count, grain, device) - 0.5) * 2 * contrast).clamp(0, 1) * inside
+    ink = torch.where(_coin(count, device), ink, 1 - ink)
+    is_spot = _coin(count, device) & (size.amin(dim=0) > SPOT).view(-1, 1, 1, 1)
+    return torch.where(is_spot, spot, ink)
+
+
+def _clouds(count: int, grain: int, device: torch.device) -> Tensor:
+    """Smooth noise (M, 1, H, W) from 0 to 1, of as many grains on a side."""
+    coarse = torch.rand(count, 1, grain, grain, device=device)
+    return functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear")
+
+
+def _coin(count: int, device: torch.device, share: float = 0.5) -> Tensor:
+    return torch.rand(count, 1, 1, 1, device=device) < share
+
+
+def _share(*shape: int, device: torch.device) -> Tensor:
+    return torch.rand(shape, device=device)  # 0 to 1
+
+
+def _spread(*shape: int, device: torch.device) -> Tensor:
+    return torch.rand(shape, device=device) * 2 - 1  # -1 to 1
+
+
+@cache
+def _pixels(device: torch.device) -> Tensor:
+    """The pixels' coordinates (H W, 2), counted from the middle of the image."""
+    place = torch.arange(SIDE, device=device) - (SIDE - 1) / 2
+    return torch.cartesian_prod(place, place)

@@ -1,0 +1,125 @@
+"""What a run writes while it trains: its curve, its checkpoints, TensorBoard's events."""
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.core.files import remove, write_bytes, write_json
+from pipeline.core.paths import Paths
+from pipeline.training.checkpoint import State, load_state, save_state
+from pipeline.training.loop import Progress
+from pipeline.training.recipes import TrainConfig
+
+CURVE_POINTS = 200  # of the training loss that a run keeps, at most
+BOARD_STEPS = 10  # between two points that TensorBoard gets
+
+
+class Records:
+    """The files of a run that trains, and the state from which it goes on.
+
+    Raises PipelineError when the state was saved by a run of another `identity`, and CorruptError
+    when its bytes changed.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        config: TrainConfig,
+        identity: dict[str, Any],
+        resume: bool,
+        on_epoch: Callable[[Progress], None] = lambda progress: None,
+        on_step: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.paths, self.identity = paths, identity
+        self.on_epoch, self.on_step = on_epoch, on_step
+        self.state = load_state(paths, identity) if resume else None
+        if not resume:
+            _make_room(paths)
+        for folder in (paths.run_folder, paths.checkpoint):
+            for half_written in folder.glob(".*.tmp"):  # by a run that was killed
+                remove(half_written)
+        write_json(paths.run_config, config.record())
+        step = self.state.step if self.state else 0
+        self.history = _history(paths, step)
+        self.board = _board(paths, step)
+
+    def progress(self, progress: Progress) -> None:
+        """Show where the run stands, and keep it where it is a point of the curve."""
+        is_scored = progress.validation_accuracy is not None
+        if is_scored or _is_on_curve(progress):
+            fields = asdict(progress).items()
+            self.history.append({name: value for name, value in fields if value is not None})
+        if self.board:
+            _show(self.board, progress)
+        if is_scored:
+            self._write_history()
+            self.on_epoch(progress)
+        else:
+            self.on_step(progress)
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint, and the curve first: a resume keeps its points up to its step."""
+        self._write_history()
+        save_state(self.paths, state, self.identity)
+
+    def close(self) -> None:
+        """The run is done: nothing has to be resumed any more."""
+        remove(self.paths.checkpoint)
+        if self.board:
+            self.board.close()
+
+    def _write_history(self) -> None:
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_bytes(self.paths.metrics, lines.encode())
+
+
+def _make_room(paths: Paths) -> None:
+    """Set a finished run of this name aside, its claim to be finished first; remove any other."""
+    results = (paths.summary, paths.weights, paths.predictions, paths.page)
+    log = (paths.run_config, paths.metrics, paths.board)
+    if paths.summary.exists():
+        remove(paths.previous)
+        paths.previous.mkdir()
+        for path in (*results, *log):
+            if path.exists():
+                path.rename(paths.previous / path.name)
+    for path in (*results, *log, paths.checkpoint):
+        remove(path)
+
+
+def _is_on_curve(progress: Progress) -> bool:
+    """Whether the loss of this step is kept: a function of the step, so that a resume is exact."""
+    steps = round(progress.epochs * progress.step / progress.epoch)
+    return progress.step % math.ceil(steps / CURVE_POINTS) == 0
+
+
+def _history(paths: Paths, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to `step`."""
+    if not step or not paths.metrics.exists():
+        return []
+    lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    return [line for line in lines if line["step"] <= step]
+
+
+def _board(paths: Paths, step: int) -> Any:
+    """TensorBoard's writer, which goes on after `step`; None where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(paths.board, purge_step=step + 1 if step else None)
+
+
+def _show(board: Any, progress: Progress) -> None:
+    """Let TensorBoard have a point now and then, and each that was scored."""
+    accuracy = progress.validation_accuracy
+    if progress.step % BOARD_STEPS == 0 or accuracy is not None:
+        board.add_scalar("loss", progress.loss, progress.step)
+        board.add_scalar("learning rate", progress.lr, progress.step)
+        board.add_scalar("images per second", progress.images_per_second, progress.step)
+    if accuracy is not None:
+        board.add_scalar("validation accuracy", accuracy, progress.step)
+        board.flush()

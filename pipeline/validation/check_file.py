@@ -1,0 +1,186 @@
+"""A file on trial: everything that it is held against, and why it does not pass."""
+
+# Shape letters: N rows (images, then probes).
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import CheckFailedError
+from pipeline.core.evaluate import Predictor, margins
+from pipeline.core.files import remove, sha256
+from pipeline.core.paths import Paths
+from pipeline.core.text import Lines
+from pipeline.export import graph
+from pipeline.export.export import versions
+from pipeline.export.first_run import require_first_run
+from pipeline.export.runtime import onnx_predictor
+from pipeline.export.sample import Sample
+from pipeline.export.subject import Subject
+from pipeline.training.networks import eager_predictor
+from pipeline.validation.compare import Criterion, Held, Reference, Verdict, hold, require_stable
+from pipeline.validation.departures import between, from_weights
+from pipeline.validation.explain import diagnose
+from pipeline.validation.findings import replay_command, write_findings
+from pipeline.validation.probes import probe_images, refusals
+from pipeline.validation.reference import reference_predictor, steady_answers
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the files of one export are held against."""
+
+    paths: Paths
+    subject: Subject
+    rows: np.ndarray  # (N, ...): the images, then the probes
+    reference: Reference
+    criterion: Criterion
+    provider: str
+    report: Say
+    options: str  # of the command that put these files on trial
+
+
+@dataclass(frozen=True)
+class Result:
+    """One file that passed."""
+
+    verdict: Verdict
+    held: Held
+    sha256: str
+    size: int  # bytes
+
+
+def trial_of(
+    paths: Paths,
+    subject: Subject,
+    sample: Sample,
+    criterion: Criterion,
+    provider: str,
+    report: Say,
+    options: str,
+) -> Trial:
+    """The trial of an export's files: its module has answered every image and probe."""
+    rows = np.concatenate([sample.images, probe_images(sample.images)])
+    report(f"the module in float64 on {len(rows):,} images")
+    reference = reference_of(subject, rows, sample, criterion)
+    for outputs, what in ((reference.outputs, "in float64"), (reference.eager, "in float32")):
+        if not np.isfinite(outputs).all():
+            row = int(np.flatnonzero(~np.isfinite(outputs).all(axis=1))[0])
+            raise CheckFailedError(
+                f"the module itself answers row {row} with values that are not finite {what}: "
+                "nothing can be proven of it"
+            )
+    reference = require_stable(reference, criterion)
+    return Trial(paths, subject, rows, reference, criterion, provider, report, options)
+
+
+def reference_of(
+    subject: Subject, rows: np.ndarray, sample: Sample, criterion: Criterion
+) -> Reference:
+    """Ask the module about rows (N, ...) in float64 and in eager float32, twice each.
+
+    In the same batches: a module that mixes its rows must not widen its own bounds by it.
+    """
+    double, single = reference_predictor(subject.model), eager_predictor(subject.model)
+    outputs = steady_answers(double, rows, criterion, "in float64")
+    eager = steady_answers(single, rows, criterion, "in float32")
+    if sample.labels is not None:
+        return Reference(outputs, eager, sample.labels)
+    return Reference(outputs, eager, outputs[: len(sample.images)].argmax(axis=1), False)
+
+
+def predictors_of(
+    content: bytes, criterion: Criterion, provider: str, is_ours: bool = False
+) -> dict[int, Predictor]:
+    """The file in ONNX Runtime, with each number of threads; after a first run unless it is ours.
+
+    Ours is what its module exports to, byte for byte.
+    """
+    if not is_ours:
+        require_first_run(content)
+    return {threads: onnx_predictor(content, threads, provider) for threads in criterion.threads}
+
+
+def try_file(trial: Trial, precision: str, content: bytes, made: Mapping[str, bytes]) -> Result:
+    """The file's verdict; CheckFailedError with the reasons in words, and findings, if it fails."""
+    is_ours = made.get(precision) == content
+    predictors = predictors_of(content, trial.criterion, trial.provider, is_ours)
+    verdict, held = hold(
+        precision, predictors, trial.rows, trial.reference, trial.criterion, trial.report
+    )
+    candidate = next(iter(predictors.values()))
+    problems = [*verdict.problems, *refusals(candidate, trial.rows)]
+    if precision in made and made[precision] != content:
+        problems.append("the file is not what its module exports to, byte for byte")
+    if precision == "fp32" and not made and _differs(trial, content):
+        problems.append("the file has other weights than its module")
+    if problems:
+        reasons = _reasons(trial, precision, content, made, candidate)
+        verdict = replace(verdict, problems=(*reasons, *problems))
+        _fail(trial, verdict, held)
+    return Result(verdict, held, sha256(content), len(content))
+
+
+def _reasons(
+    trial: Trial, precision: str, content: bytes, made: Mapping[str, bytes], candidate: Predictor
+) -> list[str]:
+    """Why the file does not say what its module says, as far as it can be told."""
+    images = trial.rows[: len(trial.reference.labels)]
+    reasons = diagnose(candidate, images, trial.reference.outputs, trial.subject.classes)
+    found = graph.parse(content, "the file")
+    if precision in made:
+        wanted = graph.parse(made[precision], "the export")
+        reasons += [f"against its module's export, {said}" for said in between(wanted, found)]
+    elif precision == "fp32":
+        reasons += [f"against the module, {s}" for s in from_weights(_weights(trial), found)]
+    return reasons[:10]
+
+
+def _differs(trial: Trial, content: bytes) -> bool:
+    """Whether a weight of the file is the module's but for some values: none of it was fused."""
+    return bool(from_weights(_weights(trial), graph.parse(content, "the file"), few=0))
+
+
+def _weights(trial: Trial) -> dict[str, np.ndarray]:
+    return {name: t.cpu().numpy() for name, t in trial.subject.model.state_dict().items()}
+
+
+def _fail(trial: Trial, verdict: Verdict, held: Held) -> None:
+    paths = trial.paths
+    remove(paths.failed)
+    record = {**record_of(trial), "passed": False, "variants": [asdict(verdict)]}
+    write_findings(paths, record, trial.rows, held, verdict)
+    again = [f"Replay them: {replay_command(paths, trial.options)}"] if held.errors.any() else []
+    raise CheckFailedError(
+        Lines(
+            f"{paths.name} ({verdict.precision}) is not what its module says:",
+            *(f"  {problem}" for problem in verdict.problems[:10]),
+            f"The worst rows, as pictures and arrays: {paths.failed}",
+            *again,
+        )
+    )
+
+
+def record_of(trial: Trial) -> dict[str, Any]:
+    """What validation.json says beside the files."""
+    reference = trial.reference
+    images = len(reference.labels)
+    return {
+        "name": trial.paths.name,
+        "reference": "eager PyTorch in float64",
+        "candidate": f"ONNX Runtime, {trial.provider}",
+        "images": images,
+        "probes": len(trial.rows) - images,
+        "is_labelled": reference.is_labelled,
+        "classes": list(trial.subject.classes),
+        "criterion": asdict(trial.criterion),
+        "reference_accuracy": reference.accuracy(reference.outputs),
+        "eager_accuracy": reference.accuracy(reference.eager),
+        "eager_error": float(reference.errors.max()),
+        "smallest_margin": float(margins(reference.outputs[:images]).min()),
+        "versions": versions(),
+    }

@@ -1,0 +1,394 @@
+"""An exported file held against its module in float64, image by image. Needs numpy only."""
+
+# Shape letters: N rows (images, then probes), M labelled images, K classes.
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pipeline.core.errors import CheckFailedError
+from pipeline.core.evaluate import Predictor, margins, mcnemar, predict
+from pipeline.repository.golden import row_errors
+
+LISTED = 1000  # flips
+SETTLED = 0.1  # of the rows beyond their bound: then the rest of the runs is spared
+SPEED_BATCH = 64  # images a call where images per second are told
+_ULP = 2**-23  # a unit in the last place of float32, of a number between 1 and 2
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """When an exported file says what its module says. Set before anything is measured."""
+
+    batch_sizes: tuple[int, ...] = (1, 2, 3, 7, 64, 65, 256)  # of all rows
+    largest_batch: int = 256  # every size up to it is tried on one batch; `package` allows no more
+    threads: tuple[int, ...] = (1, 2)
+    # The least error that a row is granted: 8 units in the last place of float32, of the row's
+    # largest output. Twice that, or twice eager PyTorch's own error, is the row's bound.
+    floor: float = 2**-20
+    ratio: float = 8.0  # of the largest error to eager PyTorch's, at most
+    # Eager PyTorch's largest error, as a share of the images' median margin. Sound networks are
+    # near a millionth; above this one, float32 does not compute the network.
+    unstable: float = 1e-3
+    ties: int = 5  # images whose class may change in float32, each within its bound of a tie
+    # What accuracy a variant may lose against the reference, as a fraction.
+    lost_accuracy: tuple[tuple[str, float], ...] = (("fp16", 0.0002), ("int8", 0.001))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The module's answers to the rows in float64, and eager PyTorch's in float32."""
+
+    outputs: np.ndarray  # float64 (N, K)
+    eager: np.ndarray  # float32 (N, K)
+    labels: np.ndarray  # int64 (M,): the true classes of the first M rows; the rest are probes
+    is_labelled: bool = True  # whether labels were given; else they are the reference's own
+    largest_bound: float = np.inf  # of any row in float32
+
+    @property
+    def errors(self) -> np.ndarray:
+        """Eager PyTorch's own error in each row, float64 (N,)."""
+        return row_errors(self.outputs, self.eager)
+
+    def bounds(self, criterion: Criterion) -> np.ndarray:
+        """Compute how far a float32 answer to each row may lie from the reference, float64 (N,)."""
+        allowed = bounds(self.outputs, self.errors, criterion)
+        capped: np.ndarray = np.minimum(allowed, self.largest_bound)
+        return capped
+
+    def changed(self, outputs: np.ndarray) -> np.ndarray:
+        """Tell which rows of outputs (N, K) have another class than the reference, bool (N,)."""
+        changed: np.ndarray = outputs.argmax(axis=1) != self.outputs.argmax(axis=1)
+        return changed
+
+    def accuracy(self, outputs: np.ndarray) -> float:
+        """The fraction of the labelled rows that outputs (N, K) read rightly."""
+        return float(self.is_right(outputs).mean())
+
+    def is_right(self, outputs: np.ndarray) -> np.ndarray:
+        """Whether each labelled row is read rightly, bool (M,)."""
+        right: np.ndarray = outputs[: len(self.labels)].argmax(axis=1) == self.labels
+        return right
+
+
+def bounds(outputs: np.ndarray, known_errors: np.ndarray, criterion: Criterion) -> np.ndarray:
+    """How far each row may lie from the reference's outputs (N, K), float64 (N,).
+
+    Twice the larger of an error that is known of it and the floor, which grows with its outputs.
+    """
+    scale = np.maximum(1, np.abs(outputs).max(axis=1))
+    allowed: np.ndarray = 2 * np.maximum(known_errors, criterion.floor * scale)
+    return allowed
+
+
+def require_stable(reference: Reference, criterion: Criterion) -> Reference:
+    """Return the reference with a ceiling for its bounds, if float32 can compute the module.
+
+    Twice the largest error that a stable module may have is the ceiling: without one, a module
+    that float32 cannot compute would excuse any file. Raises CheckFailedError when eager PyTorch's
+    largest error in float32 exceeds the criterion's share of the images' median margin, or changes
+    the class of more images than may tie.
+    """
+    images = len(reference.labels)
+    margin = float(np.median(margins(reference.outputs[:images])))
+    error, limit = float(reference.errors.max()), criterion.unstable * margin
+    changed = int(reference.changed(reference.eager)[:images].sum())
+    if error > limit or changed > criterion.ties:
+        raise CheckFailedError(
+            f"this network is not stable in float32: its largest error is {error:.3g} at margins "
+            f"of {margin:.3g} (median), {limit:.3g} is allowed, and {changed:,} of {images:,} "
+            "images change class against float64. Look for large numbers that cancel out, half "
+            "precision, masks such as -1e9, and logarithms of probabilities; end with "
+            "torch.log_softmax"
+        )
+    if not limit:
+        raise CheckFailedError(
+            f"this network gives two classes the same output for half of {images:,} images or "
+            "more: there is no margin to validate. Train it, or give other images"
+        )
+    return replace(reference, largest_bound=2 * limit)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An image whose class changed."""
+
+    row: int
+    label: int  # the true class
+    reference: int  # the class that the reference gives it
+    said: int
+    margin: float  # by which the reference's class was ahead
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far an exported file lies from its module, and whether that passes."""
+
+    precision: str
+    images: int
+    probes: int  # blank, full, single pixel, checkerboard, noise: beside the images
+    batch_sizes: tuple[int, ...]  # of all rows
+    largest_batch: int  # every size up to it was tried
+    threads: tuple[int, ...]
+    accuracy: float  # fraction of the images, 0 to 1
+    lost_accuracy: float  # against the reference; negative when it is better
+    flipped: int  # images whose class changed, allowed or not
+    flips: tuple[Flip, ...]  # the first thousand of them
+    mcnemar_p: float  # how probable so uneven a change is by chance
+    max_error: float | None  # against the reference, over all rows and runs; None: not finite
+    mean_error: float | None  # of the rows' largest errors
+    eager_error: float  # eager float32's largest
+    ratio: float | None  # of the two largest errors
+    safety_factor: float | None  # the images' smallest margin over the largest error
+    images_per_second: dict[str, float]  # by threads, in batches of 64
+    problems: tuple[str, ...]  # in words; none means that it passed
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        error = "not finite" if self.max_error is None else f"{self.max_error:.1e}"
+        ratio = "" if self.ratio is None else f" ({rounded(self.ratio)} times eager's)"
+        factor = "unknown" if self.safety_factor is None else rounded(self.safety_factor)
+        speeds = " and ".join(
+            f"{speed:,.0f} images/s on {threads} thread{'s' * (int(threads) != 1)}"
+            for threads, speed in self.images_per_second.items()
+        )
+        flips = f"{self.flipped:,} flip{'s' * (self.flipped != 1)}"
+        return (
+            f"{self.precision}: accuracy {self.accuracy:.2%}, {flips}, largest error "
+            f"{error}{ratio}, safety factor {factor}" + (f", {speeds}" if speeds else "")
+        )
+
+
+def rounded(value: float) -> str:
+    """A ratio to two digits or so."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows that a file is asked in batches of one size, with a number of threads."""
+
+    size: int  # images a batch
+    threads: int
+    rows: np.ndarray  # int64: which rows, at least one full batch
+
+    def __str__(self) -> str:
+        return f"batch size {self.size}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+def runs_of(criterion: Criterion, count: int) -> Iterator[Run]:
+    """List the runs over `count` rows: all of them at some sizes, one batch at every other size.
+
+    The single batches take the rows in turns. They need one number of threads: which kernel a
+    runtime chooses for a size does not depend on it.
+    """
+    for threads in criterion.threads:
+        for size in sorted(criterion.batch_sizes, reverse=True):
+            yield Run(size, threads, np.resize(np.arange(count), max(count, size)))
+    start = 0
+    for size in sorted({*range(1, criterion.largest_batch + 1)} - {*criterion.batch_sizes}):
+        yield Run(size, criterion.threads[0], np.arange(start, start + size) % count)
+        start += size
+
+
+@dataclass
+class Held:
+    """All runs of one file over the rows, as they come in."""
+
+    precision: str
+    reference: Reference
+    allowed: np.ndarray  # float64 (N,): the bound of each row
+    errors: np.ndarray  # float64 (N,): the largest of any run
+    outputs: np.ndarray  # (N, K): each row in the run in which it was worst
+    own: np.ndarray | None = None  # (N, K): of the first run
+    beyond: dict[str, np.ndarray] = field(default_factory=dict)  # run -> rows beyond their bound
+    speeds: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> np.ndarray:
+        """The class of each row (N,): of fp32 in its worst run, of others in the first."""
+        outputs = self.outputs if self.precision == "fp32" or self.own is None else self.own
+        classes: np.ndarray = outputs.argmax(axis=1)
+        return classes
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether more runs could say nothing new: some row in ten is wrong already."""
+        return any(len(rows) > SETTLED * len(self.errors) for rows in self.beyond.values())
+
+    def add(self, run: Run, outputs: np.ndarray) -> None:
+        """Hold the outputs (R, K) of a run against the reference and the first run."""
+        wanted = self.reference.eager
+        if outputs.shape[1:] != wanted.shape[1:] or outputs.dtype != wanted.dtype:
+            self.problems.append(
+                f"{run}: answers {outputs.dtype} {outputs.shape} instead of {wanted.dtype} "
+                f"{(len(run.rows), *wanted.shape[1:])}"
+            )
+            return
+        self.own = outputs[: len(wanted)] if self.own is None else self.own
+        errors = row_errors(self.reference.outputs[run.rows], outputs)
+        # A row may stand in a run more than once: of equal indices numpy keeps the last.
+        worse = np.argsort(errors, kind="stable")
+        worse = worse[errors[worse] > self.errors[run.rows[worse]]]
+        self.errors[run.rows[worse]], self.outputs[run.rows[worse]] = errors[worse], outputs[worse]
+        if self.precision != "fp32":
+            errors = row_errors(self.own[run.rows], outputs)
+        beyond = np.unique(run.rows[errors > self.allowed[run.rows]])
+        if len(beyond):
+            self.beyond[str(run)] = beyond
+
+
+def hold(
+    precision: str,
+    candidates: Mapping[int, Predictor],
+    rows: np.ndarray,
+    reference: Reference,
+    criterion: Criterion,
+    say: Say = lambda line: None,
+) -> tuple[Verdict, Held]:
+    """Compute the verdict on a file over rows (N, ...), from a candidate for each thread count.
+
+    A row of fp32 is held against the reference, one of a lower precision against the file's own
+    first answer: in whatever batch and place, it has to be the same.
+    """
+    allowed = reference.bounds(criterion)
+    held = Held(precision, reference, allowed, np.zeros(len(rows)), reference.eager.copy())
+    if not np.isfinite(reference.outputs).all():
+        held.problems.append("the reference itself is not finite")
+    for run in runs_of(criterion, len(rows)):
+        if held.is_settled:
+            break
+        is_whole = run.size in criterion.batch_sizes
+        say(f"{precision}: {run if is_whole else f'every batch size to {criterion.largest_batch}'}")
+        candidate = candidates[run.threads]
+        images = rows[run.rows] if is_whole else shifted(rows[run.rows])
+        try:
+            if run.size == SPEED_BATCH:
+                candidate(images[: run.size])  # the first call of a runtime is not its speed
+            start = time.perf_counter()
+            outputs = predict(candidate, images, run.size)
+            seconds = time.perf_counter() - start
+        except CheckFailedError as error:
+            held.problems.append(f"{run}: {error}")
+            continue
+        held.add(run, outputs)
+        if run.size == SPEED_BATCH:
+            held.speeds[str(run.threads)] = len(images) / seconds
+    return _verdict(rows, held, criterion), held
+
+
+def shifted(images: np.ndarray) -> np.ndarray:
+    """Copy images (N, ...) to where no vector of a processor is aligned: one value further on."""
+    moved = np.empty(images.size + 1, images.dtype)[1:].reshape(images.shape)
+    moved[:] = images
+    return moved
+
+
+def _verdict(rows: np.ndarray, held: Held, criterion: Criterion) -> Verdict:
+    reference, precision = held.reference, held.precision
+    own = reference.eager if held.own is None else held.own
+    changed = held.classes != reference.outputs.argmax(axis=1)
+    images, largest = len(reference.labels), float(held.errors.max())
+    eager_error = float(reference.errors.max())
+    # An eager run without any error leaves nothing to divide by but rounding itself.
+    least = _ULP * max(1.0, float(np.abs(reference.outputs).max()))
+    ratio = largest / max(eager_error, least)
+    lost = reference.accuracy(reference.outputs) - reference.accuracy(own)
+    problems = [*held.problems, *_beyond(held)]
+    if precision == "fp32":
+        problems += _forbidden(changed, held, criterion)
+        if not ratio <= criterion.ratio:
+            problems.append(
+                f"the largest error is {ratio:,.3g} times eager float32's, "
+                f"{criterion.ratio:g} times is allowed"
+            )
+    problems += _lost(precision, lost, images, criterion)
+    smallest = float(margins(reference.outputs[:images]).min())
+    is_known = bool(np.isfinite(largest))
+    return Verdict(
+        precision=precision,
+        images=images,
+        probes=len(rows) - images,
+        batch_sizes=criterion.batch_sizes,
+        largest_batch=criterion.largest_batch,
+        threads=criterion.threads,
+        accuracy=reference.accuracy(own),
+        lost_accuracy=lost,
+        flipped=int(changed[:images].sum()),
+        flips=_flips(changed, held.classes, reference),
+        mcnemar_p=mcnemar(reference.is_right(reference.outputs), reference.is_right(own)),
+        max_error=largest if is_known else None,
+        mean_error=float(held.errors.mean()) if is_known else None,
+        eager_error=eager_error,
+        ratio=ratio if is_known else None,
+        safety_factor=smallest / largest if is_known and largest else None,
+        images_per_second=held.speeds,
+        problems=tuple(problems),
+    )
+
+
+def _beyond(held: Held) -> list[str]:
+    """Say which rows lie beyond their bound and in which runs, in one sentence."""
+    if not held.beyond:
+        return []
+    rows = np.unique(np.concatenate([*held.beyond.values()]))
+    if held.precision == "fp32":
+        worst = int(rows[(held.errors[rows] / held.allowed[rows]).argmax()])
+        why = (
+            f"row {worst} differs by {held.errors[worst]:.3g}, {held.allowed[worst]:.3g} is allowed"
+        )
+    else:
+        why = f"row {rows[0]} does not answer as in the first run"
+    runs = list(held.beyond)
+    where = "; ".join(runs[:3]) + (f" and {len(runs) - 3} more runs" if len(runs) > 3 else "")
+    return [f"{len(rows):,} of {len(held.errors):,} rows lie beyond their bound ({where}): {why}"]
+
+
+def _forbidden(changed: np.ndarray, held: Held, criterion: Criterion) -> list[str]:
+    """Say which rows changed class in float32 and may not: only a few near a tie may."""
+    problems = []
+    wrong = changed & (margins(held.reference.outputs) >= held.allowed)
+    if wrong.any():
+        row = int(wrong.argmax())
+        before, after = held.reference.outputs[row].argmax(), held.outputs[row].argmax()
+        problems.append(
+            f"{int(wrong.sum()):,} rows change class and none may: row {row} from {before} to "
+            f"{after}"
+        )
+    images = int(changed[: len(held.reference.labels)].sum())
+    if images > criterion.ties:
+        problems.append(f"{images:,} images change class, {criterion.ties} may where classes tie")
+    return problems
+
+
+def _lost(precision: str, lost: float, images: int, criterion: Criterion) -> list[str]:
+    allowed = dict(criterion.lost_accuracy).get(precision)
+    # A hair above, because accuracies are counts over counts.
+    if allowed is None or lost <= allowed + 1e-9:
+        return []
+    few = "" if images * allowed >= 1 else "; so few images show no smaller loss, give more"
+    return [
+        f"accuracy falls by {100 * lost:.2f} points against fp32 ({round(lost * images)} of "
+        f"{images:,} images), {100 * allowed:.2f} may be lost{few}, or leave {precision} out"
+    ]
+
+
+def _flips(changed: np.ndarray, said: np.ndarray, reference: Reference) -> tuple[Flip, ...]:
+    ahead, labels = margins(reference.outputs), reference.labels
+    return tuple(
+        Flip(
+            row=int(row),
+            label=int(labels[row]),
+            reference=int(reference.outputs[row].argmax()),
+            said=int(said[row]),
+            margin=float(ahead[row]),
+        )
+        for row in np.flatnonzero(changed[: len(labels)])[:LISTED]
+    )

@@ -1,0 +1,113 @@
+"""A module as the reference: in float64, and asked twice, since a reference must not waver."""
+
+# Shape letters: N rows, B batch, K classes.
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.evaluate import Predictor
+from pipeline.repository.golden import row_errors
+from pipeline.validation.compare import Criterion, bounds, shifted
+
+BATCH = 64  # images a call
+
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Every operation in float64, also where a module says `.float()` or `dtype=torch.float32`."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        args, kwargs = tree_map(_widened, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in _NARROW else value
+    if isinstance(value, Tensor) and value.dtype in _NARROW:
+        return value.double()
+    return value
+
+
+def reference_predictor(model: nn.Module) -> Predictor:
+    """A predictor that runs a copy of `model` in float64, on the CPU.
+
+    Raises PipelineError when the module cannot be run so, or still answers in another type.
+    """
+    double = copy.deepcopy(model).double().cpu()
+    double.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.no_grad(), _InDouble():  # type: ignore[no-untyped-call]
+                outputs = double(torch.from_numpy(images))
+        except RuntimeError as error:
+            raise PipelineError(
+                f"the module does not run in float64, which its proof needs: {error}"
+            ) from error
+        finally:
+            torch.set_default_dtype(usual)
+        if outputs.dtype != torch.float64:
+            raise PipelineError(f"in float64 the module still answers in {outputs.dtype}")
+        answers: np.ndarray = outputs.numpy()
+        return answers
+
+    return predict
+
+
+def steady_answers(
+    predictor: Predictor, rows: np.ndarray, criterion: Criterion, what: str, seed: int = 0
+) -> np.ndarray:
+    """Ask a module about rows (N, ...) twice and return its answers (N, K).
+
+    The batches of either round come in a random order and at random places in memory; the second
+    round runs on another number of threads. Raises CheckFailedError when a row's two answers differ
+    by more than float32 rounds: then the module keeps state, draws random numbers, or depends on
+    how it is run.
+    """
+    starts = range(0, len(rows), BATCH)
+    rng = np.random.default_rng(seed)
+    usual = torch.get_num_threads()
+    rounds = []
+    try:
+        for number in (usual, 1 if usual > 1 else 2):
+            torch.set_num_threads(number)
+            answers: dict[int, np.ndarray] = {}
+            for start in rng.permutation(starts):
+                images = rows[start : start + BATCH]
+                answers[start] = predictor(shifted(images) if rng.random() < 0.5 else images)
+            rounds.append(np.concatenate([answers[start] for start in starts]))
+    finally:
+        torch.set_num_threads(usual)
+    first, second = rounds
+    if not np.isfinite(first).all():
+        return first  # which its caller refuses, with the row
+    apart = row_errors(first, second)
+    wavering = apart > bounds(first, np.zeros(len(rows)), criterion)
+    if wavering.any():
+        row = int(apart.argmax())
+        raise CheckFailedError(
+            f"the module answers a row differently when it is asked again ({what}): "
+            f"{int(wavering.sum()):,} of {len(rows):,} rows, row {row} by {apart[row]:.3g}. Its "
+            "answers must depend on the images alone: not on earlier calls, random numbers, the "
+            "number of threads or the images' address. Call .eval() on it, and keep no state in "
+            "'forward'"
+        )
+    return first

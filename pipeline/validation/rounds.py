@@ -1,0 +1,244 @@
+"""A golden set put to a server three ways: image by image, in batches, by many at once."""
+
+# Shape letters: N images of the golden set, M answers to them, K classes.
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.client.client import Client
+from pipeline.core.errors import ServerError
+from pipeline.repository.golden import Golden, row_errors
+
+THREADS = 16  # that ask at once, through one client
+SIZES = (2, 7)  # of batches of all images, beside the largest that the server takes
+LARGEST = 256  # images in a batch, whatever the server takes
+SEED = 0  # of the order and the sizes of the concurrent requests
+SMALL = 8  # images in most batches of the concurrent round: many meet in one batch of the server
+PATIENCE = 10  # timeouts that a whole round may take
+WORST = 5  # images that a round names
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The answer to an image that was the farthest off, for what the image allows."""
+
+    index: int  # of the image in the golden set
+    expected: int  # class
+    got: int | None  # None: not finite
+    error: float | None  # None: not finite
+    bound: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a server answered when it was asked the golden set in one way."""
+
+    mode: str  # single, batched or concurrent
+    requests: int
+    images: int  # answers; an image may be asked about more than once
+    differing: int  # answers whose class is another than the reference's
+    max_abs_diff: float | None  # None where an answer was not finite
+    max_ratio: float | None  # of a difference to what its image allows: 1 at most
+    worst: tuple[Worst, ...]  # the largest ratio first
+    versions: tuple[str, ...]  # of the model, that answered
+    seconds: float
+    problems: tuple[str, ...]  # in words; none means that it passed
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def record(self) -> dict[str, Any]:
+        """The round as JSON has it."""
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        apart = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
+        ratio = "-" if self.max_ratio is None else f"{self.max_ratio:.1%}"
+        return (
+            f"  {self.mode:<12} {self.requests:>8,} {self.images:>8,} {self.differing:>9} "
+            f"{apart:>12} {ratio:>10}  {'right' if self.passed else 'WRONG'}"
+        )
+
+
+HEADER = (
+    f"  {'':<12} {'requests':>8} {'answers':>8} {'differing':>9} {'max |diff|':>12} "
+    f"{'of allowed':>10}"
+)
+
+
+def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
+    """For each way of asking, the images of each request, by their index below `count`.
+
+    `largest` is the most images that the server takes at once; where that is one, nothing is
+    batched. Batches of every size up to it are asked, most sizes once: a model may be wrong at a
+    single one. The concurrent requests are shuffled, the same each time.
+    """
+    largest = max(1, min(largest, LARGEST))
+    single = [np.array([index]) for index in range(count)]
+    batched = [rows for size in sorted({*SIZES, largest}) for rows in _chunks(count, size, largest)]
+    start = 0
+    for size in sorted({*range(2, largest)} - {*SIZES}):
+        batched.append(np.arange(start, start + size) % count)
+        start += size
+    rng = np.random.default_rng(SEED)
+    mixed = [rows for _ in range(2) for rows in _mixed(rng, count, min(SMALL, largest))]
+    mixed += [*_mixed(rng, count, largest), *single, *single]
+    order = rng.permutation(len(mixed))
+    asked = {"single": single, "batched": batched, "concurrent": [mixed[index] for index in order]}
+    return {mode: requests for mode, requests in asked.items() if requests}
+
+
+def _chunks(count: int, size: int, largest: int) -> list[np.ndarray]:
+    """All images in order in batches of `size`, at least one of them full."""
+    if size == 1 or size > largest:
+        return []
+    rows = np.resize(np.arange(count), max(count, size))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _mixed(rng: np.random.Generator, count: int, largest: int) -> list[np.ndarray]:
+    """All images in any order, in batches of any size up to `largest`."""
+    sizes = rng.integers(1, largest + 1, size=count)
+    return [rows for rows in np.split(rng.permutation(count), np.cumsum(sizes)) if len(rows)]
+
+
+@dataclass(frozen=True)
+class _Answered:
+    rows: np.ndarray  # int64 (M,): which images were asked about
+    outputs: np.ndarray
+    version: str
+
+
+def ask(client: Client, golden: Golden) -> list[Round]:
+    """Ask the golden set in each way, every answer held against its own image.
+
+    Raises ServerError when a call takes longer than the client's timeout, or a round ten times
+    that.
+    """
+    rounds = []
+    for mode, requests in plans(len(golden.images), client.config().max_batch_size).items():
+        start = time.monotonic()
+        threads = THREADS if mode == "concurrent" else 1
+        answered = _answers(client, golden, requests, threads)
+        rounds.append(_judged(mode, golden, answered, time.monotonic() - start))
+    return rounds
+
+
+def _answers(
+    client: Client, golden: Golden, requests: Sequence[np.ndarray], threads: int
+) -> list[_Answered]:
+    """The answer to each request, by `threads` that share the client and take turns."""
+    deadline = time.monotonic() + PATIENCE * client.timeout
+    waiting: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    for rows in requests:
+        waiting.put(rows)
+    failed = threading.Event()
+
+    def work() -> list[_Answered]:
+        done: list[_Answered] = []
+        try:
+            while not failed.is_set():
+                try:
+                    rows = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                if time.monotonic() > deadline:
+                    raise ServerError(
+                        f"{client.endpoint} needs more than {PATIENCE * client.timeout:g} s for "
+                        f"{len(requests)} requests: give it more with --timeout"
+                    )
+                done.append(_Answered(rows, *client.infer(golden.images[rows])))
+        except BaseException:
+            failed.set()
+            raise
+        return done
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            workers = [pool.submit(work) for _ in range(threads)]
+            return [answer for worker in workers for answer in worker.result()]
+        finally:
+            failed.set()
+
+
+def _judged(mode: str, golden: Golden, answered: Sequence[_Answered], seconds: float) -> Round:
+    """What the answers come to."""
+    rows = np.concatenate([answer.rows for answer in answered])  # (M,)
+    misfit = _misfit(answered, golden)
+    outputs = (
+        np.full((len(rows), golden.outputs.shape[1]), np.nan)
+        if misfit
+        else np.concatenate([answer.outputs for answer in answered])
+    )  # (M, K)
+    errors = row_errors(golden.outputs[rows], outputs)
+    ratios = errors / golden.bounds[rows]
+    changed = outputs.argmax(axis=1) != golden.outputs.argmax(axis=1)[rows]
+    farthest: dict[int, int] = {}  # of each image the answer that is farthest off
+    for answer in np.argsort(-ratios, kind="stable"):
+        farthest.setdefault(int(rows[answer]), int(answer))
+    worst = tuple(
+        _worst(golden, index, outputs[answer], errors[answer])
+        for index, answer in list(farthest.items())[:WORST]
+    )
+    return Round(
+        mode=mode,
+        requests=len(answered),
+        images=len(rows),
+        differing=int((changed | ~np.isfinite(errors)).sum()),
+        max_abs_diff=_known(errors.max()),
+        max_ratio=_known(ratios.max()),
+        worst=worst,
+        versions=tuple(sorted({answer.version for answer in answered})),
+        seconds=seconds,
+        problems=misfit or _problems(ratios, changed, worst),
+    )
+
+
+def _misfit(answered: Sequence[_Answered], golden: Golden) -> tuple[str, ...]:
+    """Why the answers cannot be held against the golden set's, if they cannot."""
+    wanted = golden.outputs.shape[1:]
+    for answer in answered:
+        outputs = answer.outputs
+        if outputs.dtype.kind != "f" or outputs.shape[1:] != wanted:
+            return (
+                f"answers {outputs.dtype} {list(outputs.shape[1:])} for an image instead of "
+                f"floating point {list(wanted)}",
+            )
+    return ()
+
+
+def _worst(golden: Golden, index: int, outputs: np.ndarray, error: float) -> Worst:
+    is_known = bool(np.isfinite(error))
+    return Worst(
+        index=index,
+        expected=int(golden.outputs[index].argmax()),
+        got=int(outputs.argmax()) if is_known else None,
+        error=_known(error),
+        bound=float(golden.bounds[index]),
+    )
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _problems(ratios: np.ndarray, changed: np.ndarray, worst: tuple[Worst, ...]) -> tuple[str, ...]:
+    problems = []
+    if changed.any():
+        problems.append(f"{int(changed.sum())} of {len(ratios)} answers are of another class")
+    if ratios.max() > 1:
+        first = worst[0]
+        off = "is not finite" if first.error is None else f"is off by {first.error:.3g}"
+        problems.append(
+            f"{int((ratios > 1).sum())} of {len(ratios)} answers are too far off; that to image "
+            f"{first.index} {off}, {first.bound:.3g} is allowed"
+        )
+    return tuple(problems)

@@ -1,0 +1,133 @@
+"""Who may ask the gateway: no page of another site, and none behind a rebound name."""
+
+import ipaddress
+import time
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeline.web.counters import Counters
+from pipeline.web.limits import MAX_BYTES, RefusedError
+
+# No inline script or style, nothing from elsewhere, in nobody's frame.
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "object-src 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def host_names(bound: str, allowed: tuple[str, ...] = ()) -> frozenset[str]:
+    """The names under which a gateway that listens on `bound` lets itself be asked."""
+    return frozenset(name.lower() for name in (*LOOPBACK, bound, *allowed))
+
+
+def check_host(host: str | None, names: frozenset[str]) -> None:
+    """Refuse a Host that is not ours: a page whose name was made to point here sends its own.
+
+    Where we listen on every address, any address will do: only names can be rebound.
+    """
+    name = _name(host)
+    if name is None:
+        raise RefusedError(400, "the Host header names no host: write HOST or HOST:PORT")
+    is_anywhere = names & {"0.0.0.0", "::"}
+    if name not in names and not (is_anywhere and _is_address(name)):
+        raise RefusedError(421, f"{name} is not served here: allow it with --allow-host {name}")
+
+
+def check_origin(headers: Mapping[str, str]) -> None:
+    """Refuse what a browser sends for a page of another site; programs send no Origin."""
+    site = headers.get("sec-fetch-site")
+    if site not in (None, "same-origin", "none"):
+        raise RefusedError(403, f"requests from another site's page ({site}) are not answered")
+    origin = headers.get("origin")
+    if origin is None:
+        return
+    scheme, _, rest = origin.partition("://")
+    if scheme not in ("http", "https") or rest.lower() != headers.get("host", "").lower():
+        raise RefusedError(403, "requests from a page of another origin are not answered")
+
+
+def _name(host: str | None) -> str | None:
+    """The name in HOST or HOST:PORT, in lower case; None where it is neither."""
+    if not host or any(letter in host for letter in "/\\@?# \t,"):
+        return None
+    try:
+        parts = urlsplit(f"//{host}")
+        _ = parts.port  # ValueError where it is no number
+    except ValueError:
+        return None
+    return parts.hostname
+
+
+def _may_go_on(scope: Scope) -> bool:
+    """Whether a body may follow that is too long to be read to its end only to be dropped."""
+    headers = Headers(scope=scope)
+    return "transfer-encoding" in headers or stated_length(headers) > MAX_BYTES
+
+
+def stated_length(headers: Mapping[str, str]) -> int:
+    """How many bytes the body has by its own word; 0 where it says nothing."""
+    length = headers.get("content-length", "0")[:20]
+    return int(length) if length.isdecimal() else 0
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Guard:
+    """An application that only those reach who may, each answer with our headers and counted."""
+
+    def __init__(
+        self, app: ASGIApp, names: frozenset[str], counters: Counters, paths: set[str]
+    ) -> None:
+        self._app, self._names = app, names
+        self._counters, self._paths = counters, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or hand the application's life cycle on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.monotonic(), 0
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(HEADERS)
+                if status >= 400 and _may_go_on(scope):
+                    MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        try:
+            await self._checked(scope)(scope, receive, sent)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._counters.count(path, status, time.monotonic() - start)
+
+    def _checked(self, scope: Scope) -> ASGIApp:
+        """The application, or an answer that says why not."""
+        headers = Headers(scope=scope)
+        try:
+            check_host(headers.get("host"), self._names)
+            if scope["method"] not in ("GET", "HEAD"):
+                check_origin(headers)
+        except RefusedError as error:
+            return JSONResponse({"error": str(error)}, error.status)
+        return self._app

@@ -1,0 +1,152 @@
+"""What the gateway accepts of a picture, and how much of everything at once."""
+
+import io
+import ipaddress
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+
+from PIL import Image, PngImagePlugin
+
+from pipeline.core.errors import PipelineError
+
+MAX_BYTES = 10 * 2**20  # of one picture
+# Telephones make JPEGs of up to 24.5 million pixels; 8.9 are a page's scan, or a 4K screenshot.
+MAX_PIXELS = {"JPEG": 24_500_000, "PNG": 8_900_000, "WEBP": 8_900_000}
+MAX_SCANS = 64  # of a JPEG, each of which decodes the whole picture again; cameras write about ten
+MAX_TEXT_BYTES = 2**20  # that a PNG's compressed texts may have together
+_KINDS = "a PNG, JPEG or WebP picture"
+
+# Pillow's own limit lets a PNG's texts grow to 64 MiB before the first pixel is read.
+PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
+
+
+class RefusedError(PipelineError):
+    """A request that is not answered: `status` says why to a program, the message to a person."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class FullError(RefusedError):
+    """There is too much to do at the moment: asking again later helps."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(503, message)
+
+
+def picture_kind(content: bytes) -> str | None:
+    """PNG, JPEG or WEBP, by how the content begins; None for anything else."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "WEBP"
+    return None
+
+
+def check_picture(content: bytes) -> None:
+    """Refuse what is no picture, or one that would cost too much, before a pixel is decoded.
+
+    Raises RefusedError: 400 for nothing or a damaged header, 415 for another kind, 413 for a size.
+    """
+    if not content:
+        raise RefusedError(400, f"the request has no body: send {_KINDS}")
+    kind = picture_kind(content)
+    if kind is None:
+        raise RefusedError(
+            415,
+            f"the body is not {_KINDS}: convert it, and send the file as it is (curl: "
+            "--data-binary @FILE, neither -F nor -d)",
+        )
+    if kind == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
+        raise RefusedError(413, f"the JPEG has more than {MAX_SCANS} scans: save it again")
+    # Pillow makes room for a WebP's pixels as soon as it opens one.
+    width, height = _webp_size(content) if kind == "WEBP" else _size(content, kind)
+    if width * height > MAX_PIXELS[kind]:
+        raise RefusedError(
+            413,
+            f"the {kind} has {width} x {height} pixels, {MAX_PIXELS[kind]} are allowed: reduce it",
+        )
+
+
+def _size(content: bytes, kind: str) -> tuple[int, int]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are refused anyway
+            with Image.open(io.BytesIO(content), formats=(kind,)) as image:
+                return image.size
+    except Image.DecompressionBombError as error:
+        raise RefusedError(413, f"the picture has too many pixels ({error}): reduce it") from error
+    except (OSError, SyntaxError, TypeError, ValueError, OverflowError) as error:
+        raise RefusedError(400, f"the picture's header is damaged: send {_KINDS}") from error
+
+
+def _webp_size(content: bytes) -> tuple[int, int]:
+    """Width and height of the canvas, from the first chunk of a WebP's container."""
+    chunk, data = content[12:16], content[20:30]
+    if len(data) == 10 and chunk == b"VP8X":
+        return _number(data[4:7]) + 1, _number(data[7:10]) + 1
+    if len(data) == 10 and chunk == b"VP8 ":
+        return _number(data[6:8]) & 0x3FFF, _number(data[8:10]) & 0x3FFF
+    if len(data) == 10 and chunk == b"VP8L":
+        bits = _number(data[1:5])
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    raise RefusedError(400, f"the picture's header is damaged: send {_KINDS}")
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "little")
+
+
+def client_of(host: str) -> str:
+    """Return the name to count a client by: its address, for IPv6 the /64 network it has whole."""
+    address = ipaddress.ip_address(host)
+    if isinstance(address, ipaddress.IPv4Address) or address.ipv4_mapped:
+        return host
+    return f"{int(address) >> 64:x}::/64"
+
+
+def is_fair(wanted: int, *, mine: int, held: int, limit: int) -> bool:
+    """Return whether a client that holds `mine` of the `held` may hold `wanted` more of `limit`.
+
+    It may hold as much as is left free: one client alone half of `limit`, n clients 1 / (n + 1)
+    each. However many take their full share, the same share is left for the next client.
+    """
+    return mine + wanted <= limit - held
+
+
+@dataclass
+class Room:
+    """How many requests may be under way at once, and how many bytes their bodies may have."""
+
+    requests: int = 64
+    bytes: int = 64 * 2**20
+    taken: Counter[str] = field(default_factory=Counter)  # requests by client
+    held: Counter[str] = field(default_factory=Counter)  # bytes by client
+
+    def enter(self, client: str) -> None:
+        """Take a place for a client; FullError where that is not fair."""
+        mine, held = self.taken[client], self.taken.total()
+        if not is_fair(1, mine=mine, held=held, limit=self.requests):
+            raise FullError("too many requests are under way already: ask again")
+        self.taken[client] += 1
+
+    def leave(self, client: str) -> None:
+        """Give a client's place back."""
+        self.taken[client] -= 1
+        self.taken += Counter()  # forgets clients that hold nothing
+
+    def hold(self, client: str, count: int) -> None:
+        """Make room for `count` more bytes of a client; FullError where that is not fair."""
+        mine, held = self.held[client], self.held.total()
+        if not is_fair(count, mine=mine, held=held, limit=self.bytes):
+            raise FullError("too many large pictures are under way already: ask again")
+        self.held[client] += count
+
+    def release(self, client: str, count: int) -> None:
+        """Give a client's bytes back."""
+        self.held[client] -= count
+        self.held += Counter()

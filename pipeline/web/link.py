@@ -1,0 +1,101 @@
+"""The gateway's way to Triton: to the server that runs now, and to the next when that has gone."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.client.async_client import AsyncClient
+from pipeline.client.client import Prediction
+from pipeline.core.errors import ServerError, SlowError
+from pipeline.core.paths import Paths
+from pipeline.repository import config_pbtxt
+from pipeline.repository.running import recorded, serving
+
+
+def finder(paths: Paths, url: str | None) -> Callable[[], str]:
+    """A function that says where the server is: at `url`, or where server.json says by then."""
+    if url:
+        return lambda: url
+
+    def find() -> str:
+        server = serving(paths)
+        if server is None:
+            raise ServerError(_absent(paths))
+        return server.grpc_url
+
+    return find
+
+
+def _absent(paths: Paths) -> str:
+    server = recorded(paths)
+    if server and paths.name not in server.models:
+        there = ", ".join(server.models) or "no model"
+        return f"our server has {there} and not {paths.name}: choose another --name"
+    return f"no server of {paths.name} is running: start it, 'pipeline serve'"
+
+
+@dataclass
+class _Connection:
+    client: AsyncClient
+    url: str
+    users: int = 0
+    is_retired: bool = False
+
+
+class Link:
+    """Asks the server that `find` names about one model, whichever server that is by now."""
+
+    def __init__(self, find: Callable[[], str], name: str, timeout: float) -> None:
+        self.name = name
+        self._find, self._timeout = find, timeout
+        self._current: _Connection | None = None
+        self._version = ""  # that answered last
+
+    async def config(self) -> config_pbtxt.ModelConfig:
+        """The served model's configuration."""
+        async with self._connection() as client:
+            return await client.config()
+
+    async def ask(self, image: np.ndarray, top: int) -> Prediction:
+        """What the model says of an image, uint8 (1, 28, 28)."""
+        async with self._connection() as client:
+            (prediction,) = await client.classify([image], top=top)
+        if self._version not in ("", prediction.version):
+            self._retire(self._current)  # its config may be that of the version before
+        self._version = prediction.version
+        return prediction
+
+    async def close(self) -> None:
+        """Close the connection that is open, if one is."""
+        connection, self._current = self._current, None
+        if connection:
+            await connection.client.close()
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[AsyncClient]:
+        url = self._find()
+        if self._current is None or self._current.url != url:
+            self._retire(self._current)
+            self._current = _Connection(AsyncClient(url, self.name, self._timeout), url)
+        connection = self._current
+        connection.users += 1
+        try:
+            yield connection.client
+        except SlowError:
+            raise
+        except ServerError:
+            self._retire(connection)  # what it knows of the model may be out of date
+            raise
+        finally:
+            connection.users -= 1
+            if connection.is_retired and not connection.users:
+                await connection.client.close()
+
+    def _retire(self, connection: _Connection | None) -> None:
+        """Let the next request open a connection anew; whoever uses this one closes it."""
+        if connection:
+            connection.is_retired = True
+            if self._current is connection:
+                self._current = None

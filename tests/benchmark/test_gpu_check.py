@@ -1,0 +1,79 @@
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.benchmark import gpu_check
+from pipeline.benchmark.provenance import write_figure
+from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.machine import machine
+from pipeline.report.readme import NOT_VERIFIED, gpu_markdown, rendered
+from pipeline.training.recipes import TrainConfig, recipe
+from tests.conftest import Chain, error_line
+
+JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="{}" skipped="{}"/></testsuites>'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_check_says_so_and_writes_nothing(empty: Chain) -> None:
+    result = empty.run("gpu-check", "--signed-off-by", "Ada")
+    assert result.exit_code == 1
+    assert "no CUDA device" in error_line(result)
+    assert not empty.paths.gpu.exists()
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0, 0), (3, 1, 0, 0), (3, 0, 1, 0), (3, 0, 0, 1)])
+def test_a_test_that_failed_or_was_skipped_or_none_at_all_is_no_check(
+    tmp_path: Path, counts: tuple[int, ...]
+) -> None:
+    (tmp_path / "tests.xml").write_text(JUNIT.format(*counts))
+    with pytest.raises(CheckFailedError, match="not every test marked gpu ran and passed"):
+        gpu_check.passed(tmp_path / "tests.xml")
+    (tmp_path / "tests.xml").write_text(JUNIT.format(3, 0, 0, 0))
+    assert gpu_check.passed(tmp_path / "tests.xml") == 3
+
+
+@pytest.mark.slow
+def test_the_check_trains_twice_exports_validates_and_is_signed(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig("quick", recipe("quick", epochs=0.125))
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(True))
+    with pytest.raises(CheckFailedError, match="less than 98.5%"):
+        gpu_check.train_twice(empty.paths, "cpu", print, config)
+    monkeypatch.setattr(gpu_check, "LEAST_ACCURACY", 0.9)
+    plain, compiled = gpu_check.train_twice(empty.paths, "cpu", print, config)
+    assert len(asked) == 2
+    with pytest.raises(PipelineError, match="somebody must answer for the check"):
+        gpu_check.checked_export(empty.paths, " ", 3, plain, compiled, print)
+    check = gpu_check.checked_export(empty.paths, "Ada", 3, plain, compiled, print)
+    assert check.test_accuracy == plain.test_accuracy > 0.9
+    assert check.max_error is not None
+    assert check.max_error < 1e-4
+    assert check.max_error_on_gpu is None  # there is none here
+    exported = replace(empty.paths, name=gpu_check.NAME)
+    assert json.loads(exported.manifest.read_text())["files"].keys() >= {"model.onnx"}
+    record = {"command": "make gpu-check", **machine(), **asdict(check)}
+    assert f"verified by Ada on {record['measured_at'][:10]}" in gpu_markdown(record)
+
+
+def test_the_readme_says_not_verified_until_somebody_has_signed(tmp_path: Path) -> None:
+    readme = "<!-- figures:gpu -->\n<!-- /figures -->"
+    assert NOT_VERIFIED in rendered(readme, tmp_path)
+    record = {
+        "command": "make gpu-check",
+        "signed_off_by": "Ada",
+        "measured_at": "2026-11-23",
+        "device": "cuda (a GPU)",
+        "torch": "2",
+        "cuda": "13",
+        "tests": 3,
+        "test_accuracy": 0.99,
+        "train_seconds": 1.0,
+        "compiled_train_seconds": 20.0,
+    }
+    write_figure("gpu", tmp_path / "gpu.json", record)
+    assert "GPU: verified by Ada" in rendered(readme, tmp_path)

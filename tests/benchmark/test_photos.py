@@ -1,0 +1,73 @@
+"""Pictures of digits under conditions, and how well a model reads them."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from pipeline.benchmark import photo_table
+from pipeline.benchmark.photo_table import PhotoBenchmark
+from pipeline.benchmark.photos import HELD_BACK, SCENES, pictures
+from pipeline.data.splits import load_split
+from pipeline.report import readme
+from tests.conftest import Chain, error_line
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    from tests.conftest import project
+
+    chain = project(tmp_path_factory.mktemp("photos"))
+    return load_split("mnist", chain.paths.data("mnist"), "test").images[:2]
+
+
+def test_there_are_more_than_twelve_conditions_and_three_are_held_back() -> None:
+    assert len(SCENES) > 12
+    assert len(HELD_BACK) == 3
+    assert set(HELD_BACK) < set(SCENES)
+
+
+@pytest.mark.parametrize("condition", [name for name in SCENES if name != "huge"])
+def test_a_condition_makes_the_same_files_from_a_seed(condition: str, digits: np.ndarray) -> None:
+    first = list(pictures(condition, digits, seed=1))
+    assert first == list(pictures(condition, digits, seed=1))
+    assert first != list(pictures(condition, digits, seed=2))
+    picture = Image.open(io.BytesIO(first[0]))
+    assert picture.mode in ("L", "RGB", "RGBA")
+    assert np.ptp(np.asarray(picture)) > 40
+
+
+def test_a_rotated_photo_says_so_in_its_exif(digits: np.ndarray) -> None:
+    for content in pictures("exif", digits):
+        picture = Image.open(io.BytesIO(content))
+        assert picture.getexif()[ExifTags.Base.Orientation] in (3, 6, 8)
+
+
+@pytest.mark.slow
+def test_the_benchmark_reports_each_condition_and_what_was_held_back_apart(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photo_table, "SHORT", PhotoBenchmark(digits=2))
+    names = ["phone", "tiny", *HELD_BACK]
+    monkeypatch.setattr(photo_table, "SCENES", {name: SCENES[name] for name in names})
+    (chain.root / "README.md").write_text("<!-- figures:photos -->\n<!-- /figures -->\n")
+    record = chain.record("benchmark", "--what", "photos", "--short", "--figures")
+    assert [row["name"] for row in record["rows"]] == names
+    assert record["total"]["images"] == 10
+    assert record["held_back"]["images"] == 6
+    for row in record["rows"]:
+        assert 0 <= row["accuracy"] <= 1
+        assert 0 <= row["calibration_error"] <= 1
+    assert json.loads(chain.paths.photos.read_text())["rows"] == record["rows"]
+    table = (chain.root / "README.md").read_text()
+    assert "| crumpled (held back) |" in table
+    assert "| phone |" in table
+    assert readme.rendered(table, chain.paths.figures) == table
+
+
+def test_photos_need_an_exported_model(empty: Chain) -> None:
+    result = empty.run("benchmark", "--what", "photos")
+    assert result.exit_code == 1
+    assert "run 'pipeline export' first" in error_line(result)

@@ -1,0 +1,175 @@
+"""The benchmark of serving, and the load that it is made with."""
+
+import json
+import os
+import socket
+from typing import Any
+from unittest.mock import MagicMock, Mock
+
+import numpy as np
+import pytest
+
+from pipeline.benchmark import load, load_http, serving, timing
+from pipeline.benchmark.beside import NOOP, threads_of
+from pipeline.benchmark.load_open import open_loop
+from pipeline.benchmark.open_loop import arrivals
+from pipeline.benchmark.serving import ServeBenchmark
+from pipeline.benchmark.timing import Row, Window, warm_up
+from pipeline.benchmark.turns import Until
+from pipeline.core.errors import CheckFailedError, ServerError
+from pipeline.repository import config_pbtxt
+from pipeline.serving.serve import recorded
+from pipeline.serving.tritonserver import KEY_HEADER
+from tests.conftest import Chain, error_line, link_server_environment
+
+Served = tuple[Chain, dict[str, Any]]
+
+
+@pytest.mark.server
+def test_the_benchmark_sets_the_served_model_beside_a_noop_and_beside_onnx_runtime(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_server_environment(chain)
+    tiny = ServeBenchmark(Until(1, 1), seconds=0.1, open_seconds=0.3)
+    monkeypatch.setattr(serving, "SHORT", tiny)
+    monkeypatch.setattr(timing, "WARM_UP", 0.02)
+    record = chain.record("benchmark", "--what", "serve", "--short", "--rate", "200")
+    assert json.loads(chain.paths.serving.read_text())["ratios"] == record["ratios"]
+    assert set(record["ratios"]) == {"single_of_noop", "batch64_of_in_process"}
+    assert all(ratio > 0 for ratio in record["ratios"].values())
+    asked = {(row["name"], row["way"], row["batch"], row["concurrency"]) for row in record["rows"]}
+    for name in ("handwriting", NOOP):
+        for way in ("grpc", "http"):
+            for each in ((1, 1), (1, 8), (1, 32), (8, 8), (64, 1)):
+                assert (name, way, *each) in asked
+    for name in ("handwriting", "handwriting-throughput"):
+        assert (name, "http", 64, 8) in asked
+    assert record["threads"] == os.cpu_count()  # a session for each core
+    for row in record["rows"]:
+        assert (row["wrong"], row["failed"]) == (0, 0)
+        assert bool(row["server"]) == (row["way"] in ("grpc", "http"))
+        if row["server"] and row["name"] != NOOP:
+            assert (row["accuracy"] > 0.9, row["differing"]) == (True, 0)
+            assert row["peak_bytes"] > 50e6  # tritonserver and a stub
+    for many in [row for row in record["rows"] if row["batch"] == 64 and row["server"]]:
+        assert many["server"]["batch"] == 64
+        assert many["server"]["compute_infer_us"] > 0
+    in_turn = [row for row in record["rows"] if row.get("rate")]
+    assert [(row["way"], row["rate"]) for row in in_turn] == [("grpc", 200), ("http", 200)]
+    assert all(100 < row["requests"] < 300 for row in in_turn)  # 3 windows of 60 or so
+    assert record["machine"]["cores"]
+    assert not (chain.paths.repository / NOOP).exists()  # it was served from a copy
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("way", ["grpc", "http"])
+def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way: str) -> None:
+    chain, _ = served
+    server = recorded(chain.paths)
+    assert server
+    config = config_pbtxt.read(chain.paths.packaged / "config.pbtxt")
+    images = [np.zeros((2, 1, 28, 28), np.uint8)]
+    http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
+    with load.Server(http, grpc, server.admin_key, KEY_HEADER) as asked:
+        labelled = [load.questions(config, images, [np.full(2, label)], way) for label in range(10)]
+        named = [asked.measure(config.name, questions, 2, 0.05) for questions in labelled]
+        assert sum(window.wrong == 0 for window in named) == 1  # a blank image has one class
+        assert all(window.wrong == 0 or window.wrong >= 4 for window in named)
+        config.name = "nobody"
+        lost = load.questions(config, images, [np.zeros(2)], way)
+        window = load.closed_loop(asked.addresses[way], lost, 2, 0.05)
+        nothing = open_loop(asked.addresses[way], lost, 50, 0.05, 0)
+    for found in (window, nothing):
+        assert found.failed > 0
+        assert len(found.latencies) == 0
+    assert nothing.failed == len(arrivals(50, warm_up(0.05) + 0.05, 0))
+
+
+def test_a_server_that_died_counts_nothing_and_is_no_bug_of_ours() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            load.Server(address, address, "", KEY_HEADER) as asked,
+            pytest.raises(ServerError, match="no longer says what it has counted of handwriting"),
+        ):
+            asked.counters("handwriting")
+
+
+@pytest.mark.parametrize(("rate", "seconds"), [(1.0, 20.0), (1000.0, 3.0)])
+def test_a_window_with_an_open_loop_is_long_enough_for_requests_to_arrive(
+    monkeypatch: pytest.MonkeyPatch, rate: float, seconds: float
+) -> None:
+    window = Window(seconds, 1, np.ones(9))
+    asked, opened = MagicMock(**{"counted.side_effect": lambda name, measured: measured()}), Mock()
+    opened.return_value = window
+    monkeypatch.setattr(serving, "open_loop", opened)
+    bench = serving._Bench(Mock(), asked, Mock(), Mock(), ServeBenchmark())
+    assert bench._open(Mock(), rate, iter([0])) is window
+    assert opened.call_args.args[2:4] == (rate, seconds)
+
+
+def test_no_rate_is_made_of_a_speed_that_is_none() -> None:
+    beside = Mock(**{"served.name": "net"})
+    bench = serving._Bench(Mock(), Mock(), beside, Mock(), ServeBenchmark())
+    silent = Row("net", "grpc", 1, 32, (Window(1.0, 1, np.zeros(0), failed=3),))
+    with pytest.raises(CheckFailedError, match="0 wrong, 3 failed"):
+        bench._open_rows([silent], print)
+
+
+def test_an_answer_that_is_no_answer_is_wrong_for_all_of_its_images() -> None:
+    for answer in (b"", b"\xff\xff"):  # without outputs; not a message at all
+        assert load._wrong(load._content, answer, np.zeros(3), "float32") == 3
+    head = b"HTTP/1.1 200 OK\r\n"
+    named = head + b"Inference-Header-Content-Length: 2\r\n\r\n{}"
+    for answer in (head + b"\r\n{}", named + b"\0" * 10):  # JSON alone; too short for three
+        assert load._wrong(load_http.content, answer, np.zeros(3), "float32") == 3
+    right = named + np.eye(3, dtype=np.float32).tobytes()
+    assert load._wrong(load_http.content, right, np.arange(3), "float32") == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\n\r\nwithout a length",
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+def test_an_answer_over_http_that_breaks_off_or_refuses_is_no_answer(answer: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(answer)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(ValueError, match="answer"):
+            load_http._answer(ours)
+
+
+def test_counters_become_what_a_window_cost() -> None:
+    parts = ("queue", "compute_infer")
+    before = load.Counters(10, 1, 10, dict.fromkeys(parts, 1000))
+    after = load.Counters(74, 3, 18, {"queue": 9000, "compute_infer": 81000})
+    assert after.since(before) == {"queue_us": 1.0, "compute_infer_us": 10.0, "batch": 32.0}
+
+
+def test_a_model_that_takes_smaller_batches_only_is_refused(empty: Chain) -> None:
+    empty.paths.packaged.mkdir(parents=True)
+    (empty.paths.packaged / "config.pbtxt").write_text('name: "handwriting" max_batch_size: 8')
+    result = empty.run("benchmark", "--what", "serve")
+    assert result.exit_code == 1
+    assert "takes batches of 8 at most" in error_line(result)
+
+
+def test_a_model_that_is_not_packaged_has_nothing_to_measure(empty: Chain) -> None:
+    result = empty.run("benchmark", "--what", "serve")
+    assert result.exit_code == 1
+    assert "run 'pipeline package' first" in error_line(result)
+
+
+def test_a_runtime_in_process_has_as_many_threads_as_all_sessions_of_the_server() -> None:
+    message = config_pbtxt.ModelConfig()
+    message.instance_group.add(count=2)
+    config_pbtxt.set_parameter(message, "intra_op_thread_count", "3")
+    assert threads_of(message) == 6

@@ -1,0 +1,139 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from pipeline.benchmark import training
+from pipeline.benchmark.training import TrainingRow, Trial, multiply_adds
+from pipeline.cli.benchmark import KINDS, USED_BY, benchmark_command
+from pipeline.core.machine import machine
+from pipeline.report.readme import training_markdown
+from pipeline.training.recipes import RECIPES
+from tests.conftest import Chain, error_line
+
+
+def test_multiply_adds_are_those_of_the_layers() -> None:
+    assert multiply_adds("note") == 784 * 128 + 128 * 10
+    convolutions = 26 * 26 * 32 * 9 + 24 * 24 * 64 * 32 * 9
+    assert multiply_adds("baseline") == convolutions + 9216 * 128 + 128 * 10
+
+
+def test_a_row_has_the_mean_the_interval_and_the_median_share() -> None:
+    trials = (Trial(1, 0.99, 5, 1000), Trial(2, 0.98, 10, 1000), Trial(3, 0.97, 4, 1000))
+    row = TrainingRow("quick", 1, 1, trials)
+    assert row.accuracy == pytest.approx(0.98)
+    assert row.deviation == pytest.approx(0.01)
+    assert row.half_width == pytest.approx(4.303 * 0.01 / 3**0.5)
+    assert row.share == 0.005
+    single = TrainingRow("quick", 1, 1, trials[:1])
+    assert (single.deviation, single.half_width) == (0, 0)
+    assert "1/200" in str(single)
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_scores_and_renders(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "YARDSTICK_EPOCHS", 0.002)
+    monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=1))
+    (empty.root / "README.md").write_text("<!-- figures:training -->\n<!-- /figures -->\n")
+    options = ["--recipes", "quick", "--seeds", "1", "--figures"]
+    record = empty.record("benchmark", *options)
+    (row,) = record["rows"]
+    assert row["trials"][0]["test_accuracy"] > 0.85
+    assert row["share"] > 0
+    figure = json.loads((empty.paths.figures / "training.json").read_text())
+    assert training_markdown(figure) in (empty.root / "README.md").read_text()
+    assert "| `quick` | 101,770 |" in training_markdown(figure)
+
+
+@pytest.mark.slow
+def test_a_benchmark_goes_on_where_it_stopped_and_keeps_the_rows_of_other_recipes(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "YARDSTICK_EPOCHS", 0.002)
+    monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=0.1))
+    monkeypatch.setitem(RECIPES, "best", replace(RECIPES["note"], epochs=0.2))
+    (empty.root / "README.md").write_text("")
+    first = empty.record("benchmark", "--recipes", "quick", "--seeds", "1", "--figures")
+    both = ["benchmark", "--recipes", "quick", "--seeds", "2", "--resume"]
+    again = empty.record(*both)
+    assert again["rows"][0]["trials"][0] == first["rows"][0]["trials"][0]
+    assert len(again["rows"][0]["trials"]) == 2
+    fresh = empty.record(*both[:-1])
+    assert fresh["rows"][0]["trials"][0]["seconds"] != first["rows"][0]["trials"][0]["seconds"]
+    empty.record("benchmark", "--recipes", "best", "--seeds", "1", "--figures")
+    figure = json.loads((empty.paths.figures / "training.json").read_text())
+    assert {row["recipe"] for row in figure["rows"]} == {"quick", "best"}
+
+
+def test_the_table_says_how_long_quick_takes_beside_the_record() -> None:
+    trials = (Trial(1, 0.99, 5, 1000),)
+    row = {**TrainingRow("quick", 1, 1, trials).record(), **machine()}
+    table = training_markdown(
+        {"command": "c", "rows": [row, {**row, "recipe": "record", "share": 0.01}]}
+    )
+    assert "`quick` takes 0.50 of the time of `record`" in table
+    assert "| 1/200 |" in table
+
+
+def test_an_unknown_recipe_is_refused_before_anything_is_trained(empty: Chain) -> None:
+    result = empty.run("benchmark", "--recipes", "quick,bset")
+    assert result.exit_code == 1
+    assert "recipe must be one of" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--compare", "before.json"],
+        ["--csv", "rows.csv"],
+        ["--name", "mine"],
+        ["--what", "train", "--short"],
+        ["--what", "unsure", "--short"],
+        ["--what", "photos", "--compare", "before.json"],
+        ["--what", "infer", "--rate", "5"],
+        ["--what", "infer", "--figures"],
+        ["--what", "all", "--seeds", "2"],
+        ["--what", "serve", "--resume"],
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_the_kind_would_leave_out_is_refused(
+    empty: Chain, options: list[str]
+) -> None:
+    result = empty.run("benchmark", *options)
+    assert result.exit_code == 2
+    what = options[1] if options[0] == "--what" else "train"
+    (option,) = (one for one in options if one.startswith("--") and one != "--what")
+    kinds = USED_BY[option.removeprefix("--")]
+    said = f"--what {what} has no use for {option}: that is for --what {', '.join(kinds)}"
+    assert said in " ".join(error_line(result).split())
+
+
+def test_each_option_that_some_kinds_use_is_one_of_the_command() -> None:
+    assert set(USED_BY) <= {parameter.name for parameter in benchmark_command.params}
+    assert all(set(kinds) < set(KINDS) for kinds in USED_BY.values())
+
+
+def test_a_default_from_a_file_of_settings_is_for_the_kinds_that_use_it(empty: Chain) -> None:
+    settings = empty.root / "settings.toml"
+    settings.write_text('[benchmark]\nshort = true\ncompare = "before.json"\n')
+    result = empty.run("--config", str(settings), "benchmark", "--recipes", "bset")
+    assert result.exit_code == 1
+    assert "recipe must be one of" in error_line(result)
+
+
+@pytest.mark.parametrize("rate", ["nan", "inf", "1e300", "0.5"])
+def test_a_rate_that_cannot_be_kept_is_wrong_usage(empty: Chain, rate: str) -> None:
+    result = empty.run("benchmark", "--what", "serve", "--rate", rate)
+    assert result.exit_code == 2
+    assert "Invalid value for '--rate'" in error_line(result)
+
+
+def test_a_place_where_no_csv_can_be_is_refused_before_anything_is_measured(empty: Chain) -> None:
+    (empty.root / "file").write_text("")
+    for place in (empty.root / "file" / "rows.csv", empty.root):
+        result = empty.run("benchmark", "--what", "infer", "--csv", str(place))
+        assert result.exit_code == 1
+        assert f"cannot write {place}" in error_line(result)

@@ -1,0 +1,137 @@
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+
+from pipeline.core.evaluate import (
+    calibration_error,
+    class_scores,
+    confusion,
+    difference,
+    evaluate,
+    fit_min_probability,
+    fit_temperature,
+    is_refused,
+    predict,
+    reliability,
+    score,
+    tempered,
+    wilson_interval,
+    worst_mistakes,
+)
+
+
+def log_probabilities(rows: list[list[float]]) -> np.ndarray:
+    return np.log(np.array(rows, np.float32))
+
+
+def test_metrics_are_those_of_the_definitions() -> None:
+    outputs = log_probabilities([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
+    metrics = score(outputs, np.array([0, 2]))
+    assert metrics.images == 2
+    assert metrics.accuracy == 0.5
+    assert metrics.loss == pytest.approx((np.log(2) + np.log(4)) / 2)
+
+
+def test_a_predictor_is_asked_in_batches_and_its_answers_keep_their_order() -> None:
+    sizes = []
+
+    def predictor(images: np.ndarray) -> np.ndarray:
+        sizes.append(len(images))
+        return images.reshape(len(images), -1).astype(np.float32)
+
+    images = np.arange(7, dtype=np.uint8).reshape(7, 1)
+    assert predict(predictor, images, 3).ravel().tolist() == list(range(7))
+    assert sizes == [3, 3, 1]
+    assert evaluate(predictor, np.ones((2, 1), np.uint8), np.array([0, 0])).loss == -1.0
+
+
+def test_a_difference_names_the_worst_row() -> None:
+    reference = log_probabilities([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])
+    candidate = reference.copy()
+    candidate[1] = np.log([0.1, 0.9])
+    apart = difference(reference, candidate)
+    assert (apart.images, apart.differing, apart.worst) == (3, 1, 1)
+    assert apart.max_abs_diff == pytest.approx(np.log(9), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_answer_that_is_not_finite_is_infinitely_far(value: float) -> None:
+    reference = log_probabilities([[0.5, 0.5]])
+    assert difference(reference, np.full_like(reference, value)).max_abs_diff == np.inf
+
+
+def test_answers_of_another_shape_cannot_be_compared() -> None:
+    with pytest.raises(ValueError, match="shapes differ"):
+        difference(np.zeros((2, 3)), np.zeros((2, 4)))
+
+
+def drawn(count: int, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities that are `sharpness` times too sure, and labels of the true ones."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(count, 4)) * 2
+    true = tempered(logits, 1.0)
+    labels = np.array([rng.choice(4, p=np.exp(row)) for row in true])
+    return tempered(true, 1 / sharpness), labels
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.5])
+def test_a_fitted_temperature_undoes_what_was_too_sure(sharpness: float) -> None:
+    outputs, labels = drawn(4000, sharpness)
+    temperature = fit_temperature(outputs, labels)
+    assert temperature == pytest.approx(sharpness, rel=0.1)
+    fitted = tempered(outputs, temperature)
+    assert np.array_equal(fitted.argmax(axis=1), outputs.argmax(axis=1))
+    assert np.exp(fitted).sum(axis=1) == pytest.approx(1)
+    assert score(fitted, labels).loss <= score(outputs, labels).loss
+    if sharpness != 1.0:
+        assert calibration_error(fitted, labels) < calibration_error(outputs, labels) / 2
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    outputs = log_probabilities([[0.8, 0.2]] * 10)
+    labels = np.array([0] * 5 + [1] * 5)
+    assert calibration_error(outputs, labels) == pytest.approx(0.3, abs=1e-6)
+    assert calibration_error(log_probabilities([[1 - 1e-7, 1e-7]]), np.array([0])) < 1e-6
+
+
+def test_class_scores_are_those_counted_by_hand() -> None:
+    # Three of class 0, one of them taken for 1; two of class 1; one of class 2, taken for 1.
+    said = [0, 0, 1, 1, 1, 1]
+    outputs = log_probabilities([[0.9 if k == s else 0.05 for k in range(3)] for s in said])
+    counts = confusion(outputs, np.array([0, 0, 0, 1, 1, 2]))
+    assert counts.tolist() == [[2, 1, 0], [0, 2, 0], [0, 1, 0]]
+    first, second, third = class_scores(counts)
+    assert astuple(first) == pytest.approx((3, 1.0, 2 / 3, 0.8))
+    assert astuple(second) == pytest.approx((2, 0.5, 1.0, 2 / 3))
+    assert astuple(third) == (1, None, 0.0, 0.0)  # never said: nothing to be precise about
+
+
+def test_the_worst_mistake_gives_the_truth_the_least_probability() -> None:
+    outputs = log_probabilities([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8], [0.99, 0.01]])
+    labels = np.array([1, 1, 1, 0])
+    assert worst_mistakes(outputs, labels, 5).tolist() == [1, 0]
+    assert worst_mistakes(outputs, labels, 1).tolist() == [1]
+
+
+def test_the_wilson_interval_is_that_of_the_textbook() -> None:
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson_interval(0, 10)[0] == 0.0
+
+
+def test_reliability_leaves_out_empty_bins() -> None:
+    outputs = log_probabilities([[0.95, 0.05], [0.95, 0.05], [0.6, 0.4]])
+    low, high = reliability(outputs, np.array([0, 1, 0]), bins=10)
+    assert astuple(low) == pytest.approx((1, 0.6, 1.0))
+    assert astuple(high) == pytest.approx((2, 0.95, 0.5))
+
+
+def test_the_threshold_refuses_the_share_that_was_asked_for_and_nobody_at_it() -> None:
+    sure = np.linspace(0.5, 0.9995, 1000)
+    outputs = log_probabilities([[p, 1 - p] for p in sure])
+    threshold = fit_min_probability(outputs, 0.01)
+    assert is_refused(outputs, threshold).sum() == 10
+    assert not is_refused(outputs[10:], threshold).any()
+    assert not is_refused(outputs, fit_min_probability(outputs[:50], 0.01)).any()  # too few
+    assert not is_refused(outputs, 0.0).any()

@@ -1,0 +1,361 @@
+"""What doctor finds, each problem planted."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from pipeline.core.paths import Paths
+from pipeline.doctor import checks as doctor
+from pipeline.doctor import packages
+from pipeline.doctor.packages import Check
+from pipeline.serving import tritonserver
+from pipeline.serving.settings import ServeConfig
+from tests.conftest import REPOSITORY, Chain, error_line, flip_bit, link_server_environment
+
+
+class Space(NamedTuple):
+    """As shutil.disk_usage tells it."""
+
+    total: int
+    used: int
+    free: int
+
+
+def distribution(folder: Path, name: str, version: str) -> None:
+    """Plant the record of an installed distribution."""
+    record = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    record.mkdir(parents=True)
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def only(checks: list[Check]) -> Check:
+    (check,) = checks
+    return check
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that comes first where Python looks for packages, here and in processes of ours."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    return tmp_path / "site"
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Path:
+    """A server's environment of links to the real one, to be damaged."""
+    (real,) = (REPOSITORY / ".venv-triton").glob("lib/python3.*/site-packages")
+    copy = tmp_path / ".venv-triton" / "lib" / real.parent.name / "site-packages"
+    package = copy / "pytriton" / "tritonserver"
+    package.mkdir(parents=True)
+    for entry in real.iterdir():
+        if entry.name != "pytriton":
+            (copy / entry.name).symlink_to(entry)
+    for entry in (real / "pytriton" / "tritonserver").iterdir():
+        (package / entry.name).symlink_to(entry)
+    (tmp_path / ".venv-triton" / "bin").mkdir()
+    python = tmp_path / ".venv-triton" / "bin" / "python"
+    python.symlink_to(REPOSITORY / ".venv-triton" / "bin" / "python")
+    return copy
+
+
+@pytest.mark.server
+def test_where_all_is_well_it_says_so_and_exits_with_0(chain: Chain) -> None:
+    link_server_environment(chain)
+    result = chain.run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "started, loaded a model, answered" in result.stdout
+    assert "every file matches its SHA-256" in result.stdout
+    assert "problem" not in result.stdout
+    assert result.stdout.endswith("next: pipeline serve\n")  # it is packaged
+
+
+@pytest.mark.server
+def test_where_nothing_is_made_yet_everything_is_made_next(empty: Chain) -> None:
+    link_server_environment(empty)
+    assert empty.run("doctor").stdout.endswith("next: make all\n")
+
+
+def test_problems_are_named_with_what_mends_them_and_exit_with_1(
+    empty: Chain, planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(planted))  # no docker either
+    shutil.rmtree(empty.paths.data("mnist"), ignore_errors=True)
+    (planted / "torch").mkdir(parents=True)
+    (planted / "torch" / "__init__.py").write_text("raise ImportError('libtorch.so is cut off')")
+    result = empty.run("doctor", "--json")
+    assert result.exit_code == 1
+    assert "problems: the main job would fail here" in error_line(result)
+    record = json.loads(result.stdout)
+    problems = {one["what"]: one for one in record["checks"] if one["level"] == "problem"}
+    assert set(problems) >= {"torch", "tritonserver", "data"}
+    assert record["problems"] == len(problems)
+    assert "libtorch.so is cut off" in problems["torch"]["found"]
+    assert "no server environment at" in problems["tritonserver"]["found"]
+    assert problems["tritonserver"]["mend"] == "make .venv-triton"
+    assert problems["data"]["mend"] == "pipeline data fetch"
+    assert all(one["mend"] for one in problems.values())
+
+
+@pytest.mark.parametrize(
+    "kind", ["ImportError", "ValueError", "type('VersionError', (Exception,), {})"]
+)
+def test_a_library_that_doctor_itself_needs_and_that_does_not_start_is_said_in_words(
+    planted: Path, kind: str
+) -> None:
+    (planted / "onnx").mkdir(parents=True)
+    (planted / "onnx" / "__init__.py").write_text(f"raise {kind}('onnx is cut off')")
+    command = [sys.executable, "-m", "pipeline", "doctor", "--json"]
+    path = f"{planted}{os.pathsep}{REPOSITORY}"
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    check = json.loads(done.stdout)["checks"][-1]
+    assert "onnx is cut off" in check["found"]
+    assert check["mend"] == "rm -rf .venv && make .venv"
+
+
+def test_what_a_look_stumbles_over_is_a_problem_and_the_others_still_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing, record = Paths(tmp_path / "not" / "yet"), Paths(tmp_path).server
+    record.parent.mkdir()
+    record.write_text("{")
+    python = tmp_path / ".venv-triton" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("")  # nobody may execute it
+    (tmp_path / ".venv-triton/lib/python3.12/site-packages/pytriton/tritonserver").mkdir(
+        parents=True
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(packages, "torch", list)
+    monkeypatch.setattr(packages, "runtime", lambda model: [])
+    found = {check.what: check for check in doctor.examine(Paths(tmp_path)).checks}
+    assert {what for what, one in found.items() if one.level == "problem"} == {
+        *("tritonserver", "data", "ports")
+    }
+    assert (
+        f"PermissionError: [Errno 13] Permission denied: '{python}'" in found["tritonserver"].found
+    )
+    assert found["tritonserver"].mend == "rm -rf .venv-triton && make .venv-triton"
+    assert "server.json is not readable JSON" in found["ports"].found
+    assert found["ports"].mend.startswith(f"rm {record}")
+    assert only(doctor._disk(missing)).level == "ok"
+
+
+@pytest.mark.parametrize("lacking", ["bin/python", "pytriton"])
+def test_a_servers_environment_that_make_has_built_is_mended_by_building_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, servers: Path, lacking: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    python = tmp_path / ".venv-triton" / "bin" / "python"
+    if lacking == "pytriton":
+        shutil.rmtree(servers / "pytriton")
+    else:
+        python.unlink()
+        python.symlink_to(tmp_path / "python3.9")  # which went when the system was upgraded
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert f"lacks {lacking}" in check.found
+    assert check.mend == "rm -rf .venv-triton && make .venv-triton"
+
+
+def put_docker(folder: Path, script: str) -> None:
+    (folder / "docker").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "docker").chmod(0o755)
+
+
+@pytest.mark.parametrize(("system", "machine"), [("darwin", "arm64"), ("linux", "aarch64")])
+def test_where_the_wheel_is_not_for_the_machine_its_environment_is_no_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, machine: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert check.mend == f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
+    put_docker(tmp_path, "exit 1")
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert check.mend == "start Docker's engine"
+
+
+def test_our_own_package_is_missed_with_what_brings_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packages, "DISTRIBUTION", "nobodys-package")
+    assert only(packages.packages()).mend == "rm -rf .venv && make .venv"
+
+
+def test_an_environment_is_removed_only_where_we_run_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    elsewhere = "make .venv PYTHON=x  # in the project's folder, then use .venv/bin/pipeline"
+    assert packages.rebuild("PYTHON=x") == elsewhere
+    (tmp_path / ".venv").mkdir()
+    assert packages.rebuild("PYTHON=x") == elsewhere
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert packages.rebuild() == "rm -rf .venv && make .venv"
+
+
+def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers: Path) -> None:
+    for record in servers.glob("numpy-*.dist-info"):
+        record.unlink()
+    distribution(servers, "numpy", "2.1.0")
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert check.level == "problem"
+    assert "numpy 2.1.0, with which this tritonserver answers wrongly" in check.found
+    assert check.mend == "rm -rf .venv-triton && make .venv-triton"
+
+
+def test_a_missing_stub_is_a_problem(tmp_path: Path, servers: Path) -> None:
+    (servers / "pytriton" / "tritonserver" / "python_backend_stubs").unlink()
+    model = tmp_path / "models" / "doctor" / "1" / "model.onnx"
+    model.parent.mkdir(parents=True)
+    check = doctor._server(Paths(tmp_path), model)[-1]
+    assert check.level == "problem"
+    assert "the wheel has no stub for Python" in check.found
+    assert check.mend == "rm -rf .venv-triton && make .venv-triton"
+
+
+@pytest.mark.parametrize(("script", "level"), [("exit 1", "problem"), ("echo 27.1", "ok")])
+def test_docker_without_its_engine_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, level: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    put_docker(tmp_path, script)
+    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    assert check.level == level
+    assert level == "ok" or check.mend == "make .venv-triton"
+
+
+def test_two_runtimes_side_by_side_are_a_problem(planted: Path) -> None:
+    distribution(planted, "onnxruntime", "1.20.0")
+    check = only(packages.runtimes())
+    assert check.level == "problem"
+    assert "onnxruntime and onnxruntime-gpu are both installed" in check.found
+    assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in check.mend
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "said"),
+    [
+        ("click", "7.0", "click 7.0, and >=8.2 is needed"),
+        ("torch", "1.13.1", "torch 1.13.1, and >=2.9 is needed"),
+    ],
+)
+def test_packages_that_do_not_fit_are_a_problem(
+    planted: Path, name: str, version: str, said: str
+) -> None:
+    distribution(planted, name, version)
+    check = only(packages.packages())
+    assert (check.level, check.found) == ("problem", said)
+    assert "make .venv" in check.mend
+
+
+def test_a_runtime_that_does_not_start_is_a_problem(planted: Path, tmp_path: Path) -> None:
+    planted.mkdir()
+    (planted / "onnxruntime.py").write_text("raise ImportError('libcublas is missing')")
+    check = only(packages.runtime(tmp_path / "model.onnx"))
+    assert (check.level, check.found) == (
+        "problem",
+        "does not start: ImportError: libcublas is missing",
+    )
+
+
+def test_a_taken_port_is_a_problem(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        check = only(doctor._ports(Paths(tmp_path), ServeConfig(grpc_port=port)))
+    assert check.level == "problem"
+    assert f"{port} (grpc): Address already in use" in check.found
+    assert check.mend == "pipeline serve --port auto"
+
+
+def test_cut_data_are_a_problem(empty: Chain) -> None:
+    file = next(iter(sorted(empty.paths.data("mnist").glob("*ubyte"))))
+    content = file.read_bytes()
+    file.unlink()  # it may be a link to everybody's
+    file.write_bytes(content[:-1])
+    check = only(doctor._data(empty.paths))
+    assert check.level == "problem"
+    assert file.name in check.found
+    file.write_bytes(content)
+    flip_bit(file, 100)
+    assert only(doctor._data(empty.paths)).level == "problem"
+
+
+def test_a_cache_that_is_read_only_is_a_problem(tmp_path: Path) -> None:
+    cache = Paths(tmp_path).data("mnist")
+    cache.mkdir(parents=True)
+    assert only(doctor._folders(Paths(tmp_path))).level == "ok"
+    cache.chmod(0o555)
+    try:
+        check = only(doctor._folders(Paths(tmp_path)))
+    finally:
+        cache.chmod(0o755)
+    assert (check.level, check.found) == ("problem", f"{cache}: it is read-only")
+
+
+def test_a_file_where_a_folder_belongs_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    check = only(doctor._folders(Paths(tmp_path)))
+    assert (check.level, check.found) == (
+        "problem",
+        f"{tmp_path / 'runs'}: a file lies where a folder belongs",
+    )
+
+
+def test_too_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Space(1 << 40, 1 << 40, 32 << 20))
+    assert only(doctor._disk(Paths(tmp_path))).level == "problem"
+    check = only(doctor._shared_memory())
+    assert check.level == "problem"
+    assert "32 MiB are free in /dev/shm, and the server needs 64" in check.found
+
+
+def test_a_gpu_that_torch_leaves_out_is_said_and_does_not_stop_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def glob(folder: Path, pattern: str) -> list[Path]:
+        return [folder / "nvidia0"]
+
+    monkeypatch.setattr(Path, "glob", glob)
+    on_cpu = Check("ok", "torch", "2.13.0+cpu, built without CUDA; trains on the CPU")
+    check = only(packages.gpu([on_cpu]))
+    assert (check.level, "torch does not use it" in check.found) == ("warning", True)
+    on_gpu = Check("ok", "torch", "2.13.0, built for CUDA 13.0; A GPU")
+    assert only(packages.gpu([on_gpu])).level == "ok"
+
+
+@pytest.mark.parametrize(("version", "level"), [("2.31", "problem"), ("2.35", "ok")])
+def test_an_old_glibc_is_a_problem_for_the_wheel(
+    monkeypatch: pytest.MonkeyPatch, version: str, level: str
+) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", version))
+    runtime: Any = tritonserver.Runtime("wheel", (), {})
+    assert only(doctor._glibc(runtime)).level == level
+
+
+def test_another_python_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
+    check = only(packages.python())
+    assert check.level == "problem"
+    assert check.mend.endswith("PYTHON=python3.13")
+
+
+def test_torch_is_not_imported_by_doctor_itself() -> None:
+    code = "import sys, pipeline.doctor.checks; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    )

@@ -1,0 +1,363 @@
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.core.files import sha256, write_bytes, write_json
+from pipeline.report import page
+from pipeline.report.answers import Answers
+from pipeline.report.evidence import WORST, Evidence
+from pipeline.repository.golden import unpack_golden
+from pipeline.training.predictions import load_predictions, save_predictions
+from tests.conftest import Chain, Edit, edit_json, error_line, flip_bit
+from tests.report.test_readme import proven
+
+
+def written(chain: Chain, *options: str) -> str:
+    result = chain.run("report", *options)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {chain.paths.page}" in result.stdout
+    return chain.paths.page.read_text()
+
+
+def answered(chain: Chain, classes: list[str]) -> None:
+    """Give the run made-up answers over `classes`."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(classes), 600)
+    logits = rng.normal(size=(600, len(classes))) + 4 * np.eye(len(classes))[labels]
+    outputs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    digest = save_predictions(chain.paths, outputs, labels)
+    changes = {"classes": classes, "predictions_sha256": digest}
+    edit_json(chain.paths.summary, lambda record: record.update(changes))
+
+
+def test_the_page_shows_all_that_the_run_and_its_export_have(chain: Chain) -> None:
+    text = written(chain)
+    summary = json.loads(chain.paths.summary.read_text())
+    for name in ("curves", "confusion", "mistakes", "calibration", "classes", "distortion"):
+        assert f'<section id="{name}">' in text
+    assert text.count("<svg ") == 5
+    assert text.count("<li>\n<div") == 50 + WORST
+    for key in ("test_loss", "uncalibrated_loss", "test_calibration_error", "uncalibrated_error"):
+        assert f"{summary[key]:.5f}" in text
+    assert f"{sha256(chain.paths.weights)}  runs/handwriting/model.safetensors" in text
+    assert f"{sha256(chain.paths.onnx)}  exported/handwriting/model.onnx" in text
+    assert "This recipe distorts nothing" in text
+
+
+def test_the_page_is_self_contained_and_runs_nothing(chain: Chain) -> None:
+    text = written(chain)
+    assert not re.search(r"<(script|link rel=.stylesheet|iframe|object|embed|base)", text)
+    sources = re.findall(r"\b(?:src|href|xlink:href|url)\s*[=(]\s*[\"']?([^\"')\s>]*)", text)
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    assert "default-src 'none'" in text
+    assert not re.search(r"\bon[a-z]+=", text)
+
+
+@pytest.mark.slow
+def test_the_same_run_gives_the_same_page(chain: Chain) -> None:
+    assert written(chain) == written(chain)
+
+
+def test_names_from_strangers_are_text(chain: Chain) -> None:
+    answered(chain, ["<script>alert(1)</script>", '"><img src=x onerror=y>', "T-shirt/top"])
+    text = written(chain)
+    assert "<script" not in text
+    assert "<img src=x" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "T-shirt/top" in text
+
+
+@pytest.mark.slow
+def test_many_classes_make_a_small_matrix(chain: Chain) -> None:
+    answered(chain, [f"class {index}" for index in range(47)])
+    text = written(chain)
+    assert '<table class="matrix many">' in text
+    assert text.count('class="right"') == 47
+
+
+@pytest.mark.slow
+def test_worst_mistakes_on_the_page_are_those_of_the_predictions(chain: Chain) -> None:
+    summary = json.loads(chain.paths.summary.read_text())
+    predictions = load_predictions(chain.paths, summary["predictions_sha256"])
+    collected = page.collect(chain.paths).answers
+    assert isinstance(collected, Answers)
+    truths = predictions.log_probabilities[np.arange(10_000), predictions.labels]
+    first = collected.mistakes[0]
+    wrong = predictions.log_probabilities.argmax(axis=1) != predictions.labels
+    assert first.index == np.flatnonzero(wrong)[truths[wrong].argmin()]
+    assert first.truth == str(predictions.labels[first.index])
+    assert first.truth_probability == pytest.approx(np.exp(truths[wrong].min()))
+    assert collected.wrong == wrong.sum()
+    assert (10_000 - collected.wrong) / 10_000 == summary["test_accuracy"]
+    raw = predictions.untempered(summary["temperature"])
+    loss = -raw[np.arange(10_000), predictions.labels].mean()
+    assert loss == pytest.approx(summary["uncalibrated_loss"], rel=1e-4)
+
+
+def test_a_recipe_that_distorts_shows_how(chain: Chain) -> None:
+    config = chain.paths.run_config
+    edit_json(config, lambda record: record["settings"].update(rotate=0.3))
+    text = written(chain)
+    assert text.count('<div class="strip">') == page.DIGITS
+    assert text.count(", distorted, draw ") == page.DIGITS * page.DRAWS
+    assert "(the recipe has 0.0)" in text
+
+
+def test_without_an_export_or_data_the_page_says_what_makes_them(chain: Chain) -> None:
+    shutil.rmtree(chain.paths.exported)
+    shutil.rmtree(chain.root / "data")
+    result = chain.run("report")
+    assert result.exit_code == 0, result.output
+    assert "next: pipeline export" in result.stdout
+    text = chain.paths.page.read_text()
+    assert "This run has not been exported yet" in text
+    assert "Pictures are left out" in text
+    assert "pipeline data fetch" in text
+    assert "<img" not in text
+
+
+@pytest.mark.slow
+def test_another_run_is_not_shown_with_this_ones_export(chain: Chain) -> None:
+    proven(chain)
+    edit_json(chain.paths.manifest, lambda record: record.update(weights_sha256="0" * 64))
+    text = written(chain)
+    assert "is the export of other weights than these" in text
+    assert "Triton gRPC" not in text
+
+
+@pytest.mark.slow
+def test_a_proof_of_this_export_is_shown(chain: Chain) -> None:
+    proven(chain)
+    assert "The last proof was of another model.onnx" in written(chain)
+    edit_json(chain.paths.agreement, lambda record: record.update(sha256=sha256(chain.paths.onnx)))
+    assert "Triton gRPC" in written(chain)
+
+
+def proof_of(chain: Chain) -> tuple[Evidence, dict[str, Any], dict[str, np.ndarray]]:
+    """What the page shows of the proof, and the records that it is from."""
+    shown = page.collect(chain.paths).evidence
+    assert isinstance(shown, Evidence)
+    with np.load(chain.paths.evidence) as arrays:
+        return shown, json.loads(chain.paths.validation.read_text()), dict(arrays)
+
+
+def reproved(chain: Chain, arrays: dict[str, np.ndarray]) -> None:
+    """Put other evidence beside the export, as a proof would."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # the stub takes an option
+    digest = write_bytes(chain.paths.evidence, buffer.getvalue())
+    listed = {chain.paths.evidence.name: digest}
+    edit_json(chain.paths.manifest, lambda record: record["files"].update(listed))
+
+
+def revalidated(chain: Chain, edit: Edit) -> None:
+    """Change the validation record, and the manifest's digest of it."""
+    edit_json(chain.paths.validation, edit)
+    listed = {chain.paths.validation.name: sha256(chain.paths.validation)}
+    edit_json(chain.paths.manifest, lambda record: record["files"].update(listed))
+
+
+def test_the_proof_has_a_row_for_each_variant(chain: Chain) -> None:
+    validation = json.loads(chain.paths.validation.read_text())
+    (fp32,) = validation["variants"]
+    text = written(chain)
+    assert f"<td>{fp32['max_error']:.2g}</td>" in text
+    assert f"<td>{fp32['size'] / 1000:,.0f} kB</td>" in text
+    for speed in fp32["images_per_second"].values():
+        assert f"<td>{speed:,.0f}</td>" in text
+    assert f"fp32 {fp32['max_error']:.2g}</text>" in text  # in the figure
+
+
+@pytest.mark.slow
+def test_the_worst_images_have_the_largest_errors_for_their_margins(chain: Chain) -> None:
+    shown, _, arrays = proof_of(chain)
+    ((precision, worst),) = shown.worst
+    images = len(arrays["labels"])
+    shares = arrays["errors_fp32"][:images] / arrays["margins"][:images]
+    assert precision == "fp32"
+    assert [one.index for one in worst] == list(np.argsort(-shares)[:WORST])
+    assert all(one.picture and not one.is_flip for one in worst)
+    assert worst[0].margin == arrays["margins"][worst[0].index]
+    assert "flips to" not in written(chain)
+
+
+@pytest.mark.slow
+def test_an_image_that_flips_says_to_what(chain: Chain) -> None:
+    shown, _, arrays = proof_of(chain)
+    first = shown.worst[0][1][0]
+    arrays["said_fp32"][first.index] = (arrays["reference"][first.index] + 1) % 10
+    arrays["margins"][first.index] = 0  # the reference is between two classes
+    reproved(chain, arrays)
+    flipped = (int(first.reference) + 1) % 10
+    assert f'<div class="said">flips to {flipped}</div>' in written(chain)
+
+
+@pytest.mark.slow
+def test_probes_are_not_among_the_worst_images(chain: Chain) -> None:
+    shown, validation, arrays = proof_of(chain)
+    arrays["errors_fp32"][-validation["probes"] :] = 100
+    reproved(chain, arrays)
+    assert proof_of(chain)[0].worst == shown.worst
+
+
+def test_an_export_without_a_proof_says_what_makes_it(chain: Chain) -> None:
+    manifest = json.loads(chain.paths.manifest.read_text())
+    for path in (chain.paths.validation, chain.paths.evidence):
+        path.unlink()
+        del manifest["files"][path.name]
+    write_json(chain.paths.manifest, manifest)
+    text = written(chain)
+    assert "have not been held against their module yet: <code>pipeline validate</code>" in text
+    assert "No server has been held against this model yet" in text
+
+
+def test_without_an_export_the_proof_says_so_once(chain: Chain) -> None:
+    shutil.rmtree(chain.paths.exported)
+    _, _, proof = written(chain).partition('<section id="proof">')
+    section, _, _ = proof.partition("</section>")
+    assert section.count("This run has not been exported yet") == 1
+
+
+def test_changed_evidence_is_refused_with_4(chain: Chain) -> None:
+    flip_bit(chain.paths.evidence)
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "evidence.npz does not match its digest" in error_line(result)
+
+
+def test_a_proof_of_other_bytes_is_refused_with_4(chain: Chain) -> None:
+    revalidated(chain, lambda record: record["variants"][0].update(sha256="0" * 64))
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "is the proof of other files: run 'pipeline validate' again" in error_line(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda record: record.pop("variants"),
+        lambda record: record.update(images=17),
+        lambda record: record["variants"][0].update(precision="fp64"),
+    ],
+)
+def test_a_proof_that_its_evidence_does_not_fit_is_refused_with_4(chain: Chain, edit: Edit) -> None:
+    revalidated(chain, edit)
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "do not belong together: run 'pipeline validate' again" in error_line(result)
+
+
+def test_evidence_that_is_none_is_refused_with_4(chain: Chain) -> None:
+    digest = write_bytes(chain.paths.evidence, b"no archive")
+    listed = {chain.paths.evidence.name: digest}
+    edit_json(chain.paths.manifest, lambda record: record["files"].update(listed))
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "evidence.npz holds no evidence" in error_line(result)
+
+
+@pytest.mark.slow
+def test_all_variants_pass_each_with_its_golden_set_and_the_page_sets_them_beside_fp32(
+    chain: Chain,
+) -> None:
+    chain.record("export", "--precision", "fp32,fp16,int8")
+    record = chain.record("validate")
+    assert [one["precision"] for one in record["variants"]] == ["fp32", "fp16", "int8"]
+    widest = []
+    for precision in ("fp32", "fp16", "int8"):
+        path = chain.paths.variant_golden(precision)
+        widest.append(unpack_golden(path.read_bytes(), "it").bounds.max())
+    assert widest[0] < widest[1] < widest[2]
+    packaged = chain.record("package")["variants"]
+    assert [one["name"] for one in packaged] == [
+        *("handwriting", "handwriting-fp16", "handwriting-int8")
+    ]
+    shown, _, arrays = proof_of(chain)
+    assert [row.precision for row in shown.rows] == ["fp32", "fp16", "int8"]
+    assert arrays["errors_fp32"].max() < arrays["errors_fp16"].max() < arrays["errors_int8"].max()
+    text = written(chain)
+    assert text.count("<li>\n<div") == 50 + 3 * WORST
+    for precision in ("fp32", "fp16", "int8"):
+        assert f"<h3>{precision}: errors that come closest to the margin</h3>" in text
+
+
+def test_a_run_of_old_without_predictions_still_has_a_page(chain: Chain) -> None:
+    edit_json(chain.paths.summary, lambda record: record.pop("predictions_sha256"))
+    chain.paths.predictions.unlink()
+    text = written(chain)
+    assert "runs did not keep their predictions" in text
+    assert "<code>pipeline train --run handwriting</code>" in text
+
+
+def test_changed_predictions_are_refused_with_4(chain: Chain) -> None:
+    flip_bit(chain.paths.predictions, 1000)
+    result = chain.run("report")
+    assert result.exit_code == 4
+    assert "predictions.npz does not match its digest" in error_line(result)
+
+
+def test_without_a_run_one_line_says_which_command_to_type(chain: Chain) -> None:
+    shutil.rmtree(chain.paths.run_folder)
+    result = chain.run("report")
+    assert result.exit_code == 1
+    assert "run 'pipeline train --run handwriting' first" in error_line(result)
+    chain.paths.run_folder.mkdir()
+    assert "--resume" in error_line(chain.run("report"))
+
+
+@pytest.mark.slow
+def test_training_anew_sets_the_finished_run_aside_and_only_the_last_one(chain: Chain) -> None:
+    written(chain)
+    paths = chain.paths
+    results = (paths.weights, paths.summary, paths.predictions, paths.page, paths.run_config)
+    before = {file.name: sha256(file) for file in results}
+    short = ("train", "--recipe", "quick", "--epochs", "0.01")
+    result = chain.run(*short)
+    assert result.exit_code == 0
+    assert f"is kept in {paths.previous}" in result.stderr
+    assert not paths.page.exists()
+    assert {name: sha256(paths.previous / name) for name in before} == before
+    second = sha256(paths.weights)
+    assert chain.run(*short, "--seed", "1").exit_code == 0
+    assert sha256(paths.previous / paths.weights.name) == second
+    assert not (paths.previous / "previous").exists()
+
+
+@pytest.mark.slow
+def test_chromium_opens_the_page_without_a_network_and_without_a_complaint(
+    chain: Chain, tmp_path: Path
+) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on the PATH: make system")
+    proven(chain)
+    edit_json(chain.paths.run_config, lambda record: record["settings"].update(shear=0.3))
+    written(chain)
+
+    def opened(file: Path) -> tuple[str, list[str]]:
+        """The page as the browser sees it, and what its console says."""
+        options = [
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"),
+        ]
+        command = [browser, *options, file.resolve().as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    dom, console = opened(chain.paths.page)
+    assert console == []
+    assert dom.count("<svg ") == 5
+    bad = tmp_path / "bad.html"  # the check can fail
+    text = chain.paths.page.read_text()
+    bad.write_text(text.replace("</main>", "<script>let x;</script></main>"))
+    assert "Content Security Policy" in " ".join(opened(bad)[1])

@@ -1,0 +1,196 @@
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.benchmark.provenance import (
+    SOURCES,
+    recipe_digest,
+    sources_digest,
+    stale,
+    write_figure,
+)
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import write_json
+from pipeline.report import readme as report
+from pipeline.training.recipes import RECIPES
+from tests.conftest import REPOSITORY, Chain, error_line
+
+FIGURES = REPOSITORY / "exported" / "figures"
+
+
+def test_the_readme_shows_the_figures_as_they_were_measured() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    assert "<!-- figures:agreement -->" in readme
+    assert report.rendered(readme, FIGURES) == readme, "pipeline report --figures"
+
+
+def numbers(record: Any) -> Iterator[tuple[Any, Any]]:
+    """Where the numbers of a record stand: a list or a dictionary, and an index or a key."""
+    for key, value in record.items() if isinstance(record, dict) else enumerate(record):
+        if isinstance(value, dict | list):
+            yield from numbers(value)
+        elif isinstance(value, int | float) and key != "schema":
+            yield record, key
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FIGURES.glob("*.json")))
+def test_a_figure_with_an_edited_number_is_not_rendered(name: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{name}.json"
+    record = json.loads((FIGURES / file.name).read_text())
+    block = f"<!-- figures:{name} -->\n<!-- /figures -->"
+    for place, key in [*numbers(record)][:: max(1, len([*numbers(record)]) // 20)]:
+        before, place[key] = place[key], place[key] + 1
+        file.write_text(json.dumps(record))
+        with pytest.raises(CorruptError, match=f"{name}.json.*its content.*{record['command']}'"):
+            report.rendered(block, tmp_path)
+        with pytest.raises(CorruptError, match=f"{name}.json.*its content"):
+            stale(tmp_path)
+        place[key] = before
+    file.write_text(json.dumps(record))  # its numbers count, not how it is written
+    assert report.rendered(block, tmp_path) != block
+
+
+# What is a number in the README's prose and transcripts, and no measurement.
+NOT_MEASURED = re.compile(
+    r"https?://\S+|grpcs?://\S+|127\.0\.0\.1\S*"
+    # versions
+    r"|Python 3\.11 to 3\.13|Node 18|Triton 2\.51|since 23\.09|26\.05 or later|opset 18"
+    # exit codes, and what is shown of a signature
+    r"|\b70 a bug|130 interrupted|255 is ink|28 ?x ?28|\[batch, [\d, ]+\]|last 40 bytes|-c 40"
+    # how many there are of what somebody decided
+    r"|10,000 (test )?images|set of 100 images|\b20 (that no|probes)|the 50\s+worst"
+    r"|50 test vectors|10 images to|16 threads at once|00000\.png|epoch \d\.00/7|\b0 s left"
+    r"|batch sizes [\d, ]+( and)? 256|other size to 256|200 predictions at least"
+    # limits, and what others have published
+    r"|8 times\s+eager's at most|256 MiB|0\.02 and 0\.10 points|10 MiB and 8\.9\s+million"
+    r"|24\.5 million|8,192 to 16,384 rows|0\.76-second record|784-128-10"
+)
+# More than one digit, a digest, or a number with a unit.
+NUMBER = re.compile(
+    r"(?<![\w-])\d[\d,.]*\d|\b\d+ ?(%|[mu]?s\b|seconds|minutes|times|points|[KMG]i?B|images/s)"
+    r"|\b(?=[a-f]*\d)[0-9a-f]{12,}\b|\b\d+e-?\d+"
+)
+
+
+def written(readme: str) -> str:
+    """What stands in the README by hand: without figures, code, and commands but their comments."""
+    text = re.sub(r"<!-- figures:.*?<!-- /figures -->", "", readme, flags=re.DOTALL)
+    text = re.sub(r"```(python|js|sh)\n.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"^\$ [^#\n]*", "", text, flags=re.MULTILINE)
+
+
+def test_a_measured_number_stands_in_a_figure_and_nowhere_else_in_the_readme() -> None:
+    text = NOT_MEASURED.sub("", written((REPOSITORY / "README.md").read_text()))
+    found = [line for line in text.splitlines() if NUMBER.search(line)]
+    assert not found, f"render them from a figure, or leave them out: {found}"
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        *("trained in 75.7 s", "safety factor 74", "0.089 of `baseline`'s", "after 5 minutes"),
+        *("accuracy 99%", "32,800 images/s", "sha256 0e045a39f1b3", "(pid 22598)", "5 s left"),
+        *("$ make all  # some 5 minutes", "1e-5 at most", "463 requests", "2 times faster"),
+    ],
+)
+def test_a_number_of_a_measurement_is_recognized(prose: str) -> None:
+    assert NUMBER.search(NOT_MEASURED.sub("", written(prose)))
+
+
+def test_stale_figures_are_listed(tmp_path: Path) -> None:
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    for name in ("swap", "soak"):
+        write_figure(name, figures / f"{name}.json", {})
+    rows = [{"recipe": name, "sources_sha256": recipe_digest(name)} for name in RECIPES]
+    write_figure("training", figures / "training.json", {"rows": rows})
+    assert stale(figures) == []
+    write_figure("soak", figures / "swap.json", {})  # whose sources are others
+    rows[0]["sources_sha256"] = "0" * 64
+    write_figure("training", figures / "training.json", {"rows": rows})
+    assert stale(figures) == ["swap.json", "training.json (quick)"]
+
+
+def test_a_change_of_a_recipe_makes_its_own_row_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: recipe_digest(name) for name in ("quick", "standard")}
+    monkeypatch.setitem(RECIPES, "standard", replace(RECIPES["standard"], epochs=10))
+    assert recipe_digest("quick") == before["quick"]
+    assert recipe_digest("standard") != before["standard"]
+
+
+def test_every_figure_that_is_kept_or_asked_for_says_which_sources_decide_it() -> None:
+    kept = {path.stem for path in FIGURES.glob("*.json")}
+    assert SOURCES.keys() >= kept | report.RENDERERS.keys()
+    if old := stale(FIGURES):  # told, not failed: a change need not be measured at once
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.warn(f"measured on other sources: {', '.join(old)}", stacklevel=1)
+
+
+def proven(chain: Chain) -> None:
+    """Put an agreement beside the export, as a proof would."""
+    figure = json.loads((FIGURES / "agreement.json").read_text())
+    write_json(chain.paths.agreement, {k: v for k, v in figure.items() if k != "schema"})
+
+
+@pytest.mark.slow
+def test_report_shows_the_last_agreement(chain: Chain) -> None:
+    nothing = chain.run("report")
+    assert nothing.exit_code == 0
+    assert f"next: pipeline validate {chain.paths.repository}" in nothing.stdout
+    kept = chain.run("report", "--figures")
+    assert kept.exit_code == 1
+    assert "make figures" in error_line(kept)
+    proven(chain)
+    record = chain.record("report")
+    assert [row["name"] for row in record["rows"]][:2] == ["eager PyTorch", "ONNX Runtime"]
+    assert "Triton gRPC" in chain.run("report").stdout
+
+
+def test_the_table_alone_needs_no_page(chain: Chain) -> None:
+    missing = chain.run("report", "--table")
+    assert missing.exit_code == 1
+    assert "pipeline validate exported/model_repository" in error_line(missing)
+    proven(chain)
+    assert "Triton gRPC" in chain.run("report", "--table").stdout
+    assert not chain.paths.page.exists()
+
+
+def test_figures_are_kept_and_rendered_into_the_readme(chain: Chain) -> None:
+    proven(chain)
+    readme = chain.root / "README.md"
+    readme.write_text("before\n<!-- figures:agreement -->\nold\n<!-- /figures -->\nafter\n")
+    assert chain.run("report", "--figures").exit_code == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- figures:agreement -->\n| runtime |")
+    assert text.endswith("<!-- /figures -->\nafter\n")
+    assert "old" not in text
+    assert "Measured by `make figures`" in text
+    figure = json.loads((chain.paths.figures / "agreement.json").read_text())
+    assert figure["sources_sha256"] == sources_digest("agreement")
+    assert figure["training"]["recipe"] == "quick"
+
+
+def test_figures_that_nothing_renders_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="'speed', which nothing renders"):
+        report.rendered("<!-- figures:speed -->\n<!-- /figures -->", tmp_path)
+
+
+def test_old_runtimes_are_shown_with_the_file_that_each_ran(tmp_path: Path) -> None:
+    block = "<!-- figures:runtimes -->\n<!-- /figures -->"
+    assert "*Not proven yet*: `make prove-runtimes`." in report.rendered(block, tmp_path)
+    shutil.copy(FIGURES / "runtimes.json", tmp_path)
+    figure = json.loads((FIGURES / "runtimes.json").read_text())
+    lines = report.rendered(block, tmp_path).splitlines()
+    rows = [line for line in lines if line.startswith("| 1.")]
+    assert len(rows) == len(figure["rows"])
+    assert rows[0].startswith("| 1.16.3 | 23.09-24.02 | opset 18, IR 9 (the default) | 0 of 10,000")
+    assert "opset 19, IR 9 (for 24.02)" in rows[1]
+    assert f"`make prove-runtimes` on {figure['measured_at'][:10]}" in lines[-2]

@@ -1,0 +1,187 @@
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.core.errors import CheckFailedError, CorruptError
+from pipeline.core.evaluate import Predictor, margins
+from pipeline.repository.golden import (
+    Golden,
+    choose_golden,
+    compare,
+    pack_golden,
+    require,
+    unpack_golden,
+)
+
+
+def golden_of(outputs: np.ndarray, bound: float = 1e-4) -> Golden:
+    count = len(outputs)
+    images = np.zeros((count, 1, 2, 2), np.uint8)
+    labels = outputs.argmax(axis=1)
+    return Golden(images, labels, outputs.astype(np.float64), np.full(count, bound))
+
+
+@pytest.fixture
+def golden() -> Golden:
+    return golden_of(np.log(np.random.default_rng(0).dirichlet(np.ones(10), 20)))
+
+
+def says(outputs: np.ndarray) -> Predictor:
+    """A predictor that says `outputs`, whatever it is asked, one call after another."""
+    position = 0
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        nonlocal position
+        rows = outputs[position : position + len(images)]
+        position = (position + len(images)) % len(outputs)
+        return rows
+
+    return predict
+
+
+def test_the_right_answers_pass_at_every_batch_size(golden: Golden) -> None:
+    agreement = compare(golden, says(golden.outputs.astype(np.float32)), (1, 2, 7))
+    assert agreement.passed
+    assert require(agreement, "it", "mend") is agreement
+    assert agreement.differing == 0
+    assert agreement.max_abs_diff is not None
+    assert agreement.max_abs_diff < 1e-5
+    assert "20 images at batch sizes 1, 2, 7: 0 differing classes" in str(agreement)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda outputs: outputs + np.float32(2e-4), "differs by 0.0002, 0.0001 is allowed"),
+        (lambda outputs: np.where(outputs == outputs, np.nan, 0).astype(np.float32), "by inf"),
+        (lambda outputs: outputs[:, ::-1].copy(), "images change class, none of them may"),
+        (lambda outputs: outputs[:, :9], r"answers float32 \(20, 9\) instead"),
+        (lambda outputs: outputs.astype(np.int64), "answers int64"),
+    ],
+)
+def test_other_answers_do_not_pass(
+    golden: Golden, change: Callable[[np.ndarray], np.ndarray], said: str
+) -> None:
+    agreement = compare(golden, says(change(golden.outputs.astype(np.float32))), (4,))
+    assert not agreement.passed
+    assert re.search(said, "; ".join(agreement.problems))
+    with pytest.raises(CheckFailedError, match="it is wrong"):
+        require(agreement, "it is wrong", "mend it")
+
+
+def test_a_predictor_that_fails_does_not_pass(golden: Golden) -> None:
+    def fails(images: np.ndarray) -> np.ndarray:
+        raise CheckFailedError("no")
+
+    assert compare(golden, fails, (2,)).problems == ("batch size 2: no",)
+
+
+CLOSE = np.log(np.array([[0.500001, 0.499999], [0.9, 0.1]]))
+
+
+def test_no_class_may_change_however_near_the_answer_is() -> None:
+    swapped = CLOSE.copy()
+    swapped[0] = CLOSE[0, ::-1]
+    agreement = compare(golden_of(CLOSE, 1e-4), says(swapped), (2,))
+    assert agreement.problems == ("batch size 2: 1 images change class, none of them may",)
+
+
+@pytest.mark.parametrize("bound", [1e-4, 1e9, float("inf")])
+def test_a_golden_set_that_accepts_a_wrong_class_is_refused(bound: float) -> None:
+    content = pack_golden(golden_of(CLOSE, bound))
+    with pytest.raises(CheckFailedError, match="it accepts wrong classes: . of 2 images may be"):
+        unpack_golden(content, "it")
+    assert len(unpack_golden(pack_golden(golden_of(CLOSE, 1e-6)), "it").labels) == 2
+
+
+def test_a_golden_set_has_only_images_whose_margin_exceeds_their_bound() -> None:
+    images, labels = np.zeros((2, 1), np.uint8), np.zeros(2, np.int64)
+    assert len(choose_golden(images, labels, CLOSE, np.full(2, 1e-4)).labels) == 1
+    with pytest.raises(CheckFailedError, match="no golden set can be made: each of 2 images"):
+        choose_golden(images, labels, CLOSE, np.full(2, 10.0))
+
+
+def test_a_golden_set_has_the_plainest_and_the_hardest_of_each_class() -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 10, 2000)
+    outputs = rng.normal(size=(2000, 10))
+    images = np.arange(2000, dtype=np.int64)[:, np.newaxis]
+    golden = choose_golden(images, labels, outputs, np.full(2000, 1e-9))
+    assert golden.labels.tolist() == [label for label in range(10) for _ in range(10)]
+    ahead = margins(outputs)
+    for label in range(10):
+        ranked = np.sort(ahead[labels == label])
+        chosen = np.sort(ahead[golden.images[golden.labels == label, 0]])
+        assert chosen.tolist() == [*ranked[:5], *ranked[-5:]]
+    assert ahead[golden.images[0, 0]] == ahead[labels == 0].max()
+
+
+def test_a_class_with_few_images_has_them_all_and_a_hundred_classes_share_a_hundred() -> None:
+    outputs = np.random.default_rng(2).normal(size=(300, 100))
+    images = np.zeros((300, 1), np.uint8)
+    few = choose_golden(images[:3], np.array([0, 1, 1]), outputs[:3], np.full(3, 1e-9))
+    assert few.labels.tolist() == [0, 1, 1]
+    many = choose_golden(images, np.arange(300) % 100, outputs, np.full(300, 1e-9))
+    assert len(many.labels) == 100
+
+
+def test_a_golden_set_is_the_same_bytes_each_time_and_comes_back_whole(golden: Golden) -> None:
+    content = pack_golden(golden)
+    assert pack_golden(golden) == content
+    again = unpack_golden(content, "it")
+    for name in Golden.__dataclass_fields__:
+        assert np.array_equal(getattr(again, name), getattr(golden, name))
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the stub takes them for an option
+    return buffer.getvalue()
+
+
+ONE = np.zeros((1, 2))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no archive",
+        npz(images=np.zeros(1)),
+        npz(images=np.zeros(2), labels=np.zeros(1), outputs=ONE, bounds=np.ones(1)),
+        npz(images=np.zeros(1), labels=np.zeros(1), outputs=ONE, bounds=np.zeros(1)),
+        npz(
+            images=np.zeros(1),
+            labels=np.zeros(1),
+            outputs=ONE.astype(np.float32),
+            bounds=np.ones(1),
+        ),
+        npz(
+            images=np.array([{"a": 1}], dtype=object),
+            labels=np.zeros(1),
+            outputs=ONE,
+            bounds=np.ones(1),
+        ),
+    ],
+)
+def test_a_golden_set_that_is_none_is_corrupt_and_nothing_is_unpickled(content: bytes) -> None:
+    with pytest.raises(CorruptError, match="golden set"):
+        unpack_golden(content, "it")
+
+
+def test_a_golden_set_that_unpacks_to_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.repository.golden._MAX_GOLDEN_BYTES", 100)
+    with pytest.raises(CorruptError, match="unpacks to more"):
+        unpack_golden(npz(images=np.zeros(1000)), "it")
+
+
+def test_bounds_belong_to_their_rows(golden: Golden) -> None:
+    loose = replace(golden, bounds=np.where(np.arange(20) == 3, 1.0, 1e-4))
+    off = golden.outputs.copy()
+    off[3] += 0.5
+    assert compare(loose, says(off), (20,)).passed
+    off[4] += 0.5
+    assert "image 4 differs by 0.5" in compare(loose, says(off), (20,)).problems[0]

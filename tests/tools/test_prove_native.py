@@ -1,0 +1,123 @@
+"""The proof of the native backend itself, tried on the server that can run here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.benchmark.provenance import write_figure
+from pipeline.core.errors import PipelineError
+from pipeline.report.readme import NATIVE_NOT_VERIFIED, rendered
+from pipeline.serving import tritonserver
+from pipeline.serving.tritonserver import IMAGE
+from tests.conftest import REPOSITORY, Chain, link_server_environment
+from tools import prove_native
+
+BLOCK = "<!-- figures:gpu -->\n<!-- /figures -->"
+# A docker whose container is the wheel's server on this machine: it takes the command line apart.
+DOCKER = """#!{python}
+import os, sys
+with open({calls!r}, "a") as calls:
+    print(*sys.argv[1:], file=calls)
+if sys.argv[1] == "info":
+    print("27.1")
+if sys.argv[1:3] == ["image", "inspect"]:
+    print("the-image@sha256:abc")
+if sys.argv[1] == "run":
+    options, command = sys.argv[2:sys.argv.index({image!r})], sys.argv[sys.argv.index({image!r}):]
+    given = dict(option.split("=", 1) for option in options if "=" in option)
+    kind, source, inside, mode = given["--mount"].split(",")
+    assert (kind, inside, mode) == ("type=bind", "target=/models", "readonly")
+    assert command[1] == "tritonserver"
+    repository = source.removeprefix("source=")
+    assert given["-p"].startswith("127.0.0.1:")
+    arguments = [a.replace("/models", repository).replace("0.0.0.0", "127.0.0.1")
+                 for a in command[2:]]
+    shared = "--backend-config=python,shm-region-prefix-name=" + given["--name"]
+    os.environ.update({environment!r})
+    os.environ["PATH"] = {path!r} + os.environ["PATH"]
+    program = {program!r}
+    os.execv(program, [program, *arguments, "--backend-directory=" + {backends!r}, shared])
+"""
+
+
+def put_on_path(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    (folder / "docker").write_text(script)
+    (folder / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+@pytest.mark.server
+def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_server_environment(chain)
+    wheel = tritonserver.find(chain.paths, "wheel")
+    tritonserver.lay_out_backends(wheel, tmp_path / "backends")
+    calls = tmp_path / "calls"
+    script = DOCKER.format(
+        python=sys.executable,
+        calls=str(calls),
+        image=IMAGE,
+        environment=wheel.environment,
+        path=f"{wheel.python.parent if wheel.python else ''}:",
+        program=wheel.program[0],
+        backends=str(tmp_path / "backends"),
+    )
+    put_on_path(tmp_path / "bin", script, monkeypatch)
+    readme = chain.root / "README.md"
+    readme.write_text(BLOCK)
+    prove_native.main([str(chain.paths.native), "--root", str(chain.root)])
+    record = json.loads(chain.paths.native.read_text())
+    assert (record["passed"], record["runtime"], record["image"]) == (True, "docker", IMAGE)
+    assert record["image_digest"] == "the-image@sha256:abc"
+    assert record["protocols"] == ["http", "grpc"]
+    date = record["measured_at"][:10]
+    assert f"native backend: verified on {date} with `make prove-native`" in readme.read_text()
+    asked = [line.split() for line in calls.read_text().splitlines()]
+    asked = [line for line in asked if line[0] != "info"]  # whether the engine answers
+    assert [line[0] for line in asked] == ["image", "run", "rm"]
+    assert f"--name={asked[2][2]}" in asked[1]
+    assert not chain.paths.replay.exists()
+    # A wrong server's evidence takes its place, and the README says no more than before.
+    write_figure("native", chain.paths.native, {**record, "passed": False})
+    assert NATIVE_NOT_VERIFIED in rendered(BLOCK, chain.paths.figures)
+
+
+def test_the_wheel_is_no_native_backend(tmp_path: Path) -> None:
+    write_figure("native", tmp_path / "native.json", {"passed": True, "runtime": "wheel"})
+    assert NATIVE_NOT_VERIFIED in rendered(BLOCK, tmp_path)
+
+
+def test_without_docker_it_is_one_line_exit_1_and_nothing_is_written(tmp_path: Path) -> None:
+    kept = tmp_path / "native.json"
+    kept.write_text("kept")
+    command = [sys.executable, "-m", "tools.prove_native", str(kept)]
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: no docker on the PATH")
+    assert len(done.stderr.splitlines()) == 1
+    assert kept.read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["native.json"]
+
+
+def test_a_docker_that_does_not_run_or_cannot_pull_is_told_by_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    put_on_path(
+        tmp_path / "dead", "#!/bin/sh\necho 'is the daemon running?' >&2; exit 1\n", monkeypatch
+    )
+    with pytest.raises(PipelineError, match=r"cannot be used here: is the daemon running\?"):
+        prove_native.image_digest(said.append)
+    offline = "#!/bin/sh\n[ $1 = info ] || { echo no route >&2; exit 1; }\n"
+    put_on_path(tmp_path / "offline", offline, monkeypatch)
+    with pytest.raises(PipelineError, match="cannot be pulled: no route"):
+        prove_native.image_digest(said.append)
+    assert said == [f"pulling {IMAGE}, some gigabytes"]

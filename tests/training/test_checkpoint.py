@@ -1,0 +1,167 @@
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import sha256
+from pipeline.core.paths import Paths
+from pipeline.data.splits import Split
+from pipeline.training import loop
+from pipeline.training.checkpoint import State, load_checkpoint, load_state, save_state
+from pipeline.training.device import choose
+from pipeline.training.recipes import TrainConfig, recipe
+from tests.conftest import REPOSITORY, Chain
+from tools.prove_resume import prove
+
+FLIPS, CUTS = 1_000, 200  # of each file
+
+
+def damaged(content: bytes) -> Iterator[bytes]:
+    """The content with one bit flipped, and cut short, at places drawn from a seed."""
+    rng = random.Random(0)
+    for _ in range(FLIPS):
+        copy = bytearray(content)
+        copy[rng.randrange(len(copy))] ^= 1 << rng.randrange(8)
+        yield bytes(copy)
+    for _ in range(CUTS):
+        yield content[: rng.randrange(len(content))]
+
+
+def refused(file: Path, load: Callable[[], object]) -> int:
+    """How many kinds of damage to `file` `load` refuses as corrupt."""
+    content = file.read_bytes()
+    count = 0
+    for copy in damaged(content):
+        file.write_bytes(copy)
+        with pytest.raises(CorruptError):
+            load()
+        count += 1
+    file.write_bytes(content)
+    load()
+    return count
+
+
+@pytest.fixture
+def states() -> list[State]:
+    """Three states of a short run on made images."""
+    split = Split(np.zeros((64, 1, 28, 28), np.uint8), np.arange(64) % 10, tuple("0123456789"))
+    saved: list[State] = []
+    settings = recipe("quick", epochs=4, batch_size=32)
+    loop.train(TrainConfig(settings=settings), split, split, choose("cpu"), save=saved.append)
+    return saved
+
+
+@pytest.mark.slow
+def test_a_thousand_flipped_bits_and_two_hundred_cuts_of_the_weights_are_all_refused(
+    chain: Chain,
+) -> None:
+    paths = chain.paths
+    assert refused(paths.weights, lambda: load_checkpoint(paths)) == FLIPS + CUTS
+
+
+@pytest.mark.slow
+def test_a_thousand_flipped_bits_and_two_hundred_cuts_of_a_checkpoint_are_all_refused(
+    tmp_path: Path, states: list[State]
+) -> None:
+    paths = Paths(tmp_path)
+    save_state(paths, states[0], {})
+    (file,) = paths.checkpoint.glob("step-*.safetensors")
+    assert refused(file, lambda: load_state(paths, {})) == FLIPS + CUTS
+
+
+def test_what_points_at_the_checkpoint_is_refused_or_read_as_it_was_written(
+    tmp_path: Path, states: list[State]
+) -> None:
+    paths = Paths(tmp_path)
+    save_state(paths, states[0], {})
+    pointer = paths.checkpoint / "latest.json"
+    content = pointer.read_bytes()
+    for position in range(len(content)):
+        for bit in range(8):
+            copy = bytearray(content)
+            copy[position] ^= 1 << bit
+            pointer.write_bytes(bytes(copy))
+            try:
+                state = load_state(paths, {})
+            except CorruptError:
+                continue
+            assert state is not None
+            assert state.step == states[0].step
+            before, after = (json.loads(text) for text in (content, bytes(copy)))
+            assert before == after  # white space, or a digit's other spelling
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_so_in_a_sentence(
+    tmp_path: Path, states: list[State], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    paths = Paths(tmp_path)
+    save_state(paths, states[0], {})
+
+    def fail(file: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(PipelineError, match=r"cannot write .*what was there before is intact"):
+        save_state(paths, states[1], {})
+    monkeypatch.undo()
+    state = load_state(paths, {})
+    assert state is not None
+    assert state.step == states[0].step
+    assert not list(paths.checkpoint.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_write_ends_with_1_and_goes_on_when_there_is_space_again(
+    made: Chain, empty: Chain
+) -> None:
+    train = ["train", "--recipe", "quick", "--epochs", "0.125", "--save-every", "10"]
+
+    def limit() -> None:
+        # A file may have so many bytes and no more, as on a disk that is full: the config and
+        # the metrics fit, a checkpoint does not.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-m", "pipeline", "--root", str(empty.root), *train]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        command, env=environment, preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot write" in done.stderr
+    assert "what was there before is intact" in done.stderr
+    assert empty.run(*train, "--resume").exit_code == 0
+    assert sha256(empty.paths.weights) == sha256(made.paths.weights)
+
+
+@pytest.mark.slow
+def test_five_kills_two_of_them_inside_a_write_change_no_bit_of_the_weights(empty: Chain) -> None:
+    outcome = prove(empty.root, kills=5, inside=2, epochs=0.06)
+    assert outcome.is_perfect, outcome
+    assert outcome.kills == 5
+    assert outcome.inside_a_write > 0
+
+
+def test_a_state_of_another_identity_is_refused_with_the_differences(
+    tmp_path: Path, states: list[State]
+) -> None:
+    paths = Paths(tmp_path)
+    then = {"seed": 0, "threads": 2, "torch": "2.13.0", "data": {"a": "1"}}
+    save_state(paths, states[0], then)
+    for key, value in (("threads", 1), ("torch", "2.14.0"), ("data", {"a": "2"}), ("seed", 7)):
+        with pytest.raises(PipelineError, match=f"cannot resume exactly: {key} was .*, is "):
+            load_state(paths, {**then, key: value})
+    assert load_state(replace(paths, run="other"), then) is None

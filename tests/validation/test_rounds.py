@@ -1,0 +1,155 @@
+"""A golden set put to stand-ins for a server that are wrong in one way each."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pipeline.client.client import Client
+from pipeline.core.errors import ServerError
+from pipeline.repository import config_pbtxt
+from pipeline.repository.golden import Golden
+from pipeline.validation.rounds import Round, ask, plans
+
+COUNT, CLASSES = 20, 5
+OUTPUTS = np.log(np.random.default_rng(0).dirichlet(np.ones(CLASSES), COUNT))
+# An image shows nothing but its index.
+IMAGES = np.arange(COUNT, dtype=np.uint8).reshape(COUNT, 1)
+GOLDEN = Golden(IMAGES, OUTPUTS.argmax(axis=1), OUTPUTS, np.full(COUNT, 1e-4))
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+class Asked(Client):
+    """A client whose server takes batches of 8 and answers as it is told to."""
+
+    def __init__(self, change: Change = lambda answer: answer, timeout: float = 60.0) -> None:
+        super().__init__("http://127.0.0.1:1", "m", timeout)
+        self.change = change
+        self.sizes: list[int] = []
+
+    def config(self) -> config_pbtxt.ModelConfig:
+        return config_pbtxt.ModelConfig(max_batch_size=8)
+
+    def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
+        self.sizes.append(len(images))
+        return self.change(OUTPUTS[images[:, 0]].astype(np.float32)), "1"
+
+
+def asked(change: Change) -> dict[str, Round]:
+    return {found.mode: found for found in ask(Asked(change), GOLDEN)}
+
+
+@pytest.mark.parametrize("largest", [1, 2, 8, 64])
+def test_every_way_of_asking_asks_about_every_image_in_batches_that_the_server_takes(
+    largest: int,
+) -> None:
+    requests = plans(COUNT, largest)
+    assert list(requests) == ["single", *(["batched"] if largest > 1 else []), "concurrent"]
+    for rows in requests.values():
+        assert set(np.concatenate(rows)) == set(range(COUNT))
+        assert max(map(len, rows)) <= largest
+    if largest > 1:  # a full batch, also where there are fewer images
+        assert {len(rows) for rows in requests["batched"]} >= set(range(2, largest + 1))
+    assert {len(rows) for rows in requests["single"]} == {1}
+    again = plans(COUNT, largest)["concurrent"]
+    assert all(map(np.array_equal, again, requests["concurrent"]))
+
+
+def test_a_server_that_takes_thousands_at_once_is_asked_256() -> None:
+    assert max(len(rows) for rows in plans(COUNT, 4096)["batched"]) == 256
+
+
+def test_the_right_answers_pass_in_every_round_and_say_how_near_they_were() -> None:
+    client = Asked()
+    found = ask(client, GOLDEN)
+    assert [(each.mode, each.passed) for each in found] == [
+        ("single", True),
+        ("batched", True),
+        ("concurrent", True),
+    ]
+    assert sum(each.requests for each in found) == len(client.sizes)
+    assert sum(each.images for each in found) == sum(client.sizes)
+    for each in found:
+        assert each.versions == ("1",)
+        assert each.max_ratio is not None
+        assert each.max_ratio < 0.01
+        assert len({worst.index for worst in each.worst}) == len(each.worst) == 5
+        assert each.record()["passed"] is True
+        assert str(each).endswith("right")
+
+
+def test_rows_that_are_mixed_up_in_a_batch_show_in_the_rounds_that_have_batches() -> None:
+    found = asked(lambda answer: answer[::-1])
+    assert found["single"].passed
+    for mode in ("batched", "concurrent"):
+        assert not found[mode].passed
+        assert "are of another class" in found[mode].problems[0]
+        worst = found[mode].worst[0]
+        assert worst.expected == OUTPUTS[worst.index].argmax()
+        assert worst.error is not None
+        assert worst.error > worst.bound
+        assert str(found[mode]).endswith("WRONG")
+
+
+def test_a_server_that_is_wrong_at_one_batch_size_is_found_each_time() -> None:
+    for _ in range(3):
+        found = asked(lambda answer: -answer if len(answer) == 5 else answer)
+        assert "of another class" in found["batched"].problems[0]
+
+
+def test_one_wrong_answer_among_hundreds_is_found_with_its_image() -> None:
+    def change(answer: np.ndarray) -> np.ndarray:
+        return np.where(answer == np.float32(OUTPUTS[7, 0]), answer + np.float32(2e-4), answer)
+
+    for found in asked(change).values():
+        assert not found.passed
+        assert found.worst[0].index == 7
+        assert found.differing == 0
+        assert "that to image 7 is off by 0.0002, 0.0001 is allowed" in found.problems[0]
+
+
+def test_an_answer_that_is_no_number_is_said_to_be_none() -> None:
+    found = asked(lambda answer: np.full_like(answer, np.nan))["single"]
+    assert not found.passed
+    assert (found.max_abs_diff, found.max_ratio, found.differing) == (None, None, COUNT)
+    assert (found.worst[0].got, found.worst[0].error) == (None, None)
+    assert "is not finite" in found.problems[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda answer: answer[:, :4], r"answers float32 [4] for an image"),
+        (lambda answer: answer.astype(np.int64), r"answers int64 [5] for an image"),
+    ],
+)
+def test_answers_of_another_shape_or_type_are_wrong(change: Change, said: str) -> None:
+    for found in asked(change).values():
+        assert said in found.problems[0]
+        assert not found.passed
+
+
+def test_a_server_that_stops_answering_ends_the_round() -> None:
+    asked_for = threading.Semaphore(50)
+
+    def change(answer: np.ndarray) -> np.ndarray:
+        if not asked_for.acquire(blocking=False):
+            raise ServerError("it died")
+        return answer
+
+    with pytest.raises(ServerError, match="it died"):
+        ask(Asked(change), GOLDEN)
+
+
+def test_a_bug_in_a_thread_is_not_lost() -> None:
+    def change(answer: np.ndarray) -> np.ndarray:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError, match="ours"):
+        ask(Asked(change), GOLDEN)
+
+
+def test_a_round_has_an_end() -> None:
+    with pytest.raises(ServerError, match="needs more than 1e-08 s for 20 requests.*--timeout"):
+        ask(Asked(timeout=1e-9), GOLDEN)

@@ -1,0 +1,1 @@
+"""What measures, renders and proves around the package: `make` calls it."""

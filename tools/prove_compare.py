@@ -1,0 +1,194 @@
+"""Measure again and again: the same must be the same, and what was made worse must be found.
+
+prove_compare.py RESULT TIMES
+
+Each measurement is a process of its own; PROVE_WITH in the environment is a command that starts it
+(nice -n -5, say, or a lock). What was found lies in exported/compare/ until the sources change, and
+a proof that was stopped goes on there.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from pipeline.benchmark.provenance import sources_digest, write_figure
+from pipeline.cli.main import main as pipeline
+from pipeline.core.files import read_json, sha256, write_json
+from pipeline.core.machine import machine
+from pipeline.core.paths import Paths
+from pipeline.report.readme import render_readme
+from pipeline.serving import tritonserver
+
+SHARE = 0.2  # of what the backend takes, that it sleeps as well
+ATTEMPTS = 3  # at a slowdown on a machine whose own speed stays as it is
+MEND = "remove it"
+SLOW = f"""
+import time
+
+_execute = TritonPythonModel.execute
+
+
+def _slowly(self, requests):
+    start = time.perf_counter()
+    answers = _execute(self, requests)
+    time.sleep({SHARE} * (time.perf_counter() - start))
+    return answers
+
+
+TritonPythonModel.execute = _slowly
+"""
+Record = dict[str, Any]
+
+
+def slowed(arguments: list[str]) -> None:
+    """The command line, with a backend that takes a fifth longer."""
+    with tempfile.TemporaryDirectory() as folder:
+        backends = Path(folder) / "backend"
+        shutil.copytree(tritonserver.BACKENDS, backends)
+        with (backends / "onnxruntime" / "model.py").open("a") as source:
+            source.write(SLOW)
+        tritonserver.BACKENDS = backends
+        pipeline(arguments)
+
+
+def measured(root: Path, *options: str, how: tuple[str, ...] = ("-m", "pipeline")) -> Record:
+    """What a benchmark in a process of its own prints, and its exit status."""
+    prefix = shlex.split(os.environ.get("PROVE_WITH", ""))
+    command = [*prefix, sys.executable, *how, "--json", "--root", str(root), "benchmark", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode in (0, 3), done.returncode
+    return {**json.loads(done.stdout), "exit": done.returncode}
+
+
+def kept(record: Record, file: Path) -> Path:
+    """The record in a file, for the next one to be held against."""
+    file.write_text(json.dumps(record))
+    return file
+
+
+def worse(record: Record) -> list[Record]:
+    """The rows that got worse."""
+    changes = [change for one in record["compared"] for change in one["changes"]]
+    return [change for change in changes if change["verdict"] == "worse"]
+
+
+def seen(record: Record) -> list[float]:
+    """The change that each comparison could have seen."""
+    return [one["seen"] for one in record["compared"]]
+
+
+def damaged(root: Path) -> None:
+    """Weaken a class in the weights of a project's run, as if it had been trained so; export it."""
+    paths = Paths(root)
+    with safe_open(paths.weights, "numpy") as file:
+        weights = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
+        record = file.metadata()
+    weights["classifier.bias"][8] -= 3.0
+    save_file(weights, paths.weights, record)
+    summary = json.loads(paths.summary.read_text())
+    paths.summary.write_text(json.dumps({**summary, "weights_sha256": sha256(paths.weights)}))
+    for command in ("export", "validate"):
+        subprocess.run(
+            [sys.executable, "-m", "pipeline", "-q", "--root", str(root), command], check=True
+        )
+
+
+def copy_of(project: Path, root: Path) -> Path:
+    """A project with the run and the export, and with links to data and environments."""
+    for part in ("runs/handwriting", "exported/handwriting"):
+        shutil.copytree(project / part, root / part)
+    (root / "data").symlink_to((project / "data").resolve())
+    return root
+
+
+def slowdown(folder: Path) -> Record:
+    """A backend that takes a fifth longer, found or not.
+
+    Where the no-op beside it became slower as well, the machine changed meanwhile: once more.
+    """
+    how = (str(Path(__file__)), "slowed")
+    for attempt in range(1, ATTEMPTS + 1):
+        before = kept(measured(Path(), "--what", "serve"), folder / f"before-{attempt}.json")
+        after = measured(Path(), "--what", "serve", "--compare", str(before), how=how)
+        found = worse(after)
+        print(attempt, after["exit"], seen(after), *found, sep="\n", flush=True)
+        if all(change["row"].startswith("handwriting") for change in found):
+            break
+    return {"exit": after["exit"], "worse": found, "seen": seen(after), "attempts": attempt}
+
+
+def loss(folder: Path) -> Record:
+    """Weights that are worse, found or not."""
+    root = copy_of(Path(), folder / "project")
+    before = kept(measured(root, "--what", "infer", "--short"), folder / "right.json")
+    damaged(root)
+    after = measured(root, "--what", "infer", "--short", "--compare", str(before))
+    found = [change for change in worse(after) if change["what"] == "accuracy"]
+    print(after["exit"], *found, sep="\n", flush=True)
+    return {"exit": after["exit"], "worse": found}
+
+
+def same(folder: Path, times: int, found: list[Record]) -> Iterator[list[Record]]:
+    """The same measured so often in a row, each held against the one before; as they come."""
+    before = kept(measured(Path(), "--what", "all", "--short"), folder / "0.json")
+    for turn in range(len(found) + 1, times + 1):
+        after = measured(Path(), "--what", "all", "--short", "--compare", str(before))
+        before = kept(after, folder / f"{turn}.json")
+        found.append({"exit": after["exit"], "worse": worse(after), "seen": seen(after)})
+        print(turn, found[-1], flush=True)
+        yield found
+
+
+def prove(parts: Path, folder: Path, times: int) -> Record:
+    """Everything that is not among the parts yet, and then all of them."""
+    for name, find in (("slowdown", slowdown), ("loss", loss)):
+        if not (parts / f"{name}.json").exists():
+            write_json(parts / f"{name}.json", find(folder))
+    alike = parts / "same.json"
+    found = read_json(alike, MEND)["found"] if alike.exists() else []
+    if len(found) < times:
+        for so_far in same(folder, times, found):
+            write_json(alike, {"found": so_far})
+    slow, wrong, alike_record = (
+        read_json(parts / f"{name}.json", MEND) for name in ("slowdown", "loss", "same")
+    )
+    return {"slowdown": slow, "loss": wrong, "same": alike_record["found"]}
+
+
+def main(result: Path, times: int) -> None:
+    """Plant a slowdown and a loss, measure the same so often, and write what was found."""
+    parts = Path("exported") / "compare" / sources_digest("compare")[:12]
+    with tempfile.TemporaryDirectory(prefix="handwriting-compare-") as folder:
+        found = prove(parts, Path(folder), times)
+    record = {
+        "command": "make prove-compare",
+        **machine(),
+        "share": SHARE,
+        **found,
+    }
+    slow, wrong = found["slowdown"], found["loss"]
+    assert slow["exit"] == wrong["exit"] == 3, found
+    assert slow["worse"], found
+    assert all(change["row"].startswith("handwriting") for change in slow["worse"]), found
+    assert wrong["worse"], found
+    assert [one["exit"] for one in found["same"]] == [0] * times, found
+    write_figure("compare", result, record)
+    render_readme(Path("README.md"), Path("exported/figures"))
+    print(f"wrote {result}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "slowed":
+        slowed(sys.argv[2:])
+    else:
+        main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,123 @@
+"""Serve the packaged repository in NVIDIA's image, and hold its native backend to the golden set.
+
+Run by `make prove-native`, where Docker is. `--runtime path` does the same with a tritonserver on
+the PATH, inside the image say; `--runtime wheel` shows that the proof itself works.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmark.provenance import write_figure
+from pipeline.core.errors import PipelineError
+from pipeline.core.paths import Paths
+from pipeline.report.readme import render_readme
+from pipeline.serving import tritonserver
+from pipeline.serving.serve import running_server, with_free_ports
+from pipeline.serving.settings import ServeConfig
+from pipeline.serving.tritonserver import IMAGE
+from pipeline.validation.servers import Evidence, require_passed, verify
+
+START_SECONDS = 300.0  # of a container whose image was never started before
+COMMANDS = {"docker": "make prove-native"}
+Say = Callable[[str], None]
+
+
+def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What docker says; PipelineError where there is none."""
+    program = shutil.which("docker")
+    if not program:
+        raise PipelineError(
+            "no docker on the PATH: the native backend stays not verified, nothing was written"
+        )
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+
+
+def image_digest(report: Say) -> str:
+    """The digest of NVIDIA's image, which is pulled where it is not here yet."""
+    running = docker("info")
+    if running.returncode:
+        raise PipelineError(f"docker cannot be used here: {_last_line(running.stderr)}")
+    asked = ("image", "inspect", "--format", '{{join .RepoDigests " "}}', IMAGE)
+    found = docker(*asked)
+    if found.returncode:
+        report(f"pulling {IMAGE}, some gigabytes")
+        pulled = docker("pull", "--quiet", IMAGE)
+        if pulled.returncode:
+            raise PipelineError(f"{IMAGE} cannot be pulled: {_last_line(pulled.stderr)}")
+        found = docker(*asked)
+    return found.stdout.strip()
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it does not say why"])[-1]
+
+
+def served(paths: Paths, kind: str, report: Say) -> tuple[str, Evidence]:
+    """The runtime in words, and what it answered over both protocols."""
+    config = with_free_ports(ServeConfig(runtime=kind, start_seconds=START_SECONDS))
+    runtime = tritonserver.find(paths, kind)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server(paths, config, report=report) as (server, _),
+    ):
+        urls = [server.http_url, server.grpc_url]
+        evidence = verify(paths, urls, file=Path(folder) / "evidence.json", report=report)
+    return str(runtime), evidence
+
+
+def prove(paths: Paths, kind: str, result: Path, report: Say) -> Evidence:
+    """Prove a runtime, and keep the evidence whether it passed or not.
+
+    Raises PipelineError before anything is touched where the runtime cannot run.
+    """
+    digest = image_digest(report) if kind == "docker" else None
+    tritonserver.find(paths, kind)
+    result.unlink(missing_ok=True)  # what it says is about to be found out anew
+    runtime, evidence = served(paths, kind, report)
+    record: dict[str, Any] = {
+        "command": COMMANDS.get(kind, f"python -m tools.prove_native --runtime {kind}"),
+        "runtime": kind,
+        "runs_on": runtime,
+        "image": IMAGE if kind == "docker" else None,
+        "image_digest": digest,
+        **evidence.record(),
+    }
+    write_figure("native", result, record)
+    return evidence
+
+
+def say(line: str) -> None:
+    """A line of progress, at once."""
+    print(line, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Prove, keep the result, and let the README say it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--name", default=Paths.name)
+    parser.add_argument("--root", type=Path, default=Paths.root)
+    parser.add_argument("--runtime", choices=["docker", "path", "wheel"], default="docker")
+    given = parser.parse_args(arguments)
+    paths = replace(Paths(given.root), name=given.name)
+    evidence = prove(paths, given.runtime, given.result, say)
+    print(f"{evidence}\nwrote {given.result}")
+    readme = paths.root / "README.md"
+    if given.result.resolve() == paths.native.resolve() and readme.exists():
+        render_readme(readme, paths.figures)
+    require_passed(evidence)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except PipelineError as failure:
+        print(f"Error: {failure}", file=sys.stderr)
+        raise SystemExit(failure.exit_code) from failure

@@ -1,0 +1,162 @@
+"""Promote and roll back under load, again and again, and see that nobody gets a wrong answer.
+
+Run by `make prove-swap`, a hundred times; by the tests, ten times.
+"""
+
+import contextlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.benchmark.provenance import write_figure
+from pipeline.core.machine import machine
+from pipeline.core.paths import Paths
+from pipeline.data.splits import load_split
+from pipeline.report.readme import render_readme
+from pipeline.repository.versions import list_versions
+from pipeline.serving import supervise, swap
+from pipeline.serving.serve import Server, with_free_ports
+from pipeline.serving.settings import ServeConfig
+from tools.traffic import Traffic, expected, traffic
+
+TOLERANCE = 1e-4  # of an answer's log-probabilities
+IMAGES = 1_000  # of the test split
+TRAIN = ["train", "--recipe", "quick", "--epochs", "0.125"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the promotions and of the requests meanwhile."""
+
+    promotes: int  # and rollbacks, one after the other
+    clients: tuple[str, ...]  # what each speaks
+    requests: int
+    wrong: int  # another image's answer, another version's, or none of ours
+    failed: int
+    by_version: dict[int, int]  # right answers
+    versions_apart: float  # the least that two versions' answers to one image differ by
+    tolerance: float
+    seconds: float
+    slowest_request_seconds: float
+    median_promote_seconds: float
+    problems: tuple[str, ...]  # the first few of the wrong and failed
+
+    @property
+    def is_perfect(self) -> bool:
+        """Whether every answer was right, both versions answered, and a mix-up would have shown."""
+        return (
+            self.wrong == self.failed == 0
+            and len(self.by_version) == 2
+            and self.versions_apart > 2 * self.tolerance
+        )
+
+
+def prove(
+    paths: Paths,
+    server: Server,
+    images: np.ndarray,
+    promotes: int,
+    requests: int,
+    report: Callable[[str], object] = lambda line: None,
+    pause: float = 0.0,
+) -> Outcome:
+    """Change between the two versions until both numbers are reached, under four clients.
+
+    Each rests for `pause` seconds after a request.
+    """
+    numbers = [one.version for one in list_versions(paths).versions]
+    outputs = expected(paths, numbers, images)
+    first, second = (outputs[number] for number in numbers)
+    urls = (server.http_url, server.grpc_url) * 2
+    ask = Traffic("", paths.name, images, outputs, TOLERANCE, pause=pause)
+    begin, seconds = time.monotonic(), list[float]()
+    with traffic(urls, ask) as running:
+        while len(seconds) < promotes or running.requests < requests:
+            seconds.append(_change(paths, numbers))
+            running.await_more(1)  # each client has asked the version that answers by now
+            report(f"{len(seconds)} changes, {running.requests:,} requests")
+        tally = running.stop()
+    return Outcome(
+        promotes=len(seconds),
+        clients=tuple(url.partition(":")[0] for url in urls),
+        requests=tally.requests,
+        wrong=tally.wrong,
+        failed=tally.failed,
+        by_version=dict(tally.by_version),
+        versions_apart=float(np.abs(first - second).max(axis=1).min()),
+        tolerance=TOLERANCE,
+        seconds=round(time.monotonic() - begin, 1),
+        slowest_request_seconds=round(tally.slowest, 3),
+        median_promote_seconds=round(statistics.median(seconds), 2),
+        problems=tuple(f"{one.url}: {one.message}" for one in tally.problems[:5]),
+    )
+
+
+def _change(paths: Paths, numbers: list[int]) -> float:
+    """Promote the version that is not served, or roll back to it, in turn; how long it took."""
+    begin = time.monotonic()
+    before = swap.served(paths)
+    (other,) = set(numbers) - {before}
+    change = swap.promote(paths, other) if before == numbers[0] else swap.rollback(paths)
+    assert (change.version, change.is_served) == (other, True)
+    return time.monotonic() - begin
+
+
+def make_two_versions(root: Path, report: Callable[[str], object]) -> Paths:
+    """Two small networks, trained from two seeds, as the versions of one model."""
+    for seed in ("0", "1"):
+        run = ["--run", f"seed-{seed}"]
+        for command in (
+            [*TRAIN, *run, "--seed", seed],
+            ["export", *run, "--name", "handwriting"],
+            ["validate"],
+            ["package"],
+        ):
+            report(f"pipeline {' '.join(command)}")
+            line = [sys.executable, "-m", "pipeline", "--root", str(root), "-q", *command]
+            subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+    return Paths(root)
+
+
+@contextlib.contextmanager
+def serving(paths: Paths) -> Iterator[Server]:
+    """The repository on a server of its own."""
+    server = supervise.detach(paths, with_free_ports(ServeConfig()))
+    try:
+        yield server
+    finally:
+        supervise.stop(paths)
+
+
+def main(result: Path, promotes: int, requests: int) -> None:
+    """Prove it with two trained networks in a folder of their own, and keep the result."""
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "data").mkdir()
+        (root / "data" / "mnist").symlink_to(Path("data/mnist").resolve())
+        (root / ".venv-triton").symlink_to(Path(".venv-triton").resolve())
+        images = load_split("mnist", root / "data" / "mnist", "test").images[:IMAGES]
+        paths = make_two_versions(root, say)
+        with serving(paths) as server:
+            outcome = prove(paths, server, images, promotes, requests, say)
+    write_figure("swap", result, {"command": "make prove-swap", **machine(), **asdict(outcome)})
+    say(f"{outcome}")
+    render_readme(Path("README.md"), Path("exported/figures"))
+    say(f"wrote {result}")
+    if not outcome.is_perfect:
+        raise SystemExit(3)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
