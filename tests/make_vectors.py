@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from pipeline.benchmark import photo_light
+from pipeline.benchmark import photos as photo_light
 from pipeline.benchmark.photos import SCENES, Scene, photo
 from pipeline.data.splits import load_split
 from pipeline.images.read import read_image

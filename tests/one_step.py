@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.data.splits import Split
-from pipeline.training.device import choose
+from pipeline.training.device import choose, together
 from pipeline.training.loop import Batches, Learner
-from pipeline.training.processes import together
 from pipeline.training.recipes import TrainConfig, recipe
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.benchmark.table import table
-from pipeline.benchmark.timing import Row, Score, Window, require_right
-from pipeline.benchmark.turns import UNTIL, Until, take_turns
+from pipeline.benchmark.timing import UNTIL, Row, Score, Until, Window, require_right, take_turns
 from pipeline.benchmark.workers import (
     EAGER,
     EXPORT,

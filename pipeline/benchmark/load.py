@@ -1,6 +1,14 @@
 """Ask a server as hard as it can answer, at a cost that stays small beside its own.
 
 Requests are built once and sent as bytes; answers are kept as bytes and read when the time is up.
+
+Open loop: requests come when they come, whether or not those before them were answered.
+
+A closed loop waits for an answer before it asks again, so a server that stalls is asked less while
+it does, and one slow request is all that shows. Here arrivals are drawn beforehand, as of many
+people who know nothing of each other (Poisson), and a latency counts from when its request was due.
+
+Ask a server in an open loop, over gRPC or HTTP.
 """
 
 # Shape letters: N images, B batch, K classes.
@@ -8,9 +16,10 @@ Requests are built once and sent as bytes; answers are kept as bytes and read wh
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
@@ -213,3 +222,150 @@ class Server:
         before = self.counters(name)
         window = measure()
         return replace(window, split=self.counters(name).since(before))
+
+
+POLL = 0.01  # seconds
+
+
+Done = Callable[[bytes | None], None]  # takes the answer, or None for none
+
+
+Send = Callable[[int, Done], None]  # begins request number so, and returns at once
+
+
+class Clock(Protocol):
+    """Time in seconds, and a way to let it pass."""
+
+    def now(self) -> float: ...
+    def wait(self, until: float) -> None: ...
+
+
+class SystemClock:
+    """The time of this machine."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def wait(self, until: float) -> None:
+        if (left := until - self.now()) > 0:
+            time.sleep(left)
+
+
+@dataclass
+class Sent:
+    """What became of the requests, in the order in which they were due."""
+
+    start: float  # of the clock
+    due: np.ndarray  # float64, seconds of the clock
+    begun: np.ndarray  # when each was sent
+    ended: np.ndarray  # when each was answered; infinite: never
+    answers: list[bytes | None] = field(default_factory=list)
+
+    @property
+    def latencies(self) -> np.ndarray:
+        """Seconds from when a request was due to its answer, of those that were answered."""
+        known = np.isfinite(self.ended)
+        latencies: np.ndarray = self.ended[known] - self.due[known]
+        return latencies
+
+    @property
+    def late(self) -> np.ndarray:
+        """Seconds by which the client itself was late."""
+        late: np.ndarray = self.begun - self.due
+        return late
+
+    def after(self, begin: float) -> "Sent":
+        """Those that were due from then on."""
+        first = int(np.searchsorted(self.due, begin))
+        return Sent(
+            begin, self.due[first:], self.begun[first:], self.ended[first:], self.answers[first:]
+        )
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> np.ndarray:
+    """When requests are due, float64 seconds from 0, so many a second in the mean."""
+    rng = np.random.default_rng(seed)
+    count = rng.poisson(rate * seconds)
+    return np.sort(rng.uniform(0, seconds, count))
+
+
+def drive(send: Send, times: np.ndarray, clock: Clock, patience: float) -> Sent:
+    """Send each request when it is due, counted from now, and wait for the last answer."""
+    count = len(times)
+    start = clock.now()
+    sent = Sent(start, start + times, np.zeros(count), np.full(count, np.inf), [None] * count)
+    open_requests = set(range(count))
+
+    def answered(turn: int) -> Done:
+        def done(answer: bytes | None) -> None:
+            if answer is not None:
+                sent.ended[turn], sent.answers[turn] = clock.now(), answer
+            open_requests.discard(turn)
+
+        return done
+
+    for turn, due in enumerate(sent.due):
+        clock.wait(float(due))
+        sent.begun[turn] = clock.now()
+        send(turn, answered(turn))
+    deadline = clock.now() + patience
+    while open_requests and clock.now() < deadline:
+        clock.wait(clock.now() + POLL)
+    return sent
+
+
+CONNECTIONS = 64  # over HTTP; a request that finds none waits, and its latency counts on
+
+
+def open_loop(
+    address: str,
+    asked: Questions,
+    rate: float,
+    seconds: float,
+    seed: int,
+    clock: Clock = SystemClock(),
+) -> Window:
+    """A window of requests that come so many a second, each answer held to its classes."""
+    before = warm_up(seconds)
+    times = arrivals(rate, before + seconds, seed)
+    with _SENDERS[asked.way](address, asked.requests) as send:
+        sent = drive(send, times, clock, TIMEOUT)
+    answers = [(turn, answer) for turn, answer in enumerate(sent.answers) if answer is not None]
+    counted = sent.after(sent.start + before)
+    return Window(
+        seconds,
+        asked.batch,
+        counted.latencies,
+        count_wrong(asked, answers),
+        int((~np.isfinite(sent.ended)).sum()),
+        late=counted.late,
+    )
+
+
+@contextmanager
+def _over_grpc(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary(METHOD)  # bytes out, bytes in
+
+        def send(turn: int, done: Done) -> None:
+            future = call.future(requests[turn % len(requests)], timeout=TIMEOUT)
+            future.add_done_callback(
+                lambda ended: done(None if ended.exception() else ended.result())
+            )
+
+        yield send
+
+
+@contextmanager
+def _over_http(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
+    pool = load_http.Pool(address, CONNECTIONS, TIMEOUT)
+    try:
+        yield lambda turn, done: pool.send(requests[turn % len(requests)], done)
+    finally:
+        pool.close()
+
+
+_SENDERS: dict[str, Callable[[str, tuple[bytes, ...]], AbstractContextManager[Send]]] = {
+    "grpc": _over_grpc,
+    "http": _over_http,
+}

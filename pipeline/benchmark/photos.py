@@ -1,9 +1,12 @@
 """Test digits as the pictures that people have: under seeded conditions, as files' contents.
 
 Real digits of MNIST are drawn large, with a pen, onto paper, under light, into a camera.
+
+Paper, lines, light and lenses for pictures of digits, each from a random generator.
 """
 
-# Shape letters: H height, W width of a picture. Coverage is how much of a pixel is ink, 0 to 1.
+# Shape letters: H height, W width of a picture, W width. Coverage is how much of a pixel is ink, 0
+# to 1.
 
 import io
 from collections.abc import Callable, Iterator
@@ -12,9 +15,139 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import ExifTags, Image, ImageFilter
 
-from pipeline.benchmark import photo_light as light
-
 Rng = np.random.Generator
+
+
+Shape = tuple[int, int]  # H, W
+
+
+def _smooth(rng: Rng, shape: Shape, cells: int) -> np.ndarray:
+    """Noise (H, W) of standard deviation about 1 whose bumps are a `cells`-th of the picture."""
+    rows = max(2, round(cells * shape[0] / max(shape)))
+    columns = max(2, round(cells * shape[1] / max(shape)))
+    coarse = Image.fromarray(rng.standard_normal((rows, columns), np.float32))
+    return np.asarray(coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+
+
+def _plane(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates y (H, 1) and x (1, W) from -0.5 to 0.5."""
+    y = np.linspace(-0.5, 0.5, shape[0], dtype=np.float32)[:, np.newaxis]
+    x = np.linspace(-0.5, 0.5, shape[1], dtype=np.float32)[np.newaxis]
+    return y, x
+
+
+def texture(rng: Rng, shape: Shape, strength: float) -> np.ndarray:
+    """Paper's own unevenness (H, W), from grains to clouds."""
+    cells = (max(shape) // 2, max(shape) // 8, 12)
+    layers = [_smooth(rng, shape, count) for count in cells]
+    return strength * (0.6 * layers[0] + 0.5 * layers[1] + 0.6 * layers[2])
+
+
+def gradient(rng: Rng, shape: Shape) -> np.ndarray:
+    """Light from one side, and a lens that is darker at its corners."""
+    y, x = _plane(shape)
+    angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.6)
+    across = x * float(np.cos(angle)) + y * float(np.sin(angle))
+    lit: np.ndarray = (1 - fall * (across + 0.5)) * (1 - rng.uniform(0, 0.4) * (x * x + y * y))
+    return lit * rng.uniform(0.75, 1.0)
+
+
+def shadow(rng: Rng, shape: Shape) -> np.ndarray:
+    """The shadow of a hand or a phone: a soft edge through the picture."""
+    y, x = _plane(shape)
+    angle, place = rng.uniform(0, 2 * np.pi), rng.uniform(-0.25, 0.25)
+    bend = rng.uniform(-1, 1)
+    across = x * float(np.cos(angle)) + y * float(np.sin(angle)) + bend * (x * x - y * y)
+    softness = rng.uniform(0.01, 0.06)
+    edge = 1 / (1 + np.exp(-np.clip((across - place) / softness, -30, 30)))
+    lit: np.ndarray = gradient(rng, shape) ** 0.5 * (1 - rng.uniform(0.3, 0.6) * edge)
+    return lit
+
+
+def glare(rng: Rng, shape: Shape) -> np.ndarray:
+    """A lamp's bright spot on a shiny board."""
+    y, x = _plane(shape)
+    at_y, at_x = rng.uniform(-0.5, 0.5, 2)
+    spot = np.exp(-((x - at_x) ** 2 + (y - at_y) ** 2) / rng.uniform(0.01, 0.05))
+    lit: np.ndarray = gradient(rng, shape) * (1 + rng.uniform(0.1, 0.4) * spot)
+    return lit
+
+
+def crumpled(rng: Rng, shape: Shape) -> np.ndarray:
+    """Folded paper: facets that take the light differently."""
+    y, x = _plane(shape)
+    lit = np.ones(shape, np.float32)
+    for _ in range(int(rng.integers(2, 6))):
+        angle, place = rng.uniform(0, np.pi), rng.uniform(-0.4, 0.4)
+        across = x * float(np.cos(angle)) + y * float(np.sin(angle)) - place
+        lit = lit * (1 + rng.uniform(0.03, 0.1) * np.sign(across) * np.exp(-np.abs(across) * 3))
+    return lit * gradient(rng, shape) ** 0.6
+
+
+def ruled(rng: Rng, shape: Shape, upright: bool = False) -> np.ndarray:
+    """Lines across the picture: how dark (H, W), 0 to 1."""
+    y, x = _plane(shape)
+    high = max(shape)
+    tilt = float(np.tan(np.radians(rng.uniform(-2.5, 2.5))))
+    along = (x if upright else y) * (shape[1] if upright else shape[0])
+    along = along + tilt * (y if upright else x) * high
+    spacing, width = high * rng.uniform(0.06, 0.14), max(1.0, high / 640 * rng.uniform(1, 2.2))
+    off = np.abs((along / spacing + rng.random()) % 1 - 0.5) * spacing
+    dark: np.ndarray = np.clip(width / 2 + 0.5 - off, 0, 1) * rng.uniform(0.2, 0.5)
+    return dark
+
+
+def squared(rng: Rng, shape: Shape) -> np.ndarray:
+    """Squared paper: how dark (H, W), 0 to 1."""
+    state = rng.integers(2**31)
+    across = ruled(np.random.default_rng(state), shape)
+    upright = ruled(np.random.default_rng(state), shape, upright=True)
+    return np.asarray(np.maximum(across, upright))
+
+
+def seen_askew(image: Image.Image, by: float, rng: Rng) -> Image.Image:
+    """The picture from a camera that was not held straight above it."""
+    width, height = image.size
+    corners = np.array(((0, 0), (width, 0), (width, height), (0, height)), np.float64)
+    inward = np.array(((1, 1), (-1, 1), (-1, -1), (1, -1))) * (width, height)
+    seen = corners + inward * rng.uniform(0, by, (4, 2))
+    rows, values = [], []
+    for (x, y), (u, v) in zip(corners, seen, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        values += [u, v]
+    solved = np.linalg.solve(np.array(rows), np.array(values))
+    how = Image.Resampling.BICUBIC
+    return image.transform(image.size, Image.Transform.PERSPECTIVE, tuple(solved), how)
+
+
+def turned(image: Image.Image, degrees: float) -> Image.Image:
+    """The picture turned, and cut so that no corner is empty."""
+    width, height = image.size
+    sine = abs(np.sin(np.radians(degrees)))
+    edge_x, edge_y = round(height * sine / 2) + 1, round(width * sine / 2) + 1
+    return image.rotate(degrees, Image.Resampling.BICUBIC).crop(
+        (edge_x, edge_y, width - edge_x, height - edge_y)
+    )
+
+
+def thinned(ink: np.ndarray) -> np.ndarray:
+    """The skeleton of ink, bool (H, W): strokes one pixel wide (Zhang and Suen 1984)."""
+    ink = np.pad(ink, 1)
+    while True:
+        before = ink.sum()
+        for first in (True, False):
+            p2, p3, p4 = ink[:-2, 1:-1], ink[:-2, 2:], ink[1:-1, 2:]
+            p5, p6, p7 = ink[2:, 2:], ink[2:, 1:-1], ink[2:, :-2]
+            p8, p9 = ink[1:-1, :-2], ink[:-2, :-2]
+            ring = (p2, p3, p4, p5, p6, p7, p8, p9)
+            count = np.sum(ring, axis=0)
+            steps = np.sum([~a & b for a, b in zip(ring, (*ring[1:], p2), strict=True)], axis=0)
+            ends = (p4 & p6 & (p2 | p8)) if first else (p2 & p8 & (p4 | p6))
+            gone = ink[1:-1, 1:-1] & (count >= 2) & (count <= 6) & (steps == 1) & ~ends
+            ink = ink.copy()
+            ink[1:-1, 1:-1] &= ~gone
+        if ink.sum() == before:
+            return np.asarray(ink[1:-1, 1:-1])
 
 
 @dataclass(frozen=True)
@@ -57,7 +190,7 @@ def glyph(digit: np.ndarray, side: float, pen: str, rng: Rng) -> np.ndarray:
         )
         large = large.filter(ImageFilter.GaussianBlur(fine / 100))
     if pen == "hair":
-        thin = light.thinned(np.asarray(large) > 150)
+        thin = thinned(np.asarray(large) > 150)
         large = Image.fromarray((thin * 255).astype(np.uint8))
         large = large.filter(ImageFilter.MaxFilter(3)).resize(
             (length, length), Image.Resampling.BICUBIC
@@ -74,7 +207,7 @@ def _hairline(thin: np.ndarray, length: int, width: int) -> np.ndarray:
         Image.fromarray((thin * 255).astype(np.uint8)).resize((length, length)), np.float32
     )
     picture = Image.fromarray(np.clip(large * 2.5 * length / 168, 0, 255).astype(np.uint8))
-    skeleton = light.thinned(np.asarray(picture) > 100)
+    skeleton = thinned(np.asarray(picture) > 100)
     line = Image.fromarray((skeleton * 255).astype(np.uint8))
     if width > 1:
         line = line.filter(ImageFilter.MaxFilter(3))
@@ -101,7 +234,7 @@ def photo(digit: np.ndarray, scene: Scene, rng: Rng) -> bytes:
     coverage = drawn(digit, scene, rng)[..., np.newaxis] * rng.uniform(*scene.opacity)
     paper = np.ones((*scene.shape, 1), np.float32)
     if scene.texture:
-        paper = paper + light.texture(rng, scene.shape, scene.texture)[..., np.newaxis]
+        paper = paper + texture(rng, scene.shape, scene.texture)[..., np.newaxis]
     paper = paper * _jittered(scene.paper, rng)
     if scene.lines:
         dark = scene.lines(rng, scene.shape)[..., np.newaxis]
@@ -116,9 +249,9 @@ def _taken(picture: np.ndarray, scene: Scene, rng: Rng) -> bytes:
     """What a camera makes of the levels (H, W, 3)."""
     image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
     if scene.perspective:
-        image = light.seen_askew(image, scene.perspective, rng)
+        image = seen_askew(image, scene.perspective, rng)
     if scene.camera:
-        image = light.turned(image, rng.uniform(-scene.camera, scene.camera))
+        image = turned(image, rng.uniform(-scene.camera, scene.camera))
     image = image.resize([scene.enlarged * length for length in image.size])
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*scene.blur)))
     if scene.noise:
@@ -149,18 +282,18 @@ _STORED = {
 
 
 def _phone(rng: Rng) -> Scene:
-    return Scene(lighting=light.gradient)
+    return Scene(lighting=gradient)
 
 
 def _any_rotation(rng: Rng) -> Scene:
-    return Scene(lighting=light.gradient, orientation=int(rng.choice([3, 6, 8])))
+    return Scene(lighting=gradient, orientation=int(rng.choice([3, 6, 8])))
 
 
 def _coloured(rng: Rng) -> Scene:
     papers = ((250, 225, 120), (180, 220, 245), (245, 190, 200), (190, 230, 180), (225, 205, 170))
     inks = ((150, 30, 40), (30, 60, 150), (20, 100, 60), (100, 40, 120), (60, 40, 30))
     paper, ink = rng.choice(papers), rng.choice(inks)
-    return Scene(paper=tuple(paper), ink=tuple(ink), lighting=light.gradient)
+    return Scene(paper=tuple(paper), ink=tuple(ink), lighting=gradient)
 
 
 def _tiny(rng: Rng) -> Scene:
@@ -180,7 +313,7 @@ def _tiny(rng: Rng) -> Scene:
 
 
 def _white_on_black(rng: Rng) -> Scene:
-    return Scene(paper=(34, 42, 38), ink=(225, 228, 220), lighting=light.gradient, texture=0.06)
+    return Scene(paper=(34, 42, 38), ink=(225, 228, 220), lighting=gradient, texture=0.06)
 
 
 def _transparent(rng: Rng) -> Scene:
@@ -196,36 +329,36 @@ def _screenshot(rng: Rng) -> Scene:
     )
 
 
-_RULED = Scene(lines=light.ruled, ink=(28, 40, 110), lighting=light.gradient, turn=3)
+_RULED = Scene(lines=ruled, ink=(28, 40, 110), lighting=gradient, turn=3)
 SCENES: dict[str, Callable[[Rng], Scene]] = {
     "scan": lambda rng: Scene((420, 340), paper=(250, 250, 248), noise=3, mode="L"),
     "phone": _phone,
-    "shadow": lambda rng: Scene(lighting=light.shadow),
-    "texture": lambda rng: Scene(texture=0.07, paper=(205, 190, 160), lighting=light.gradient),
+    "shadow": lambda rng: Scene(lighting=shadow),
+    "texture": lambda rng: Scene(texture=0.07, paper=(205, 190, 160), lighting=gradient),
     "ruled": lambda rng: _RULED,
-    "squared": lambda rng: replace(_RULED, lines=light.squared),
-    "blur": lambda rng: Scene(blur=(2, 5), lighting=light.gradient),
-    "perspective": lambda rng: Scene(perspective=0.12, lighting=light.gradient),
-    "noise": lambda rng: Scene(noise=22, lighting=light.gradient),
-    "jpeg": lambda rng: Scene((240, 320), quality=12, lighting=light.gradient),
-    "marker": lambda rng: Scene(pen="thick", ink=(20, 20, 24), lighting=light.gradient),
+    "squared": lambda rng: replace(_RULED, lines=squared),
+    "blur": lambda rng: Scene(blur=(2, 5), lighting=gradient),
+    "perspective": lambda rng: Scene(perspective=0.12, lighting=gradient),
+    "noise": lambda rng: Scene(noise=22, lighting=gradient),
+    "jpeg": lambda rng: Scene((240, 320), quality=12, lighting=gradient),
+    "marker": lambda rng: Scene(pen="thick", ink=(20, 20, 24), lighting=gradient),
     "hairline": lambda rng: Scene(pen="hair", share=(0.4, 0.8), noise=1, blur=(0, 0.4)),
     "pencil": lambda rng: Scene(ink=(120, 118, 115), opacity=(0.55, 0.85), texture=0.02),
     "white on black": _white_on_black,
     "transparent": _transparent,
     "tiny": _tiny,
-    "huge": lambda rng: Scene((600, 800), (0.12, 0.5), lighting=light.gradient, enlarged=3),
+    "huge": lambda rng: Scene((600, 800), (0.12, 0.5), lighting=gradient, enlarged=3),
     "coloured": _coloured,
     "exif": _any_rotation,
     "camera": lambda rng: replace(_RULED, camera=7.0),
     "screenshot": _screenshot,
     # Held back: nothing was tuned on these.
-    "crumpled": lambda rng: Scene(texture=0.02, lighting=light.crumpled),
+    "crumpled": lambda rng: Scene(texture=0.02, lighting=crumpled),
     "whiteboard": lambda rng: Scene(
-        paper=(205, 210, 214), ink=(40, 60, 150), lighting=light.glare, perspective=0.08
+        paper=(205, 210, 214), ink=(40, 60, 150), lighting=glare, perspective=0.08
     ),
     "pencil on squares": lambda rng: Scene(
-        lines=light.squared, ink=(95, 95, 98), opacity=(0.7, 0.95), lighting=light.gradient
+        lines=squared, ink=(95, 95, 98), opacity=(0.7, 0.95), lighting=gradient
     ),
 }
 HELD_BACK = ("crumpled", "whiteboard", "pencil on squares")

@@ -19,7 +19,6 @@ PACKAGE = Path(__file__).parent.parent
 MEASURE = "measure it with 'make figures'"
 NETWORK = (
     "training/augment.py",
-    "training/letters.py",
     "training/outliers.py",
     "training/networks.py",
     "training/loop.py",
@@ -30,17 +29,15 @@ BACKEND = tuple(
 SERVER = (
     "serving/serve.py",
     "serving/process.py",
-    "serving/candidate.py",
+    "serving/ready.py",
     "repository/config_pbtxt.py",
     *BACKEND,
 )
-RULES = ("images/read.py", "images/ink.py", "images/ruled.py", "images/crop.py")
+RULES = ("images/read.py", "images/ink.py", "images/crop.py")
 TIMING = (
     "benchmark/timing.py",
-    "benchmark/turns.py",
     "benchmark/load.py",
     "benchmark/load_http.py",
-    "benchmark/beside.py",
     "benchmark/serving.py",
 )
 # What decides the figures: a change of one of these makes them stale.
@@ -83,7 +80,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
         ),
         *(
             "repository/lint/backend.py",
-            "repository/lint/accelerators.py",
             "repository/lint/tensors.py",
             "serving/scratch.py",
             *BACKEND,
@@ -97,13 +93,13 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "repository/package.py",
         *SERVER,
     ),
-    "kill": ("serving/watch.py", "serving/supervise.py", *SERVER),
-    "soak": ("serving/watch.py", "serving/supervise.py", *SERVER),
+    "kill": ("serving/supervise.py", *SERVER),
+    "soak": ("serving/supervise.py", *SERVER),
     "serving": ("repository/profiles.py", *TIMING, *BACKEND),
     "compare": ("benchmark/compare.py", "benchmark/inference.py", "benchmark/workers.py", *TIMING),
     "gateway": (
         "web/gateway.py",
-        "web/connections.py",
+        "web/server.py",
         "web/guard.py",
         "web/limits.py",
         "web/link.py",
@@ -113,7 +109,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "training/recipes.py",
         *NETWORK,
         "benchmark/photos.py",
-        "benchmark/photo_light.py",
         *RULES,
     ),
     "unsure": (
@@ -128,13 +123,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
             "scoring/source.py",
             "scoring/parquet.py",
             "scoring/worker.py",
-            "scoring/scorer.py",
             "scoring/cluster.py",
             "scoring/job.py",
         ),
         "export/runtime.py",
     ),
-    "native": ("validation/rounds.py", "validation/servers.py", "validation/yardstick.py"),
+    "native": ("validation/rounds.py", "validation/servers.py"),
     "gpu": ("training/device.py", *NETWORK, "benchmark/gpu_check.py"),
 }
 

@@ -1,7 +1,13 @@
-"""How fast a packaged model is served, beside what its server and its runtime could do at most."""
+"""How fast a packaged model is served, beside what its server and its runtime could do at most.
+
+What a benchmark serves: a packaged model alone, and beside it what it is measured against.
+
+What a served model answers to the whole test split, and the memory that it takes for it.
+"""
 
 import functools
 import itertools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -11,32 +17,129 @@ from typing import Any
 import numpy as np
 
 from pipeline.benchmark import load
-from pipeline.benchmark.beside import MANY, NOOP, PROFILE, Beside, copied, profiled, put_beside
-from pipeline.benchmark.load_open import open_loop
-from pipeline.benchmark.served_score import Scored, score_served
+from pipeline.benchmark.load import open_loop
 from pipeline.benchmark.table import table
 from pipeline.benchmark.timing import (
+    UNTIL,
     Row,
     Score,
+    Until,
     Window,
     answered,
     closed_loop,
     ratio,
     require_right,
+    take_turns,
 )
-from pipeline.benchmark.turns import UNTIL, Until, take_turns
-from pipeline.benchmark.workers import RUNTIME, YARDSTICK, sure_batches, yardstick, yardstick_row
+from pipeline.benchmark.workers import (
+    EAGER,
+    RUNTIME,
+    YARDSTICK,
+    Runtime,
+    scored,
+    scored_images,
+    sure_batches,
+    worker,
+    yardstick,
+    yardstick_row,
+)
+from pipeline.client.client import Client
+from pipeline.client.query import triton_predictor
+from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_json
-from pipeline.core.machine import machine
+from pipeline.core.machine import machine, peak_bytes
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
+from pipeline.repository import config_pbtxt
 from pipeline.repository.release import Release, selected_releases
-from pipeline.serving.serve import Server, running_server, with_free_ports
+from pipeline.serving import tritonserver
+from pipeline.serving.serve import Server, processes_of, running_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import KEY_HEADER
 
 WAYS = ("grpc", "http")
 # Images a request, requests at once. One after the other, large ones show what computing costs.
+NOOP = "no-op"
+PROFILE = "throughput"  # which large requests are meant for
+MANY = 64  # images in a large request
+
+
+def profiled(name: str) -> str:
+    """What the model is called that runs under the throughput profile."""
+    return f"{name}-{PROFILE}"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A repository for the occasion, and the configs of its models."""
+
+    served: Paths  # the packaged model, which is there from the start
+    configs: dict[str, config_pbtxt.ModelConfig]  # of all that can be asked, by name
+
+    @property
+    def added(self) -> list[str]:
+        """The models that are to be loaded once the server runs."""
+        return [name for name in self.configs if name != self.served.name]
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute under the profile: those of a session, times the sessions."""
+        return threads_of(self.configs[profiled(self.served.name)])
+
+
+def copied(paths: Paths, repository: Path) -> Paths:
+    """The packaged model alone, in a repository of its own."""
+    if not (paths.packaged / "config.pbtxt").exists():
+        raise PipelineError(f"no model at {paths.packaged}: run 'pipeline package' first")
+    largest = config_pbtxt.read(paths.packaged / "config.pbtxt").max_batch_size
+    if largest < MANY:
+        raise PipelineError(
+            f"{paths.packaged} takes batches of {largest} at most, and {MANY} are measured: "
+            f"package it with --max-batch-size {MANY}"
+        )
+    shutil.copytree(paths.packaged, repository / paths.name)
+    return replace(paths, repository_folder=repository)
+
+
+def put_beside(served: Paths) -> Beside:
+    """Put a model that computes nothing, and the model under its profile, beside the served one."""
+    own = config_pbtxt.read(served.packaged / "config.pbtxt")
+    messages = (own, _add_noop(served.repository, served), _add_profiled(served.repository, served))
+    return Beside(served, {message.name: message for message in messages})
+
+
+def _add_profiled(repository: Path, served: Paths) -> config_pbtxt.ModelConfig:
+    """Put the model beside itself, under its throughput profile; that config."""
+    message = config_pbtxt.read(config_pbtxt.profile_file(served.packaged, PROFILE))
+    message.name = profiled(served.name)
+    folder = repository / message.name
+    shutil.copytree(served.packaged, folder)
+    (folder / "config.pbtxt").write_text(config_pbtxt.to_text(message))
+    return message
+
+
+def _add_noop(repository: Path, served: Paths) -> config_pbtxt.ModelConfig:
+    """Put a model beside it that computes nothing, configured as it is; that config."""
+    noop = config_pbtxt.read(served.packaged / "config.pbtxt")
+    noop.name, noop.backend = NOOP, "python"
+    for only_ours in ("version_policy", "model_warmup", "optimization", "parameters"):
+        noop.ClearField(only_ours)
+    for output in noop.output:
+        output.ClearField("label_filename")
+    folder = repository / NOOP
+    (folder / "1").mkdir(parents=True)
+    shutil.copy(tritonserver.BACKENDS / "noop.py", folder / "1" / "model.py")
+    (folder / "config.pbtxt").write_text(config_pbtxt.to_text(noop))
+    return noop
+
+
+def threads_of(message: config_pbtxt.ModelConfig) -> int:
+    """How many threads compute for a model: those of a session, times the sessions."""
+    of_session = int(config_pbtxt.parameter(message, "intra_op_thread_count") or 0)
+    instances = sum(int(group.count) for group in message.instance_group)
+    return of_session * instances
+
+
 ASKED = ((1, 1), (1, 8), (1, 32), (8, 8), (MANY, 1))
 SHARE = 0.5  # of the closed loop's rate, that arrives in the open one unless told
 BESIDE = 6  # cells from one window of the yardstick to the next
@@ -172,6 +275,72 @@ def benchmark_serving(
     )
     write_json(paths.serving, result.record())
     return result
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores by a model's name and the protocol; without the memory that only grows later."""
+
+    scores: dict[tuple[str, str], Score]
+
+    def sized(self, server: Server) -> dict[tuple[str, str], Score]:
+        """The scores with the most memory that each model's processes have had."""
+        return {
+            (name, way): replace(score, peak_bytes=served_bytes(server, name))
+            for (name, way), score in self.scores.items()
+        }
+
+
+def score_served(
+    paths: Paths,
+    server: Server,
+    release: Release,
+    beside: Beside,
+    reference: np.ndarray | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Scored:
+    """Put the whole test split to the served model both ways, and under its profile over HTTP.
+
+    Held against what eager PyTorch says, or against `reference` where it has said it already.
+    Where the export or its data are not here any more, says so and scores nothing.
+    """
+    exported = replace(paths, name=str(release.manifest["name"]))
+    try:
+        images, labels = scored_images(exported, release.manifest)
+        if reference is None:
+            eager = Runtime(EAGER, "fp32", 1)
+            report(f"{eager}: the test split")
+            with worker(exported, eager, release.manifest) as ask:
+                reference = ask("score")[1]
+    except PipelineError as error:
+        report(f"accuracy is left out: {error}")
+        return Scored({})
+    found = {}
+    for way, url in (("grpc", server.grpc_url), ("http", server.http_url)):
+        for name in beside.configs:
+            if name == NOOP or (name, way) == (profiled(paths.name), "grpc"):
+                continue  # it has no answers, or no row
+            report(f"{name} over {way}: the test split")
+            with Client(url, name) as client:
+                accuracy, said = scored(triton_predictor(client), images, labels)
+            found[name, way] = Score(len(said), accuracy, int((said != reference).sum()))
+    return Scored(found)
+
+
+def served_bytes(server: Server, name: str) -> int:
+    """The most memory that tritonserver and a model's stubs have had, what they share in each."""
+    return sum(
+        peak_bytes(pid)
+        for pid in processes_of(server.id)
+        if pid == server.pid or f"/{name}/" in _command(pid)
+    )
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:  # it ended while we looked
+        return ""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pipeline.benchmark.timing import Row, Window, answered, closed_loop, togeth
 from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import Predictor, margins, predict, score
 from pipeline.core.files import check_digest
+from pipeline.core.machine import peak_bytes
 from pipeline.core.paths import Paths
-from pipeline.core.usage import peak_bytes
 from pipeline.data.splits import scored_split
 from pipeline.export.sample import read_sample
 from pipeline.repository.golden import Golden, unpack_golden

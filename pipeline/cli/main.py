@@ -9,16 +9,14 @@ from pipeline.cli.benchmark import benchmark_command
 from pipeline.cli.command import Group
 from pipeline.cli.data import data_group
 from pipeline.cli.doctor import doctor_command
-from pipeline.cli.drift import drift_command
 from pipeline.cli.export import export_command, package_command
-from pipeline.cli.lint import lint_command
 from pipeline.cli.query import query_command
-from pipeline.cli.report import gpu_check_command, report_command
+from pipeline.cli.report import drift_command, gpu_check_command, report_command
+from pipeline.cli.repository import lint_command, versions_group
 from pipeline.cli.score import score_command
 from pipeline.cli.serve import serve
 from pipeline.cli.train import train_command
 from pipeline.cli.validate import validate_command
-from pipeline.cli.versions import versions_group
 from pipeline.cli.web import web_command
 
 

@@ -137,7 +137,7 @@ def _validate_onnx(
     replay: Path | None,
     given: dict[str, Any],
 ) -> None:
-    from pipeline.export.handed import handed_in
+    from pipeline.export.export import handed_in
     from pipeline.export.subject import subject_of_module
     from pipeline.validation import export
 

@@ -13,7 +13,8 @@ import grpc.aio
 import numpy as np
 from google.protobuf.message import Message
 
-from pipeline.client import grpc_channel, wire
+from pipeline.client import endpoint as grpc_channel
+from pipeline.client import wire
 from pipeline.client.calls import RETRIES, TIMEOUT, Asking, Attempt, Deadline, Pause, Steps
 from pipeline.client.endpoint import Certificates, Endpoint, check, endpoint
 from pipeline.client.faults import Fault, of_connection, of_grpc

@@ -12,7 +12,8 @@ import grpc
 import numpy as np
 from google.protobuf.message import Message
 
-from pipeline.client import grpc_channel, wire
+from pipeline.client import endpoint as grpc_channel
+from pipeline.client import wire
 from pipeline.client.calls import RETRIES as RETRIES
 from pipeline.client.calls import TIMEOUT as TIMEOUT
 from pipeline.client.calls import Asking, Attempt, Deadline, Pause, Steps

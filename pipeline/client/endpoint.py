@@ -1,4 +1,7 @@
-"""Where a server listens, and the certificates that a secure connection to it needs."""
+"""Where a server listens, and the certificates that a secure connection to it needs.
+
+What both clients need of gRPC.
+"""
 
 import re
 import ssl
@@ -6,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import grpc
 
 from pipeline.core.errors import PipelineError
 
@@ -128,3 +133,23 @@ def _is_header(name: object, value: object) -> bool:
     if not isinstance(name, str) or not isinstance(value, str):
         return False
     return bool(re.fullmatch(r"[\w.-]+", name, re.ASCII) and re.fullmatch(r"[ -~]*", value))
+
+
+OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A server that comes back is noticed soon: gRPC by itself waits for up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # Clients do not share a connection, nor the pause after one has failed.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),  # as over HTTP: a server is asked directly
+    ("grpc.enable_retries", 0),  # ours are inside the deadline, and counted
+]
+
+
+def credentials(target: Endpoint, certificates: Certificates) -> grpc.ChannelCredentials | None:
+    """What a secure channel needs; None for a plain one."""
+    if not target.is_secure:
+        return None
+    return grpc.ssl_channel_credentials(*certificates.contents())

@@ -1,4 +1,7 @@
-"""A module through torch.export to ONNX files, with a manifest of what they were made of."""
+"""A module through torch.export to ONNX files, with a manifest of what they were made of.
+
+An ONNX file that somebody hands in: read, made one file if asked for, held to the policy.
+"""
 
 import io
 import json
@@ -22,7 +25,7 @@ from pipeline.core.files import remove, sha256, write_bytes, write_json
 from pipeline.core.paths import PRECISIONS, Paths
 from pipeline.core.signature import TensorSpec, pictures_of
 from pipeline.export import graph
-from pipeline.export.policy import check_policy
+from pipeline.export.policy import SCRUB, check_policy
 from pipeline.export.sample import Sample, pack_sample
 from pipeline.export.subject import Subject, exported_sample, subject_of_run
 from pipeline.export.targets import ExportConfig
@@ -286,3 +289,46 @@ def _manifest(
         "versions": versions(),
         "source_commit": source_commit(Path(__file__).parent),
     }
+
+
+def handed_in(path: Path, scrub: bool = False) -> bytes:
+    """The bytes of an ONNX file; with `scrub`, of a copy in one file without source paths.
+
+    Raises PipelineError when it cannot be read and CheckFailedError when it breaks the policy.
+    """
+    if scrub:
+        model = graph.inlined(path)
+        metadata = {
+            key: value
+            for key, value in graph.metadata(model).items()
+            if not graph.SOURCE_PATH.search(f"{key} {value}")
+        }
+        content = graph.scrub(model, model.ir_version, metadata)
+    else:
+        content = graph.read(path)
+    model = graph.parse(content, str(path))
+    check_policy(model, str(path))
+    model.DiscardUnknownFields()
+    if model.ByteSize() != len(content):  # fields we do not know, or twice: then the last counts
+        raise CheckFailedError(f"{path} holds bytes outside of its graph: {SCRUB}")
+    return content
+
+
+def matching_signature(content: bytes, images: TensorSpec, outputs: TensorSpec) -> graph.Signature:
+    """The signature of an ONNX file that somebody handed in, if it is that of its module.
+
+    The tensors and the batch axis may have other names. Raises CheckFailedError otherwise.
+    """
+    model = graph.parse(content, "the file")
+    found = graph.signature(model, "the file", batch=None)
+    pairs = ((found.images, images, "takes"), (found.outputs, outputs, "answers"))
+    wrong = [
+        f"it {does} {ours}, the module {does} {theirs}"
+        for ours, theirs, does in pairs
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape)
+    ]
+    if wrong:
+        raise CheckFailedError(
+            f"the file has another signature than its module: {'; '.join(wrong)}"
+        )
+    return found

@@ -23,7 +23,7 @@ from pipeline.core.evaluate import (
 from pipeline.data.splits import Split
 from pipeline.images.read import png
 from pipeline.report import figures
-from pipeline.training.predictions import Predictions
+from pipeline.training.records import Predictions
 
 MISTAKES = 50  # shown, at most
 CONFUSIONS = 10  # named, at most

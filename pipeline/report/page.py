@@ -22,8 +22,8 @@ from pipeline.report.drift import Watched, watched
 from pipeline.report.evidence import Evidence, evidence
 from pipeline.report.speeds import MEASURE, Speeds, speeds
 from pipeline.training.augment import examples
-from pipeline.training.predictions import Predictions, load_predictions
 from pipeline.training.recipes import RECIPES, TrainConfig
+from pipeline.training.records import Predictions, load_predictions
 from pipeline.training.run import recorded_config
 from pipeline.validation.agreement import Table, read_agreement
 from pipeline.validation.card import percent

@@ -12,7 +12,7 @@ from pipeline.benchmark.timing import PERCENTILES
 from pipeline.benchmark.workers import YARDSTICK
 from pipeline.core.files import read_json
 from pipeline.core.paths import Paths
-from pipeline.report import speed_figures
+from pipeline.report import figures as speed_figures
 
 CEILING = "no-op"
 MEASURE = "pipeline benchmark --what all"

@@ -15,13 +15,14 @@ from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.scoring.cluster import connected
 from pipeline.scoring.parquet import Columns
-from pipeline.scoring.scorer import Reader, Scorer
 from pipeline.scoring.settings import ScoreConfig
 from pipeline.scoring.source import Cut, Shard, cut
 from pipeline.scoring.worker import (
     Counts,
     Folder,
     Model,
+    Reader,
+    Scorer,
     begin,
     finished,
     repeated_ids,

@@ -1,12 +1,22 @@
-"""Replay a release's golden set on a server that runs."""
+"""Replay a release's golden set on a server that runs.
+
+A version under a name of its own, which nobody asks before it has answered its golden set.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from pipeline.client.client import Client
 from pipeline.client.query import triton_predictor
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import CheckFailedError, PipelineError, ServerError
+from pipeline.core.paths import Paths
 from pipeline.repository import config_pbtxt
-from pipeline.repository.golden import GOLDEN_BATCHES, Agreement, Golden, compare
+from pipeline.repository.golden import GOLDEN_BATCHES, Agreement, Golden, compare, require
+from pipeline.repository.release import Release
+from pipeline.repository.running import Server
+from pipeline.serving.admin import Admin
 
 
 def replay_golden(client: Client, golden: Golden) -> Agreement:
@@ -23,3 +33,72 @@ def served_version(client: Client) -> int:
         raise PipelineError(f"{client.name} at {client.endpoint} takes images of no fixed shape")
     answer = client.infer(np.zeros((1, *images.dims), config_pbtxt.dtype(images)))[1]
     return int(answer) if answer.isdigit() else 0
+
+
+ANSWER_SECONDS = 60.0
+
+
+class NotLoadedError(CheckFailedError):
+    """Triton does not load the version."""
+
+
+def prove(
+    paths: Paths,
+    server: Server,
+    admin: Admin,
+    release: Release,
+    mend: str,
+    report: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Return when the version, loaded under another name, answers its golden set rightly.
+
+    Raises NotLoadedError, CheckFailedError where it answers wrongly, ServerError without an answer.
+    """
+    name = f"{paths.name}.candidate"
+    if (paths.repository / name).exists():
+        raise PipelineError(f"{paths.repository} has a model {name}, a name that is needed here")
+    what = f"{paths.name} version {release.version}"
+    report(f"loading {what} as {name}")
+    try:
+        config, files = _files(paths, name, release, server.profile)
+        with loading(what, mend):
+            admin.load_files(config, files)
+        report(f"asking {name} the golden set")
+        require_right(server, name, release, f"{what} answers wrongly", mend)
+    finally:
+        with contextlib.suppress(PipelineError):
+            admin.unload(name)
+
+
+@contextlib.contextmanager
+def loading(what: str, mend: str) -> Iterator[None]:
+    """Raise NotLoadedError with Triton's words where it refuses to load `what`."""
+    try:
+        yield
+    except ServerError:
+        raise
+    except PipelineError as error:
+        said = str(error).strip().rstrip(";")
+        raise NotLoadedError(f"{what} is not loaded: {said}. {mend}") from error
+
+
+def _files(
+    paths: Paths, name: str, release: Release, profile: str
+) -> tuple[config_pbtxt.ModelConfig, dict[str, bytes]]:
+    """The version as a model of its own: its config, and its files by their paths."""
+    config = config_pbtxt.read(config_pbtxt.profile_file(paths.packaged, profile))
+    config.name = name
+    config_pbtxt.select(config, release.version)
+    beside = [paths.packaged / config_pbtxt.LABELS, *(paths.packaged / "warmup").glob("*")]
+    files = {str(path.relative_to(paths.packaged)): path.read_bytes() for path in beside}
+    return config, {**files, f"{release.version}/{paths.onnx.name}": release.onnx}
+
+
+def require_right(server: Server, name: str, release: Release, what: str, mend: str) -> None:
+    """Raise CheckFailedError unless this very version answers, and rightly, over both protocols."""
+    for url in (server.http_url, server.grpc_url):
+        with Client(url, name, ANSWER_SECONDS) as client:
+            require(replay_golden(client, release.golden), f"{what} over {url}", mend)
+            answering = served_version(client)
+        if answering != release.version:
+            raise CheckFailedError(f"{what} over {url}: version {answering} answers. {mend}")

@@ -22,7 +22,8 @@ from pipeline.repository.running import is_alive as is_alive
 from pipeline.repository.running import recorded as recorded
 from pipeline.repository.running import root
 from pipeline.repository.running import start_time as start_time
-from pipeline.serving import candidate, tritonserver
+from pipeline.serving import ready as candidate
+from pipeline.serving import tritonserver
 from pipeline.serving.admin import Admin
 from pipeline.serving.process import END_SECONDS as END_SECONDS
 from pipeline.serving.process import clear as clear

@@ -23,7 +23,7 @@ from pipeline.repository import release as release_module
 from pipeline.repository.release import Release
 from pipeline.repository.running import serving
 from pipeline.repository.versions import Change
-from pipeline.serving import candidate
+from pipeline.serving import ready
 from pipeline.serving.admin import Admin
 from pipeline.serving.ready import served_version
 from pipeline.serving.serve import Server, recorded, write_record
@@ -76,7 +76,7 @@ def _promote(paths: Paths, version: int, report: Report) -> Change:
         goes_on = (
             f"What was served goes on being served; look at {release.folder}, or package again"
         )
-        candidate.prove(paths, server, admin, release, goes_on, report)
+        ready.prove(paths, server, admin, release, goes_on, report)
         with _unbroken():
             _switch(paths, server, admin, release, before)
     return Change(paths.name, version, release.sha256, before, is_served=True)
@@ -92,7 +92,7 @@ def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before
         admin.load(paths.name)
         _record(paths, server, release.version)
         wrongly = f"{what} answers wrongly once it serves"
-        candidate.require_right(server, paths.name, release, wrongly, mend)
+        ready.require_right(server, paths.name, release, wrongly, mend)
     except PipelineError as error:
         for path, content in configs.items():
             write_bytes(path, content)

@@ -19,10 +19,9 @@ from pipeline.core.evaluate import evaluate
 from pipeline.data.splits import Split
 from pipeline.training.augment import augment
 from pipeline.training.checkpoint import State, optimizer_tensors, restore_optimizer
-from pipeline.training.device import Placement, prepare
+from pipeline.training.device import Placement, agreed, prepare
 from pipeline.training.networks import Network, build, eager_predictor
 from pipeline.training.outliers import Outliers
-from pipeline.training.processes import agreed
 from pipeline.training.recipes import Recipe, TrainConfig
 
 EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps

@@ -24,13 +24,11 @@ from pipeline.core.files import read_json, write_json
 from pipeline.core.paths import Paths
 from pipeline.data.splits import Split, digests, load_split
 from pipeline.training.checkpoint import START_OVER, load_checkpoint, load_state, save_weights
-from pipeline.training.device import Placement, choose
+from pipeline.training.device import Placement, choose, together
 from pipeline.training.loop import Progress, train
 from pipeline.training.networks import Network, eager_predictor
-from pipeline.training.predictions import save_predictions
-from pipeline.training.processes import together
 from pipeline.training.recipes import TrainConfig
-from pipeline.training.records import Records
+from pipeline.training.records import Records, save_predictions
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""A file on trial: everything that it is held against, and why it does not pass."""
+"""A file on trial: everything that it is held against, and why it does not pass.
 
-# Shape letters: N rows (images, then probes).
+What a proof that failed leaves behind: its record, and the worst rows to look at and replay.
+"""
 
+# Shape letters: N rows (images, then probes), N rows, M labelled images.
+
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,7 +14,7 @@ import numpy as np
 
 from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import Predictor, margins
-from pipeline.core.files import remove, sha256
+from pipeline.core.files import remove, sha256, write_bytes, write_json
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.export import graph
@@ -19,12 +23,19 @@ from pipeline.export.first_run import require_first_run
 from pipeline.export.runtime import onnx_predictor
 from pipeline.export.sample import Sample
 from pipeline.export.subject import Subject
+from pipeline.images.read import pictured, png
 from pipeline.training.networks import eager_predictor
-from pipeline.validation.compare import Criterion, Held, Reference, Verdict, hold, require_stable
-from pipeline.validation.departures import between, from_weights
-from pipeline.validation.explain import diagnose
-from pipeline.validation.findings import replay_command, write_findings
-from pipeline.validation.probes import probe_images, refusals
+from pipeline.validation.compare import (
+    Criterion,
+    Held,
+    Reference,
+    Verdict,
+    hold,
+    probe_images,
+    refusals,
+    require_stable,
+)
+from pipeline.validation.explain import between, diagnose, from_weights
 from pipeline.validation.reference import reference_predictor, steady_answers
 
 Say = Callable[[str], None]
@@ -184,3 +195,50 @@ def record_of(trial: Trial) -> dict[str, Any]:
         "smallest_margin": float(margins(reference.outputs[:images]).min()),
         "versions": versions(),
     }
+
+
+WORST = 10  # rows that are kept
+
+
+def write_findings(
+    paths: Paths,
+    record: Mapping[str, Any],
+    rows: np.ndarray,
+    held: Held,
+    verdict: Verdict,
+) -> None:
+    """Write the record of a failed proof with its worst rows, as pictures and as arrays.
+
+    In a lower precision the rows that changed class come first: errors alone are no fault there.
+    """
+    write_json(paths.failed / paths.validation.name, record)
+    if not held.errors.any():
+        return  # the file never ran
+    rank = held.errors / held.allowed
+    if verdict.precision != "fp32":
+        rank[[flip.row for flip in verdict.flips]] = np.inf
+    worst = np.argsort(-rank, kind="stable")[:WORST]
+    reference = held.reference
+    own = reference.outputs.argmax(axis=1)
+    labels = np.concatenate([reference.labels, own[len(reference.labels) :]])
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        images=rows[worst],
+        labels=labels[worst],
+        rows=worst,
+        reference=reference.outputs[worst],
+        eager=reference.eager[worst],
+        outputs=held.outputs[worst],
+        allowed=held.allowed[worst],
+    )
+    write_bytes(paths.worst, buffer.getvalue())
+    for place, row in enumerate(worst, 1):
+        if (picture := pictured(rows[row])) is not None:
+            write_bytes(paths.failed / f"worst-{place:02d}-row-{row}.png", png(picture))
+
+
+def replay_command(paths: Paths, options: str) -> str:
+    """The command that asks the file about the worst rows again."""
+    name = paths.worst.relative_to(paths.root) if paths.root in paths.worst.parents else paths.worst
+    return f"pipeline validate {options} --replay {name}".replace("  ", " ")

@@ -24,6 +24,7 @@ from pipeline.export.export import (
     check_onnx,
     export_config,
     export_program,
+    matching_signature,
     metadata_of,
     signature_of,
     to_onnx,
@@ -31,7 +32,6 @@ from pipeline.export.export import (
     versions,
     write_export,
 )
-from pipeline.export.handed import matching_signature
 from pipeline.export.runtime import onnx_predictor
 from pipeline.export.sample import Sample
 from pipeline.export.subject import EXPORT, Subject, exported_sample, exported_subject

@@ -22,8 +22,7 @@ from pipeline.client.log import PredictionLog
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.images.read import read_image
 from pipeline.repository import config_pbtxt
-from pipeline.web.counters import Counters
-from pipeline.web.guard import Guard, host_names, stated_length
+from pipeline.web.guard import Counters, Guard, host_names, stated_length
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
 from pipeline.web.link import Link
 from pipeline.web.settings import GatewayConfig

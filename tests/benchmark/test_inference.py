@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.benchmark import inference
 from pipeline.benchmark.inference import InferBenchmark
-from pipeline.benchmark.turns import Until
+from pipeline.benchmark.timing import Until
 from pipeline.benchmark.workers import YARDSTICK
 from tests.conftest import Chain, edit_json, error_line, flip_bit
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pipeline.benchmark.open_loop import Done, arrivals, drive
+from pipeline.benchmark.load import Done, arrivals, drive
 from pipeline.benchmark.timing import Row, Window, closed_loop
 
 SERVICE = 0.001  # seconds that the fake server takes for a request

@@ -6,9 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from pipeline.benchmark import served_score
-from pipeline.benchmark.beside import Beside
-from pipeline.benchmark.served_score import Scored, score_served
+from pipeline.benchmark import serving
+from pipeline.benchmark.serving import Beside, Scored, score_served
 from pipeline.benchmark.timing import Score
 from pipeline.core.paths import Paths
 from pipeline.repository.release import Release
@@ -35,9 +34,9 @@ def test_the_memory_is_that_of_the_server_and_of_the_models_own_stubs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     commands = {7: "tritonserver", 8: "stub /models/net/1/model.onnx", 9: "stub /models/net-2/1/m"}
-    monkeypatch.setattr(served_score, "processes_of", lambda server_id: list(commands))
-    monkeypatch.setattr(served_score, "_command", commands.__getitem__)
-    monkeypatch.setattr(served_score, "peak_bytes", lambda pid: 10**pid)
+    monkeypatch.setattr(serving, "processes_of", lambda server_id: list(commands))
+    monkeypatch.setattr(serving, "_command", commands.__getitem__)
+    monkeypatch.setattr(serving, "peak_bytes", lambda pid: 10**pid)
     fields: dict[str, Any] = dict.fromkeys(Server.__dataclass_fields__)
     server = Server(**{**fields, "id": "it", "pid": 7})
     scored = Scored({("net", "grpc"): Score(10, 0.9, 1)})

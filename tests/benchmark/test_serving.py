@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.benchmark import load, load_http, serving, timing
-from pipeline.benchmark.beside import NOOP, threads_of
-from pipeline.benchmark.load_open import open_loop
-from pipeline.benchmark.open_loop import arrivals
-from pipeline.benchmark.serving import ServeBenchmark
-from pipeline.benchmark.timing import Row, Window, warm_up
-from pipeline.benchmark.turns import Until
+from pipeline.benchmark.load import arrivals, open_loop
+from pipeline.benchmark.serving import NOOP, ServeBenchmark, threads_of
+from pipeline.benchmark.timing import Row, Until, Window, warm_up
 from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.repository import config_pbtxt
 from pipeline.serving.serve import recorded

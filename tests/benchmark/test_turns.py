@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from pipeline.benchmark import turns
-from pipeline.benchmark.timing import Window
-from pipeline.benchmark.turns import Until, take_turns
-from pipeline.core.usage import others_seconds, peak_bytes
+from pipeline.benchmark import timing
+from pipeline.benchmark.timing import Until, Window, take_turns
+from pipeline.core.machine import others_seconds, peak_bytes
 
 
 def measuring(order: list[str], name: str, speeds: Iterator[int]) -> Callable[[], Window]:
@@ -22,7 +21,7 @@ def measuring(order: list[str], name: str, speeds: Iterator[int]) -> Callable[[]
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "others_seconds", lambda: 0.0)
+    monkeypatch.setattr(timing, "others_seconds", lambda: 0.0)
 
 
 def test_rounds_go_on_until_all_of_a_group_have_settled_and_the_yardstick_with_them() -> None:
@@ -53,7 +52,7 @@ def test_a_window_that_others_disturbed_is_measured_again_and_its_mistakes_are_k
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = iter([0.0, 1e9, 0.0, 0.0, *[0.0] * 99])  # seconds of others, before and after
-    monkeypatch.setattr(turns, "others_seconds", lambda: next(taken))
+    monkeypatch.setattr(timing, "others_seconds", lambda: next(taken))
     speeds = iter([50, 100, 100, 100, 100])
     windows = take_turns({"one": measuring([], "one", speeds)}, {"one": 1}, Until(4, 4))["one"]
     assert [window.images_per_second for window in windows] == [100] * 4
@@ -65,7 +64,7 @@ def test_a_machine_that_is_never_quiet_is_measured_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken = iter(range(0, 10**9, 10**6))
-    monkeypatch.setattr(turns, "others_seconds", lambda: float(next(taken)))
+    monkeypatch.setattr(timing, "others_seconds", lambda: float(next(taken)))
     order: list[str] = []
     measures = {str(n): measuring(order, str(n), iter([100] * 20)) for n in range(4)}
     windows = take_turns(measures, {name: name for name in measures}, Until(5, 5))

@@ -27,7 +27,7 @@ from pipeline.images.read import write_png
 from pipeline.repository import config_pbtxt
 from pipeline.repository.release import load_release
 from pipeline.serving.admin import Admin
-from pipeline.serving.candidate import _files
+from pipeline.serving.ready import _files
 from pipeline.serving.serve import free_ports
 from tests.conftest import Chain, error_line
 from tests.fakes import (

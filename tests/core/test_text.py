@@ -54,9 +54,9 @@ WITH_LINE_BREAKS = {
     *("export/subject", "repository/package", "report/readme", "report/proofs", "benchmark/table"),
     *(
         "benchmark/load_http",
-        "serving/lint_ask",
+        "serving/scratch",
         "repository/lint/text",
-        "repository/lint/accelerators",
+        "repository/lint/backend",
         "doctor/packages",
         "doctor/checks",
         "scoring/job",

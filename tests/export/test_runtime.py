@@ -4,7 +4,7 @@ import torch
 
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.export.runtime import PROVIDERS, onnx_predictor, require_provider
-from pipeline.validation.probes import probe_images
+from pipeline.validation.compare import probe_images
 from tests.conftest import Chain
 
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pipeline.client.client import Client, Prediction
-from pipeline.client.log import PredictionLog, older
-from pipeline.client.logged import Entry, Logged
+from pipeline.client.log import Entry, Logged, PredictionLog, older
 from pipeline.core.evaluate import predict
 from pipeline.data.splits import load_split
 from pipeline.export.runtime import onnx_predictor

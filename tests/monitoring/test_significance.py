@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.monitoring.significance import (
+from pipeline.monitoring.drift import (
     distribution_shift,
     holm,
     kolmogorov,

@@ -14,7 +14,7 @@ from pipeline.report import page
 from pipeline.report.answers import Answers
 from pipeline.report.evidence import WORST, Evidence
 from pipeline.repository.golden import unpack_golden
-from pipeline.training.predictions import load_predictions, save_predictions
+from pipeline.training.records import load_predictions, save_predictions
 from tests.conftest import Chain, Edit, edit_json, error_line, flip_bit
 from tests.report.test_readme import proven
 

@@ -390,7 +390,7 @@ def test_a_pipe_in_a_models_folder_is_named_and_not_read(repository: Path) -> No
 
 def test_lint_needs_no_torch_and_no_onnx_runtime() -> None:
     code = (
-        "import sys, pipeline.repository.lint.check, pipeline.cli.lint;"
+        "import sys, pipeline.repository.lint.check, pipeline.cli.repository;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'onnxruntime', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,9 +8,9 @@ from pipeline.core.files import sha256
 from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES, log_probabilities
 from pipeline.repository import config_pbtxt, profiles
+from pipeline.repository.package import upload_order, write_tar
 from pipeline.repository.release import selected_releases
 from pipeline.repository.settings import PackageConfig
-from pipeline.repository.tarball import upload_order, write_tar
 from tests.conftest import Chain
 
 

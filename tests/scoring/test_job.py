@@ -34,13 +34,14 @@ from pipeline.scoring import worker
 from pipeline.scoring.cluster import SCRATCH, connected
 from pipeline.scoring.job import score_source
 from pipeline.scoring.parquet import Columns, Rows
-from pipeline.scoring.scorer import Reader, Scorer
 from pipeline.scoring.settings import ScoreConfig
 from pipeline.scoring.source import cut
 from pipeline.scoring.worker import (
     Counts,
     Folder,
     Model,
+    Reader,
+    Scorer,
     begin,
     finished,
     score_rows,

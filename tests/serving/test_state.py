@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import PipelineError, ServerError
-from pipeline.serving import metrics, state
+from pipeline.serving import state
 from pipeline.serving.admin import Admin
-from pipeline.serving.metrics import Load
 from pipeline.serving.serve import free_ports
+from pipeline.serving.state import Load
 from tests.conftest import Chain, error_line
 
 Served = tuple[Chain, dict[str, Any]]
@@ -37,13 +37,13 @@ nv_cpu_utilization 0.5
 
 
 def test_a_load_is_read_from_what_triton_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_text", lambda url, seconds: TEXT)
-    assert metrics.loads("http://x") == {("m", "1"): Load(10, 3, 7.5, 400.0, None)}
+    monkeypatch.setattr(state, "_text", lambda url, seconds: TEXT)
+    assert state.loads("http://x") == {("m", "1"): Load(10, 3, 7.5, 400.0, None)}
 
 
 def test_no_metrics_are_no_server() -> None:
     with pytest.raises(ServerError, match="no metrics from http"):
-        metrics.loads(f"http://127.0.0.1:{free_ports(1)[0]}/metrics")
+        state.loads(f"http://127.0.0.1:{free_ports(1)[0]}/metrics")
 
 
 @pytest.mark.server

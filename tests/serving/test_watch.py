@@ -13,11 +13,11 @@ import pytest
 
 from pipeline.core.errors import CorruptError, PipelineError, ServerError, SlowError
 from pipeline.repository.release import selected_releases
-from pipeline.serving import metrics, serve, supervise, watch
-from pipeline.serving.metrics import Load
+from pipeline.serving import serve, state, supervise
 from pipeline.serving.serve import Server, bound_log
 from pipeline.serving.settings import ServeConfig
-from pipeline.serving.watch import Canary, pause_after
+from pipeline.serving.state import Load
+from pipeline.serving.supervise import Canary, pause_after
 from tests.conftest import Chain
 
 SERVER = Server(**{**dict.fromkeys(Server.__dataclass_fields__, 1), "id": "ours", "pid": 2**22})  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def test_a_canary_asks_another_image_each_time_and_tells_a_wrong_answer(made: Ch
 def test_the_third_question_in_a_row_without_an_answer_is_the_end(
     made: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "loads", lambda url, seconds: {})
+    monkeypatch.setattr(state, "loads", lambda url, seconds: {})
     dead, late = ServerError("its process died: mend it"), SlowError("no answer in 1 s: is it?")
     canary = canary_of(made, dead, right(made, 2), late, dead, late)
     assert [canary.ask() for _ in range(5)] == [
@@ -93,7 +93,7 @@ def test_a_late_answer_is_no_miss_while_others_are_answered(
     def loads(url: str, seconds: float) -> dict[tuple[str, str], Load]:
         return {("handwriting", "1"): Load(next(answered), 0, None, None, None)}
 
-    monkeypatch.setattr(metrics, "loads", loads)
+    monkeypatch.setattr(state, "loads", loads)
     canary = canary_of(made, *[SlowError("late")] * 7)
     said = [canary.ask() for _ in range(7)]
     assert said == [None] * 6 + ["handwriting gives no answer (late)"]
@@ -114,11 +114,11 @@ def test_a_watch_ends_with_a_dead_server_or_when_it_is_asked(tmp_path: Path) -> 
     wrong = SimpleNamespace(ask=lambda: "m version 1 answers wrongly", misses=0)
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(7)"]) as child:
         child.wait()
-        said = watch.watch(child, fine, log, lambda: False, 1)  # type: ignore[arg-type]
+        said = supervise.watch(child, fine, log, lambda: False, 1)  # type: ignore[arg-type]
         assert said == "tritonserver died (exit status 7)"
-        assert watch.watch(child, fine, log, lambda: True, 1) == "asked to"  # type: ignore[arg-type]
+        assert supervise.watch(child, fine, log, lambda: True, 1) == "asked to"  # type: ignore[arg-type]
     alive: Any = SimpleNamespace(poll=lambda: None)
-    assert watch.watch(alive, wrong, log, lambda: False, 1).endswith("answers wrongly")  # type: ignore[arg-type]
+    assert supervise.watch(alive, wrong, log, lambda: False, 1).endswith("answers wrongly")  # type: ignore[arg-type]
 
 
 def test_a_log_that_is_too_long_begins_anew_and_its_past_is_kept(tmp_path: Path) -> None:

@@ -1,23 +1,31 @@
 import torch
 
-from pipeline.training.letters import SIDE, STROKES, WAYS, Stroke, _strokes, _with_serifs, ways
-from pipeline.training.outliers import _letters
+from pipeline.training.outliers import (
+    GRID,
+    STROKES,
+    WAYS,
+    Stroke,
+    _letters,
+    _read_strokes,
+    _with_serifs,
+    ways,
+)
 
 
 def test_every_way_to_write_a_letter_has_as_many_strokes_on_the_grid() -> None:
     found = ways()
     assert len(found) == 2 * len(WAYS)
     assert {len(strokes) for strokes in found} == {STROKES}
-    assert all(-2 < place < SIDE for way in found for s in way for point in s for place in point)
+    assert all(-2 < place < GRID for way in found for s in way for point in s for place in point)
 
 
 def test_a_line_bends_towards_its_own_middle_and_a_curve_towards_the_point_in_brackets() -> None:
     expected: list[Stroke] = [((0, 0), (0, 4), (0, 8)), ((0, 8), (4, 8), (4, 2)), ((1, 1),) * 3]
-    assert _strokes("00-08(48)42 11-11") == expected
+    assert _read_strokes("00-08(48)42 11-11") == expected
 
 
 def test_serifs_stand_where_one_stroke_alone_ends_at_the_top_or_the_bottom() -> None:
-    added = _with_serifs(_strokes("08-30-68 15-55"))[4 - 1 :]  # an A: its feet, not its tip
+    added = _with_serifs(_read_strokes("08-30-68 15-55"))[4 - 1 :]  # an A: its feet, not its tip
     assert [middle for _, middle, _ in added] == [(0, 8), (6, 8)]
 
 

@@ -16,10 +16,9 @@ from torch import distributed
 from pipeline.core.errors import LostError, PipelineError
 from pipeline.core.files import sha256
 from pipeline.data.splits import Split
-from pipeline.training.device import Placement
+from pipeline.training.device import Placement, agreed, together
 from pipeline.training.loop import Batches
 from pipeline.training.networks import build
-from pipeline.training.processes import agreed, together
 from pipeline.training.recipes import recipe
 from tests.conftest import REPOSITORY, Chain
 

@@ -14,10 +14,12 @@ from pipeline.validation.compare import (
     Verdict,
     bounds,
     hold,
+    intruders,
+    probe_images,
+    refusals,
     require_stable,
     runs_of,
 )
-from pipeline.validation.probes import intruders, probe_images, refusals
 
 CRITERION = Criterion(batch_sizes=(3, 64), largest_batch=8, threads=(1,))
 ROWS = np.arange(100, dtype=np.float32)[:, np.newaxis]  # each row is its own number

@@ -2,7 +2,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from pipeline.validation.departures import between, from_weights
+from pipeline.validation.explain import between, from_weights
 from tests.conftest import small
 
 WEIGHT = np.arange(1, 11, dtype=np.float32)

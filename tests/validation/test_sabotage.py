@@ -19,8 +19,7 @@ from pipeline.core.errors import CheckFailedError
 from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES
 from pipeline.data.splits import load_split
-from pipeline.export.export import check_onnx, export_program, signature_of, to_onnx
-from pipeline.export.handed import handed_in
+from pipeline.export.export import check_onnx, export_program, handed_in, signature_of, to_onnx
 from pipeline.export.sample import Sample
 from pipeline.export.subject import subject_of_run
 from pipeline.export.targets import ExportConfig

@@ -25,7 +25,7 @@ from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden, pack_golden
 from pipeline.serving.serve import running_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
-from pipeline.validation.yardstick import Yardstick, misnamed, stated_classes, yardstick_of
+from pipeline.validation.servers import Yardstick, misnamed, stated_classes, yardstick_of
 from tests.conftest import Chain, edit_json, error_line, flip_bit, link_server_environment
 
 Served = tuple[Chain, dict[str, Any]]

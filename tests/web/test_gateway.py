@@ -24,12 +24,11 @@ from pipeline.core.files import write_json
 from pipeline.core.paths import Paths
 from pipeline.images.read import read_image
 from pipeline.repository.running import Server, root
-from pipeline.web.connections import READ_BYTES, Connection
 from pipeline.web.gateway import PAGE
 from pipeline.web.guard import HEADERS, check_host, host_names
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
 from pipeline.web.link import Link, finder
-from pipeline.web.server import address, listening
+from pipeline.web.server import READ_BYTES, Connection, address, listening
 from pipeline.web.settings import GatewayConfig
 from tests.conftest import Chain, error_line
 from tools.gateways import (
@@ -227,7 +226,7 @@ COSTS = """
 import pathlib, sys
 from pipeline.core.errors import PipelineError
 from pipeline.web.gateway import _read
-from pipeline.core.usage import peak_bytes
+from pipeline.core.machine import peak_bytes
 
 for name in sys.argv[1:]:
     content = pathlib.Path(name).read_bytes()
@@ -316,11 +315,9 @@ def test_a_request_that_turns_out_to_be_none_is_refused_without_a_word_in_the_lo
 def test_one_connection_too_many_is_503_and_the_others_stay(
     gateway: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "pipeline.web.connections.MAX_CONNECTIONS", 4
-    )  # of which one client has half
-    monkeypatch.setattr("pipeline.web.connections.MAX_REFUSED", 2)
-    monkeypatch.setattr("pipeline.web.connections.REFUSED_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr("pipeline.web.server.MAX_CONNECTIONS", 4)  # of which one client has half
+    monkeypatch.setattr("pipeline.web.server.MAX_REFUSED", 2)
+    monkeypatch.setattr("pipeline.web.server.REFUSED_SECONDS", WAIT_SECONDS)
     address = ("127.0.0.1", gateway.port)
     with socket.create_connection(address), socket.create_connection(address) as second:
         refused = gateway.raw(b"GET /healthz HTTP/1.1\r\n" + OURS + b"\r\n")
@@ -347,7 +344,7 @@ def test_refused_clients_that_have_hung_up_leave_nothing_in_the_log(
             yield listener
 
     monkeypatch.setattr("pipeline.web.server.listening", besieged)
-    monkeypatch.setattr("pipeline.web.connections.MAX_CONNECTIONS", 1)
+    monkeypatch.setattr("pipeline.web.server.MAX_CONNECTIONS", 1)
     link = Link(lambda: "grpc://127.0.0.1:1", "handwriting", 1.0)
     with served(link, GatewayConfig(port=0)) as running:
         until(lambda: running.ask(path="/healthz").status == 200)
@@ -396,7 +393,7 @@ def test_a_flood_of_connections_does_not_use_up_the_files_that_may_be_open(
 def test_who_never_ends_a_request_is_hung_up_on(
     gateway: Served, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes
 ) -> None:
-    monkeypatch.setattr("pipeline.web.connections.REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.web.server.REQUEST_SECONDS", 0.1)
     monkeypatch.setattr(gateway.server.config, "timeout_keep_alive", 0.1)
     with socket.create_connection(("127.0.0.1", gateway.port), WAIT_SECONDS) as connection:
         if before:
@@ -481,7 +478,7 @@ def test_a_client_is_an_address_or_a_network_of_version_6(host: str, client: str
 def test_a_client_that_holds_all_it_can_keeps_no_other_out(
     gateway: Served, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr("pipeline.web.connections.MAX_CONNECTIONS", 8)
+    monkeypatch.setattr("pipeline.web.server.MAX_CONNECTIONS", 8)
     with holding(gateway, how, 16) as connections:
         for _ in range(5):
             assert gateway.classify(picture()).record["label"] == "7"
@@ -495,8 +492,8 @@ def test_a_client_that_holds_all_it_can_keeps_no_other_out(
 def test_what_a_client_holds_comes_free_in_time(
     triton: type[Player], monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr("pipeline.web.connections.REQUEST_SECONDS", 0.1)
-    monkeypatch.setattr("pipeline.web.connections.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.web.server.REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.web.server.ANSWER_SECONDS", 0.1)
     config = GatewayConfig(port=0, timeout=0.1)
     with served(Link(lambda: "grpc://127.0.0.1:1", "handwriting", 1.0), config) as running:
         monkeypatch.setattr(running.server.config, "timeout_keep_alive", 0.1)
@@ -544,7 +541,7 @@ def test_large_bodies_that_never_end_leave_room_for_those_of_others(gateway: Ser
 def test_a_last_answer_that_stays_unread_holds_no_connection(
     gateway: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.web.connections.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.web.server.ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(gateway.server.config, "timeout_keep_alive", 0.1)
     with contextlib.ExitStack() as stack:
         for count in range(1, 24):  # some of which nearly fit into what the system buffers

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.text import Lines
 from pipeline.export.targets import Target
-from pipeline.repository.lint import accelerators, backend, files, tensors
+from pipeline.repository.lint import backend, files, tensors
 from pipeline.repository.lint import config as lint_config
 from pipeline.repository.lint.files import Model
 from pipeline.repository.lint.graph import Graph, read_graph
@@ -34,8 +34,8 @@ OF_ONNX = (
     backend.threshold,
     backend.warmups,
     backend.parameters,
-    accelerators.accelerators,
-    accelerators.overwritten,
+    backend.accelerators,
+    backend.overwritten,
 )
 
 
