@@ -121,10 +121,12 @@ coverage: ## every test, and the lines that none reaches
 test-fast: .venv/done ## the tests without a server and without long training
 	.venv/bin/python -m pytest -m "not server and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: .venv/done ## ruff and codespell
+lint: .venv/done ## ruff, codespell, the order of rooms, and what is declared
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/codespell $$(git ls-files)
+	.venv/bin/lint-imports --no-cache
+	.venv/bin/deptry pipeline
 
 typecheck: .venv/done ## mypy --strict
 	.venv/bin/mypy
