@@ -159,7 +159,7 @@ prove-soak: $(PACKAGED) .venv-triton/done ## 200,000 requests: the server keeps 
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_soak.py exported/figures/soak.json 200000
 prove-native: .venv/done ## put the golden set to NVIDIA's image on what is packaged, where Docker is (NAME)
 	.venv/bin/python tests/prove_native.py exported/figures/native.json --name $(NAME)
-prove-gateway: $(PACKAGED) .venv-triton/done ## 50,000 fuzzed requests, 20,000 damaged pictures and 200 users at once before the page's gateway
+prove-gateway: $(PACKAGED) .venv-triton/done ## 50,000 fuzzed requests, 20,000 damaged pictures, two lockouts and 200 users before the page's gateway
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_gateway.py exported/figures/gateway.json 50000 20000 200 30
 prove-score: $(PACKAGED) .venv/done ## score a million images, killed twice, beside ONNX Runtime in process
 	OMP_NUM_THREADS=1 .venv/bin/python tests/prove_score.py exported/figures/score.json 1000000

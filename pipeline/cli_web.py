@@ -72,6 +72,10 @@ def web_command(
 
     On loopback, until Ctrl-C. It waits for a server that is not there yet, and finds it again.
 
+    An address may hold as many connections (of 512), bytes of uploads (of 64 MiB) and requests
+    under way as it leaves free: half of them when it is alone. All clients of a reverse proxy have
+    its address: limit each of them there.
+
     \b
     Example:
       pipeline web

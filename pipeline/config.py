@@ -130,7 +130,7 @@ class GatewayConfig:
     port: int = 8080
     allow_hosts: tuple[str, ...] = ()  # further names by which it may be asked
     timeout: float = 10.0  # seconds for a whole request, its upload included
-    requests: int = 64  # that may be under way at once; one more is refused with 503
+    requests: int = 64  # under way at once, of one client half; one more is refused with 503
     decoders: int = 2  # threads
 
     def __post_init__(self) -> None:

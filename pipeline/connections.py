@@ -1,38 +1,64 @@
-"""A connection to the gateway: one of so many, and none that keeps us waiting for a request."""
+"""A connection to the gateway: a fair share for each client, and a deadline for each wait."""
 
 import asyncio
+import contextlib
+import socket
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from pipeline.limits import client_of, is_fair
+
+BACKLOG = 64  # connections that asyncio accepts before it lets us refuse any of them
+QUEUE = 1024  # that wait in the system to be accepted; beyond, a client tries again after 1 s
 MAX_CONNECTIONS = 512  # at once: below the 1024 files that a process usually may open
+MAX_REFUSED = 128  # further ones that may read why they are refused; others are just closed
 REQUEST_SECONDS = 15.0  # from a request's first byte, or from connecting, to its last header
+ANSWER_SECONDS = 10.0  # for a client to read an answer that the system cannot buffer
 REFUSED_SECONDS = 1.0  # in which a refused client may read why
+READ_BYTES = 16 * 1024  # at a time: parsing them must not keep the other clients waiting
+SEND_BYTES = 64 * 1024  # that the system buffers; without a limit it is up to 4 MiB a client
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n"
     b"connection: close\r\n\r\n"
 )
 
 
-class Connection(H11Protocol):
-    """Uvicorn's connection, which by itself may stay open forever without asking anything."""
+class Connection(H11Protocol, asyncio.BufferedProtocol):
+    """Uvicorn's connection, which by itself waits forever for requests and for its reader."""
 
-    _patience: asyncio.TimerHandle | None = None
+    _patience: asyncio.TimerHandle | None = None  # with a request, or a refused client
+    _unread: asyncio.TimerHandle | None = None  # runs while the client does not read its answer
     _is_refused = False
+    _owner = ""  # as client_of names it
 
     def connection_made(self, transport: Any) -> None:
-        """Take it, or answer 503 where there are too many, or far too many to answer."""
+        """Take it, or answer 503 where its client has its share already."""
         super().connection_made(transport)
-        self._is_refused = len(self.connections) > MAX_CONNECTIONS
-        if len(self.connections) > 2 * MAX_CONNECTIONS:
-            transport.abort()
-        elif self._is_refused:
-            transport.write(_FULL)
-            transport.write_eof()  # closed at once, unread bytes would take the answer with them
-            self._patience = self.loop.call_later(REFUSED_SECONDS, transport.abort)
-        else:
+        self._buffer = bytearray(READ_BYTES)
+        self._owner = client_of(self.client[0] if self.client else "::")
+        owners = [other._owner for other in self._others() if not other._is_refused]
+        mine, held = owners.count(self._owner), len(owners)
+        if is_fair(1, mine=mine, held=held, limit=MAX_CONNECTIONS):
+            self.flow = _Flow(self)
+            transport.set_write_buffer_limits(0)  # any unread byte calls pause_writing
+            transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES
+            )
             self._watch()
+        else:
+            transport.write(_FULL)
+            self._refuse()
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """Return where the next bytes go."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take the bytes that have come."""
+        self.data_received(bytes(self._buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Read on; a request that comes drop by drop gets no more time for each drop."""
@@ -40,23 +66,68 @@ class Connection(H11Protocol):
             super().data_received(data)
             self._watch()
 
+    def pause_writing(self) -> None:
+        """Start the deadline for the client to read its answer."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on with the next answer: the client has read this one."""
+        if self._unread is not None:
+            self._unread.cancel()
+        super().resume_writing()
+
     def send_400_response(self, msg: str) -> None:
-        """Say that this is no HTTP, and let nobody answer what had begun as a request."""
+        """Answer 400 to what is not HTTP, and drop what had begun as a request."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
-        try:
-            super().send_400_response(msg)
-        except h11.LocalProtocolError:  # an answer has begun, or may have no body
-            self.transport.close()
+        headers = [("content-type", "text/plain; charset=utf-8"), ("connection", "close")]
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun, or has no body
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=msg.encode()),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self._refuse()
+
+    def shutdown(self) -> None:
+        """Close when the answer under way is sent; uvicorn calls it when the server ends."""
+        if self._is_refused:
+            self.transport.abort()
+        else:
+            super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         self._stop_watching()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def _refuse(self) -> None:
+        """Close once the client had time to read why; closed at once, it could lose the answer."""
+        self._stop_watching()
+        self._is_refused = True
+        with contextlib.suppress(OSError):  # the client has closed it already
+            self.transport.write_eof()
+        too_many = sum(other._is_refused for other in self._others()) >= MAX_REFUSED
+        self._patience = self.loop.call_later(
+            0 if too_many else REFUSED_SECONDS, self.transport.abort
+        )
+
+    def _others(self) -> list["Connection"]:
+        return [
+            other
+            for other in self.connections
+            if isinstance(other, Connection) and other is not self
+        ]
 
     def _watch(self) -> None:
         """Give a request that has not wholly come the time it has; one that has, none to keep."""
+        if self._is_refused:
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_watching()
         elif self._patience is None:
@@ -66,3 +137,21 @@ class Connection(H11Protocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+
+class _Flow(FlowControl):
+    """Flow control that reads no more while a whole request waits for its answer.
+
+    Uvicorn's reads on each time that the application asks for a body: a client that pipelines POST
+    requests makes it buffer as much as it sends.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection.transport)
+        self._connection = connection
+
+    def resume_reading(self) -> None:
+        """Read on, unless a whole request waits for its answer."""
+        cycle = self._connection.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete:
+            super().resume_reading()

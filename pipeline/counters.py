@@ -36,8 +36,8 @@ class Counters:
             registry=self._registry,
         )
         for name, text, value in (
-            ("gateway_in_flight", "Pictures under way.", lambda: room.taken),
-            ("gateway_held_bytes", "What they hold together.", lambda: room.held),
+            ("gateway_in_flight", "Pictures under way.", lambda: room.taken.total()),
+            ("gateway_held_bytes", "What all bodies hold.", lambda: room.held.total()),
             ("gateway_unlogged", "Predictions missing from the prediction log.", unlogged),
         ):
             Gauge(name, text, registry=self._registry).set_function(value)

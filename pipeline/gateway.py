@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import functools
 import math
 import time
 from collections.abc import AsyncIterator
@@ -25,7 +24,14 @@ from pipeline.counters import Counters
 from pipeline.errors import PipelineError, ServerError
 from pipeline.guard import Guard, host_names, stated_length
 from pipeline.images import read_image
-from pipeline.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture
+from pipeline.limits import (
+    MAX_BYTES,
+    FullError,
+    RefusedError,
+    Room,
+    check_picture,
+    client_of,
+)
 from pipeline.link import Link
 from pipeline.prediction_log import PredictionLog
 
@@ -42,25 +48,36 @@ READY_SECONDS = 1.0  # for so long an answer to /readyz holds: probes must not b
 
 @dataclass
 class Ticket:
-    """One request's place, and what it holds there until nothing works for it any more."""
+    """The bytes of one request, then its place; held until nothing works for it any more."""
 
     room: Room
+    client: str
     held: int = 0  # bytes
+    has_place: bool = False
     job: "Future[np.ndarray] | None" = None  # a thread that has begun cannot be stopped
 
     def hold(self, count: int) -> None:
         """Hold `count` more bytes, or raise FullError."""
-        self.room.hold(count)
+        self.room.hold(self.client, count)
         self.held += count
 
+    def enter(self) -> None:
+        """Take a place, or raise FullError."""
+        self.room.enter(self.client)
+        self.has_place = True
+
     def give_back(self) -> None:
-        """Give the place back once the thread that works for it has ended, if there is one."""
-        leave = functools.partial(self.room.leave, self.held)
+        """Give all of it back once the thread that works for it has ended, if there is one."""
         if self.job is None:
-            leave()
+            self._leave()
         else:
             loop = asyncio.get_running_loop()
-            self.job.add_done_callback(lambda job: loop.call_soon_threadsafe(leave))
+            self.job.add_done_callback(lambda job: loop.call_soon_threadsafe(self._leave))
+
+    def _leave(self) -> None:
+        self.room.release(self.client, self.held)
+        if self.has_place:
+            self.room.leave(self.client)
 
 
 class Gateway:
@@ -122,11 +139,11 @@ class Gateway:
         """What the model says of the picture in the body."""
         start = time.monotonic()
         _check_length(request)
-        self.room.enter()
-        ticket = Ticket(self.room)
+        ticket = Ticket(self.room, client_of(request.client.host if request.client else "::"))
         try:
             async with asyncio.timeout(self.config.timeout):
                 content = await _body(request, ticket)
+                ticket.enter()  # only now: a slow body must not hold a place
                 record = await self._answer(content, ticket)
         except TimeoutError as error:
             raise FullError(f"no answer in {self.config.timeout:g} s: ask again") from error

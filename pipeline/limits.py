@@ -1,8 +1,10 @@
 """What the gateway accepts of a picture, and how much of everything at once."""
 
 import io
+import ipaddress
 import warnings
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from PIL import Image, PngImagePlugin
 
@@ -99,28 +101,52 @@ def _number(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
+def client_of(host: str) -> str:
+    """Return the name to count a client by: its address, for IPv6 the /64 network it has whole."""
+    address = ipaddress.ip_address(host)
+    if isinstance(address, ipaddress.IPv4Address) or address.ipv4_mapped:
+        return host
+    return f"{int(address) >> 64:x}::/64"
+
+
+def is_fair(wanted: int, *, mine: int, held: int, limit: int) -> bool:
+    """Return whether a client that holds `mine` of the `held` may hold `wanted` more of `limit`.
+
+    It may hold as much as is left free: one client alone half of `limit`, n clients 1 / (n + 1)
+    each. However many take their full share, the same share is left for the next client.
+    """
+    return mine + wanted <= limit - held
+
+
 @dataclass
 class Room:
-    """How many requests may be under way at once, and how many bytes they may hold together."""
+    """How many requests may be under way at once, and how many bytes their bodies may have."""
 
     requests: int = 64
     bytes: int = 64 * 2**20
-    taken: int = 0  # requests
-    held: int = 0  # bytes
+    taken: Counter[str] = field(default_factory=Counter)  # requests by client
+    held: Counter[str] = field(default_factory=Counter)  # bytes by client
 
-    def enter(self) -> None:
-        """Take a place; FullError when there is none."""
-        if self.taken >= self.requests:
-            raise FullError(f"{self.requests} requests are under way already: ask again")
-        self.taken += 1
+    def enter(self, client: str) -> None:
+        """Take a place for a client; FullError where that is not fair."""
+        mine, held = self.taken[client], self.taken.total()
+        if not is_fair(1, mine=mine, held=held, limit=self.requests):
+            raise FullError("too many requests are under way already: ask again")
+        self.taken[client] += 1
 
-    def hold(self, count: int) -> None:
-        """Make room for `count` more bytes; FullError when there is none."""
-        if self.held + count > self.bytes:
+    def leave(self, client: str) -> None:
+        """Give a client's place back."""
+        self.taken[client] -= 1
+        self.taken += Counter()  # forgets clients that hold nothing
+
+    def hold(self, client: str, count: int) -> None:
+        """Make room for `count` more bytes of a client; FullError where that is not fair."""
+        mine, held = self.held[client], self.held.total()
+        if not is_fair(count, mine=mine, held=held, limit=self.bytes):
             raise FullError("too many large pictures are under way already: ask again")
-        self.held += count
+        self.held[client] += count
 
-    def leave(self, count: int) -> None:
-        """Give a place back, and the bytes that it held."""
-        self.taken -= 1
-        self.held -= count
+    def release(self, client: str, count: int) -> None:
+        """Give a client's bytes back."""
+        self.held[client] -= count
+        self.held += Counter()

@@ -174,16 +174,27 @@ def code(model: Model) -> Iterator[Finding]:
         source = "core src/backend_model.cc GetBackendLibrarySearchPaths"
         fix = "remove it, unless you wrote it"
         yield Finding("brings-code", "warning", path, said, fix, source=source)
-    for index, name in enumerate(model.config.message.model_operations.op_library_filename):
+    for where, what in _foreign_code(model):
         yield model.config.finding(
-            "brings-code", "warning", f"model_operations.op_library_filename[{index}]",
-            f"makes the server run the code in '{name}'", "remove it, unless you trust it",
+            "brings-code", "warning", where, f"may have the server run {what}",
+            "remove it, unless you trust it",
         )  # fmt: skip
-    for what in triton.commands(model.folder, model.config.message):
-        yield model.config.finding(
-            "brings-code", "warning", "instance_group", f"may have the server run {what}",
-            "remove it, unless you trust it", "python_backend src/stub_launcher.cc Launch",
-        )  # fmt: skip
+
+
+def _foreign_code(model: Model) -> Iterator[tuple[str, str]]:
+    """Fields of a config that name code to run, and what they name."""
+    message = model.config.message
+    for index, name in enumerate(message.model_operations.op_library_filename):
+        yield f"model_operations.op_library_filename[{index}]", f"the code in '{name}'"
+    for index, agent in enumerate(message.model_repository_agents.agents):
+        yield f"model_repository_agents.agents[{index}]", f"the agent '{agent.name}'"
+    if message.runtime:
+        yield "runtime", f"'{message.runtime}'"
+    for key in ("EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"):
+        if key in message.parameters:
+            yield f"parameters[{key}]", f"what {key} names"
+    for what in triton.commands(model.folder, message):
+        yield "instance_group", what
 
 
 def brought_code(model: Model) -> list[Path]:
@@ -191,6 +202,19 @@ def brought_code(model: Model) -> list[Path]:
     folders = [model.folder, *model.versions.values()]
     names = ("libtriton_*.so", "batchstrategy.so")
     return [path for folder in folders for name in names for path in folder.glob(name)]
+
+
+def brings_code(model: Model) -> bool:
+    """Whether a load might run more than ONNX Runtime, or another backend that Triton has."""
+    message: Any = model.config.message
+    if any(code(model)):
+        return True
+    if is_onnx(message, model.folder):
+        return False
+    if message.backend:  # which Triton looks for in a folder of that name
+        return re.fullmatch(r"\w+", message.backend) is None
+    # Triton guesses: from the files, else from the end of the folder's name.
+    return "." in model.folder.name or any(model.folder.rglob("*.py"))
 
 
 def digest(path: Path) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import lint_files, triton, tritonserver
+from pipeline import lint_files, tritonserver
 from pipeline.config import ServeConfig
 from pipeline.errors import ServerError
 from pipeline.lint import CONFIG, Linted, in_order
@@ -96,7 +96,7 @@ def _beyond(folder: Path, kind: str) -> Trial | None:
 
     if named in OTHER_BACKENDS:
         return say(f"it is for the backend {named}")
-    if _brings_code(Model(folder, config, lint_files.versions(folder)[0])):
+    if lint_files.brings_code(Model(folder, config, lint_files.versions(folder)[0])):
         return say("it may bring code of its own, which is not run here")
     if runs_on_gpu(message) and not any(Path("/dev").glob("nvidia[0-9]*")):
         return say("it asks for a GPU, and there is none", "LoadModel")
@@ -105,25 +105,6 @@ def _beyond(folder: Path, kind: str) -> Trial | None:
         if kind == "wheel" and one.name != "cuda":
             return say(f"only the native backend has the accelerator '{one.name}'", "LoadModel")
     return None
-
-
-def _brings_code(model: Model) -> bool:
-    """Whether a load might run more than ONNX Runtime: a stranger's code is not run for a trial."""
-    message: Any = model.config.message
-    if message.model_operations.op_library_filename or message.runtime:
-        return True
-    if triton.commands(model.folder, message):
-        return True
-    if message.model_repository_agents.agents or lint_files.brought_code(model):
-        return True
-    if {"EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"} & set(message.parameters):
-        return True
-    if lint_files.is_onnx(message, model.folder):
-        return False
-    if message.backend:  # which Triton looks for in a folder of that name
-        return re.fullmatch(r"\w+", message.backend) is None
-    # Triton guesses: from the files, else from the end of the folder's name.
-    return "." in model.folder.name or any(model.folder.rglob("*.py"))
 
 
 def _limited(trial: Trial, kind: str) -> Trial:

@@ -138,6 +138,12 @@ def unsure_markdown(figure: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+LOCKOUTS = {
+    "unread": "sent requests and read no answer",
+    "trickled": "sent pictures a byte at a time",
+}
+
+
 def gateway_markdown(figure: dict[str, Any]) -> str:
     """A sentence about everything wrong that was sent to the page's gateway."""
     crowd = figure["crowd"]
@@ -149,6 +155,14 @@ def gateway_markdown(figure: dict[str, Any]) -> str:
         f"{crowd['users']} users at once for {crowd['seconds']:g} s: {crowd['right']:,} answers, "
         f"{crowd.get('wrong', 0)} of them wrong, {crowd.get('refused', 0):,} times 503 with "
         f"Retry-After, and {crowd['grown_bytes'] / MEBIBYTE:.0f} MiB more memory."
+        + "".join(
+            f" While one address opened {lockout['connections']} connections and "
+            f"{LOCKOUTS[kind]}, for {lockout['seconds']:g} s: {lockout['right']:,} answers to "
+            f"others, {lockout.get('wrong', 0)} of them wrong, {lockout.get('refused', 0)} times "
+            f"503, the longest wait {lockout['longest_seconds']:.1f} s; what it held came free "
+            f"after {lockout['free_seconds']:.0f} s."
+            for kind, lockout in figure.get("lockouts", {}).items()
+        )
     )
 
 

@@ -191,11 +191,6 @@ def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
         path, model = triton.profile_file(folder, profile), replace(paths, name=folder.name)
         config = triton.read(path)
         _refuse_foreign(folder, config)
-        if found := triton.commands(folder, config):
-            raise CheckFailedError(
-                f"{path} may have the server run {found[0]}: remove it, or rename it "
-                "with letters, digits, '-', '_' and '.' only"
-            )
         versions = triton.selected(config)
         if not versions:
             raise CheckFailedError(f"{path} selects no version: {REPACKAGE}")

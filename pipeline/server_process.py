@@ -93,12 +93,12 @@ def process(
 
 def processes_of(server_id: str) -> list[int]:
     """Return the server's living processes: tritonserver, its stubs, or a container's command."""
-    mark, found = f"{MARK}={server_id}".encode(), []
+    mark, pids = f"{MARK}={server_id}".encode(), []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
             if mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return [pid for pid in found if start_time(pid) is not None]
+                pids.append(int(entry.name))
+    return [pid for pid in pids if start_time(pid) is not None]
 
 
 def dead_children(pid: int) -> list[int]:

@@ -160,8 +160,8 @@ def commands(folder: Path, message: ModelConfig) -> list[str]:
     own (StubLauncher::Launch in python_backend's stub_launcher.cc).
     """
     names = [message.default_model_filename, *(group.name for group in message.instance_group)]
-    found = [repr(name) for name in names if not re.fullmatch(r"[\w./+~-]*", name, re.ASCII)]
-    return found + ([str(folder / STUB)] if (folder / STUB).exists() else [])
+    odd = [repr(name) for name in names if not re.fullmatch(r"[\w./+~-]*", name, re.ASCII)]
+    return odd + ([str(folder / STUB)] if (folder / STUB).exists() else [])
 
 
 def pictures(message: ModelConfig) -> str:

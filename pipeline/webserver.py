@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from pipeline.config import GatewayConfig
-from pipeline.connections import Connection
+from pipeline.connections import BACKLOG, QUEUE, Connection
 from pipeline.errors import PipelineError
 from pipeline.gateway import Gateway
 from pipeline.link import Link, finder
@@ -50,6 +50,7 @@ def settings(gateway: Gateway) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        backlog=BACKLOG,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=END_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
@@ -86,5 +87,6 @@ async def _serve(
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     if server.started:
+        listener.listen(QUEUE)  # asyncio sets its own backlog, and accepts as many at a time
         started()
     await serving

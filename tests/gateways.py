@@ -83,7 +83,7 @@ class Served:
 
     port: int
     gateway: Gateway
-    uvicorn: uvicorn.Config
+    server: uvicorn.Server
 
     def ask(
         self,
@@ -116,17 +116,30 @@ class Served:
             return received
 
 
+def connected(port: int, client: str, begun: bytes = b"") -> socket.socket:
+    """A connection that never waits, from an address of its own, with some bytes sent."""
+    connection = socket.socket()
+    # As little as there is for what is not read, and nothing left behind by closing.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.settimeout(WAIT_SECONDS)
+    connection.bind((client, 0))
+    connection.connect(("127.0.0.1", port))
+    connection.setblocking(False)
+    connection.send(begun)
+    return connection
+
+
 @contextlib.contextmanager
 def served(link: Link, config: GatewayConfig, log: PredictionLog | None = None) -> Iterator[Served]:
     """The gateway in a thread, on a free port."""
     gateway = Gateway(link, config, log)
     with webserver.listening(config) as listener:
-        settings = webserver.settings(gateway)
-        server = uvicorn.Server(settings)
+        server = uvicorn.Server(webserver.settings(gateway))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         until(lambda: server.started)
-        yield Served(listener.getsockname()[1], gateway, settings)
+        yield Served(listener.getsockname()[1], gateway, server)
         server.should_exit = True
         thread.join(WAIT_SECONDS)
 
@@ -233,6 +246,18 @@ def bombs() -> dict[str, bytes]:
         "a lossy WebP of 268 million pixels": webp(b"VP8 ", 16_383, 16_383),
     }
 
+
+GET = b"GET /page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+# What a client sends to hold a connection, and what it then goes on sending.
+HOLDING = {
+    "says nothing": (b"", b""),
+    "never ends a head": (b"GET / HTTP/1.1\r\nX: ", b"x"),
+    "never ends a body": (
+        b"POST /classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 999999\r\n\r\n",
+        b"x",
+    ),
+    "never reads": (GET * 2000, GET),
+}
 
 # Requests that come from elsewhere: their headers, and the status that refuses them.
 OURS = b"Host: 127.0.0.1\r\n"

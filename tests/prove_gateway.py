@@ -12,9 +12,11 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
-from gateways import ATTEMPTS, bombs, encoded
+from gateways import ATTEMPTS, HOLDING, bombs, connected, encoded
 from PIL import Image
 from prove_kill import project
 
@@ -39,6 +41,11 @@ CHECK_EVERY = 500  # hostile requests, between two that must be answered rightly
 BOMB_BYTES = 20 * 2**20
 MAY_GROW = 200 * 2**20  # bytes, under many users: what they may send at once, and its decoding
 KINDS = ("PNG", "JPEG", "WEBP")
+LOCKOUTS = {"unread": "never reads", "trickled": "never ends a body"}
+ATTACKER = "127.0.0.2"  # the others have 127.0.0.1
+ATTACKS = 512  # connections that it wants, all that there are
+OTHERS = 4
+AGAIN_SECONDS = 0.2  # after which it sends more, and connects again where it was cut off
 
 
 @dataclass
@@ -61,14 +68,23 @@ class Gateway:
                 return 1024 * int(line.split()[1])
         raise AssertionError("the gateway has gone")
 
-    def send(self, content: bytes) -> tuple[int, dict[str, Any]]:
-        """The status and the record that come back for a picture."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG_SECONDS)
+    def send(self, content: bytes, client: str = "127.0.0.1") -> tuple[int, dict[str, Any]]:
+        """The status and the record that come back for a picture, if one does."""
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.port, timeout=HANG_SECONDS, source_address=(client, 0)
+        )
         connection.request("POST", "/classify", content)
         answer = connection.getresponse()
-        record = json.loads(answer.read())
+        record = json.loads(answer.read() or "{}")
         connection.close()
         return answer.status, record
+
+    def answers(self, client: str) -> bool:
+        """Whether a client of that address is answered."""
+        try:
+            return self.send(self.pictures[0], client)[0] == 200
+        except (ConnectionError, http.client.HTTPException):
+            return False
 
     def raw(self, text: bytes) -> int:
         """The status that comes back for these bytes; 0 where the connection is just closed."""
@@ -250,12 +266,84 @@ async def crowd(gateway: Gateway, users: int, seconds: float) -> dict[str, Any]:
     return {"users": users, "seconds": seconds, **counts, "grown_bytes": grown}
 
 
+@contextlib.contextmanager
+def attacked(gateway: Gateway, how: str) -> Iterator[threading.Event]:
+    """A client that holds all connections it gets; once the event is set, it replaces lost ones."""
+    begun, more = HOLDING[how]
+    connections: list[socket.socket] = []
+    again, ended = threading.Event(), threading.Event()
+
+    def connect() -> None:
+        while len(connections) < ATTACKS and not ended.is_set():
+            with contextlib.suppress(OSError):
+                connections.append(connected(gateway.port, ATTACKER, begun))
+
+    def attack() -> None:
+        while not ended.wait(AGAIN_SECONDS):
+            for connection in list(connections):
+                try:
+                    connection.send(more)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    connection.close()
+                    connections.remove(connection)
+            if again.is_set():
+                connect()
+
+    with ThreadPoolExecutor(1) as pool:
+        connect()
+        attacking = pool.submit(attack)
+        try:
+            yield again
+        finally:
+            ended.set()
+            attacking.result()
+            for connection in connections:
+                connection.close()
+
+
+def lock_out(gateway: Gateway, how: str, seconds: float) -> dict[str, Any]:
+    """When a client that holds all it can may connect again; what others get while it goes on."""
+    counts: Counter[str] = Counter()
+    waits = []
+
+    def other(end: float, number: int) -> None:
+        while (start := time.monotonic()) < end:
+            number = (number + 1) % len(gateway.pictures)
+            status, record = gateway.send(gateway.pictures[number])
+            waits.append(time.monotonic() - start)
+            is_right = record.get("label") == gateway.labels[number]
+            counts["refused" if status != 200 else "right" if is_right else "wrong"] += 1
+
+    with attacked(gateway, how) as again, ThreadPoolExecutor(OTHERS) as pool:
+        start = time.monotonic()
+        assert not gateway.answers(ATTACKER), how
+        while not gateway.answers(ATTACKER):
+            assert time.monotonic() - start < HANG_SECONDS, how
+            time.sleep(AGAIN_SECONDS)
+        free = time.monotonic() - start
+        again.set()
+        end = time.monotonic() + seconds
+        for task in [pool.submit(other, end, number) for number in range(OTHERS)]:
+            task.result()
+    return {
+        "connections": ATTACKS,
+        "seconds": seconds,
+        "others": OTHERS,
+        **counts,
+        "longest_seconds": round(max(waits), 2),
+        "free_seconds": round(free, 1),
+    }
+
+
 def prove(requests: int, pictures: int, users: int, seconds: float) -> dict[str, Any]:
     """All of it, as a record; AssertionError where something is not as it must be."""
     with running() as gateway:
         bomb_bytes = blow(gateway)
         attempts = trespass(gateway)
         crowded = asyncio.run(crowd(gateway, users, seconds))
+        lockouts = {name: lock_out(gateway, how, seconds) for name, how in LOCKOUTS.items()}
         before = gateway.memory()
         fuzzed = fuzz(gateway, requests)
         damaged = mutate(gateway, pictures)
@@ -264,6 +352,9 @@ def prove(requests: int, pictures: int, users: int, seconds: float) -> dict[str,
     assert bomb_bytes < BOMB_BYTES, bomb_bytes
     assert crowded.get("wrong", 0) == 0, crowded
     assert min(crowded.get(kind, 0) for kind in ("right", "refused")) > 0, crowded
+    for lockout in lockouts.values():
+        assert lockout.get("right", 0) > 0 == lockout.get("wrong", 0), lockout
+        assert lockout.get("refused", 0) == 0, lockout
     assert max(crowded["grown_bytes"], grown) < MAY_GROW, (crowded, grown)
     return {
         "command": "make prove-gateway",
@@ -276,6 +367,7 @@ def prove(requests: int, pictures: int, users: int, seconds: float) -> dict[str,
         "bomb_bytes": bomb_bytes,
         "attempts": attempts,
         "crowd": crowded,
+        "lockouts": lockouts,
     }
 
 

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.client
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -19,11 +20,14 @@ import pytest
 from conftest import Chain, error_line
 from gateways import (
     ATTEMPTS,
+    GET,
+    HOLDING,
     OURS,
     WAIT_SECONDS,
     Player,
     Served,
     bombs,
+    connected,
     encoded,
     jpeg,
     picture,
@@ -35,20 +39,30 @@ from gateways import (
 from PIL import Image
 
 from pipeline.config import GatewayConfig
+from pipeline.connections import READ_BYTES, Connection
 from pipeline.errors import PipelineError, ServerError, SlowError
 from pipeline.files import write_json
 from pipeline.gateway import PAGE
 from pipeline.guard import HEADERS, check_host, host_names
 from pipeline.images import read_image
-from pipeline.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture
+from pipeline.limits import (
+    MAX_BYTES,
+    FullError,
+    RefusedError,
+    Room,
+    check_picture,
+    client_of,
+)
 from pipeline.link import Link, finder
 from pipeline.paths import Paths
 from pipeline.running import Server, root
 from pipeline.webserver import address, listening
 
-PLACES = 3
+PLACES = 5
+SHARE = 3  # of them, for one client alone
 BOMB_MEMORY = 20 * 2**20  # bytes
 LONG = b"0" * 65536
+elsewhere = pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is no address elsewhere")
 
 
 @pytest.fixture
@@ -294,10 +308,12 @@ def test_headers_without_an_end_are_refused(gateway: Served) -> None:
 
 
 @pytest.mark.parametrize("method", [b"POST", b"HEAD"])
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
 def test_a_request_that_turns_out_to_be_none_is_refused_without_a_word_in_the_log(
-    gateway: Served, caplog: pytest.LogCaptureFixture, method: bytes
+    gateway: Served, caplog: pytest.LogCaptureFixture, method: bytes, expect: bytes
 ) -> None:
-    head = method + b" /classify HTTP/1.1\r\n" + OURS + b"Transfer-Encoding: chunked\r\n\r\n"
+    head = method + b" /classify HTTP/1.1\r\n" + OURS + expect
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
     for _ in range(20):
         assert gateway.raw(head + b"no chunk at all\r\n").startswith(b"HTTP/1.1 4")
     assert gateway.classify(picture()).status == 200
@@ -307,7 +323,9 @@ def test_a_request_that_turns_out_to_be_none_is_refused_without_a_word_in_the_lo
 def test_one_connection_too_many_is_503_and_the_others_stay(
     gateway: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.connections.MAX_CONNECTIONS", 2)
+    monkeypatch.setattr("pipeline.connections.MAX_CONNECTIONS", 4)  # of which one client has half
+    monkeypatch.setattr("pipeline.connections.MAX_REFUSED", 2)
+    monkeypatch.setattr("pipeline.connections.REFUSED_SECONDS", WAIT_SECONDS)
     address = ("127.0.0.1", gateway.port)
     with socket.create_connection(address), socket.create_connection(address) as second:
         refused = gateway.raw(b"GET /healthz HTTP/1.1\r\n" + OURS + b"\r\n")
@@ -316,9 +334,64 @@ def test_one_connection_too_many_is_503_and_the_others_stay(
         second.sendall(b"GET /healthz HTTP/1.1\r\n" + OURS + b"\r\n")
         assert second.recv(100).startswith(b"HTTP/1.1 200 ")
         with contextlib.ExitStack() as stack:
-            many = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
-            assert many[-1].recv(100) == b""
+            for _ in range(9):
+                stack.enter_context(socket.create_connection(address))
+            until(lambda: len(gateway.server.server_state.connections) == 2 + 2)
     until(lambda: gateway.ask(path="/healthz").status == 200)
+
+
+def test_refused_clients_that_have_hung_up_leave_nothing_in_the_log(
+    triton: type[Player], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @contextlib.contextmanager
+    def besieged(config: GatewayConfig) -> Iterator[socket.socket]:
+        with listening(config) as listener:
+            listener.listen()
+            for _ in range(9):  # they wait to be accepted, and have gone by then
+                socket.create_connection(listener.getsockname()).close()
+            yield listener
+
+    monkeypatch.setattr("pipeline.webserver.listening", besieged)
+    monkeypatch.setattr("pipeline.connections.MAX_CONNECTIONS", 1)
+    link = Link(lambda: "grpc://127.0.0.1:1", "handwriting", 1.0)
+    with served(link, GatewayConfig(port=0)) as running:
+        until(lambda: running.ask(path="/healthz").status == 200)
+    assert not caplog.records
+
+
+FLOOD = """
+import contextlib, resource, socket, sys
+
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+connections = [socket.socket() for _ in range(2000)]
+for connection in connections:
+    connection.bind(("127.0.0.2", 0))
+    connection.setblocking(False)
+    connection.connect_ex(("127.0.0.1", int(sys.argv[1])))
+print("connected", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@elsewhere
+def test_a_flood_of_connections_does_not_use_up_the_files_that_may_be_open(
+    gateway: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, usual[1]))
+    command = [sys.executable, "-c", FLOOD, str(gateway.port)]
+    pipe = subprocess.PIPE
+    try:
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as flood:
+            assert flood.stdout
+            assert flood.stdout.readline() == "connected\n"
+            assert gateway.ask(path="/healthz").status == 200
+            flood.communicate("")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET / HT"])
@@ -329,7 +402,7 @@ def test_who_never_ends_a_request_is_hung_up_on(
     gateway: Served, monkeypatch: pytest.MonkeyPatch, before: bytes, begun: bytes
 ) -> None:
     monkeypatch.setattr("pipeline.connections.REQUEST_SECONDS", 0.1)
-    monkeypatch.setattr(gateway.uvicorn, "timeout_keep_alive", 0.1)
+    monkeypatch.setattr(gateway.server.config, "timeout_keep_alive", 0.1)
     with socket.create_connection(("127.0.0.1", gateway.port), WAIT_SECONDS) as connection:
         if before:
             connection.sendall(before)
@@ -344,26 +417,182 @@ def test_a_full_queue_is_503_with_retry_after_and_the_others_are_answered(
     gateway: Served, triton: type[Player]
 ) -> None:
     triton.gate.clear()
-    with ThreadPoolExecutor(PLACES) as pool:
-        waiting = [pool.submit(gateway.classify, picture()) for _ in range(PLACES)]
-        until(lambda: gateway.gateway.room.taken == PLACES)
+    with ThreadPoolExecutor(SHARE) as pool:
+        waiting = [pool.submit(gateway.classify, picture()) for _ in range(SHARE)]
+        until(lambda: gateway.gateway.room.taken.total() == SHARE)
         refused = gateway.classify(picture())
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
         assert "ask again" in refused.record["error"]
         assert gateway.ask(path="/healthz").status == 200
         triton.gate.set()
-        assert [reply.result().status for reply in waiting] == [200] * PLACES
+        assert [reply.result().status for reply in waiting] == [200] * SHARE
 
 
-def test_requests_hold_only_so_many_bytes_together() -> None:
-    room = Room(requests=2, bytes=10)
-    room.enter()
-    room.hold(8)
-    room.enter()
+@elsewhere
+def test_a_client_that_floods_us_with_pictures_leaves_places_for_others(
+    gateway: Served, triton: type[Player]
+) -> None:
+    content, room = picture(), gateway.gateway.room
+    head = b"POST /classify HTTP/1.1\r\n" + OURS + b"Content-Length: %d\r\n\r\n" % len(content)
+    triton.gate.clear()
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * PLACES):
+            stack.enter_context(connected(gateway.port, "127.0.0.2", head + content))
+        until(lambda: refusals(gateway) + room.taken.total() == 2 * PLACES)
+        other = stack.enter_context(ThreadPoolExecutor(1)).submit(gateway.classify, content)
+        until(lambda: room.taken["127.0.0.1"] == 1)
+        triton.gate.set()
+        assert other.result().record["label"] == "7"
+
+
+def refusals(gateway: Served) -> float:
+    """Return how often the gateway counted 503 as its answer to a picture."""
+    text = gateway.ask(path="/metrics").body.decode()
+    (count,) = re.findall(r'total{path="/classify",status="503"} (.*)', text) or [0]
+    return float(count)
+
+
+def test_a_client_holds_as_many_bytes_as_are_left_for_others() -> None:
+    room = Room(bytes=12)
+    room.hold("one", 6)
     with pytest.raises(FullError, match="too many large pictures"):
-        room.hold(3)
-    room.leave(8)
-    room.hold(3)
+        room.hold("one", 1)
+    room.hold("two", 3)
+    room.hold("three", 1)
+    room.release("two", 3)
+    room.release("three", 1)
+    with pytest.raises(FullError, match="too many large pictures"):
+        room.hold("two", 7)
+    room.release("one", 6)
+    assert room == Room(bytes=12)
+    assert not room.held
+
+
+@pytest.mark.parametrize(
+    ("host", "client"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.1"),
+        ("2001:db8:0:1:2:3:4:5", "20010db800000001::/64"),
+        ("fe80::1%eth0", "fe80000000000000::/64"),
+    ],
+)
+def test_a_client_is_an_address_or_a_network_of_version_6(host: str, client: str) -> None:
+    assert client_of(host) == client
+
+
+@elsewhere
+@pytest.mark.parametrize("how", HOLDING)
+def test_a_client_that_holds_all_it_can_keeps_no_other_out(
+    gateway: Served, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("pipeline.connections.MAX_CONNECTIONS", 8)
+    with holding(gateway, how, 16) as connections:
+        for _ in range(5):
+            assert gateway.classify(picture()).record["label"] == "7"
+            for connection in connections:
+                with contextlib.suppress(OSError):
+                    connection.send(HOLDING[how][1])
+
+
+@elsewhere
+@pytest.mark.parametrize("how", HOLDING)
+def test_what_a_client_holds_comes_free_in_time(
+    triton: type[Player], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("pipeline.connections.REQUEST_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.connections.ANSWER_SECONDS", 0.1)
+    config = GatewayConfig(port=0, timeout=0.1)
+    with served(Link(lambda: "grpc://127.0.0.1:1", "handwriting", 1.0), config) as running:
+        monkeypatch.setattr(running.server.config, "timeout_keep_alive", 0.1)
+        with holding(running, how, 16):
+            until(lambda: running.server.server_state.connections)
+            until(lambda: not running.server.server_state.connections)
+
+
+@contextlib.contextmanager
+def holding(gateway: Served, how: str, count: int) -> Iterator[list[socket.socket]]:
+    """So many connections of another client that have begun to hold us, where they may."""
+    begun = HOLDING[how][0]
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(connected(gateway.port, "127.0.0.2", begun)) for _ in range(count)
+        ]
+
+
+def test_bodies_that_come_a_byte_at_a_time_take_no_place(gateway: Served) -> None:
+    head, byte = HOLDING["never ends a body"]
+    with contextlib.ExitStack() as stack:
+        slow = [
+            stack.enter_context(connected(gateway.port, "127.0.0.1", head))
+            for _ in range(PLACES + 2)
+        ]
+        for _ in range(5):
+            for connection in slow:
+                connection.send(byte)
+            assert gateway.classify(picture()).record["label"] == "7"
+        until(lambda: gateway.gateway.room.held.total() == 5 * len(slow))
+        assert not gateway.gateway.room.taken
+
+
+@elsewhere
+def test_large_bodies_that_never_end_leave_room_for_those_of_others(gateway: Served) -> None:
+    content, room = picture(), gateway.gateway.room
+    room.bytes = 4 * len(content)
+    with holding(gateway, "never ends a body", 5) as connections:
+        for connection in connections:
+            connection.send(content)
+        until(lambda: room.held.total() == 2 * len(content))
+        assert gateway.classify(content).record["label"] == "7"
+
+
+def test_a_last_answer_that_stays_unread_holds_no_connection(
+    gateway: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.connections.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(gateway.server.config, "timeout_keep_alive", 0.1)
+    with contextlib.ExitStack() as stack:
+        for count in range(1, 24):  # some of which nearly fit into what the system buffers
+            stack.enter_context(connected(gateway.port, "127.0.0.1", GET * count))
+            until(lambda: gateway.server.server_state.connections)
+        until(lambda: not gateway.server.server_state.connections)
+
+
+def test_requests_are_not_read_far_ahead_of_their_answers(gateway: Served) -> None:
+    head = b"POST /classify HTTP/1.1\r\n" + OURS + b"Content-Length: 0\r\n\r\n"
+    with (
+        ThreadPoolExecutor(1) as pool,
+        socket.create_connection(("127.0.0.1", gateway.port), WAIT_SECONDS) as connection,
+    ):
+        sending = pool.submit(connection.sendall, head * 100_000)
+        answers = 0
+        while answers < 100:
+            answers += connection.recv(65536).count(b"HTTP/1.1 400 ")
+        (kept,) = gateway.server.server_state.connections
+        assert isinstance(kept, Connection)
+        assert len(kept.conn.trailing_data[0]) <= READ_BYTES + len(head)
+        connection.shutdown(socket.SHUT_RDWR)
+        assert isinstance(sending.exception(), OSError)
+
+
+def test_requests_sent_ahead_are_answered_as_the_client_reads(gateway: Served) -> None:
+    script = (PAGE / "page.js").read_bytes()
+    with connected(gateway.port, "127.0.0.1", GET * 60) as connection:
+        until(lambda: gateway.server.server_state.connections)
+        (kept,) = gateway.server.server_state.connections
+        assert isinstance(kept, Connection)
+        until(lambda: kept._unread)
+        text = gateway.ask(path="/metrics").body.decode()
+        (answers,) = re.findall(r'total{path="/page.js",status="200"} (.*)', text)
+        assert float(answers) < 20
+        connection.setblocking(True)
+        received = b""
+        while received.count(script) < 60:
+            part = connection.recv(1 << 20)
+            assert part
+            received += part
+        assert kept._unread
+        until(kept._unread.cancelled)
 
 
 @pytest.mark.slow
@@ -399,7 +628,7 @@ def test_who_hangs_up_gives_the_place_back(gateway: Served, triton: type[Player]
             connection.sendall(
                 b"POST /classify HTTP/1.1\r\n" + OURS + b"Content-Length: 9\r\n\r\na"
             )
-            until(lambda: gateway.gateway.room.held == 1)
+            until(lambda: gateway.gateway.room.held.total() == 1)
         until(lambda: gateway.gateway.room == Room(PLACES))
     assert gateway.classify(picture()).status == 200
 

@@ -28,8 +28,10 @@ if sys.argv[1:3] == ["image", "inspect"]:
 if sys.argv[1] == "run":
     options, command = sys.argv[2:sys.argv.index({image!r})], sys.argv[sys.argv.index({image!r}):]
     given = dict(option.split("=", 1) for option in options if "=" in option)
-    repository, inside, mode = given["-v"].split(":")
-    assert (inside, mode, command[1]) == ("/models", "ro", "tritonserver")
+    kind, source, inside, mode = given["--mount"].split(",")
+    assert (kind, inside, mode) == ("type=bind", "target=/models", "readonly")
+    assert command[1] == "tritonserver"
+    repository = source.removeprefix("source=")
     assert given["-p"].startswith("127.0.0.1:")
     arguments = [a.replace("/models", repository).replace("0.0.0.0", "127.0.0.1")
                  for a in command[2:]]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import networks
 import numpy as np
@@ -431,7 +432,7 @@ def negate_at(*sizes: int) -> Callable[[onnx.ModelProto], None]:
         }
         for name, value in constants.items():
             model.graph.initializer.append(numpy_helper.from_array(value, name))
-        steps: list[tuple[str, list[str], str, dict[str, int]]] = [
+        steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
             ("Shape", [image], "shape", {"start": 0, "end": 1}),
             ("Equal", ["shape", "sizes"], "hits", {}),
             ("Cast", ["hits"], "counted", {"to": TensorProto.FLOAT}),

@@ -554,7 +554,11 @@ def test_a_model_that_would_have_the_server_run_a_command_is_not_served(chain: C
     for command in (["serve", "--port", "auto"], ["validate", str(chain.paths.repository)]):
         result = chain.run(*command)
         assert result.exit_code == 3
-        assert f"'$(touch {ran})'" in error_line(result)
+        assert f"may have the server run '$(touch {ran})'" in error_line(result)
+    config.write_text(text.replace('backend: "onnxruntime"', 'backend: "python"', 1))
+    result = chain.run("validate", str(chain.paths.repository))
+    assert result.exit_code == 3
+    assert "it is for the backend python" in error_line(result)
     config.write_text(text)
     stub = chain.paths.packaged / "triton_python_backend_stub"
     stub.write_text(f"#!/bin/sh\ntouch {ran}\n")
