@@ -301,7 +301,7 @@ def handed_in(path: Path, scrub: bool = False) -> bytes:
         metadata = {
             key: value
             for key, value in graph.metadata(model).items()
-            if not graph.SOURCE_PATH.search(f"{key} {value}")
+            if not graph.shows_source(f"{key} {value}")
         }
         content = graph.scrub(model, model.ir_version, metadata)
     else:

@@ -140,6 +140,11 @@ def signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> S
     return Signature(_spec(inputs[0], name), _spec(outputs[0], name), opset, model.ir_version)
 
 
+def shows_source(text: str) -> bool:
+    """Whether a text shows a source path, or would without the NULs in it."""
+    return bool(SOURCE_PATH.search(text.replace("\0", "")))
+
+
 def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> bytes:
     """The bytes of `model` without the exporter's traces, with our metadata: the same each time.
 
@@ -202,7 +207,7 @@ def _rename(model: onnx.ModelProto) -> None:
     every, public = list(texts(model)), public_names(model)
     names = dict.fromkeys(text for _, _, text in every)
     fresh = (name for number in count() if (name := f"renamed_{number}") not in names)
-    names = {n: next(fresh) for n in names if n not in public and SOURCE_PATH.search(n)}
+    names = {n: next(fresh) for n in names if n not in public and shows_source(n)}
     for part, field, text in every:
         if text not in names:
             continue

@@ -9,7 +9,14 @@ from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.export.graph import SOURCE_PATH, is_external, overridable, parts, public_names, texts
+from pipeline.export.graph import (
+    is_external,
+    overridable,
+    parts,
+    public_names,
+    shows_source,
+    texts,
+)
 from pipeline.export.sizes import STANDARD, is_whole, too_large
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
@@ -26,6 +33,7 @@ MARKS = tuple(
     for mark in (*map("/{}/".format, FOLDERS), "\\Users\\", "file://", "site-packages")
     for encoding in ("utf-8", "utf-16-le")
 )
+MAX_NODES = 30_000  # a large transformer has 5,000 nodes, 20,000 once it is quantized
 SHOWN = 20  # things of a kind in a message
 
 
@@ -40,6 +48,10 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
     found = list(parts(model))
     nodes = [part for part in found if isinstance(part, NodeProto)]
     tensors = [part for part in found if isinstance(part, TensorProto)]
+    if len(nodes) > MAX_NODES:
+        raise CheckFailedError(
+            f"{name} breaks the graph policy: {len(nodes):,} nodes, {MAX_NODES:,} are allowed"
+        )
     wrong = [*_dialect(model, nodes), *_operators(model, nodes), *_storage(tensors)]
     wrong += [*too_large(model), *_sources(model, found), *_hidden(nodes, tensors)]
     if wrong:
@@ -132,7 +144,7 @@ def _sources(model: onnx.ModelProto, found: list[Any]) -> list[str]:
     shown = {
         _place(part, field, text): text
         for part, field, text in texts(model)
-        if field != "doc_string" and SOURCE_PATH.search(text)
+        if field != "doc_string" and shows_source(text)
     }
     if fixed := sorted(public.intersection(shown.values())):
         wrong.append(
@@ -156,10 +168,17 @@ def _place(part: Any, field: str, text: str) -> str:
 def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]:
     """Yield what shows a source path and cannot be left out, since the graph computes with it."""
     for tensor in tensors:
+        # A copy; small numbers are written as the bytes that letters are.
+        raw = (
+            tensor.raw_data
+            or TensorProto(
+                int32_data=tensor.int32_data, int64_data=tensor.int64_data
+            ).SerializeToString()
+        )
         where = f"in the data of {tensor.name or 'a nameless tensor'}"
         if paths := [*filter(None, map(_path_in, tensor.string_data))]:
             yield f"a source path {where}: '{paths[0]}'"
-        elif any(mark in tensor.raw_data for mark in MARKS):
+        elif any(mark in raw for mark in MARKS):
             yield f"a source path {where}"
     for node in nodes:
         for entry in node.attribute:
@@ -171,7 +190,7 @@ def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]
 def _path_in(content: bytes) -> str:
     """Return the text of `content` if it shows a source path, as UTF-16 or UTF-32 too."""
     text = content.replace(b"\0", b"").decode(errors="replace")
-    return text[:200] if SOURCE_PATH.search(text) else ""
+    return text[:200] if shows_source(text) else ""
 
 
 def _has_metadata(part: Any) -> bool:

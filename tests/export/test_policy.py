@@ -15,10 +15,10 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.export import graph
+from pipeline.export import graph, sizes
 from pipeline.export.graph import SOURCE_PATH
-from pipeline.export.policy import check_policy
-from pipeline.export.sizes import ELEMENT, MAX_VALUE, MAX_WORK, multiply_adds
+from pipeline.export.policy import MAX_NODES, check_policy
+from pipeline.export.sizes import ELEMENT, LITTLE_WORK, MAX_VALUE, MAX_WORK, multiply_adds
 from tests.conftest import CAST, Chain, small
 
 
@@ -342,9 +342,15 @@ def test_work_that_grows_faster_than_the_number_of_images_is_refused() -> None:
         helper.make_node("MatMul", ["long", "wide"], ["a"]),
         *chain_of("MatMul", 14),
     ]
-    said = refusal(small(nodes=nodes, tensors=[numbers("n", 100, 1)]))
-    assert "256 images take 235,334,541,361,184 " in said
-    assert "multiply-adds, 25,600,000,000,000 are allowed; MatMul a1 takes most" in said
+    said = refusal(small(nodes=nodes, tensors=[numbers("n", 20, 1)]))
+    assert "256 images take 1,897,190,244,384 " in said
+    assert f"multiply-adds, {128 * LITTLE_WORK:,} are allowed; MatMul a1 takes most" in said
+
+
+def test_a_graph_of_too_many_nodes_is_refused_at_once() -> None:
+    nodes = [helper.make_node("Identity", ["y"], [f"v{i}"]) for i in range(MAX_NODES)]
+    said = refusal(small(nodes=[CAST, *nodes]))
+    assert f"{MAX_NODES + 1:,} nodes, {MAX_NODES:,} are allowed" in said
 
 
 @pytest.mark.parametrize(
@@ -360,6 +366,19 @@ def test_text_that_is_computed_is_refused_since_its_length_cannot_be_told(node: 
     text = numpy_helper.from_array(np.array(["a" * 1000], object), "s")
     said = refusal(small(nodes=[CAST, node], tensors=[text, numbers("n", 10_000_000)]))
     assert f"the size of z ({node.op_type}) cannot be told" in said
+
+
+def test_shapes_that_take_too_many_nodes_to_compute_are_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = [
+        helper.make_node("Add", ["n" if i == 0 else f"n{i}", "n"], [f"n{i + 1}"]) for i in range(9)
+    ]
+    nodes = [CAST, *steps, helper.make_node("ConstantOfShape", ["n9"], ["z"])]
+    model = small(nodes=nodes, tensors=[numbers("n", 3)])
+    check_policy(model, "it")
+    monkeypatch.setattr(sizes, "FOLDS", 8)
+    assert "the size of z (ConstantOfShape) cannot be told" in refusal(model)
 
 
 def made(name: str, *dims: int) -> list[NodeProto]:
@@ -673,6 +692,7 @@ SHOWING = [
     "secret-project/train.ipynb",
     "train.py:33",
     "secret/weights.safetensors",
+    "\0".join(f"{HOME}/alice/secret"),
     'File "<stdin>", line 3',
 ]
 # What exporters of PyTorch (both), TensorFlow, Keras, JAX, Paddle and ONNX Runtime's tools write.
@@ -774,6 +794,11 @@ def strings(*values: bytes) -> TensorProto:
         (
             [],
             [numpy_helper.from_array(np.frombuffer(PATH.encode("utf-16-be"), np.int8), "w")],
+            "a source path in the data of w",
+        ),
+        (
+            [],
+            [helper.make_tensor("w", TensorProto.UINT8, [len(PATH)], [*PATH.encode()])],
             "a source path in the data of w",
         ),
         (
