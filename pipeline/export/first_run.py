@@ -28,10 +28,8 @@ MEMORY = 8 * 1024**3
 BATCHES = (2, *range(1, 257))
 QUICK = 3.0  # seconds, loading included
 REFUSED = 3  # the status of the process when ONNX Runtime says no: its words are on standard output
-NUMPY = {
-    "float": "float32",
-    "double": "float64",
-}  # ONNX Runtime's names of types, where they differ
+# ONNX Runtime's names of types, where numpy has others.
+NUMPY = {"float": "float32", "double": "float64"}
 
 
 def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = MEMORY) -> None:

@@ -38,16 +38,16 @@ def products(size: int, at_batch: int | None = None) -> onnx.ModelProto:
     return small(nodes=nodes, tensors=tensors)
 
 
-def own_children() -> list[str]:
+def own_children() -> list[bytes]:
     """The processes of a first run that are still there, zombies too."""
     commands = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-            command = path.with_name("cmdline").read_text()
+            state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
+            command = path.with_name("cmdline").read_bytes()
         except OSError:
             continue  # it has ended
-        if int(parent) == os.getpid() and ("first_run" in command or state == "Z"):
+        if int(parent) == os.getpid() and (b"first_run" in command or state == b"Z"):
             commands.append(command)
     return commands
 
