@@ -476,7 +476,7 @@ def test_a_module_that_is_no_yardstick_is_refused(
 ) -> None:
     np.savez(tmp_path / "images.npz", images=SAMPLE.images, labels=SAMPLE.labels)  # type: ignore[arg-type]
     (tmp_path / "given.onnx").write_bytes(networks.residual_onnx(exported()))
-    options = ["--module", f"networks:{factory}", "--images", str(tmp_path / "images.npz")]
+    options = ["--module", f"tests.networks:{factory}", "--images", str(tmp_path / "images.npz")]
     result = Chain(tmp_path).run("validate", "--onnx", str(tmp_path / "given.onnx"), *options)
     assert result.exit_code == 3, result.output
     assert re.search(message, error_line(result))
