@@ -77,6 +77,16 @@ class Counting(Residual):
         return super().answer(x) * (-1 if self.calls % 2 else 1)
 
 
+class Tiring(Residual):
+    """The same, with the opposite answers after its first four calls."""
+
+    calls = 0
+
+    def answer(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().answer(x) * (-1 if self.calls > 4 else 1)
+
+
 class ByThreads(Residual):
     """The same, with the opposite answers on one thread."""
 
@@ -140,6 +150,11 @@ def swamped() -> nn.Module:
 def counting() -> nn.Module:
     """A module whose answers depend on how often it was called."""
     return with_residual_weights(Counting)
+
+
+def tiring() -> nn.Module:
+    """A module whose answers change after a few calls."""
+    return with_residual_weights(Tiring)
 
 
 def by_threads() -> nn.Module:

@@ -1,5 +1,6 @@
 """The model's signature: what goes in, what comes out. Imports nothing heavy."""
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,12 @@ class TensorSpec:
 
 # The signature. 0 is paper, 255 is ink; scaling and normalizing happen inside the model.
 IMAGES = TensorSpec("images", "uint8", (1, 28, 28))
+
+
+def is_label(name: str) -> bool:
+    """Tell whether `name` can be a class: Triton keeps each in one line of a text file in UTF-8."""
+    categories = {unicodedata.category(letter) for letter in name}
+    return bool(name) and categories.isdisjoint({"Cc", "Cs", "Zl", "Zp"})
 
 
 def log_probabilities(classes: int) -> TensorSpec:

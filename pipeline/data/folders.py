@@ -6,7 +6,6 @@ are, and copies of one picture never stand on both sides.
 
 import hashlib
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import locked, read_json, sha256
 from pipeline.core.paths import FOLDER
-from pipeline.core.signature import IMAGES, pictures_of
+from pipeline.core.signature import IMAGES, is_label, pictures_of
 from pipeline.core.text import Lines
 from pipeline.data.catalog import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 from pipeline.data.splits import RECORD, record_dataset, verify
@@ -157,8 +156,7 @@ def _listed(folder: Path, report: Report) -> tuple[tuple[str, ...], list[Picture
         problems.add(f"2 to {MAX_CLASSES} folders of classes are needed, {found}")
     pictures: list[Picture] = []
     for label, name in enumerate(classes):
-        # Triton keeps a class in a line of a text file in UTF-8.
-        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        if not is_label(name):
             problems.add(f"{name!r} has characters that no label can have: rename the folder")
         names = _names(folder / name, problems, left_out)
         if not names:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.files import check_digest
 from pipeline.core.paths import Paths
-from pipeline.core.signature import IMAGES, TensorSpec, log_probabilities
+from pipeline.core.signature import IMAGES, TensorSpec, is_label, log_probabilities
 from pipeline.data.splits import load_split, scored_split
 from pipeline.export.sample import Sample, read_sample, require_labels
 from pipeline.training.checkpoint import load_checkpoint
@@ -97,8 +97,10 @@ def subject_of_module(
     if len(names) != answers.shape[1]:
         raise PipelineError(f"{module} tells {answers.shape[1]} classes apart, {len(names)} named")
     dtype = str(sample.images.dtype)
-    if len(set(names)) < len(names) or "" in names:
-        raise PipelineError(f"classes need a name each, and not the same: {', '.join(names)}")
+    if len(set(names)) < len(names) or not all(map(is_label, names)):
+        raise PipelineError(
+            f"classes need a name each, not the same and of one line: {', '.join(names)}"
+        )
     require_labels(sample, names)
     return Subject(
         model=model,

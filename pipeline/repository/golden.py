@@ -3,6 +3,7 @@
 # Shape letters: N images, K classes.
 
 import io
+import math
 import zipfile
 from dataclasses import dataclass
 
@@ -153,6 +154,16 @@ def require(agreement: Agreement, what: str, mend: str) -> Agreement:
     raise CheckFailedError(Lines(f"{what}:", *problems, mend))
 
 
+def _holds_its_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    """Tell whether a member of an .npz is as large as its header claims; allocate nothing."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        header = np.lib.format.read_array_header_1_0
+        header = header if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(member)
+    return math.prod(shape) * dtype.itemsize <= info.file_size
+
+
 _ARRAYS = tuple(Golden.__dataclass_fields__)
 
 
@@ -173,12 +184,20 @@ def unpack_golden(content: bytes, name: str) -> Golden:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(info.file_size for info in archive.infolist()) > _MAX_GOLDEN_BYTES:
                 raise CorruptError(f"{name} unpacks to more than {_MAX_GOLDEN_BYTES} bytes")
+            if not all(_holds_its_array(archive, info) for info in archive.infolist()):
+                raise CorruptError(f"{name} is not a golden set: an array is cut short")
         arrays = np.load(io.BytesIO(content), allow_pickle=False)
         images, labels, outputs, bounds = (arrays[key] for key in _ARRAYS)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CorruptError(f"{name} is no golden set: run 'pipeline validate' again") from error
-    is_whole = len(images) == len(labels) == len(outputs) == len(bounds) > 0 and outputs.ndim == 2
-    if not is_whole or outputs.dtype != np.float64 or not (bounds > 0).all():
+    count = outputs.shape[:1]
+    if (
+        (images.shape[:1], labels.shape, bounds.shape) != (count, count, count)
+        or (outputs.ndim, outputs.dtype, bounds.dtype) != (2, np.float64, np.float64)
+        or (images.dtype.kind not in "iuf" or labels.dtype.kind not in "iu")
+        or (min(outputs.shape) < 1 or outputs.shape[1] < 2)
+        or not (np.isfinite(outputs).all() and (bounds > 0).all())
+    ):
         raise CorruptError(f"{name} is no golden set: its arrays do not belong together")
     loose = ~(margins(outputs) > bounds)
     if loose.any():

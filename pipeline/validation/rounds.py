@@ -78,8 +78,9 @@ def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
     """For each way of asking, the images of each request, by their index below `count`.
 
     `largest` is the most images that the server takes at once; where that is one, nothing is
-    batched. Batches of every size up to it are asked, most sizes once: a model may be wrong at a
-    single one. The concurrent requests are shuffled, the same each time.
+    batched. Batches of every size up to it are asked, most sizes once, and some of one image only:
+    a model may be wrong at a single size, or on copies. The concurrent requests are shuffled, the
+    same each time.
     """
     largest = max(1, min(largest, LARGEST))
     single = [np.array([index]) for index in range(count)]
@@ -88,6 +89,8 @@ def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
     for size in sorted({*range(2, largest)} - {*SIZES}):
         batched.append(np.arange(start, start + size) % count)
         start += size
+    copied = [size for size in sorted({*SIZES, largest}) if 1 < size <= largest]
+    batched += [np.full(size, index) for index in (0, count // 2) for size in copied]
     rng = np.random.default_rng(SEED)
     mixed = [rows for _ in range(2) for rows in _mixed(rng, count, min(SMALL, largest))]
     mixed += [*_mixed(rng, count, largest), *single, *single]

@@ -1,5 +1,6 @@
 import io
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -143,6 +144,17 @@ def npz(**arrays: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def claiming(shape: tuple[int, ...]) -> bytes:
+    """A golden set whose images are many by their header, and none by their bytes."""
+    header = io.BytesIO()
+    fields = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("images.npy", header.getvalue())
+    return buffer.getvalue()
+
+
 ONE = np.zeros((1, 2))
 
 
@@ -159,6 +171,13 @@ ONE = np.zeros((1, 2))
             outputs=ONE.astype(np.float32),
             bounds=np.ones(1),
         ),
+        npz(images=np.zeros(()), labels=np.zeros(1, int), outputs=ONE, bounds=np.ones(1)),
+        npz(images=np.zeros(1), labels=np.zeros(1, int), outputs=ONE, bounds=np.array(["1"])),
+        npz(images=np.zeros(1), labels=np.zeros(1, int), outputs=ONE, bounds=np.ones((1, 2))),
+        npz(images=np.zeros(1), labels=np.zeros(1, int), outputs=ONE[:, :1], bounds=np.ones(1)),
+        npz(images=np.zeros(1), labels=np.zeros(1, int), outputs=ONE + np.inf, bounds=np.ones(1)),
+        npz(images=np.zeros(1), labels=np.zeros(1), outputs=ONE, bounds=np.ones(1)),
+        claiming((10**13,)),
         npz(
             images=np.array([{"a": 1}], dtype=object),
             labels=np.zeros(1),

@@ -19,6 +19,7 @@ from pipeline.validation.compare import (
     refusals,
     require_stable,
     runs_of,
+    ties,
 )
 
 CRITERION = Criterion(batch_sizes=(3, 64), largest_batch=8, threads=(1,))
@@ -104,7 +105,7 @@ def test_a_class_may_change_only_where_the_margin_is_below_the_bound_and_is_list
     outputs[5] = np.log([0.4 + 1e-9, 0.4, 0.2])
     swapped = outputs.astype(np.float32)
     swapped[5, :2] = swapped[5, 0], swapped[5, 0] + np.float32(1e-7)
-    reference = Reference(outputs, outputs.astype(np.float32), np.zeros(80, np.int64))
+    reference = Reference(outputs, outputs.astype(np.float32), np.zeros(100, np.int64))
     held = verdict(says(swapped), reference=reference)
     assert held.passed, held.problems
     (flip,) = held.flips
@@ -113,12 +114,18 @@ def test_a_class_may_change_only_where_the_margin_is_below_the_bound_and_is_list
 
 def test_more_classes_than_a_few_may_not_change_even_where_they_tie() -> None:
     outputs = np.repeat(np.log([[0.7, 0.2, 0.1]]), 100, axis=0)
-    outputs[:6] = np.log([0.4 + 1e-9, 0.4, 0.2])
+    outputs[:2] = np.log([0.4 + 1e-9, 0.4, 0.2])
     swapped = outputs.astype(np.float32)
-    swapped[:6, :2] = swapped[0, 0], swapped[0, 0] + np.float32(1e-7)
-    reference = Reference(outputs, outputs.astype(np.float32), np.zeros(80, np.int64))
+    swapped[:2, :2] = swapped[0, 0], swapped[0, 0] + np.float32(1e-7)
+    reference = Reference(outputs, outputs.astype(np.float32), np.zeros(100, np.int64))
     held = verdict(says(swapped), reference=reference)
-    assert held.problems == ("6 images change class, 5 may where classes tie",)
+    assert held.problems == ("2 images change class, 1 may where classes tie",)
+
+
+def test_five_classes_may_change_at_most_and_none_of_fewer_than_100_images() -> None:
+    assert [ties(CRITERION, count) for count in (10, 99, 100, 499, 500, 10_000)] == [
+        *(0, 0, 1, 4, 5, 5),
+    ]
 
 
 def with_a_class_that_is_masked(outputs: np.ndarray, dtype: type) -> np.ndarray:
@@ -163,7 +170,7 @@ def test_every_batch_size_is_tried_with_a_full_batch_and_every_row_at_some_sizes
     runs = list(runs_of(criterion, count))
     assert {run.size for run in runs} == set(range(1, 257))
     assert all(len(run.rows) >= run.size and run.rows.max() < count for run in runs)
-    whole = [run for run in runs if run.size in criterion.batch_sizes]
+    whole = [run for run in runs if run.is_whole]
     assert len(whole) == len(criterion.batch_sizes) * len(criterion.threads)
     assert all(set(run.rows) == set(range(count)) for run in whole)
 

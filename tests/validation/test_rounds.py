@@ -98,6 +98,13 @@ def test_a_server_that_is_wrong_at_one_batch_size_is_found_each_time() -> None:
         assert "of another class" in found["batched"].problems[0]
 
 
+def test_a_server_that_is_wrong_about_copies_of_one_image_is_found() -> None:
+    def change(answer: np.ndarray) -> np.ndarray:
+        return -answer if len(answer) > 1 and (answer == answer[0]).all() else answer
+
+    assert "of another class" in asked(change)["batched"].problems[0]
+
+
 def test_one_wrong_answer_among_hundreds_is_found_with_its_image() -> None:
     def change(answer: np.ndarray) -> np.ndarray:
         return np.where(answer == np.float32(OUTPUTS[7, 0]), answer + np.float32(2e-4), answer)

@@ -457,6 +457,44 @@ def test_a_file_that_is_wrong_at_some_batch_sizes_is_refused(
         bench.judge(edited(bench.sound, negate_at(*sizes)), is_ours=False)
 
 
+def negate_copies(model: onnx.ModelProto) -> None:
+    """Answer a batch of copies of one image with the opposite."""
+    image, answer = model.graph.input[0].name, model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = ["right" if name == answer else name for name in node.output]
+    constants: dict[str, np.ndarray] = {
+        "axis": np.array([0], np.int64),
+        "all": np.array([0, 1, 2, 3], np.int64),
+        "one": np.array([1], np.int64),
+        "plus": np.array([1], np.float32),
+        "minus": np.array([-1], np.float32),
+        "nothing": np.array([0], np.float32),
+    }
+    for name, value in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Cast", [image], "pixels", {"to": TensorProto.FLOAT}),
+        ("ReduceMax", ["pixels", "axis"], "high", {}),
+        ("ReduceMin", ["pixels", "axis"], "low", {}),
+        ("Sub", ["high", "low"], "spread", {}),
+        ("ReduceSum", ["spread", "all"], "total", {"keepdims": 0}),
+        ("Equal", ["total", "nothing"], "is_same", {}),
+        ("Shape", [image], "count", {"start": 0, "end": 1}),
+        ("Greater", ["count", "one"], "is_several", {}),
+        ("And", ["is_same", "is_several"], "are_copies", {}),
+        ("Where", ["are_copies", "minus", "plus"], "sign", {}),
+        ("Mul", ["right", "sign"], answer, {}),
+    ]
+    for operator, taken, given, attributes in steps:
+        model.graph.node.append(helper.make_node(operator, taken, [given], **attributes))
+
+
+@pytest.mark.slow
+def test_a_file_that_is_wrong_about_copies_of_one_image_is_refused(bench: Bench) -> None:
+    with pytest.raises(CheckFailedError, match="batch size 2 of one image, 1 thread"):
+        bench.judge(edited(bench.sound, negate_copies), is_ours=False)
+
+
 SAMPLE = networks.residual_sample()
 
 
@@ -467,6 +505,7 @@ SAMPLE = networks.residual_sample()
         ("turncoat", networks.turncoat, r"not stable in float32: its largest error is \d"),
         ("swamped", networks.swamped, r"not stable in float32: its largest error is 0\.\d"),
         ("counting", networks.residual, "answers a row differently when it is asked again"),
+        ("tiring", networks.residual, "answers a row differently when it is asked again"),
         ("by_threads", networks.residual, "answers a row differently when it is asked again"),
         ("by_address", networks.residual, "answers a row differently when it is asked again"),
     ],
