@@ -78,13 +78,13 @@ class Counting(Residual):
 
 
 class Tiring(Residual):
-    """The same, with the opposite answers after its first four calls."""
+    """The same, with the opposite answers after its first eight calls."""
 
     calls = 0
 
     def answer(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return super().answer(x) * (-1 if self.calls > 4 else 1)
+        return super().answer(x) * (-1 if self.calls > 8 else 1)
 
 
 class ByThreads(Residual):

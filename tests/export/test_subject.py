@@ -251,9 +251,9 @@ def test_a_module_that_is_not_finite_proves_nothing_and_says_so(project: Chain) 
     assert "answers row 0 with values that are not finite" in error_line(result)
 
 
-def test_names_of_classes_are_not_the_same_twice(project: Chain) -> None:
+def test_names_of_classes_are_of_one_line_each_and_not_the_same_twice(project: Chain) -> None:
     asked = ["export", *options(project), "--name", "it", "--classes"]
-    for classes in ("a,b,c,c,d", "a,b,,c,d"):
+    for classes in ("a,b,c,c,d", "a,b,,c,d", "a\n0 errors,b,c,d,e", "a,b\u2028z,c,d,e"):
         result = project.run(*asked, classes)
         assert result.exit_code == 1
         assert "classes need a name each" in error_line(result)

@@ -2,7 +2,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from pipeline.validation.explain import between, from_weights
+from pipeline.core.evaluate import Predictor
+from pipeline.validation.explain import between, diagnose, from_weights
 from tests.conftest import small
 
 WEIGHT = np.arange(1, 11, dtype=np.float32)
@@ -46,3 +47,15 @@ def test_two_graphs_are_compared_name_by_name_and_many_names_are_counted() -> No
     ]
     others = graph_with(**{f"x{index}": WEIGHT for index in range(4)})
     assert between(made, others) == ["2 tensors are missing and 4 are new"]
+
+
+def test_rounding_that_depends_on_the_batch_is_no_cause() -> None:
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=(64, 5))
+    images = np.arange(64, dtype=np.float32)[:, np.newaxis]
+
+    def answer(off: float) -> Predictor:
+        return lambda rows: expected[rows[:, 0].astype(int)] + off * rng.normal(size=(len(rows), 5))
+
+    assert diagnose(answer(1e-7), images, expected, "abcde") == []
+    assert "depends on its batch" in diagnose(answer(1e-2), images, expected, "abcde")[0]
