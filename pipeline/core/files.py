@@ -1,7 +1,6 @@
 """Files that are whole or not there: atomic writes, digests, locks, JSON records, manifests."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -11,10 +10,11 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
 
+T = TypeVar("T")
 SCHEMA = 1  # of every JSON that this project writes
 
 
@@ -117,6 +117,20 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     return record
 
 
+def read_record(path: Path, kind: type[T], mend: str) -> T:
+    """Read the record in `path` back as the dataclass `kind`, each field's type checked.
+
+    Raises PipelineError when it is missing and CorruptError, which names the field, when a value
+    is missing or of another type. What `kind` has no field for is ignored.
+    """
+    import msgspec  # not installed with the client alone, and slow to import
+
+    try:
+        return msgspec.convert(read_json(path, mend), kind)
+    except msgspec.ValidationError as error:
+        raise CorruptError(f"{path} is damaged ({error}): {mend}") from error
+
+
 def check_digest(path: Path, expected: object, mend: str) -> bytes:
     """The bytes of `path`, whose SHA-256 is `expected`; CorruptError names the file otherwise."""
     try:
@@ -204,14 +218,17 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
 
     Waits for whoever holds it, or raises PipelineError that says `busy`, where that is given.
     """
+    from filelock import FileLock, Timeout  # as msgspec in read_record
+
+    lock = FileLock(path, timeout=0 if busy else -1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        lock.acquire()
+    except Timeout as error:
+        raise PipelineError(busy) from error
     except OSError as error:
         raise _cannot_write(path, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError as error:
-            raise PipelineError(busy) from error
+    try:
         yield
+    finally:
+        lock.release()

@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,35 @@ def test_a_folder_that_exists_already_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="cannot write"), files.new_folder(tmp_path / "1"):
         pass
     assert (tmp_path / "1" / "model").read_bytes() == b"kept"
+
+
+@dataclass(frozen=True)
+class Server:
+    pid: int
+    models: dict[str, int]
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"pid": "7", "models": {}}, r"`\$\.pid`"),
+        ({"pid": True, "models": {}}, r"`\$\.pid`"),
+        ({"pid": 7, "models": {"a": 1.5}}, r"`\$\.models"),
+        ({"models": {}}, "`pid`"),
+    ],
+)
+def test_a_record_with_a_wrong_field_is_corrupt_and_the_field_is_named(
+    tmp_path: Path, fields: dict[str, object], what: str
+) -> None:
+    path = tmp_path / "server.json"
+    files.write_json(path, fields)
+    with pytest.raises(CorruptError, match=f"server.json is damaged .*{what}.*: remove it"):
+        files.read_record(path, Server, "remove it")
+
+
+def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "server.json", {"pid": 7, "models": {"a": 1}, "later": None})
+    assert files.read_record(tmp_path / "server.json", Server, "") == Server(7, {"a": 1})
 
 
 def _count(folder: Path, times: int) -> None:
