@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.benchmark.provenance import write_figure
 from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.core.evaluate import Difference, difference, predict
+from pipeline.core.evaluate import Judgement, judge, predict
 from pipeline.core.files import remove
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
@@ -137,14 +137,18 @@ def prove(
         python = environment(runtime)
         for file, config in (("default", dialect()), (runtime.release, newest[runtime.release])):
             outputs, imported = run_file(python, contents[config], images)
-            apart = difference(reference, outputs)
-            rows.append(_row(runtime, file, config, imported, apart))
+            judgement = judge(reference, outputs)
+            rows.append(_row(runtime, file, config, imported, judgement))
             report(f"  {rows[-1]}")
     return rows
 
 
 def _row(
-    runtime: Runtime, file: str, config: ExportConfig, imported: dict[str, str], apart: Difference
+    runtime: Runtime,
+    file: str,
+    config: ExportConfig,
+    imported: dict[str, str],
+    judgement: Judgement,
 ) -> Row:
     return Row(
         onnxruntime=imported["onnxruntime"],
@@ -153,9 +157,9 @@ def _row(
         file=file,
         opset=config.opset,
         ir_version=config.ir_version,
-        images=apart.images,
-        differing=apart.differing,
-        max_abs_diff=apart.max_abs_diff,
+        images=len(judgement.errors),
+        differing=int(judgement.is_changed.sum()),
+        max_abs_diff=float(judgement.errors.max()),
     )
 
 

@@ -3,10 +3,13 @@
 # Shape letters: N images, K classes.
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from pipeline.core.errors import CheckFailedError
 
 REFUSED = 0.0075  # of the validation images, where the threshold of being sure is fitted
 # uint8 (B, 1, 28, 28) -> float32 (B, K): PyTorch, ONNX Runtime and a Triton client are all one.
@@ -22,14 +25,43 @@ class Metrics:
     loss: float  # mean negative log-likelihood, in nats
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How far two predictors' outputs lie apart on the same images."""
+class Judgement(NamedTuple):
+    """How answers to images lie against a reference's, one entry an image."""
 
-    images: int
-    max_abs_diff: float  # over all outputs; infinite where one is not finite
-    differing: int  # images whose most likely class differs
-    worst: int  # index of the image with the largest difference
+    errors: np.ndarray  # float64 (N,): the largest difference of any output; infinite: not finite
+    bounds: np.ndarray  # float64 (N,): how large it may be
+    classes: np.ndarray  # int64 (N,): the likeliest class of the answer
+    expected: np.ndarray  # int64 (N,): that of the reference
+
+    @property
+    def is_beyond(self) -> np.ndarray:
+        """Whether each answer lies beyond its bound, bool (N,)."""
+        return np.asarray(self.errors > self.bounds)
+
+    @property
+    def is_changed(self) -> np.ndarray:
+        """Whether each answer is of another class than the reference's, bool (N,)."""
+        return np.asarray(self.classes != self.expected)
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """The share of its bound that each error takes, float64 (N,): 1 at most where it passes."""
+        return np.asarray(self.errors / self.bounds)
+
+    def problems(self, images: Sequence[int] | np.ndarray) -> list[str]:
+        """Say what is wrong with the answers to `images` (N,), which their bounds tell; or nothing.
+
+        No class may change, and no answer may lie beyond its bound.
+        """
+        changed, beyond = int(self.is_changed.sum()), int(self.is_beyond.sum())
+        problems = [f"{changed} of {len(images)} answers are of another class"] if changed else []
+        if beyond:
+            worst = int(self.ratios.argmax())
+            problems.append(
+                f"{beyond} of {len(images)} answers are too far off: image {images[worst]} differs "
+                f"by {self.errors[worst]:.3g}, {self.bounds[worst]:.3g} is allowed"
+            )
+        return problems
 
 
 @dataclass(frozen=True)
@@ -199,16 +231,25 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> float:
     return min(1.0, float(2 * tail / 2**changes))
 
 
-def difference(reference: np.ndarray, candidate: np.ndarray) -> Difference:
-    """How far two arrays of log-probabilities (N, K) lie apart.
+def judge(
+    reference: np.ndarray,
+    outputs: np.ndarray,
+    bounds: np.ndarray | float = np.inf,
+    dtype: type[np.generic] = np.floating,
+) -> Judgement:
+    """Judge log-probabilities (N, K) against a reference's, each row by its bound (N,).
 
-    Raises ValueError when their shapes differ.
+    Raises CheckFailedError when they are of another shape or not of the type `dtype`.
     """
-    if reference.shape != candidate.shape:
-        raise ValueError(f"shapes differ: {reference.shape} and {candidate.shape}")
-    apart = np.abs(reference.astype(np.float64) - candidate.astype(np.float64))  # (N, K)
+    if outputs.shape != reference.shape or not np.issubdtype(outputs.dtype, dtype):
+        raise CheckFailedError(
+            f"answers {outputs.dtype} {outputs.shape} instead of {dtype.__name__} {reference.shape}"
+        )
+    apart = np.abs(reference.astype(np.float64) - outputs.astype(np.float64))  # (N, K)
     apart[~np.isfinite(apart)] = np.inf
-    rows = apart.max(axis=1)  # (N,)
-    differing = int((reference.argmax(axis=1) != candidate.argmax(axis=1)).sum())
-    worst = int(rows.argmax())
-    return Difference(len(rows), float(rows[worst]), differing, worst)
+    return Judgement(
+        errors=apart.max(axis=1),
+        bounds=np.broadcast_to(bounds, len(apart)),
+        classes=outputs.argmax(axis=1),
+        expected=reference.argmax(axis=1),
+    )

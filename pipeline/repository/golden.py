@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core.errors import CheckFailedError, CorruptError
-from pipeline.core.evaluate import Predictor, margins, predict
+from pipeline.core.evaluate import Predictor, judge, margins, predict
 from pipeline.core.text import Lines
 
 GOLDEN_IMAGES = 100  # shared out evenly among the classes
@@ -102,48 +102,16 @@ def compare(golden: Golden, candidate: Predictor, batch_sizes: tuple[int, ...]) 
     for size in batch_sizes:
         try:
             outputs = predict(candidate, golden.images, size)
+            judgement = judge(golden.outputs, outputs, golden.bounds)
         except CheckFailedError as error:
             problems.append(f"batch size {size}: {error}")
             continue
-        if outputs.shape != golden.outputs.shape or outputs.dtype.kind != "f":
-            problems.append(
-                f"batch size {size}: answers {outputs.dtype} {outputs.shape} "
-                f"instead of floating point {golden.outputs.shape}"
-            )
-            continue
-        errors = row_errors(golden.outputs, outputs)
-        changed = outputs.argmax(axis=1) != golden.outputs.argmax(axis=1)
-        largest, differing = max(largest, errors.max()), max(differing, int(changed.sum()))
-        problems += _judge(golden, errors, changed, size)
-    known = float(largest) if np.isfinite(largest) else None
+        largest = max(largest, float(judgement.errors.max()))
+        differing = max(differing, int(judgement.is_changed.sum()))
+        found = judgement.problems(range(len(outputs)))
+        problems += [f"batch size {size}: {problem}" for problem in found]
+    known = largest if math.isfinite(largest) else None
     return Agreement(len(golden.images), batch_sizes, known, differing, tuple(problems))
-
-
-def _judge(golden: Golden, errors: np.ndarray, changed: np.ndarray, size: int) -> list[str]:
-    problems = []
-    if changed.any():
-        problems.append(
-            f"batch size {size}: {int(changed.sum())} images change class, none of them may"
-        )
-    over = errors / golden.bounds
-    if over.max() > 1:
-        row = int(over.argmax())
-        problems.append(
-            f"batch size {size}: image {row} differs by {errors[row]:.3g}, "
-            f"{golden.bounds[row]:.3g} is allowed"
-        )
-    return problems
-
-
-def row_errors(reference: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """The largest difference in each row of two arrays (N, K), float64 (N,).
-
-    Infinite where one is not finite.
-    """
-    apart = np.abs(reference.astype(np.float64) - outputs.astype(np.float64))
-    apart[~np.isfinite(apart)] = np.inf
-    largest: np.ndarray = apart.max(axis=1)
-    return largest
 
 
 def require(agreement: Agreement, what: str, mend: str) -> Agreement:

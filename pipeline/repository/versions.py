@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.evaluate import difference as apart
+from pipeline.core.evaluate import judge
 from pipeline.core.files import locked, read_json, remove, write_bytes
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
@@ -208,15 +208,15 @@ def difference(paths: Paths, first: int, second: int) -> Difference:
     records = {key: (said[0].get(key), said[1].get(key)) for key in keys}
     images = np.concatenate([release.golden.images for release in releases])  # (N, ...)
     answers = [onnx_predictor(release.onnx)(images) for release in releases]
-    between = apart(*answers)
+    between = judge(answers[0], answers[1])
     return Difference(
         paths.name,
         first,
         second,
         {key: pair for key, pair in records.items() if pair[0] != pair[1]},
         len(images),
-        between.differing,
-        float(between.max_abs_diff),
+        int(between.is_changed.sum()),
+        float(between.errors.max()),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.core.evaluate import Predictor, difference, predict, score
+from pipeline.core.evaluate import Predictor, judge, predict, score
 from pipeline.core.files import read_json
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
@@ -81,12 +81,18 @@ def _row(
     labels: np.ndarray,
     seconds: float | None,
 ) -> Row:
-    if outputs.shape != reference.shape:
-        raise CheckFailedError(f"{name} answers {outputs.shape} instead of {reference.shape}")
-    apart = difference(reference, outputs)
-    known = apart.max_abs_diff if np.isfinite(apart.max_abs_diff) else None
-    speed = None if seconds is None else len(labels) / seconds
-    return Row(name, score(outputs, labels).accuracy, apart.differing, known, speed)
+    try:
+        judgement = judge(reference, outputs)
+    except CheckFailedError as error:
+        raise CheckFailedError(f"{name} {error}") from error
+    apart = float(judgement.errors.max())
+    return Row(
+        name=name,
+        accuracy=score(outputs, labels).accuracy,
+        differing=int(judgement.is_changed.sum()),
+        max_abs_diff=apart if np.isfinite(apart) else None,
+        images_per_second=None if seconds is None else len(labels) / seconds,
+    )
 
 
 def require_agreement(table: Table, limits: Limits) -> None:

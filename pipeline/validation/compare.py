@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.core.evaluate import Predictor, margins, mcnemar, predict
-from pipeline.repository.golden import row_errors
+from pipeline.core.evaluate import Predictor, judge, margins, mcnemar, predict
 
 LISTED = 1000  # flips
 SETTLED = 0.1  # of the rows beyond their bound: then the rest of the runs is spared
@@ -57,18 +56,13 @@ class Reference:
     @property
     def errors(self) -> np.ndarray:
         """Eager PyTorch's own error in each row, float64 (N,)."""
-        return row_errors(self.outputs, self.eager)
+        return judge(self.outputs, self.eager).errors
 
     def bounds(self, criterion: Criterion) -> np.ndarray:
         """Compute how far a float32 answer to each row may lie from the reference, float64 (N,)."""
         allowed = bounds(self.outputs, self.errors, criterion)
         capped: np.ndarray = np.minimum(allowed, self.largest_bound)
         return capped
-
-    def changed(self, outputs: np.ndarray) -> np.ndarray:
-        """Tell which rows of outputs (N, K) have another class than the reference, bool (N,)."""
-        changed: np.ndarray = outputs.argmax(axis=1) != self.outputs.argmax(axis=1)
-        return changed
 
     def accuracy(self, outputs: np.ndarray) -> float:
         """The fraction of the labelled rows that outputs (N, K) read rightly."""
@@ -105,8 +99,9 @@ def require_stable(reference: Reference, criterion: Criterion) -> Reference:
     """
     images = len(reference.labels)
     margin = float(np.median(margins(reference.outputs[:images])))
-    error, limit = float(reference.errors.max()), criterion.unstable * margin
-    changed = int(reference.changed(reference.eager)[:images].sum())
+    judgement = judge(reference.outputs, reference.eager)
+    error, limit = float(judgement.errors.max()), criterion.unstable * margin
+    changed = int(judgement.is_changed[:images].sum())
     if error > limit or changed > ties(criterion, images):
         raise CheckFailedError(
             f"this network is not stable in float32: its largest error is {error:.3g} at margins "
@@ -241,23 +236,21 @@ class Held:
         return any(len(rows) > SETTLED * len(self.errors) for rows in self.beyond.values())
 
     def add(self, run: Run, outputs: np.ndarray) -> None:
-        """Hold the outputs (R, K) of a run against the reference and the first run."""
-        wanted = self.reference.eager
-        if outputs.shape[1:] != wanted.shape[1:] or outputs.dtype != wanted.dtype:
-            self.problems.append(
-                f"{run}: answers {outputs.dtype} {outputs.shape} instead of {wanted.dtype} "
-                f"{(len(run.rows), *wanted.shape[1:])}"
-            )
-            return
-        self.own = outputs[: len(wanted)] if self.own is None else self.own
-        errors = row_errors(self.reference.outputs[run.rows], outputs)
+        """Hold the outputs (R, K) of a run against the reference and the first run.
+
+        Raises CheckFailedError when they are not of eager PyTorch's shape and type.
+        """
+        rows, dtype = run.rows, self.reference.eager.dtype.type
+        judgement = judge(self.reference.outputs[rows], outputs, self.allowed[rows], dtype)
+        self.own = outputs[: len(self.errors)] if self.own is None else self.own
         # A row may stand in a run more than once: of equal indices numpy keeps the last.
+        errors = judgement.errors
         worse = np.argsort(errors, kind="stable")
-        worse = worse[errors[worse] > self.errors[run.rows[worse]]]
-        self.errors[run.rows[worse]], self.outputs[run.rows[worse]] = errors[worse], outputs[worse]
+        worse = worse[errors[worse] > self.errors[rows[worse]]]
+        self.errors[rows[worse]], self.outputs[rows[worse]] = errors[worse], outputs[worse]
         if self.precision != "fp32":
-            errors = row_errors(self.own[run.rows], outputs)
-        beyond = np.unique(run.rows[errors > self.allowed[run.rows]])
+            judgement = judge(self.own[rows], outputs, self.allowed[rows])
+        beyond = np.unique(rows[judgement.is_beyond])
         if len(beyond):
             self.beyond[str(run)] = beyond
 
@@ -292,10 +285,10 @@ def hold(
             start = time.perf_counter()
             outputs = predict(candidate, images, run.size)
             seconds = time.perf_counter() - start
+            held.add(run, outputs)
         except CheckFailedError as error:
             held.problems.append(f"{run}: {error}")
             continue
-        held.add(run, outputs)
         if run.is_whole and run.size == SPEED_BATCH:
             held.speeds[str(run.threads)] = len(images) / seconds
     return _verdict(rows, held, criterion), held

@@ -12,8 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.core.evaluate import Predictor
-from pipeline.repository.golden import row_errors
+from pipeline.core.evaluate import Predictor, judge
 
 IMAGES = 64  # that are tried
 # A cause is recognized when its reversal takes away all but this share of the usual difference.
@@ -110,7 +109,7 @@ def diagnose(
 
 def _apart(expected: np.ndarray, outputs: np.ndarray) -> float:
     """The median of the rows' largest differences."""
-    return float(np.median(row_errors(expected, outputs)))
+    return float(np.median(judge(expected, outputs).errors))
 
 
 def _ask(candidate: Predictor, images: np.ndarray, like: np.ndarray) -> np.ndarray | None:
@@ -124,7 +123,7 @@ def _ask(candidate: Predictor, images: np.ndarray, like: np.ndarray) -> np.ndarr
 
 
 def _moved(alone: np.ndarray, together: np.ndarray, usual: float) -> bool:
-    return float(row_errors(alone, together).max()) > MOVED * usual
+    return float(judge(alone, together).errors.max()) > MOVED * usual
 
 
 def _swapped(

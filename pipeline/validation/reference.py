@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.core.evaluate import Predictor
-from pipeline.repository.golden import row_errors
+from pipeline.core.evaluate import Predictor, judge
 from pipeline.validation.compare import Criterion, bounds, shifted
 
 BATCH = 64  # images a call
@@ -102,13 +101,13 @@ def steady_answers(
     first, second = rounds
     if not np.isfinite(first).all():
         return first  # which its caller refuses, with the row
-    apart = row_errors(first, second)
-    wavering = apart > bounds(first, np.zeros(len(rows)), criterion)
-    if wavering.any():
-        row = int(apart.argmax())
+    between = judge(first, second, bounds(first, np.zeros(len(rows)), criterion))
+    if between.is_beyond.any():
+        row = int(between.errors.argmax())
         raise CheckFailedError(
             f"the module answers a row differently when it is asked again ({what}): "
-            f"{int(wavering.sum()):,} of {len(rows):,} rows, row {row} by {apart[row]:.3g}. Its "
+            f"{int(between.is_beyond.sum()):,} of {len(rows):,} rows, row {row} by "
+            f"{between.errors[row]:.3g}. Its "
             "answers must depend on the images alone: not on earlier calls, random numbers, the "
             "number of threads or the images' address. Call .eval() on it, and keep no state in "
             "'forward'"

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.client.client import Client
-from pipeline.core.errors import ServerError
-from pipeline.repository.golden import Golden, row_errors
+from pipeline.core.errors import CheckFailedError, ServerError
+from pipeline.core.evaluate import Judgement, judge
+from pipeline.repository.golden import Golden
 
 THREADS = 16  # that ask at once, through one client
 SIZES = (2, 7)  # of batches of all images, beside the largest that the server takes
@@ -173,75 +174,45 @@ def _answers(
 
 
 def _judged(mode: str, golden: Golden, answered: Sequence[_Answered], seconds: float) -> Round:
-    """What the answers come to."""
+    """Judge every answer by its own image, and name the images whose answers are the worst."""
     rows = np.concatenate([answer.rows for answer in answered])  # (M,)
-    misfit = _misfit(answered, golden)
-    outputs = (
-        np.full((len(rows), golden.outputs.shape[1]), np.nan)
-        if misfit
-        else np.concatenate([answer.outputs for answer in answered])
-    )  # (M, K)
-    errors = row_errors(golden.outputs[rows], outputs)
-    ratios = errors / golden.bounds[rows]
-    changed = outputs.argmax(axis=1) != golden.outputs.argmax(axis=1)[rows]
+    try:
+        judged = [
+            judge(golden.outputs[answer.rows], answer.outputs, golden.bounds[answer.rows])
+            for answer in answered
+        ]
+        judgement = Judgement(*map(np.concatenate, zip(*judged, strict=True)))
+        problems = judgement.problems(rows)
+    except CheckFailedError as error:
+        wanted = golden.outputs[rows]
+        judgement = judge(wanted, np.full_like(wanted, np.nan), golden.bounds[rows])
+        problems = [str(error)]
     farthest: dict[int, int] = {}  # of each image the answer that is farthest off
-    for answer in np.argsort(-ratios, kind="stable"):
+    for answer in np.argsort(-judgement.ratios, kind="stable"):
         farthest.setdefault(int(rows[answer]), int(answer))
-    worst = tuple(
-        _worst(golden, index, outputs[answer], errors[answer])
-        for index, answer in list(farthest.items())[:WORST]
-    )
+    is_finite = np.isfinite(judgement.errors)
     return Round(
         mode=mode,
         requests=len(answered),
         images=len(rows),
-        differing=int((changed | ~np.isfinite(errors)).sum()),
-        max_abs_diff=_known(errors.max()),
-        max_ratio=_known(ratios.max()),
-        worst=worst,
+        differing=int((judgement.is_changed | ~is_finite).sum()),
+        max_abs_diff=_finite(judgement.errors.max()),
+        max_ratio=_finite(judgement.ratios.max()),
+        worst=tuple(
+            Worst(
+                index=index,
+                expected=int(judgement.expected[answer]),
+                got=int(judgement.classes[answer]) if is_finite[answer] else None,
+                error=_finite(judgement.errors[answer]),
+                bound=float(judgement.bounds[answer]),
+            )
+            for index, answer in list(farthest.items())[:WORST]
+        ),
         versions=tuple(sorted({answer.version for answer in answered})),
         seconds=seconds,
-        problems=misfit or _problems(ratios, changed, worst),
+        problems=tuple(problems),
     )
 
 
-def _misfit(answered: Sequence[_Answered], golden: Golden) -> tuple[str, ...]:
-    """Why the answers cannot be held against the golden set's, if they cannot."""
-    wanted = golden.outputs.shape[1:]
-    for answer in answered:
-        outputs = answer.outputs
-        if outputs.dtype.kind != "f" or outputs.shape[1:] != wanted:
-            return (
-                f"answers {outputs.dtype} {list(outputs.shape[1:])} for an image instead of "
-                f"floating point {list(wanted)}",
-            )
-    return ()
-
-
-def _worst(golden: Golden, index: int, outputs: np.ndarray, error: float) -> Worst:
-    is_known = bool(np.isfinite(error))
-    return Worst(
-        index=index,
-        expected=int(golden.outputs[index].argmax()),
-        got=int(outputs.argmax()) if is_known else None,
-        error=_known(error),
-        bound=float(golden.bounds[index]),
-    )
-
-
-def _known(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _problems(ratios: np.ndarray, changed: np.ndarray, worst: tuple[Worst, ...]) -> tuple[str, ...]:
-    problems = []
-    if changed.any():
-        problems.append(f"{int(changed.sum())} of {len(ratios)} answers are of another class")
-    if ratios.max() > 1:
-        first = worst[0]
-        off = "is not finite" if first.error is None else f"is off by {first.error:.3g}"
-        problems.append(
-            f"{int((ratios > 1).sum())} of {len(ratios)} answers are too far off; that to image "
-            f"{first.index} {off}, {first.bound:.3g} is allowed"
-        )
-    return tuple(problems)

@@ -3,15 +3,16 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
+from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import (
     calibration_error,
     class_scores,
     confusion,
-    difference,
     evaluate,
     fit_min_probability,
     fit_temperature,
     is_refused,
+    judge,
     predict,
     reliability,
     score,
@@ -46,24 +47,42 @@ def test_a_predictor_is_asked_in_batches_and_its_answers_keep_their_order() -> N
     assert evaluate(predictor, np.ones((2, 1), np.uint8), np.array([0, 0])).loss == -1.0
 
 
-def test_a_difference_names_the_worst_row() -> None:
+def test_answers_are_judged_row_by_row_each_by_its_bound() -> None:
     reference = log_probabilities([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]])
-    candidate = reference.copy()
-    candidate[1] = np.log([0.1, 0.9])
-    apart = difference(reference, candidate)
-    assert (apart.images, apart.differing, apart.worst) == (3, 1, 1)
-    assert apart.max_abs_diff == pytest.approx(np.log(9), rel=1e-6)
+    outputs = reference.copy()
+    outputs[1] = np.log([0.1, 0.9])
+    outputs[2] += 0.01
+    judgement = judge(reference, outputs, np.array([0.1, 0.1, 0.02]))
+    assert judgement.errors == pytest.approx([0, np.log(9), 0.01], rel=1e-5)
+    assert judgement.is_changed.tolist() == judgement.is_beyond.tolist() == [False, True, False]
+    assert judgement.ratios == pytest.approx([0, 10 * np.log(9), 0.5], rel=1e-5)
+    assert judgement.problems([7, 8, 9]) == [
+        "1 of 3 answers are of another class",
+        "1 of 3 answers are too far off: image 8 differs by 2.2, 0.1 is allowed",
+    ]
+    assert judge(reference, outputs, 3.0).problems(range(3))[1:] == []
+    assert judge(reference, reference, 0.0).problems(range(3)) == []
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_answer_that_is_not_finite_is_infinitely_far(value: float) -> None:
     reference = log_probabilities([[0.5, 0.5]])
-    assert difference(reference, np.full_like(reference, value)).max_abs_diff == np.inf
+    assert judge(reference, np.full_like(reference, value)).errors.tolist() == [np.inf]
 
 
-def test_answers_of_another_shape_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="shapes differ"):
-        difference(np.zeros((2, 3)), np.zeros((2, 4)))
+@pytest.mark.parametrize(
+    ("outputs", "dtype", "message"),
+    [
+        (np.zeros((2, 4)), np.floating, r"answers float64 \(2, 4\) instead of floating \(2, 3\)"),
+        (np.zeros((2, 3), int), np.floating, "answers int64"),
+        (np.zeros((2, 3)), np.float32, r"answers float64 \(2, 3\) instead of float32"),
+    ],
+)
+def test_answers_of_another_shape_or_type_are_refused(
+    outputs: np.ndarray, dtype: type[np.generic], message: str
+) -> None:
+    with pytest.raises(CheckFailedError, match=message):
+        judge(np.zeros((2, 3)), outputs, dtype=dtype)
 
 
 def drawn(count: int, sharpness: float) -> tuple[np.ndarray, np.ndarray]:

@@ -113,7 +113,7 @@ def test_one_wrong_answer_among_hundreds_is_found_with_its_image() -> None:
         assert not found.passed
         assert found.worst[0].index == 7
         assert found.differing == 0
-        assert "that to image 7 is off by 0.0002, 0.0001 is allowed" in found.problems[0]
+        assert "image 7 differs by 0.0002, 0.0001 is allowed" in found.problems[0]
 
 
 def test_an_answer_that_is_no_number_is_said_to_be_none() -> None:
@@ -121,14 +121,14 @@ def test_an_answer_that_is_no_number_is_said_to_be_none() -> None:
     assert not found.passed
     assert (found.max_abs_diff, found.max_ratio, found.differing) == (None, None, COUNT)
     assert (found.worst[0].got, found.worst[0].error) == (None, None)
-    assert "is not finite" in found.problems[-1]
+    assert "differs by inf" in found.problems[-1]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda answer: answer[:, :4], r"answers float32 [4] for an image"),
-        (lambda answer: answer.astype(np.int64), r"answers int64 [5] for an image"),
+        (lambda answer: answer[:, :4], ", 4) instead of floating ("),
+        (lambda answer: answer.astype(np.int64), "answers int64 ("),
     ],
 )
 def test_answers_of_another_shape_or_type_are_wrong(change: Change, said: str) -> None:
