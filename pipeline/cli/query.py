@@ -161,10 +161,10 @@ def _echo(settings: Settings, answer: "Answer", show: bool) -> None:
         return
     echo(json.dumps(answer.record()) if settings.json else answer)
     if show and answer.image is not None:
-        from pipeline.images.inputs import drawn
+        from pipeline.images.inputs import draw_image
 
         encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
-        echo(drawn(answer.image, encoding.replace("-", "") == "utf8"))
+        echo(draw_image(answer.image, encoding.replace("-", "") == "utf8"))
 
 
 def _standard_input() -> BinaryIO:

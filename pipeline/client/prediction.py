@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import PipelineError
-from pipeline.images.read import Picture, read_image
+from pipeline.images.read import Picture, prepare_picture
 from pipeline.repository import config_pbtxt
 
 Image = Picture | str  # a string is the path of a file
@@ -120,7 +120,7 @@ def prepared(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
     ):
         array = image
     else:
-        array = read_image(Path(image) if isinstance(image, str) else image, pictures=pictures)
+        array = prepare_picture(Path(image) if isinstance(image, str) else image, pictures=pictures)
     require_fit(array[np.newaxis], config)
     return array
 

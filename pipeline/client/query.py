@@ -1,7 +1,6 @@
 """Ask a served model about files, many at a time, and predictors that ask a server."""
 
 import contextlib
-import os
 import queue
 import signal
 import threading
@@ -17,7 +16,8 @@ import numpy as np
 
 from pipeline.client.client import Client, Prediction
 from pipeline.core.errors import PipelineError
-from pipeline.images.inputs import Seen, Source, fitted, gray_of, look
+from pipeline.core.machine import cores
+from pipeline.images.inputs import Source, look, read_source
 
 FILES_AT_ONCE = 64
 # So many come first, and are read here: the first answer does not wait for others, and a few
@@ -26,6 +26,7 @@ FIRST_BATCHES = (1, 8, FILES_AT_ONCE)
 UNDER_WAY = 6  # batches that are being read, or wait to be asked about
 LINGER = 0.02  # seconds that a batch waits for one more name
 NOT_SURE = "not sure"
+Seen = list[np.ndarray | str]  # of each picture the image as it is asked, or why there is none
 
 
 @dataclass(frozen=True)
@@ -94,24 +95,34 @@ def ask_files(
         names = _Names(sources)
         client: Client | None = None
         while (client is None or names.is_starting) and (batch := names.take(wait=True)):
-            grays = [gray_of(source) for source in batch]
-            seen = [Seen(None, gray if isinstance(gray, str) else None) for gray in grays]
-            if client is None and any(isinstance(gray, np.ndarray) for gray in grays):
+            seen = [read_source(source) for source in batch]  # gray levels, or why there are none
+            if client is None and any(isinstance(gray, np.ndarray) for gray in seen):
                 client = stack.enter_context(connect())
-                pictures = _pictures(client)
+                pictures = client.pictures()
+                if pictures == "arrays":
+                    raise PipelineError(
+                        f"{client.name} does not say how a picture becomes what it takes: ask it "
+                        "from Python, with arrays"
+                    )
             if client is not None:
-                seen = [fitted(*pair, pictures) for pair in zip(batch, grays, strict=True)]
+                held = [
+                    Source(source.name, error=gray)
+                    if isinstance(gray, str)
+                    else Source(source.name, gray)
+                    for source, gray in zip(batch, seen, strict=True)
+                ]
+                seen = look(held, pictures)
             yield from _answers(client, batch, seen, top, min_confidence)
         if client is None:
             return
-        readers = stack.enter_context(_Readers(pictures, workers or _cores()))
+        readers = stack.enter_context(_Readers(pictures, workers or cores()))
         for batch, seen in _read(names, readers):
             yield from _answers(client, batch, seen, top, min_confidence)
 
 
-def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], list[Seen]]]:
+def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], Seen]]:
     """Every batch with what it shows, in order, while the next few are being read."""
-    under_way: deque[tuple[list[Source], Future[list[Seen]]]] = deque()
+    under_way: deque[tuple[list[Source], Future[Seen]]] = deque()
     while True:
         while len(under_way) < UNDER_WAY and (batch := names.take(wait=not under_way)):
             under_way.append((batch, readers.submit(batch)))
@@ -131,39 +142,21 @@ def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], 
 def _answers(
     client: Client | None,
     batch: list[Source],
-    seen: list[Seen],
+    seen: Seen,
     top: int,
     min_confidence: float | None,
 ) -> Iterator[Answer]:
-    images = [each.image for each in seen if each.image is not None]
+    images = [image for image in seen if isinstance(image, np.ndarray)]
     predictions = iter(client.classify(images, top) if client and images else ())
-    for source, each in zip(batch, seen, strict=True):
-        if each.image is None:
-            yield Answer(source.name, None, each.error, is_picture=source.error is None)
+    for source, image in zip(batch, seen, strict=True):
+        if isinstance(image, str):
+            yield Answer(source.name, None, image, is_picture=source.error is None)
             continue
         prediction = next(predictions)
         if min_confidence is not None:
             is_sure = prediction.probability >= min_confidence
             prediction = replace(prediction, is_sure=is_sure)
-        yield Answer(source.name, prediction, image=each.image)
-
-
-def _pictures(client: Client) -> str:
-    """How pictures become the served model's images."""
-    pictures = client.pictures()
-    if pictures == "arrays":
-        raise PipelineError(
-            f"{client.name} does not say how a picture becomes what it takes: ask it from Python, "
-            "with arrays"
-        )
-    return pictures
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        yield Answer(source.name, prediction, image=image)
 
 
 class _Names:
@@ -215,7 +208,7 @@ class _Readers:
         self._pictures = pictures
         self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
 
-    def submit(self, batch: list[Source]) -> Future[list[Seen]]:
+    def submit(self, batch: list[Source]) -> Future[Seen]:
         with _without_interrupts():  # a process that starts here inherits this
             return self._pool.submit(look, batch, self._pictures)
 

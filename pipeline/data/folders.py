@@ -20,7 +20,7 @@ from pipeline.core.signature import IMAGES, is_label, pictures_of
 from pipeline.core.text import Lines
 from pipeline.data.catalog import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 from pipeline.data.splits import RECORD, record_dataset, verify
-from pipeline.images.read import MAX_FILE_BYTES, fit, read_gray
+from pipeline.images.read import LARGE, MAX_FILE_BYTES, prepare_picture
 
 # Shape letters: N images.
 
@@ -203,7 +203,7 @@ def _digests(
             problems.add(f"{classes[label]}/{name} cannot be read ({error.strerror})")
             continue
         if large:
-            problems.add(f"{classes[label]}/{name} is larger than {MAX_FILE_BYTES} bytes")
+            problems.add(LARGE.format(name=path, allowed=MAX_FILE_BYTES))
             continue
         digests.append(digest)
         other, other_name = first.setdefault(digest, (label, name))
@@ -269,13 +269,10 @@ def _images(
     for place, (label, name) in enumerate(pictures):
         path = folder / classes[label] / name
         try:
-            gray = read_gray(path)
+            images[place] = prepare_picture(path, pictures=pictures_of(dataset))[0]
         except PipelineError as error:
             problems.add(str(error))
             continue
-        if not np.ptp(gray):  # the client refuses it as well
-            problems.add(f"{path} shows nothing: it is one even gray")
-        images[place] = fit(gray, pictures_of(dataset))[0]
         update(f"importing {folder}: {_progress(place, len(pictures), clock)}")
     problems.require_none(folder)
     return images

@@ -17,11 +17,14 @@ SMALLEST = 40  # of the digit's mass: a part of less than one such share is a sp
 NEAR = 4  # a part is near when its distance is at most the digit's side by this
 
 
-def fitted(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
+def crop_digit(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
     """The digit in ink levels (H, W) as uint8 (28, 28); zeros where ruled paper has none."""
     mask = ink >= threshold
-    if is_ruled:
-        mask &= ~_left_over(mask)
+    if is_ruled:  # without what its lines leave in the frame, where they run out of the picture
+        edge = edge_of(mask)
+        labels, count = label_parts(mask)
+        reaches_in = np.bincount(labels[edge:-edge, edge:-edge].ravel(), minlength=count + 1) > 0
+        mask &= reaches_in[labels]
     if not mask.any():
         return np.zeros(IMAGES.shape[1:], np.uint8)
     kept = _kept(ink, mask)
@@ -33,19 +36,24 @@ def fitted(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
     levels = _window(ink, top - edge, bottom + edge, left - edge, right + edge)
     reach = max(1, side // DIGIT)  # how far the soft edge of a stroke goes
     levels = levels * _grown(window, reach)
-    levels, grown = _thickened(levels, window, side)
+    # A stroke is about twice its area by its edge wide: in 1/20 of a pixel of MNIST.
+    edges = int((window[1:] != window[:-1]).sum() + (window[:, 1:] != window[:, :-1]).sum())
+    width = 2 * int(window.sum()) * DIGIT * 20 // (edges * side)
+    # A hairline is made wide enough to survive the scaling.
+    grown = min(max(0, (THIN - width) * side // (2 * DIGIT * 20)), side // DIGIT)
+    levels = _grown(levels, grown) if grown else levels
     side += 2 * grown
     box = (edge - grown, edge - grown, bottom - top + 2 * grown, right - left + 2 * grown)
-    return _centred(_full(_scaled(levels, box, side)))
+    return _centred(_scaled(levels, box, side))
 
 
 def _window(levels: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
     """A part of the levels (H, W), zero where it lies outside."""
     part = levels[max(top, 0) : bottom, max(left, 0) : right]
-    before = (max(-top, 0), max(-left, 0))
-    found = np.zeros((bottom - top, right - left), levels.dtype)
-    found[before[0] : before[0] + part.shape[0], before[1] : before[1] + part.shape[1]] = part
-    return found
+    y, x = max(-top, 0), max(-left, 0)
+    window = np.zeros((bottom - top, right - left), levels.dtype)
+    window[y : y + part.shape[0], x : x + part.shape[1]] = part
+    return window
 
 
 def _grown(levels: np.ndarray, by: int) -> np.ndarray:
@@ -55,71 +63,41 @@ def _grown(levels: np.ndarray, by: int) -> np.ndarray:
     return slide(wide, 2 * by + 1, np.maximum)
 
 
-def _thickened(levels: np.ndarray, window: np.ndarray, side: int) -> tuple[np.ndarray, int]:
-    """Hairlines made wide enough to survive the scaling, and by how many pixels on each side."""
-    area = int(window.sum())
-    edges = int((window[1:] != window[:-1]).sum() + (window[:, 1:] != window[:, :-1]).sum())
-    # A stroke is about twice its area by its edge wide: in 1/20 of a pixel of MNIST.
-    width = 2 * area * DIGIT * 20 // (edges * side)
-    by = max(0, (THIN - width) * side // (2 * DIGIT * 20))
-    by = min(by, side // DIGIT)
-    return (_grown(levels, by) if by else levels), by
-
-
-def _left_over(mask: np.ndarray) -> np.ndarray:
-    """What lines leave in the frame of a mask (H, W), where they run out of the picture."""
-    edge = edge_of(mask)
-    inner = np.zeros(mask.shape, bool)
-    inner[edge:-edge, edge:-edge] = True
-    labels, count = parts(mask)
-    reaches_in = np.bincount(labels[inner], minlength=count + 1) > 0
-    return np.asarray(~reaches_in[labels])
-
-
 def _kept(ink: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Which pixels (H, W) are the digit: the heaviest part, and what is near and no speck."""
-    labels, count = parts(mask)
+    labels, count = label_parts(mask)
     if count == 1:
         return mask
     where = labels[mask] - 1
     mass = np.bincount(where, ink[mask], count).astype(np.int64)
     y, x = np.nonzero(mask)
-    boxes = np.empty((count, 4), np.int64)  # top, bottom, left, right; inclusive
-    boxes[:, [0, 2]], boxes[:, [1, 3]] = max(mask.shape), 0
-    np.minimum.at(boxes[:, 0], where, y)
-    np.maximum.at(boxes[:, 1], where, y)
-    np.minimum.at(boxes[:, 2], where, x)
-    np.maximum.at(boxes[:, 3], where, x)
     height, width = mask.shape
-    at_border = (boxes[:, 0] == 0) | (boxes[:, 2] == 0)
-    at_border |= (boxes[:, 1] == height - 1) | (boxes[:, 3] == width - 1)
-    chosen = _chosen(mass, boxes, at_border)
-    return np.asarray(np.concatenate([[False], chosen])[labels])
-
-
-def _chosen(mass: np.ndarray, boxes: np.ndarray, at_border: np.ndarray) -> np.ndarray:
-    """Which parts (n,) make the digit."""
+    tops, lefts = np.full(count, height), np.full(count, width)
+    bottoms, rights = np.zeros(count, np.int64), np.zeros(count, np.int64)  # inclusive
+    np.minimum.at(tops, where, y)
+    np.maximum.at(bottoms, where, y)
+    np.minimum.at(lefts, where, x)
+    np.maximum.at(rights, where, x)
+    at_border = (tops == 0) | (lefts == 0) | (bottoms == height - 1) | (rights == width - 1)
     inside = np.where(at_border, 0, mass)
     main = int(inside.argmax()) if inside.max() * 8 >= mass.max() else int(mass.argmax())
     possible = mass * SMALLEST >= mass[main]
     if not at_border[main]:
         possible &= ~at_border
-    chosen = np.zeros(len(mass), bool)
-    chosen[main] = True
-    top, bottom, left, right = boxes[main]
+    chosen = np.arange(count) == main
     while True:
+        top, bottom = tops[chosen].min(), bottoms[chosen].max()
+        left, right = lefts[chosen].min(), rights[chosen].max()
         near = max(bottom - top, right - left) // NEAR + 1
-        gap_y = np.maximum(boxes[:, 0] - bottom, top - boxes[:, 1])
-        gap_x = np.maximum(boxes[:, 2] - right, left - boxes[:, 3])
+        gap_y = np.maximum(tops - bottom, top - bottoms)
+        gap_x = np.maximum(lefts - right, left - rights)
         more = possible & ~chosen & (np.maximum(gap_y, gap_x) <= near)
         if not more.any():
-            return chosen
+            return np.asarray(np.concatenate([[False], chosen])[labels])
         chosen |= more
-        top, left = boxes[chosen][:, [0, 2]].min(axis=0)
-        bottom, right = boxes[chosen][:, [1, 3]].max(axis=0)
 
 
-def parts(mask: np.ndarray) -> tuple[np.ndarray, int]:
+def label_parts(mask: np.ndarray) -> tuple[np.ndarray, int]:
     """The connected parts of a mask (H, W), numbered from 1 as they come, and how many there are.
 
     Pixels that touch at a corner are connected. Runs within rows are united with those above.
@@ -167,8 +145,8 @@ def _scaled(levels: np.ndarray, box: tuple[int, int, int, int], side: int) -> np
     rows = how(levels.shape[0], top, height, side)
     columns = how(levels.shape[1], left, width, side)
     # Floating point is exact for whole numbers below 2^53; / 4096, so that what follows is, too.
-    found = np.maximum(rows @ levels.astype(np.float64) @ columns.T, 0)
-    return np.asarray(found if side > DIGIT else np.floor(found / 4096))
+    scaled = np.maximum(rows @ levels.astype(np.float64) @ columns.T, 0)
+    return np.asarray(scaled if side > DIGIT else np.floor(scaled / 4096))
 
 
 def _areas(length: int, start: int, extent: int, side: int) -> np.ndarray:
@@ -190,16 +168,15 @@ def _cubics(length: int, start: int, extent: int, side: int) -> np.ndarray:
     return np.where(t <= 40, near, np.where(t < 80, far, 0)).astype(np.float64)
 
 
-def _full(levels: np.ndarray) -> np.ndarray:
-    """Levels (H, W) as uint8, so that 16 pixels at least are 255."""
+def _centred(levels: np.ndarray) -> np.ndarray:
+    """The digit's levels (H, W) on 28 x 28 as uint8, its centre of mass in the middle as in MNIST.
+
+    At least 16 pixels are 255.
+    """
     ordered = np.sort(levels.ravel())
     full = int(ordered[-min(FULL, len(ordered))]) or int(ordered[-1])
     whole = levels.astype(np.int64)
-    return np.asarray(np.minimum((whole * 510 + full) // (2 * full), 255), np.uint8)
-
-
-def _centred(digit: np.ndarray) -> np.ndarray:
-    """The digit, uint8 (H, W), on 28 x 28, its centre of mass in the middle as in MNIST."""
+    digit = np.asarray(np.minimum((whole * 510 + full) // (2 * full), 255), np.uint8)
     canvas = np.zeros([side + 2 for side in IMAGES.shape[1:]], np.uint8)  # (30, 30)
     place = []
     for axis, side in enumerate(canvas.shape):

@@ -20,6 +20,13 @@ MAX_NOISE = 3  # a picture with more is smoothed
 SMOOTHINGS = 3  # times at most
 MIN_CONTRAST = 16  # gray levels between paper and ink; below, the paper is blank
 OF_LINES = 2  # on ruled paper the ink has at least the lines' level by this
+STRIP = 16  # pixels that a strip is wide; a line is looked for in each
+FEWEST_STRIPS = 8  # a narrower picture is not searched
+FEWEST_LINES = 3  # paper is ruled from so many parallel lines on
+SURE, POSSIBLE = 7, 5  # of ten strips that a line crosses; a digit hides some
+STEEPEST = 14  # a line rises by at most the picture's width by this on each half
+HIT = 4096  # what a strip counts that a line crosses; more than there are columns
+RIDGE = 5  # levels that a line stands out from what is beside it, at least
 
 
 def reduced(levels: np.ndarray, factor: int) -> np.ndarray:
@@ -61,14 +68,16 @@ def middle(levels: np.ndarray) -> int:
     return int(np.searchsorted(below, (below[-1] + 1) // 2))
 
 
-def ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
+def find_ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
     """How far each pixel (H, W) stands out from the paper, and from which level on it is ink.
 
     That level is 0 where there is no ink at all. Last, whether the paper is ruled.
     """
-    paper = middle(frame(gray))
-    if _is_flat(gray, paper):  # drawn on a screen, or prepared already
-        raised, line = without_lines(_on_flat(gray, paper), 0)
+    border = frame(gray)
+    paper = middle(border)
+    if int((border == paper).sum()) * 3 >= 2 * len(border):  # drawn on a screen, or prepared
+        apart = gray - paper if _cubes(gray - paper) > 0 else paper - gray
+        raised, line = without_lines(np.maximum(apart, 0), 0)
         highest = int(raised.max())
         threshold = max(highest // FAINT + 1, line // OF_LINES)
         return raised, threshold if highest >= max(MIN_CONTRAST, threshold) else 0, line > 0
@@ -76,7 +85,10 @@ def ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
     for _ in range(SMOOTHINGS):
         if _noise(raised, middle(raised)) <= MAX_NOISE:
             break
-        raised = _smoothed(raised)
+        # The mean of the 3 x 3 pixels around each, the border's pixels going on outside.
+        wide = np.pad(raised, 1, mode="edge")
+        rows = wide[:-2] + wide[1:-1] + wide[2:]
+        raised = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4) // 9
     level = middle(raised)
     noise = _noise(raised, level)
     raised, line = without_lines(np.maximum(raised - level, 0), noise)
@@ -87,30 +99,9 @@ def ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
     return np.maximum(raised - NOISE * noise, 0), max(threshold - NOISE * noise, 1), line > 0
 
 
-def _is_flat(gray: np.ndarray, paper: int) -> bool:
-    """Whether most of the border has the very same level."""
-    border = frame(gray)
-    return int((border == paper).sum()) * 3 >= 2 * len(border)
-
-
 def _noise(raised: np.ndarray, level: int) -> int:
     """The standard deviation of the paper's levels: 3/2 of the median distance."""
     return 3 * middle(np.abs(raised - level)) // 2
-
-
-def _smoothed(levels: np.ndarray) -> np.ndarray:
-    """The mean (H, W) of the 3 x 3 pixels around each, the border's pixels going on outside."""
-    wide = np.pad(levels, 1, mode="edge")
-    rows = wide[:-2] + wide[1:-1] + wide[2:]
-    return np.asarray((rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4) // 9)
-
-
-def _on_flat(gray: np.ndarray, paper: int) -> np.ndarray:
-    """The distance from paper that has one level, on the side where the ink is."""
-    distance = gray - paper
-    if _cubes(distance) <= 0:
-        distance = -distance
-    return np.asarray(np.maximum(distance, 0))
 
 
 def _cubes(distance: np.ndarray) -> int:
@@ -219,27 +210,6 @@ def _otsu(raised: np.ndarray, distance: int) -> int:
         if spread > best:
             best, found = spread, int(level) + 1
     return found
-
-
-STRIP = 16  # pixels that a strip is wide; a line is looked for in each
-
-
-FEWEST_STRIPS = 8  # a narrower picture is not searched
-
-
-FEWEST_LINES = 3  # paper is ruled from so many parallel lines on
-
-
-SURE, POSSIBLE = 7, 5  # of ten strips that a line crosses; a digit hides some
-
-
-STEEPEST = 14  # a line rises by at most the picture's width by this on each half
-
-
-HIT = 4096  # what a strip counts that a line crosses; more than there are columns
-
-
-RIDGE = 5  # levels that a line stands out from what is beside it, at least
 
 
 def without_lines(levels: np.ndarray, noise: int) -> tuple[np.ndarray, int]:

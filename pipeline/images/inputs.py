@@ -3,8 +3,9 @@
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.text import Lines
-from pipeline.images.read import MAX_FILE_BYTES, fit, read_gray
+from pipeline.images.read import MAX_FILE_BYTES, Picture, prepare_picture, read_picture
 
 STANDARD_INPUT = "-"
 _GIVE = "'-' takes a picture there, or the names of pictures, one a line"
@@ -30,15 +31,7 @@ class Source:
     """A picture to ask about: a file, or the bytes of one; or why there is none."""
 
     name: str
-    content: bytes | None = None  # None: what lies in the file of that name
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a source shows: an image as the model takes it, or why there is none."""
-
-    image: np.ndarray | None
+    content: bytes | np.ndarray | None = None  # None: what lies in the file of that name
     error: str | None = None
 
 
@@ -57,32 +50,28 @@ def _from_input(stream: BinaryIO) -> Iterator[Source]:
     """The picture that a stream holds, or those whose names are its lines."""
     is_empty = True
     try:
-        for source in _pictures_in(stream):
-            is_empty = False
-            yield source
+        head = stream.readline(MAX_NAME_BYTES)
+        if _UNDECIDED.match(head):  # a line may have ended inside the header
+            head += stream.read(16) + stream.readline(MAX_NAME_BYTES)
+        if is_picture(head):
+            rest = stream.read(max(0, MAX_FILE_BYTES + 1 - len(head)))
+            yield Source("standard input", head + rest)
+            return
+        lines = iter(lambda: stream.readline(MAX_NAME_BYTES), b"")
+        for line in itertools.chain(head.splitlines(), lines):
+            if name := os.fsdecode(line.rstrip(b"\r\n")):
+                for source in sources([name]):
+                    is_empty = False
+                    yield source
     except OSError as error:
         raise PipelineError(f"cannot read standard input ({error.strerror}): {_GIVE}") from error
     if is_empty:
         yield Source(STANDARD_INPUT, error=f"standard input holds nothing: {_GIVE}")
 
 
-def _pictures_in(stream: BinaryIO) -> Iterator[Source]:
-    head = stream.readline(MAX_NAME_BYTES)
-    if _UNDECIDED.match(head):  # a line may have ended inside the header
-        head += stream.read(16) + stream.readline(MAX_NAME_BYTES)
-    if _PICTURE.match(head):
-        rest = stream.read(max(0, MAX_FILE_BYTES + 1 - len(head)))
-        yield Source("standard input", head + rest)
-        return
-    lines = iter(lambda: stream.readline(MAX_NAME_BYTES), b"")
-    for line in itertools.chain(head.splitlines(), lines):
-        if name := os.fsdecode(line.rstrip(b"\r\n")):
-            yield from sources([name])
-
-
 def _in_folder(folder: str) -> Iterator[Source]:
     """Every file below a folder that is not hidden; each folder once, so that links end."""
-    found, visited = False, set[tuple[int, int]]()
+    is_empty, visited = True, set[tuple[int, int]]()
     waiting = [folder]
     while waiting:
         path = waiting.pop()
@@ -90,25 +79,22 @@ def _in_folder(folder: str) -> Iterator[Source]:
             status = os.stat(path)
             names = sorted(os.listdir(path))
         except OSError as error:
-            found = True
-            said = f"cannot read the folder {path} ({error.strerror}): check its rights"
-            yield Source(path, error=said)
+            is_empty = False
+            reason = f"cannot read the folder {path} ({error.strerror}): check its rights"
+            yield Source(path, error=reason)
             continue
         if (status.st_dev, status.st_ino) in visited:
             continue
         visited.add((status.st_dev, status.st_ino))
         below = []
-        for name in names:
-            if name.startswith("."):
-                continue
-            child = os.path.join(path, name)
+        for child in (os.path.join(path, name) for name in names if not name.startswith(".")):
             if os.path.isdir(child):
                 below.append(child)
             else:
-                found = True
+                is_empty = False
                 yield Source(child)
         waiting += reversed(below)
-    if not found:
+    if is_empty:
         yield Source(folder, error=f"{folder} holds no files: name a folder of pictures")
 
 
@@ -122,39 +108,27 @@ def is_picture(head: bytes) -> bool:
     return bool(_PICTURE.match(head))
 
 
-def gray_of(source: Source) -> np.ndarray | str:
-    """The gray levels (H, W) that a source shows, or why there are none."""
+def read_source(
+    source: Source, read: Callable[[Picture, str], np.ndarray] = read_picture
+) -> np.ndarray | str:
+    """What `read` makes of a source, gray levels (H, W) unless told, or why there is none."""
     if source.error:
         return source.error
     try:
-        picture = Path(source.name) if source.content is None else source.content
-        gray = read_gray(picture, source.name)
+        return read(Path(source.name) if source.content is None else source.content, source.name)
     except (PipelineError, OSError) as error:  # the system's: no rights to the folder it is in
         return str(error)
-    # Whatever the model is, there is nothing to ask about one even level.
-    return gray if np.ptp(gray) else _blank(source)
 
 
-def fitted(source: Source, gray: np.ndarray | str, pictures: str) -> Seen:
-    """What the model gets to see of a source."""
-    if isinstance(gray, str):
-        return Seen(None, gray)
-    image = fit(gray, pictures)
-    if pictures == "digit" and not image.any():
-        return Seen(None, _blank(source))
-    return Seen(image)
+def look(batch: list[Source], pictures: str) -> list[np.ndarray | str]:
+    """The image in each source as a model takes it, or why there is none.
+
+    Processes do this side by side.
+    """
+    return [read_source(source, partial(prepare_picture, pictures=pictures)) for source in batch]
 
 
-def look(batch: list[Source], pictures: str) -> list[Seen]:
-    """What the model gets to see of each source; processes do this side by side."""
-    return [fitted(source, gray_of(source), pictures) for source in batch]
-
-
-def _blank(source: Source) -> str:
-    return f"{source.name} shows no ink on its paper: try another"
-
-
-def drawn(image: np.ndarray, is_unicode: bool) -> str:
+def draw_image(image: np.ndarray, is_unicode: bool) -> str:
     """An image (C, H, W) in characters, two rows of pixels in a line."""
     levels = image.astype(np.float64).mean(axis=0)  # (H, W)
     levels = np.pad(levels, ((0, len(levels) % 2), (0, 0))) / max(levels.max(), 1)  # 0 to 1

@@ -17,8 +17,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_bytes
 from pipeline.core.signature import IMAGES
-from pipeline.images.crop import fitted
-from pipeline.images.ink import frame, ink, middle, reduced
+from pipeline.images.crop import crop_digit
+from pipeline.images.ink import find_ink, frame, middle, reduced
 
 # Shape letters: H height, W width, of the image at hand. Gray levels go from 0 to 255.
 
@@ -28,10 +28,47 @@ _CHANNELS = ((), (2,), (3,), (4,))  # of an array after H and W: gray, with alph
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 640  # pixels; a larger image is first reduced to this
+# Why a picture is refused, in the same words wherever it comes in.
+BLANK = "{name} shows no ink on its paper: try another"
+LARGE = "{name} is larger than {allowed} bytes: reduce it"
+TOO_MANY_PIXELS = "{name} has {width} x {height} pixels, {allowed} are allowed: reduce it"
+UNREADABLE = "{name} cannot be read as an image ({reason}): give a whole {formats} file"
+
+
+class BlankError(PipelineError):
+    """A picture that shows nothing."""
+
+
+def prepare_picture(
+    source: Picture, name: str = "the image", pictures: str = "digit"
+) -> np.ndarray:
+    """Make the image uint8 (1, 28, 28) that a model is asked about, of a picture in any form.
+
+    Every way in (files, clients, the page, scoring, folders of pictures) goes through here, so that
+    each of them refuses the same pictures in the same words. Raises PipelineError for a picture
+    that cannot be read or is too large, and BlankError for one that shows nothing.
+    """
+    name = str(source) if isinstance(source, Path) else name
+    image = fit(read_picture(source, name), pictures)
+    if pictures == "digit" and not image.any():
+        raise BlankError(BLANK.format(name=name))
+    return image
+
+
+def read_picture(source: Picture, name: str) -> np.ndarray:
+    """Read the gray levels uint8 (H, W) of a picture, which are not all the same.
+
+    Raises PipelineError as `prepare_picture` does: whatever the model is, there is nothing to ask
+    about one even level.
+    """
+    gray = read_gray(source, name)
+    if not np.ptp(gray):
+        raise BlankError(BLANK.format(name=name))
+    return gray
 
 
 def read_image(source: Picture, name: str = "the image", pictures: str = "digit") -> np.ndarray:
-    """The image in a picture as uint8 (1, 28, 28).
+    """The image in a picture as uint8 (1, 28, 28), by the rules alone.
 
     A `digit` has 0 for paper and 255 for ink, zeros if it is blank; a `whole` picture has its
     gray levels. `name` is what messages call an image that comes as bytes.
@@ -44,13 +81,24 @@ def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
     if isinstance(source, Path):
         name, source = str(source), _read_file(source)
     if isinstance(source, bytes) and len(source) > MAX_FILE_BYTES:
-        raise PipelineError(f"{name} is larger than {MAX_FILE_BYTES} bytes: reduce it")
-    return _decode(source, name)
-
-
-def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
-    """Gray levels uint8 (H, W) as uint8 (1, 28, 28), in the way that the model was trained on."""
-    return fit_whole(gray) if pictures == "whole" else prepare(gray)
+        raise PipelineError(LARGE.format(name=name, allowed=MAX_FILE_BYTES))
+    try:
+        # Pillow warns of odd metadata, and of sizes that are refused here anyway.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _opened(source) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:  # by the header, before they are decoded
+                    sizes = {"width": width, "height": height, "allowed": MAX_PIXELS}
+                    raise PipelineError(TOO_MANY_PIXELS.format(name=name, **sizes))
+                if isinstance(source, bytes):  # a large JPEG is decoded at a half, a quarter ...
+                    image.draft("L", (WORK_SIDE, WORK_SIDE))
+                return _upright(_gray(image), image)
+    except _DECODING_ERRORS as error:
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "its format is unknown" if is_unknown else str(error) or type(error).__name__
+        formats = "PNG, JPEG, WebP, BMP, GIF, TIFF or PNM"
+        raise PipelineError(UNREADABLE.format(name=name, reason=reason, formats=formats)) from error
 
 
 def _read_file(path: Path) -> bytes:
@@ -63,24 +111,6 @@ def _read_file(path: Path) -> bytes:
             return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise PipelineError(f"cannot read {path} ({error.strerror}): check its rights") from error
-
-
-def _decode(source: bytes | Image.Image | np.ndarray, name: str) -> np.ndarray:
-    """The gray levels uint8 (H, W) of a picture, upright and without alpha."""
-    try:
-        # Pillow warns of odd metadata, and of sizes that are refused here anyway.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with _opened(source) as image:
-                _check_size(image, name)
-                if isinstance(source, bytes):  # a large JPEG is decoded at a half, a quarter ...
-                    image.draft("L", (WORK_SIDE, WORK_SIDE))
-                return _upright(_gray(image), _orientation(image))
-    except _DECODING_ERRORS as error:
-        raise PipelineError(
-            f"{name} cannot be read as an image ({_reason(error)}): "
-            "give a whole PNG, JPEG, WebP, BMP, GIF, TIFF or PNM file"
-        ) from error
 
 
 def _opened(
@@ -102,27 +132,34 @@ def _opened(
     return contextlib.nullcontext(Image.fromarray(source))
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    """Refuse too many pixels by the header, before they are decoded."""
-    if image.width * image.height > MAX_PIXELS:
-        raise PipelineError(
-            f"{name} has {image.width} x {image.height} pixels, {MAX_PIXELS} are allowed: reduce it"
-        )
+def _gray(image: Image.Image) -> np.ndarray:
+    """The gray levels uint8 (H, W) of an image in any of Pillow's modes."""
+    if image.mode[0] in "IF":  # 16 or 32 bits, of any range
+        levels = np.nan_to_num(np.asarray(image, np.float32))
+        levels = levels - levels.min()
+        levels = levels * (255 / max(levels.max(), 1))
+        return np.asarray(np.rint(np.clip(levels, 0, 255)), np.uint8)
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("L"))
+    levels, alpha = np.asarray(image.convert("RGBA").convert("LA"), np.uint16).transpose(2, 0, 1)
+    mass = int(alpha.sum(dtype=np.int64))
+    if mass == 255 * alpha.size:
+        return np.asarray(levels, np.uint8)
+    if 2 * mass > 255 * alpha.size:  # the paper is in it: the rest is paper
+        paper = np.uint16(middle(levels[alpha > 127]))
+    else:  # only ink is in the picture: the paper is what the ink stands out from
+        paper = np.uint16(0 if np.vdot(levels.astype(np.int64), alpha) > 127 * mass else 255)
+    # At most 255 * 255 + 127, which 16 bits hold.
+    return np.asarray((levels * alpha + paper * (255 - alpha) + 127) // 255, np.uint8)
 
 
-def _orientation(image: Image.Image) -> object:
-    """How the camera was held; None where damaged EXIF, which spoils no picture, does not tell."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except (*_DECODING_ERRORS, struct.error):
-        return None
-
-
-def _upright(gray: np.ndarray, orientation: object) -> np.ndarray:
+def _upright(gray: np.ndarray, image: Image.Image) -> np.ndarray:
     """The picture as the camera was held; ImageOps.exif_transpose stumbles over damaged EXIF."""
-    if orientation not in _UPRIGHT:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (*_DECODING_ERRORS, struct.error):  # damaged EXIF spoils no picture
         return gray
-    return np.asarray(Image.fromarray(gray).transpose(_UPRIGHT[orientation]))
+    return gray if turn is None else np.asarray(Image.fromarray(gray).transpose(turn))
 
 
 _UPRIGHT: dict[object, Image.Transpose] = {
@@ -134,8 +171,6 @@ _UPRIGHT: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
 # What Pillow raises for content that it cannot decode, found by feeding it damaged files.
 _DECODING_ERRORS = (
     OSError,  # UnidentifiedImageError is one
@@ -146,65 +181,33 @@ _DECODING_ERRORS = (
 )
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "its format is unknown"
-    return str(error) or type(error).__name__
+def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
+    """Gray levels uint8 (H, W) as uint8 (1, 28, 28), in the way that the model was trained on.
 
-
-def _gray(image: Image.Image) -> np.ndarray:
-    """The gray levels uint8 (H, W) of an image in any of Pillow's modes."""
-    if image.mode[0] in "IF":  # 16 or 32 bits, of any range
-        levels = np.nan_to_num(np.asarray(image, np.float32))
-        levels = levels - levels.min()
-        return _uint8(levels * (255 / max(levels.max(), 1)))
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("L"))
-    levels, alpha = np.asarray(image.convert("RGBA").convert("LA"), np.uint16).transpose(2, 0, 1)
-    if alpha.min() == 255:
-        return np.asarray(levels, np.uint8)
-    paper = _paper_behind(levels, alpha)
-    # At most 255 * 255 + 127, which 16 bits hold.
-    return np.asarray((levels * alpha + paper * (255 - alpha) + 127) // 255, np.uint8)
-
-
-def _paper_behind(levels: np.ndarray, alpha: np.ndarray) -> np.uint16:
-    """The level of the paper where a picture is transparent."""
-    if 2 * alpha.sum(dtype=np.int64) > 255 * alpha.size:  # the paper is in it: the rest is paper
-        return np.uint16(middle(levels[alpha > 127]))
-    weighted = np.multiply(levels, alpha, dtype=np.int64).sum()
-    # Only ink is in the picture: the paper is what the ink stands out from.
-    return np.uint16(0 if weighted > 127 * alpha.sum(dtype=np.int64) else 255)
-
-
-def _uint8(levels: np.ndarray) -> np.ndarray:
-    return np.asarray(np.rint(np.clip(levels, 0, 255)), np.uint8)
-
-
-def prepare(gray: np.ndarray) -> np.ndarray:
-    """Gray levels uint8 (H, W) as the model takes them: uint8 (1, 28, 28), zeros without ink."""
-    if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
-        raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
-    levels, threshold, is_ruled = ink(reduced(gray, -(-max(gray.shape) // WORK_SIDE)))
-    if not threshold:
-        return np.zeros(IMAGES.shape, np.uint8)
-    return fitted(levels, threshold, is_ruled)[np.newaxis]
-
-
-def fit_whole(gray: np.ndarray) -> np.ndarray:
-    """Gray levels uint8 (H, W) fitted into uint8 (1, 28, 28); 28 x 28 come back unchanged.
-
-    What the picture is too narrow or too low for gets the level of its border.
+    A `digit` is prepared. A `whole` picture is fitted in; 28 x 28 come back unchanged, and what it
+    is too narrow or too low for gets the level of its border.
     """
+    if pictures != "whole":
+        return prepare(gray)
     side = IMAGES.shape[1]
     scale = side / max(gray.shape)
     height, width = (max(1, round(length * scale)) for length in gray.shape)
     how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
     canvas = np.full(IMAGES.shape, np.uint8(np.median(frame(gray))))
     top, left = (side - height) // 2, (side - width) // 2
-    fitted = Image.fromarray(gray).resize((width, height), how)
-    canvas[0, top : top + height, left : left + width] = np.asarray(fitted)
+    resized = Image.fromarray(gray).resize((width, height), how)
+    canvas[0, top : top + height, left : left + width] = np.asarray(resized)
     return canvas
+
+
+def prepare(gray: np.ndarray) -> np.ndarray:
+    """Gray levels uint8 (H, W) as the model takes them: uint8 (1, 28, 28), zeros without ink."""
+    if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
+        raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
+    levels, threshold, is_ruled = find_ink(reduced(gray, -(-max(gray.shape) // WORK_SIDE)))
+    if not threshold:
+        return np.zeros(IMAGES.shape, np.uint8)
+    return crop_digit(levels, threshold, is_ruled)[np.newaxis]
 
 
 def png(image: np.ndarray) -> bytes:

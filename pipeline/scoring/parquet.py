@@ -44,9 +44,7 @@ class Rows:
     reasons: np.ndarray  # str (N,): why there is no image; empty where there is one
 
 
-def rows_of(
-    ids: np.ndarray, found: Sequence[np.ndarray | str | None], shape: tuple[int, ...]
-) -> Rows:
+def rows_of(ids: np.ndarray, found: Sequence[np.ndarray | str], shape: tuple[int, ...]) -> Rows:
     """Rows of what was found for each id: an image (C, H, W), or why there is none."""
     images = np.zeros((len(ids), *shape), np.uint8)
     reasons = np.full(len(ids), "", object)
@@ -242,13 +240,13 @@ def _ids(
     return np.array([f"row {n}" if i is None else str(i) for i, n in texts], object), missing
 
 
-def _decoded(column: Any, ids: np.ndarray, pictures: str) -> list[np.ndarray | str | None]:
+def _decoded(column: Any, ids: np.ndarray, pictures: str) -> list[np.ndarray | str]:
     """What each picture shows, or why it shows nothing; as `pipeline query` has it."""
     if pa.types.is_struct(column.type):
         column = pc.struct_field(column, "bytes")
     contents = zip(map(str, ids), column.to_pylist(), strict=True)
     listed = [Source(i, c, None if c is not None else "its image is null") for i, c in contents]
-    return [one.error or one.image for one in look(listed, pictures)]
+    return look(listed, pictures)
 
 
 def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -109,7 +109,7 @@ def read(source: Cut, shard: Shard) -> Rows:
     seen = look([Source(name) for name in shard.names], source.pictures)
     root = Path(source.path)
     ids = np.array([text_of(str(Path(name).relative_to(root))) for name in shard.names], object)
-    found = [text_of(one.error) if one.error else one.image for one in seen]
+    found = [text_of(image) if isinstance(image, str) else image for image in seen]
     return parquet.rows_of(ids, found, source.shape)
 
 

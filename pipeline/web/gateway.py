@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from pipeline.client.log import PredictionLog
 from pipeline.core.errors import PipelineError, ServerError
-from pipeline.images.read import read_image
+from pipeline.images.read import LARGE, BlankError, prepare_picture
 from pipeline.repository import config_pbtxt
 from pipeline.web.guard import Counters, Guard, host_names, stated_length
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
@@ -203,12 +203,10 @@ def _read(content: bytes, pictures: str) -> np.ndarray:
     """The picture as the model takes it; RefusedError where it cannot be read or shows nothing."""
     check_picture(content)
     try:
-        image = read_image(content, "the picture", pictures)
+        return prepare_picture(content, "the picture", pictures)
     except PipelineError as error:
-        raise RefusedError(400, str(error)) from error
-    if pictures == "digit" and not image.any():
-        raise RefusedError(422, "the picture shows no ink on its paper: try another")
-    return image
+        status = 422 if isinstance(error, BlankError) else 400
+        raise RefusedError(status, str(error)) from error
 
 
 def _check_length(request: Request) -> None:
@@ -218,7 +216,7 @@ def _check_length(request: Request) -> None:
 
 
 def _too_long() -> RefusedError:
-    return RefusedError(413, f"the picture has more than {MAX_BYTES} bytes: reduce it")
+    return RefusedError(413, LARGE.format(name="the picture", allowed=MAX_BYTES))
 
 
 async def _body(request: Request, ticket: Ticket) -> bytes:

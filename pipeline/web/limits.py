@@ -2,6 +2,7 @@
 
 import io
 import ipaddress
+import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,13 +10,14 @@ from dataclasses import dataclass, field
 from PIL import Image, PngImagePlugin
 
 from pipeline.core.errors import PipelineError
+from pipeline.images.read import TOO_MANY_PIXELS, UNREADABLE
 
 MAX_BYTES = 10 * 2**20  # of one picture
 # Telephones make JPEGs of up to 24.5 million pixels; 8.9 are a page's scan, or a 4K screenshot.
 MAX_PIXELS = {"JPEG": 24_500_000, "PNG": 8_900_000, "WEBP": 8_900_000}
 MAX_SCANS = 64  # of a JPEG, each of which decodes the whole picture again; cameras write about ten
 MAX_TEXT_BYTES = 2**20  # that a PNG's compressed texts may have together
-_KINDS = "a PNG, JPEG or WebP picture"
+_FORMATS = "PNG, JPEG or WebP"
 
 # Pillow's own limit lets a PNG's texts grow to 64 MiB before the first pixel is read.
 PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
@@ -36,15 +38,11 @@ class FullError(RefusedError):
         super().__init__(503, message)
 
 
-def picture_kind(content: bytes) -> str | None:
-    """PNG, JPEG or WEBP, by how the content begins; None for anything else."""
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if content.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "WEBP"
-    return None
+_BEGINNINGS = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "WEBP": rb"RIFF....WEBP",
+}
 
 
 def check_picture(content: bytes) -> None:
@@ -53,23 +51,26 @@ def check_picture(content: bytes) -> None:
     Raises RefusedError: 400 for nothing or a damaged header, 415 for another kind, 413 for a size.
     """
     if not content:
-        raise RefusedError(400, f"the request has no body: send {_KINDS}")
-    kind = picture_kind(content)
-    if kind is None:
+        raise RefusedError(400, f"the request has no body: send a {_FORMATS} picture")
+    kinds = [k for k, begin in _BEGINNINGS.items() if re.match(begin, content, re.DOTALL)]
+    if not kinds:
         raise RefusedError(
             415,
-            f"the body is not {_KINDS}: convert it, and send the file as it is (curl: "
-            "--data-binary @FILE, neither -F nor -d)",
+            f"{_unreadable('its format is unknown')}, as it is (curl: --data-binary @FILE, neither "
+            "-F nor -d)",
         )
+    (kind,) = kinds
     if kind == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
         raise RefusedError(413, f"the JPEG has more than {MAX_SCANS} scans: save it again")
     # Pillow makes room for a WebP's pixels as soon as it opens one.
     width, height = _webp_size(content) if kind == "WEBP" else _size(content, kind)
     if width * height > MAX_PIXELS[kind]:
-        raise RefusedError(
-            413,
-            f"the {kind} has {width} x {height} pixels, {MAX_PIXELS[kind]} are allowed: reduce it",
-        )
+        sizes = {"width": width, "height": height, "allowed": MAX_PIXELS[kind]}
+        raise RefusedError(413, TOO_MANY_PIXELS.format(name="the picture", **sizes))
+
+
+def _unreadable(reason: str) -> str:
+    return UNREADABLE.format(name="the picture", reason=reason, formats=_FORMATS)
 
 
 def _size(content: bytes, kind: str) -> tuple[int, int]:
@@ -81,7 +82,7 @@ def _size(content: bytes, kind: str) -> tuple[int, int]:
     except Image.DecompressionBombError as error:
         raise RefusedError(413, f"the picture has too many pixels ({error}): reduce it") from error
     except (OSError, SyntaxError, TypeError, ValueError, OverflowError) as error:
-        raise RefusedError(400, f"the picture's header is damaged: send {_KINDS}") from error
+        raise RefusedError(400, _unreadable("its header is damaged")) from error
 
 
 def _webp_size(content: bytes) -> tuple[int, int]:
@@ -94,7 +95,7 @@ def _webp_size(content: bytes) -> tuple[int, int]:
     if len(data) == 10 and chunk == b"VP8L":
         bits = _number(data[1:5])
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    raise RefusedError(400, f"the picture's header is damaged: send {_KINDS}")
+    raise RefusedError(400, _unreadable("its header is damaged"))
 
 
 def _number(data: bytes) -> int:

@@ -112,7 +112,7 @@ def test_time_that_went_into_reading_pictures_is_not_the_servers_fault(
         time.sleep(0.3)
         return np.zeros((1, 28, 28), np.uint8)
 
-    monkeypatch.setattr("pipeline.client.prediction.read_image", slow)
+    monkeypatch.setattr("pipeline.client.prediction.prepare_picture", slow)
     said = r"^[23] of 9 pictures were ready in 0.7 s: raise timeout, or ask about fewer at once$"
     with fake("http") as (url, asked), pytest.raises(SlowError, match=said):
         classify(url, [b""] * 9, timeout=0.7)
@@ -132,7 +132,7 @@ def test_no_more_pictures_are_prepared_than_the_next_request_takes(
     def before(method: str, asked: Asked) -> None:
         events.append(method)
 
-    monkeypatch.setattr("pipeline.client.prediction.read_image", read)
+    monkeypatch.setattr("pipeline.client.prediction.prepare_picture", read)
     with fake("http", before) as (url, _):
         assert len(classify(url, [b""] * (LARGEST + 1))) == LARGEST + 1
     assert events == ["ModelConfig", *["read"] * LARGEST, "ModelInfer", "read", "ModelInfer"]

@@ -20,7 +20,7 @@ from pipeline.client.query import (
     ask_files,
 )
 from pipeline.core.errors import ServerError
-from pipeline.images.inputs import Source, drawn, sources
+from pipeline.images.inputs import Source, draw_image, sources
 from pipeline.images.read import png
 
 DIGIT = np.zeros((1, 28, 28), np.uint8)
@@ -87,8 +87,8 @@ def test_a_picture_on_standard_input_is_one_source(content: bytes) -> None:
 
 def test_a_picture_is_drawn_with_half_blocks_or_plain_characters() -> None:
     image = np.array([[[0, 255, 0], [255, 255, 0]]], np.uint8)
-    assert drawn(image, is_unicode=True) == "▄█"
-    assert drawn(image, is_unicode=False).isascii()
+    assert draw_image(image, is_unicode=True) == "▄█"
+    assert draw_image(image, is_unicode=False).isascii()
 
 
 def test_a_million_pictures_are_read_no_further_than_a_few_batches_ahead() -> None:
