@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.core.files import locked, remove
@@ -45,64 +46,36 @@ def load(address: str | None) -> None:
 
 @contextlib.contextmanager
 def connected(address: str | None, cpus: int) -> Iterator[None]:
-    """Ray, until the end: the cluster at `address`, or one's own with so many CPUs.
+    """Connect to Ray until the end of the block: the cluster at `address`, or a Ray of our own.
 
-    In a process that has one already, that one, which stays.
+    Our own has so many CPUs. A Ray that this process is connected to already is used and stays.
+    Raises ServerError where there is no cluster at `address`.
     """
     load(address)
     import ray
 
     if ray.is_initialized():
         yield
-    elif address:
-        with _cluster(address):
-            yield
-    else:
-        with _own(cpus):
-            yield
-
-
-@contextlib.contextmanager
-def _cluster(address: str) -> Iterator[None]:
-    import ray
-
-    _require_listener(address)
-    try:
-        with _hushed():
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ServerError(f"no Ray at {address} ({error}): see 'ray status' there") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _require_listener(address: str) -> None:
-    """Raise ServerError where nothing listens: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():  # such as "auto"
         return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise ServerError(f"no Ray at {address} ({error}): see 'ray status' there") from error
-
-
-@contextlib.contextmanager
-def _own(cpus: int) -> Iterator[None]:
-    import ray
-
-    with _scratch() as folder:
-        with _hushed():
-            ray.init(
-                num_cpus=cpus,
-                object_store_memory=STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(folder),
-            )
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with contextlib.ExitStack() as stack:
+        if address:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            try:
+                if port.isdigit():  # not "auto"; Ray itself would try to connect for minutes
+                    place = (host.strip("[]"), int(port))
+                    socket.create_connection(place, CONNECT_SECONDS).close()
+                with _silent_stderr():
+                    ray.init(address, **quiet)
+            except (OSError, OverflowError, RuntimeError, ValueError) as error:
+                raise ServerError(
+                    f"no Ray at {address} ({error}): see 'ray status' there"
+                ) from error
+        else:
+            options = {"num_cpus": cpus, "object_store_memory": STORE_BYTES, **quiet}
+            folder = str(stack.enter_context(_scratch()))
+            with _silent_stderr():
+                ray.init(include_dashboard=False, _temp_dir=folder, **options)
         try:
             yield
         finally:
@@ -110,8 +83,8 @@ def _own(cpus: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Without what Ray's C++ says of its log level; what goes wrong comes as an exception."""
+def _silent_stderr() -> Iterator[None]:
+    """Discard what Ray's C++ prints about its log level; failures come as exceptions."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -131,15 +104,12 @@ def _scratch() -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with locked(parent / f"{SCRATCH}.lock"):  # so that nobody takes a new one for a left one
             for left in parent.glob(f"{SCRATCH}-*"):
-                _remove_unless_held(left)
+                held = left / "held"
+                with contextlib.suppress(PipelineError), locked(held, busy="held"):
+                    remove(left)
             folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}-", dir=parent))
             stack.enter_context(locked(folder / "held"))
         try:
             yield folder
         finally:
             remove(folder)
-
-
-def _remove_unless_held(folder: Path) -> None:
-    with contextlib.suppress(PipelineError), locked(folder / "held", busy="held"):
-        remove(folder)

@@ -20,9 +20,9 @@ from pipeline.scoring.source import Cut, Shard, cut
 from pipeline.scoring.worker import (
     Counts,
     Folder,
-    Model,
     Reader,
     Scorer,
+    ScoringModel,
     begin,
     finished,
     repeated_ids,
@@ -62,7 +62,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """How far a job is."""
 
     done: int
@@ -74,7 +74,7 @@ class Progress:
         return f"{self.done:,} of {self.images:,} images, {self.per_second:,.0f}/s{left}"
 
 
-Report = Callable[[Progress], object]
+Report = Callable[[JobProgress], object]
 
 
 def score_source(
@@ -93,20 +93,36 @@ def score_source(
     model = selected_model(paths)
     folder = Folder(Path(os.path.abspath(output)))
     place = Path(os.path.abspath(source))
-    _refuse_inside(output, source)
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise PipelineError(
+            f"{output} lies in {source}, whose files are what is scored: choose an --output "
+            "outside of it"
+        )
     is_new = not folder.path.exists()
     with locked(folder.lock, f"another job is writing {output}: wait for it, or choose another"):
         try:
             whole = cut(place, model.shape, model.pictures, config.rows, folder.unpacked, columns)
-            begin(folder, _job(whole, model, config))
+            found_columns = whole.columns or Columns()
+            job = {  # what must be the same when a job is resumed
+                "source": whole.path,
+                "source_digest": whole.digest,
+                "images": whole.rows,
+                "image_column": found_columns.image,
+                "id_column": found_columns.id,
+                "model": model.name,
+                "version": model.version,
+                "digest": model.digest,
+                "min_probability": model.min_probability,
+                "top": config.top,
+                "rows": config.rows,
+            }
+            begin(folder, job)
         except PipelineError:
             if is_new:
                 remove(folder.path)
             raise
         missing, before = _survey(folder, whole)
-        ran = _Run(0, time.time())
-        if missing:
-            ran = _run(whole, missing, model, folder, config, report)
+        ran = _run(whole, missing, model, folder, config, report) if missing else _Run()
         remove(folder.unpacked)
         missing, counts = _survey(folder, whole)
         if missing:
@@ -115,32 +131,8 @@ def score_source(
             )
         parts = [shard.index for shard in whole.shards]
         repeated = repeated_ids(folder, parts, counts.scored)
-    return _scored(output, model, ran, before, counts, repeated)
-
-
-def _refuse_inside(output: Path, source: Path) -> None:
-    """Raise PipelineError when the answers would lie in the folder that is read."""
-    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
-        raise PipelineError(
-            f"{output} lies in {source}, whose files are what is scored: choose an --output "
-            "outside of it"
-        )
-
-
-@dataclass
-class _Run:
-    """What was measured while workers were at it; times in seconds since 1970."""
-
-    workers: int
-    begun: float
-    first: float = 0.0  # when the first shard was begun
-    last: float = 0.0  # when the last one ended
-
-
-def _scored(
-    output: Path, model: Model, ran: _Run, before: Counts, counts: Counts, repeated: int
-) -> Scored:
     seconds = ran.last - ran.first
+    rate = round((counts.images - before.images) / seconds, 1) if seconds else None
     return Scored(
         output=str(output),
         images=counts.images,
@@ -150,33 +142,23 @@ def _scored(
         repeated=repeated,
         resumed=before.images,
         workers=ran.workers,
-        start_seconds=round(ran.first - ran.begun, 3) if seconds else 0.0,
+        start_seconds=round(ran.first - ran.begun, 3),
         seconds=round(seconds, 3),
-        images_per_second=(
-            round((counts.images - before.images) / seconds, 1) if seconds else None
-        ),
+        images_per_second=rate,
         name=model.name,
         version=model.version,
         digest=model.digest,
     )
 
 
-def _job(whole: Cut, model: Model, config: ScoreConfig) -> dict[str, Any]:
-    """What must be the same when a job goes on."""
-    columns = whole.columns or Columns()
-    return {
-        "source": whole.path,
-        "source_digest": whole.digest,
-        "images": whole.rows,
-        "image_column": columns.image,
-        "id_column": columns.id,
-        "model": model.name,
-        "version": model.version,
-        "digest": model.digest,
-        "min_probability": model.min_probability,
-        "top": config.top,
-        "rows": config.rows,
-    }
+@dataclass
+class _Run:
+    """What was measured while workers were at it; times in seconds since 1970."""
+
+    workers: int = 0
+    begun: float = 0.0
+    first: float = 0.0  # when the first shard was begun
+    last: float = 0.0  # when the last one ended
 
 
 def _survey(folder: Folder, whole: Cut) -> tuple[list[Shard], Counts]:
@@ -194,7 +176,7 @@ def _survey(folder: Folder, whole: Cut) -> tuple[list[Shard], Counts]:
 def _run(
     whole: Cut,
     missing: list[Shard],
-    model: Model,
+    model: ScoringModel,
     folder: Folder,
     config: ScoreConfig,
     report: Report,
@@ -211,7 +193,7 @@ def _run(
             ran.last = max(ran.last, row["ended"])
             done += row["images"]
             rate = done / (ran.last - ran.first)
-            report(Progress(whole.rows - left + done, whole.rows, rate))
+            report(JobProgress(whole.rows - left + done, whole.rows, rate))
     return ran
 
 
@@ -229,7 +211,7 @@ def _workers(config: ScoreConfig) -> int:
 def _stream(
     source: Cut,
     missing: list[Shard],
-    model: Model,
+    model: ScoringModel,
     folder: Folder,
     config: ScoreConfig,
     workers: int,

@@ -63,7 +63,7 @@ def _open(path: Path) -> pq.ParquetFile:
         raise CorruptError(f"{path} is no readable Parquet file ({error}): get it again") from error
 
 
-def choose(
+def choose_columns(
     root: Path, files: Iterable[Path], shape: tuple[int, ...], pictures: str, wanted: Columns
 ) -> Columns:
     """The columns to read of the files below `root`, which every file must have alike."""
@@ -166,7 +166,7 @@ def pieces(files: Iterable[Path], rows: int) -> Iterator[Piece]:
             yield str(path), held, start, 0, tuple(waiting)
 
 
-def read(
+def read_piece(
     path: Path,
     groups: tuple[int, ...],
     span: tuple[int, int, int],
@@ -191,12 +191,8 @@ def read(
                     break
         except (pa.ArrowException, OSError) as error:
             raise CorruptError(f"{path} cannot be read on ({error}): get it again") from error
-    joined = [np.concatenate(part) for part in zip(*map(_fields, parts), strict=True)]
-    return Rows(*joined)
-
-
-def _fields(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return rows.ids, rows.images, rows.reasons
+    ids, images, reasons = zip(*((p.ids, p.images, p.reasons) for p in parts), strict=True)
+    return Rows(np.concatenate(ids), np.concatenate(images), np.concatenate(reasons))
 
 
 def _rows(
@@ -208,14 +204,16 @@ def _rows(
     while isinstance(column, pa.ExtensionArray):
         column = column.storage
     if _is_bytes(column.type):
-        rows = rows_of(ids, _decoded(column, ids, pictures), shape)
+        if pa.types.is_struct(column.type):
+            column = pc.struct_field(column, "bytes")
+        contents = zip(map(str, ids), column.to_pylist(), strict=True)
+        listed = [Source(i, c, None if c is not None else "its image is null") for i, c in contents]
+        rows = rows_of(ids, look(listed, pictures), shape)
+    elif (pixels := _pixels(column, shape)) is not None:
+        images = pixels.reshape(len(batch), *shape)
+        rows = Rows(ids, images, np.full(len(batch), "", object))
     else:
-        pixels = _pixels(column, shape)
-        found = pixels if pixels is None else pixels.reshape(len(batch), *shape)
-        if found is not None:
-            rows = Rows(ids, found, np.full(len(batch), "", object))
-        else:
-            rows = rows_of(ids, [_one(value.as_py(), shape) for value in column], shape)
+        rows = rows_of(ids, [_one(value.as_py(), shape) for value in column], shape)
     rows.reasons[missing] = NO_ID
     return rows
 
@@ -240,18 +238,11 @@ def _ids(
     return np.array([f"row {n}" if i is None else str(i) for i, n in texts], object), missing
 
 
-def _decoded(column: Any, ids: np.ndarray, pictures: str) -> list[np.ndarray | str]:
-    """What each picture shows, or why it shows nothing; as `pipeline query` has it."""
-    if pa.types.is_struct(column.type):
-        column = pc.struct_field(column, "bytes")
-    contents = zip(map(str, ids), column.to_pylist(), strict=True)
-    listed = [Source(i, c, None if c is not None else "its image is null") for i, c in contents]
-    return look(listed, pictures)
-
-
 def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     """The pixels of all rows, uint8 (N * C * H * W,), if every row is as it should be."""
-    lengths = _lengths(shape, depth := _depth(column.type))
+    depth = _depth(column.type)
+    # An image may be flat, or without axes of size 1.
+    lengths = (math.prod(shape),) if depth == 1 else shape[max(0, len(shape) - depth) :]
     if len(lengths) != depth or math.prod(lengths) != math.prod(shape):
         return None
     for length in lengths:
@@ -267,13 +258,6 @@ def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
             return None
         column = column.cast(pa.uint8())
     return np.asarray(column)
-
-
-def _lengths(shape: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """How long the lists are at each depth; an image may be flat, or without axes of size 1."""
-    if depth == 1:
-        return (math.prod(shape),)
-    return shape if depth >= len(shape) else shape[len(shape) - depth :]
 
 
 def _one(value: Any, shape: tuple[int, ...]) -> np.ndarray | str:

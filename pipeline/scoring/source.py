@@ -2,7 +2,6 @@
 
 # Shape letters: N images, C channels, H height, W width.
 
-import ast
 import gzip
 import math
 import os
@@ -75,15 +74,23 @@ def cut(
     """
     if not path.exists():
         raise PipelineError(f"no {path}: check the name")
-    below = _below(path) if path.is_dir() else []
+    found = list(sources([str(path)])) if path.is_dir() else []
+    for source in found:
+        if source.error:  # such as a folder that cannot be read
+            raise PipelineError(source.error)
+    below = [Path(source.name) for source in found]
     files = _parquet_files(path, below)
     if files:
-        columns = parquet.choose(path, files, shape, pictures, wanted)
+        columns = parquet.choose_columns(path, files, shape, pictures, wanted)
         shards = [Shard(i, *piece) for i, piece in enumerate(parquet.pieces(files, rows))]
         kind, listed = "parquet", files
     elif path.is_dir():
         kind, columns, listed = "pictures", None, below
-        _require_pictures(path, pictures)
+        if pictures == "arrays":
+            raise PipelineError(
+                f"the model does not say how the pictures in {path} become what it takes: give "
+                "it arrays, as Parquet, IDX or .npy"
+            )
         shards = list(_pictures(listed, min(rows, PICTURES_A_SHARD)))
     else:
         kind, columns, listed = "arrays", None, [path]
@@ -93,10 +100,10 @@ def cut(
     return Cut(str(path), kind, _digest(path, listed), shape, pictures, tuple(shards), columns)
 
 
-def read(source: Cut, shard: Shard) -> Rows:
+def read_shard(source: Cut, shard: Shard) -> Rows:
     """The images of a shard, and why some of them are none."""
     if source.columns:
-        return parquet.read(
+        return parquet.read_piece(
             Path(shard.path),
             shard.groups,
             (shard.offset, shard.rows, shard.start),
@@ -127,15 +134,6 @@ def _digest(path: Path, files: Iterable[Path]) -> str:
     return sha256("".join(lines).encode(errors="surrogateescape"))
 
 
-def _below(folder: Path) -> list[Path]:
-    """All files below a folder; PipelineError where there are none, or a part is not readable."""
-    found = list(sources([str(folder)]))
-    for source in found:
-        if source.error:
-            raise PipelineError(source.error)
-    return [Path(source.name) for source in found]
-
-
 def _parquet_files(path: Path, below: list[Path]) -> list[Path]:
     """The Parquet files at `path`; as its other readers do, none that begin with '.' or '_'.
 
@@ -146,17 +144,13 @@ def _parquet_files(path: Path, below: list[Path]) -> list[Path]:
     shown = [f for f in below if not any(p[0] in "._" for p in f.relative_to(path).parts)]
     files = sorted(file for file in shown if file.suffix == ".parquet")
     for other in shown if files else ():
-        if other.suffix != ".parquet" and _is_scored(other):
+        head = _head(other) if other.suffix != ".parquet" and other.is_file() else b""
+        if is_picture(head) or head.startswith((_IDX, _NPY, _PARQUET)):
             raise PipelineError(
                 f"{path} holds Parquet ({files[0]}) and something else to score ({other}): put "
                 "one of them into another folder"
             )
     return files
-
-
-def _is_scored(path: Path) -> bool:
-    head = _head(path) if path.is_file() else b""
-    return is_picture(head) or head.startswith((_IDX, _NPY, _PARQUET))
 
 
 def _begins(path: Path, magic: bytes) -> bool:
@@ -169,14 +163,6 @@ def _head(path: Path) -> bytes:
             return file.read(HEAD_BYTES)
     except OSError as error:
         raise PipelineError(f"cannot read {path} ({error.strerror}): check its rights") from error
-
-
-def _require_pictures(path: Path, pictures: str) -> None:
-    if pictures == "arrays":
-        raise PipelineError(
-            f"the model does not say how the pictures in {path} become what it takes: give it "
-            "arrays, as Parquet, IDX or .npy"
-        )
 
 
 def _pictures(files: list[Path], rows: int) -> Iterator[Shard]:
@@ -240,19 +226,19 @@ def _idx_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
 def _npy_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
     """The shape in the header of a .npy; the file stands at its first value then."""
     try:
-        file.seek(6)
-        long = file.read(2)[0] > 1
-        (length,) = struct.unpack("<I" if long else "<H", file.read(4 if long else 2))
-        header = ast.literal_eval(file.read(length).decode("latin1"))
-        shape = tuple(map(int, header["shape"]))
-    except (LookupError, SyntaxError, TypeError, ValueError, struct.error) as error:
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        read = (
+            np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        )
+        shape, is_fortran, dtype = read(file)
+    except (SyntaxError, TypeError, ValueError) as error:
         raise CorruptError(f"{path} has no readable header: write it again") from error
-    if header["descr"] != "|u1" or header["fortran_order"] or not shape:
+    if dtype != np.uint8 or is_fortran or not shape:
         raise PipelineError(
-            f"{path} holds {header['descr']} of shape {list(shape)}: give uint8 in C order, "
+            f"{path} holds {dtype.str} of shape {list(shape)}: give uint8 in C order, "
             "np.save(path, np.ascontiguousarray(images, np.uint8))"
         )
-    return shape
+    return tuple(shape)
 
 
 def _read_array(source: Cut, shard: Shard) -> Rows:

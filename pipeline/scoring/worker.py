@@ -28,7 +28,7 @@ from pipeline.repository import config_pbtxt
 from pipeline.repository.release import REPACKAGE, checked
 from pipeline.scoring.parquet import NO_ID, Rows
 from pipeline.scoring.settings import ScoreConfig
-from pipeline.scoring.source import Cut, read
+from pipeline.scoring.source import Cut, read_shard
 
 COUNTS = ("rejected", "unsure")  # in the metadata of a file of answers
 HASHES_AT_ONCE = 2**24  # of ids, in memory: 128 MiB
@@ -36,7 +36,7 @@ REJECTED = pa.schema([("id", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)
-class Model:
+class ScoringModel:
     """The version of a packaged model that its config selects, and how to read its outputs."""
 
     name: str
@@ -50,7 +50,7 @@ class Model:
     min_probability: float  # below it an answer is not sure
 
 
-def selected_model(paths: Paths) -> Model:
+def selected_model(paths: Paths) -> ScoringModel:
     """The packaged model's selected version, its files and digests checked."""
     config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
     selected = config_pbtxt.selected(config)
@@ -67,7 +67,7 @@ def selected_model(paths: Paths) -> Model:
             "only what takes batches of "
             "uint8 images of one size is scored here; ask a server with 'pipeline serve'"
         )
-    return Model(
+    return ScoringModel(
         paths.name,
         str(release.version),
         os.path.abspath(release.folder / paths.onnx.name),
@@ -195,33 +195,31 @@ def _hashes(part: Path) -> np.ndarray:
 
 
 def score_rows(
-    rows: Rows, model: Model, predictor: Predictor, config: ScoreConfig
+    rows: Rows, model: ScoringModel, predictor: Predictor, config: ScoreConfig
 ) -> tuple[pa.Table, pa.Table, Counts]:
     """The answers, what was rejected, and how many there are of each."""
     reasons = rows.reasons.copy()
     asked = np.flatnonzero(reasons == "")
     images = rows.images if len(asked) == len(rows.images) else rows.images[asked]
     classes = max(1, len(model.classes))
-    outputs = (
-        predict(predictor, images, config.batch_size)
-        if len(asked)
-        else np.zeros((0, classes), np.float32)
-    )
+    outputs = np.zeros((0, classes), np.float32)
+    if len(asked):
+        outputs = predict(predictor, images, config.batch_size)
     whole = np.isfinite(outputs).all(axis=1)
     reasons[asked[~whole]] = "the model's answer is not finite"
     table, unsure = _answers(rows.ids[asked[whole]], outputs[whole], model, config.top)
     bad = np.flatnonzero(reasons != "")
-    ids = [_named(*pair) for pair in zip(rows.ids[bad], reasons[bad], strict=True)]
+    ids = [  # a row without an id has its number
+        f"row {key}" if reason == NO_ID and not isinstance(key, str) else str(key)
+        for key, reason in zip(rows.ids[bad], reasons[bad], strict=True)
+    ]
     rejected = pa.table({"id": ids, "reason": reasons[bad].tolist()}, REJECTED)
     return table, rejected, Counts(len(table), len(bad), unsure)
 
 
-def _named(key: object, reason: str) -> str:
-    """What a rejected row is called: by its number where it has no id, as text ids have it."""
-    return f"row {key}" if reason == NO_ID and not isinstance(key, str) else str(key)
-
-
-def _answers(ids: np.ndarray, outputs: np.ndarray, model: Model, top: int) -> tuple[pa.Table, int]:
+def _answers(
+    ids: np.ndarray, outputs: np.ndarray, model: ScoringModel, top: int
+) -> tuple[pa.Table, int]:
     """A row for each output (K,), and how many of them are not sure."""
     count, classes = outputs.shape
     # Where the config names fewer classes than there are, the others go by their number.
@@ -271,7 +269,7 @@ class Reader:
         begun = time.time()
         shard = pickle.loads(batch["shard"][0])
         try:
-            rows = read(self.source, shard)
+            rows = read_shard(self.source, shard)
         except (PipelineError, OSError) as error:
             return _failed(error, self.source.path)
         return {
@@ -286,9 +284,14 @@ class Reader:
 class Scorer:
     """A worker: a session of one thread, which answers shards and writes them."""
 
-    def __init__(self, model: Model, folder: Folder, config: ScoreConfig) -> None:
+    def __init__(self, model: ScoringModel, folder: Folder, config: ScoreConfig) -> None:
         self.model, self.folder, self.config = model, folder, config
-        self.predictor = _session(model, config.provider)
+        self.predictor: Predictor | PipelineError  # the error is reported with the first shard
+        try:
+            content = check_digest(Path(model.path), model.digest, "run the same command again")
+            self.predictor = onnx_predictor(content, threads=1, provider=config.provider)
+        except PipelineError as error:
+            self.predictor = error
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Write the answers to a shard; return how many images it had and when."""
@@ -304,15 +307,6 @@ class Scorer:
         except (PipelineError, OSError) as error:
             return _failed(error, str(self.folder.path))
         return _said(len(rows.ids), begun, time.time())
-
-
-def _session(model: Model, provider: str) -> Predictor | PipelineError:
-    """A session of one thread, or why there is none, which the first shard says."""
-    try:
-        content = check_digest(Path(model.path), model.digest, "run the same command again")
-        return onnx_predictor(content, threads=1, provider=provider)
-    except PipelineError as error:
-        return error
 
 
 def _failed(error: PipelineError | OSError, path: str) -> dict[str, np.ndarray]:

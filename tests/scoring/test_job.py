@@ -39,9 +39,9 @@ from pipeline.scoring.source import cut
 from pipeline.scoring.worker import (
     Counts,
     Folder,
-    Model,
     Reader,
     Scorer,
+    ScoringModel,
     begin,
     finished,
     score_rows,
@@ -52,7 +52,11 @@ from tests.conftest import Chain, error_line
 from tests.scoring.test_source import damaged, idx, png
 
 CLASSES = ("a", "b", "c")
-MODEL = Model("net", "3", "", "f" * 64, CLASSES, "log_probabilities", "digit", (1, 2, 2), 0.6)
+MODEL = ScoringModel(
+    "net", "3", "", "f" * 64, CLASSES, "log_probabilities", "digit", (1, 2, 2), 0.6
+)
+    "net", "3", "", "f" * 64, CLASSES, "log_probabilities", "digit", (1, 2, 2), 0.6
+)
 OUTPUTS = np.log([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5], [0.05, 0.9, 0.05]]).astype(np.float32)
 TOP_2 = ScoreConfig(top=2, batch_size=2)
 RECORD = {"source": "there", "digest": "f" * 64}

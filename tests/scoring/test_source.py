@@ -16,7 +16,7 @@ from pyarrow import parquet as pq
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.scoring.parquet import Columns
-from pipeline.scoring.source import Cut, cut, read
+from pipeline.scoring.source import Cut, cut, read_shard
 
 SHAPE = (1, 28, 28)
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, *SHAPE), np.uint8)
@@ -51,7 +51,7 @@ def cut_(path: Path, rows: int = 16, columns: Columns | None = None) -> Cut:
 
 
 def everything(source: Cut) -> tuple[list[object], np.ndarray, list[str]]:
-    found = [read(source, shard) for shard in source.shards]
+    found = [read_shard(source, shard) for shard in source.shards]
     return (
         [one for rows in found for one in rows.ids.tolist()],
         np.concatenate([rows.images for rows in found]),
@@ -110,9 +110,9 @@ READ = """
 import sys, pyarrow
 from pathlib import Path
 from pipeline.scoring.parquet import Columns
-from pipeline.scoring.source import cut, read
+from pipeline.scoring.source import cut, read_shard
 source = cut(Path(sys.argv[1]), (1, 28, 28), "whole", 100, Path("unused"), Columns())
-rows = read(source, source.shards[-1])
+rows = read_shard(source, source.shards[-1])
 print(len(source.shards), rows.images[-1].sum(), pyarrow.default_memory_pool().max_memory())
 """
 
@@ -202,7 +202,7 @@ def test_a_picture_that_the_system_refuses_has_that_as_its_reason(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refused)
-    assert "Permission denied" in read(source, source.shards[0]).reasons[0]
+    assert "Permission denied" in read_shard(source, source.shards[0]).reasons[0]
 
 
 def test_ids_that_are_whole_numbers_stay_what_they_are(tmp_path: Path) -> None:
