@@ -55,8 +55,6 @@ CLASSES = ("a", "b", "c")
 MODEL = ScoringModel(
     "net", "3", "", "f" * 64, CLASSES, "log_probabilities", "digit", (1, 2, 2), 0.6
 )
-    "net", "3", "", "f" * 64, CLASSES, "log_probabilities", "digit", (1, 2, 2), 0.6
-)
 OUTPUTS = np.log([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5], [0.05, 0.9, 0.05]]).astype(np.float32)
 TOP_2 = ScoreConfig(top=2, batch_size=2)
 RECORD = {"source": "there", "digest": "f" * 64}
