@@ -75,7 +75,7 @@ def gateway(file: Path, url: str) -> tuple[str, str]:
 def score(file: Path, url: str) -> tuple[str, str]:
     unpacked = file.with_name("unpacked")
     cut = scoring.cut(file.parent, IMAGES.shape, "digit", 10, unpacked, Columns())
-    (reason,) = scoring.read(cut, cut.shards[0]).reasons
+    (reason,) = scoring.read_shard(cut, cut.shards[0]).reasons
     return reason, str(file)
 
 
