@@ -147,10 +147,12 @@ def drift_command(
       pipeline drift seen.jsonl
       pipeline drift seen.jsonl --since 2026-11-23 --json
     """
-    from pipeline.monitoring.drift import require_none, watch
+    from pipeline.monitoring.drift import require_none, watch_log
 
     paths = paths_of(settings, name)
-    found = watch(paths, log, reference=reference, version=model_version, since=since, last=last)
+    found = watch_log(
+        paths, log, reference=reference, version=model_version, since=since, last=last
+    )
     settings.result(
         found.record(), Lines(found, f"wrote {paths.drift}"), f"pipeline report{named(paths)}"
     )

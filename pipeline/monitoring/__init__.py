@@ -9,6 +9,6 @@ from typing import TYPE_CHECKING
 from pipeline.core.lazy import lazily
 
 if TYPE_CHECKING:
-    from pipeline.monitoring.drift import watch as watch
+    from pipeline.monitoring.drift import watch_log as watch_log
 
-__getattr__ = lazily(__name__, {"watch": "drift"})
+__getattr__ = lazily(__name__, {"watch_log": "drift"})

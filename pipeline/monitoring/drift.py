@@ -11,7 +11,7 @@ a harmless difference raises no alarm. Needs numpy only.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.client.log import Entry, Logged, read_log
+from pipeline.client.log import Logged, read_log
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine
@@ -117,23 +117,20 @@ class Drift:
             f"drift is what lies beyond the allowed by more than chance explains: p below "
             f"{self.alpha:g}"
         )
-        return Lines(said, head, *self.checks, rule, *self._notes())
-
-    def _notes(self) -> list[str]:
         notes = [f"{name}: not checked" for name in self.unchecked]
-        named = list(self.others.items())[:LISTED]
         if self.others:
-            more = " and others" if len(self.others) > LISTED else ""
+            named = list(self.others.items())[:LISTED]
             listed = ", ".join(f"{count:,} of {model}" for model, count in named)
+            more = " and others" if len(self.others) > LISTED else ""
             notes.append(f"left out, as this profile is not theirs: {listed}{more}")
         if self.unreadable:
             notes.append(f"left out: {self.unreadable:,} lines that cannot be read")
         if self.lost:
             notes.append(f"the log lacks {self.lost:,} predictions that could not be written")
-        return notes
+        return Lines(said, head, *self.checks, rule, *notes)
 
 
-def watch(
+def watch_log(
     paths: Paths,
     log: Path,
     *,
@@ -153,31 +150,49 @@ def watch(
     if last:
         logged.entries = logged.entries[-last:]
     if len(logged.entries) < config.least:
-        raise PipelineError(_too_few(log, profile, logged, config.least))
-    found = replace(compare(profile, logged, config), log=str(log), reference=str(where))
-    write_json(paths.drift, found.record())
-    return found
+        others = ", ".join(f"{count:,} of {model}" for model, count in logged.others.most_common(3))
+        also = f" It has {others}: choose with --name, --model-version." if others else ""
+        raise PipelineError(
+            f"{log} has {len(logged.entries):,} predictions of {profile.name} with sha256 "
+            f"{profile.sha256[:12]}, fewer than {config.least}: too few to tell drift from "
+            f"chance.{also}"
+        )
+    drift = replace(compare_log(profile, logged, config), log=str(log), reference=str(where))
+    write_json(paths.drift, drift.record())
+    return drift
 
 
-def require_none(found: Drift) -> None:
+def require_none(drift: Drift) -> None:
     """Raise CheckFailedError where something drifted."""
-    if found.drifted:
+    if drift.drifted:
         raise CheckFailedError(
-            f"{found.name} does not get, or does not say, what it did when it was proven: "
-            f"{', '.join(found.drifted)}. Look at what it is asked (the camera, the form, who "
+            f"{drift.name} does not get, or does not say, what it did when it was proven: "
+            f"{', '.join(drift.drifted)}. Look at what it is asked (the camera, the form, who "
             "asks); train on such images if they are to stay"
         )
 
 
-def compare(
+def compare_log(
     profile: ReferenceProfile, logged: Logged, config: DriftConfig = DriftConfig()
 ) -> Drift:
     """Hold predictions of one model file against its profile.
 
     Raises PipelineError for a class that the profile does not know.
     """
-    entries, now = logged.entries, _counted(profile, logged.entries)
-    shifts = _shifts(profile, now, len(entries), config)
+    entries, images = logged.entries, len(logged.entries)
+    labels = Counter(entry.label for entry in entries)
+    if strange := labels.keys() - set(profile.classes):
+        raise PipelineError(
+            f"predictions of {', '.join(sorted(strange)[:LISTED])}, classes that {profile.name} "
+            "has not: the log or the profile is another model's"
+        )
+    classes = tuple(labels[label] for label in profile.classes)
+    confidence = binned(np.array([e.probability for e in entries]), profile.confidence_edges)
+    inks = [entry.ink for entry in entries if entry.ink is not None]
+    has_ink = profile.ink_counts is not None and len(inks) == images
+    ink = binned(np.array(inks), profile.ink_edges) if has_ink else None
+    unsure = sum(not entry.is_sure for entry in entries)
+    shifts = _shifts(profile, (classes, confidence, ink, unsure), config)
     chances = holm({name: shift.p for name, (shift, _, _) in shifts.items()})
     return Drift(
         log="",
@@ -185,7 +200,7 @@ def compare(
         versions=tuple(sorted(logged.versions)),
         sha256=profile.sha256,
         reference="",
-        images=len(entries),
+        images=images,
         first=min(entry.time for entry in entries),
         last=max(entry.time for entry in entries),
         others={str(model): count for model, count in logged.others.most_common()},
@@ -193,41 +208,23 @@ def compare(
         lost=logged.lost,
         alpha=config.alpha,
         checks=tuple(
-            _check(name, *found, chances[name], config.alpha) for name, found in shifts.items()
+            Check(
+                name,
+                test,
+                words,
+                shift.effect,
+                shift.allowed,
+                shift.statistic,
+                chances[name],
+                chances[name] < config.alpha,
+            )
+            for name, (shift, test, words) in shifts.items()
         ),
         unchecked=tuple(name for name in ("ink", "not sure") if name not in shifts),
-        class_counts=now.classes,
-        confidence_counts=now.confidence,
-        ink_counts=now.ink,
+        class_counts=classes,
+        confidence_counts=confidence,
+        ink_counts=ink,
         profile=profile,
-    )
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """A log's predictions, counted as the profile's are."""
-
-    classes: tuple[int, ...]
-    confidence: tuple[int, ...]
-    ink: tuple[int, ...] | None  # None where the profile or a line of the log has none
-    unsure: int
-
-
-def _counted(profile: ReferenceProfile, entries: Sequence[Entry]) -> _Counts:
-    labels = Counter(entry.label for entry in entries)
-    if strange := labels.keys() - set(profile.classes):
-        raise PipelineError(
-            f"predictions of {', '.join(sorted(strange)[:LISTED])}, classes that {profile.name} "
-            "has not: the log or the profile is another model's"
-        )
-    confidence = np.array([entry.probability for entry in entries])
-    inks = [entry.ink for entry in entries if entry.ink is not None]
-    has_ink = profile.ink_counts is not None and len(inks) == len(entries)
-    return _Counts(
-        classes=tuple(labels[label] for label in profile.classes),
-        confidence=binned(confidence, profile.confidence_edges),
-        ink=binned(np.array(inks), profile.ink_edges) if has_ink else None,
-        unsure=sum(not entry.is_sure for entry in entries),
     )
 
 
@@ -308,28 +305,28 @@ def holm(chances: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
+# Predictions by class, by confidence, by ink (None: unknown), and how many were not sure.
+Counted = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None, int]
 Found = tuple[Shift, str, str]  # with the test's name, and where the difference is, in words
 
 
-def _shifts(
-    profile: ReferenceProfile, now: _Counts, images: int, config: DriftConfig
-) -> dict[str, Found]:
-    before, counts = np.array(profile.class_counts), np.array(now.classes)
+def _shifts(profile: ReferenceProfile, now: Counted, config: DriftConfig) -> dict[str, Found]:
+    classes, confidence, ink, unsure = now
+    images = sum(classes)
+    before, counts = np.array(profile.class_counts), np.array(classes)
     shift = largest_share_shift(before, counts, config.class_share, config.class_least)
     shares = f"{before[shift.at] / profile.images:.1%} -> {counts[shift.at] / images:.1%}"
     found = {"classes": (shift, ARCSINE, f"class {profile.classes[shift.at]}: {shares}")}
     found["confidence"] = _distribution(
         *("confidence", profile.confidence_edges, profile.confidence_counts),
-        *(now.confidence, config.confidence),
+        *(confidence, config.confidence),
     )
-    if profile.ink_counts is not None and now.ink is not None:
-        found["ink"] = _distribution(
-            "ink", profile.ink_edges, profile.ink_counts, now.ink, config.ink
-        )
-        found["unusual ink"] = _unusual(profile.ink_edges, profile.ink_counts, now.ink, config)
+    if profile.ink_counts is not None and ink is not None:
+        found["ink"] = _distribution("ink", profile.ink_edges, profile.ink_counts, ink, config.ink)
+        found["unusual ink"] = _unusual(profile.ink_edges, profile.ink_counts, ink, config)
     if profile.unsure is not None:
-        shift = share_shift(profile.unsure, profile.images, now.unsure, images, config.unsure)
-        said = f"{profile.unsure / profile.images:.1%} -> {now.unsure / images:.1%}"
+        shift = share_shift(profile.unsure, profile.images, unsure, images, config.unsure)
+        said = f"{profile.unsure / profile.images:.1%} -> {unsure / images:.1%}"
         found["not sure"] = (shift, ARCSINE, said)
     return found
 
@@ -358,16 +355,3 @@ def _unusual(
     shift = share_shift(known, of, found, images, config.unusual_ink)
     bounds = f"ink outside {edges[low]:g} to {edges[high]:g}"
     return shift, ARCSINE, f"{bounds}: {known / of:.1%} -> {found / images:.1%}"
-
-
-def _check(name: str, shift: Shift, test: str, said: str, p: float, alpha: float) -> Check:
-    return Check(name, test, said, shift.effect, shift.allowed, shift.statistic, p, p < alpha)
-
-
-def _too_few(log: Path, profile: ReferenceProfile, logged: Logged, least: int) -> str:
-    others = ", ".join(f"{count:,} of {model}" for model, count in logged.others.most_common(3))
-    also = f" It has {others}: choose with --name, --model-version." if others else ""
-    return (
-        f"{log} has {len(logged.entries):,} predictions of {profile.name} with sha256 "
-        f"{profile.sha256[:12]}, fewer than {least}: too few to tell drift from chance.{also}"
-    )

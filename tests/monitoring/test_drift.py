@@ -14,7 +14,7 @@ from pipeline.client.log import Entry, Logged, PredictionLog, older
 from pipeline.core.evaluate import predict
 from pipeline.data.splits import load_split
 from pipeline.export.runtime import onnx_predictor
-from pipeline.monitoring.drift import Drift, DriftConfig, compare
+from pipeline.monitoring.drift import Drift, DriftConfig, compare_log
 from pipeline.repository import config_pbtxt
 from pipeline.repository.reference_profile import ReferenceProfile, confidence_of, ink_of, unpacked
 from tests.conftest import REPOSITORY, Chain, edit_json, error_line, flip_bit
@@ -60,7 +60,7 @@ class Bench:
                 strict=True,
             )
         ]
-        return compare(self.profile, Logged(entries, {"1"}))
+        return compare_log(self.profile, Logged(entries, {"1"}))
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +143,8 @@ def test_what_is_larger_than_allowed_by_nothing_but_chance_is_no_drift(bench: Be
         for label, sure, ink in zip(said.labels, said.confidence, said.ink, strict=True)
     ]
     # The splits of MNIST do differ, and ten thousand images show it: that is what is allowed.
-    assert compare(bench.profile, Logged(entries, {"1"}), strict).drifted
-    assert not compare(bench.profile, Logged(entries, {"1"}), allowed).drifted
+    assert compare_log(bench.profile, Logged(entries, {"1"}), strict).drifted
+    assert not compare_log(bench.profile, Logged(entries, {"1"}), allowed).drifted
     assert all(abs(check.effect) < check.allowed for check in found.checks[1:])
 
 
