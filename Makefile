@@ -24,6 +24,7 @@ TORCH_INDEX ?=
 
 PIPELINE := .venv/bin/pipeline
 TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalone --nproc-per-node
+TOOL := .venv/bin/python -m tools
 TRAIN := $(if $(filter 1,$(NPROC)),$(PIPELINE),$(TORCHRUN) $(NPROC) -m -- pipeline) train
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 SERVER_PIP := .venv-triton/bin/python -m pip --disable-pip-version-check
@@ -137,38 +138,47 @@ format: .venv/done ## let ruff format the code
 
 figures: $(AGREEMENT) ## measure the README's figures anew and render them
 	$(PIPELINE) validate exported/model_repository
-	$(PIPELINE) report --run $(RUN) --name $(NAME) --figures
+	$(TOOL).readme agreement $(AGREEMENT) $(SUMMARY)
 
 .PHONY: best
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
-.PHONY: gpu-check prove-resume prove-runtimes prove-best
+.PHONY: gpu-check prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure
 .PHONY: prove-compare prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
-	$(PIPELINE) gpu-check --signed-off-by "$(SIGNED)"
+	$(TOOL).gpu_check tools/results/gpu.json --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
-	$(PIPELINE) benchmark --what train --recipes best --resume --figures
+	set -o pipefail; $(PIPELINE) --json benchmark --what train --recipes best --resume | $(TOOL).readme training /dev/stdin
+prove-training: .venv/done data/mnist/train-images-idx3-ubyte ## train the short recipes with their seeds, beside a yardstick
+	set -o pipefail; $(PIPELINE) --json benchmark --what train | $(TOOL).readme training /dev/stdin
+prove-serving: .venv/done .venv-triton/done ## measure how fast a packaged model is served (NAME)
+	$(PIPELINE) benchmark --what serve --name $(NAME)
+	$(TOOL).readme serving exported/$(NAME)/serving.json
+prove-photos: .venv/done data/mnist/train-images-idx3-ubyte ## read pictures that people have with an exported model (NAME)
+	$(TOOL).prove_photos tools/results/photos.json --name $(NAME)
+prove-unsure: .venv/done data/mnist/train-images-idx3-ubyte ## show an exported model what is no digit (NAME)
+	$(TOOL).prove_unsure tools/results/unsure.json --name $(NAME)
 prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_resume exported/figures/resume.json 100 30
+	OMP_NUM_THREADS=1 $(TOOL).prove_resume tools/results/resume.json 100 30
 prove-swap: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## change the served version 100 times under 100,000 requests
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_swap exported/figures/swap.json 100 100000
+	OMP_NUM_THREADS=1 $(TOOL).prove_swap tools/results/swap.json 100 100000
 prove-runtimes: $(SUMMARY) | .venv/done ## run what is exported for older Tritons on the ONNX Runtimes inside them (RUN)
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_runtimes exported/figures/runtimes.json $(RUN)
+	OMP_NUM_THREADS=1 $(TOOL).prove_runtimes tools/results/runtimes.json $(RUN)
 prove-kill: $(PACKAGED) .venv-triton/done ## kill stub, server and supervisor 20 times, and drain 50 times, under load
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_kill exported/figures/kill.json 20 50
+	OMP_NUM_THREADS=1 $(TOOL).prove_kill tools/results/kill.json 20 50
 prove-soak: $(PACKAGED) .venv-triton/done ## 200,000 requests: the server keeps its size
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_soak exported/figures/soak.json 200000
+	OMP_NUM_THREADS=1 $(TOOL).prove_soak tools/results/soak.json 200000
 prove-native: .venv/done ## put the golden set to NVIDIA's image on what is packaged, where Docker is (NAME)
-	.venv/bin/python -m tools.prove_native exported/figures/native.json --name $(NAME)
+	$(TOOL).prove_native tools/results/native.json --name $(NAME)
 prove-gateway: $(PACKAGED) .venv-triton/done ## 50,000 fuzzed requests, 20,000 damaged pictures, two lockouts and 200 users before the page's gateway
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_gateway exported/figures/gateway.json 50000 20000 200 30
+	OMP_NUM_THREADS=1 $(TOOL).prove_gateway tools/results/gateway.json 50000 20000 200 30
 prove-score: $(PACKAGED) .venv/done ## score a million images, killed twice, beside ONNX Runtime in process
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_score exported/figures/score.json 1000000
+	OMP_NUM_THREADS=1 $(TOOL).prove_score tools/results/score.json 1000000
 prove-lint: .venv/done .venv-triton/done ## mutate a model repository, and hold lint against a real Triton
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_lint exported/figures/lint.json
+	OMP_NUM_THREADS=1 $(TOOL).prove_lint tools/results/lint.json
 prove-compare: $(PACKAGED) .venv-triton/done ## plant a slowdown and a loss of accuracy for --compare to find, and compare the same ten times
-	OMP_NUM_THREADS=1 .venv/bin/python -m tools.prove_compare exported/figures/compare.json 10
+	OMP_NUM_THREADS=1 $(TOOL).prove_compare tools/results/compare.json 10
 
 system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }
@@ -180,7 +190,7 @@ system: ## install what only the system's packages have (root)
 
 .PHONY: clean clean-venv
 clean: ## remove exports and caches, never data or runs
-	find exported -mindepth 1 -maxdepth 1 ! -name figures ! -name README.md -exec rm -rf {} +
+	find exported -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* build dist
 clean-venv: ## remove the environments
 	rm -rf .venv .venv-triton .venv-runtimes

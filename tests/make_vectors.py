@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from pipeline.benchmark import photos as photo_light
-from pipeline.benchmark.photos import SCENES, Scene, photo
 from pipeline.data.splits import load_split
 from pipeline.images.read import read_image
+from tools import photos as photo_light
+from tools.photos import SCENES, Scene, photo
 
 VECTORS = Path(__file__).parent / "vectors"
 LARGER = {"ruled": (300, 400), "squared": (240, 320), "camera": (300, 400)}

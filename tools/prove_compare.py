@@ -21,13 +21,13 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from pipeline.benchmark.provenance import sources_digest, write_figure
 from pipeline.cli.main import main as pipeline
 from pipeline.core.files import read_json, sha256, write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
-from pipeline.report.readme import render_readme
 from pipeline.serving import tritonserver
+from tools.provenance import sources_digest, write_figure
+from tools.readme import render_readme
 
 SHARE = 0.2  # of what the backend takes, that it sleeps as well
 ATTEMPTS = 3  # at a slowdown on a machine whose own speed stays as it is
@@ -183,7 +183,7 @@ def main(result: Path, times: int) -> None:
     assert wrong["worse"], found
     assert [one["exit"] for one in found["same"]] == [0] * times, found
     write_figure("compare", result, record)
-    render_readme(Path("README.md"), Path("exported/figures"))
+    render_readme()
     print(f"wrote {result}")
 
 

@@ -26,15 +26,15 @@ import aiohttp
 import numpy as np
 from PIL import Image
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
-from pipeline.report.readme import render_readme
 from pipeline.serving import serve, supervise
 from pipeline.serving.settings import ServeConfig
 from tools.gateways import ATTEMPTS, HOLDING, bombs, connected, encoded
 from tools.prove_kill import project
+from tools.provenance import write_figure
+from tools.readme import render_readme
 
 HANG_SECONDS = 60.0
 CHECK_EVERY = 500  # hostile requests, between two that must be answered rightly
@@ -378,7 +378,7 @@ def main(result: Path, *counts: int) -> None:
     record |= machine()
     print(json.dumps(record, indent=1))
     write_figure("gateway", result, record)
-    render_readme(Path("README.md"), Path("exported/figures"))
+    render_readme()
     print(f"wrote {result}")
 
 

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
-from pipeline.report.readme import render_readme
 from pipeline.repository import config_pbtxt
 from pipeline.serving import serve, supervise
 from pipeline.serving.settings import ServeConfig
+from tools.provenance import write_figure
+from tools.readme import render_readme
 from tools.traffic import PAUSE_SECONDS, Running, Tally, Traffic, expected, lost, traffic
 
 WITHIN = 10.0  # seconds, for right answers to come again and for a drain to be done
@@ -182,7 +182,7 @@ def main(result: Path, kills: int, drains: int) -> None:
     assert max((s for all_ in outages.values() for s in all_), default=0.0) < WITHIN
     assert max(drained, default=0.0) < WITHIN
     write_figure("kill", result, record)
-    render_readme(Path("README.md"), Path("exported/figures"))
+    render_readme()
     print(f"wrote {result}")
 
 

@@ -1,6 +1,6 @@
 """Mutate a model repository in every way that we know, and hold lint against a real Triton.
 
-    python -m tools.prove_lint exported/figures/lint.json
+    python -m tools.prove_lint tools/results/lint.json
 
 Then hold it against ONNX Runtime itself, on the models of ONNX's own tests. Exits with 1 where
 lint, static and live together, misses what Triton refuses, or refuses what loads and is right.
@@ -17,14 +17,14 @@ import onnx
 import onnxruntime
 from onnx.backend.test.case.node import collect_testcases
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
-from pipeline.report.readme import render_readme
 from pipeline.repository.lint.check import lint_model
 from pipeline.repository.lint.text import Finding
 from pipeline.serving.scratch import Trial, try_models
 from tools.mutations import CASES, LOADS, ON_A_SERVER, UNTRIED, Case, build, static_fault
+from tools.provenance import write_figure
+from tools.readme import render_readme
 
 COMMAND = "make prove-lint"
 RUNTIME_TYPES = {
@@ -137,7 +137,7 @@ def main() -> None:
     }
     record["faults"] += record["corpus"]["refused_though_sound"]
     write_figure("lint", Path(sys.argv[1]), {**machine(), **record})
-    render_readme(Path("README.md"), Path("exported/figures"))
+    render_readme()
     print(f"{record['mutations']} mutations, {record['sound']} sound variations, ", end="")
     print(f"{record['faults']} not as expected; ONNX's own tests: {record['corpus']}")
     sys.exit(1 if record["faults"] else 0)

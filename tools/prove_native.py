@@ -7,22 +7,22 @@ the PATH, inside the image say; `--runtime wheel` shows that the proof itself wo
 import argparse
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
-from pipeline.report.readme import render_readme
 from pipeline.serving import tritonserver
 from pipeline.serving.serve import running_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import IMAGE
 from pipeline.validation.servers import Evidence, require_passed, verify
+from tools.edge import print_now, run_tool
+from tools.provenance import write_figure
+from tools.readme import README, RESULTS, render_readme
 
 START_SECONDS = 300.0  # of a container whose image was never started before
 COMMANDS = {"docker": "make prove-native"}
@@ -93,11 +93,6 @@ def prove(paths: Paths, kind: str, result: Path, report: Say) -> Evidence:
     return evidence
 
 
-def say(line: str) -> None:
-    """A line of progress, at once."""
-    print(line, flush=True)
-
-
 def main(arguments: list[str]) -> None:
     """Prove, keep the result, and let the README say it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -107,17 +102,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--runtime", choices=["docker", "path", "wheel"], default="docker")
     given = parser.parse_args(arguments)
     paths = replace(Paths(given.root), name=given.name)
-    evidence = prove(paths, given.runtime, given.result, say)
+    evidence = prove(paths, given.runtime, given.result, print_now)
     print(f"{evidence}\nwrote {given.result}")
-    readme = paths.root / "README.md"
-    if given.result.resolve() == paths.native.resolve() and readme.exists():
-        render_readme(readme, paths.figures)
+    readme, results = paths.root / README, paths.root / RESULTS
+    if given.result.resolve().parent == results.resolve() and readme.exists():
+        render_readme(readme, results)
     require_passed(evidence)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except PipelineError as failure:
-        print(f"Error: {failure}", file=sys.stderr)
-        raise SystemExit(failure.exit_code) from failure
+    run_tool(main)

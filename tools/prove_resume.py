@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import remove, sha256
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
-from pipeline.report.readme import render_readme
 from pipeline.training.checkpoint import load_state
 from pipeline.training.device import choose
 from pipeline.training.run import identity, recorded_config
+from tools.provenance import write_figure
+from tools.readme import render_readme
 
 TRAIN = ["train", "--recipe", "quick", "--save-every", "2"]
 EPOCHS = 0.25
@@ -158,7 +158,7 @@ def main(result: Path, kills: int, inside: int) -> None:
         load_split("mnist", root / "data" / "mnist", "test")  # or say how to fetch it
         outcome = prove(root, kills, inside, report=lambda line: print(line, flush=True))
     write_figure("resume", result, {"command": "make prove-resume", **machine(), **asdict(outcome)})
-    render_readme(Path("README.md"), result.parent)
+    render_readme()
     print(f"wrote {result}")
     if not outcome.is_perfect or outcome.inside_a_write < inside:
         raise SystemExit(3)

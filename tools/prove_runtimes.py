@@ -5,7 +5,6 @@ Run by `make prove-runtimes`. Each ONNX Runtime has an environment of its own, w
 
 import json
 import subprocess
-import sys
 import tempfile
 import venv
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import Judgement, judge, predict
 from pipeline.core.files import remove
@@ -24,8 +22,10 @@ from pipeline.core.paths import Paths
 from pipeline.export.export import export_program, signature_of, to_onnx
 from pipeline.export.subject import Subject, exported_sample, subject_of_run
 from pipeline.export.targets import ExportConfig, dialect, span
-from pipeline.report.readme import render_readme
 from pipeline.training.networks import eager_predictor
+from tools.edge import print_now, run_tool
+from tools.provenance import write_figure
+from tools.readme import render_readme
 
 ENVIRONMENTS = Path(".venv-runtimes")
 MAX_ABS_DIFF = 1e-4  # between log-probabilities
@@ -170,13 +170,13 @@ def require(rows: list[Row]) -> None:
         raise CheckFailedError(f"answers differ from eager PyTorch's: {'; '.join(wrong)}")
 
 
-def main(result: Path, run: str) -> None:
+def main(result: Path, run: str = Paths.run) -> None:
     """Prove a finished run on its test images, and keep the result if all agree."""
     paths = Paths(run=run)
     subject = subject_of_run(paths)
     training = subject.origin["training"]
     images = exported_sample(paths, subject.origin).images
-    rows = prove(subject, images, report=lambda line: print(line, flush=True))
+    rows = prove(subject, images, report=print_now)
     require(rows)
     record: dict[str, Any] = {
         "command": "make prove-runtimes",
@@ -186,12 +186,9 @@ def main(result: Path, run: str) -> None:
         "rows": [asdict(row) for row in rows],
     }
     write_figure("runtimes", result, record)
-    render_readme(Path("README.md"), result.parent)
+    render_readme()
     print(f"wrote {result}")
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else Paths.run)
-    except PipelineError as error:
-        raise SystemExit(f"Error: {error}") from error
+    run_tool(lambda arguments: main(Path(arguments[0]), *arguments[1:]))

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
-from pipeline.report.readme import render_readme
 from pipeline.repository.versions import list_versions
 from pipeline.serving import supervise, swap
 from pipeline.serving.serve import Server, with_free_ports
 from pipeline.serving.settings import ServeConfig
+from tools.provenance import write_figure
+from tools.readme import render_readme
 from tools.traffic import Traffic, expected, traffic
 
 TOLERANCE = 1e-4  # of an answer's log-probabilities
@@ -152,7 +152,7 @@ def main(result: Path, promotes: int, requests: int) -> None:
             outcome = prove(paths, server, images, promotes, requests, say)
     write_figure("swap", result, {"command": "make prove-swap", **machine(), **asdict(outcome)})
     say(f"{outcome}")
-    render_readme(Path("README.md"), Path("exported/figures"))
+    render_readme()
     say(f"wrote {result}")
     if not outcome.is_perfect:
         raise SystemExit(3)

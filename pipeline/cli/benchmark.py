@@ -1,4 +1,4 @@
-"""The command that measures: recipes, runtimes, a server, photos, and what is no digit."""
+"""The command that measures: recipes, an export in its runtimes, and a served model."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,17 +12,13 @@ from pipeline.cli.command import Command, Settings, name_option, paths_of
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 
-KINDS = ("train", "infer", "serve", "photos", "unsure", "all")  # all: infer and serve
+KINDS = ("train", "infer", "serve", "all")  # all: infer and serve
 SPEED = ("infer", "serve", "all")
 # Which kinds use an option that not all of them do.
 USED_BY: dict[str, tuple[str, ...]] = {
-    "name": KINDS[1:],
-    "short": (*SPEED, "photos"),
-    "csv": SPEED,
-    "compare": SPEED,
+    **dict.fromkeys(("name", "short", "csv", "compare"), SPEED),
     "rate": ("serve", "all"),
     **dict.fromkeys(("recipes", "seeds", "resume"), ("train",)),
-    "figures": ("train", "serve", "all", "photos", "unsure"),
 }
 MOST_A_SECOND = 1_000_000  # requests, which are drawn before they are sent
 
@@ -36,7 +32,6 @@ class _Asked:
     rate: float | None
     csv: Path | None
     compare: Path | None
-    figures: bool
 
 
 def _finite(
@@ -50,7 +45,7 @@ def _finite(
 @click.command(cls=Command)
 @click.option("--what", type=click.Choice(KINDS), default="train", show_default=True)
 @name_option
-@click.option("--short", is_flag=True, help="infer, serve, photos: for seconds, not minutes.")
+@click.option("--short", is_flag=True, help="infer, serve: for seconds, not minutes.")
 @click.option(
     "--csv", type=click.Path(path_type=Path), help="infer, serve: write the rows here too."
 )
@@ -65,7 +60,6 @@ def _finite(
 @click.option("--recipes", default="quick,record,standard", show_default=True)
 @click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
 @click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
-@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
 @click.pass_obj
 def benchmark_command(
     settings: Settings,
@@ -78,9 +72,8 @@ def benchmark_command(
     recipes: str,
     seeds: int | None,
     resume: bool,
-    figures: bool,
 ) -> None:
-    """Measure recipes, an export in its runtimes, a served model, photos, or what is no digit.
+    """Measure recipes, an export in its runtimes, or a served model.
 
     The rows of infer and serve: asking is how many ask at once, or how many requests arrive a
     second; formed, how many images the server took together; differ, the images of another class
@@ -95,19 +88,13 @@ def benchmark_command(
       pipeline benchmark --what all --short --csv rows.csv
       pipeline benchmark --what infer --compare before.json
       pipeline benchmark --what serve --name quick
-      pipeline benchmark --what photos
-      pipeline benchmark --what unsure
     """
     _require_used(what)
-    if what == "unsure":
-        _measure_unsure(settings, paths_of(settings, name), figures)
-    elif what == "photos":
-        _measure_photos(settings, paths_of(settings, name), short, figures)
-    elif what == "train":
-        _measure_training(settings, recipes, seeds, resume, figures)
+    if what == "train":
+        _measure_training(settings, recipes, seeds, resume)
     else:
         kinds = ("infer", "serve") if what == "all" else (what,)
-        asked = _Asked(kinds, short, rate, csv, compare, figures)
+        asked = _Asked(kinds, short, rate, csv, compare)
         _measure_speed(settings, paths_of(settings, name), asked)
 
 
@@ -122,40 +109,21 @@ def _require_used(what: str) -> None:
             )
 
 
-def _measure_training(
-    settings: Settings, recipes: str, seeds: int | None, resume: bool, figures: bool
-) -> None:
+def _measure_training(settings: Settings, recipes: str, seeds: int | None, resume: bool) -> None:
     from pipeline.benchmark.training import benchmark_training
-    from pipeline.report.readme import render_readme, save_training
 
-    paths = paths_of(settings)
     names = [recipe_name.strip() for recipe_name in recipes.split(",")]
-    rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
-    records = [row.record() for row in rows]
-    text = Lines(*rows)
-    if figures:
-        text = Lines(text, f"wrote {save_training(paths, records)}")
-        render_readme(paths.root / "README.md", paths.figures)
-    settings.result({"what": "train", "rows": records}, text, "pipeline train")
-
-
-def _measure_unsure(settings: Settings, paths: Paths, figures: bool) -> None:
-    from pipeline.benchmark.unsure import measure_unsure
-    from pipeline.report.readme import render_readme, save_benchmark
-
-    found = measure_unsure(paths)
-    text = Lines(found, f"wrote {paths.unsure}")
-    if figures:
-        text = Lines(text, f"wrote {save_benchmark(paths, 'unsure', found.record())}")
-        render_readme(paths.root / "README.md", paths.figures)
-    settings.result(found.record(), text, "pipeline report")
+    rows = benchmark_training(
+        paths_of(settings), names, seeds, resume, settings.say, settings.update
+    )
+    record = {"what": "train", "rows": [row.record() for row in rows]}
+    settings.result(record, Lines(*rows), "pipeline train")
 
 
 def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
     from pipeline.benchmark import compare as comparison
     from pipeline.benchmark.table import csv_of, require_place, table
     from pipeline.core.files import write_bytes
-    from pipeline.report.readme import render_readme, save_benchmark
 
     if asked.csv:
         require_place(asked.csv)
@@ -173,9 +141,6 @@ def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
     written = {"infer": paths.inference, "serve": paths.serving}
     lines = [table(rows), *(found["serve"].told_ratios() if "serve" in found else [])]
     lines += [f"wrote {written[what]}" for what in found]
-    if asked.figures and "serve" in found:
-        lines.append(f"wrote {save_benchmark(paths, 'serve', records['serve'])}")
-        render_readme(paths.root / "README.md", paths.figures)
     if asked.csv:
         write_bytes(asked.csv, csv_of(rows).encode())
         lines.append(f"wrote {asked.csv}")
@@ -209,15 +174,3 @@ def _speeds(settings: Settings, paths: Paths, asked: _Asked) -> dict[str, Any]:
             reference=getattr(found.get("infer"), "classes", None),
         )
     return found
-
-
-def _measure_photos(settings: Settings, paths: Paths, short: bool, figures: bool) -> None:
-    from pipeline.benchmark.photo_table import SHORT, PhotoBenchmark, benchmark_photos
-    from pipeline.report.readme import render_readme, save_benchmark
-
-    found = benchmark_photos(paths, SHORT if short else PhotoBenchmark(), settings.say)
-    text = Lines(found, f"wrote {paths.photos}")
-    if figures:
-        text = Lines(text, f"wrote {save_benchmark(paths, 'photos', found.record())}")
-        render_readme(paths.root / "README.md", paths.figures)
-    settings.result(found.record(), text, "pipeline query FILE")

@@ -11,7 +11,7 @@ from pipeline.cli.data import data_group
 from pipeline.cli.doctor import doctor_command
 from pipeline.cli.export import export_command, package_command
 from pipeline.cli.query import query_command
-from pipeline.cli.report import drift_command, gpu_check_command, report_command
+from pipeline.cli.report import drift_command, report_command
 from pipeline.cli.repository import lint_command, versions_group
 from pipeline.cli.score import score_command
 from pipeline.cli.serve import serve
@@ -40,7 +40,6 @@ main.add_command(versions_group)
 main.add_command(lint_command)
 main.add_command(report_command)
 main.add_command(benchmark_command)
-main.add_command(gpu_check_command)
 main.add_command(doctor_command)
 main.add_command(web_command)
 main.add_command(query_command)

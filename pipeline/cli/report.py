@@ -1,9 +1,5 @@
-"""The commands that report, and that verify on a GPU, and keep what they found as figures.
+"""The commands that report on a run, and that hold a prediction log against its model's profile."""
 
-The command that holds a prediction log against the model's reference profile.
-"""
-
-import shlex
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,26 +17,15 @@ from pipeline.core.text import Lines
 @click.option("--run", help="The run to report on.  [default: the one that was exported]")
 @name_option
 @click.option("--table", is_flag=True, help="Only show how the runtimes agreed, and write no page.")
-@click.option("--figures", is_flag=True, help="Keep these results as the README's figures.")
-@click.option("--readme", type=click.Path(path_type=Path), default=Path("README.md"), hidden=True)
 @click.pass_obj
-def report_command(
-    settings: Settings,
-    run: str | None,
-    name: str | None,
-    table: bool,
-    figures: bool,
-    readme: Path,
-) -> None:
+def report_command(settings: Settings, run: str | None, name: str | None, table: bool) -> None:
     """Write one page about a run, and show how its model's runtimes agreed when last proven.
 
     \b
     Example:
       pipeline report
       pipeline report --run wide
-      pipeline report --figures
     """
-    from pipeline.report.readme import render_readme, save_figures
     from pipeline.validation.agreement import read_agreement
 
     paths = _reported(paths_of(settings, name, run or name), run, name)
@@ -61,9 +46,6 @@ def report_command(
         proof = read_agreement(paths)
         record |= asdict(proof)
         lines = [str(proof), f"read {paths.agreement}", *lines]
-    if figures:
-        lines.append(f"wrote {save_figures(paths)}")
-        render_readme(paths.root / readme, paths.figures)
     settings.result(record, Lines(*lines), page.then)
 
 
@@ -75,28 +57,6 @@ def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
         return paths
     manifest = read_json(paths.manifest, "run 'pipeline export' again")
     return replace(paths, run=str(manifest.get("run", paths.run)))
-
-
-@click.command(cls=Command)
-@click.option("--signed-off-by", required=True, help="Who ran it and answers for it.")
-@click.pass_obj
-def gpu_check_command(settings: Settings, signed_off_by: str) -> None:
-    """Verify training, export and validation on a GPU, for the README to say so.
-
-    \b
-    Example:
-      pipeline gpu-check --signed-off-by "Ada Lovelace"
-    """
-    from pipeline.benchmark.gpu_check import gpu_check
-    from pipeline.report.readme import render_readme
-
-    paths = paths_of(settings)
-    check = gpu_check(paths, signed_off_by, settings.say)
-    render_readme(paths.root / "README.md", paths.figures)
-    verified = f"{check.device}: {check.tests} tests, {check.test_accuracy:.2%}"
-    text = Lines(verified, f"wrote {paths.gpu}")
-    files = (str(paths.gpu), str(paths.root / "README.md"))
-    settings.result(asdict(check), text, shlex.join(["git", "commit", *files]))
 
 
 file_type = click.Path(path_type=Path, dir_okay=False)

@@ -10,7 +10,7 @@ from pipeline.core.errors import PipelineError
 MODEL_NAMES = {"mnist": "handwriting"}
 FOLDER = "folder:"  # stands before the path of a folder of pictures, where a data set is named
 # Under runs/ or exported/.
-TAKEN = ("handwriting", "model_repository", "figures", "failed", "deploy")
+TAKEN = ("handwriting", "model_repository", "failed", "deploy")
 NAME_RULE = "up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -155,10 +155,6 @@ class Paths:
         return self.export / "images.npz"
 
     @property
-    def photos(self) -> Path:
-        return self.export / "photos.json"
-
-    @property
     def card(self) -> Path:
         return self.export / "MODEL_CARD.md"
 
@@ -194,10 +190,6 @@ class Paths:
     @property
     def serving(self) -> Path:
         return self.export / "serving.json"
-
-    @property
-    def unsure(self) -> Path:
-        return self.export / "unsure.json"
 
     @property
     def drift(self) -> Path:
@@ -241,18 +233,6 @@ class Paths:
     @property
     def triton_environment(self) -> Path:
         return self.root / ".venv-triton"
-
-    @property
-    def gpu(self) -> Path:
-        return self.figures / "gpu.json"
-
-    @property
-    def native(self) -> Path:
-        return self.figures / "native.json"
-
-    @property
-    def figures(self) -> Path:
-        return self.exported / "figures"
 
 
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -7,9 +8,11 @@ from pipeline.benchmark import training
 from pipeline.benchmark.training import TrainingRow, Trial, multiply_adds
 from pipeline.cli.benchmark import KINDS, USED_BY, benchmark_command
 from pipeline.core.machine import machine
-from pipeline.report.readme import training_markdown
 from pipeline.training.recipes import RECIPES
 from tests.conftest import Chain, error_line
+from tools import readme
+from tools.provenance import read_figure
+from tools.readme import README, RESULTS, training_figure, training_markdown
 
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
@@ -31,40 +34,41 @@ def test_a_row_has_the_mean_the_interval_and_the_median_share() -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_trains_scores_and_renders(
+def test_the_benchmark_trains_and_scores_and_its_rows_are_kept_among_the_others(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "YARDSTICK_EPOCHS", 0.002)
     monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=1))
-    (empty.root / "README.md").write_text("<!-- figures:training -->\n<!-- /figures -->\n")
-    options = ["--recipes", "quick", "--seeds", "1", "--figures"]
-    record = empty.record("benchmark", *options)
-    (row,) = record["rows"]
+    monkeypatch.chdir(empty.root)
+    README.write_text("<!-- figures:training -->\n<!-- /figures -->\n")
+    RESULTS.mkdir(parents=True)
+    result = empty.run("--json", "benchmark", "--recipes", "quick", "--seeds", "1")
+    (row,) = json.loads(result.stdout)["rows"]
     assert row["trials"][0]["test_accuracy"] > 0.85
     assert row["share"] > 0
-    figure = json.loads((empty.paths.figures / "training.json").read_text())
-    assert training_markdown(figure) in (empty.root / "README.md").read_text()
+    Path("printed.json").write_text(result.stdout)
+    readme.main(["training", "printed.json"])
+    figure = read_figure(RESULTS / "training.json")
+    assert figure["command"] == "make prove-training"
+    assert training_markdown(figure) in README.read_text()
     assert "| `quick` | 101,770 |" in training_markdown(figure)
+    both = training_figure([{**row, "recipe": "best"}], RESULTS / "training.json")
+    assert {kept["recipe"] for kept in both["rows"]} == {"best", "quick"}
 
 
 @pytest.mark.slow
-def test_a_benchmark_goes_on_where_it_stopped_and_keeps_the_rows_of_other_recipes(
+def test_a_benchmark_goes_on_where_it_stopped(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "YARDSTICK_EPOCHS", 0.002)
     monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=0.1))
-    monkeypatch.setitem(RECIPES, "best", replace(RECIPES["note"], epochs=0.2))
-    (empty.root / "README.md").write_text("")
-    first = empty.record("benchmark", "--recipes", "quick", "--seeds", "1", "--figures")
+    first = empty.record("benchmark", "--recipes", "quick", "--seeds", "1")
     both = ["benchmark", "--recipes", "quick", "--seeds", "2", "--resume"]
     again = empty.record(*both)
     assert again["rows"][0]["trials"][0] == first["rows"][0]["trials"][0]
     assert len(again["rows"][0]["trials"]) == 2
     fresh = empty.record(*both[:-1])
     assert fresh["rows"][0]["trials"][0]["seconds"] != first["rows"][0]["trials"][0]["seconds"]
-    empty.record("benchmark", "--recipes", "best", "--seeds", "1", "--figures")
-    figure = json.loads((empty.paths.figures / "training.json").read_text())
-    assert {row["recipe"] for row in figure["rows"]} == {"quick", "best"}
 
 
 def test_the_table_says_how_long_quick_takes_beside_the_record() -> None:
@@ -90,10 +94,7 @@ def test_an_unknown_recipe_is_refused_before_anything_is_trained(empty: Chain) -
         ["--csv", "rows.csv"],
         ["--name", "mine"],
         ["--what", "train", "--short"],
-        ["--what", "unsure", "--short"],
-        ["--what", "photos", "--compare", "before.json"],
         ["--what", "infer", "--rate", "5"],
-        ["--what", "infer", "--figures"],
         ["--what", "all", "--seeds", "2"],
         ["--what", "serve", "--resume"],
     ],

@@ -261,7 +261,6 @@ def test_a_line_of_progress_is_taken_away_before_the_result(
         *(["export", "--run", ""], ["train", "--run="], ["train", "--dataset", ""]),
         *(["--root", "", "train"], ["train", "--root="], ["serve", "--profile", ""]),
         *(["query", ""], ["validate", ""], ["score", "x", "--output", ""]),
-        ["gpu-check", "--signed-off-by", ""],
     ],
     ids=" ".join,
 )

@@ -35,7 +35,7 @@ HOSTILE = f"x\x1b[2J\x07\x7f\r\x9b\u202e\u2028\n{FORGED}"
 HOSTILE_FILE = f"{HOSTILE}\udcff"  # a byte of a name that is not text
 # These print nothing of the project's folder, need more than it, or have a case of their own.
 NOT_IN_IT = {
-    *((), ("data",), ("data", "fetch"), ("versions",), ("gpu-check",), ("web",), ("score",)),
+    *((), ("data",), ("data", "fetch"), ("versions",), ("web",), ("score",)),
     *(("serve", name) for name in ("status", "logs", "restart", "stop")),
 }
 PACKAGE = REPOSITORY / "pipeline"
@@ -51,7 +51,7 @@ WITH_LINE_BREAKS = {
         "repository/reference_profile",
         "scoring/source",
     ),
-    *("export/subject", "repository/package", "report/readme", "report/proofs", "benchmark/table"),
+    *("export/subject", "repository/package", "benchmark/table"),
     *(
         "benchmark/load_http",
         "serving/scratch",
@@ -251,7 +251,7 @@ def log_of_a_server(stage: Stage) -> list[str]:
 
 
 def row_of_an_agreement(stage: Stage) -> list[str]:
-    record = json.loads((REPOSITORY / "exported" / "figures" / "agreement.json").read_text())
+    record = json.loads((REPOSITORY / "tools" / "results" / "agreement.json").read_text())
     record["rows"][0]["name"] = HOSTILE
     paths = Paths(stage.root)
     paths.agreement.parent.mkdir(parents=True)

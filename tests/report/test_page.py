@@ -15,8 +15,7 @@ from pipeline.report.answers import Answers
 from pipeline.report.evidence import WORST, Evidence
 from pipeline.repository.golden import unpack_golden
 from pipeline.training.records import load_predictions, save_predictions
-from tests.conftest import Chain, Edit, edit_json, error_line, flip_bit
-from tests.report.test_readme import proven
+from tests.conftest import REPOSITORY, Chain, Edit, edit_json, error_line, flip_bit
 
 
 def written(chain: Chain, *options: str) -> str:
@@ -24,6 +23,12 @@ def written(chain: Chain, *options: str) -> str:
     assert result.exit_code == 0, result.output
     assert f"wrote {chain.paths.page}" in result.stdout
     return chain.paths.page.read_text()
+
+
+def proven(chain: Chain) -> None:
+    """Put an agreement beside the export, as a proof would."""
+    figure = json.loads((REPOSITORY / "tools" / "results" / "agreement.json").read_text())
+    write_json(chain.paths.agreement, {k: v for k, v in figure.items() if k != "schema"})
 
 
 def answered(chain: Chain, classes: list[str]) -> None:
@@ -361,3 +366,30 @@ def test_chromium_opens_the_page_without_a_network_and_without_a_complaint(
     text = chain.paths.page.read_text()
     bad.write_text(text.replace("</main>", "<script>let x;</script></main>"))
     assert "Content Security Policy" in " ".join(opened(bad)[1])
+
+
+@pytest.mark.slow
+def test_the_report_says_how_often_wrong_answers_are_refused(chain: Chain) -> None:
+    assert "an answer is <em>not sure</em>:" in written(chain)
+    edit_json(chain.paths.summary, lambda record: record.pop("min_probability"))
+    assert "not sure" not in written(chain)  # a run of old
+
+
+@pytest.mark.slow
+def test_report_shows_the_last_agreement(chain: Chain) -> None:
+    nothing = chain.run("report")
+    assert nothing.exit_code == 0
+    assert f"next: pipeline validate {chain.paths.repository}" in nothing.stdout
+    proven(chain)
+    record = chain.record("report")
+    assert [row["name"] for row in record["rows"]][:2] == ["eager PyTorch", "ONNX Runtime"]
+    assert "Triton gRPC" in chain.run("report").stdout
+
+
+def test_the_table_alone_needs_no_page(chain: Chain) -> None:
+    missing = chain.run("report", "--table")
+    assert missing.exit_code == 1
+    assert "pipeline validate exported/model_repository" in error_line(missing)
+    proven(chain)
+    assert "Triton gRPC" in chain.run("report", "--table").stdout
+    assert not chain.paths.page.exists()

@@ -11,8 +11,8 @@ from pipeline.benchmark.timing import Row, Score, Window
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
-from pipeline.report.proofs import compare_markdown, serving_markdown
 from pipeline.report.speeds import HEADERS, Speeds, speeds
+from tools.proofs import compare_markdown, serving_markdown
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
 SPLIT = {**dict.fromkeys(PARTS, 1500.0), "batch": 4.0}

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.errors import PipelineError
-from pipeline.report.readme import NATIVE_NOT_VERIFIED, rendered
 from pipeline.serving import tritonserver
 from pipeline.serving.tritonserver import IMAGE
 from tests.conftest import REPOSITORY, Chain, link_server_environment
 from tools import prove_native
+from tools.provenance import write_figure
+from tools.readme import NATIVE_NOT_VERIFIED, RESULTS, rendered
 
 BLOCK = "<!-- figures:gpu -->\n<!-- /figures -->"
 # A docker whose container is the wheel's server on this machine: it takes the command line apart.
@@ -70,8 +70,11 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     put_on_path(tmp_path / "bin", script, monkeypatch)
     readme = chain.root / "README.md"
     readme.write_text(BLOCK)
-    prove_native.main([str(chain.paths.native), "--root", str(chain.root)])
-    record = json.loads(chain.paths.native.read_text())
+    results = chain.root / RESULTS
+    results.mkdir(parents=True)
+    native = results / "native.json"
+    prove_native.main([str(native), "--root", str(chain.root)])
+    record = json.loads(native.read_text())
     assert (record["passed"], record["runtime"], record["image"]) == (True, "docker", IMAGE)
     assert record["image_digest"] == "the-image@sha256:abc"
     assert record["protocols"] == ["http", "grpc"]
@@ -83,8 +86,8 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     assert f"--name={asked[2][2]}" in asked[1]
     assert not chain.paths.replay.exists()
     # A wrong server's evidence takes its place, and the README says no more than before.
-    write_figure("native", chain.paths.native, {**record, "passed": False})
-    assert NATIVE_NOT_VERIFIED in rendered(BLOCK, chain.paths.figures)
+    write_figure("native", native, {**record, "passed": False})
+    assert NATIVE_NOT_VERIFIED in rendered(BLOCK, results)
 
 
 def test_the_wheel_is_no_native_backend(tmp_path: Path) -> None:

@@ -1,60 +1,82 @@
-"""Results for people: a model's agreement table, and the README's tables from measured JSON."""
+"""Keep what commands measured as results, and render the README's blocks from the results.
 
+python -m tools.readme                               render the README
+python -m tools.readme agreement AGREEMENT SUMMARY   keep a proof and the run's summary, then render
+python -m tools.readme serving RECORD                keep what `benchmark --what serve` wrote
+python -m tools.readme training RECORD               keep what `benchmark --what train` printed
+"""
+
+import argparse
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.provenance import MEASURE, read_figure, recipe_digest, write_figure
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_json, write_bytes
 from pipeline.core.machine import machine
-from pipeline.core.paths import Paths
-from pipeline.report import proofs
+from tools import proofs
+from tools.edge import run_tool
+from tools.provenance import MEASURE, read_figure, recipe_digest, write_figure
 
+README = Path("README.md")
+RESULTS = Path("tools/results")
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
-def save_figures(paths: Paths) -> Path:
-    """Keep the model's training summary and agreement as the figures that the README quotes."""
-    proof = read_json(paths.agreement, MEASURE)
-    training = read_json(paths.summary, MEASURE)
-    figure = paths.figures / "agreement.json"
+def keep_result(name: str, file: Path, command: str, record: Mapping[str, Any]) -> None:
+    """Write a measured result with the command that measures it, and render the README."""
+    write_figure(name, file, {**record, "command": command})
+    render_readme()
+    print(f"wrote {file}")
+
+
+def agreement_figure(agreement: Path, summary: Path) -> dict[str, Any]:
+    """Read how a model's runtimes agreed, and what is quoted of the summary of its run."""
+    proof, training = read_json(agreement, MEASURE), read_json(summary, MEASURE)
     keys = ("recipe", "parameters", "test_accuracy", "train_seconds", "device")
-    quoted = {key: training[key] for key in keys}
-    write_figure("agreement", figure, {**proof, "command": "make figures", "training": quoted})
-    return figure
+    return {**proof, "training": {key: training[key] for key in keys}}
 
 
-def save_benchmark(paths: Paths, what: str, record: dict[str, Any]) -> Path:
-    """Keep a benchmark of `what` as the figure that the README quotes."""
-    figure = paths.figures / f"{'serving' if what == 'serve' else what}.json"
-    name = "" if what == "photos" else f" --name {paths.name}"
-    command = f"pipeline benchmark --what {what}{name} --figures"
-    write_figure(figure.stem, figure, {**record, "command": command})
-    return figure
-
-
-def save_training(paths: Paths, rows: Sequence[dict[str, Any]]) -> Path:
-    """Keep a benchmark of training among the figures that the README quotes.
-
-    Rows of recipes that were not measured now stay as they were.
-    """
-    figure = paths.figures / "training.json"
+def training_figure(rows: Sequence[dict[str, Any]], figure: Path) -> dict[str, Any]:
+    """Put measured rows among those of a figure, whose rows of other recipes stay as they were."""
     measured = {
         row["recipe"]: {**row, **machine(), "sources_sha256": recipe_digest(row["recipe"])}
         for row in rows
     }
     if figure.exists():
-        kept = read_figure(figure)["rows"]
-        measured = {row["recipe"]: row for row in kept} | measured
-    ordered = sorted(measured.values(), key=lambda row: float(row["share"]))
-    write_figure(
-        "training",
-        figure,
-        {"command": "pipeline benchmark --what train --figures", "rows": ordered},
+        measured = {row["recipe"]: row for row in read_figure(figure)["rows"]} | measured
+    return {"rows": sorted(measured.values(), key=lambda row: float(row["share"]))}
+
+
+def main(arguments: list[str]) -> None:
+    """Keep a result, where there is one, and render the README."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return figure
+    kinds = parser.add_subparsers(dest="kind")
+    for kind, files in (
+        ("agreement", ["agreement", "summary"]),
+        ("serving", ["record"]),
+        ("training", ["record"]),
+    ):
+        of_kind = kinds.add_parser(kind)
+        for file in files:
+            of_kind.add_argument(file, type=Path)
+    given = parser.parse_args(arguments)
+    figure = RESULTS / f"{given.kind}.json"
+    if given.kind == "agreement":
+        record = agreement_figure(given.agreement, given.summary)
+        keep_result("agreement", figure, "make figures", record)
+    elif given.kind == "serving":
+        record = read_json(given.record, MEASURE)
+        keep_result("serving", figure, f"make prove-serving NAME={record['name']}", record)
+    elif given.kind == "training":
+        record = training_figure(json.loads(given.record.read_text())["rows"], figure)
+        keep_result("training", figure, "make prove-training", record)
+    else:
+        render_readme()
 
 
 def training_markdown(figure: dict[str, Any]) -> str:
@@ -219,10 +241,14 @@ def rendered(readme: str, figures: Path) -> str:
     return _BLOCK.sub(block, readme)
 
 
-def render_readme(readme: Path, figures: Path) -> bool:
+def render_readme(readme: Path = README, figures: Path = RESULTS) -> bool:
     """Write the figures into `readme`; whether that changed it."""
     before = readme.read_text()
     after = rendered(before, figures)
     if after != before:
         write_bytes(readme, after.encode())
     return after != before
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,17 +1,24 @@
-"""How often a model is not sure: of things that are no digits, and of digits, right and wrong."""
+"""How often a model is not sure: of things that are no digits, and of digits, right and wrong.
 
+python -m tools.prove_unsure RESULT [--name NAME]
+"""
+
+import argparse
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.nondigits import Kind, kinds
 from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import Predictor, is_refused, predict
-from pipeline.core.files import check_digest, check_manifest, write_json
+from pipeline.core.files import check_digest, check_manifest
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.data.splits import scored_split
 from pipeline.export.runtime import onnx_predictor
+from tools.edge import run_tool
+from tools.nondigits import Kind, kinds
+from tools.readme import keep_result
 
 EXPORT = "run 'pipeline export' again"
 
@@ -67,7 +74,7 @@ class Unsure:
 
 
 def measure_unsure(paths: Paths) -> Unsure:
-    """What the exported model, run by ONNX Runtime, is not sure of; written beside it.
+    """What the exported model, run by ONNX Runtime, is not sure of.
 
     Raises PipelineError for a model that was not trained on MNIST, or without a threshold.
     """
@@ -88,7 +95,7 @@ def measure_unsure(paths: Paths) -> Unsure:
     predictor = onnx_predictor(content)
     outputs = predict(predictor, test.images)
     refused, right = is_refused(outputs, threshold), outputs.argmax(axis=1) == test.labels
-    found = Unsure(
+    return Unsure(
         name=paths.name,
         sha256=manifest["files"][paths.onnx.name],
         min_probability=threshold,
@@ -97,10 +104,23 @@ def measure_unsure(paths: Paths) -> Unsure:
         right=Row("read rightly", int(right.sum()), int(refused[right].sum())),
         wrong=Row("read wrongly", int((~right).sum()), int(refused[~right].sum())),
     )
-    write_json(paths.unsure, found.record())
-    return found
 
 
 def _row(predictor: Predictor, kind: Kind, threshold: float) -> Row:
     refused = is_refused(predict(predictor, kind.images), threshold)
     return Row(kind.name, len(refused), int(refused.sum()), kind.is_counted)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, and keep the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--name", default=Paths.name, help="the exported model")
+    given = parser.parse_args(arguments)
+    measured = measure_unsure(Paths(name=given.name))
+    print(measured)
+    keep_result("unsure", given.result, f"make prove-unsure NAME={given.name}", measured.record())
+
+
+if __name__ == "__main__":
+    run_tool(main)

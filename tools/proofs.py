@@ -50,7 +50,7 @@ def lint_markdown(figure: dict[str, Any]) -> str:
         f"{_when(figure)}: {figure['mutations']} mutations of a repository and {figure['sound']} "
         f"sound variations, held against a real Triton: {figure['faults']} not as expected. Of the "
         f"{corpus['sound']:,} models of ONNX's own tests that ONNX Runtime loads, "
-        f"{corpus['refused_though_sound']} are refused. The table: `exported/figures/lint.json`."
+        f"{corpus['refused_though_sound']} are refused. The table: `tools/results/lint.json`."
     )
 
 
@@ -201,9 +201,9 @@ COMMANDS = {
     "lint": "make prove-lint",
     "score": "make prove-score",
     "compare": "make prove-compare",
-    "serving": "pipeline benchmark --what serve --figures",
+    "serving": "make prove-serving",
     "gateway": "make prove-gateway",
-    "photos": "pipeline benchmark --what photos --figures",
-    "unsure": "pipeline benchmark --what unsure --figures",
+    "photos": "make prove-photos",
+    "unsure": "make prove-unsure",
 }
 MISSING = {name: f"*Not proven yet*: `{command}`." for name, command in COMMANDS.items()}

@@ -1,23 +1,30 @@
-"""How well an exported model reads digits in the pictures that people have, by condition."""
+"""How well an exported model reads digits in the pictures that people have, by condition.
+
+python -m tools.prove_photos RESULT [--name NAME] [--short]
+"""
 
 # Shape letters: N images, K classes.
 
+import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.benchmark.photos import HELD_BACK, SCENES, pictures
 from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import Predictor, calibration_error, predict, score
-from pipeline.core.files import sha256, write_json
+from pipeline.core.files import sha256
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.data.splits import Split, load_split
 from pipeline.export.runtime import onnx_predictor
 from pipeline.images.read import read_image
+from tools.edge import print_now, run_tool
+from tools.photos import HELD_BACK, SCENES, pictures
+from tools.readme import keep_result
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def benchmark_photos(
     config: PhotoBenchmark = PhotoBenchmark(),
     report: Callable[[str], None] = lambda line: None,
 ) -> Photos:
-    """Read pictures of test digits with the exported model in ONNX Runtime, write photos.json."""
+    """Read pictures of test digits with the exported model in ONNX Runtime."""
     if not paths.onnx.exists():
         raise PipelineError(f"no model at {paths.onnx}: run 'pipeline export' first")
     content = paths.onnx.read_bytes()
@@ -95,9 +102,7 @@ def benchmark_photos(
         for said, names in sums.items()
     ]
     rows = tuple(_condition(name, *answers) for name, answers in found.items())
-    result = Photos(paths.name, sha256(content), config, rows, *summed)
-    write_json(paths.photos, result.record())
-    return result
+    return Photos(paths.name, sha256(content), config, rows, *summed)
 
 
 def _answers(
@@ -119,3 +124,21 @@ def _condition(name: str, outputs: np.ndarray, labels: np.ndarray) -> Condition:
         float(np.exp(outputs.max(axis=1)).mean()),
         calibration_error(outputs, labels),
     )
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, and keep the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--name", default=Paths.name, help="the exported model")
+    parser.add_argument("--short", action="store_true", help="for seconds, not minutes")
+    given = parser.parse_args(arguments)
+    measured = benchmark_photos(
+        Paths(name=given.name), SHORT if given.short else PhotoBenchmark(), print_now
+    )
+    print(measured)
+    keep_result("photos", given.result, f"make prove-photos NAME={given.name}", measured.record())
+
+
+if __name__ == "__main__":
+    run_tool(main)

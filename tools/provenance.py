@@ -15,7 +15,7 @@ from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import read_json, sha256, write_json
 from pipeline.training.recipes import RECIPES
 
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent.parent / "pipeline"  # which the sources are relative to
 MEASURE = "measure it with 'make figures'"
 NETWORK = (
     "training/augment.py",
@@ -108,14 +108,14 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "photos": (
         "training/recipes.py",
         *NETWORK,
-        "benchmark/photos.py",
+        "../tools/photos.py",
         *RULES,
     ),
     "unsure": (
         "training/recipes.py",
         *NETWORK,
         "core/evaluate.py",
-        "benchmark/nondigits.py",
+        "../tools/nondigits.py",
         *RULES,
     ),
     "score": (
@@ -129,7 +129,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "export/runtime.py",
     ),
     "native": ("validation/rounds.py", "validation/servers.py"),
-    "gpu": ("training/device.py", *NETWORK, "benchmark/gpu_check.py"),
+    "gpu": ("training/device.py", *NETWORK, "../tools/gpu_check.py"),
 }
 
 

@@ -5,23 +5,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.benchmark import gpu_check
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.machine import machine
-from pipeline.report.readme import NOT_VERIFIED, gpu_markdown, rendered
 from pipeline.training.recipes import TrainConfig, recipe
-from tests.conftest import Chain, error_line
+from tests.conftest import Chain
+from tools import gpu_check
+from tools.provenance import write_figure
+from tools.readme import NOT_VERIFIED, gpu_markdown, rendered
 
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="{}" skipped="{}"/></testsuites>'
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_check_says_so_and_writes_nothing(empty: Chain) -> None:
-    result = empty.run("gpu-check", "--signed-off-by", "Ada")
-    assert result.exit_code == 1
-    assert "no CUDA device" in error_line(result)
-    assert not empty.paths.gpu.exists()
+    result = empty.root / "gpu.json"
+    with pytest.raises(PipelineError, match="no CUDA device"):
+        gpu_check.gpu_check(empty.paths, "Ada", result)
+    with pytest.raises(PipelineError, match="somebody must answer for the check"):
+        gpu_check.gpu_check(empty.paths, " ", result)
+    assert not result.exists()
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 0, 0), (3, 1, 0, 0), (3, 0, 1, 0), (3, 0, 0, 1)])
@@ -47,8 +49,6 @@ def test_the_check_trains_twice_exports_validates_and_is_signed(
     monkeypatch.setattr(gpu_check, "LEAST_ACCURACY", 0.9)
     plain, compiled = gpu_check.train_twice(empty.paths, "cpu", print, config)
     assert len(asked) == 2
-    with pytest.raises(PipelineError, match="somebody must answer for the check"):
-        gpu_check.checked_export(empty.paths, " ", 3, plain, compiled, print)
     check = gpu_check.checked_export(empty.paths, "Ada", 3, plain, compiled, print)
     assert check.test_accuracy == plain.test_accuracy > 0.9
     assert check.max_error is not None

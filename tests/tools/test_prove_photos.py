@@ -1,18 +1,19 @@
 """Pictures of digits under conditions, and how well a model reads them."""
 
 import io
-import json
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from pipeline.benchmark import photo_table
-from pipeline.benchmark.photo_table import PhotoBenchmark
-from pipeline.benchmark.photos import HELD_BACK, SCENES, pictures
+from pipeline.core.errors import PipelineError
 from pipeline.data.splits import load_split
-from pipeline.report import readme
-from tests.conftest import Chain, error_line
+from tests.conftest import Chain
+from tools import prove_photos
+from tools.photos import HELD_BACK, SCENES, pictures
+from tools.prove_photos import PhotoBenchmark
+from tools.provenance import read_figure
+from tools.readme import README, RESULTS, rendered
 
 
 @pytest.fixture(scope="module")
@@ -46,28 +47,29 @@ def test_a_rotated_photo_says_so_in_its_exif(digits: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-def test_the_benchmark_reports_each_condition_and_what_was_held_back_apart(
+def test_the_proof_reports_each_condition_and_what_was_held_back_apart(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(photo_table, "SHORT", PhotoBenchmark(digits=2))
+    monkeypatch.setattr(prove_photos, "SHORT", PhotoBenchmark(digits=2))
     names = ["phone", "tiny", *HELD_BACK]
-    monkeypatch.setattr(photo_table, "SCENES", {name: SCENES[name] for name in names})
-    (chain.root / "README.md").write_text("<!-- figures:photos -->\n<!-- /figures -->\n")
-    record = chain.record("benchmark", "--what", "photos", "--short", "--figures")
+    monkeypatch.setattr(prove_photos, "SCENES", {name: SCENES[name] for name in names})
+    monkeypatch.chdir(chain.root)
+    README.write_text("<!-- figures:photos -->\n<!-- /figures -->\n")
+    RESULTS.mkdir(parents=True)
+    prove_photos.main([str(RESULTS / "photos.json"), "--short"])
+    record = read_figure(RESULTS / "photos.json")
     assert [row["name"] for row in record["rows"]] == names
     assert record["total"]["images"] == 10
     assert record["held_back"]["images"] == 6
     for row in record["rows"]:
         assert 0 <= row["accuracy"] <= 1
         assert 0 <= row["calibration_error"] <= 1
-    assert json.loads(chain.paths.photos.read_text())["rows"] == record["rows"]
-    table = (chain.root / "README.md").read_text()
+    table = README.read_text()
     assert "| crumpled (held back) |" in table
     assert "| phone |" in table
-    assert readme.rendered(table, chain.paths.figures) == table
+    assert rendered(table, RESULTS) == table
 
 
 def test_photos_need_an_exported_model(empty: Chain) -> None:
-    result = empty.run("benchmark", "--what", "photos")
-    assert result.exit_code == 1
-    assert "run 'pipeline export' first" in error_line(result)
+    with pytest.raises(PipelineError, match="run 'pipeline export' first"):
+        prove_photos.benchmark_photos(empty.paths)

@@ -9,26 +9,28 @@ from typing import Any
 
 import pytest
 
-from pipeline.benchmark.provenance import (
+from pipeline.core.errors import CorruptError, PipelineError
+from pipeline.core.files import write_json
+from pipeline.training.recipes import RECIPES
+from tests.conftest import REPOSITORY, Chain
+from tests.report.test_page import proven
+from tools import readme as report
+from tools.provenance import (
     SOURCES,
+    read_figure,
     recipe_digest,
     sources_digest,
     stale,
     write_figure,
 )
-from pipeline.core.errors import CorruptError, PipelineError
-from pipeline.core.files import write_json
-from pipeline.report import readme as report
-from pipeline.training.recipes import RECIPES
-from tests.conftest import REPOSITORY, Chain, error_line
 
-FIGURES = REPOSITORY / "exported" / "figures"
+FIGURES = REPOSITORY / report.RESULTS
 
 
 def test_the_readme_shows_the_figures_as_they_were_measured() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     assert "<!-- figures:agreement -->" in readme
-    assert report.rendered(readme, FIGURES) == readme, "pipeline report --figures"
+    assert report.rendered(readme, FIGURES) == readme, "python -m tools.readme"
 
 
 def numbers(record: Any) -> Iterator[tuple[Any, Any]]:
@@ -134,48 +136,41 @@ def test_every_figure_that_is_kept_or_asked_for_says_which_sources_decide_it() -
             warnings.warn(f"measured on other sources: {', '.join(old)}", stacklevel=1)
 
 
-def proven(chain: Chain) -> None:
-    """Put an agreement beside the export, as a proof would."""
-    figure = json.loads((FIGURES / "agreement.json").read_text())
-    write_json(chain.paths.agreement, {k: v for k, v in figure.items() if k != "schema"})
-
-
-@pytest.mark.slow
-def test_report_shows_the_last_agreement(chain: Chain) -> None:
-    nothing = chain.run("report")
-    assert nothing.exit_code == 0
-    assert f"next: pipeline validate {chain.paths.repository}" in nothing.stdout
-    kept = chain.run("report", "--figures")
-    assert kept.exit_code == 1
-    assert "make figures" in error_line(kept)
+def test_figures_are_kept_and_rendered_into_the_readme(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(chain.root)
+    agreement, summary = str(chain.paths.agreement), str(chain.paths.summary)
+    report.README.write_text("before\n<!-- figures:agreement -->\nold\n<!-- /figures -->\nafter\n")
+    with pytest.raises(PipelineError, match="make figures"):
+        report.main(["agreement", agreement, summary])
     proven(chain)
-    record = chain.record("report")
-    assert [row["name"] for row in record["rows"]][:2] == ["eager PyTorch", "ONNX Runtime"]
-    assert "Triton gRPC" in chain.run("report").stdout
-
-
-def test_the_table_alone_needs_no_page(chain: Chain) -> None:
-    missing = chain.run("report", "--table")
-    assert missing.exit_code == 1
-    assert "pipeline validate exported/model_repository" in error_line(missing)
-    proven(chain)
-    assert "Triton gRPC" in chain.run("report", "--table").stdout
-    assert not chain.paths.page.exists()
-
-
-def test_figures_are_kept_and_rendered_into_the_readme(chain: Chain) -> None:
-    proven(chain)
-    readme = chain.root / "README.md"
-    readme.write_text("before\n<!-- figures:agreement -->\nold\n<!-- /figures -->\nafter\n")
-    assert chain.run("report", "--figures").exit_code == 0
-    text = readme.read_text()
+    report.RESULTS.mkdir(parents=True)
+    report.main(["agreement", agreement, summary])
+    text = report.README.read_text()
     assert text.startswith("before\n<!-- figures:agreement -->\n| runtime |")
     assert text.endswith("<!-- /figures -->\nafter\n")
     assert "old" not in text
     assert "Measured by `make figures`" in text
-    figure = json.loads((chain.paths.figures / "agreement.json").read_text())
+    figure = read_figure(report.RESULTS / "agreement.json")
     assert figure["sources_sha256"] == sources_digest("agreement")
     assert figure["training"]["recipe"] == "quick"
+    report.README.write_text(text.replace("Measured", "Guessed"))
+    report.main([])
+    assert report.README.read_text() == text
+
+
+def test_a_measurement_of_serving_is_kept_with_the_command_that_measures_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = read_figure(FIGURES / "serving.json")
+    monkeypatch.chdir(tmp_path)
+    report.README.write_text("<!-- figures:serving -->\n<!-- /figures -->\n")
+    report.RESULTS.mkdir(parents=True)
+    write_json(Path("serving.json"), {**figure, "name": "mine", "command": "another"})
+    report.main(["serving", "serving.json"])
+    assert "`make prove-serving NAME=mine` on" in report.README.read_text()
+    assert read_figure(report.RESULTS / "serving.json")["rows"] == figure["rows"]
 
 
 def test_figures_that_nothing_renders_are_an_error(tmp_path: Path) -> None:

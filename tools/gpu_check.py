@@ -1,5 +1,10 @@
-"""The check that someone with a GPU runs and signs: until then a GPU is called not verified."""
+"""The check that someone with a GPU runs and signs: until then a GPU is called not verified.
 
+python -m tools.gpu_check RESULT --signed-off-by 'your name'
+"""
+
+import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -10,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.benchmark.provenance import write_figure
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
@@ -20,6 +24,9 @@ from pipeline.training.device import choose
 from pipeline.training.recipes import RECIPES, TrainConfig
 from pipeline.training.run import Summary, train_run
 from pipeline.validation.export import prove_export
+from tools.edge import print_now, run_tool
+from tools.provenance import write_figure
+from tools.readme import README, render_readme
 
 LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split
 NAME = "gpu-check"  # of the runs and of the export
@@ -45,20 +52,25 @@ class GpuCheck:
 
 
 def gpu_check(
-    paths: Paths, signed_off_by: str, report: Callable[[str], None] = lambda line: None
+    paths: Paths,
+    signed_off_by: str,
+    result: Path,
+    report: Callable[[str], None] = lambda line: None,
 ) -> GpuCheck:
     """Run the tests marked gpu, a short training twice, an export and its validation; keep it all.
 
-    Raises PipelineError without a GPU, and CheckFailedError when a test fails or is skipped, or a
-    training does not learn.
+    Raises PipelineError without a name or a GPU, and CheckFailedError when a test fails or is
+    skipped, or a training does not learn.
     """
+    if not signed_off_by.strip():
+        raise PipelineError("somebody must answer for the check: make gpu-check SIGNED='your name'")
     placement = choose("cuda")
     report(f"running the tests that need {placement}")
     tests = run_gpu_tests()
     report("training twice: as it is, and compiled")
     plain, compiled = train_twice(paths, "cuda", report)
     check = checked_export(paths, signed_off_by, tests, plain, compiled, report)
-    write_figure("gpu", paths.gpu, {"command": "make gpu-check", **machine(), **asdict(check)})
+    write_figure("gpu", result, {"command": "make gpu-check", **machine(), **asdict(check)})
     return check
 
 
@@ -112,8 +124,6 @@ def checked_export(
     report: Callable[[str], None],
 ) -> GpuCheck:
     """The record of it all, once what was trained is exported and ONNX Runtime agrees with it."""
-    if not signed_off_by.strip():
-        raise PipelineError("somebody must answer for the check: make gpu-check SIGNED='your name'")
     of_check = replace(paths, run=NAME, name=NAME)
     export_run(of_check, report=report)
     is_cuda = plain.device.startswith("cuda")
@@ -136,3 +146,19 @@ def checked_export(
         max_error_on_gpu=on_gpu.verdicts[0].max_error if on_gpu else None,
         weights_sha256=plain.weights_sha256,
     )
+
+
+def main(arguments: list[str]) -> None:
+    """Check, keep the result, and let the README say it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--signed-off-by", required=True, help="who ran it and answers for it")
+    given = parser.parse_args(arguments)
+    check = gpu_check(Paths(), given.signed_off_by, given.result, print_now)
+    render_readme()
+    print(f"{check.device}: {check.tests} tests, {check.test_accuracy:.2%}\nwrote {given.result}")
+    print(f"next: {shlex.join(['git', 'commit', str(given.result), str(README)])}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

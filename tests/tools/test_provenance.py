@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.benchmark import provenance
-from pipeline.benchmark.provenance import sources_digest, statements
 from pipeline.core.files import sha256
+from tools import provenance
+from tools.provenance import sources_digest, statements
 
 SAMPLE = '''
 """A module."""
