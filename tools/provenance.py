@@ -17,119 +17,42 @@ from pipeline.training.recipes import RECIPES
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"  # which the sources are relative to
 MEASURE = "measure it with 'make figures'"
-NETWORK = (
-    "training/augment.py",
-    "training/outliers.py",
-    "training/networks.py",
-    "training/loop.py",
+NETWORK = "training/augment training/outliers training/networks training/loop"
+BACKEND = " ".join(
+    f"serving/backend/onnxruntime/{name}" for name in ("model", "ort_checks", "ort_settings")
 )
-BACKEND = tuple(
-    f"serving/backend/onnxruntime/{name}.py" for name in ("model", "ort_checks", "ort_settings")
+SERVER = f"serving/serve serving/process serving/ready repository/config_pbtxt {BACKEND}"
+RULES = "images/read images/ink images/crop"
+TIMING = "benchmark/timing benchmark/load benchmark/load_http benchmark/serving"
+LINT = " ".join(
+    f"repository/lint/{name}"
+    for name in ("check", "text", "graph", "files", "config", "backend", "tensors")
 )
-SERVER = (
-    "serving/serve.py",
-    "serving/process.py",
-    "serving/ready.py",
-    "repository/config_pbtxt.py",
-    *BACKEND,
-)
-RULES = ("images/read.py", "images/ink.py", "images/crop.py")
-TIMING = (
-    "benchmark/timing.py",
-    "benchmark/load.py",
-    "benchmark/load_http.py",
-    "benchmark/serving.py",
-)
-# What decides the figures: a change of one of these makes them stale.
-SOURCES: dict[str, tuple[str, ...]] = {
-    "agreement": (
-        *(
-            "training/recipes.py",
-            *NETWORK,
-            "training/run.py",
-            "export/export.py",
-            "validation/agreement.py",
-            "repository/golden.py",
-            "serving/ready.py",
-            "repository/release.py",
-            "repository/profiles.py",
-            *SERVER,
-        ),
-    ),
-    "training": (*NETWORK, "training/run.py"),
-    "resume": (
-        "training/loop.py",
-        "training/checkpoint.py",
-        "training/records.py",
-        "training/run.py",
-        "core/files.py",
-    ),
-    "runtimes": (
-        "training/networks.py",
-        "export/targets.py",
-        "export/graph.py",
-        "export/export.py",
-    ),
-    "lint": (
-        *(
-            "repository/lint/check.py",
-            "repository/lint/text.py",
-            "repository/lint/graph.py",
-            "repository/lint/files.py",
-            "repository/lint/config.py",
-        ),
-        *(
-            "repository/lint/backend.py",
-            "repository/lint/tensors.py",
-            "serving/scratch.py",
-            *BACKEND,
-        ),
-    ),
-    "swap": (
-        "serving/swap.py",
-        "repository/release.py",
-        "repository/versions.py",
-        "serving/admin.py",
-        "repository/package.py",
-        *SERVER,
-    ),
-    "kill": ("serving/supervise.py", *SERVER),
-    "soak": ("serving/supervise.py", *SERVER),
-    "serving": ("repository/profiles.py", *TIMING, *BACKEND),
-    "compare": ("benchmark/compare.py", "benchmark/inference.py", "benchmark/workers.py", *TIMING),
-    "gateway": (
-        "web/gateway.py",
-        "web/server.py",
-        "web/guard.py",
-        "web/limits.py",
-        "web/link.py",
-        *RULES,
-    ),
-    "photos": (
-        "training/recipes.py",
-        *NETWORK,
-        "../tools/photos.py",
-        *RULES,
-    ),
-    "unsure": (
-        "training/recipes.py",
-        *NETWORK,
-        "core/evaluate.py",
-        "../tools/nondigits.py",
-        *RULES,
-    ),
-    "score": (
-        *(
-            "scoring/source.py",
-            "scoring/parquet.py",
-            "scoring/worker.py",
-            "scoring/cluster.py",
-            "scoring/job.py",
-        ),
-        "export/runtime.py",
-    ),
-    "native": ("validation/rounds.py", "validation/servers.py"),
-    "gpu": ("training/device.py", *NETWORK, "../tools/gpu_check.py"),
+# What decides the figures, as modules of the package: a change of one of these makes them stale.
+_MODULES = {
+    "agreement": f"training/recipes {NETWORK} training/run export/export validation/agreement "
+    f"repository/golden repository/release repository/profiles {SERVER}",
+    "training": f"{NETWORK} training/run",
+    "resume": "training/loop training/checkpoint training/records training/run core/files",
+    "runtimes": "training/networks export/targets export/graph export/export",
+    "lint": f"{LINT} serving/scratch {BACKEND}",
+    "swap": f"serving/swap serving/admin repository/release repository/versions "
+    f"repository/package {SERVER}",
+    "kill": f"serving/supervise {SERVER}",
+    "soak": f"serving/supervise {SERVER}",
+    "serving": f"repository/profiles {TIMING} {BACKEND}",
+    "compare": f"benchmark/compare benchmark/inference benchmark/workers {TIMING}",
+    "gateway": f"web/gateway web/server web/guard web/limits web/link {RULES}",
+    "photos": f"training/recipes {NETWORK} ../tools/photos {RULES}",
+    "unsure": f"training/recipes {NETWORK} core/evaluate ../tools/nondigits {RULES}",
+    "score": "scoring/source scoring/parquet scoring/worker scoring/cluster scoring/job "
+    "export/runtime",
+    "native": "validation/rounds validation/servers",
+    "gpu": f"training/device {NETWORK} ../tools/gpu_check",
+}
+SOURCES = {
+    figure: tuple(f"{module}.py" for module in modules.split())
+    for figure, modules in _MODULES.items()
 }
 
 
@@ -155,7 +78,8 @@ def statements(source: str) -> list[str]:
     modules = {
         alias.asname or alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline")
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith(("pipeline", "tools"))
         for alias in node.names
         if (PACKAGE.parent / f"{node.module}.{alias.name}".replace(".", "/"))
         .with_suffix(".py")

@@ -13,15 +13,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_json, write_bytes
 from pipeline.core.machine import machine
-from tools import proofs
 from tools.edge import run_tool
 from tools.provenance import MEASURE, read_figure, recipe_digest, write_figure
 
 README = Path("README.md")
 RESULTS = Path("tools/results")
+NOT_VERIFIED = (
+    "GPU: *not verified* (nobody has run `make gpu-check SIGNED='your name'` on one yet)."
+)
+NATIVE_NOT_VERIFIED = (
+    "What NVIDIA's container loads: *same bytes; native backend not verified* (nobody has run "
+    "`make prove-native` where Docker is yet)."
+)
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters["as"] = format
+_TEMPLATE = _ENVIRONMENT.get_template("readme.md.jinja")
+BLOCKS = {name for name in dir(_TEMPLATE.module) if not name.startswith("_")}
 _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -79,175 +96,36 @@ def main(arguments: list[str]) -> None:
         render_readme()
 
 
-def training_markdown(figure: dict[str, Any]) -> str:
-    """The README's table of recipes."""
-    lines = [
-        "| recipe | parameters | multiply-adds | test accuracy, mean (95 % interval) | deviation "
-        "| seeds | time against `baseline`'s 14 epochs | measured |",
-        "|--|--|--|--|--|--|--|--|",
-    ]
-    rows = {row["recipe"]: row for row in figure["rows"]}
-    for row in rows.values():
-        share = row["share"]
-        lines.append(
-            f"| `{row['recipe']}` | {row['parameters']:,} | {row['multiply_adds']:,} | "
-            f"{row['accuracy']:.3%} ± {row['half_width']:.3%} | {row['deviation']:.3%} | "
-            f"{len(row['trials'])} | {f'1/{1 / share:,.0f}' if share < 0.5 else f'{share:.2f}'} | "
-            f"{row['measured_at'][:10]} |"
-        )
-    host = figure["rows"][0]["machine"]
-    beside = ""
-    if {"quick", "record"} <= rows.keys():
-        ratio = rows["quick"]["share"] / rows["record"]["share"]
-        beside = (
-            f" Side by side, `quick` takes {ratio:.2f} of the time of `record`, the published "
-            "recipe of the 0.76-second record, in the same loop."
-        )
-    lines += [
-        "",
-        f"Measured by `{figure['command']}` (`best`: `make prove-best`), {host['processor']} with "
-        f"{host['cores']} cores. The yardstick's 14 epochs are extrapolated from an eighth of an "
-        f"epoch before and after each run.{beside}",
-    ]
-    return "\n".join(lines)
+def block(name: str, figures: Path) -> str:
+    """Render a block of the README from its result, or say that nothing was proven yet."""
+    if name not in BLOCKS:
+        raise PipelineError(f"the README asks for figures {name!r}, which nothing renders")
+    figure = figures / f"{name}.json"
+    if figure.exists() or name == "agreement":
+        text = markdown(name, read_figure(figure))
+    else:
+        text = NOT_VERIFIED if name == "gpu" else f"*Not proven yet*: `make prove-{name}`."
+    if name != "gpu":
+        return text
+    native = figures / "native.json"
+    record = read_figure(native) if native.exists() else {}
+    is_native = record.get("passed") is True and record.get("runtime") in ("docker", "path")
+    return f"{text} {markdown('native', record) if is_native else NATIVE_NOT_VERIFIED}"
 
 
-def agreement_markdown(figure: dict[str, Any]) -> str:
-    """The README's table of agreement."""
-    lines = [
-        "| runtime | test accuracy | classes that differ | largest difference | images/s |",
-        "|--|--|--|--|--|",
-    ]
-    for row in figure["rows"]:
-        lines.append(
-            f"| {row['name']} | {row['accuracy']:.2%} | {row['differing']} of "
-            f"{figure['images']:,} | {row['max_abs_diff']:.1e} | {row['images_per_second']:,.0f} |"
-        )
-    training, host = figure["training"], figure["machine"]
-    lines += [
-        "",
-        f"Recipe `{training['recipe']}`: {training['parameters']:,} parameters, trained in "
-        f"{training['train_seconds']:.1f} s. Measured by `{figure['command']}` on "
-        f"{figure['measured_at'][:10]}, {host['processor']} with {host['cores']} cores, "
-        f"{host['system']}; server and client share them. Images/s: batches of 64, one after "
-        "the other.",
-    ]
-    return "\n".join(lines)
-
-
-def gpu_markdown(figure: dict[str, Any]) -> str:
-    """The README's line about GPUs, once somebody has run the check."""
-    return (
-        f"GPU: verified by {figure['signed_off_by']} on {figure['measured_at'][:10]} with "
-        f"`{figure['command']}`: {figure['device']}, torch {figure['torch']}, CUDA "
-        f"{figure['cuda']}; {figure['tests']} tests; recipe `quick` reads "
-        f"{figure['test_accuracy']:.2%} after {figure['train_seconds']:.1f} s of training "
-        f"(through `torch.compile` {figure['compiled_train_seconds']:.1f} s)."
-    )
-
-
-def native_markdown(figures: Path) -> str:
-    """The README's sentence about Triton's native backend, which stands behind that about GPUs."""
-    file = figures / "native.json"
-    figure = read_figure(file) if file.exists() else {}
-    if figure.get("passed") is not True or figure.get("runtime") not in ("docker", "path"):
-        return NATIVE_NOT_VERIFIED
-    servers = figure["servers"]
-    rounds = [found for served in servers for found in served["rounds"]]
-    answers = sum(found["images"] for found in rounds)
-    names = {"http": "HTTP", "grpc": "gRPC"}
-    return (
-        f"Triton's native backend: verified on {figure['measured_at'][:10]} with "
-        f"`{figure['command']}` ({figure['runs_on']}; Triton {servers[0]['server']['version']}): "
-        f"{answers:,} answers about {figure['golden']['images']} golden images over "
-        f"{' and '.join(names[name] for name in figure['protocols'])}, one by one, in batches and "
-        f"many at once; largest difference {max(found['max_abs_diff'] for found in rounds):.1e}, "
-        f"{max(found['max_ratio'] for found in rounds):.0%} of what the proof allows at most."
-    )
-
-
-def resume_markdown(figure: dict[str, Any]) -> str:
-    """The README's sentence about killed runs."""
-    return (
-        f"`{figure['command']}` on {figure['measured_at'][:10]}: {figure['kills']} times SIGKILL, "
-        f"{figure['inside_a_write']} of them inside a write; {figure['loadable']} left a state to "
-        f"go on from; {figure['identical_runs']} of {figure['runs']} killed and resumed runs "
-        "ended with the same bytes as the one that was left alone."
-    )
-
-
-def runtimes_markdown(figure: dict[str, Any]) -> str:
-    """The README's table of older ONNX Runtimes."""
-    lines = [
-        "| ONNX Runtime | in Triton | file | classes that differ | largest difference |",
-        "|--|--|--|--|--|",
-    ]
-    for row in figure["rows"]:
-        made_for = "the default" if row["file"] == "default" else f"for {row['file']}"
-        lines.append(
-            f"| {row['onnxruntime']} | {row['releases']} | opset {row['opset']}, IR "
-            f"{row['ir_version']} ({made_for}) | {row['differing']} of {row['images']:,} | "
-            f"{row['max_abs_diff']:.1e} |"
-        )
-    host = figure["machine"]
-    lines += [
-        "",
-        f"Held against eager PyTorch by `{figure['command']}` on {figure['measured_at'][:10]}, "
-        f"{host['processor']} with {host['cores']} cores: each ONNX Runtime in an environment of "
-        "its own, on the CPU, without Triton around it.",
-    ]
-    return "\n".join(lines)
-
-
-NOT_VERIFIED = (
-    "GPU: *not verified* (nobody has run `make gpu-check SIGNED='your name'` on one yet)."
-)
-NATIVE_NOT_VERIFIED = (
-    "What NVIDIA's container loads: *same bytes; native backend not verified* (nobody has run "
-    "`make prove-native` where Docker is yet)."
-)
-MISSING = {
-    "gpu": NOT_VERIFIED,
-    "resume": "*Not proven yet*: `make prove-resume`.",
-    "runtimes": "*Not proven yet*: `make prove-runtimes`.",
-    **proofs.MISSING,
-}
-RENDERERS = {
-    "agreement": agreement_markdown,
-    "training": training_markdown,
-    "gpu": gpu_markdown,
-    "resume": resume_markdown,
-    "runtimes": runtimes_markdown,
-    **proofs.RENDERERS,
-}
+def markdown(name: str, figure: Mapping[str, Any]) -> str:
+    """Render a result by its macro in `readme.md.jinja`."""
+    return str(getattr(_TEMPLATE.module, name)(figure)).strip()
 
 
 def rendered(readme: str, figures: Path) -> str:
-    """`readme` with every figures block rendered anew from its JSON."""
-
-    def block(match: re.Match[str]) -> str:
-        name = match.group(2)
-        if name not in RENDERERS:
-            raise PipelineError(f"the README asks for figures {name!r}, which nothing renders")
-        figure = figures / f"{name}.json"
-        if name in MISSING and not figure.exists():
-            text = MISSING[name]
-        else:
-            text = RENDERERS[name](read_figure(figure))
-        if name == "gpu":
-            text = f"{text} {native_markdown(figures)}"
-        return f"{match.group(1)}{text}\n{match.group(3)}"
-
-    return _BLOCK.sub(block, readme)
+    """`readme` with every figures block rendered again from its JSON."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{block(match[2], figures)}\n{match[3]}", readme)
 
 
-def render_readme(readme: Path = README, figures: Path = RESULTS) -> bool:
-    """Write the figures into `readme`; whether that changed it."""
-    before = readme.read_text()
-    after = rendered(before, figures)
-    if after != before:
-        write_bytes(readme, after.encode())
-    return after != before
+def render_readme(readme: Path = README, figures: Path = RESULTS) -> None:
+    """Write the results into `readme`."""
+    write_bytes(readme, rendered(readme.read_text(), figures).encode())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Two measurements of a benchmark against each other: what got slower, or less accurate.
 
-Machines are not as fast today as yesterday, so speeds are compared as parts of a yardstick that was
-measured in the same rounds. What else a machine does only ever slows a round down, so the faster
-half of them counts; and no difference counts that the rounds themselves differ by, or that others
-may have made who took more of the machine in one measurement than in the other. Where one request
-is asked at a time, the fastest answers are compared as well: they tell most on a busy machine.
+A row is slower where the median of its rounds has fallen by more than 10 % and by more than the
+rounds of both measurements are spread, each round being a part of the yardstick's same round.
+
+Machines are not as fast today as yesterday, which the yardstick takes out. What else a machine does
+only ever slows a round down, so the faster half of them counts; and no difference counts that
+others may have made who took more of the machine in one measurement than in the other. Where one
+request is asked at a time, the fastest answers are compared as well: they tell most on a busy
+machine.
 
 A machine that is slow for minutes slows all rounds of a row alike, which no noise within the
 measurement shows: what seems slower is measured once more, and counts where it is slower again.
@@ -24,18 +27,16 @@ from pipeline.core.text import Lines
 YARDSTICKS = ("yardstick", "no-op")  # the first that is there; records of old have the second
 BESIDE = (*YARDSTICKS, "ONNX Runtime")  # rows beside those of the model: they tell nothing of it
 LEAST_ROUNDS = 3
-MEND = "it must be what 'pipeline benchmark --json' printed, or wrote, for the same --what"
+FIX = "it must be what 'pipeline benchmark --json' printed, or wrote, for the same --what"
 UNSOUND = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 SLOWER = 0.10  # of a row's speed, that counts
 LESS_ACCURATE = 0.0005  # of the images, as a fraction
-# How many standard errors a row must lie apart, by how many rounds count. Simulated with rounds
-# that a busy machine slows down now and then: once in a hundred comparisons of fifty rows at most.
-SURE = {2: 12.0, 3: 8.0}
-SURE_OF_MORE = 6.0
-# How much slower something gets when others take more of the machine: what is left to it, to such a
-# power. More than its part, since threads that wait for each other wait for the last of them.
-SHARED = {"speed": 2.0, "latency": 0.5}
-MOST_SHARED = 0.95
+# How many spreads a row must lie apart, by how many rounds count. Simulated with rounds that a busy
+# machine slows down now and then: once in a hundred comparisons of fifty rows at most.
+SPREADS = {2: 2.5, 3: 1.4, 4: 1.0}
+# How much slower something may get for each part of the machine that others take more: twice that,
+# since threads that wait for each other wait for the last of them.
+SHARED = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,8 @@ class Change:
         return self.after - self.before if self.what == "accuracy" else self.after / self.before - 1
 
     def __str__(self) -> str:
-        is_speed = self.what != "accuracy"
-        shown = f"{self.change:+.1%} fast" if is_speed else f"{self.change:+.2%} of images"
-        return f"{self.verdict:<6} {self.what:<8} {shown} (noise {self.noise:.1%})  {self.row}"
+        unit = f"{self.change:+.2%} of images" if self.what == "accuracy" else f"{self.change:+.1%}"
+        return f"{self.verdict:<6} {self.what:<8} {unit} (noise {self.noise:.1%})  {self.row}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Comparison:
 
     @property
     def seen(self) -> float:
-        """The change of speed or latency that would have been seen in the middle one of them."""
+        """The change of speed or latency that would have been seen in the median row."""
         noises = [change.noise for change in self.changes if change.what != "accuracy"]
         return max(SLOWER, statistics.median(noises)) if noises else SLOWER
 
@@ -90,80 +90,76 @@ class Comparison:
         return {**asdict(self), "changes": changes, "seen": self.seen}
 
     def __str__(self) -> str:
-        told = [str(change) for change in self.changes if change.verdict != "same"]
-        same = len(self.changes) - len(told)
-        told.append(f"{same} of {len(self.changes)} are the same within the noise")
-        told.append(f"in the middle row, a change beyond {self.seen:.0%} would have been seen")
+        changed = [change for change in self.changes if change.verdict != "same"]
+        lines = [
+            *changed,
+            f"{len(self.changes) - len(changed)} of {len(self.changes)} are the same within the "
+            "noise",
+            f"in the median row, a change beyond {self.seen:.0%} would have been seen",
+        ]
         for name, rows in (("before", self.only_before), ("now", self.only_after)):
-            if rows:
-                told.append(f"only {name}: {', '.join(rows)}")
-        return Lines(*told)
+            lines += [f"only {name}: {', '.join(rows)}"] if rows else []
+        return Lines(*lines)
 
 
-def read(file: Path, asked: Sequence[str], name: str) -> dict[str, dict[str, Any]]:
-    """The records in a benchmark's JSON, by what was measured.
+def read_measurements(file: Path, kinds: Sequence[str], name: str) -> dict[str, dict[str, Any]]:
+    """Read the records in a benchmark's JSON, by what was measured.
 
-    Raises PipelineError unless there is one of each that is `asked`, of the model of that name.
+    Raises PipelineError unless there is one of each of `kinds`, of the model of that name.
     """
     try:
-        record = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise PipelineError(f"{file} cannot be read ({error}): {MEND}") from error
-    if not isinstance(record, dict):
-        raise PipelineError(f"{file} is no measurement: {MEND}")
-    found = {}
-    for what in asked:
-        one = record.get(what) if record.get("what") == "all" else record
-        if not isinstance(one, dict) or one.get("what") != what:
-            raise PipelineError(f"{file} has no measurement of {what}: {MEND}")
-        try:
-            compare(one, one)  # what can be held against itself has all that is needed
-        except UNSOUND as error:
-            raise _no_measurement(error) from error
-        if one.get("name") != name:
+        raise PipelineError(f"{file} cannot be read ({error}): {FIX}") from error
+    if not isinstance(content, dict):
+        raise PipelineError(f"{file} is no measurement: {FIX}")
+    records = {}
+    for what in kinds:
+        record = content.get(what) if content.get("what") == "all" else content
+        if not isinstance(record, dict) or record.get("what") != what:
+            raise PipelineError(f"{file} has no measurement of {what}: {FIX}")
+        compare_records(record, record)  # what can be held against itself has all that is needed
+        if record.get("name") != name:
             raise PipelineError(
-                f"{file} is a measurement of the model {one.get('name')}, and {name} would be "
+                f"{file} is a measurement of the model {record.get('name')}, and {name} would be "
                 "measured: give --name, or a measurement of the same model"
             )
-        found[what] = one
-    return found
+        records[what] = record
+    return records
 
 
-def compare(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    slower: float = SLOWER,
-    less_accurate: float = LESS_ACCURATE,
-) -> Comparison:
-    """What changed between two records of one kind of benchmark."""
-    changes: list[Change] = []
-    olds = {_name(row): row for row in before["rows"]}
-    for what in SHARED:
-        changes += _speeds(what, before, after, slower)
-    changes += _accuracies(before, after, less_accurate)
-    return Comparison(
-        tuple(changes),
-        tuple(_only(before, after)),
-        tuple(_only(after, before)),
-        sum(one.what == "speed" and olds[one.row]["name"] not in BESIDE for one in changes),
-    )
+def compare_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
+    """Compare two records of one kind of benchmark.
+
+    Raises PipelineError for what is no record of a benchmark.
+    """
+    try:
+        names = {_name(row): row["name"] for row in before["rows"]}
+        speeds = list(_slower(before, after, "speed"))
+        changes = (*speeds, *_slower(before, after, "latency"), *_less_accurate(before, after))
+        of_model = sum(names[change.row] not in BESIDE for change in speeds)
+        return Comparison(changes, _missing(before, after), _missing(after, before), of_model)
+    except UNSOUND as error:
+        raise PipelineError(
+            f"no measurement to compare with ({type(error).__name__}: {error}): {FIX}"
+        ) from error
 
 
-def confirmed(first: Comparison, second: Comparison, slower: float = SLOWER) -> Comparison:
+def confirmed(first: Comparison, second: Comparison) -> Comparison:
     """The second measurement held against the same as the first, with what both found slower.
 
     Of what lay beyond the noise in the first, being slower again than is allowed is enough.
     """
     doubted = {(change.row, change.what) for change in first.worse}
-
-    def judged(change: Change) -> Change:
-        if change.what == "accuracy":
-            return change
-        if (change.row, change.what) in doubted and change.change < -slower:
-            return replace(change, verdict="worse")
-        return replace(change, verdict="same") if change.verdict == "worse" else change
-
-    return replace(second, changes=tuple(map(judged, second.changes)))
+    changes = []
+    for change in second.changes:
+        if change.what != "accuracy":
+            if (change.row, change.what) in doubted and change.change < -SLOWER:
+                change = replace(change, verdict="worse")
+            elif change.verdict == "worse":
+                change = replace(change, verdict="same")
+        changes.append(change)
+    return replace(second, changes=tuple(changes))
 
 
 def require_no_worse(comparison: Comparison) -> None:
@@ -176,121 +172,81 @@ def require_no_worse(comparison: Comparison) -> None:
             f"{len(worse)} of {len(comparison.changes)} got worse: " + "; ".join(map(str, worse))
         )
     if not comparison.of_model:
-        raise PipelineError(f"no row of the model is in both, so nothing was compared: {MEND}")
-
-
-def _only(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    """What the one record has and the other one lacks."""
-    there = {_name(row) for row in theirs["rows"]}
-    yield from (name for row in ours["rows"] if (name := _name(row)) not in there)
-    scored = theirs.get("scores", {})
-    yield from (f"accuracy of {name}" for name in ours.get("scores", {}) if name not in scored)
-
-
-def _no_measurement(error: Exception) -> PipelineError:
-    said = f"{type(error).__name__}: {error}"
-    return PipelineError(f"no measurement to compare with ({said}): {MEND}")
-
-
-def _rounds(what: str, record: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Logarithms of each row's rounds, as parts of the yardstick's; the faster half of them."""
-    find = {"speed": _throughputs, "latency": _fastest}[what]
-    try:
-        rounds = {_name(row): found for row in record["rows"] if (found := find(row))}
-        measures = [name for wanted in YARDSTICKS for name in rounds if name.startswith(wanted)]
-        if not measures and what == "latency":
-            return {}  # a record of old has none
-        theirs = rounds.pop(measures[0])
-        if what == "latency":  # of a core that nobody else had: no round differs from another
-            theirs = [statistics.mean(_faster_half(theirs))] * len(theirs)
-        return {name: _parts(ours, theirs) for name, ours in rounds.items()}
-    except UNSOUND as error:
-        raise _no_measurement(error) from error
-
-
-def _throughputs(row: Mapping[str, Any]) -> list[float]:
-    """Logarithms of images a second; none for an open loop, whose rate was asked for."""
-    return [] if row.get("rate") else [math.log(one) for one in row["images_per_second"]["rounds"]]
-
-
-def _fastest(row: Mapping[str, Any]) -> list[float]:
-    """Logarithms of how fast the fastest answers were, where only one was asked for at a time."""
-    if row["concurrency"] != 1 or "fastest_ms" not in row:
-        return []
-    return [-math.log(one) for one in row["fastest_ms"]["rounds"]]
-
-
-def _faster_half(rounds: Sequence[float]) -> list[float]:
-    return sorted(rounds)[len(rounds) // 2 :]
-
-
-def _parts(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Parts of the yardstick's same rounds. A row that settled early has fewer than that."""
-    if not LEAST_ROUNDS <= len(ours) <= len(theirs):
-        raise ValueError(f"{len(ours)} rounds tell nothing of noise")
-    if not all(map(math.isfinite, (*ours, *theirs))):
-        raise ValueError("a speed is no number")
-    return _faster_half([our - their for our, their in zip(ours, theirs, strict=False)])
+        raise PipelineError(f"no row of the model is in both, so nothing was compared: {FIX}")
 
 
 def _name(row: Mapping[str, Any]) -> str:
     return f"{row['name']}, {row['way']}, batch {row['batch']}, {row['concurrency']} at once"
 
 
-def _speeds(
-    what: str, before: Mapping[str, Any], after: Mapping[str, Any], slower: float
-) -> Iterator[Change]:
-    olds, news = _rounds(what, before), _rounds(what, after)
-    variances = {row: _variance(olds[row], news[row]) for row in olds if row in news}
-    once, again = ({_name(row): row for row in one["rows"]} for one in (before, after))
-    for row, own in variances.items():
-        at_once = once[row]["concurrency"]
-        # A few rounds tell little of a row's own noise: what is usual among the rows counts as
-        # much. Those with one request at a time are quieter than the others.
-        alike = [variances[other] for other in variances if once[other]["concurrency"] == at_once]
-        variance = (own + statistics.median(alike)) / 2
-        more = abs(again[row].get("others", 0.0) - once[row].get("others", 0.0))
-        shared = (1 - min(more, MOST_SHARED)) ** -SHARED[what] - 1
-        yield _speed(row, what, olds[row], news[row], variance, shared, slower)
+def _missing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the one record has and the other one lacks."""
+    there = {_name(row) for row in theirs["rows"]}
+    scored = theirs.get("scores", {})
+    return (
+        *(name for name in map(_name, ours["rows"]) if name not in there),
+        *(f"accuracy of {name}" for name in ours.get("scores", {}) if name not in scored),
+    )
 
 
-def _variance(before: Sequence[float], after: Sequence[float]) -> float:
-    """The variance of a round, from those of both measurements."""
-    return statistics.mean(statistics.variance(rounds) for rounds in (before, after))
+def _rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
+    """Logarithms of the faster half of each row's rounds, as parts of the yardstick's."""
+    rounds = {}
+    for row in record["rows"]:
+        # An open loop's rate was asked for; fastest answers tell where one is asked at a time.
+        if what == "speed" and not row.get("rate"):
+            rounds[_name(row)] = [math.log(speed) for speed in row["images_per_second"]["rounds"]]
+        elif what == "latency" and row["concurrency"] == 1 and "fastest_ms" in row:
+            rounds[_name(row)] = [-math.log(ms) for ms in row["fastest_ms"]["rounds"]]
+    yardsticks = [name for start in YARDSTICKS for name in rounds if name.startswith(start)]
+    if not yardsticks and what == "latency":
+        return {}  # a record of old has none
+    yardstick = rounds.pop(yardsticks[0])
+    if what == "latency":  # of a core that nobody else had: no round differs from another
+        yardstick = [statistics.median(yardstick)] * len(yardstick)
+    for name, own in rounds.items():
+        if not LEAST_ROUNDS <= len(own) <= len(yardstick):
+            raise ValueError(f"{len(own)} rounds tell nothing of noise")
+        # A row that settled early has fewer rounds than the yardstick.
+        parts = [ours - theirs for ours, theirs in zip(own, yardstick, strict=False)]
+        if not all(map(math.isfinite, parts)):
+            raise ValueError("a speed is no number")
+        rounds[name] = sorted(parts)[len(parts) // 2 :]
+    return rounds
 
 
-def _speed(
-    row: str,
-    what: str,
-    before: Sequence[float],
-    after: Sequence[float],
-    variance: float,
-    shared: float,
-    slower: float,
-) -> Change:
-    old, new = statistics.mean(before), statistics.mean(after)
-    error = math.sqrt(variance * (1 / len(before) + 1 / len(after)))
-    sure = SURE.get(min(len(before), len(after)), SURE_OF_MORE)
-    noise, change = math.expm1(sure * error) + shared, math.expm1(new - old)
-    down, up = max(slower, noise / (1 + noise)), max(slower, noise)  # half is as far as twice
-    verdict = "worse" if change < -down else "better" if change > up else "same"
-    return Change(row, what, math.exp(old), math.exp(new), noise, verdict)
+def _slower(before: Mapping[str, Any], after: Mapping[str, Any], what: str) -> Iterator[Change]:
+    """The change of each row that both have, by medians of its rounds and their spread."""
+    olds, news = _rounds(before, what), _rounds(after, what)
+    others = [
+        {_name(row): row.get("others", 0.0) for row in one["rows"]} for one in (before, after)
+    ]
+    spreads = {  # from the slowest to the fastest, in both measurements
+        row: sum(rounds[row][-1] - rounds[row][0] for rounds in (olds, news))
+        for row in olds
+        if row in news
+    }
+    # A few rounds tell little of a row's own noise: it is no less than what is usual.
+    usual = statistics.median(spreads.values()) if spreads else 0.0
+    for row, spread in spreads.items():
+        fewest = min(len(olds[row]), len(news[row]), max(SPREADS))
+        shared = SHARED * abs(others[1][row] - others[0][row])
+        noise = math.expm1(SPREADS[fewest] * max(spread, usual)) + shared
+        old, new = (math.exp(statistics.median(rounds[row])) for rounds in (olds, news))
+        limit = max(SLOWER, noise if new > old else noise / (1 + noise))  # half is as far as twice
+        yield Change(row, what, old, new, noise, _verdict(new / old - 1, limit))
 
 
-def _accuracies(
-    before: Mapping[str, Any], after: Mapping[str, Any], less: float
-) -> Iterator[Change]:
-    """Accuracies have no noise: both are of the same images."""
-    olds, news = before.get("scores", {}), after.get("scores", {})
-    for name in olds:
+def _less_accurate(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
+    """The change of each accuracy that both have, without noise: it is of the same images."""
+    news = after.get("scores", {})
+    for name, score in before.get("scores", {}).items():
         if name in news:
-            old, new = _accuracy(olds[name]), _accuracy(news[name])
-            verdict = "worse" if new < old - less else "better" if new > old + less else "same"
-            yield Change(name, "accuracy", old, new, 0.0, verdict)
+            old, new = float(score["accuracy"]), float(news[name]["accuracy"])
+            if not (0 <= old <= 1 and 0 <= new <= 1):
+                raise ValueError(f"{old} or {new} is no accuracy")
+            yield Change(name, "accuracy", old, new, 0.0, _verdict(new - old, LESS_ACCURATE))
 
 
-def _accuracy(score: Mapping[str, Any]) -> float:
-    accuracy = float(score["accuracy"])
-    if not 0 <= accuracy <= 1:
-        raise ValueError(f"{accuracy} is no accuracy")
-    return accuracy
+def _verdict(change: float, limit: float) -> str:
+    return "same" if abs(change) <= limit else "worse" if change < 0 else "better"

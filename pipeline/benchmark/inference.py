@@ -12,22 +12,30 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.benchmark.table import table
-from pipeline.benchmark.timing import UNTIL, Row, Score, Until, Window, require_right, take_turns
+from pipeline.benchmark.table import tables
+from pipeline.benchmark.timing import (
+    UNTIL,
+    Score,
+    TimedRow,
+    Until,
+    Window,
+    require_answers,
+    take_turns,
+)
 from pipeline.benchmark.workers import (
     EAGER,
     EXPORT,
     RUNTIME,
     YARDSTICK,
     Ask,
-    Runtime,
+    LocalRuntime,
     worker,
     yardstick,
     yardstick_row,
 )
 from pipeline.core.files import check_digest, read_json, write_json
 from pipeline.core.machine import machine
-from pipeline.core.paths import Paths
+from pipeline.core.paths import PRECISIONS, Paths
 
 BESIDE = 4  # cells from one window of the yardstick to the next
 VALIDATE = "run 'pipeline validate' first"
@@ -53,7 +61,7 @@ class Inference:
     name: str
     sha256: str  # of the export's model.onnx
     config: InferBenchmark
-    rows: tuple[Row, ...]
+    rows: tuple[TimedRow, ...]
     scores: dict[str, Score] = field(default_factory=dict)  # by the rows' names
     classes: np.ndarray | None = None  # int64 (N,): what eager PyTorch says of the test split
 
@@ -66,11 +74,11 @@ class Inference:
             "sha256": self.sha256,
             "config": asdict(self.config),
             "rows": [row.record() for row in self.rows],
-            "scores": {name: asdict(found) for name, found in self.scores.items()},
+            "scores": {name: asdict(score) for name, score in self.scores.items()},
         }
 
     def __str__(self) -> str:
-        return table(self.rows)
+        return tables(self.rows)
 
 
 def benchmark_inference(
@@ -84,68 +92,56 @@ def benchmark_inference(
     exported and validated.
     """
     manifest = read_json(paths.manifest, EXPORT)
-    _require_whole(paths, manifest)
+    precisions = [precision for precision in PRECISIONS if precision in manifest["precisions"]]
+    for precision in precisions:
+        model, golden = paths.variant(precision), paths.variant_golden(precision)
+        check_digest(model, manifest["files"].get(model.name), EXPORT)
+        check_digest(golden, manifest["files"].get(golden.name), VALIDATE)
     runtimes = [
-        Runtime(name, precision, threads)
-        for name, precisions in ((EAGER, ["fp32"]), (RUNTIME, _precisions(manifest)))
-        for precision in precisions
+        LocalRuntime(name, precision, threads)
+        for name, precision in ((EAGER, "fp32"), *((RUNTIME, each) for each in precisions))
         for threads in config.threads
     ]
     with ExitStack() as stack:
-        workers = {one: stack.enter_context(worker(paths, one, manifest)) for one in runtimes}
+        workers = {
+            str(runtime): stack.enter_context(worker(paths, runtime, manifest))
+            for runtime in runtimes
+        }
         answers = {}
-        for one, ask in workers.items():
-            report(f"{one}: the test split")
-            answers[one] = ask("score")
-        windows = _windows(workers, config, report)
-        peaks = {one: int(ask("peak")) for one, ask in workers.items()}
-    said = answers[runtimes[0]][1]
+        for name, ask in workers.items():
+            report(f"{name}: the test split")
+            answers[name] = ask("score")
+        windows = _measure(workers, config, report)
+        peaks = {name: int(ask("peak")) for name, ask in workers.items()}
+    reference = answers[str(runtimes[0])][1]
     scores = {
-        str(one): Score(len(classes), accuracy, int((classes != said).sum()), peaks[one])
-        for one, (accuracy, classes) in answers.items()
+        name: Score(len(classes), accuracy, int((classes != reference).sum()), peaks[name])
+        for name, (accuracy, classes) in answers.items()
     }
-    rows = _rows(windows, scores)
-    require_right(rows)
+    rows = (
+        yardstick_row([found for (name, _), found in windows.items() if name == YARDSTICK]),
+        *(
+            TimedRow(name, "in process", batch, 1, tuple(found), score=scores[name])
+            for (name, batch), found in windows.items()
+            if name != YARDSTICK
+        ),
+    )
+    require_answers(rows)
     digest = str(manifest["files"][paths.onnx.name])
-    result = Inference(paths.name, digest, config, rows, scores, said)
+    result = Inference(paths.name, digest, config, rows, scores, reference)
     write_json(paths.inference, result.record())
     return result
 
 
-def _require_whole(paths: Paths, manifest: dict[str, Any]) -> None:
-    """Raise where a model or its golden set is missing, or has other bytes than are recorded."""
-    for precision in _precisions(manifest):
-        model, golden = paths.variant(precision), paths.variant_golden(precision)
-        check_digest(model, manifest["files"].get(model.name), EXPORT)
-        check_digest(golden, manifest["files"].get(golden.name), VALIDATE)
-
-
-def _precisions(manifest: dict[str, Any]) -> list[str]:
-    return [
-        precision for precision in ("fp32", "fp16", "int8") if precision in manifest["precisions"]
-    ]
-
-
-Cell = tuple[str, int]  # a runtime's name and images a batch; of the yardstick its place
-
-
-def _windows(
-    workers: dict[Runtime, Ask], config: InferBenchmark, report: Callable[[str], None]
-) -> dict[Cell, list[Window]]:
-    cells: dict[Cell, Callable[[], Window]] = {}
+def _measure(
+    workers: dict[str, Ask], config: InferBenchmark, report: Callable[[str], None]
+) -> dict[tuple[str, int], list[Window]]:
+    """Windows by a runtime's name and images a batch; of the yardstick by its places in a round."""
+    cells: dict[tuple[str, int], Callable[[], Window]] = {}
     for batch in config.batches:
-        for one, ask in workers.items():
+        for name, ask in workers.items():
             if len(cells) % (BESIDE + 1) == 0:
                 cells[YARDSTICK, len(cells)] = functools.partial(yardstick, config.seconds)
-            cells[str(one), batch] = functools.partial(ask, "measure", batch, config.seconds)
+            cells[name, batch] = functools.partial(ask, "measure", batch, config.seconds)
     group = {cell: cell for cell in cells if cell[0] != YARDSTICK}
     return take_turns(cells, group, config.until, report)
-
-
-def _rows(windows: dict[Cell, list[Window]], scores: dict[str, Score]) -> tuple[Row, ...]:
-    beside = [found for (name, _), found in windows.items() if name == YARDSTICK]
-    rows = [yardstick_row(beside)]
-    for (name, batch), found in windows.items():
-        if name != YARDSTICK:
-            rows.append(Row(name, "in process", batch, 1, tuple(found), score=scores[name]))
-    return tuple(rows)

@@ -1,4 +1,4 @@
-"""Ask a server as hard as it can answer, at a cost that stays small beside its own.
+"""Ask a server as hard as it can answer, at a cost that stays small next to its own.
 
 Requests are built once and sent as bytes; answers are kept as bytes and read when the time is up.
 
@@ -7,8 +7,6 @@ Open loop: requests come when they come, whether or not those before them were a
 A closed loop waits for an answer before it asks again, so a server that stalls is asked less while
 it does, and one slow request is all that shows. Here arrivals are drawn beforehand, as of many
 people who know nothing of each other (Poisson), and a latency counts from when its request was due.
-
-Ask a server in an open loop, over gRPC or HTTP.
 """
 
 # Shape letters: N images, B batch, K classes.
@@ -17,7 +15,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -36,6 +34,10 @@ from pipeline.repository import config_pbtxt
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT = 30.0  # seconds for one answer
+POLL = 0.01  # seconds
+CONNECTIONS = 64  # over HTTP; a request that finds none waits, and its latency counts on
+Done = Callable[[bytes | None], None]  # takes the answer, or None for none
+Send = Callable[[int, Done], None]  # begins request number so, and returns at once
 _PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
@@ -57,8 +59,7 @@ def questions(
     way: str = "grpc",
 ) -> Questions:
     """Requests to a served model for each of the batches (B, ...), whose classes are known."""
-    request = _WAYS[way].request
-    requests = tuple(request(config, images) for images in batches)
+    requests = tuple(_WAYS[way].request(config, images) for images in batches)
     dtype = config_pbtxt.dtype(config.output[0])
     return Questions(way, len(batches[0]), requests, tuple(classes), dtype)
 
@@ -72,28 +73,27 @@ def _request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
     return bytes(message.SerializeToString())
 
 
-def closed_loop(address: str, asked: Questions, concurrency: int, seconds: float) -> Window:
+def keep_asking(address: str, asked: Questions, concurrency: int, seconds: float) -> Window:
     """Keep so many requests under way for so long, each answer held to the classes of its own."""
     begin = time.perf_counter() + warm_up(seconds)
-    way = _WAYS[asked.way]
-    found = way.ask(address, asked.requests, concurrency, begin, begin + seconds)
-    latencies, answers, failed = found
+    latencies, answers, failed = _WAYS[asked.way].ask(
+        address, asked.requests, concurrency, begin, begin + seconds
+    )
     return Window(seconds, asked.batch, np.array(latencies), count_wrong(asked, answers), failed)
 
 
 def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
     """How many images in answers to requests of that turn are not of their class."""
-    content = _WAYS[asked.way].content
-    return sum(
-        _wrong(content, answer, asked.classes[turn % len(asked.classes)], asked.dtype)
-        for turn, answer in answers
-    )
-
-
-def _ask(
-    address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
-) -> Found:
-    return asyncio.run(_ask_all(address, requests, concurrency, begin, end))
+    wrong = 0
+    for turn, answer in answers:
+        classes = asked.classes[turn % len(asked.classes)]
+        try:
+            content = _WAYS[asked.way].content(answer)
+            outputs = np.frombuffer(content, asked.dtype).reshape(len(classes), -1)
+            wrong += wrong_classes(outputs, classes)
+        except (DecodeError, ValueError):  # not one output, or not a row for each image
+            wrong += len(classes)
+    return wrong
 
 
 async def _ask_all(
@@ -130,34 +130,8 @@ def _content(answer: bytes) -> bytes:
     return bytes(content)
 
 
-def _wrong(
-    content: Callable[[bytes], bytes], answer: bytes, classes: np.ndarray, dtype: str
-) -> int:
-    """How many of an answer's images have another class than they should."""
-    try:
-        outputs = np.frombuffer(content(answer), dtype).reshape(len(classes), -1)
-        return wrong_classes(outputs, classes)
-    except (DecodeError, ValueError):  # not one output, or not a row for each image
-        return len(classes)
-
-
 @dataclass(frozen=True)
-class _Way:
-    """How a protocol says it."""
-
-    request: Callable[[config_pbtxt.ModelConfig, np.ndarray], bytes]
-    ask: Callable[[str, tuple[bytes, ...], int, float, float], Found]
-    content: Callable[[bytes], bytes]
-
-
-_WAYS = {
-    "grpc": _Way(_request, _ask, _content),
-    "http": _Way(load_http.request, load_http.ask, load_http.content),
-}
-
-
-@dataclass(frozen=True)
-class Counters:
+class ModelCounters:
     """What Triton has counted of a model since it was loaded."""
 
     images: int
@@ -165,7 +139,7 @@ class Counters:
     requests: int
     nanoseconds: dict[str, int]  # by part
 
-    def since(self, earlier: "Counters") -> dict[str, float]:
+    def since(self, earlier: "ModelCounters") -> dict[str, float]:
         """Microseconds a request spent in each part since then, and the mean batch formed."""
         requests = max(1, self.requests - earlier.requests)
         executions = max(1, self.executions - earlier.executions)
@@ -176,7 +150,7 @@ class Counters:
         return {**parts, "batch": (self.images - earlier.images) / executions}
 
 
-class Server:
+class ServerLoad:
     """The side of a running server that is not for clients: its counters and its models."""
 
     def __init__(self, http: str, grpc: str, admin_key: str, key_header: str) -> None:
@@ -184,7 +158,7 @@ class Server:
         self._headers = {f"triton-grpc-protocol-{key_header}": admin_key}
         self._client = tritonclient.grpc.InferenceServerClient(grpc)
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> "ServerLoad":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -197,7 +171,7 @@ class Server:
         except InferenceServerException as error:
             raise ServerError(f"the server does not load {name}: {error.message()}") from error
 
-    def counters(self, name: str) -> Counters:
+    def counters(self, name: str) -> ModelCounters:
         """What Triton has counted of a model."""
         try:
             answer = self._client.get_inference_statistics(name, client_timeout=TIMEOUT)
@@ -209,12 +183,12 @@ class Server:
         stats = answer.model_stats[-1]
         parts = {part: getattr(stats.inference_stats, part).ns for part in _PARTS}
         requests = stats.inference_stats.success.count
-        return Counters(stats.inference_count, stats.execution_count, requests, parts)
+        return ModelCounters(stats.inference_count, stats.execution_count, requests, parts)
 
     def measure(self, name: str, asked: Questions, concurrency: int, seconds: float) -> Window:
         """A window of load on the model, with what the server says of its own part."""
         address = self.addresses[asked.way]
-        ask = functools.partial(closed_loop, address, asked, concurrency)
+        ask = functools.partial(keep_asking, address, asked, concurrency)
         return self.counted(name, lambda: answered(ask, seconds))
 
     def counted(self, name: str, measure: Callable[[], Window]) -> Window:
@@ -222,15 +196,6 @@ class Server:
         before = self.counters(name)
         window = measure()
         return replace(window, split=self.counters(name).since(before))
-
-
-POLL = 0.01  # seconds
-
-
-Done = Callable[[bytes | None], None]  # takes the answer, or None for none
-
-
-Send = Callable[[int, Done], None]  # begins request number so, and returns at once
 
 
 class Clock(Protocol):
@@ -264,15 +229,12 @@ class Sent:
     @property
     def latencies(self) -> np.ndarray:
         """Seconds from when a request was due to its answer, of those that were answered."""
-        known = np.isfinite(self.ended)
-        latencies: np.ndarray = self.ended[known] - self.due[known]
-        return latencies
+        return np.asarray((self.ended - self.due)[np.isfinite(self.ended)])
 
     @property
     def late(self) -> np.ndarray:
         """Seconds by which the client itself was late."""
-        late: np.ndarray = self.begun - self.due
-        return late
+        return np.subtract(self.begun, self.due)
 
     def after(self, begin: float) -> "Sent":
         """Those that were due from then on."""
@@ -314,9 +276,6 @@ def drive(send: Send, times: np.ndarray, clock: Clock, patience: float) -> Sent:
     return sent
 
 
-CONNECTIONS = 64  # over HTTP; a request that finds none waits, and its latency counts on
-
-
 def open_loop(
     address: str,
     asked: Questions,
@@ -328,7 +287,7 @@ def open_loop(
     """A window of requests that come so many a second, each answer held to its classes."""
     before = warm_up(seconds)
     times = arrivals(rate, before + seconds, seed)
-    with _SENDERS[asked.way](address, asked.requests) as send:
+    with _WAYS[asked.way].sender(address, asked.requests) as send:
         sent = drive(send, times, clock, TIMEOUT)
     answers = [(turn, answer) for turn, answer in enumerate(sent.answers) if answer is not None]
     counted = sent.after(sent.start + before)
@@ -358,14 +317,21 @@ def _over_grpc(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
 
 @contextmanager
 def _over_http(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
-    pool = load_http.Pool(address, CONNECTIONS, TIMEOUT)
-    try:
+    with closing(load_http.Pool(address, CONNECTIONS, TIMEOUT)) as pool:
         yield lambda turn, done: pool.send(requests[turn % len(requests)], done)
-    finally:
-        pool.close()
 
 
-_SENDERS: dict[str, Callable[[str, tuple[bytes, ...]], AbstractContextManager[Send]]] = {
-    "grpc": _over_grpc,
-    "http": _over_http,
+@dataclass(frozen=True)
+class _Way:
+    """How a protocol says it."""
+
+    request: Callable[[config_pbtxt.ModelConfig, np.ndarray], bytes]
+    ask: Callable[[str, tuple[bytes, ...], int, float, float], Found]  # in a closed loop
+    sender: Callable[[str, tuple[bytes, ...]], AbstractContextManager[Send]]  # for an open loop
+    content: Callable[[bytes], bytes]
+
+
+_WAYS = {
+    "grpc": _Way(_request, lambda *asked: asyncio.run(_ask_all(*asked)), _over_grpc, _content),
+    "http": _Way(load_http.request, load_http.ask_all, _over_http, load_http.content),
 }

@@ -51,7 +51,7 @@ def request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
     return head.encode() + header + array.tobytes()
 
 
-def ask(
+def ask_all(
     address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
 ) -> Found:
     """Keep so many requests under way until `end`; latencies count from `begin` on."""
@@ -63,7 +63,9 @@ def ask(
         failed = 0
         while (now := time.perf_counter()) < end:
             try:
-                with socket.create_connection((host, int(port)), _patience(end)) as connection:
+                # Silent past the window's end by what a stall may take.
+                patience = max(0.0, end - time.perf_counter()) + 30.0
+                with socket.create_connection((host, int(port)), patience) as connection:
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     while now < end:
                         connection.sendall(requests[turn % len(requests)])
@@ -122,15 +124,10 @@ class Pool:
         return connection
 
     def close(self) -> None:
-        """Wait for what is under way, and hang up."""
+        """Wait for what is under way, and close the connections."""
         self._workers.shutdown()
         while not self._idle.empty():
             self._idle.get().close()
-
-
-def _patience(end: float) -> float:
-    """Seconds that a connection may be silent: past the window's end by what a stall may take."""
-    return max(0.0, end - time.perf_counter()) + 30.0
 
 
 def _answer(connection: socket.socket) -> bytes:

@@ -1,8 +1,7 @@
-"""How fast a packaged model is served, beside what its server and its runtime could do at most.
+"""How fast a packaged model is served, next to what its server and its runtime could do at most.
 
-What a benchmark serves: a packaged model alone, and beside it what it is measured against.
-
-What a served model answers to the whole test split, and the memory that it takes for it.
+The model is served from a repository for the occasion, with a model that computes nothing and the
+model under its throughput profile; scored on the whole test split; and asked in every way in turns.
 """
 
 import functools
@@ -15,27 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from pipeline.benchmark import load
 from pipeline.benchmark.load import open_loop
-from pipeline.benchmark.table import table
+from pipeline.benchmark.table import tables
 from pipeline.benchmark.timing import (
     UNTIL,
-    Row,
     Score,
+    TimedRow,
     Until,
     Window,
     answered,
     closed_loop,
     ratio,
-    require_right,
+    require_answers,
     take_turns,
 )
 from pipeline.benchmark.workers import (
     EAGER,
     RUNTIME,
     YARDSTICK,
-    Runtime,
+    LocalRuntime,
     scored,
     scored_images,
     sure_batches,
@@ -50,6 +50,7 @@ from pipeline.core.files import write_json
 from pipeline.core.machine import machine, peak_bytes
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
+from pipeline.export.runtime import onnx_predictor
 from pipeline.repository import config_pbtxt
 from pipeline.repository.release import Release, selected_releases
 from pipeline.serving import tritonserver
@@ -58,92 +59,16 @@ from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import KEY_HEADER
 
 WAYS = ("grpc", "http")
-# Images a request, requests at once. One after the other, large ones show what computing costs.
 NOOP = "no-op"
 PROFILE = "throughput"  # which large requests are meant for
 MANY = 64  # images in a large request
-
-
-def profiled(name: str) -> str:
-    """What the model is called that runs under the throughput profile."""
-    return f"{name}-{PROFILE}"
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A repository for the occasion, and the configs of its models."""
-
-    served: Paths  # the packaged model, which is there from the start
-    configs: dict[str, config_pbtxt.ModelConfig]  # of all that can be asked, by name
-
-    @property
-    def added(self) -> list[str]:
-        """The models that are to be loaded once the server runs."""
-        return [name for name in self.configs if name != self.served.name]
-
-    @property
-    def threads(self) -> int:
-        """How many threads compute under the profile: those of a session, times the sessions."""
-        return threads_of(self.configs[profiled(self.served.name)])
-
-
-def copied(paths: Paths, repository: Path) -> Paths:
-    """The packaged model alone, in a repository of its own."""
-    if not (paths.packaged / "config.pbtxt").exists():
-        raise PipelineError(f"no model at {paths.packaged}: run 'pipeline package' first")
-    largest = config_pbtxt.read(paths.packaged / "config.pbtxt").max_batch_size
-    if largest < MANY:
-        raise PipelineError(
-            f"{paths.packaged} takes batches of {largest} at most, and {MANY} are measured: "
-            f"package it with --max-batch-size {MANY}"
-        )
-    shutil.copytree(paths.packaged, repository / paths.name)
-    return replace(paths, repository_folder=repository)
-
-
-def put_beside(served: Paths) -> Beside:
-    """Put a model that computes nothing, and the model under its profile, beside the served one."""
-    own = config_pbtxt.read(served.packaged / "config.pbtxt")
-    messages = (own, _add_noop(served.repository, served), _add_profiled(served.repository, served))
-    return Beside(served, {message.name: message for message in messages})
-
-
-def _add_profiled(repository: Path, served: Paths) -> config_pbtxt.ModelConfig:
-    """Put the model beside itself, under its throughput profile; that config."""
-    message = config_pbtxt.read(config_pbtxt.profile_file(served.packaged, PROFILE))
-    message.name = profiled(served.name)
-    folder = repository / message.name
-    shutil.copytree(served.packaged, folder)
-    (folder / "config.pbtxt").write_text(config_pbtxt.to_text(message))
-    return message
-
-
-def _add_noop(repository: Path, served: Paths) -> config_pbtxt.ModelConfig:
-    """Put a model beside it that computes nothing, configured as it is; that config."""
-    noop = config_pbtxt.read(served.packaged / "config.pbtxt")
-    noop.name, noop.backend = NOOP, "python"
-    for only_ours in ("version_policy", "model_warmup", "optimization", "parameters"):
-        noop.ClearField(only_ours)
-    for output in noop.output:
-        output.ClearField("label_filename")
-    folder = repository / NOOP
-    (folder / "1").mkdir(parents=True)
-    shutil.copy(tritonserver.BACKENDS / "noop.py", folder / "1" / "model.py")
-    (folder / "config.pbtxt").write_text(config_pbtxt.to_text(noop))
-    return noop
-
-
-def threads_of(message: config_pbtxt.ModelConfig) -> int:
-    """How many threads compute for a model: those of a session, times the sessions."""
-    of_session = int(config_pbtxt.parameter(message, "intra_op_thread_count") or 0)
-    instances = sum(int(group.count) for group in message.instance_group)
-    return of_session * instances
-
-
+# Images a request, requests at once. One after the other, large ones show what computing costs.
 ASKED = ((1, 1), (1, 8), (1, 32), (8, 8), (MANY, 1))
 SHARE = 0.5  # of the closed loop's rate, that arrives in the open one unless told
 BESIDE = 6  # cells from one window of the yardstick to the next
 LEAST_ARRIVALS = 20  # in a window of an open loop, in the mean: hardly ever is there none
+Report = Callable[[str], None]
+Configs = dict[str, config_pbtxt.ModelConfig]  # of all models that are asked, by name
 
 
 @dataclass(frozen=True)
@@ -158,6 +83,54 @@ class ServeBenchmark:
 
 
 SHORT = ServeBenchmark(Until(least=3, most=3), seconds=0.3, open_seconds=1.0)
+
+
+def profiled(name: str) -> str:
+    """What the model is called that runs under the throughput profile."""
+    return f"{name}-{PROFILE}"
+
+
+def copy_packaged(paths: Paths, repository: Path) -> Paths:
+    """Copy the packaged model alone into a repository of its own."""
+    if not (paths.packaged / "config.pbtxt").exists():
+        raise PipelineError(f"no model at {paths.packaged}: run 'pipeline package' first")
+    largest = config_pbtxt.read(paths.packaged / "config.pbtxt").max_batch_size
+    if largest < MANY:
+        raise PipelineError(
+            f"{paths.packaged} takes batches of {largest} at most, and {MANY} are measured: "
+            f"package it with --max-batch-size {MANY}"
+        )
+    shutil.copytree(paths.packaged, repository / paths.name)
+    return replace(paths, repository_folder=repository)
+
+
+def add_models(served: Paths) -> Configs:
+    """Add a model that computes nothing, and the model under its profile; all configs."""
+    own = config_pbtxt.read(served.packaged / "config.pbtxt")
+    profile = config_pbtxt.read(config_pbtxt.profile_file(served.packaged, PROFILE))
+    profile.name = profiled(served.name)
+    shutil.copytree(served.packaged, served.repository / profile.name)
+
+    noop = config_pbtxt.read(served.packaged / "config.pbtxt")
+    noop.name, noop.backend = NOOP, "python"
+    for only_ours in ("version_policy", "model_warmup", "optimization", "parameters"):
+        noop.ClearField(only_ours)
+    for output in noop.output:
+        output.ClearField("label_filename")
+    code = served.repository / NOOP / "1" / "model.py"
+    code.parent.mkdir(parents=True)
+    shutil.copy(tritonserver.BACKENDS / "noop.py", code)
+
+    for config in (noop, profile):
+        file = served.repository / config.name / "config.pbtxt"
+        file.write_text(config_pbtxt.to_text(config))
+    return {config.name: config for config in (own, noop, profile)}
+
+
+def threads_of(message: config_pbtxt.ModelConfig) -> int:
+    """How many threads compute for a model: those of a session, times the sessions."""
+    of_session = int(config_pbtxt.parameter(message, "intra_op_thread_count") or 0)
+    return of_session * sum(int(group.count) for group in message.instance_group)
 
 
 @dataclass(frozen=True)
@@ -179,52 +152,47 @@ class Serving:
     sha256: str  # of the model.onnx that was served
     threads: int  # that compute under the throughput profile, and in process
     config: ServeBenchmark
-    rows: tuple[Row, ...]
+    rows: tuple[TimedRow, ...]
     scores: dict[str, Score] = field(default_factory=dict)  # by the rows' names and ways
 
     def ratios(self) -> dict[str, dict[str, Any]]:
         """The two that say what serving costs: see `ratio`."""
-        found = {Cell(row.name, row.way, row.batch, row.concurrency): row for row in self.rows}
-        single = Cell(self.name, "grpc", 1, 32)
-        many = Cell(profiled(self.name), "http", MANY, 8)
-        in_process = Cell(RUNTIME, "in process", MANY, 1)
+        rows = {(row.name, row.way, row.batch, row.concurrency): row for row in self.rows}
+        single, noop = (rows[name, "grpc", 1, 32] for name in (self.name, NOOP))
+        many = rows[profiled(self.name), "http", MANY, 8]
         return {
-            "single_of_noop": ratio(found[single], found[replace(single, name=NOOP)]),
-            "batch64_of_in_process": ratio(found[many], found[in_process]),
+            "single_of_noop": ratio(single, noop),
+            "batch64_of_in_process": ratio(many, rows[RUNTIME, "in process", MANY, 1]),
         }
 
     def record(self) -> dict[str, Any]:
         """The result as JSON has it."""
+        pairs = self.ratios()
         return {
             "what": "serve",
             **machine(),
-            "name": self.name,
-            "version": self.version,
-            "sha256": self.sha256,
-            "threads": self.threads,
+            **{key: getattr(self, key) for key in ("name", "version", "sha256", "threads")},
             "config": asdict(self.config),
             "rows": [row.record() for row in self.rows],
-            "scores": {name: asdict(found) for name, found in self.scores.items()},
-            "ratios": {name: parts["of_medians"] for name, parts in self.ratios().items()},
-            "pairs": self.ratios(),
+            "scores": {name: asdict(score) for name, score in self.scores.items()},
+            "ratios": {name: parts["of_medians"] for name, parts in pairs.items()},
+            "pairs": pairs,
         }
 
-    def told_ratios(self) -> list[str]:
+    def ratio_lines(self) -> list[str]:
         """The ratios in words."""
-        said = {
-            "single_of_noop": "single images, 32 at once, beside a model that computes nothing",
-            "batch64_of_in_process": (
-                f"batches of {MANY} under the {PROFILE} profile, beside ONNX Runtime in process, "
-                f"{self.threads} threads each"
-            ),
-        }
+        meanings = (
+            "single images, 32 at once, next to a model that computes nothing",
+            f"batches of {MANY} under the {PROFILE} profile, next to ONNX Runtime in process, "
+            f"{self.threads} threads each",
+        )
         return [
-            f"{parts['of_medians']:.2f} ({parts['min']:.2f} to {parts['max']:.2f}) {said[name]}"
-            for name, parts in self.ratios().items()
+            f"{parts['of_medians']:.2f} ({parts['min']:.2f} to {parts['max']:.2f}) {meaning}"
+            for parts, meaning in zip(self.ratios().values(), meanings, strict=True)
         ]
 
     def __str__(self) -> str:
-        return Lines(table(self.rows), *self.told_ratios())
+        return Lines(tables(self.rows), *self.ratio_lines())
 
 
 def cells(name: str) -> list[Cell]:
@@ -243,32 +211,38 @@ def cells(name: str) -> list[Cell]:
 def benchmark_serving(
     paths: Paths,
     config: ServeBenchmark = ServeBenchmark(),
-    report: Callable[[str], None] = lambda line: None,
+    report: Report = lambda line: None,
     reference: np.ndarray | None = None,
 ) -> Serving:
-    """Serve the selected version beside a no-op model, measure both, write serving.json.
+    """Serve the selected version next to a no-op model, measure both, write serving.json.
 
     `reference` is what eager PyTorch says of the test split, where that is known already.
     Raises CheckFailedError when an answer was wrong or missing.
     """
     with tempfile.TemporaryDirectory(prefix="handwriting-benchmark-") as scratch:
-        served = copied(paths, Path(scratch) / "models")
+        served = copy_packaged(paths, Path(scratch) / "models")
         release = selected_releases(served)[paths.name]
         with running_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
             http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
-            with load.Server(http, grpc, server.admin_key, KEY_HEADER) as asked:
-                beside = put_beside(served)
-                for added in beside.added:
-                    asked.load(added)
-                scored = score_served(paths, server, release, beside, reference, report)
-                bench = _Bench(server, asked, beside, release, config)
-                rows = bench.rows(report, scored)
-    require_right(rows)
+            with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as asked:
+                configs = add_models(served)
+                for name in configs:
+                    if name != served.name:
+                        asked.load(name)
+                scores = score_served(paths, server, release, list(configs), reference, report)
+                bench = _Bench(asked, served.name, configs, release, config)
+                rows = bench.rows(report)
+                scores = {
+                    (name, way): replace(score, peak_bytes=served_bytes(server, name))
+                    for (name, way), score in scores.items()
+                }
+    require_answers(rows)
+    rows = tuple(replace(row, score=scores.get((row.name, row.way))) for row in rows)
     result = Serving(
         paths.name,
         release.version,
         release.sha256,
-        beside.threads,
+        bench.threads,
         config,
         rows,
         {f"{row.name}, {row.way}": row.score for row in rows if row.score},
@@ -277,30 +251,17 @@ def benchmark_serving(
     return result
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Scores by a model's name and the protocol; without the memory that only grows later."""
-
-    scores: dict[tuple[str, str], Score]
-
-    def sized(self, server: Server) -> dict[tuple[str, str], Score]:
-        """The scores with the most memory that each model's processes have had."""
-        return {
-            (name, way): replace(score, peak_bytes=served_bytes(server, name))
-            for (name, way), score in self.scores.items()
-        }
-
-
 def score_served(
     paths: Paths,
     server: Server,
     release: Release,
-    beside: Beside,
+    names: list[str],
     reference: np.ndarray | None = None,
-    report: Callable[[str], None] = lambda line: None,
-) -> Scored:
-    """Put the whole test split to the served model both ways, and under its profile over HTTP.
+    report: Report = lambda line: None,
+) -> dict[tuple[str, str], Score]:
+    """Put the whole test split to the served models; scores by name and protocol.
 
+    Both ways, and under the profile over HTTP alone; without the memory, which only grows later.
     Held against what eager PyTorch says, or against `reference` where it has said it already.
     Where the export or its data are not here any more, says so and scores nothing.
     """
@@ -308,79 +269,76 @@ def score_served(
     try:
         images, labels = scored_images(exported, release.manifest)
         if reference is None:
-            eager = Runtime(EAGER, "fp32", 1)
+            eager = LocalRuntime(EAGER, "fp32", 1)
             report(f"{eager}: the test split")
             with worker(exported, eager, release.manifest) as ask:
                 reference = ask("score")[1]
     except PipelineError as error:
         report(f"accuracy is left out: {error}")
-        return Scored({})
-    found = {}
+        return {}
+    scores = {}
     for way, url in (("grpc", server.grpc_url), ("http", server.http_url)):
-        for name in beside.configs:
+        for name in names:
             if name == NOOP or (name, way) == (profiled(paths.name), "grpc"):
                 continue  # it has no answers, or no row
             report(f"{name} over {way}: the test split")
             with Client(url, name) as client:
-                accuracy, said = scored(triton_predictor(client), images, labels)
-            found[name, way] = Score(len(said), accuracy, int((said != reference).sum()))
-    return Scored(found)
+                accuracy, classes = scored(triton_predictor(client), images, labels)
+            scores[name, way] = Score(len(classes), accuracy, int((classes != reference).sum()))
+    return scores
 
 
 def served_bytes(server: Server, name: str) -> int:
     """The most memory that tritonserver and a model's stubs have had, what they share in each."""
-    return sum(
-        peak_bytes(pid)
-        for pid in processes_of(server.id)
-        if pid == server.pid or f"/{name}/" in _command(pid)
-    )
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:  # it ended while we looked
-        return ""
+    total = 0
+    for pid in processes_of(server.id):
+        try:
+            is_of_model = any(f"/{name}/" in part for part in psutil.Process(pid).cmdline())
+        except psutil.Error:  # it ended while we looked
+            continue
+        total += peak_bytes(pid) if pid == server.pid or is_of_model else 0
+    return total
 
 
 @dataclass(frozen=True)
 class _Bench:
     """A server with all the models on it, and how long to measure."""
 
-    server: Server
-    asked: load.Server
-    beside: Beside
+    asked: load.ServerLoad
+    name: str  # of the packaged model
+    configs: Configs
     release: Release
     config: ServeBenchmark
 
-    def rows(self, report: Callable[[str], None], scored: Scored) -> tuple[Row, ...]:
+    @property
+    def threads(self) -> int:
+        """How many threads compute under the profile, and in process."""
+        return threads_of(self.configs[profiled(self.name)])
+
+    def rows(self, report: Report) -> tuple[TimedRow, ...]:
         """A row for each cell, the yardstick's first and those with an open loop last."""
         measures: dict[Cell, Callable[[], Window]] = {}
         group: dict[Cell, tuple[int, int]] = {}
-        for cell in cells(self.beside.served.name):
+        for cell in cells(self.name):
             if len(measures) % (BESIDE + 1) == 0:
                 place = Cell(YARDSTICK, "numpy", len(measures), 1)
                 measures[place] = functools.partial(yardstick, self.config.seconds / 2)
             measures[cell] = self._measure(cell)
-            is_profile = cell.name in (RUNTIME, profiled(self.beside.served.name))
+            is_profile = cell.name in (RUNTIME, profiled(self.name))
             group[cell] = (cell.batch, 0 if is_profile else cell.concurrency)
         windows = take_turns(measures, group, self.config.until, report)
         rows = [yardstick_row([windows[cell] for cell in measures if cell.name == YARDSTICK])]
         rows += [
-            Row(cell.name, cell.way, cell.batch, cell.concurrency, tuple(windows[cell]))
+            TimedRow(cell.name, cell.way, cell.batch, cell.concurrency, tuple(windows[cell]))
             for cell in group
         ]
-        rows += self._open_rows(rows, report)
-        sizes = scored.sized(self.server)
-        return tuple(replace(row, score=sizes.get((row.name, row.way))) for row in rows)
+        return (*rows, *self._open_rows(rows, report))
 
     def _measure(self, cell: Cell) -> Callable[[], Window]:
         """What measures one window of a cell."""
         seconds = self.config.seconds
         if cell.name == RUNTIME:
-            from pipeline.export.runtime import onnx_predictor
-
-            predictor = onnx_predictor(self.release.onnx, self.beside.threads)
+            predictor = onnx_predictor(self.release.onnx, self.threads)
             batches = sure_batches(self.release.golden, cell.batch)
             ask = functools.partial(closed_loop, predictor, *batches)
             return functools.partial(answered, ask, seconds)
@@ -391,31 +349,34 @@ class _Bench:
         images, classes = sure_batches(self.release.golden, cell.batch)
         if cell.name == NOOP:  # zeros: the first class is the largest
             classes = [np.zeros_like(of_batch) for of_batch in classes]
-        return load.questions(self.beside.configs[cell.name], images, classes, cell.way)
+        return load.questions(self.configs[cell.name], images, classes, cell.way)
 
-    def _open_rows(self, closed: list[Row], report: Callable[[str], None]) -> list[Row]:
+    def _open_rows(self, closed: list[TimedRow], report: Report) -> list[TimedRow]:
         """Single images as they come, over either protocol."""
-        name = self.beside.served.name
-        require_right(closed)  # of whose speeds the rates are made
+        require_answers(closed)  # of whose speeds the rates are made
         rates = {
             row.way: self.config.rate or SHARE * row.speed
             for row in closed
-            if (row.name, row.batch, row.concurrency) == (name, 1, 32)
-        }
-        seeds = itertools.count(self.config.seed)  # another one for each window
-        measures = {
-            way: functools.partial(self._open, self._questions(Cell(name, way, 1, 0)), rate, seeds)
-            for way, rate in rates.items()
+            if (row.name, row.batch, row.concurrency) == (self.name, 1, 32)
         }
         report("open loop: " + ", ".join(f"{way} {rate:,.0f}/s" for way, rate in rates.items()))
-        until = Until(3, 3)
-        windows = take_turns(measures, {way: way for way in measures}, until)
-        return [Row(name, way, 1, 0, tuple(windows[way]), rate=rate) for way, rate in rates.items()]
+        seeds = itertools.count(self.config.seed)  # another one for each window
+        measures = {
+            way: functools.partial(
+                self._open, self._questions(Cell(self.name, way, 1, 0)), rate, seeds
+            )
+            for way, rate in rates.items()
+        }
+        windows = take_turns(measures, {way: way for way in measures}, Until(3, 3))
+        return [
+            TimedRow(self.name, way, 1, 0, tuple(windows[way]), rate=rate)
+            for way, rate in rates.items()
+        ]
 
     def _open(self, asked: load.Questions, rate: float, seeds: Iterator[int]) -> Window:
-        address = self.asked.addresses[asked.way]
+        """Measure a window of an open loop, long enough for requests to arrive."""
         seconds = max(self.config.open_seconds, LEAST_ARRIVALS / rate)
+        address = self.asked.addresses[asked.way]
         return self.asked.counted(
-            self.beside.served.name,
-            lambda: open_loop(address, asked, rate, seconds, next(seeds)),
+            self.name, lambda: open_loop(address, asked, rate, seconds, next(seeds))
         )

@@ -1,4 +1,4 @@
-"""Rows of a benchmark for people: as one table of text, and as CSV in perf_analyzer's columns."""
+"""Rows of a benchmark for people: as tables of text, and as CSV in perf_analyzer's columns."""
 
 import csv
 import io
@@ -6,83 +6,82 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.benchmark.timing import LAST, PERCENTILES, WITHIN, Row
+from tabulate import tabulate
+
+from pipeline.benchmark.timing import LAST, PERCENTILES, WITHIN, TimedRow
 from pipeline.core.errors import PipelineError
 from pipeline.core.text import Lines
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
 MEBIBYTE = 1 << 20
-HEADER = (
-    f"{'':<29} {'':<10} {'batch':>5} {'asking':>8} {'images/s':>8} {'least':>8} {'most':>8} "
-    f"{'p50 ms':>7} {'p90 ms':>7} {'p95 ms':>7} {'p99 ms':>7} {'formed':>6} {'accuracy':>8} "
-    f"{'differ':>6} {'MiB':>5}"
-)
-SPLIT = f"{'of it in the server, us a request':<56} " + " ".join(
-    f"{part:>8}" for part in ("queue", "input", "infer", "output")
-)
+WIDEST = 28  # columns of what a row is called: a longer name goes on in the next line
+ASKED = ("batch", "asking")
+SPEED = ("images/s", "least", "most", "accuracy", "differ", "MiB")
+LATENCY = tuple(f"p{part} ms" for part in PERCENTILES)
+SPLIT = ("formed", "queue us", "input us", "infer us", "output us")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """All rows, what the server says of its part, and what to know before one believes them."""
-    served = [f"{_asked(row)} {_split(row)}" for row in rows if row.split()]
-    lines = [HEADER, *map(line, rows), *([SPLIT, *served] if served else []), *_remarks(rows)]
-    return Lines(*lines)
+def tables(rows: Sequence[TimedRow]) -> str:
+    """Format speeds, latencies and the server's part of each row, and what not to trust.
+
+    No line is wider than 100 columns.
+    """
+    speeds, latencies, splits = [], [], []
+    for row in rows:
+        asked, latency, split, score = _asked(row), row.latency_ms(), row.split(), row.score
+        images = [f"{speed:,.0f}" for speed in (row.speed, min(row.speeds), max(row.speeds))]
+        if score:
+            memory = f"{score.peak_bytes / MEBIBYTE:,.0f}"
+            images += [f"{score.accuracy:.2%}", f"{score.differing}", memory]
+        speeds.append([*asked, *images])
+        known = [latency.get(f"p{part}") for part in PERCENTILES]
+        latencies.append([*asked, *("" if ms is None else f"{ms:.2f}" for ms in known)])
+        if split:
+            parts = (f"{split[part]:,.0f}" for part in PARTS)
+            splits.append([*asked, f"{split['batch']:.1f}", *parts])
+    lines = _table(("", *ASKED, *SPEED), speeds) + _table(("latency", *ASKED, *LATENCY), latencies)
+    if splits:
+        lines += _table(("in the server, each request", *ASKED, *SPLIT), splits)
+    return Lines(*lines, *_remarks(rows))
 
 
-def line(row: Row) -> str:
-    """A row of the table."""
-    latency = row.latency_ms()
-    shown = " ".join(_shown(latency.get(f"p{part}"), 7, 2) for part in PERCENTILES)
-    score = row.score
-    return (
-        f"{_asked(row)} {row.speed:>8,.0f} {min(row.speeds):>8,.0f} {max(row.speeds):>8,.0f} "
-        f"{shown} {_shown(row.split().get('batch'), 6, 1)} "
-        f"{f'{score.accuracy:.2%}' if score else '':>8} "
-        f"{f'{score.differing}' if score else '':>6} "
-        f"{f'{score.peak_bytes / MEBIBYTE:,.0f}' if score else '':>5}"
+def _asked(row: TimedRow) -> list[str]:
+    """What a row is called, its images a request, and how many requests at once or a second."""
+    name = f"{row.name}, {row.way}" if row.way in ("grpc", "http") else row.name
+    return [name, str(row.batch), f"{row.rate:,.0f}/s" if row.rate else str(row.concurrency)]
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Format the lines of a table and an empty one."""
+    text = tabulate(
+        [headers, *rows],  # as `headers` they would be two columns wider each
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", *["right"] * (len(headers) - 1)),
+        maxcolwidths=[WIDEST, *[None] * (len(headers) - 1)],
     )
+    return [*text.splitlines(), ""]
 
 
-def _asked(row: Row) -> str:
-    asking = f"{row.rate:,.0f}/s" if row.rate else str(row.concurrency)
-    return f"{row.name:<29} {row.way:<10} {row.batch:>5} {asking:>8}"
-
-
-def _split(row: Row) -> str:
-    return " ".join(f"{row.split()[part]:>8,.0f}" for part in PARTS)
-
-
-def _shown(value: float | None, width: int, digits: int) -> str:
-    """A number, or nothing where it could not be claimed."""
-    return f"{'':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
-
-
-def _remarks(rows: Sequence[Row]) -> list[str]:
-    restless = [_named(row) for row in rows if not row.is_settled]
+def _remarks(rows: Sequence[TimedRow]) -> list[str]:
+    """What to know before one believes the rows."""
+    restless = [", ".join(_asked(row)) for row in rows if not row.is_settled]
     remarks = []
     if restless:
         remarks.append(
             f"{len(restless)} of {len(rows)} did not settle (last {LAST} windows within "
             f"{WITHIN:.0%}): {'; '.join(restless)}"
         )
-    remarks += [
-        f"the client of {_named(row)} fell behind{_by(row)}: its figures tell of the client as well"
-        for row in rows
-        if row.is_behind
-    ]
+    for row in rows:
+        if row.is_behind:
+            # In the highest percentile that so many requests allow to claim.
+            late = [f" by {ms:.1f} ms ({part})" for part, ms in row.late_ms().items()][-1:]
+            remarks.append(
+                f"the client of {', '.join(_asked(row))} fell behind{''.join(late)}: its figures "
+                "tell of the client as well"
+            )
     others = max((row.others for row in rows), default=0.0)
-    remarks.append(f"others took up to {others:.0%} of the machine's cores meanwhile")
-    return remarks
-
-
-def _by(row: Row) -> str:
-    """By how much, in the highest percentile that so many requests allow to claim."""
-    known = row.late_ms()
-    return f" by {known[max(known)]:.1f} ms ({max(known)})" if known else ""
-
-
-def _named(row: Row) -> str:
-    return " ".join(_asked(row).split())
+    return [*remarks, f"others took up to {others:.0%} of the machine's cores meanwhile"]
 
 
 # perf_analyzer's names, where it has one; what it measures and we do not is left out.
@@ -108,7 +107,7 @@ def require_place(file: Path) -> None:
         ) from error
 
 
-def csv_of(rows: Sequence[Row]) -> str:
+def csv_of(rows: Sequence[TimedRow]) -> str:
     """The rows as CSV, in perf_analyzer's columns and units: microseconds."""
     text = io.StringIO()
     written = csv.writer(text, lineterminator="\n")

@@ -52,7 +52,7 @@ class Window:
         return float(np.sort(self.latencies)[:3][-1] * 1e3) if len(self.latencies) else np.nan
 
 
-def together(windows: Sequence[Window]) -> Window:
+def join_windows(windows: Sequence[Window]) -> Window:
     """Windows of the same requests as one."""
     return replace(
         windows[0],
@@ -87,7 +87,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Row:
+class TimedRow:
     """One way to ask, over all its windows."""
 
     name: str
@@ -117,24 +117,25 @@ class Row:
 
     def latency_ms(self) -> dict[str, float]:
         """Percentiles over the requests of all windows, where enough lie beyond to claim one."""
-        return _percentiles(np.concatenate([window.latencies for window in self.windows]))
+        return _percentiles(self._all("latencies"))
 
     def late_ms(self) -> dict[str, float]:
         """By how much an open loop's client itself was late."""
-        return _percentiles(np.concatenate([window.late for window in self.windows]))
+        return _percentiles(self._all("late"))
+
+    def _all(self, seconds: str) -> np.ndarray:
+        """The latencies of all windows, or by how much their client was late, float64 seconds."""
+        return np.concatenate([getattr(window, seconds) for window in self.windows])
 
     @property
     def is_behind(self) -> bool:
         """Whether the client of an open loop was late by so much that it, too, was measured."""
-        late, latency = (
-            np.concatenate([getattr(window, what) for window in self.windows])
-            for what in ("late", "latencies")
-        )
+        late, latency = self._all("late"), self._all("latencies")
         return bool(len(late)) and bool(late.mean() > BEHIND * latency.mean())
 
     @property
     def others(self) -> float:
-        """The part of the machine's cores that went to others, in the middle one of the windows."""
+        """The part of the machine's cores that went to others, in the median window."""
         return statistics.median(window.others for window in self.windows)
 
     @property
@@ -143,23 +144,25 @@ class Row:
 
     def split(self) -> dict[str, float]:
         """The median over the windows of each part that the server states."""
+        rounds = self._split_rounds()
+        return {name: statistics.median(values) for name, values in rounds.items()}
+
+    def _split_rounds(self) -> dict[str, list[float]]:
         parts = [window.split for window in self.windows if window.split]
-        names = parts[0] if parts else {}
-        return {name: statistics.median(part[name] for part in parts) for name in names}
+        return {name: [part[name] for part in parts] for name in (parts[0] if parts else {})}
 
     def record(self) -> dict[str, Any]:
         """The row as JSON has it."""
         speeds = {"median": self.speed, "min": min(self.speeds), "max": max(self.speeds)}
-        parts = [window.split for window in self.windows if window.split]
-        asked = {"rate": self.rate, "late_ms": self.late_ms(), "behind": self.is_behind}
+        open_loop = {"rate": self.rate, "late_ms": self.late_ms(), "behind": self.is_behind}
         return {
             **{key: getattr(self, key) for key in ("name", "way", "batch", "concurrency")},
-            **(asked if self.rate else {}),
+            **(open_loop if self.rate else {}),
             "images_per_second": {**speeds, "rounds": self.speeds},
             "latency_ms": self.latency_ms(),
             "fastest_ms": {"rounds": [window.fastest_ms for window in self.windows]},
             "server": self.split(),
-            "server_rounds": {name: [part[name] for part in parts] for name in self.split()},
+            "server_rounds": self._split_rounds(),
             "requests": sum(len(window.latencies) for window in self.windows),
             "wrong": self.wrong,
             "failed": self.failed,
@@ -172,12 +175,11 @@ class Row:
 def _percentiles(seconds: np.ndarray) -> dict[str, float]:
     """Percentiles in milliseconds, those beyond which enough lie."""
     parts = [part for part in PERCENTILES if len(seconds) * (100 - part) >= 100 * BEYOND]
-    found = np.percentile(seconds, parts) * 1e3 if parts else np.zeros(0)
-    return {f"p{part}": float(ms) for part, ms in zip(parts, found, strict=True)}
+    return {f"p{part}": float(np.percentile(seconds, part) * 1e3) for part in parts}
 
 
-def require_right(rows: Sequence[Row]) -> None:
-    """Raise where an answer was wrong or missing: how fast it came is no figure then."""
+def require_answers(rows: Sequence[TimedRow]) -> None:
+    """Raise CheckFailedError where an answer was wrong or missing: its speed tells nothing then."""
     bad = [
         f"{row.name}, {row.batch} images a request, {row.concurrency or 'so many'} at once: "
         f"{row.wrong} wrong, {row.failed} failed"
@@ -188,7 +190,7 @@ def require_right(rows: Sequence[Row]) -> None:
         raise CheckFailedError(f"answers were wrong or missing: {'; '.join(bad)}")
 
 
-def ratio(row: Row, of: Row) -> dict[str, Any]:
+def ratio(row: TimedRow, of: TimedRow) -> dict[str, Any]:
     """The row's speed as a part of the other's: of medians, and of each pair of windows."""
     pairs = [ours / theirs for ours, theirs in zip(row.speeds, of.speeds, strict=True)]
     return {
@@ -238,29 +240,18 @@ def closed_loop(
 
 
 QUIET = 0.08  # of the cores, that others may take in a window before it is measured again
-
-
 AGAIN = 0.15  # of the windows, that may be measured again
-
-
 Key = TypeVar("Key", bound=Hashable)
-
-
 Measure = Callable[[], Window]
 
 
 @dataclass(frozen=True)
 class Until:
-    """When to stop: each thing has settled, or has had so many windows."""
+    """When to stop: each thing has settled after `least` windows, or has had `most`."""
 
     least: int
     most: int
     within: float = WITHIN
-
-    def is_over(self, windows: Sequence[Window]) -> bool:
-        """Whether what has these windows needs no more."""
-        speeds = [window.images_per_second for window in windows]
-        return len(speeds) >= self.least and is_settled(speeds, self.within)
 
 
 UNTIL = Until(least=5, most=7)
@@ -281,30 +272,32 @@ def take_turns(
     windows: dict[Key, list[Window]] = {key: [] for key in measures}
     spare = round(AGAIN * until.least * len(measures))
     for turn in range(until.most):
-        wanted = {group[key] for key in group if not until.is_over(windows[key])}
+        wanted = {
+            group[key]
+            for key in group
+            if turn < until.least
+            or not is_settled([one.images_per_second for one in windows[key]], until.within)
+        }
         if not wanted:
             break
         present = [key for key in measures if key not in group or group[key] in wanted]
         report(f"round {turn + 1} of {until.most} at most: {len(present)} windows")
         for key in present if turn % 2 == 0 else reversed(present):
-            window = watched(measures[key])
+            window = _watched(measures[key])
             if window.others > QUIET and spare:
                 spare -= 1
-                window = _quieter(window, watched(measures[key]))
+                second = _watched(measures[key])
+                wrong, failed = window.wrong + second.wrong, window.failed + second.failed
+                quieter = min(window, second, key=lambda window: window.others)
+                window = replace(quieter, wrong=wrong, failed=failed)
             windows[key].append(window)
     return windows
 
 
-def watched(measure: Measure) -> Window:
+def _watched(measure: Measure) -> Window:
     """A window, with the part of the machine that others took meanwhile."""
     start, before = time.perf_counter(), others_seconds()
     window = measure()
     taken = others_seconds() - before
     spent = (time.perf_counter() - start) * (os.cpu_count() or 1)
     return replace(window, others=min(1.0, max(0.0, taken / spent)))
-
-
-def _quieter(first: Window, second: Window) -> Window:
-    kept = min(first, second, key=lambda window: window.others)
-    wrong, failed = first.wrong + second.wrong, first.failed + second.failed
-    return replace(kept, wrong=wrong, failed=failed)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.core.files import read_json, remove, write_json
 from pipeline.core.paths import Paths
@@ -27,7 +27,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
-class Trial:
+class SeedTrial:
     """One run of a recipe, between two pieces of the yardstick."""
 
     seed: int
@@ -48,7 +48,7 @@ class TrainingRow:
     recipe: str
     parameters: int
     multiply_adds: int  # for one image
-    trials: tuple[Trial, ...]
+    trials: tuple[SeedTrial, ...]
 
     @property
     def accuracy(self) -> float:
@@ -73,16 +73,8 @@ class TrainingRow:
 
     def record(self) -> dict[str, Any]:
         """The row as JSON has it, every seed with it."""
-        return {
-            "recipe": self.recipe,
-            "parameters": self.parameters,
-            "multiply_adds": self.multiply_adds,
-            "accuracy": self.accuracy,
-            "deviation": self.deviation,
-            "half_width": self.half_width,
-            "share": self.share,
-            "trials": [asdict(trial) for trial in self.trials],
-        }
+        keys = ("accuracy", "deviation", "half_width", "share")
+        return {**asdict(self), **{key: getattr(self, key) for key in keys}}
 
     def __str__(self) -> str:
         return (
@@ -91,27 +83,18 @@ class TrainingRow:
         )
 
 
-def multiply_adds(recipe: str) -> int:
+def count_multiply_adds(recipe: str) -> int:
     """Multiply-adds of one image in the convolutions and linear layers of a recipe's network."""
     model = build(RECIPES[recipe], 10).eval()
-    total = 0
-
-    def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        nonlocal total
-        total += output.numel() * next(module.parameters())[0].numel()
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(count)
-    model(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
-    return total
+    with FlopCounterMode(display=False) as counter:  # which counts two for each
+        model(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
+    return int(counter.get_total_flops()) // 2
 
 
-def yardstick(train_split: Split, validation: Split) -> float:
+def _yardstick_seconds(train_split: Split, validation: Split) -> float:
     """Seconds that baseline's epochs would take, from a piece of one."""
-    settings = replace(RECIPES[YARDSTICK], epochs=YARDSTICK_EPOCHS)
-    placement = choose("cpu")
-    _, last = train(TrainConfig(YARDSTICK, settings), train_split, validation, placement)
+    config = TrainConfig(YARDSTICK, replace(RECIPES[YARDSTICK], epochs=YARDSTICK_EPOCHS))
+    _, last = train(config, train_split, validation, choose("cpu"))
     return last.seconds * RECIPES[YARDSTICK].epochs / last.epoch
 
 
@@ -129,9 +112,9 @@ def benchmark_training(
     """
     for name in recipes:
         recipe_named(name)  # all of them, before minutes are spent on the first
-    folder = paths.data("mnist")
-    train_split = load_split("mnist", folder, "train")
-    validation = load_split("mnist", folder, "validation")
+    train_split, validation = (
+        load_split("mnist", paths.data("mnist"), name) for name in ("train", "validation")
+    )
     few = replace(validation, images=validation.images[:500], labels=validation.labels[:500])
     rows = []
     for recipe in recipes:
@@ -139,24 +122,20 @@ def benchmark_training(
         for seed in range(1, (seeds or SEEDS.get(recipe, 3)) + 1):
             of_trial = replace(paths, run=f"benchmark-{recipe}-{seed}")
             config = TrainConfig(recipe, RECIPES[recipe], seed=seed, device="cpu")
-            trial = _finished(of_trial, config) if resume else None
+            trial = None
+            if resume and of_trial.trial.exists():
+                record = read_json(of_trial.trial, "run the benchmark without --resume")
+                if record.get("config") == config.record():
+                    trial = SeedTrial(**record["trial"])
             if not trial:
                 remove(of_trial.trial)
-                before = yardstick(train_split, few)
+                before = _yardstick_seconds(train_split, few)
                 done = train_run(of_trial, config, resume, on_step=on_step)
-                seconds = (before + yardstick(train_split, few)) / 2
-                trial = Trial(seed, done.test_accuracy, done.train_seconds, seconds)
+                seconds = (before + _yardstick_seconds(train_split, few)) / 2
+                trial = SeedTrial(seed, done.test_accuracy, done.train_seconds, seconds)
                 write_json(of_trial.trial, {"config": config.record(), "trial": asdict(trial)})
             trials.append(trial)
             report(f"{recipe}, seed {seed}: {trial.test_accuracy:.2%}, 1/{1 / trial.share:,.0f}")
         parameters = sum(p.numel() for p in build(RECIPES[recipe], 10).parameters())
-        rows.append(TrainingRow(recipe, parameters, multiply_adds(recipe), tuple(trials)))
+        rows.append(TrainingRow(recipe, parameters, count_multiply_adds(recipe), tuple(trials)))
     return rows
-
-
-def _finished(paths: Paths, config: TrainConfig) -> Trial | None:
-    """The trial that an earlier benchmark finished with the same settings."""
-    if not paths.trial.exists():
-        return None
-    record = read_json(paths.trial, "run the benchmark without --resume")
-    return Trial(**record["trial"]) if record.get("config") == config.record() else None

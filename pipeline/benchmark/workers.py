@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.benchmark.timing import Row, Window, answered, closed_loop, together
+from pipeline.benchmark.timing import TimedRow, Window, answered, closed_loop, join_windows
 from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import Predictor, margins, predict, score
 from pipeline.core.files import check_digest
@@ -25,14 +25,13 @@ from pipeline.export.sample import read_sample
 from pipeline.repository.golden import Golden, unpack_golden
 
 YARDSTICK = "yardstick"
-EAGER, RUNTIME = "eager PyTorch", "ONNX Runtime"
+EAGER, RUNTIME = "eager PyTorch", "ONNX LocalRuntime"
 SIDE = 96  # of the yardstick's matrices: too small for a second thread
 EXPORT = "run 'pipeline export' again"
-UNSURE = "the golden set has no image whose class is sure: train for longer"
 
 
 @dataclass(frozen=True)
-class Runtime:
+class LocalRuntime:
     """One way to run the export in a process."""
 
     name: str
@@ -58,23 +57,22 @@ def yardstick(seconds: float) -> Window:
     return answered(ask, seconds)
 
 
-def yardstick_row(windows: list[list[Window]]) -> Row:
+def yardstick_row(windows: list[list[Window]]) -> TimedRow:
     """The yardstick's row, from the windows that it had at each place of a round."""
     rounds = zip(*windows, strict=True)
-    return Row(YARDSTICK, "numpy", 1, 1, tuple(together(of_round) for of_round in rounds))
+    return TimedRow(YARDSTICK, "numpy", 1, 1, tuple(join_windows(of_round) for of_round in rounds))
 
 
 Ask = Callable[..., Any]
 
 
 @contextmanager
-def worker(paths: Paths, runtime: Runtime, manifest: Mapping[str, Any]) -> Iterator[Ask]:
+def worker(paths: Paths, runtime: LocalRuntime, manifest: Mapping[str, Any]) -> Iterator[Ask]:
     """A process with the runtime in it, as a function that asks it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(
-        target=_work, args=(theirs, paths, runtime, dict(manifest)), daemon=True
-    )
+    arguments = (theirs, paths, runtime, dict(manifest))
+    process = context.Process(target=_work, args=arguments, daemon=True)
     process.start()
     theirs.close()
 
@@ -96,46 +94,35 @@ def worker(paths: Paths, runtime: Runtime, manifest: Mapping[str, Any]) -> Itera
         process.kill()
 
 
-def _work(connection: Connection, paths: Paths, runtime: Runtime, manifest: dict[str, Any]) -> None:
-    """Answer questions until nobody asks any more."""
+def _work(
+    connection: Connection, paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]
+) -> None:
+    """Answer questions until the asking process hangs up."""
     os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
-    try:
-        predictor, failure = _predictor(paths, runtime, manifest), None
-    except PipelineError as error:
-        predictor, failure = None, error
+    load = functools.cache(functools.partial(_predictor, paths, runtime, manifest))
     while True:
         try:
             kind, *arguments = connection.recv()
         except EOFError:
             return
-        if predictor is None:
-            connection.send(failure)
-            continue
         try:
-            connection.send(_answer(kind, arguments, predictor, paths, runtime, manifest))
+            predictor = load()
+            if kind == "score":
+                connection.send(scored(predictor, *scored_images(paths, manifest)))
+            elif kind == "measure":
+                golden = paths.variant_golden(runtime.precision).read_bytes()
+                batch, seconds = arguments
+                batches = sure_batches(unpack_golden(golden, EXPORT), batch)
+                ask = functools.partial(closed_loop, predictor, *batches)
+                connection.send(answered(ask, seconds))
+            else:
+                connection.send(peak_bytes())
         except PipelineError as error:
             connection.send(error)
 
 
-def _answer(
-    kind: str,
-    arguments: list[Any],
-    predictor: Predictor,
-    paths: Paths,
-    runtime: Runtime,
-    manifest: dict[str, Any],
-) -> Any:
-    if kind == "score":
-        return scored(predictor, *scored_images(paths, manifest))
-    if kind == "measure":
-        golden = unpack_golden(paths.variant_golden(runtime.precision).read_bytes(), EXPORT)
-        batch, seconds = arguments
-        ask = functools.partial(closed_loop, predictor, *sure_batches(golden, batch))
-        return answered(ask, seconds)
-    return peak_bytes()
-
-
-def _predictor(paths: Paths, runtime: Runtime, manifest: dict[str, Any]) -> Predictor:
+def _predictor(paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]) -> Predictor:
+    """The runtime's predictor; torch is loaded for eager PyTorch alone, whose memory it is."""
     if runtime.name == EAGER:
         import torch
 
@@ -176,7 +163,7 @@ def sure_batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.n
     is_sure = margins(golden.outputs) > 2 * golden.bounds
     images, classes = golden.images[is_sure], golden.outputs[is_sure].argmax(axis=1)
     if not len(images):
-        raise PipelineError(UNSURE)
+        raise PipelineError("the golden set has no image whose class is sure: train for longer")
     batches = len(images) if size == 1 else 8
     rows = np.arange(batches * size).reshape(batches, size) % len(images)
     return [images[row] for row in rows], [classes[row] for row in rows]

@@ -1,7 +1,9 @@
 """The command that measures: recipes, an export in its runtimes, and a served model."""
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.cli.command import Command, Settings, name_option, paths_of
+from pipeline.core.files import write_bytes
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 
@@ -23,25 +26,6 @@ USED_BY: dict[str, tuple[str, ...]] = {
 MOST_A_SECOND = 1_000_000  # requests, which are drawn before they are sent
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What is measured of speed, and what becomes of it."""
-
-    kinds: tuple[str, ...]
-    short: bool
-    rate: float | None
-    csv: Path | None
-    compare: Path | None
-
-
-def _finite(
-    context: click.Context, parameter: click.Parameter, value: float | None
-) -> float | None:
-    if value is not None and math.isnan(value):
-        raise click.BadParameter("nan is no rate")
-    return value
-
-
 @click.command(cls=Command)
 @click.option("--what", type=click.Choice(KINDS), default="train", show_default=True)
 @name_option
@@ -53,7 +37,6 @@ def _finite(
 @click.option(
     "--rate",
     type=click.FloatRange(1, MOST_A_SECOND),
-    callback=_finite,
     help="serve: requests a second that arrive in the open loop.  [default: half of what the "
     "closed loop did]",
 )
@@ -79,8 +62,9 @@ def benchmark_command(
     second; formed, how many images the server took together; differ, the images of another class
     than eager PyTorch's; images/s are those of the median round, and of the slowest and fastest.
 
-    With --compare, exits with 3 where something got slower or less accurate beyond the noise; what
-    seems slower is measured once more before it is said.
+    With --compare, exits with 3 where something got less accurate, or slower: the median of its
+    rounds fell by more than 10% and by more than the rounds are spread. What seems slower is
+    measured once more before it is said.
 
     \b
     Example:
@@ -90,12 +74,22 @@ def benchmark_command(
       pipeline benchmark --what serve --name quick
     """
     _require_used(what)
-    if what == "train":
-        _measure_training(settings, recipes, seeds, resume)
-    else:
+    if rate is not None and math.isnan(rate):
+        raise click.BadParameter("nan is no rate", param_hint="'--rate'")
+    if what != "train":
         kinds = ("infer", "serve") if what == "all" else (what,)
-        asked = _Asked(kinds, short, rate, csv, compare)
-        _measure_speed(settings, paths_of(settings, name), asked)
+        paths = paths_of(settings, name)
+        measure = functools.partial(_measure, settings, paths, short=short, rate=rate)
+        _measure_speed(settings, paths, kinds, measure, csv, compare)
+        return
+    from pipeline.benchmark.training import benchmark_training
+
+    names = [recipe.strip() for recipe in recipes.split(",")]
+    rows = benchmark_training(
+        paths_of(settings), names, seeds, resume, settings.say, settings.update
+    )
+    record = {"what": "train", "rows": [row.record() for row in rows]}
+    settings.result(record, Lines(*rows), "pipeline train")
 
 
 def _require_used(what: str) -> None:
@@ -109,68 +103,70 @@ def _require_used(what: str) -> None:
             )
 
 
-def _measure_training(settings: Settings, recipes: str, seeds: int | None, resume: bool) -> None:
-    from pipeline.benchmark.training import benchmark_training
-
-    names = [recipe_name.strip() for recipe_name in recipes.split(",")]
-    rows = benchmark_training(
-        paths_of(settings), names, seeds, resume, settings.say, settings.update
+def _measure_speed(
+    settings: Settings,
+    paths: Paths,
+    kinds: tuple[str, ...],
+    measure: Callable[[tuple[str, ...]], dict[str, Any]],
+    csv: Path | None,
+    compare: Path | None,
+) -> None:
+    """Measure each kind, and hold it against an earlier measurement; slower ones once more."""
+    from pipeline.benchmark.compare import (
+        compare_records,
+        confirmed,
+        read_measurements,
+        require_no_worse,
     )
-    record = {"what": "train", "rows": [row.record() for row in rows]}
-    settings.result(record, Lines(*rows), "pipeline train")
+    from pipeline.benchmark.table import csv_of, require_place, tables
 
-
-def _measure_speed(settings: Settings, paths: Paths, asked: _Asked) -> None:
-    from pipeline.benchmark import compare as comparison
-    from pipeline.benchmark.table import csv_of, require_place, table
-    from pipeline.core.files import write_bytes
-
-    if asked.csv:
-        require_place(asked.csv)
-    before = comparison.read(asked.compare, asked.kinds, paths.name) if asked.compare else {}
-    found = _speeds(settings, paths, asked)
-    compared = {what: comparison.compare(before[what], found[what].record()) for what in before}
-    if doubtful := tuple(what for what, one in compared.items() if one.is_doubtful):
+    if csv:
+        require_place(csv)
+    before = read_measurements(compare, kinds, paths.name) if compare else {}
+    results = measure(kinds)
+    compared = {kind: compare_records(before[kind], results[kind].record()) for kind in before}
+    if doubtful := tuple(kind for kind, changes in compared.items() if changes.is_doubtful):
         settings.say("something seems slower: measuring it once more, to be sure")
-        found |= _speeds(settings, paths, replace(asked, kinds=doubtful))
-        for what in doubtful:
-            again = comparison.compare(before[what], found[what].record())
-            compared[what] = comparison.confirmed(compared[what], again)
-    rows = [row for one in found.values() for row in one.rows]
-    records = {what: one.record() for what, one in found.items()}
-    written = {"infer": paths.inference, "serve": paths.serving}
-    lines = [table(rows), *(found["serve"].told_ratios() if "serve" in found else [])]
-    lines += [f"wrote {written[what]}" for what in found]
-    if asked.csv:
-        write_bytes(asked.csv, csv_of(rows).encode())
-        lines.append(f"wrote {asked.csv}")
-    record = records[asked.kinds[0]]
-    if len(asked.kinds) > 1:
+        results |= measure(doubtful)
+        for kind in doubtful:
+            again = compare_records(before[kind], results[kind].record())
+            compared[kind] = confirmed(compared[kind], again)
+    rows = [row for result in results.values() for row in result.rows]
+    records = {kind: result.record() for kind, result in results.items()}
+    record = records[kinds[0]]
+    if len(kinds) > 1:
         record = {"what": "all", **records, "rows": [row.record() for row in rows]}
-    lines += [Lines(f"against {asked.compare}:", one) for one in compared.values()]
+    written = {"infer": paths.inference, "serve": paths.serving}
+    lines = [tables(rows), *(results["serve"].ratio_lines() if "serve" in results else [])]
+    lines += [f"wrote {written[kind]}" for kind in results]
+    if csv:
+        write_bytes(csv, csv_of(rows).encode())
+        lines.append(f"wrote {csv}")
     if compared:
-        record = {**record, "compared": [one.record() for one in compared.values()]}
+        record = {**record, "compared": [changes.record() for changes in compared.values()]}
+        lines += [Lines(f"against {compare}:", changes) for changes in compared.values()]
     settings.result(record, Lines(*lines), "pipeline serve")
-    for one in compared.values():
-        comparison.require_no_worse(one)
+    for changes in compared.values():
+        require_no_worse(changes)
 
 
-def _speeds(settings: Settings, paths: Paths, asked: _Asked) -> dict[str, Any]:
-    """What was found of each kind that was asked for."""
-    found: dict[str, Any] = {}
-    if "infer" in asked.kinds:
+def _measure(
+    settings: Settings, paths: Paths, kinds: tuple[str, ...], *, short: bool, rate: float | None
+) -> dict[str, Any]:
+    """The result of each kind, in the order in which one needs the other."""
+    results: dict[str, Any] = {}
+    if "infer" in kinds:
         from pipeline.benchmark import inference
 
-        found["infer"] = inference.benchmark_inference(
-            paths, inference.SHORT if asked.short else inference.InferBenchmark(), settings.say
-        )
-    if "serve" in asked.kinds:
+        config = inference.SHORT if short else inference.InferBenchmark()
+        results["infer"] = inference.benchmark_inference(paths, config, settings.say)
+    if "serve" in kinds:
         from pipeline.benchmark import serving
 
-        found["serve"] = serving.benchmark_serving(
+        results["serve"] = serving.benchmark_serving(
             paths,
-            replace(serving.SHORT if asked.short else serving.ServeBenchmark(), rate=asked.rate),
+            replace(serving.SHORT if short else serving.ServeBenchmark(), rate=rate),
             settings.say,
-            reference=getattr(found.get("infer"), "classes", None),
+            reference=getattr(results.get("infer"), "classes", None),
         )
-    return found
+    return results

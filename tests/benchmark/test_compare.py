@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.benchmark.compare import Comparison, compare, confirmed, read, require_no_worse
+from pipeline.benchmark.compare import (
+    Comparison,
+    compare_records,
+    confirmed,
+    read_measurements,
+    require_no_worse,
+)
 from pipeline.core.errors import CheckFailedError, PipelineError
 from tests.conftest import Chain, error_line
 
@@ -46,7 +52,7 @@ def verdicts(found: Comparison) -> dict[str, str]:
 
 def test_a_row_that_is_a_fifth_slower_is_found_on_a_machine_of_another_speed() -> None:
     rng = np.random.default_rng(0)
-    found = compare(measured(rng), measured(rng, machine=0.6, row7=0.8))
+    found = compare_records(measured(rng), measured(rng, machine=0.6, row7=0.8))
     assert verdicts(found) == {"row7": "worse"}
     with pytest.raises(CheckFailedError, match=r"2 of 97 got worse: worse +speed .*row7"):
         require_no_worse(found)
@@ -60,7 +66,7 @@ def test_rounds_that_a_busy_machine_slowed_down_do_not_count() -> None:
             for values in (row["images_per_second"]["rounds"], row["fastest_ms"]["rounds"]):
                 for turn in rng.choice(7, 3, replace=False):
                     values[turn] *= 0.1 if values is row["images_per_second"]["rounds"] else 10
-    assert verdicts(compare(before, after)) == {"row7": "worse"}
+    assert verdicts(compare_records(before, after)) == {"row7": "worse"}
 
 
 def test_what_others_took_of_the_machine_is_no_slowdown_of_ours() -> None:
@@ -68,7 +74,7 @@ def test_what_others_took_of_the_machine_is_no_slowdown_of_ours() -> None:
     before, after = measured(rng), measured(rng, row7=0.8)
     for row in after["rows"]:
         row["others"] = 0.4
-    found = compare(before, after)
+    found = compare_records(before, after)
     assert not verdicts(found)
     assert found.seen > 0.4
     assert "a change beyond" in str(found)
@@ -79,21 +85,21 @@ def test_latencies_alone_may_tell_and_records_of_old_have_none() -> None:
     before, after = measured(rng), measured(rng)
     fastest = after["rows"][4]["fastest_ms"]
     fastest["rounds"] = [1.3 * ms for ms in fastest["rounds"]]
-    (worse,) = compare(before, after).worse
+    (worse,) = compare_records(before, after).worse
     assert (worse.what, worse.row.split(",")[0]) == ("latency", "row3")
     for row in before["rows"]:
         del row["fastest_ms"]
-    assert not compare(before, after).worse
+    assert not compare_records(before, after).worse
 
 
 def test_a_row_that_settled_early_is_held_against_the_same_rounds_of_the_yardstick() -> None:
     rng = np.random.default_rng(9)
     before, after = measured(rng), measured(rng)
     del after["rows"][5]["images_per_second"]["rounds"][5:]
-    assert not compare(before, after).worse
+    assert not compare_records(before, after).worse
     del after["rows"][5]["images_per_second"]["rounds"][2:]
     with pytest.raises(PipelineError, match="2 rounds tell nothing of noise"):
-        compare(before, after)
+        compare_records(before, after)
 
 
 def test_an_open_loop_is_not_compared_since_its_speed_was_asked_for() -> None:
@@ -101,12 +107,12 @@ def test_an_open_loop_is_not_compared_since_its_speed_was_asked_for() -> None:
     before, after = measured(rng), measured(rng, row2=0.5)
     for record in (before, after):
         record["rows"][3] |= {"rate": 500.0, "concurrency": 0}
-    assert not compare(before, after).worse
+    assert not compare_records(before, after).worse
 
 
 def test_what_is_faster_is_said_and_raises_nothing() -> None:
     rng = np.random.default_rng(1)
-    found = compare(measured(rng), measured(rng, row3=1.5))
+    found = compare_records(measured(rng), measured(rng, row3=1.5))
     assert verdicts(found) == {"row3": "better"}
     require_no_worse(found)
 
@@ -117,24 +123,24 @@ def test_measurements_of_the_same_raise_no_alarm() -> None:
     for noise in (0.01, 0.05, 0.2):
         for _ in range(20):
             before = measured(rng, noise=noise)
-            assert not compare(before, measured(rng, machine=1.3, noise=noise)).worse
+            assert not compare_records(before, measured(rng, machine=1.3, noise=noise)).worse
 
 
 def test_what_was_slower_once_and_is_not_again_raises_no_alarm() -> None:
     rng = np.random.default_rng(11)
     before = measured(rng)
-    slow, other = (compare(before, measured(rng, **{row: 0.7})) for row in ("row7", "row8"))
+    slow, other = (compare_records(before, measured(rng, **{row: 0.7})) for row in ("row7", "row8"))
     assert slow.is_doubtful
     assert verdicts(slow) == {"row7": "worse"}
-    assert verdicts(confirmed(slow, compare(before, measured(rng)))) == {}
+    assert verdicts(confirmed(slow, compare_records(before, measured(rng)))) == {}
     assert verdicts(confirmed(slow, other)) == {}  # another row by chance
 
 
 def test_what_is_slower_again_is_found_even_where_the_second_noise_hides_it() -> None:
     rng = np.random.default_rng(12)
     before = measured(rng)
-    slow = compare(before, measured(rng, row7=0.7))
-    noisy = compare(before, measured(rng, row7=0.8, noise=0.2))
+    slow = compare_records(before, measured(rng, row7=0.7))
+    noisy = compare_records(before, measured(rng, row7=0.7, noise=0.2))
     assert verdicts(noisy) == {}
     found = confirmed(slow, noisy)
     assert verdicts(found) == {"row7": "worse"}
@@ -146,7 +152,7 @@ def test_an_accuracy_leaves_no_doubt_and_stays_what_it_was() -> None:
     rng = np.random.default_rng(13)
     before, after = measured(rng), measured(rng)
     after["scores"]["row0"]["accuracy"] = 0.98
-    found = compare(before, after)
+    found = compare_records(before, after)
     assert not found.is_doubtful
     assert verdicts(confirmed(found, found)) == {"row0": "worse"}
 
@@ -155,16 +161,16 @@ def test_a_loss_of_accuracy_is_found_however_small_the_noise() -> None:
     rng = np.random.default_rng(3)
     before, after = measured(rng), measured(rng)
     after["scores"]["row0"]["accuracy"] = 0.9894
-    assert verdicts(compare(before, after)) == {"row0": "worse"}
+    assert verdicts(compare_records(before, after)) == {"row0": "worse"}
     after["scores"]["row0"]["accuracy"] = 0.9896  # within the threshold
-    assert not verdicts(compare(before, after))
+    assert not verdicts(compare_records(before, after))
 
 
 def test_rows_that_only_one_has_are_named() -> None:
     rng = np.random.default_rng(4)
     before, after = measured(rng), measured(rng)
     del before["rows"][-1], after["rows"][1]
-    found = compare(before, after)
+    found = compare_records(before, after)
     assert len(found.changes) == 2 * (ROWS - 2) + 1
     assert "only before: row0," in str(found)
     assert f"only now: row{ROWS - 1}," in str(found)
@@ -175,10 +181,10 @@ def test_an_accuracy_that_only_one_has_is_named() -> None:
     rng = np.random.default_rng(11)
     before, after = measured(rng), measured(rng)
     del after["scores"]
-    found = compare(before, after)
+    found = compare_records(before, after)
     assert found.only_before == ("accuracy of row0",)
     assert "only before: accuracy of row0" in str(found)
-    assert compare(after, before).only_after == ("accuracy of row0",)
+    assert compare_records(after, before).only_after == ("accuracy of row0",)
 
 
 def test_where_no_row_of_the_model_is_in_both_nothing_was_compared() -> None:
@@ -191,7 +197,7 @@ def test_where_no_row_of_the_model_is_in_both_nothing_was_compared() -> None:
     for record, name in ((before, "one"), (after, "other")):
         record["rows"].append({**record["rows"][-1], "name": name})
     with pytest.raises(PipelineError, match="no row of the model is in both"):
-        require_no_worse(compare(before, after))
+        require_no_worse(compare_records(before, after))
 
 
 SOUND = measured(np.random.default_rng(13))
@@ -221,7 +227,7 @@ def test_a_file_that_is_no_such_measurement_is_refused(
     file = tmp_path / "before.json"
     file.write_text(json.dumps(record))
     with pytest.raises(PipelineError, match="must be what 'pipeline benchmark --json' printed"):
-        read(file, ["infer"], "handwriting")
+        read_measurements(file, ["infer"], "handwriting")
 
 
 @pytest.mark.parametrize("what", ["infer", "serve"])
@@ -240,4 +246,4 @@ def test_a_measurement_of_all_has_one_of_each(tmp_path: Path) -> None:
     record = measured(np.random.default_rng(5))
     file = tmp_path / "all.json"
     file.write_text(json.dumps({"what": "all", "infer": record}))
-    assert read(file, ["infer"], "handwriting") == {"infer": record}
+    assert read_measurements(file, ["infer"], "handwriting") == {"infer": record}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.benchmark.load import Done, arrivals, drive
-from pipeline.benchmark.timing import Row, Window, closed_loop
+from pipeline.benchmark.timing import TimedRow, Window, closed_loop
 
 SERVICE = 0.001  # seconds that the fake server takes for a request
 STALL = (2.0, 3.0)  # when it does nothing
@@ -56,7 +56,7 @@ class Stalling:
 
 
 def percentiles(window: Window) -> dict[str, float]:
-    return Row("server", "grpc", 1, 1, (window,)).latency_ms()
+    return TimedRow("server", "grpc", 1, 1, (window,)).latency_ms()
 
 
 def test_a_stall_of_a_second_shows_in_the_open_loop_and_is_hidden_in_the_closed_one() -> None:
@@ -105,9 +105,9 @@ def test_a_client_that_cannot_keep_up_says_so() -> None:
         done(b"answer")
 
     sent = drive(send, arrivals(500, 1.0, seed=0), clock, patience=1.0)
-    row = Row("m", "grpc", 1, 0, (Window(1.0, 1, sent.latencies, late=sent.late),), rate=500)
+    row = TimedRow("m", "grpc", 1, 0, (Window(1.0, 1, sent.latencies, late=sent.late),), rate=500)
     assert row.is_behind
     assert row.record()["behind"] is True
     assert row.late_ms()["p95"] > 1000
     in_time = Window(1.0, 1, sent.latencies, late=np.zeros(len(sent.latencies)))
-    assert not Row("m", "grpc", 1, 0, (in_time,), rate=500).is_behind
+    assert not TimedRow("m", "grpc", 1, 0, (in_time,), rate=500).is_behind

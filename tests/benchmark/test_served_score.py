@@ -1,14 +1,14 @@
 """What a served model answers to the test split, where that is here."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from pipeline.benchmark import serving
-from pipeline.benchmark.serving import Beside, Scored, score_served
-from pipeline.benchmark.timing import Score
+from pipeline.benchmark.serving import score_served, served_bytes
 from pipeline.core.paths import Paths
 from pipeline.repository.release import Release
 from pipeline.repository.running import Server
@@ -22,24 +22,27 @@ def released(**manifest: Any) -> Release:
 
 
 def test_without_the_data_nothing_is_scored_and_that_is_said(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     release = released(training={"dataset": "mnist"}, data_sha256={})
-    nobody = cast(Server, None)
-    scored = score_served(Paths(tmp_path), nobody, release, cast(Beside, None), None, said.append)
-    assert scored.scores == {}
-    assert said[0].startswith("accuracy is left out: ")
+    no_server = cast(Server, None)
+    scores = score_served(Paths(tmp_path), no_server, release, ["net"], None, lines.append)
+    assert scores == {}
+    assert lines[0].startswith("accuracy is left out: ")
 
 
 def test_the_memory_is_that_of_the_server_and_of_the_models_own_stubs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     commands = {7: "tritonserver", 8: "stub /models/net/1/model.onnx", 9: "stub /models/net-2/1/m"}
-    monkeypatch.setattr(serving, "processes_of", lambda server_id: list(commands))
-    monkeypatch.setattr(serving, "_command", commands.__getitem__)
+
+    def process(pid: int) -> Any:
+        if pid not in commands:
+            raise psutil.NoSuchProcess(pid)
+        return Mock(**{"cmdline.return_value": commands[pid].split()})
+
+    monkeypatch.setattr(serving, "processes_of", lambda server_id: [*commands, 10])
+    monkeypatch.setattr(psutil, "Process", process)
     monkeypatch.setattr(serving, "peak_bytes", lambda pid: 10**pid)
     fields: dict[str, Any] = dict.fromkeys(Server.__dataclass_fields__)
     server = Server(**{**fields, "id": "it", "pid": 7})
-    scored = Scored({("net", "grpc"): Score(10, 0.9, 1)})
-    assert scored.sized(server) == {
-        ("net", "grpc"): replace(scored.scores["net", "grpc"], peak_bytes=10**7 + 10**8)
-    }
+    assert served_bytes(server, "net") == 10**7 + 10**8

@@ -12,7 +12,7 @@ import pytest
 from pipeline.benchmark import load, load_http, serving, timing
 from pipeline.benchmark.load import arrivals, open_loop
 from pipeline.benchmark.serving import NOOP, ServeBenchmark, threads_of
-from pipeline.benchmark.timing import Row, Until, Window, warm_up
+from pipeline.benchmark.timing import TimedRow, Until, Window, warm_up
 from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.repository import config_pbtxt
 from pipeline.serving.serve import recorded
@@ -67,14 +67,14 @@ def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way:
     config = config_pbtxt.read(chain.paths.packaged / "config.pbtxt")
     images = [np.zeros((2, 1, 28, 28), np.uint8)]
     http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
-    with load.Server(http, grpc, server.admin_key, KEY_HEADER) as asked:
+    with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as asked:
         labelled = [load.questions(config, images, [np.full(2, label)], way) for label in range(10)]
         named = [asked.measure(config.name, questions, 2, 0.05) for questions in labelled]
         assert sum(window.wrong == 0 for window in named) == 1  # a blank image has one class
         assert all(window.wrong == 0 or window.wrong >= 4 for window in named)
         config.name = "nobody"
         lost = load.questions(config, images, [np.zeros(2)], way)
-        window = load.closed_loop(asked.addresses[way], lost, 2, 0.05)
+        window = load.keep_asking(asked.addresses[way], lost, 2, 0.05)
         nothing = open_loop(asked.addresses[way], lost, 50, 0.05, 0)
     for found in (window, nothing):
         assert found.failed > 0
@@ -87,7 +87,7 @@ def test_a_server_that_died_counts_nothing_and_is_no_bug_of_ours() -> None:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with (
-            load.Server(address, address, "", KEY_HEADER) as asked,
+            load.ServerLoad(address, address, "", KEY_HEADER) as asked,
             pytest.raises(ServerError, match="no longer says what it has counted of handwriting"),
         ):
             asked.counters("handwriting")
@@ -101,28 +101,31 @@ def test_a_window_with_an_open_loop_is_long_enough_for_requests_to_arrive(
     asked, opened = MagicMock(**{"counted.side_effect": lambda name, measured: measured()}), Mock()
     opened.return_value = window
     monkeypatch.setattr(serving, "open_loop", opened)
-    bench = serving._Bench(Mock(), asked, Mock(), Mock(), ServeBenchmark())
+    bench = serving._Bench(asked, "net", {}, Mock(), ServeBenchmark())
     assert bench._open(Mock(), rate, iter([0])) is window
     assert opened.call_args.args[2:4] == (rate, seconds)
 
 
 def test_no_rate_is_made_of_a_speed_that_is_none() -> None:
-    beside = Mock(**{"served.name": "net"})
-    bench = serving._Bench(Mock(), Mock(), beside, Mock(), ServeBenchmark())
-    silent = Row("net", "grpc", 1, 32, (Window(1.0, 1, np.zeros(0), failed=3),))
+    bench = serving._Bench(Mock(), "net", {}, Mock(), ServeBenchmark())
+    silent = TimedRow("net", "grpc", 1, 32, (Window(1.0, 1, np.zeros(0), failed=3),))
     with pytest.raises(CheckFailedError, match="0 wrong, 3 failed"):
         bench._open_rows([silent], print)
 
 
 def test_an_answer_that_is_no_answer_is_wrong_for_all_of_its_images() -> None:
+    def wrong(way: str, answer: bytes, classes: np.ndarray) -> int:
+        asked = load.Questions(way, 3, (b"",), (classes,), "float32")
+        return load.count_wrong(asked, [(0, answer)])
+
     for answer in (b"", b"\xff\xff"):  # without outputs; not a message at all
-        assert load._wrong(load._content, answer, np.zeros(3), "float32") == 3
+        assert wrong("grpc", answer, np.zeros(3)) == 3
     head = b"HTTP/1.1 200 OK\r\n"
     named = head + b"Inference-Header-Content-Length: 2\r\n\r\n{}"
     for answer in (head + b"\r\n{}", named + b"\0" * 10):  # JSON alone; too short for three
-        assert load._wrong(load_http.content, answer, np.zeros(3), "float32") == 3
+        assert wrong("http", answer, np.zeros(3)) == 3
     right = named + np.eye(3, dtype=np.float32).tobytes()
-    assert load._wrong(load_http.content, right, np.arange(3), "float32") == 0
+    assert wrong("http", right, np.arange(3)) == 0
 
 
 @pytest.mark.parametrize(
@@ -146,8 +149,8 @@ def test_an_answer_over_http_that_breaks_off_or_refuses_is_no_answer(answer: byt
 
 def test_counters_become_what_a_window_cost() -> None:
     parts = ("queue", "compute_infer")
-    before = load.Counters(10, 1, 10, dict.fromkeys(parts, 1000))
-    after = load.Counters(74, 3, 18, {"queue": 9000, "compute_infer": 81000})
+    before = load.ModelCounters(10, 1, 10, dict.fromkeys(parts, 1000))
+    after = load.ModelCounters(74, 3, 18, {"queue": 9000, "compute_infer": 81000})
     assert after.since(before) == {"queue_us": 1.0, "compute_infer_us": 10.0, "batch": 32.0}
 
 

@@ -5,24 +5,28 @@ from pathlib import Path
 import pytest
 
 from pipeline.benchmark import training
-from pipeline.benchmark.training import TrainingRow, Trial, multiply_adds
+from pipeline.benchmark.training import SeedTrial, TrainingRow, count_multiply_adds
 from pipeline.cli.benchmark import KINDS, USED_BY, benchmark_command
 from pipeline.core.machine import machine
 from pipeline.training.recipes import RECIPES
 from tests.conftest import Chain, error_line
 from tools import readme
 from tools.provenance import read_figure
-from tools.readme import README, RESULTS, training_figure, training_markdown
+from tools.readme import README, RESULTS, markdown, training_figure
 
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
-    assert multiply_adds("note") == 784 * 128 + 128 * 10
+    assert count_multiply_adds("note") == 784 * 128 + 128 * 10
     convolutions = 26 * 26 * 32 * 9 + 24 * 24 * 64 * 32 * 9
-    assert multiply_adds("baseline") == convolutions + 9216 * 128 + 128 * 10
+    assert count_multiply_adds("baseline") == convolutions + 9216 * 128 + 128 * 10
 
 
 def test_a_row_has_the_mean_the_interval_and_the_median_share() -> None:
-    trials = (Trial(1, 0.99, 5, 1000), Trial(2, 0.98, 10, 1000), Trial(3, 0.97, 4, 1000))
+    trials = (
+        SeedTrial(1, 0.99, 5, 1000),
+        SeedTrial(2, 0.98, 10, 1000),
+        SeedTrial(3, 0.97, 4, 1000),
+    )
     row = TrainingRow("quick", 1, 1, trials)
     assert row.accuracy == pytest.approx(0.98)
     assert row.deviation == pytest.approx(0.01)
@@ -50,8 +54,8 @@ def test_the_benchmark_trains_and_scores_and_its_rows_are_kept_among_the_others(
     readme.main(["training", "printed.json"])
     figure = read_figure(RESULTS / "training.json")
     assert figure["command"] == "make prove-training"
-    assert training_markdown(figure) in README.read_text()
-    assert "| `quick` | 101,770 |" in training_markdown(figure)
+    assert markdown("training", figure) in README.read_text()
+    assert "| `quick` | 101,770 |" in markdown("training", figure)
     both = training_figure([{**row, "recipe": "best"}], RESULTS / "training.json")
     assert {kept["recipe"] for kept in both["rows"]} == {"best", "quick"}
 
@@ -72,10 +76,10 @@ def test_a_benchmark_goes_on_where_it_stopped(
 
 
 def test_the_table_says_how_long_quick_takes_beside_the_record() -> None:
-    trials = (Trial(1, 0.99, 5, 1000),)
+    trials = (SeedTrial(1, 0.99, 5, 1000),)
     row = {**TrainingRow("quick", 1, 1, trials).record(), **machine()}
-    table = training_markdown(
-        {"command": "c", "rows": [row, {**row, "recipe": "record", "share": 0.01}]}
+    table = markdown(
+        "training", {"command": "c", "rows": [row, {**row, "recipe": "record", "share": 0.01}]}
     )
     assert "`quick` takes 0.50 of the time of `record`" in table
     assert "| 1/200 |" in table

@@ -7,26 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.benchmark.timing import Row, Score, Window
+from pipeline.benchmark.timing import Score, TimedRow, Window
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.report.speeds import HEADERS, Speeds, speeds
-from tools.proofs import compare_markdown, serving_markdown
+from tools.readme import markdown
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
 SPLIT = {**dict.fromkeys(PARTS, 1500.0), "batch": 4.0}
 
 
-def row(name: str, way: str, requests: int = 1000, concurrency: int = 8) -> Row:
+def row(name: str, way: str, requests: int = 1000, concurrency: int = 8) -> TimedRow:
     split = SPLIT if way != "in process" else {}
     windows = tuple(
         Window(1.0, 8, np.full(requests + n, 0.002), split=split, others=0.25) for n in range(3)
     )
-    return Row(name, way, 8, concurrency, windows, score=Score(10_000, 0.9958, 3, 50 << 20))
+    return TimedRow(name, way, 8, concurrency, windows, score=Score(10_000, 0.9958, 3, 50 << 20))
 
 
-def record(what: str, *rows: Row) -> dict[str, Any]:
+def record(what: str, *rows: TimedRow) -> dict[str, Any]:
     ratios = {"single_of_noop": 0.5, "batch64_of_in_process": 0.5}
     shared = {"sha256": "d1", "threads": 2, "command": "c", "ratios": ratios}
     return {"what": what, **machine(), **shared, "rows": [each.record() for each in rows]}
@@ -83,7 +83,7 @@ def test_a_benchmark_of_another_file_is_not_shown(measured: Paths) -> None:
 
 def test_the_readmes_table_names_the_rate_of_an_open_loop_and_no_yardstick() -> None:
     opened = replace(row("handwriting", "http"), rate=1600.0, concurrency=0)
-    text = serving_markdown(record("serve", row("yardstick", "numpy"), opened))
+    text = markdown("serving", record("serve", row("yardstick", "numpy"), opened))
     assert (
         "| handwriting, http | 8 | open loop, 1,600/s | 8,008 (8,000 to 8,016) | 2.0 ms |" in text
     )
@@ -92,7 +92,8 @@ def test_the_readmes_table_names_the_rate_of_an_open_loop_and_no_yardstick() -> 
 
 def test_the_proof_of_comparing_is_a_sentence() -> None:
     worse = {"row": "handwriting, http, batch 64, 1 at once", "change": -0.15}
-    text = compare_markdown(
+    text = markdown(
+        "compare",
         {
             **machine(),
             "command": "make prove-compare",
@@ -100,7 +101,7 @@ def test_the_proof_of_comparing_is_a_sentence() -> None:
             "slowdown": {"worse": [worse, {**worse, "change": -0.12}]},
             "loss": {"worse": [{"row": "eager", "change": -0.011}]},
             "same": [{"exit": 0}] * 10,
-        }
+        },
     )
     assert "takes 20% longer is found in 2 rows (at most 15% slower: handwriting, http" in text
     assert "lose 1.10% of the test images in 1; 10 comparisons in a row" in text

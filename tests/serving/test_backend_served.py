@@ -11,7 +11,7 @@ import pytest
 import tritonclient.grpc
 from onnx import TensorProto, helper
 
-from pipeline.benchmark.load import Server
+from pipeline.benchmark.load import ServerLoad
 from pipeline.core.errors import ServerError
 from pipeline.serving.serve import running_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
@@ -44,7 +44,7 @@ class Models:
             save(folder / "model.onnx", nodes, [("x", kind, shape)], [("y", kind, shape)])
         text = f'name: "{name}" backend: "onnxruntime" {config}'
         (self.repository / name / "config.pbtxt").write_text(text)
-        with Server("", self.address, self._key, KEY_HEADER) as admin:
+        with ServerLoad("", self.address, self._key, KEY_HEADER) as admin:
             admin.load(name)
 
     def ask(self, name: str, array: np.ndarray, version: str = "") -> np.ndarray:

@@ -11,7 +11,7 @@ from pipeline.training.recipes import TrainConfig, recipe
 from tests.conftest import Chain
 from tools import gpu_check
 from tools.provenance import write_figure
-from tools.readme import NOT_VERIFIED, gpu_markdown, rendered
+from tools.readme import NOT_VERIFIED, markdown, rendered
 
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="{}" skipped="{}"/></testsuites>'
 
@@ -57,7 +57,7 @@ def test_the_check_trains_twice_exports_validates_and_is_signed(
     exported = replace(empty.paths, name=gpu_check.NAME)
     assert json.loads(exported.manifest.read_text())["files"].keys() >= {"model.onnx"}
     record = {"command": "make gpu-check", **machine(), **asdict(check)}
-    assert f"verified by Ada on {record['measured_at'][:10]}" in gpu_markdown(record)
+    assert f"verified by Ada on {record['measured_at'][:10]}" in markdown("gpu", record)
 
 
 def test_the_readme_says_not_verified_until_somebody_has_signed(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_change_of_a_recipe_makes_its_own_row_stale(monkeypatch: pytest.Monkey
 
 def test_every_figure_that_is_kept_or_asked_for_says_which_sources_decide_it() -> None:
     kept = {path.stem for path in FIGURES.glob("*.json")}
-    assert SOURCES.keys() >= kept | report.RENDERERS.keys()
+    assert SOURCES.keys() >= kept | report.BLOCKS
     if old := stale(FIGURES):  # told, not failed: a change need not be measured at once
         with warnings.catch_warnings():
             warnings.simplefilter("default")
