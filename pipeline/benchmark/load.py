@@ -229,7 +229,8 @@ class Sent:
     @property
     def latencies(self) -> np.ndarray:
         """Seconds from when a request was due to its answer, of those that were answered."""
-        return np.asarray((self.ended - self.due)[np.isfinite(self.ended)])
+        latencies: np.ndarray = (self.ended - self.due)[np.isfinite(self.ended)]
+        return latencies
 
     @property
     def late(self) -> np.ndarray:
