@@ -1,9 +1,12 @@
-"""Where a tool's errors become its exit status, as `pipeline.cli.main` does it for commands."""
+"""What the command lines of tools have in common: arguments, progress, and exit statuses."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.paths import Paths
 
 
 def run_tool(main: Callable[[list[str]], None]) -> None:
@@ -13,6 +16,14 @@ def run_tool(main: Callable[[list[str]], None]) -> None:
     except PipelineError as failure:
         print(f"Error: {failure}", file=sys.stderr)
         raise SystemExit(failure.exit_code) from failure
+
+
+def result_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the file of a result, and of the name of the model that is measured."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--name", default=Paths.name)
+    return parser
 
 
 def print_now(line: str) -> None:

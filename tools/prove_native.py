@@ -4,7 +4,6 @@ Run by `make prove-native`, where Docker is. `--runtime path` does the same with
 the PATH, inside the image say; `--runtime wheel` shows that the proof itself works.
 """
 
-import argparse
 import shutil
 import subprocess
 import tempfile
@@ -20,7 +19,7 @@ from pipeline.serving.serve import running_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import IMAGE
 from pipeline.validation.servers import Evidence, require_passed, verify
-from tools.edge import print_now, run_tool
+from tools.edge import print_now, result_parser, run_tool
 from tools.provenance import write_figure
 from tools.readme import README, RESULTS, render_readme
 
@@ -95,9 +94,7 @@ def prove(paths: Paths, kind: str, result: Path, report: Say) -> Evidence:
 
 def main(arguments: list[str]) -> None:
     """Prove, keep the result, and let the README say it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--name", default=Paths.name)
+    parser = result_parser(__doc__)
     parser.add_argument("--root", type=Path, default=Paths.root)
     parser.add_argument("--runtime", choices=["docker", "path", "wheel"], default="docker")
     given = parser.parse_args(arguments)

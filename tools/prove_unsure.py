@@ -3,21 +3,21 @@
 python -m tools.prove_unsure RESULT [--name NAME]
 """
 
-import argparse
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from pipeline.core.errors import PipelineError
-from pipeline.core.evaluate import Predictor, is_refused, predict
+from pipeline.core.evaluate import is_refused, predict
 from pipeline.core.files import check_digest, check_manifest
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.data.splits import scored_split
 from pipeline.export.runtime import onnx_predictor
-from tools.edge import run_tool
-from tools.nondigits import Kind, kinds
+from tools.edge import result_parser, run_tool
+from tools.nondigits import kinds
 from tools.readme import keep_result
 
 EXPORT = "run 'pipeline export' again"
@@ -62,11 +62,9 @@ class Unsure:
 
     def __str__(self) -> str:
         rows = [*self.rows, self.digits, self.right, self.wrong]
-        wide = max(len(row.name) for row in rows)
-        lines = [f"{row.name:<{wide}} {row.images:>7,} {row.share:>9.2%}" for row in rows]
+        cells = [(row.name, f"{row.images:,}", f"{row.share:.2%}") for row in rows]
         return Lines(
-            f"{'not sure of':<{wide}} {'images':>7} {'refused':>9}",
-            *lines,
+            *tabulate(cells, ("not sure of", "images", "refused")).splitlines(),
             f"what is no digit: {self.share:.2%} refused, the mean of its kinds without the "
             "letters that may be digits and the signs; refused is what is below "
             f"{self.min_probability:g}",
@@ -95,28 +93,24 @@ def measure_unsure(paths: Paths) -> Unsure:
     predictor = onnx_predictor(content)
     outputs = predict(predictor, test.images)
     refused, right = is_refused(outputs, threshold), outputs.argmax(axis=1) == test.labels
+    rows = []
+    for kind in kinds(paths.data("fashion-mnist")):
+        of_kind = is_refused(predict(predictor, kind.images), threshold)
+        rows.append(Row(kind.name, len(of_kind), int(of_kind.sum()), kind.is_counted))
     return Unsure(
         name=paths.name,
         sha256=manifest["files"][paths.onnx.name],
         min_probability=threshold,
-        rows=tuple(_row(predictor, kind, threshold) for kind in kinds(paths.data("fashion-mnist"))),
+        rows=tuple(rows),
         digits=Row("test digits", len(test), int(refused.sum())),
         right=Row("read rightly", int(right.sum()), int(refused[right].sum())),
         wrong=Row("read wrongly", int((~right).sum()), int(refused[~right].sum())),
     )
 
 
-def _row(predictor: Predictor, kind: Kind, threshold: float) -> Row:
-    refused = is_refused(predict(predictor, kind.images), threshold)
-    return Row(kind.name, len(refused), int(refused.sum()), kind.is_counted)
-
-
 def main(arguments: list[str]) -> None:
     """Measure, and keep the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--name", default=Paths.name, help="the exported model")
-    given = parser.parse_args(arguments)
+    given = result_parser(__doc__).parse_args(arguments)
     measured = measure_unsure(Paths(name=given.name))
     print(measured)
     keep_result("unsure", given.result, f"make prove-unsure NAME={given.name}", measured.record())

@@ -158,14 +158,11 @@ def stale(figures: Path) -> list[str]:
     for path in sorted(figures.glob("*.json")):
         record = read_figure(path)
         if path.stem == "training":
-            rows = [row["recipe"] for row in record["rows"] if _is_old_row(row)]
+            digests = {row["recipe"]: row.get("sources_sha256") for row in record["rows"]}
+            rows = [recipe for recipe in digests if digests[recipe] != recipe_digest(recipe)]
             found += [f"{path.name} ({', '.join(rows)})"] if rows else []
         elif path.stem not in SOURCES:
             raise PipelineError(f"{path}: nothing says which sources decide it")
         elif record.get("sources_sha256") != sources_digest(path.stem):
             found.append(path.name)
     return found
-
-
-def _is_old_row(row: dict[str, Any]) -> bool:
-    return bool(row.get("sources_sha256") != recipe_digest(row["recipe"]))

@@ -72,25 +72,18 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = parser.add_subparsers(dest="kind")
-    for kind, files in (
-        ("agreement", ["agreement", "summary"]),
-        ("serving", ["record"]),
-        ("training", ["record"]),
-    ):
-        of_kind = kinds.add_parser(kind)
-        for file in files:
-            of_kind.add_argument(file, type=Path)
+    parser.add_argument("kind", nargs="?", choices=("agreement", "serving", "training"))
+    parser.add_argument("files", nargs="*", type=Path)
     given = parser.parse_args(arguments)
     figure = RESULTS / f"{given.kind}.json"
     if given.kind == "agreement":
-        record = agreement_figure(given.agreement, given.summary)
+        record = agreement_figure(*given.files)
         keep_result("agreement", figure, "make figures", record)
     elif given.kind == "serving":
-        record = read_json(given.record, MEASURE)
+        record = read_json(given.files[0], MEASURE)
         keep_result("serving", figure, f"make prove-serving NAME={record['name']}", record)
     elif given.kind == "training":
-        record = training_figure(json.loads(given.record.read_text())["rows"], figure)
+        record = training_figure(json.loads(given.files[0].read_text())["rows"], figure)
         keep_result("training", figure, "make prove-training", record)
     else:
         render_readme()

@@ -7,32 +7,15 @@ of different days are compared as parts of it.
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from pipeline.benchmark import timing, workers
 from pipeline.benchmark.table import tables
-from pipeline.benchmark.timing import (
-    UNTIL,
-    Score,
-    TimedRow,
-    Until,
-    Window,
-    require_answers,
-    take_turns,
-)
-from pipeline.benchmark.workers import (
-    EAGER,
-    EXPORT,
-    RUNTIME,
-    YARDSTICK,
-    Ask,
-    LocalRuntime,
-    worker,
-    yardstick,
-    yardstick_row,
-)
+from pipeline.benchmark.timing import UNTIL, Score, TimedRow, Until, Window
+from pipeline.benchmark.workers import EAGER, EXPORT, RUNTIME, YARDSTICK, Ask, LocalRuntime
 from pipeline.core.files import check_digest, read_json, write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import PRECISIONS, Paths
@@ -62,7 +45,6 @@ class Inference:
     sha256: str  # of the export's model.onnx
     config: InferBenchmark
     rows: tuple[TimedRow, ...]
-    scores: dict[str, Score] = field(default_factory=dict)  # by the rows' names
     classes: np.ndarray | None = None  # int64 (N,): what eager PyTorch says of the test split
 
     def record(self) -> dict[str, Any]:
@@ -74,7 +56,7 @@ class Inference:
             "sha256": self.sha256,
             "config": asdict(self.config),
             "rows": [row.record() for row in self.rows],
-            "scores": {name: asdict(score) for name, score in self.scores.items()},
+            "scores": {row.name: asdict(row.score) for row in self.rows if row.score},
         }
 
     def __str__(self) -> str:
@@ -103,45 +85,45 @@ def benchmark_inference(
         for threads in config.threads
     ]
     with ExitStack() as stack:
-        workers = {
-            str(runtime): stack.enter_context(worker(paths, runtime, manifest))
+        asks = {
+            str(runtime): stack.enter_context(workers.worker(paths, runtime, manifest))
             for runtime in runtimes
         }
         answers = {}
-        for name, ask in workers.items():
+        for name, ask in asks.items():
             report(f"{name}: the test split")
             answers[name] = ask("score")
-        windows = _measure(workers, config, report)
-        peaks = {name: int(ask("peak")) for name, ask in workers.items()}
+        windows = _measure(asks, config, report)
+        peaks = {name: int(ask("peak")) for name, ask in asks.items()}
     reference = answers[str(runtimes[0])][1]
     scores = {
         name: Score(len(classes), accuracy, int((classes != reference).sum()), peaks[name])
         for name, (accuracy, classes) in answers.items()
     }
     rows = (
-        yardstick_row([found for (name, _), found in windows.items() if name == YARDSTICK]),
+        workers.yardstick_row([found for (name, _), found in windows.items() if name == YARDSTICK]),
         *(
             TimedRow(name, "in process", batch, 1, tuple(found), score=scores[name])
             for (name, batch), found in windows.items()
             if name != YARDSTICK
         ),
     )
-    require_answers(rows)
+    timing.require_answers(rows)
     digest = str(manifest["files"][paths.onnx.name])
-    result = Inference(paths.name, digest, config, rows, scores, reference)
+    result = Inference(paths.name, digest, config, rows, reference)
     write_json(paths.inference, result.record())
     return result
 
 
 def _measure(
-    workers: dict[str, Ask], config: InferBenchmark, report: Callable[[str], None]
+    asks: dict[str, Ask], config: InferBenchmark, report: Callable[[str], None]
 ) -> dict[tuple[str, int], list[Window]]:
     """Windows by a runtime's name and images a batch; of the yardstick by its places in a round."""
     cells: dict[tuple[str, int], Callable[[], Window]] = {}
     for batch in config.batches:
-        for name, ask in workers.items():
+        for name, ask in asks.items():
             if len(cells) % (BESIDE + 1) == 0:
-                cells[YARDSTICK, len(cells)] = functools.partial(yardstick, config.seconds)
+                cells[YARDSTICK, len(cells)] = functools.partial(workers.yardstick, config.seconds)
             cells[name, batch] = functools.partial(ask, "measure", batch, config.seconds)
     group = {cell: cell for cell in cells if cell[0] != YARDSTICK}
-    return take_turns(cells, group, config.until, report)
+    return timing.take_turns(cells, group, config.until, report)

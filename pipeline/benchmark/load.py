@@ -235,7 +235,8 @@ class Sent:
     @property
     def late(self) -> np.ndarray:
         """Seconds by which the client itself was late."""
-        return np.subtract(self.begun, self.due)
+        late: np.ndarray = self.begun - self.due
+        return late
 
     def after(self, begin: float) -> "Sent":
         """Those that were due from then on."""

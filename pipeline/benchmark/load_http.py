@@ -6,7 +6,6 @@ a machine that client and server share it is the server that should be measured.
 
 # Shape letters: B batch.
 
-import contextlib
 import json
 import queue
 import re
@@ -55,7 +54,6 @@ def ask_all(
     address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
 ) -> Found:
     """Keep so many requests under way until `end`; latencies count from `begin` on."""
-    host, _, port = address.rpartition(":")
 
     def caller(turn: int) -> Found:
         latencies: list[float] = []
@@ -65,8 +63,7 @@ def ask_all(
             try:
                 # Silent past the window's end by what a stall may take.
                 patience = max(0.0, end - time.perf_counter()) + 30.0
-                with socket.create_connection((host, int(port)), patience) as connection:
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with _connect(address, patience) as connection:
                     while now < end:
                         connection.sendall(requests[turn % len(requests)])
                         answers.append((turn, _answer(connection)))
@@ -89,8 +86,7 @@ class Pool:
     """Connections that requests are sent over as they come; those beyond its size wait."""
 
     def __init__(self, address: str, size: int, silence: float) -> None:
-        host, _, port = address.rpartition(":")
-        self._address, self._silence = (host, int(port)), silence
+        self._address, self._silence = address, silence
         self._idle: queue.LifoQueue[socket.socket] = queue.LifoQueue()
         self._workers = ThreadPoolExecutor(size)
 
@@ -99,35 +95,35 @@ class Pool:
         self._workers.submit(self._ask, request, done)
 
     def _ask(self, request: bytes, done: Callable[[bytes | None], None]) -> None:
+        connection = None
         try:
-            connection = self._connection()
-        except OSError:
-            done(None)
-            return
-        try:
+            try:
+                connection = self._idle.get_nowait()
+            except queue.Empty:
+                connection = _connect(self._address, self._silence)
             connection.sendall(request)
             answer = _answer(connection)
         except (OSError, ValueError):
-            connection.close()
+            if connection:
+                connection.close()
             done(None)
             return
         done(answer)
         self._idle.put(connection)
-
-    def _connection(self) -> socket.socket:
-        """One that waits for work, or a new one."""
-        if not self._idle.empty():
-            with contextlib.suppress(queue.Empty):  # another took it
-                return self._idle.get_nowait()
-        connection = socket.create_connection(self._address, self._silence)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
 
     def close(self) -> None:
         """Wait for what is under way, and close the connections."""
         self._workers.shutdown()
         while not self._idle.empty():
             self._idle.get().close()
+
+
+def _connect(address: str, silence: float) -> socket.socket:
+    """A connection to host:port that may be silent for so many seconds."""
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host, int(port)), silence)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 def _answer(connection: socket.socket) -> bytes:

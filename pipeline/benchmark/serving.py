@@ -9,40 +9,18 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 
-from pipeline.benchmark import load
+from pipeline.benchmark import load, timing, workers
 from pipeline.benchmark.load import open_loop
 from pipeline.benchmark.table import tables
-from pipeline.benchmark.timing import (
-    UNTIL,
-    Score,
-    TimedRow,
-    Until,
-    Window,
-    answered,
-    closed_loop,
-    ratio,
-    require_answers,
-    take_turns,
-)
-from pipeline.benchmark.workers import (
-    EAGER,
-    RUNTIME,
-    YARDSTICK,
-    LocalRuntime,
-    scored,
-    scored_images,
-    sure_batches,
-    worker,
-    yardstick,
-    yardstick_row,
-)
+from pipeline.benchmark.timing import Score, TimedRow, Until, Window
+from pipeline.benchmark.workers import EAGER, RUNTIME, YARDSTICK, LocalRuntime
 from pipeline.client.client import Client
 from pipeline.client.query import triton_predictor
 from pipeline.core.errors import PipelineError
@@ -75,7 +53,7 @@ Configs = dict[str, config_pbtxt.ModelConfig]  # of all models that are asked, b
 class ServeBenchmark:
     """How long to measure: every cell has a window in every round."""
 
-    until: Until = UNTIL
+    until: Until = timing.UNTIL
     seconds: float = 1.0  # of each window, after its warm-up
     open_seconds: float = 3.0  # of each window with an open loop; longer where few arrive
     rate: float | None = None  # requests a second in it; None: half of what the closed loop did
@@ -133,8 +111,7 @@ def threads_of(message: config_pbtxt.ModelConfig) -> int:
     return of_session * sum(int(group.count) for group in message.instance_group)
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One way to ask: whom, how many images a request, how many requests at once."""
 
     name: str
@@ -153,7 +130,6 @@ class Serving:
     threads: int  # that compute under the throughput profile, and in process
     config: ServeBenchmark
     rows: tuple[TimedRow, ...]
-    scores: dict[str, Score] = field(default_factory=dict)  # by the rows' names and ways
 
     def ratios(self) -> dict[str, dict[str, Any]]:
         """The two that say what serving costs: see `ratio`."""
@@ -161,8 +137,8 @@ class Serving:
         single, noop = (rows[name, "grpc", 1, 32] for name in (self.name, NOOP))
         many = rows[profiled(self.name), "http", MANY, 8]
         return {
-            "single_of_noop": ratio(single, noop),
-            "batch64_of_in_process": ratio(many, rows[RUNTIME, "in process", MANY, 1]),
+            "single_of_noop": timing.ratio(single, noop),
+            "batch64_of_in_process": timing.ratio(many, rows[RUNTIME, "in process", MANY, 1]),
         }
 
     def record(self) -> dict[str, Any]:
@@ -174,7 +150,9 @@ class Serving:
             **{key: getattr(self, key) for key in ("name", "version", "sha256", "threads")},
             "config": asdict(self.config),
             "rows": [row.record() for row in self.rows],
-            "scores": {name: asdict(score) for name, score in self.scores.items()},
+            "scores": {
+                f"{row.name}, {row.way}": asdict(row.score) for row in self.rows if row.score
+            },
             "ratios": {name: parts["of_medians"] for name, parts in pairs.items()},
             "pairs": pairs,
         }
@@ -236,17 +214,9 @@ def benchmark_serving(
                     (name, way): replace(score, peak_bytes=served_bytes(server, name))
                     for (name, way), score in scores.items()
                 }
-    require_answers(rows)
+    timing.require_answers(rows)
     rows = tuple(replace(row, score=scores.get((row.name, row.way))) for row in rows)
-    result = Serving(
-        paths.name,
-        release.version,
-        release.sha256,
-        bench.threads,
-        config,
-        rows,
-        {f"{row.name}, {row.way}": row.score for row in rows if row.score},
-    )
+    result = Serving(paths.name, release.version, release.sha256, bench.threads, config, rows)
     write_json(paths.serving, result.record())
     return result
 
@@ -267,11 +237,11 @@ def score_served(
     """
     exported = replace(paths, name=str(release.manifest["name"]))
     try:
-        images, labels = scored_images(exported, release.manifest)
+        images, labels = workers.scored_images(exported, release.manifest)
         if reference is None:
             eager = LocalRuntime(EAGER, "fp32", 1)
             report(f"{eager}: the test split")
-            with worker(exported, eager, release.manifest) as ask:
+            with workers.worker(exported, eager, release.manifest) as ask:
                 reference = ask("score")[1]
     except PipelineError as error:
         report(f"accuracy is left out: {error}")
@@ -283,7 +253,7 @@ def score_served(
                 continue  # it has no answers, or no row
             report(f"{name} over {way}: the test split")
             with Client(url, name) as client:
-                accuracy, classes = scored(triton_predictor(client), images, labels)
+                accuracy, classes = workers.scored(triton_predictor(client), images, labels)
             scores[name, way] = Score(len(classes), accuracy, int((classes != reference).sum()))
     return scores
 
@@ -322,16 +292,15 @@ class _Bench:
         for cell in cells(self.name):
             if len(measures) % (BESIDE + 1) == 0:
                 place = Cell(YARDSTICK, "numpy", len(measures), 1)
-                measures[place] = functools.partial(yardstick, self.config.seconds / 2)
+                measures[place] = functools.partial(workers.yardstick, self.config.seconds / 2)
             measures[cell] = self._measure(cell)
             is_profile = cell.name in (RUNTIME, profiled(self.name))
             group[cell] = (cell.batch, 0 if is_profile else cell.concurrency)
-        windows = take_turns(measures, group, self.config.until, report)
-        rows = [yardstick_row([windows[cell] for cell in measures if cell.name == YARDSTICK])]
-        rows += [
-            TimedRow(cell.name, cell.way, cell.batch, cell.concurrency, tuple(windows[cell]))
-            for cell in group
+        windows = timing.take_turns(measures, group, self.config.until, report)
+        rows = [
+            workers.yardstick_row([windows[cell] for cell in measures if cell.name == YARDSTICK])
         ]
+        rows += [TimedRow(*cell, tuple(windows[cell])) for cell in group]
         return (*rows, *self._open_rows(rows, report))
 
     def _measure(self, cell: Cell) -> Callable[[], Window]:
@@ -339,21 +308,21 @@ class _Bench:
         seconds = self.config.seconds
         if cell.name == RUNTIME:
             predictor = onnx_predictor(self.release.onnx, self.threads)
-            batches = sure_batches(self.release.golden, cell.batch)
-            ask = functools.partial(closed_loop, predictor, *batches)
-            return functools.partial(answered, ask, seconds)
+            batches = workers.sure_batches(self.release.golden, cell.batch)
+            ask = functools.partial(timing.closed_loop, predictor, *batches)
+            return functools.partial(timing.answered, ask, seconds)
         asked = self._questions(cell)
         return lambda: self.asked.measure(cell.name, asked, cell.concurrency, seconds)
 
     def _questions(self, cell: Cell) -> load.Questions:
-        images, classes = sure_batches(self.release.golden, cell.batch)
+        images, classes = workers.sure_batches(self.release.golden, cell.batch)
         if cell.name == NOOP:  # zeros: the first class is the largest
             classes = [np.zeros_like(of_batch) for of_batch in classes]
         return load.questions(self.configs[cell.name], images, classes, cell.way)
 
     def _open_rows(self, closed: list[TimedRow], report: Report) -> list[TimedRow]:
         """Single images as they come, over either protocol."""
-        require_answers(closed)  # of whose speeds the rates are made
+        timing.require_answers(closed)  # of whose speeds the rates are made
         rates = {
             row.way: self.config.rate or SHARE * row.speed
             for row in closed
@@ -367,7 +336,7 @@ class _Bench:
             )
             for way, rate in rates.items()
         }
-        windows = take_turns(measures, {way: way for way in measures}, Until(3, 3))
+        windows = timing.take_turns(measures, {way: way for way in measures}, Until(3, 3))
         return [
             TimedRow(self.name, way, 1, 0, tuple(windows[way]), rate=rate)
             for way, rate in rates.items()

@@ -4,7 +4,7 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,75 +75,54 @@ def answers(predictions: Predictions, summary: Mapping[str, Any], test: Split | 
     images, right = len(labels), int(counts.trace())
     before = reliability(predictions.untempered(summary["temperature"]), labels)
     after = reliability(outputs, labels)
+    wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes alone
+    shades = np.ceil(SHADES * np.sqrt(wrong / max(1, wrong.max()))).astype(int)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
+    cells = [divmod(int(cell), len(classes)) for cell in order]
     return Answers(
         images=images,
         wrong=images - right,
         interval=wilson_interval(right, images),
-        matrix=_shaded(counts),
-        confusions=_confusions(counts, classes),
+        matrix=tuple(
+            tuple(zip(*rows, strict=True))
+            for rows in zip(counts.tolist(), shades.tolist(), strict=True)
+        ),
+        confusions=tuple(
+            (classes[truth], classes[said], int(wrong[truth, said]))
+            for truth, said in cells
+            if wrong[truth, said]
+        ),
         mistakes=tuple(
-            _mistake(int(index), predictions, classes, test)
-            for index in worst_mistakes(outputs, labels, MISTAKES)
+            Mistake(
+                index=index,
+                truth=classes[labels[index]],
+                said=classes[outputs[index].argmax()],
+                said_probability=math.exp(outputs[index].max()),
+                truth_probability=math.exp(outputs[index, labels[index]]),
+                picture=picture(test.images[index]) if test else None,
+            )
+            for index in map(int, worst_mistakes(outputs, labels, MISTAKES))
         ),
         scores=class_scores(counts),
         figures=(
             Markup(figures.reliability_diagram(before, after)),
             Markup(figures.confidence_histogram(before, after)),
         ),
-        refused=_refused(predictions, summary.get("min_probability")),
+        refused=_refused(outputs, labels, summary.get("min_probability")),
     )
 
 
-def _refused(predictions: Predictions, min_probability: float | None) -> Refused | None:
+def _refused(
+    outputs: np.ndarray, labels: np.ndarray, min_probability: float | None
+) -> Refused | None:
     if min_probability is None:
         return None
-    outputs = predictions.log_probabilities
-    refused = is_refused(outputs, min_probability)
-    right = outputs.argmax(axis=1) == predictions.labels
+    refused, right = is_refused(outputs, min_probability), outputs.argmax(axis=1) == labels
     return Refused(
         min_probability=min_probability,
         right=float(refused[right].mean()) if right.any() else 0.0,
         wrong=float(refused[~right].mean()) if not right.all() else None,
         all=float(refused.mean()),
-    )
-
-
-def _shaded(counts: np.ndarray) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Each count (K, K) with its shade: mistakes by how frequent they are, what is right not."""
-    mistakes = counts - np.diag(counts.diagonal())
-    most = max(1, int(mistakes.max()))
-    return tuple(
-        tuple(
-            (int(count), math.ceil(SHADES * math.sqrt(int(wrong) / most)))
-            for count, wrong in zip(*rows, strict=True)
-        )
-        for rows in zip(counts, mistakes, strict=True)
-    )
-
-
-def _confusions(counts: np.ndarray, classes: Sequence[str]) -> tuple[tuple[str, str, int], ...]:
-    mistakes = counts - np.diag(counts.diagonal())
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:CONFUSIONS]
-    cells = [divmod(int(cell), len(classes)) for cell in order]
-    return tuple(
-        (classes[truth], classes[said], int(mistakes[truth, said]))
-        for truth, said in cells
-        if mistakes[truth, said]
-    )
-
-
-def _mistake(
-    index: int, predictions: Predictions, classes: Sequence[str], test: Split | None
-) -> Mistake:
-    row, truth = predictions.log_probabilities[index], int(predictions.labels[index])
-    said = int(row.argmax())
-    return Mistake(
-        index=index,
-        truth=classes[truth],
-        said=classes[said],
-        said_probability=math.exp(row[said]),
-        truth_probability=math.exp(row[truth]),
-        picture=picture(test.images[index]) if test else None,
     )
 
 

@@ -1,8 +1,6 @@
 """What the last look at a prediction log shows: each check, and then against now."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
@@ -45,6 +43,13 @@ def watched(paths: Paths) -> Watched | None:
     record = read_json(paths.drift, AGAIN)
     try:
         profile = record["profile"]
+        counts = [both["class_counts"] for both in (profile, record)]
+        rates = [[count / sum(of_all) for count in of_all] for of_all in counts]
+        drawn = [figures.rate_chart(profile["classes"], *rates)]
+        for what in ("confidence", "ink"):
+            counts = [both[f"{what}_counts"] for both in (profile, record)]
+            if None not in counts:
+                drawn.append(figures.below_chart(what, profile[f"{what}_edges"], *counts))
         return Watched(
             sha256=str(record["sha256"]),
             versions=tuple(record["versions"]),
@@ -55,21 +60,7 @@ def watched(paths: Paths) -> Watched | None:
             images_from=str(profile["images_from"]),
             alpha=float(record["alpha"]),
             checks=tuple(Check(**check) for check in record["checks"]),
-            figures=_figures(record, profile),
+            figures=tuple(map(Markup, drawn)),
         )
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CorruptError(f"{paths.drift} is no record of drift: {AGAIN}") from error
-
-
-def _figures(record: dict[str, Any], profile: dict[str, Any]) -> tuple[Markup, ...]:
-    rates = [_shares(one["class_counts"]) for one in (profile, record)]
-    drawn = [figures.rate_chart(profile["classes"], *rates)]
-    for what in ("confidence", "ink"):
-        counts = [one[f"{what}_counts"] for one in (profile, record)]
-        if None not in counts:
-            drawn.append(figures.below_chart(what, profile[f"{what}_edges"], *counts))
-    return tuple(map(Markup, drawn))
-
-
-def _shares(counts: Sequence[int]) -> list[float]:
-    return [count / sum(counts) for count in counts]

@@ -24,7 +24,7 @@ VALIDATE = "run 'pipeline validate' again"
 
 
 @dataclass(frozen=True)
-class Worst:
+class WorstImage:
     """A test image on which a file's error is large for the margin that there is."""
 
     index: int  # in the test split
@@ -45,7 +45,7 @@ class Worst:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class EvidenceSection:
     """What the proof shows."""
 
     images: int
@@ -53,10 +53,12 @@ class Evidence:
     threads: tuple[int, ...]  # of the speeds in `rows`
     rows: tuple[VariantRow, ...]
     figure: Markup
-    worst: tuple[tuple[str, tuple[Worst, ...]], ...]  # by precision
+    worst: tuple[tuple[str, tuple[WorstImage, ...]], ...]  # by precision
 
 
-def evidence(paths: Paths, manifest: Mapping[str, Any], test: Split | None) -> Evidence | None:
+def read_evidence(
+    paths: Paths, manifest: Mapping[str, Any], test: Split | None
+) -> EvidenceSection | None:
     """What the proof of an export shows, or None where there is none yet.
 
     With pictures where `test` is the split that it was proven on. Raises CorruptError when the
@@ -65,9 +67,17 @@ def evidence(paths: Paths, manifest: Mapping[str, Any], test: Split | None) -> E
     if paths.validation.name not in manifest["files"]:
         return None
     validation = read_json(paths.validation, VALIDATE)
-    arrays = _arrays(paths, manifest)
+    content = check_digest(paths.evidence, manifest["files"].get(paths.evidence.name), VALIDATE)
     try:
-        _require_same_bytes(paths, manifest, validation)
+        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise CorruptError(f"{paths.evidence} holds no evidence: {VALIDATE}") from error
+    try:
+        proven = {variant["file"]: variant["sha256"] for variant in validation["variants"]}
+        exported = [paths.variant(precision).name for precision in manifest["precisions"]]
+        if proven != {name: manifest["files"][name] for name in exported}:
+            raise CorruptError(f"{paths.validation} is the proof of other files: {VALIDATE}")
         return _evidence(validation, arrays, test)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(
@@ -75,67 +85,42 @@ def evidence(paths: Paths, manifest: Mapping[str, Any], test: Split | None) -> E
         ) from error
 
 
-def _arrays(paths: Paths, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    content = check_digest(paths.evidence, manifest["files"].get(paths.evidence.name), VALIDATE)
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise CorruptError(f"{paths.evidence} holds no evidence: {VALIDATE}") from error
-
-
-def _require_same_bytes(
-    paths: Paths, manifest: Mapping[str, Any], validation: Mapping[str, Any]
-) -> None:
-    proven = {found["file"]: found["sha256"] for found in validation["variants"]}
-    exported = [paths.variant(precision).name for precision in manifest["precisions"]]
-    if proven != {name: manifest["files"][name] for name in exported}:
-        raise CorruptError(f"{paths.validation} is the proof of other files: {VALIDATE}")
-
-
 def _evidence(
     validation: Mapping[str, Any], arrays: Mapping[str, np.ndarray], test: Split | None
-) -> Evidence:
+) -> EvidenceSection:
     labels, margins = arrays["labels"], arrays["margins"]
-    variants = validation["variants"]
     if (len(labels), len(margins) - len(labels)) != (validation["images"], validation["probes"]):
         raise ValueError("the evidence is of other rows")
     pictured = test if test and np.array_equal(test.labels, labels) else None
-    errors = {found["precision"]: found["max_error"] for found in variants}
-    return Evidence(
+    errors = {found["precision"]: found["max_error"] for found in validation["variants"]}
+    largest = {name: error for name, error in errors.items() if error}
+    return EvidenceSection(
         images=validation["images"],
         probes=validation["probes"],
         threads=tuple(validation["criterion"]["threads"]),
         rows=variant_rows(validation),
-        figure=Markup(
-            figures.margin_histogram(
-                margins[: len(labels)].tolist(), {name: e for name, e in errors.items() if e}
-            )
-        ),
+        figure=Markup(figures.margin_histogram(margins[: len(labels)].tolist(), largest)),
         worst=tuple(
-            (name, _worst(name, arrays, validation["classes"], pictured)) for name in errors
+            (name, _worst_images(name, arrays, validation["classes"], pictured)) for name in errors
         ),
     )
 
 
-def _worst(
-    precision: str,
-    arrays: Mapping[str, np.ndarray],
-    classes: Sequence[str],
-    test: Split | None,
-) -> tuple[Worst, ...]:
+def _worst_images(
+    precision: str, arrays: Mapping[str, np.ndarray], classes: Sequence[str], test: Split | None
+) -> tuple[WorstImage, ...]:
     """The images whose error is the largest for their margin, the worst first."""
     labels = arrays["labels"]
+    margins = arrays["margins"][: len(labels)]
     errors = arrays[f"errors_{precision}"][: len(labels)].astype(np.float64)  # (M,)
-    # A margin of nothing is no division by nothing.
-    shares = errors / np.maximum(arrays["margins"][: len(labels)], np.finfo(np.float64).tiny)
+    shares = errors / np.maximum(margins, np.finfo(np.float64).tiny)  # a margin may be 0
     return tuple(
-        Worst(
+        WorstImage(
             index=int(row),
             truth=classes[labels[row]],
             reference=classes[arrays["reference"][row]],
             said=classes[arrays[f"said_{precision}"][row]],
-            margin=float(arrays["margins"][row]),
+            margin=float(margins[row]),
             error=float(errors[row]),
             picture=picture(test.images[row]) if test else None,
         )

@@ -1,12 +1,8 @@
-"""Drawings as SVG to stand inside a page: they take its colours and fonts, light or dark.
-
-Drawings of how fast something is, in the manner of `figures`.
-"""
+"""Drawings as SVG to stand inside a page: they take its colours and fonts, light or dark."""
 
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -51,160 +47,164 @@ STYLE: dict[Any, Any] = {
 Line = Mapping[str, Any]  # of metrics.jsonl
 
 
+@rc_context(STYLE)
 def loss_curve(lines: Sequence[Line]) -> str:
     """The training loss over the epochs, and its running mean."""
     epochs = [line["epoch"] for line in lines]
     losses = [line["loss"] for line in lines]
-    with rc_context(STYLE):
-        figure, axes = _axes("epoch", "training loss (nats)")
-        axes.plot(epochs, losses, ".", color=MUTED, alpha=0.45, ms=4, mew=0, label="one batch")
-        axes.plot(epochs, list(_smooth(losses)), color=ACCENT, label="running mean")
-        if min(losses) > 0:
-            _logarithmic(axes)
-        axes.legend(loc="upper right", labelcolor=MUTED)
-        return svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
+    figure, axes = _axes("epoch", "training loss (nats)")
+    axes.plot(epochs, losses, ".", color=MUTED, alpha=0.45, ms=4, mew=0, label="one batch")
+    axes.plot(epochs, list(_smooth(losses)), color=ACCENT, label="running mean")
+    if min(losses) > 0:
+        _logarithmic(axes, "y")
+    axes.legend(loc="upper right", labelcolor=MUTED)
+    return svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
 
 
+@rc_context(STYLE)
 def accuracy_curve(lines: Sequence[Line]) -> str:
     """The validation accuracy in percent after each epoch."""
     measured = [line for line in lines if "validation_accuracy" in line]
     epochs = [line["epoch"] for line in measured]
     percent = [100 * line["validation_accuracy"] for line in measured]
-    with rc_context(STYLE):
-        figure, axes = _axes("epoch", "validation accuracy (%)")
-        axes.plot(epochs, percent, "o-", color=ACCENT, ms=5)
-        end = (epochs[-1], percent[-1])
-        axes.annotate(
-            f"{percent[-1]:.2f} %", end, (0, 8), textcoords="offset points", ha="right", color=INK
-        )
-        axes.set_xlim(0, epochs[-1] * 1.04)
-        room = max(0.2, 0.15 * (max(percent) - min(percent)))
-        axes.set_ylim(min(percent) - room, min(100.0, max(percent) + room))
-        axes.ticklabel_format(axis="y", useOffset=False)
-        return svg(figure, "accuracy", f"validation accuracy, at last {percent[-1]:.2f} %")
+    figure, axes = _axes("epoch", "validation accuracy (%)")
+    axes.plot(epochs, percent, "o-", color=ACCENT, ms=5)
+    end = (epochs[-1], percent[-1])
+    axes.annotate(
+        f"{percent[-1]:.2f} %", end, (0, 8), textcoords="offset points", ha="right", color=INK
+    )
+    axes.set_xlim(0, epochs[-1] * 1.04)
+    room = max(0.2, 0.15 * (max(percent) - min(percent)))
+    axes.set_ylim(min(percent) - room, min(100.0, max(percent) + room))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    return svg(figure, "accuracy", f"validation accuracy, at last {percent[-1]:.2f} %")
 
 
+@rc_context(STYLE)
 def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     """How often right against how sure, before and after the temperature was fitted."""
-    with rc_context(STYLE):
-        figure, axes = _axes("how sure (mean probability)", "how often right")
-        axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="honest")
-        sure, right = _points(before)
-        axes.plot(sure, right, "s--", color=SECOND, ms=4, lw=1.2, label="before")
-        sure, right = _points(after)
-        ranges = [wilson_interval(round(b.accuracy * b.images), b.images) for b in after]
-        axes.vlines(sure, *zip(*ranges, strict=True), color=ACCENT, lw=1, alpha=0.6)
-        axes.plot(sure, right, "o-", color=ACCENT, ms=4.5, label="after")
-        axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-        axes.legend(loc="upper left", labelcolor=MUTED)
-        return svg(figure, "reliability", "how often right against how sure")
+    figure, axes = _axes("how sure (mean probability)", "how often right")
+    axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="honest")
+    sure, right = _points(before)
+    axes.plot(sure, right, "s--", color=SECOND, ms=4, lw=1.2, label="before")
+    sure, right = _points(after)
+    ranges = [wilson_interval(round(b.accuracy * b.images), b.images) for b in after]
+    axes.vlines(sure, *zip(*ranges, strict=True), color=ACCENT, lw=1, alpha=0.6)
+    axes.plot(sure, right, "o-", color=ACCENT, ms=4.5, label="after")
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(loc="upper left", labelcolor=MUTED)
+    return svg(figure, "reliability", "how often right against how sure")
 
 
+@rc_context(STYLE)
 def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     """How many images the predictor was how sure about, before and after the temperature."""
-    with rc_context(STYLE):
-        figure, axes = _axes("how sure (mean probability)", "images")
-        for bins, colour, label in ((before, SECOND, "before"), (after, ACCENT, "after")):
-            sure, counts = _points(bins)[0], [b.images for b in bins]
-            marker = "s--" if bins is before else "o-"
-            axes.plot(sure, counts, marker, color=colour, ms=4, lw=1.2, label=label)
-        _logarithmic(axes)
-        axes.set_xlim(0, 1.02)
-        axes.legend(loc="upper left", labelcolor=MUTED)
-        return svg(figure, "histogram", "images by how sure the answer was")
+    figure, axes = _axes("how sure (mean probability)", "images")
+    for bins, colour, label in ((before, SECOND, "before"), (after, ACCENT, "after")):
+        sure, counts = _points(bins)[0], [b.images for b in bins]
+        marker = "s--" if bins is before else "o-"
+        axes.plot(sure, counts, marker, color=colour, ms=4, lw=1.2, label=label)
+    _logarithmic(axes, "y")
+    axes.set_xlim(0, 1.02)
+    axes.legend(loc="upper left", labelcolor=MUTED)
+    return svg(figure, "histogram", "images by how sure the answer was")
 
 
+@rc_context(STYLE)
 def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> str:
     """How many images have how large a margin, and where the largest error of each file lies."""
     positive = [margin for margin in margins if margin > 0] or [1.0]
     low, high = min(positive) / 1.1, max(positive) * 1.1
     step = (high / low) ** (1 / MARGIN_BINS)
-    with rc_context(STYLE):
-        figure, axes = _axes("by how much the likeliest class is ahead (nats)", "images")
-        edges = [low * step**index for index in range(MARGIN_BINS + 1)]
-        axes.hist(positive, edges, histtype="stepfilled", color=ACCENT, alpha=0.35, lw=0)
-        styles = zip((INK, SECOND, ACCENT), ("-", "--", ":"), strict=True)
-        for (name, error), (colour, dashes) in zip(largest.items(), styles, strict=False):
-            axes.axvline(error, color=colour, ls=dashes, label=f"{name} {error:.2g}")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        _logarithmic(axes)
-        axes.set_ylim(bottom=0.7)
-        if largest:
-            legend = axes.legend(
-                loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, labelcolor=MUTED
-            )
-            legend.set_title("largest error")
-        return svg(figure, "margins", "images by their margin, and the largest errors")
+    figure, axes = _axes("by how much the likeliest class is ahead (nats)", "images")
+    edges = [low * step**index for index in range(MARGIN_BINS + 1)]
+    axes.hist(positive, edges, histtype="stepfilled", color=ACCENT, alpha=0.35, lw=0)
+    styles = zip((INK, SECOND, ACCENT), ("-", "--", ":"), strict=True)
+    for (name, error), (colour, dashes) in zip(largest.items(), styles, strict=False):
+        axes.axvline(error, color=colour, ls=dashes, label=f"{name} {error:.2g}")
+    _logarithmic(axes, "x")
+    _logarithmic(axes, "y")
+    axes.set_ylim(bottom=0.7)
+    if largest:
+        legend = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, labelcolor=MUTED)
+        legend.set_title("largest error")
+    return svg(figure, "margins", "images by their margin, and the largest errors")
 
 
+@rc_context(STYLE)
 def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[float]) -> str:
     """How often each class was answered, in percent, by the reference and by a log."""
-    with rc_context(STYLE):
-        figure, axes = _axes("class", "answers (%)")
-        places = range(len(classes))
-        for rates, shift, colour, label in (
-            (before, -0.2, MUTED, "reference"),
-            (now, 0.2, ACCENT, "log"),
-        ):
-            heights = [100 * rate for rate in rates]
-            axes.bar([at + shift for at in places], heights, 0.4, color=colour, label=label)
-        axes.set_xticks(list(places), list(classes), rotation=90 if len(classes) > 12 else 0)
-        axes.grid(visible=False, axis="x")
-        _legend_above(axes)
-        return svg(figure, "rates", "how often each class was answered, then and now")
+    figure, axes = _axes("class", "answers (%)")
+    places = range(len(classes))
+    for rates, shift, colour, label in (
+        (before, -0.2, MUTED, "reference"),
+        (now, 0.2, ACCENT, "log"),
+    ):
+        heights = [100 * rate for rate in rates]
+        axes.bar([at + shift for at in places], heights, 0.4, color=colour, label=label)
+    axes.set_xticks(list(places), list(classes), rotation=90 if len(classes) > 12 else 0)
+    axes.grid(visible=False, axis="x")
+    _legend_above(axes, 2)
+    return svg(figure, "rates", "how often each class was answered, then and now")
 
 
+@rc_context(STYLE)
 def below_chart(
     what: str, edges: Sequence[float], before: Sequence[int], now: Sequence[int]
 ) -> str:
     """The share of images below each value, from counts in bins, by the reference and by a log."""
-    with rc_context(STYLE):
-        figure, axes = _axes(what, "images below it (%)")
-        for counts, colour, dashes, label in (
-            (before, MUTED, "--", "reference"),
-            (now, ACCENT, "-", "log"),
-        ):
-            shares = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
-            axes.plot(edges, shares, dashes, color=colour, label=label)
-        axes.set_ylim(0, 102)
-        if what == "confidence":
-            _near_one(axes)
-        _legend_above(axes)
-        return svg(figure, f"below-{what}", f"the share of images below each {what}")
+    figure, axes = _axes(what, "images below it (%)")
+    for counts, colour, dashes, label in (
+        (before, MUTED, "--", "reference"),
+        (now, ACCENT, "-", "log"),
+    ):
+        shares = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
+        axes.plot(edges, shares, dashes, color=colour, label=label)
+    axes.set_ylim(0, 102)
+    if what == "confidence":
+        _near_one(axes)
+    _legend_above(axes, 2)
+    return svg(figure, f"below-{what}", f"the share of images below each {what}")
 
 
 def _near_one(axes: Axes) -> None:
     """Stretch the axis towards 1, where most answers are."""
     least = 1e-6
-
-    def doubt(values: np.ndarray) -> np.ndarray:
-        away: np.ndarray = -np.log10(np.maximum(1 - values, least))
-        return away
-
-    axes.set_xscale("function", functions=(doubt, lambda places: 1 - 10.0**-places))
+    stretch = (
+        lambda values: -np.log10(np.maximum(1 - values, least)),
+        lambda places: 1 - 10.0**-places,
+    )
+    axes.set_xscale("function", functions=stretch)
     axes.set_xlim(0, 1 - least)
     axes.set_xticks([0, 0.9, 0.99, 0.999, 0.9999, 0.99999])
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
 
 
-def _legend_above(axes: Axes) -> None:
-    axes.legend(loc="lower right", labelcolor=MUTED, bbox_to_anchor=(1, 1), ncols=2)
+def _legend_above(axes: Axes, columns: int) -> None:
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=columns,
+        labelcolor=MUTED,
+        fontsize=8,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, layout="constrained")
+def _axes(x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.tick_params(which="both", length=0)
     return figure, axes
 
 
-def _logarithmic(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, position: f"{value:,g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def _logarithmic(axes: Axes, which: str) -> None:
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(lambda value, position: f"{value:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _points(bins: Sequence[Bin]) -> tuple[list[float], list[float]]:
@@ -241,91 +241,61 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 
 WIDTH, ROW, REST = 5.8, 0.19, 0.9  # inches: of a figure, of a row, of what is no row
-
-
 MARKS = {"p50": ("o", 5.0), "p90": ("|", 7.0), "p95": ("|", 7.0), "p99": ("D", 4.0)}
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A throughput in images a second."""
+@rc_context(STYLE)
+def throughput(
+    labels: Sequence[str],
+    speeds: Sequence[Mapping[str, float]],
+    ceilings: Sequence[float | None],
+) -> str:
+    """Images a second: the median as a bar, least to most as a whisker, the ceiling as a mark.
 
-    label: str
-    median: float
-    least: float
-    most: float
-    ceiling: float | None  # of a model that computes nothing, asked the same way
-
-
-@dataclass(frozen=True)
-class Span:
-    """Percentiles of a latency in milliseconds, those that can be claimed."""
-
-    label: str
-    percentiles: Mapping[str, float]
-    is_open: bool
-
-
-def throughput(bars: Sequence[Bar]) -> str:
-    """The median as a bar, least to most as a whisker, what the server can do at most as a mark."""
-    with rc_context(STYLE):
-        figure, axes = _rows([bar.label for bar in bars], "images a second")
-        places = range(len(bars))
-        axes.barh(places, [bar.median for bar in bars], color=ACCENT, alpha=0.45, height=0.66)
-        lines = axes.hlines(
-            places, [bar.least for bar in bars], [bar.most for bar in bars], color=INK, lw=1.2
-        )
-        lines.set_label("least to most")
-        known = [(place, bar.ceiling) for place, bar in enumerate(bars) if bar.ceiling]
-        if known:
-            at, ceilings = zip(*known, strict=True)
-            axes.plot(ceilings, at, "|", color=SECOND, ms=8, mew=2, label="computing nothing")
-        axes.set_xlim(left=min(bar.least for bar in bars if bar.least > 0) / 2)
-        _legend(axes)
-        return svg(figure, "throughput", "images a second of each row, least to most")
+    The ceiling is what a model does that computes nothing, asked the same way.
+    """
+    figure, axes = _rows(labels, "images a second")
+    places = range(len(labels))
+    least, median, most = ([speed[key] for speed in speeds] for key in ("min", "median", "max"))
+    axes.barh(places, median, color=ACCENT, alpha=0.45, height=0.66)
+    axes.hlines(places, least, most, color=INK, lw=1.2).set_label("least to most")
+    known = [(place, ceiling) for place, ceiling in enumerate(ceilings) if ceiling]
+    if known:
+        at, marks = zip(*known, strict=True)
+        axes.plot(marks, at, "|", color=SECOND, ms=8, mew=2, label="computing nothing")
+    axes.set_xlim(left=min(speed for speed in least if speed > 0) / 2)
+    _legend_above(axes, 4)
+    return svg(figure, "throughput", "images a second of each row, least to most")
 
 
-def latencies(spans: Sequence[Span]) -> str:
-    """Each row's percentiles on a line; those of an open loop in another colour."""
-    spans = [span for span in spans if span.percentiles]
-    with rc_context(STYLE):
-        figure, axes = _rows([span.label for span in spans], "latency (ms)")
-        for place, span in enumerate(spans):
-            colour = SECOND if span.is_open else ACCENT
-            known = list(span.percentiles.values())
-            axes.hlines(place, min(known), max(known), color=colour, lw=1.2)
-            for name, value in span.percentiles.items():
-                mark, size = MARKS[name]
-                axes.plot(value, place, mark, color=colour, ms=size)
-        for name in ("p50", "p90", "p99"):
-            axes.plot([], [], MARKS[name][0], color=MUTED, label=name.replace("p90", "p90, p95"))
-        axes.plot([], [], "-", color=SECOND, label="open loop")
-        _legend(axes)
-        return svg(figure, "latencies", "percentiles of each row's latency in milliseconds")
+@rc_context(STYLE)
+def latencies(
+    labels: Sequence[str], percentiles: Sequence[Mapping[str, float]], is_open: Sequence[bool]
+) -> str:
+    """Each row's percentiles in milliseconds on a line, an open loop's in another colour.
+
+    A row without any is left out.
+    """
+    shown = [row for row in zip(labels, percentiles, is_open, strict=True) if row[1]]
+    figure, axes = _rows([label for label, _, _ in shown], "latency (ms)")
+    for place, (_, known, of_open_loop) in enumerate(shown):
+        colour = SECOND if of_open_loop else ACCENT
+        axes.hlines(place, min(known.values()), max(known.values()), color=colour, lw=1.2)
+        for name, value in known.items():
+            mark, size = MARKS[name]
+            axes.plot(value, place, mark, color=colour, ms=size)
+    for name in ("p50", "p90", "p99"):
+        axes.plot([], [], MARKS[name][0], color=MUTED, label=name.replace("p90", "p90, p95"))
+    axes.plot([], [], "-", color=SECOND, label="open loop")
+    _legend_above(axes, 4)
+    return svg(figure, "latencies", "percentiles of each row's latency in milliseconds")
 
 
 def _rows(labels: Sequence[str], x: str) -> tuple[Figure, Axes]:
     """Axes with a row for each label, the first on top, and a logarithmic scale."""
-    figure = Figure(figsize=(WIDTH, REST + ROW * len(labels)), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:,g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(x)
+    figure, axes = _axes(x, "", (WIDTH, REST + ROW * len(labels)))
+    _logarithmic(axes, "x")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    axes.tick_params(which="both", length=0)
     return figure, axes
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=4,
-        labelcolor=MUTED,
-        fontsize=8,
-        handletextpad=0.4,
-        columnspacing=1.2,
-    )

@@ -19,7 +19,7 @@ from pipeline.data.splits import Split, load_split
 from pipeline.report import figures
 from pipeline.report.answers import Answers, answers, picture
 from pipeline.report.drift import Watched, watched
-from pipeline.report.evidence import Evidence, evidence
+from pipeline.report.evidence import EvidenceSection, read_evidence
 from pipeline.report.speeds import MEASURE, Speeds, speeds
 from pipeline.training.augment import examples
 from pipeline.training.recipes import RECIPES, TrainConfig
@@ -59,7 +59,7 @@ class Page:
     answers: Answers | Note
     pictures: Note | None  # why mistakes have none
     distorted: tuple[Distorted, ...] | Note
-    evidence: Evidence | Note
+    evidence: EvidenceSection | Note
     proof: Table | Note
     watched: Watched | Note
     speeds: Speeds | Note
@@ -90,41 +90,79 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
-    return environment.get_template("report.html").render(page=page, is_note=_is_note)
+    template = environment.get_template("report.html")
+    return template.render(page=page, is_note=lambda part: isinstance(part, Note))
 
 
 def collect(paths: Paths) -> Page:
     """Everything that the run and its export have to show."""
-    summary = _summary(paths)
+    train_command = f"pipeline train --run {paths.run}"
+    if not paths.run_folder.exists():
+        raise PipelineError(
+            f"no run at {paths.run_folder}: run '{train_command}' first, or name one that is there "
+            "with --run"
+        )
+    summary = read_json(
+        paths.summary, f"the run is not finished; finish it with '{train_command} --resume'"
+    )
     config = recorded_config(paths) or TrainConfig()
-    predictions = _predictions(paths, summary)
-    test = _pictured(_split(paths, config, "test"), predictions)
-    train = _split(paths, config, "train")
+    predictions: Predictions | None = None
+    if digest := summary.get("predictions_sha256"):
+        predictions = load_predictions(paths, str(digest))
+    train, test = (_split(paths, config, name) for name in ("train", "test"))
+    labels = test.labels if isinstance(test, Split) else None
+    if predictions and labels is not None and not np.array_equal(labels, predictions.labels):
+        test = Note("Pictures are left out: the cached test split is not the one that was scored")
+    pictured = test if isinstance(test, Split) else None
     manifest = _manifest(paths, summary)
+    evidence, proof, drift, measured = (
+        (manifest,) * 4 if isinstance(manifest, Note) else _of_export(paths, manifest, pictured)
+    )
     return Page(
         run=paths.run,
         name=paths.name,
         summary=summary,
-        curves=_curves(paths),
-        answers=predictions
-        if isinstance(predictions, Note)
-        else answers(predictions, summary, test if isinstance(test, Split) else None),
+        curves=_curves(paths, train_command),
+        answers=answers(predictions, summary, pictured)
+        if predictions
+        else Note("The run is from a time when runs did not keep predictions", train_command),
         pictures=test if isinstance(test, Note) else None,
         distorted=_distorted(train, config) if isinstance(train, Split) else train,
-        evidence=_evidence(paths, manifest, test),
-        proof=_proof(paths, manifest),
-        watched=_watched(paths, manifest),
-        speeds=_speeds(paths, manifest),
+        evidence=evidence,
+        proof=proof,
+        watched=drift,
+        speeds=measured,
         settings=_settings(config),
         digests=_digests(paths, config, summary, manifest),
         export=manifest if isinstance(manifest, Note) else None,
-        then=_then(paths, manifest),
+        then=manifest.command if isinstance(manifest, Note) else _then(paths),
     )
 
 
-def _then(paths: Paths, manifest: Mapping[str, Any] | Note) -> str:
-    if isinstance(manifest, Note):
-        return manifest.command
+def _split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:
+    """The split, or why there is none here; a cached file that changed is an error all the same."""
+    try:
+        return load_split(config.dataset, paths.data(config.dataset), name)
+    except CorruptError:
+        raise
+    except PipelineError as error:
+        return Note(f"Pictures are left out: {error}")
+
+
+def _manifest(paths: Paths, summary: Mapping[str, Any]) -> dict[str, Any] | Note:
+    """The manifest of this run's export."""
+    again = f"pipeline export --run {paths.run}"
+    again += "" if paths.name == paths.run else f" --name {paths.name}"
+    if not paths.manifest.exists():
+        return Note("This run has not been exported yet", again)
+    manifest = check_manifest(paths.export, f"run '{again}' again")
+    if manifest.get("weights_sha256") != summary["weights_sha256"]:
+        return Note(f"exported/{paths.name} is the export of other weights than these", again)
+    return manifest
+
+
+def _then(paths: Paths) -> str:
+    """The command that the chain lacks after an export."""
     if not paths.validation.exists():
         return f"pipeline validate{_named(paths)}"
     if not paths.packaged.exists():
@@ -138,117 +176,45 @@ def _named(paths: Paths) -> str:
     return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
 
 
-def _is_note(value: object) -> bool:
-    return isinstance(value, Note)
+def _of_export(
+    paths: Paths, manifest: Mapping[str, Any], test: Split | None
+) -> tuple[EvidenceSection | Note, Table | Note, Watched | Note, Speeds | Note]:
+    """The export's evidence, its agreement on a server, its drift and its speeds."""
+    named, model = _named(paths), manifest["files"].get(paths.onnx.name)
+    evidence = read_evidence(paths, manifest, test) or Note(
+        "The exported files have not been held against their module yet",
+        f"pipeline validate{named}",
+    )
+    proof: Table | Note = Note("No server has been held against this model yet", _then(paths))
+    if paths.agreement.exists():
+        proof = read_agreement(paths)
+        if proof.sha256 != model:
+            proof = Note(
+                f"The last proof was of another model.onnx (version {proof.version})",
+                "pipeline package && pipeline validate exported/model_repository",
+            )
+    drift = watched(paths)
+    lack = "No prediction log has been held against this model yet"
+    if drift and drift.sha256 != model:
+        drift, lack = None, "The last prediction log was of another model.onnx"
+    measured = speeds(paths, str(model))
+    return (
+        evidence,
+        proof,
+        drift or Note(lack, f"pipeline drift LOG{named}"),
+        measured or Note("Nobody has measured yet how fast it is", f"{MEASURE}{named}"),
+    )
 
 
-def _train_command(paths: Paths) -> str:
-    return f"pipeline train --run {paths.run}"
-
-
-def _export_command(paths: Paths) -> str:
-    named = "" if paths.name == paths.run else f" --name {paths.name}"
-    return f"pipeline export --run {paths.run}{named}"
-
-
-def _summary(paths: Paths) -> dict[str, Any]:
-    if not paths.run_folder.exists():
-        raise PipelineError(
-            f"no run at {paths.run_folder}: run '{_train_command(paths)}' first, or name one that "
-            "there is with --run"
-        )
-    mend = f"the run is not finished; finish it with '{_train_command(paths)} --resume'"
-    return read_json(paths.summary, mend)
-
-
-def _predictions(paths: Paths, summary: Mapping[str, Any]) -> Predictions | Note:
-    if digest := summary.get("predictions_sha256"):
-        return load_predictions(paths, str(digest))
-    lack = "This run is from a time when runs did not keep their predictions"
-    return Note(lack, _train_command(paths))
-
-
-def _split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:
-    """The split, or why there is none here; a cached file that changed is an error all the same."""
-    try:
-        return load_split(config.dataset, paths.data(config.dataset), name)
-    except CorruptError:
-        raise
-    except PipelineError as error:
-        return Note(f"Pictures are left out: {error}")
-
-
-def _pictured(test: Split | Note, predictions: Predictions | Note) -> Split | Note:
-    """The test split that the predictions were made on, or why there are no pictures of it."""
-    if isinstance(test, Note) or isinstance(predictions, Note):
-        return test
-    if np.array_equal(test.labels, predictions.labels):
-        return test
-    return Note("Pictures are left out: the cached test split is not the one that was scored")
-
-
-def _manifest(paths: Paths, summary: Mapping[str, Any]) -> dict[str, Any] | Note:
-    """The manifest of this run's export."""
-    again = _export_command(paths)
-    if not paths.manifest.exists():
-        return Note("This run has not been exported yet", again)
-    manifest = check_manifest(paths.export, f"run '{again}' again")
-    if manifest.get("weights_sha256") != summary["weights_sha256"]:
-        return Note(f"exported/{paths.name} is the export of other weights than these", again)
-    return manifest
-
-
-def _evidence(
-    paths: Paths, manifest: Mapping[str, Any] | Note, test: Split | Note
-) -> Evidence | Note:
-    if isinstance(manifest, Note):
-        return manifest
-    shown = evidence(paths, manifest, test if isinstance(test, Split) else None)
-    lack = "The exported files have not been held against their module yet"
-    return shown or Note(lack, f"pipeline validate{_named(paths)}")
-
-
-def _proof(paths: Paths, manifest: Mapping[str, Any] | Note) -> Table | Note:
-    if isinstance(manifest, Note):
-        return manifest
-    if not paths.agreement.exists():
-        return Note("No server has been held against this model yet", _then(paths, manifest))
-    table = read_agreement(paths)
-    if table.sha256 != manifest["files"].get(paths.onnx.name):
-        return Note(
-            f"The last proof was of another model.onnx (version {table.version})",
-            "pipeline package && pipeline validate exported/model_repository",
-        )
-    return table
-
-
-def _watched(paths: Paths, manifest: Mapping[str, Any] | Note) -> Watched | Note:
-    if isinstance(manifest, Note):
-        return manifest
-    shown, command = watched(paths), f"pipeline drift LOG{_named(paths)}"
-    if shown is None:
-        return Note("No prediction log has been held against this model yet", command)
-    if shown.sha256 != manifest["files"].get(paths.onnx.name):
-        return Note("The last prediction log was of another model.onnx", command)
-    return shown
-
-
-def _speeds(paths: Paths, manifest: Mapping[str, Any] | Note) -> Speeds | Note:
-    if isinstance(manifest, Note):
-        return manifest
-    measured = speeds(paths, str(manifest["files"].get(paths.onnx.name)))
-    return measured or Note("Nobody has measured yet how fast it is", f"{MEASURE}{_named(paths)}")
-
-
-def _curves(paths: Paths) -> tuple[Markup, ...] | Note:
+def _curves(paths: Paths, train_command: str) -> tuple[Markup, ...] | Note:
     if not paths.metrics.exists():
-        return Note(f"runs/{paths.run}/{paths.metrics.name} is gone", _train_command(paths))
+        return Note(f"runs/{paths.run}/{paths.metrics.name} is gone", train_command)
     try:
         lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
         return Markup(figures.loss_curve(lines)), Markup(figures.accuracy_curve(lines))
     except (ValueError, LookupError, TypeError) as error:
         raise CorruptError(
-            f"{paths.metrics} holds no learning curve: run '{_train_command(paths)}' again"
+            f"{paths.metrics} holds no learning curve: run '{train_command}' again"
         ) from error
 
 
@@ -268,15 +234,16 @@ def _distorted(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Not
 
 
 def _settings(config: TrainConfig) -> tuple[tuple[str, str, str], ...]:
+    """The name of each setting, its value, and the recipe's own where that is another."""
+
+    def plain(value: object) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
     own = asdict(RECIPES[config.recipe]) if config.recipe in RECIPES else {}
     return tuple(
-        (name, _plain(value), "" if own.get(name, value) == value else _plain(own[name]))
+        (name, plain(value), "" if own.get(name, value) == value else plain(own[name]))
         for name, value in asdict(config.settings).items()
     )
-
-
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _digests(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -12,16 +11,16 @@ from pipeline.benchmark.timing import PERCENTILES
 from pipeline.benchmark.workers import YARDSTICK
 from pipeline.core.files import read_json
 from pipeline.core.paths import Paths
-from pipeline.report import figures as speed_figures
+from pipeline.report import figures
 
 CEILING = "no-op"
 MEASURE = "pipeline benchmark --what all"
-MEND = f"run '{MEASURE}' again"
+AGAIN = f"run '{MEASURE}' again"
 WAYS = {"grpc": "Triton, gRPC", "http": "Triton, HTTP"}
 
 
 @dataclass(frozen=True)
-class SpeedRow:
+class SpeedCells:
     """A row of the table, as text."""
 
     name: str
@@ -44,7 +43,7 @@ class Speeds:
     """What was measured of the export that the report is of."""
 
     headers: tuple[str, ...]
-    rows: tuple[SpeedRow, ...]
+    rows: tuple[SpeedCells, ...]
     figures: tuple[Markup, ...]
     measured: tuple[tuple[str, str], ...]  # what, and when and on what
     remarks: tuple[str, ...]
@@ -53,37 +52,41 @@ class Speeds:
 def speeds(paths: Paths, digest: str) -> Speeds | None:
     """What was measured of the model.onnx with this digest; None where nothing was."""
     files = {"in process": paths.inference, "served": paths.serving}
-    records = {what: _record(file, digest) for what, file in files.items() if file.exists()}
-    known = {what: record for what, record in records.items() if record}
+    records = {what: read_json(file, AGAIN) for what, file in files.items() if file.exists()}
+    known = {what: record for what, record in records.items() if record.get("sha256") == digest}
     rows = [row for record in known.values() for row in record["rows"]]
     shown = [row for row in rows if row["name"] != YARDSTICK]
     if not shown:
         return None
+    ours = [row for row in shown if row["name"] != CEILING]
+    ceilings = {  # how fast a model is that computes nothing, asked the same way
+        (row["way"], row["batch"], row["concurrency"]): row["images_per_second"]["median"]
+        for row in shown
+        if row["name"] == CEILING
+    }
+    labels = [_label(row) for row in ours]
+    drawn = (
+        figures.throughput(
+            labels,
+            [row["images_per_second"] for row in ours],
+            [ceilings.get((row["way"], row["batch"], row["concurrency"])) for row in ours],
+        ),
+        figures.latencies(
+            labels, [row["latency_ms"] for row in ours], [bool(row.get("rate")) for row in ours]
+        ),
+    )
     return Speeds(
         headers=HEADERS,
         rows=tuple(map(_row, shown)),
-        figures=(
-            Markup(speed_figures.throughput([_bar(row, shown) for row in shown if _is_ours(row)])),
-            Markup(speed_figures.latencies([_span(row) for row in shown if _is_ours(row)])),
-        ),
+        figures=tuple(map(Markup, drawn)),
         measured=tuple((what, _when(record)) for what, record in known.items()),
         remarks=_remarks(shown),
     )
 
 
-def _record(file: Path, digest: str) -> dict[str, Any] | None:
-    """A benchmark's record, where it is of that file."""
-    record = read_json(file, MEND)
-    return record if record.get("sha256") == digest else None
-
-
 def _when(record: Mapping[str, Any]) -> str:
     host = record["machine"]
     return f"{record['measured_at'][:10]}, {host['processor']} with {host['cores']} cores"
-
-
-def _is_ours(row: Mapping[str, Any]) -> bool:
-    return bool(row["name"] != CEILING)
 
 
 def _asking(row: Mapping[str, Any]) -> str:
@@ -99,23 +102,7 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{whom}: {row['batch']}{at_once}"
 
 
-def _bar(row: Mapping[str, Any], every: list[dict[str, Any]]) -> speed_figures.Bar:
-    speed = row["images_per_second"]
-    keys = ("way", "batch", "concurrency")
-    ceilings = [
-        other["images_per_second"]["median"]
-        for other in every
-        if not _is_ours(other) and not row.get("rate") and all(other[k] == row[k] for k in keys)
-    ]
-    ceiling = ceilings[0] if ceilings else None
-    return speed_figures.Bar(_label(row), speed["median"], speed["min"], speed["max"], ceiling)
-
-
-def _span(row: Mapping[str, Any]) -> speed_figures.Span:
-    return speed_figures.Span(_label(row), row["latency_ms"], bool(row.get("rate")))
-
-
-def _row(row: Mapping[str, Any]) -> SpeedRow:
+def _row(row: Mapping[str, Any]) -> SpeedCells:
     speed, split = row["images_per_second"], row["server"]
     accuracy, peak = row.get("accuracy"), row.get("peak_bytes")
     cells = (
@@ -127,7 +114,7 @@ def _row(row: Mapping[str, Any]) -> SpeedRow:
         str(row.get("differing", "")),
         "" if peak is None else f"{peak / MEBIBYTE:,.0f} MiB",
     )
-    return SpeedRow(row["name"], row["way"], row["batch"], _asking(row), cells)
+    return SpeedCells(row["name"], row["way"], row["batch"], _asking(row), cells)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.files import sha256, write_bytes, write_json
 from pipeline.report import page
 from pipeline.report.answers import Answers
-from pipeline.report.evidence import WORST, Evidence
+from pipeline.report.evidence import WORST, EvidenceSection
 from pipeline.repository.golden import unpack_golden
 from pipeline.training.records import load_predictions, save_predictions
 from tests.conftest import REPOSITORY, Chain, Edit, edit_json, error_line, flip_bit
@@ -146,10 +146,10 @@ def test_a_proof_of_this_export_is_shown(chain: Chain) -> None:
     assert "Triton gRPC" in written(chain)
 
 
-def proof_of(chain: Chain) -> tuple[Evidence, dict[str, Any], dict[str, np.ndarray]]:
+def proof_of(chain: Chain) -> tuple[EvidenceSection, dict[str, Any], dict[str, np.ndarray]]:
     """What the page shows of the proof, and the records that it is from."""
     shown = page.collect(chain.paths).evidence
-    assert isinstance(shown, Evidence)
+    assert isinstance(shown, EvidenceSection)
     with np.load(chain.paths.evidence) as arrays:
         return shown, json.loads(chain.paths.validation.read_text()), dict(arrays)
 
