@@ -136,7 +136,7 @@ format: .venv/done ## let ruff format the code
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-figures: $(AGREEMENT) ## measure the README's figures anew and render them
+figures: $(AGREEMENT) ## measure the agreement again and render the README
 	$(PIPELINE) validate exported/model_repository
 	$(TOOL).readme agreement $(AGREEMENT) $(SUMMARY)
 

@@ -1,12 +1,10 @@
 """Test digits as the pictures that people have: under seeded conditions, as files' contents.
 
-Real digits of MNIST are drawn large, with a pen, onto paper, under light, into a camera.
-
-Paper, lines, light and lenses for pictures of digits, each from a random generator.
+Real digits of MNIST are drawn large, with a pen, onto paper, under light, into a camera; paper,
+lines, light and lenses come from a random generator.
 """
 
-# Shape letters: H height, W width of a picture, W width. Coverage is how much of a pixel is ink, 0
-# to 1.
+# Shape letters: H height and W width of a picture. Coverage is how much of a pixel is ink, 0 to 1.
 
 import io
 from collections.abc import Callable, Iterator
@@ -16,8 +14,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFilter
 
 Rng = np.random.Generator
-
-
 Shape = tuple[int, int]  # H, W
 
 
@@ -190,13 +186,8 @@ def glyph(digit: np.ndarray, side: float, pen: str, rng: Rng) -> np.ndarray:
         )
         large = large.filter(ImageFilter.GaussianBlur(fine / 100))
     if pen == "hair":
-        thin = thinned(np.asarray(large) > 150)
-        large = Image.fromarray((thin * 255).astype(np.uint8))
-        large = large.filter(ImageFilter.MaxFilter(3)).resize(
-            (length, length), Image.Resampling.BICUBIC
-        )
         width = max(1, round(rng.uniform(1.0, 2.2)))
-        return _hairline(thin, length, width)
+        return _hairline(thinned(np.asarray(large) > 150), length, width)
     gain = max(1.0, length / 28 / 1.5)
     return np.clip((np.asarray(large, np.float32) - 120) * gain / 255 + 0.5, 0, 1)
 
@@ -281,14 +272,6 @@ _STORED = {
 }
 
 
-def _phone(rng: Rng) -> Scene:
-    return Scene(lighting=gradient)
-
-
-def _any_rotation(rng: Rng) -> Scene:
-    return Scene(lighting=gradient, orientation=int(rng.choice([3, 6, 8])))
-
-
 def _coloured(rng: Rng) -> Scene:
     papers = ((250, 225, 120), (180, 220, 245), (245, 190, 200), (190, 230, 180), (225, 205, 170))
     inks = ((150, 30, 40), (30, 60, 150), (20, 100, 60), (100, 40, 120), (60, 40, 30))
@@ -299,21 +282,8 @@ def _coloured(rng: Rng) -> Scene:
 def _tiny(rng: Rng) -> Scene:
     side = int(rng.integers(26, 60))
     high = rng.uniform(10, 16) / side
-    paper = (255, 255, 255)
-    return Scene(
-        (side, side),
-        (high, high),
-        turn=2,
-        paper=paper,
-        texture=0,
-        noise=1,
-        quality=0,
-        blur=(0, 0.3),
-    )
-
-
-def _white_on_black(rng: Rng) -> Scene:
-    return Scene(paper=(34, 42, 38), ink=(225, 228, 220), lighting=gradient, texture=0.06)
+    paper, shape, share, blur = (255, 255, 255), (side, side), (high, high), (0, 0.3)
+    return Scene(shape, share, turn=2, paper=paper, texture=0, noise=1, quality=0, blur=blur)
 
 
 def _transparent(rng: Rng) -> Scene:
@@ -332,7 +302,7 @@ def _screenshot(rng: Rng) -> Scene:
 _RULED = Scene(lines=ruled, ink=(28, 40, 110), lighting=gradient, turn=3)
 SCENES: dict[str, Callable[[Rng], Scene]] = {
     "scan": lambda rng: Scene((420, 340), paper=(250, 250, 248), noise=3, mode="L"),
-    "phone": _phone,
+    "phone": lambda rng: Scene(lighting=gradient),
     "shadow": lambda rng: Scene(lighting=shadow),
     "texture": lambda rng: Scene(texture=0.07, paper=(205, 190, 160), lighting=gradient),
     "ruled": lambda rng: _RULED,
@@ -344,12 +314,14 @@ SCENES: dict[str, Callable[[Rng], Scene]] = {
     "marker": lambda rng: Scene(pen="thick", ink=(20, 20, 24), lighting=gradient),
     "hairline": lambda rng: Scene(pen="hair", share=(0.4, 0.8), noise=1, blur=(0, 0.4)),
     "pencil": lambda rng: Scene(ink=(120, 118, 115), opacity=(0.55, 0.85), texture=0.02),
-    "white on black": _white_on_black,
+    "white on black": lambda rng: Scene(
+        paper=(34, 42, 38), ink=(225, 228, 220), lighting=gradient, texture=0.06
+    ),
     "transparent": _transparent,
     "tiny": _tiny,
     "huge": lambda rng: Scene((600, 800), (0.12, 0.5), lighting=gradient, enlarged=3),
     "coloured": _coloured,
-    "exif": _any_rotation,
+    "exif": lambda rng: Scene(lighting=gradient, orientation=int(rng.choice([3, 6, 8]))),
     "camera": lambda rng: replace(_RULED, camera=7.0),
     "screenshot": _screenshot,
     # Held back: nothing was tuned on these.

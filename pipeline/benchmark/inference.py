@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.benchmark import timing, workers
-from pipeline.benchmark.table import tables
 from pipeline.benchmark.timing import UNTIL, Score, TimedRow, Until, Window
 from pipeline.benchmark.workers import EAGER, EXPORT, RUNTIME, YARDSTICK, Ask, LocalRuntime
 from pipeline.core.files import check_digest, read_json, write_json
@@ -58,9 +57,6 @@ class Inference:
             "rows": [row.record() for row in self.rows],
             "scores": {row.name: asdict(row.score) for row in self.rows if row.score},
         }
-
-    def __str__(self) -> str:
-        return tables(self.rows)
 
 
 def benchmark_inference(

@@ -18,7 +18,6 @@ import psutil
 
 from pipeline.benchmark import load, timing, workers
 from pipeline.benchmark.load import open_loop
-from pipeline.benchmark.table import tables
 from pipeline.benchmark.timing import Score, TimedRow, Until, Window
 from pipeline.benchmark.workers import EAGER, RUNTIME, YARDSTICK, LocalRuntime
 from pipeline.client.client import Client
@@ -27,7 +26,6 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine, peak_bytes
 from pipeline.core.paths import Paths
-from pipeline.core.text import Lines
 from pipeline.export.runtime import onnx_predictor
 from pipeline.repository import config_pbtxt
 from pipeline.repository.release import Release, selected_releases
@@ -168,9 +166,6 @@ class Serving:
             f"{parts['of_medians']:.2f} ({parts['min']:.2f} to {parts['max']:.2f}) {meaning}"
             for parts, meaning in zip(self.ratios().values(), meanings, strict=True)
         ]
-
-    def __str__(self) -> str:
-        return Lines(tables(self.rows), *self.ratio_lines())
 
 
 def cells(name: str) -> list[Cell]:

@@ -58,6 +58,7 @@ def join_windows(windows: Sequence[Window]) -> Window:
         windows[0],
         seconds=sum(window.seconds for window in windows),
         latencies=np.concatenate([window.latencies for window in windows]),
+        late=np.concatenate([window.late for window in windows]),
         wrong=sum(window.wrong for window in windows),
         failed=sum(window.failed for window in windows),
         others=statistics.mean(window.others for window in windows),
@@ -108,30 +109,22 @@ class TimedRow:
         return [window.images_per_second for window in self.windows]
 
     @property
-    def wrong(self) -> int:
-        return sum(window.wrong for window in self.windows)
-
-    @property
-    def failed(self) -> int:
-        return sum(window.failed for window in self.windows)
+    def joined(self) -> Window:
+        return join_windows(self.windows)
 
     def latency_ms(self) -> dict[str, float]:
         """Percentiles over the requests of all windows, where enough lie beyond to claim one."""
-        return _percentiles(self._all("latencies"))
+        return _percentiles(self.joined.latencies)
 
     def late_ms(self) -> dict[str, float]:
         """By how much an open loop's client itself was late."""
-        return _percentiles(self._all("late"))
-
-    def _all(self, seconds: str) -> np.ndarray:
-        """The latencies of all windows, or by how much their client was late, float64 seconds."""
-        return np.concatenate([getattr(window, seconds) for window in self.windows])
+        return _percentiles(self.joined.late)
 
     @property
     def is_behind(self) -> bool:
         """Whether the client of an open loop was late by so much that it, too, was measured."""
-        late, latency = self._all("late"), self._all("latencies")
-        return bool(len(late)) and bool(late.mean() > BEHIND * latency.mean())
+        late, latencies = self.joined.late, self.joined.latencies
+        return bool(len(late)) and bool(late.mean() > BEHIND * latencies.mean())
 
     @property
     def others(self) -> float:
@@ -153,6 +146,7 @@ class TimedRow:
 
     def record(self) -> dict[str, Any]:
         """The row as JSON has it."""
+        joined = self.joined
         speeds = {"median": self.speed, "min": min(self.speeds), "max": max(self.speeds)}
         open_loop = {"rate": self.rate, "late_ms": self.late_ms(), "behind": self.is_behind}
         return {
@@ -163,9 +157,9 @@ class TimedRow:
             "fastest_ms": {"rounds": [window.fastest_ms for window in self.windows]},
             "server": self.split(),
             "server_rounds": self._split_rounds(),
-            "requests": sum(len(window.latencies) for window in self.windows),
-            "wrong": self.wrong,
-            "failed": self.failed,
+            "requests": len(joined.latencies),
+            "wrong": joined.wrong,
+            "failed": joined.failed,
             "settled": self.is_settled,
             "others": self.others,
             **(asdict(self.score) if self.score else {}),
@@ -182,9 +176,9 @@ def require_answers(rows: Sequence[TimedRow]) -> None:
     """Raise CheckFailedError where an answer was wrong or missing: its speed tells nothing then."""
     bad = [
         f"{row.name}, {row.batch} images a request, {row.concurrency or 'so many'} at once: "
-        f"{row.wrong} wrong, {row.failed} failed"
+        f"{row.joined.wrong} wrong, {row.joined.failed} failed"
         for row in rows
-        if row.wrong or row.failed or not all(row.speeds)
+        if row.joined.wrong or row.joined.failed or not all(row.speeds)
     ]
     if bad:
         raise CheckFailedError(f"answers were wrong or missing: {'; '.join(bad)}")
