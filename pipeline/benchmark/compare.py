@@ -40,7 +40,7 @@ SHARED = 2.0
 
 
 @dataclass(frozen=True)
-class Change:
+class RowChange:
     """What became of one row."""
 
     row: str
@@ -64,13 +64,13 @@ class Change:
 class Comparison:
     """All rows that both measurements have, and those that only one has."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[RowChange, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
     of_model: int  # speeds that were compared of the model itself, not of what ran beside it
 
     @property
-    def worse(self) -> list[Change]:
+    def worse(self) -> list[RowChange]:
         return [change for change in self.changes if change.verdict == "worse"]
 
     @property
@@ -215,7 +215,7 @@ def _rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
     return rounds
 
 
-def _slower(before: Mapping[str, Any], after: Mapping[str, Any], what: str) -> Iterator[Change]:
+def _slower(before: Mapping[str, Any], after: Mapping[str, Any], what: str) -> Iterator[RowChange]:
     """The change of each row that both have, by medians of its rounds and their spread."""
     olds, news = _rounds(before, what), _rounds(after, what)
     others = [
@@ -234,10 +234,10 @@ def _slower(before: Mapping[str, Any], after: Mapping[str, Any], what: str) -> I
         noise = math.expm1(SPREADS[fewest] * max(spread, usual)) + shared
         old, new = (math.exp(statistics.median(rounds[row])) for rounds in (olds, news))
         limit = max(SLOWER, noise if new > old else noise / (1 + noise))  # half is as far as twice
-        yield Change(row, what, old, new, noise, _verdict(new / old - 1, limit))
+        yield RowChange(row, what, old, new, noise, _verdict(new / old - 1, limit))
 
 
-def _less_accurate(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
+def _less_accurate(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[RowChange]:
     """The change of each accuracy that both have, without noise: it is of the same images."""
     news = after.get("scores", {})
     for name, score in before.get("scores", {}).items():
@@ -245,7 +245,7 @@ def _less_accurate(before: Mapping[str, Any], after: Mapping[str, Any]) -> Itera
             old, new = float(score["accuracy"]), float(news[name]["accuracy"])
             if not (0 <= old <= 1 and 0 <= new <= 1):
                 raise ValueError(f"{old} or {new} is no accuracy")
-            yield Change(name, "accuracy", old, new, 0.0, _verdict(new - old, LESS_ACCURATE))
+            yield RowChange(name, "accuracy", old, new, 0.0, _verdict(new - old, LESS_ACCURATE))
 
 
 def _verdict(change: float, limit: float) -> str:
