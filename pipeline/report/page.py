@@ -115,6 +115,7 @@ def collect(paths: Paths) -> Page:
         test = Note("Pictures are left out: the cached test split is not the one that was scored")
     pictured = test if isinstance(test, Split) else None
     manifest = _manifest(paths, summary)
+    lack = "This run is from a time when runs did not keep their predictions"
     evidence, proof, drift, measured = (
         (manifest,) * 4 if isinstance(manifest, Note) else _of_export(paths, manifest, pictured)
     )
@@ -125,7 +126,7 @@ def collect(paths: Paths) -> Page:
         curves=_curves(paths, train_command),
         answers=answers(predictions, summary, pictured)
         if predictions
-        else Note("The run is from a time when runs did not keep predictions", train_command),
+        else Note(lack, train_command),
         pictures=test if isinstance(test, Note) else None,
         distorted=_distorted(train, config) if isinstance(train, Split) else train,
         evidence=evidence,
