@@ -28,7 +28,7 @@ def config() -> config_pbtxt.ModelConfig:
     """The config of a model of ten digits, as a packaged one has it."""
     classes = [str(digit) for digit in range(10)]
     settings = PackageConfig(max_batch_size=LARGEST)
-    message = config_pbtxt.model_config(
+    message = config_pbtxt.base_config(
         "handwriting", IMAGES, log_probabilities(10), classes, settings
     )
     config_pbtxt.set_parameter(message, "sha256.1", DIGEST)

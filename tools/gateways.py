@@ -48,7 +48,7 @@ class Player:
         if self.failure:
             raise self.failure
         specs = IMAGES, log_probabilities(10)
-        return config_pbtxt.model_config("handwriting", *specs, MNIST_CLASSES, PackageConfig())
+        return config_pbtxt.base_config("handwriting", *specs, MNIST_CLASSES, PackageConfig())
 
     async def classify(self, images: list[np.ndarray], top: int) -> list[Prediction]:
         import asyncio

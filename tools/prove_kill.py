@@ -21,7 +21,7 @@ from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
 from pipeline.repository import config_pbtxt
-from pipeline.serving import serve, supervise
+from pipeline.serving import process, serve, supervise
 from pipeline.serving.settings import ServeConfig
 from tools.provenance import write_figure
 from tools.readme import render_readme
@@ -73,7 +73,7 @@ def await_another(paths: Paths, before: serve.Server) -> None:
         if now and now.id != before.id and now.is_ready:
             return
         assert time.monotonic() < deadline, "the server does not come back"
-        time.sleep(serve.POLL_SECONDS)
+        time.sleep(process.POLL_SECONDS)
 
 
 def kill(paths: Paths, config: ServeConfig, kind: str, ids: set[str]) -> Kill:
@@ -91,7 +91,7 @@ def kill(paths: Paths, config: ServeConfig, kind: str, ids: set[str]) -> Kill:
         os.kill(pid, signal.SIGKILL)
     if kind == "supervisor":
         while serve.is_alive(server.supervisor_pid, server.supervisor_start_time):
-            time.sleep(serve.POLL_SECONDS)
+            time.sleep(process.POLL_SECONDS)
         supervise.detach(paths, config)  # clears what is left
     else:
         await_another(paths, server)

@@ -21,7 +21,7 @@ from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.repository.lint.check import lint_model
 from pipeline.repository.lint.text import Finding
-from pipeline.serving.scratch import Trial, try_models
+from pipeline.serving.scratch import LiveTrial, try_models
 from tools.mutations import CASES, LOADS, ON_A_SERVER, UNTRIED, Case, build, static_fault
 from tools.provenance import write_figure
 from tools.readme import render_readme
@@ -39,7 +39,7 @@ RUNTIME_TYPES = {
 }
 
 
-def row(case: Case, findings: list[Finding], trial: Trial, repository: Path) -> dict[str, Any]:
+def row(case: Case, findings: list[Finding], trial: LiveTrial, repository: Path) -> dict[str, Any]:
     """One line of the table. A case is as expected when lint and the server are."""
     errors = [f for f in findings if f.level == "error"]
     told = [f for f in findings if f.rule == case.rule] or errors or findings

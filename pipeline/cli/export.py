@@ -216,12 +216,12 @@ def package_command(
 
 def _explain(settings: Settings, paths: Paths, config: PackageConfig, profile: str) -> None:
     """Say what each field would be, and why."""
-    from pipeline.repository.package import explain
-    from pipeline.repository.profiles import table
+    from pipeline.repository.package import explain_package
+    from pipeline.repository.profiles import format_profiles
 
-    found = explain(paths, config, profile)
+    found = explain_package(paths, config, profile)
     fields = {name: [asdict(choice) for choice in choices] for name, choices in found.items()}
-    settings.result({"profiles": fields}, table(found), f"pipeline package{named(paths)}")
+    settings.result({"profiles": fields}, format_profiles(found), f"pipeline package{named(paths)}")
 
 
 def _deploy(

@@ -115,11 +115,13 @@ def diff_command(settings: Settings, first: int, second: int, name: str | None) 
     Example:
       pipeline versions diff 1 2
     """
-    from pipeline.repository.versions import difference
+    from pipeline.repository.versions import diff_versions
 
     paths = paths_of(settings, name)
-    found = difference(paths, first, second)
-    settings.result(asdict(found), found, f"pipeline versions promote {second}{named(paths)}")
+    difference = diff_versions(paths, first, second)
+    settings.result(
+        asdict(difference), difference, f"pipeline versions promote {second}{named(paths)}"
+    )
 
 
 @click.command(cls=Command)

@@ -10,7 +10,7 @@ import click
 
 from pipeline.cli.command import Group, Settings, echo, paths_of
 from pipeline.core.errors import CheckFailedError, ServerError
-from pipeline.core.paths import MODEL_NAMES, Paths
+from pipeline.core.paths import MODEL_NAMES
 from pipeline.core.text import Lines
 from pipeline.serving.settings import ServeConfig
 
@@ -73,41 +73,30 @@ def serve(context: click.Context, /, port: bool, detach: bool, **changes: Any) -
 
 
 def echo_server(settings: Settings, server: "Server") -> None:
-    """Say where a server answers, without its admin key."""
+    """Say where a server answers, without its admin key, and how to ask its first model."""
+    from pipeline.repository import config_pbtxt
+
     record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
     models = ", ".join(f"{name} version {n}" for name, n in server.models.items())
     lines = [f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"]
     for name in [*server.models][:1]:
-        lines += _ways_to_ask(paths_of(settings, name), server)
+        packaged = paths_of(settings, name).packaged
+        digit, labels = packaged / "warmup" / "digit", packaged / "labels.txt"
+        if digit.exists() and labels.exists():
+            size = 4 * len(labels.read_text().splitlines())  # of the answer: a float for each class
+            lines.append(
+                f"ask it: curl -s --data-binary {shlex.quote(f'@{digit}')} "
+                f"-H 'Inference-Header-Content-Length: 0' {server.http_url}/v2/models/{name}/infer "
+                f"| tail -c {size} | od -A n -t f4"
+            )
+        config = config_pbtxt.profile_file(packaged)
+        if config.exists() and config_pbtxt.pictures(config_pbtxt.read(config)) != "arrays":
+            argument = "" if name == MODEL_NAMES["mnist"] else f", '{name}'"
+            lines.append(
+                'or: python -c "from pipeline.client import Client; '
+                f"print(Client('{server.grpc_url}'{argument}).classify('IMAGE'))\""
+            )
     settings.result(record, Lines(*lines), "pipeline query IMAGE..., pipeline serve stop")
-
-
-def _ways_to_ask(paths: Paths, server: "Server") -> list[str]:
-    """How to ask for a model: with a digit by curl if it has one, with a picture from Python."""
-    from pipeline.repository import config_pbtxt
-
-    ways, config = _by_curl(paths, server), config_pbtxt.profile_file(paths.packaged)
-    if not config.exists() or config_pbtxt.pictures(config_pbtxt.read(config)) == "arrays":
-        return ways
-    name = "" if paths.name == MODEL_NAMES["mnist"] else f", '{paths.name}'"
-    return [
-        *ways,
-        'or: python -c "from pipeline.client import Client; '
-        f"print(Client('{server.grpc_url}'{name}).classify('IMAGE'))\"",
-    ]
-
-
-def _by_curl(paths: Paths, server: "Server") -> list[str]:
-    """How to ask for a model without anything of ours; nothing where it has no digit."""
-    digit, labels = paths.packaged / "warmup" / "digit", paths.packaged / "labels.txt"
-    if not (digit.exists() and labels.exists()):
-        return []
-    size = 4 * len(labels.read_text().splitlines())  # bytes of the answer: a float for each class
-    return [
-        f"ask it: curl -s --data-binary {shlex.quote(f'@{digit}')} "
-        f"-H 'Inference-Header-Content-Length: 0' {server.http_url}/v2/models/{paths.name}/infer "
-        f"| tail -c {size} | od -A n -t f4"
-    ]
 
 
 @serve.command("status")
@@ -121,17 +110,17 @@ def status_command(settings: Settings, watch: bool) -> None:
       pipeline serve status
       pipeline serve status --watch
     """
-    from pipeline.serving.state import State, status
+    from pipeline.serving.state import status
 
     paths = paths_of(settings)
     while watch:
         try:
-            state: object = status(paths)
+            state = status(paths)
+            shown: tuple[dict[str, Any], object] = state.record(), state
         except (ServerError, CheckFailedError) as error:  # it may come again
-            state = error
+            shown = {"error": str(error)}, error
         click.clear()  # of a terminal; else it does nothing
-        record = state.record() if isinstance(state, State) else {"error": str(state)}
-        settings.result(record, state)
+        settings.result(*shown)
         time.sleep(1.0)
     state = status(paths)
     settings.result(state.record(), state)

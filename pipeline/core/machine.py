@@ -3,6 +3,7 @@
 What processes take of this machine: how much memory at most, and how much of its cores.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -41,49 +42,31 @@ def _cpu_model() -> str | None:
     return names[0] if names else None
 
 
-PROC = Path("/proc")
-
-
-COUNTED = (0, 1, 2, 7)  # user, nice, system and steal in the first line of /proc/stat
-
-
 def peak_bytes(pid: int | None = None) -> int:
     """The most memory that a process has had, this one unless told; 0 for one that is gone.
 
-    What it shares with others counts in full. getrusage would count this process's parent in.
+    What it shares with others counts in full. getrusage would count this process's parent in, and
+    psutil does not know the most, only what is taken now.
     """
     try:
-        status = (PROC / str(pid or os.getpid()) / "status").read_text()
+        status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
     except OSError:  # not Linux, or gone
         return 0 if pid else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(found[0]) * 1024 if found else 0
+    peaks = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(peaks[0]) * 1024 if peaks else 0
 
 
 def others_seconds() -> float:
     """Seconds of the cores that went to anybody but this process and those it started.
 
-    Counts up from an unknown time; always 0 where the system does not say.
+    Counts up from an unknown time.
     """
-    try:
-        ticks = [int(part) for part in (PROC / "stat").read_text().splitlines()[0].split()[1:]]
-    except OSError:  # not Linux
-        return 0.0
-    taken = sum(ticks[place] for place in COUNTED if place < len(ticks))
-    return (taken - _own_ticks()) / os.sysconf("SC_CLK_TCK")
+    import psutil  # slow to import, and few commands measure
 
-
-def _own_ticks() -> int:
-    """Ticks of the clock that this process and its descendants have had."""
-    parents, ticks = {}, {}
-    for entry in PROC.glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended while we looked
-            continue
-        parents[int(entry.name)] = int(fields[1])
-        ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
-    ours = {os.getpid()}
-    while grown := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= grown
-    return sum(ticks.get(pid, 0) for pid in ours)
+    times, own = psutil.cpu_times(), psutil.Process()
+    taken = sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it ended while we looked
+            used = process.cpu_times()
+            taken -= used.user + used.system
+    return float(taken)

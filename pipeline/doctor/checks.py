@@ -116,7 +116,7 @@ instance_group { count: 1 kind: KIND_CPU }
 """
 
 
-def _glibc(runtime: tritonserver.Runtime) -> list[Check]:
+def _glibc(runtime: tritonserver.ServerRuntime) -> list[Check]:
     name, version = platform.libc_ver()
     if runtime.kind != "wheel" or name != "glibc":
         return []
@@ -127,7 +127,7 @@ def _glibc(runtime: tritonserver.Runtime) -> list[Check]:
     return [Check("ok", "glibc", f"{version} ({least} is needed)")]
 
 
-def _server_numpy(paths: Paths, runtime: tritonserver.Runtime) -> list[Check]:
+def _server_numpy(paths: Paths, runtime: tritonserver.ServerRuntime) -> list[Check]:
     if runtime.kind != "wheel":
         return []
     found = sorted(paths.triton_environment.glob("lib/python3.*/site-packages/numpy-*.dist-info"))

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfig
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.files import write_bytes
 from pipeline.core.signature import TensorSpec
 from pipeline.repository.settings import PackageConfig
 
@@ -28,9 +29,10 @@ _TYPES = {
     **{f"int{bits}": getattr(model_config_pb2, f"TYPE_INT{bits}") for bits in (8, 16, 32, 64)},
     **{f"float{bits}": getattr(model_config_pb2, f"TYPE_FP{bits}") for bits in (16, 32, 64)},
 }
+_DTYPES = {number: name for name, number in _TYPES.items()}
 
 
-def model_config(
+def base_config(
     name: str,
     images: TensorSpec,
     outputs: TensorSpec,
@@ -47,18 +49,12 @@ def model_config(
                 f"{spec.name} is {spec.dtype}; only {', '.join(_TYPES)} are packaged"
             )
     message = ModelConfig(name=name, backend="onnxruntime", max_batch_size=config.max_batch_size)
-    message.input.add(
-        name=images.name,
-        data_type=_TYPES[images.dtype],
-        format=_format(images),
-        dims=images.shape,
-    )
-    message.output.add(
-        name=outputs.name,
-        data_type=_TYPES[outputs.dtype],
-        dims=outputs.shape,
-        label_filename=LABELS,
-    )
+    pixels = message.input.add(name=images.name, data_type=_TYPES[images.dtype], dims=images.shape)
+    if len(images.shape) == 3:  # channels first; Triton has no word for other ranks
+        pixels.format = model_config_pb2.ModelInput.FORMAT_NCHW
+    scores = message.output.add(name=outputs.name, data_type=_TYPES[outputs.dtype])
+    scores.dims.extend(outputs.shape)
+    scores.label_filename = LABELS
     set_parameter(message, "classes", json.dumps(list(classes)))
     return message
 
@@ -69,48 +65,32 @@ def put(message: ModelConfig, field: str, value: Value) -> None:
     if part == "parameters":
         set_parameter(message, key, str(value))
     elif part in ("cuda", "tensorrt"):
-        _accelerator(message, part).parameters[key] = str(value)
+        accelerators = message.optimization.execution_accelerators.gpu_execution_accelerator
+        matches = [accelerator for accelerator in accelerators if accelerator.name == part]
+        (matches or [accelerators.add(name=part)])[0].parameters[key] = str(value)
     elif part == "instance_group":
         groups = message.instance_group
         kinds = model_config_pb2.ModelInstanceGroup.Kind
         group = groups[0] if groups else groups.add()
         setattr(group, key, kinds.Value(value) if key == "kind" else value)
-    elif field == "model_warmup.batch_size" and isinstance(value, tuple):
+    elif part == "model_warmup" and isinstance(value, tuple):
+        images = message.input[0]
         for size in value:
-            _warm_up(message, size)
-    elif isinstance(value, tuple):
-        getattr(getattr(message, part), key).extend(value)
+            # Triton runs as many requests of one image together, and reads each from the same file,
+            # which holds a single one (GenerateWarmupData in core's backend_model_instance.cc).
+            sample = message.model_warmup.add(name=f"digit-{size}", batch_size=size)
+            digit = sample.inputs[images.name]
+            digit.data_type = images.data_type
+            digit.dims.extend(images.dims)
+            digit.input_data_file = WARMUP
     else:
         parent = getattr(message, part) if key else message
+        if isinstance(value, tuple):
+            getattr(parent, key).extend(value)
+        else:
+            setattr(parent, key or part, value)
         if key:
             parent.SetInParent()  # so that it is there when all its fields are zero
-        setattr(parent, key or part, value)
-
-
-def _accelerator(message: ModelConfig, name: str) -> Any:
-    """The GPU accelerator of that name, added where there is none yet."""
-    accelerators = message.optimization.execution_accelerators.gpu_execution_accelerator
-    found = [accelerator for accelerator in accelerators if accelerator.name == name]
-    return found[0] if found else accelerators.add(name=name)
-
-
-def _warm_up(message: ModelConfig, size: int) -> None:
-    """Add a batch of `size` to the warm-up.
-
-    Triton runs as many requests of one image together, and reads each from the same file, which
-    holds a single one (GenerateWarmupData in core's backend_model_instance.cc).
-    """
-    images = message.input[0]
-    digit = message.model_warmup.add(name=f"digit-{size}", batch_size=size).inputs[images.name]
-    digit.data_type = images.data_type
-    digit.dims.extend(images.dims)
-    digit.input_data_file = WARMUP
-
-
-def _format(images: TensorSpec) -> int:
-    """Images of three axes are called channels first; Triton has no word for other ranks."""
-    formats = model_config_pb2.ModelInput
-    return int(formats.FORMAT_NCHW if len(images.shape) == 3 else formats.FORMAT_NONE)
 
 
 def set_parameter(message: ModelConfig, key: str, value: str) -> None:
@@ -128,16 +108,7 @@ def digest(message: ModelConfig, version: str) -> str | None:
     return parameter(message, f"sha256.{version}")
 
 
-def state(
-    message: ModelConfig, version: int, sha256: str, min_probability: float | None = None
-) -> None:
-    """Say what belongs to a version, whichever is selected: its digest, and when it is not sure."""
-    set_parameter(message, f"sha256.{version}", sha256)
-    if min_probability is not None:
-        set_parameter(message, f"{MIN_PROBABILITY}.{version}", str(min_probability))
-
-
-def statements(message: ModelConfig) -> dict[str, str]:
+def version_parameters(message: ModelConfig) -> dict[str, str]:
     """What the config says of each version, by parameter: `sha256.1` and the like."""
     return {
         key: value.string_value
@@ -172,16 +143,14 @@ def pictures(message: ModelConfig) -> str:
 
 def type_name(tensor: Any) -> str:
     """The name of a config's input or output type, as numpy has it where it has one."""
-    names = {number: name for name, number in _TYPES.items()}
-    return names.get(tensor.data_type) or model_config_pb2.DataType.Name(tensor.data_type)
+    return _DTYPES.get(tensor.data_type) or model_config_pb2.DataType.Name(tensor.data_type)
 
 
 def dtype(tensor: Any) -> str:
     """The name that numpy has for the type of a config's input or output."""
-    names = {number: name for name, number in _TYPES.items()}
-    if tensor.data_type not in names:
+    if tensor.data_type not in _DTYPES:
         raise PipelineError(f"{tensor.name} has a type that no image of ours has")
-    return names[tensor.data_type]
+    return _DTYPES[tensor.data_type]
 
 
 def kind(message: ModelConfig) -> str:
@@ -202,6 +171,11 @@ def selected(message: ModelConfig) -> list[int]:
     return list(message.version_policy.specific.versions)
 
 
+def selected_version(message: ModelConfig) -> int | None:
+    """Return the version that a server serves by this config, the highest of those selected."""
+    return max(selected(message), default=None)
+
+
 def previous(message: ModelConfig) -> int | None:
     """The version that was selected before, or None."""
     stated = parameter(message, PREVIOUS) or ""
@@ -213,11 +187,11 @@ def select(message: ModelConfig, version: int) -> None:
 
     TensorRT's engines become those of its own weights, and so does the threshold.
     """
-    before = max(selected(message), default=version)
-    if before != version:
+    before = selected_version(message)
+    if before not in (None, version):
         set_parameter(message, PREVIOUS, str(before))
     message.version_policy.specific.versions[:] = [version]
-    if any(key.startswith(MIN_PROBABILITY) for key in statements(message)):
+    if any(key.startswith(MIN_PROBABILITY) for key in version_parameters(message)):
         message.parameters.pop(MIN_PROBABILITY, None)
         if own := parameter(message, f"{MIN_PROBABILITY}.{version}"):
             set_parameter(message, MIN_PROBABILITY, own)
@@ -232,17 +206,16 @@ def engine_folder(message: ModelConfig) -> str:
     A folder for each digest: ONNX Runtime names an engine by the graph, not by its weights, and
     takes another version's engine without a word (its issue 6455).
     """
-    versions = selected(message)
-    stated = digest(message, str(max(versions))) if versions else None
+    stated = digest(message, str(selected_version(message)))
     return f"/tmp/tensorrt-{(stated or 'unknown')[:16]}"
 
 
-def settings(message: ModelConfig) -> dict[str, Any]:
+def run_settings(message: ModelConfig) -> dict[str, Any]:
     """How the model is run, by field and parameter, whichever versions there are."""
     record: dict[str, Any] = json.loads(to_json(message))
     record.pop("version_policy", None)
     for key, value in record.pop("parameters", {}).items():
-        if key not in (PREVIOUS, MIN_PROBABILITY, *statements(message)):
+        if key not in (PREVIOUS, MIN_PROBABILITY, *version_parameters(message)):
             record[key] = value
     return record
 
@@ -282,11 +255,23 @@ def profile_file(packaged: Path, profile: str = "") -> Path:
     """
     if not profile:
         return packaged / CONFIG
-    found = [path for path in config_files(packaged)[:-1] if path.stem == profile]
-    if not found:
-        known = ", ".join(path.stem for path in config_files(packaged)[:-1]) or "none"
+    profiles = {path.stem: path for path in config_files(packaged)[:-1]}
+    if profile not in profiles:
         raise PipelineError(
-            f"{packaged} has no profile {profile!r}, it has {known}: choose one of them, or "
-            "package the model again with 'pipeline package'"
+            f"{packaged} has no profile {profile!r}, it has {', '.join(profiles) or 'none'}: "
+            "choose one of them, or package the model again with 'pipeline package'"
         )
-    return found[0]
+    return profiles[profile]
+
+
+def save(path: Path, message: ModelConfig) -> None:
+    """Write a config atomically."""
+    write_bytes(path, to_text(message).encode())
+
+
+def change_configs(packaged: Path, change: Callable[[ModelConfig], object]) -> None:
+    """Apply `change` to each of the model's configs and write it, config.pbtxt last."""
+    for path in config_files(packaged):
+        message = read(path)
+        change(message)
+        save(path, message)

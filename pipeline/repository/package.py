@@ -28,6 +28,7 @@ from pipeline.export import graph
 from pipeline.export.policy import check_policy
 from pipeline.repository import config_pbtxt, profiles
 from pipeline.repository.golden import unpack_golden
+from pipeline.repository.release import version_numbers
 from pipeline.repository.running import serving
 from pipeline.repository.settings import PackageConfig
 
@@ -62,7 +63,7 @@ def package_model(paths: Paths, config: PackageConfig = PackageConfig()) -> list
     return [_add(paths, load) for load in _loads(paths, config)]
 
 
-def explain(
+def explain_package(
     paths: Paths, config: PackageConfig, profile: str = "all"
 ) -> dict[str, list[profiles.Choice]]:
     """What `package` would write into each config of the fp32 model, with reasons; none is written.
@@ -73,11 +74,8 @@ def explain(
     if not chosen:
         raise PipelineError(f"no profile {profile!r}: there are {', '.join(profiles.PROFILES)}")
     load = _loads(paths, config)[0]
-    packaged = paths.repository / load.name
-    version = next_version(packaged)
-    base = _selecting(
-        load, version, _fitting(packaged / config_pbtxt.CONFIG, load.message, version)
-    )
+    version, old = _next(paths.repository / load.name, load.message)
+    base = _selecting(load, version, old)
     return {name: profiles.explain(name, base, config) for name in chosen}
 
 
@@ -96,7 +94,18 @@ def archive(paths: Paths, done: Packaged, target: Path | None = None) -> tuple[P
 def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
     """Each file of the export with what goes into its version, all of it checked."""
     manifest = check_manifest(paths.export, EXPORT)
-    proven = _require_validation(paths)
+    if not paths.validation.exists():
+        failed = (
+            f"; its last validation failed, see {paths.failed}" if paths.failed.exists() else ""
+        )
+        named = "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
+        raise CheckFailedError(
+            f"{paths.onnx} is not validated{failed}: run 'pipeline validate{named}' first"
+        )
+    validation = read_json(paths.validation, VALIDATE)
+    proven = validation.get("variants", [])
+    if validation.get("passed") is not True or not proven:
+        raise CheckFailedError(f"{paths.validation} does not say that it passed: {VALIDATE}")
     largest = min(entry.get("largest_batch", 0) for entry in proven)
     if config.max_batch_size > largest:
         raise PipelineError(
@@ -121,72 +130,65 @@ class _Load:
     message: config_pbtxt.ModelConfig
     config: PackageConfig
 
-    @property
-    def min_probability(self) -> float | None:
-        """Below which the model is not sure; none where it was fitted on nothing."""
-        return self.manifest.get("min_probability")
-
 
 def _load(
     paths: Paths, manifest: dict[str, Any], entry: dict[str, Any], config: PackageConfig
 ) -> _Load:
     precision = str(entry["precision"])
-    path, golden_path = paths.variant(precision), paths.variant_golden(precision)
+    path, profile_path = paths.variant(precision), paths.variant_profile(precision)
     content = check_digest(path, entry["sha256"], EXPORT)
-    golden = check_digest(golden_path, entry["golden_sha256"], VALIDATE)
-    profile_path = paths.variant_profile(precision)
+    golden = check_digest(paths.variant_golden(precision), entry["golden_sha256"], VALIDATE)
     digest = manifest["files"].get(profile_path.name)
     profile = check_digest(profile_path, digest, VALIDATE) if digest else None
     model = graph.parse(content, str(path))
     check_policy(model, str(path))
-    found = graph.signature(model, str(path), batch=None)
+    tensors = graph.signature(model, str(path), batch=None)
     name, classes = packaged_name(paths.name, precision), manifest["classes"]
-    message = config_pbtxt.model_config(name, found.images, found.outputs, classes, config)
+    message = config_pbtxt.base_config(name, tensors.images, tensors.outputs, classes, config)
     training = manifest.get("training")
     pictures = pictures_of(training["dataset"]) if training else "arrays"
-    for key, value, usual in (
-        ("pictures", pictures, "digit"),
-        ("outputs", manifest["kind"], "log_probabilities"),
-    ):
-        if value != usual:
-            config_pbtxt.set_parameter(message, key, value)
-    of_file = {**manifest, "precision": precision}
+    if pictures != "digit":
+        config_pbtxt.set_parameter(message, "pictures", pictures)
+    if manifest["kind"] != "log_probabilities":
+        config_pbtxt.set_parameter(message, "outputs", manifest["kind"])
+    manifest = {**manifest, "precision": precision}
     sha256 = entry["sha256"]
-    return _Load(name, precision, sha256, content, golden, profile, of_file, message, config)
+    return _Load(name, precision, sha256, content, golden, profile, manifest, message, config)
 
 
 def _add(paths: Paths, load: _Load) -> Packaged:
     model = paths.named(load.name)
     with locked(model.lock):
         refuse_shared(model.repository, [model.packaged] if model.packaged.exists() else [])
-        for folder in (
-            model.packaged,
-            model.packaged / config_pbtxt.PROFILES,
-            model.packaged / "warmup",
-        ):
-            clear_temporary(folder)
-        version = next_version(model.packaged)
-        old = _fitting(model.packaged / config_pbtxt.CONFIG, load.message, version)
+        for below in ("", config_pbtxt.PROFILES, "warmup"):
+            clear_temporary(model.packaged / below)
+        version, old = _next(model.packaged, load.message)
         is_selected = old is None or serving(model) is None
         if old and not is_selected:
             _refuse_change(model, old, load)
-        folder = model.packaged / str(version)
-        with new_folder(folder) as fresh:
-            _fill(fresh, paths, load)
-        if is_selected:
-            _select(model, load, version, old)
-        else:
-            _announce(model, load, version)
+        parts = {
+            paths.onnx.name: load.content,
+            paths.golden.name: load.golden,
+            paths.validation.name: paths.validation.read_bytes(),
+            paths.card.name: paths.card.read_bytes(),
+        }
+        if load.profile:
+            parts[paths.variant_profile("fp32").name] = load.profile
+        with new_folder(model.packaged / str(version)) as fresh:
+            files = {name: write_bytes(fresh / name, content) for name, content in parts.items()}
+            write_json(fresh / paths.manifest.name, {**load.manifest, "files": files})
+        if is_selected:  # all that Triton reads next to the versions, config.pbtxt last
+            classes = "\n".join(load.manifest["classes"]) + "\n"
+            digit = unpack_golden(load.golden, "the golden set").images[0].tobytes()
+            write_bytes(model.packaged / config_pbtxt.LABELS, classes.encode())
+            write_bytes(model.packaged / "warmup" / config_pbtxt.WARMUP, digit)
+            profiles.write_configs(model.packaged, _selecting(load, version, old), load.config)
+        else:  # it waits for its promotion
+            config_pbtxt.change_configs(
+                model.packaged, lambda config: _state(load, version, config)
+            )
+    folder = model.packaged / str(version)
     return Packaged(load.name, load.precision, folder, version, load.sha256, is_selected)
-
-
-def _select(model: Paths, load: _Load, version: int, old: config_pbtxt.ModelConfig | None) -> None:
-    """Write all that Triton reads beside the versions; config.pbtxt last."""
-    classes = "\n".join(load.manifest["classes"]) + "\n"
-    first = unpack_golden(load.golden, "the golden set").images[0].tobytes()
-    write_bytes(model.packaged / config_pbtxt.LABELS, classes.encode())
-    write_bytes(model.packaged / "warmup" / config_pbtxt.WARMUP, first)
-    profiles.write_configs(model.packaged, _selecting(load, version, old), load.config)
 
 
 def _selecting(
@@ -196,27 +198,28 @@ def _selecting(
     message = load.message
     if old:
         message.version_policy.CopyFrom(old.version_policy)
-        for key, value in config_pbtxt.statements(old).items():
+        for key, value in config_pbtxt.version_parameters(old).items():
             config_pbtxt.set_parameter(message, key, value)
         if before := config_pbtxt.parameter(old, config_pbtxt.PREVIOUS):
             config_pbtxt.set_parameter(message, config_pbtxt.PREVIOUS, before)
-    config_pbtxt.state(message, version, load.sha256, load.min_probability)
+    _state(load, version, message)
     config_pbtxt.select(message, version)
     return message
 
 
-def _announce(model: Paths, load: _Load, version: int) -> None:
-    """State the new version's digest and threshold in every config, and change nothing else."""
-    for path in config_pbtxt.config_files(model.packaged):
-        message = config_pbtxt.read(path)
-        config_pbtxt.state(message, version, load.sha256, load.min_probability)
-        write_bytes(path, config_pbtxt.to_text(message).encode())
+def _state(load: _Load, version: int, message: config_pbtxt.ModelConfig) -> None:
+    """Say what belongs to a version, whichever is selected: its digest, and when it is not sure."""
+    config_pbtxt.set_parameter(message, f"sha256.{version}", load.sha256)
+    threshold = load.manifest.get("min_probability")  # none where it was fitted on nothing
+    if threshold is not None:
+        key = f"{config_pbtxt.MIN_PROBABILITY}.{version}"
+        config_pbtxt.set_parameter(message, key, str(threshold))
 
 
 def _refuse_change(model: Paths, old: config_pbtxt.ModelConfig, load: _Load) -> None:
     """Raise PipelineError when the model would be run otherwise than as it is served."""
     new = profiles.message_of("config", load.message, load.config)
-    before, after = config_pbtxt.settings(old), config_pbtxt.settings(new)
+    before, after = config_pbtxt.run_settings(old), config_pbtxt.run_settings(new)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     if changed:
         raise PipelineError(
@@ -226,67 +229,28 @@ def _refuse_change(model: Paths, old: config_pbtxt.ModelConfig, load: _Load) -> 
         )
 
 
-def _require_validation(paths: Paths) -> list[dict[str, Any]]:
-    """What the validation record says of each file; CheckFailedError if there is none."""
-    if not paths.validation.exists():
-        failed = (
-            f"; its last validation failed, see {paths.failed}" if paths.failed.exists() else ""
-        )
-        named = "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
-        raise CheckFailedError(
-            f"{paths.onnx} is not validated{failed}: run 'pipeline validate{named}' first"
-        )
-    validation = read_json(paths.validation, VALIDATE)
-    variants: list[dict[str, Any]] = validation.get("variants", [])
-    if validation.get("passed") is not True or not variants:
-        raise CheckFailedError(f"{paths.validation} does not say that it passed: {VALIDATE}")
-    return variants
-
-
-def next_version(folder: Path) -> int:
-    """One more than the highest version in a model's folder; the first is 1."""
-    versions = [int(entry.name) for entry in folder.glob("[1-9]*") if entry.name.isdigit()]
-    return max(versions, default=0) + 1
-
-
-def _fitting(
-    path: Path, message: config_pbtxt.ModelConfig, version: int
-) -> config_pbtxt.ModelConfig | None:
-    """The config that is there, if there is one; `message` must fit what it has promised."""
+def _next(
+    packaged: Path, message: config_pbtxt.ModelConfig
+) -> tuple[int, config_pbtxt.ModelConfig | None]:
+    """The next version's number, and the config that is there, whose promises `message` keeps."""
+    version, path = max(version_numbers(packaged), default=0) + 1, packaged / config_pbtxt.CONFIG
     if not path.exists():
-        return None
+        return version, None
     old = config_pbtxt.read(path)
-    if config_pbtxt.classes(old) != config_pbtxt.classes(message):
-        differing = (
-            f"classes {config_pbtxt.classes(old)}, the export has {config_pbtxt.classes(message)}"
-        )
-    elif _signature(old) != _signature(message):
-        differing = f"{_signature(old)}, the export has {_signature(message)}"
-    else:
-        return old
+    classes = config_pbtxt.classes(old), config_pbtxt.classes(message)
+    before, after = (
+        [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in (*m.input, *m.output)]
+        for m in (old, message)
+    )
+    if classes[0] == classes[1] and before == after:
+        return version, old
+    differing = f"{before}, the export has {after}"
+    if classes[0] != classes[1]:
+        differing = f"classes {classes[0]}, the export has {classes[1]}"
     raise CheckFailedError(
-        f"version {version} would change what {path.parent} promises its clients: it has "
+        f"version {version} would change what {packaged} promises its clients: it has "
         f"{differing}. Package it under a name of its own (--name)"
     )
-
-
-def _signature(message: config_pbtxt.ModelConfig) -> list[tuple[str, int, tuple[int, ...]]]:
-    tensors = [*message.input, *message.output]
-    return [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors]
-
-
-def _fill(folder: Path, paths: Paths, load: _Load) -> None:
-    """The files of a version: the model, its proof, and a manifest of just these."""
-    parts = {
-        paths.onnx.name: load.content,
-        paths.golden.name: load.golden,
-        paths.validation.name: paths.validation.read_bytes(),
-        paths.card.name: paths.card.read_bytes(),
-    }
-    if load.profile:
-        parts[paths.variant_profile("fp32").name] = load.profile
-    files = {name: write_bytes(folder / name, content) for name, content in parts.items()}
-    write_json(folder / paths.manifest.name, {**load.manifest, "files": files})
 
 
 def upload_order(packaged: Path, version: int, onnx: str) -> list[Path]:
@@ -311,8 +275,9 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for path in upload_order(packaged, version, onnx):
                 member = tarfile.TarInfo(str(Path(packaged.name, path.relative_to(packaged))))
-                is_config = path.suffix == ".pbtxt"
-                content = _alone(path, version) if is_config else path.read_bytes()
+                content = path.read_bytes()
+                if path.suffix == ".pbtxt":
+                    content = _alone(path, version)
                 member.size = len(content)  # owner, group and time stay 0, the mode 0644
                 tar.addfile(member, io.BytesIO(content))
 
@@ -322,7 +287,9 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
 def _alone(path: Path, version: int) -> bytes:
     """The config as it is in a repository that has just this version."""
     message = config_pbtxt.read(path)
-    others = {key for key in config_pbtxt.statements(message) if not key.endswith(f".{version}")}
+    others = {
+        key for key in config_pbtxt.version_parameters(message) if not key.endswith(f".{version}")
+    }
     for key in others | {config_pbtxt.PREVIOUS}:
         message.parameters.pop(key, None)
     message.ClearField("version_policy")  # what it was before is not in the tar

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core import machine
-from pipeline.core.files import write_bytes
 from pipeline.core.text import Lines
 from pipeline.repository import config_pbtxt
 from pipeline.repository.settings import PackageConfig
@@ -42,41 +41,57 @@ class Choice:
     reason: str
 
     @property
-    def said(self) -> str:
+    def short_value(self) -> str:
         """The value in a line."""
-        said = ", ".join(map(str, self.value)) if isinstance(self.value, tuple) else str(self.value)
-        return said if len(said) <= LONG else f"{said[:LONG]}..."
+        parts = self.value if isinstance(self.value, tuple) else (self.value,)
+        text = ", ".join(map(str, parts))
+        return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
 def explain(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
     """Every field of a profile's config: what all profiles have in common, then its own."""
-    return [*_common(base), *choices(profile, base, config)]
+    images, outputs = base.input[0], base.output[0]
+    graph = "as in the graph, where the batch comes first and is not listed here"
+    common = [
+        Choice("name", base.name, "the folder's name: Triton compares them"),
+        Choice("backend", base.backend, "NVIDIA's native one, or ours of the same name"),
+    ]
+    for role, tensor in (("input", images), ("output", outputs)):
+        dims = ", ".join(map(str, tensor.dims))
+        common.append(Choice(role, f"{tensor.name} {config_pbtxt.dtype(tensor)} [{dims}]", graph))
+    labels = "class names, for Triton's classification extension"
+    common.append(Choice("output.label_filename", outputs.label_filename, labels))
+    for version in config_pbtxt.selected(base):
+        policy = "the version that a server takes; 'pipeline versions' changes it"
+        common.append(Choice("version_policy.specific", version, policy))
+    reasons = {
+        "sha256": "of that version's model.onnx; no server reads it, 'pipeline serve' does",
+        "classes": "the same names for clients that read the config",
+        "pictures": "how clients make images of picture files",
+        "outputs": "what the numbers are, for clients",
+    }
+    for key in sorted(base.parameters):
+        why = reasons.get(key.partition(".")[0], "no server reads it; the pipeline does")
+        common.append(Choice(f"parameters.{key}", base.parameters[key].string_value, why))
+    return [*common, *choices(profile, base, config)]
 
 
-def table(explained: Mapping[str, list[Choice]]) -> str:
+def format_profiles(explained: Mapping[str, list[Choice]]) -> str:
     """The choices of some profiles as text, those that all of them share first."""
-    shared = [one for one in next(iter(explained.values())) if _in_all(one, explained)]
-    own = {key: [one for one in found if one not in shared] for key, found in explained.items()}
-    parts = {"every config below": shared, **own} if len(own) > 1 else explained
-    width = max(len(one.field) for found in parts.values() for one in found)
+    first, *others = explained.values()
+    shared = [choice for choice in first if all(choice in other for other in others)]
+    own = {key: [one for one in every if one not in shared] for key, every in explained.items()}
+    parts = {"every config below": shared, **own} if others else explained
+    width = max(len(choice.field) for part in parts.values() for choice in part)
     lines = []
-    for name, found in parts.items():
-        lines.append(f"{_title(name)}:")
-        lines += [f"  {one.field:<{width}}  {one.said}: {one.reason}" for one in found]
+    for name, part in parts.items():
+        title = name
+        if name in PROFILES:
+            file = "config.pbtxt" if name == "config" else f"{config_pbtxt.PROFILES}/{name}.pbtxt"
+            title = f"{file}, {PROFILES[name]}"
+        lines.append(f"{title}:")
+        lines += [f"  {one.field:<{width}}  {one.short_value}: {one.reason}" for one in part]
     return Lines(*lines)
-
-
-def _in_all(choice: Choice, explained: Mapping[str, list[Choice]]) -> bool:
-    return all(choice in found for found in explained.values())
-
-
-def _title(profile: str) -> str:
-    if profile not in PROFILES:
-        return profile
-    file = (
-        config_pbtxt.CONFIG if profile == "config" else f"{config_pbtxt.PROFILES}/{profile}.pbtxt"
-    )
-    return f"{file}, {PROFILES[profile]}"
 
 
 def message_of(
@@ -93,91 +108,79 @@ def message_of(
 def write_configs(packaged: Path, base: config_pbtxt.ModelConfig, config: PackageConfig) -> None:
     """Write every profile's config, config.pbtxt last, and keep others' profiles in step."""
     folder = packaged / config_pbtxt.PROFILES
-    own = [path for path in config_pbtxt.config_files(packaged)[:-1] if path.stem not in PROFILES]
-    messages = {path: _in_step(config_pbtxt.read(path), base) for path in own}
-    messages |= {folder / f"{name}.pbtxt": message_of(name, base, config) for name in PROFILES}
-    messages[packaged / config_pbtxt.CONFIG] = messages.pop(folder / "config.pbtxt")
-    for path, message in messages.items():
-        write_bytes(path, config_pbtxt.to_text(message).encode())
-
-
-def _in_step(
-    message: config_pbtxt.ModelConfig, base: config_pbtxt.ModelConfig
-) -> config_pbtxt.ModelConfig:
-    """The message with the versions of `base`, and what it says of them and to clients."""
-    for key in base.parameters:
-        config_pbtxt.set_parameter(message, key, base.parameters[key].string_value)
-    message.version_policy.CopyFrom(base.version_policy)
-    return message
+    for path in config_pbtxt.config_files(packaged)[:-1]:
+        if path.stem not in PROFILES:  # it gets the versions, and what is said of them
+            message = config_pbtxt.read(path)
+            for key in base.parameters:
+                config_pbtxt.set_parameter(message, key, base.parameters[key].string_value)
+            message.version_policy.CopyFrom(base.version_policy)
+            config_pbtxt.save(path, message)
+    for name in sorted(PROFILES, key=lambda name: name == "config"):
+        path = packaged / config_pbtxt.CONFIG if name == "config" else folder / f"{name}.pbtxt"
+        config_pbtxt.save(path, message_of(name, base, config))
 
 
 def choices(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
     """What a profile decides, from the options, the machine's cores and the model's input."""
-    cores = config.cores or machine.cores()
-    instances, why = _instances(profile, cores)
+    cores, is_on_gpu = config.cores or machine.cores(), profile in ON_GPU
+    kind = ("KIND_CPU", "needs nothing that a machine may lack")
+    instances, why = (
+        1,
+        "one session takes whole batches; without a count Triton starts two on a CPU",
+    )
+    if is_on_gpu:
+        kind = ("KIND_GPU", "else no GPU is used; where there is none the load fails")
+        why = "one session on each GPU: batches fill it, and a second one needs its own memory"
+    elif profile in SIDE_BY_SIDE:
+        instances = min(cores, MOST_INSTANCES)
+        why = f"min({_count(cores, 'core')}, {MOST_INSTANCES}) = {instances}: "
+        why += "threads of one session wait for each other, sessions do not"
     if config.instances:
         instances, why = config.instances, ASKED
+    # Under parameters: in the cuda block the native backend overwrites it with its default.
+    search = Choice(
+        "parameters.cudnn_conv_algo_search",
+        "1",
+        "heuristic: the usual exhaustive search is run anew for each batch size that comes, not "
+        "just for the warm-up's, and picks by the clock",
+    )
     return [
         *_batching(profile, config),
-        _kind(profile),
+        Choice("instance_group.kind", *kind),
         Choice("instance_group.count", instances, why),
         *_threads(profile, cores, instances, config),
-        *(_on_gpu(profile, base, config) if profile in ON_GPU else ()),
+        *([search] if is_on_gpu else ()),
+        *(_tensorrt(base, config) if profile == "tensorrt-fp16" else ()),
         Choice(
             "cuda.use_tf32",
             "0",
             "ONNX Runtime's default rounds float32 to 10 bits on a GPU, PyTorch's does not; Triton "
-            "24.06 and later know it" + ("" if profile in ON_GPU else "; not read on a CPU"),
+            "24.06 and later know it" + ("" if is_on_gpu else "; not read on a CPU"),
         ),
         _warm_up(config.max_batch_size),
     ]
 
 
 def _batching(profile: str, config: PackageConfig) -> list[Choice]:
-    largest = config.max_batch_size
-    delay, why = {
-        "latency": (0, "no wait: what is queued when a session is free runs together"),
-        "throughput": (LONG_DELAY_US, f"4 x {DELAY_US}: what a batch may wait to become full"),
-    }.get(
-        profile,
-        (DELAY_US, "half a millisecond for company, which a lone request waits for in vain"),
-    )
+    largest, tried = config.max_batch_size, "the proof has tried larger batches than this"
+    if largest != PackageConfig.max_batch_size:
+        tried = f"{ASKED}; {tried}"
+    delay, why = DELAY_US, "half a millisecond for company, which a lone request waits for in vain"
+    if profile == "latency":
+        delay, why = 0, "no wait: what is queued when a session is free runs together"
+    elif profile == "throughput":
+        delay, why = LONG_DELAY_US, f"4 x {DELAY_US}: what a batch may wait to become full"
     if config.max_queue_delay_us is not None:
         delay, why = config.max_queue_delay_us, ASKED
-    is_usual = largest == PackageConfig.max_batch_size
-    found = [
-        Choice(
-            "max_batch_size",
-            largest,
-            ("" if is_usual else f"{ASKED}; ") + "the proof has tried larger batches than this",
-        ),
+    batching = [
+        Choice("max_batch_size", largest, tried),
         Choice("dynamic_batching.max_queue_delay_microseconds", delay, why),
     ]
     if profile == "throughput" and largest > 1:
         sizes, halves = (largest // 2, largest), f"{largest} / 2 = {largest // 2}"
         why = f"a batch of one of these sizes leaves at once, full or half full: {halves}"
-        found.append(Choice("dynamic_batching.preferred_batch_size", sizes, why))
-    return found
-
-
-def _kind(profile: str) -> Choice:
-    if profile in ON_GPU:
-        return Choice(
-            "instance_group.kind",
-            "KIND_GPU",
-            "else no GPU is used; where there is none the load fails",
-        )
-    return Choice("instance_group.kind", "KIND_CPU", "needs nothing that a machine may lack")
-
-
-def _instances(profile: str, cores: int) -> tuple[int, str]:
-    if profile in SIDE_BY_SIDE:
-        count = min(cores, MOST_INSTANCES)
-        lone = "threads of one session wait for each other, sessions do not"
-        return count, f"min({_count(cores, 'core')}, {MOST_INSTANCES}) = {count}: {lone}"
-    if profile in ON_GPU:
-        return 1, "one session on each GPU: batches fill it, and a second one needs its own memory"
-    return 1, "one session takes whole batches; without a count Triton starts two on a CPU"
+        batching.append(Choice("dynamic_batching.preferred_batch_size", sizes, why))
+    return batching
 
 
 def _threads(profile: str, cores: int, instances: int, config: PackageConfig) -> list[Choice]:
@@ -208,26 +211,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _on_gpu(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
-    # Under parameters: in the cuda block the native backend overwrites it with its default.
-    search = Choice(
-        "parameters.cudnn_conv_algo_search",
-        "1",
-        "heuristic: the usual exhaustive search is run anew for each batch size that comes, not "
-        "just for the warm-up's, and picks by the clock",
-    )
-    return [search, *_tensorrt(base, config)] if profile == "tensorrt-fp16" else [search]
-
-
 def _tensorrt(base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
     """Only keys that the native backend knows: any other fails the load."""
     images, largest = base.input[0], config.max_batch_size
     shape = "".join(f"x{dim}" for dim in images.dims)
-    ladder = {
-        "min": (1, "with all three given, one engine serves every batch size from 1"),
-        "opt": (largest, "the size to be fast at: a full batch, as under load"),
-        "max": (largest, f"to {largest}, max_batch_size; without them each new size builds anew"),
-    }
     reasons = {
         "precision_mode": (
             "FP16",
@@ -241,10 +228,18 @@ def _tensorrt(base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Cho
             "/tmp can be written in a read-only container too (mount a volume there to keep "
             "engines); named by digest, for ONNX Runtime mistakes engines of other weights for its",
         ),
-        **{
-            f"trt_profile_{end}_shapes": (f"{images.name}:{size}{shape}", why)
-            for end, (size, why) in ladder.items()
-        },
+        "trt_profile_min_shapes": (
+            f"{images.name}:1{shape}",
+            "with all three given, one engine serves every batch size from 1",
+        ),
+        "trt_profile_opt_shapes": (
+            f"{images.name}:{largest}{shape}",
+            "the size to be fast at: a full batch, as under load",
+        ),
+        "trt_profile_max_shapes": (
+            f"{images.name}:{largest}{shape}",
+            f"to {largest}, max_batch_size; without them each new size builds anew",
+        ),
     }
     return [Choice(f"tensorrt.{key}", value, why) for key, (value, why) in reasons.items()]
 
@@ -259,31 +254,3 @@ def _warm_up(largest: int) -> Choice:
         f"each doubles; {images} = {sum(ladder)} runs of a real image before the first request, so "
         "that none waits for memory or, on a GPU, for the choice of an algorithm",
     )
-
-
-def _common(base: config_pbtxt.ModelConfig) -> list[Choice]:
-    """What all profiles have, read from the message that they start from."""
-    images, outputs = base.input[0], base.output[0]
-    graph = "as in the graph, where the batch comes first and is not listed here"
-    found = [
-        Choice("name", base.name, "the folder's name: Triton compares them"),
-        Choice("backend", base.backend, "NVIDIA's native one, or ours of the same name"),
-    ]
-    for role, tensor in (("input", images), ("output", outputs)):
-        dims = ", ".join(map(str, tensor.dims))
-        found.append(Choice(role, f"{tensor.name} {config_pbtxt.dtype(tensor)} [{dims}]", graph))
-    labels = "class names, for Triton's classification extension"
-    found.append(Choice("output.label_filename", outputs.label_filename, labels))
-    for version in config_pbtxt.selected(base):
-        policy = "the version that a server takes; 'pipeline versions' changes it"
-        found.append(Choice("version_policy.specific", version, policy))
-    reasons = {
-        "sha256": "of that version's model.onnx; no server reads it, 'pipeline serve' does",
-        "classes": "the same names for clients that read the config",
-        "pictures": "how clients make images of picture files",
-        "outputs": "what the numbers are, for clients",
-    }
-    for key in sorted(base.parameters):
-        why = reasons.get(key.partition(".")[0], "no server reads it; the pipeline does")
-        found.append(Choice(f"parameters.{key}", base.parameters[key].string_value, why))
-    return found

@@ -3,14 +3,12 @@
 # Shape letters: N images, K classes.
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
-from pipeline.core.errors import CorruptError
-from pipeline.core.files import SCHEMA
+from pipeline.core.files import SCHEMA, read_record
 
 REMAKE = "run 'pipeline validate', then 'pipeline package'"
 # Most answers are nearly certain: above 0.98 the bins are of equal width in log(1 - probability).
@@ -39,15 +37,7 @@ class ReferenceProfile:
     min_probability: float | None  # below it an answer is not sure
     unsure: int | None
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "ReferenceProfile":
-        """The profile that a JSON object holds; ValueError and the like where it holds none."""
-        fields = {name: _tupled(record[name]) for name in cls.__dataclass_fields__}
-        profile = cls(**fields)
-        profile.require_sense()
-        return profile
-
-    def require_sense(self) -> None:
+    def __post_init__(self) -> None:
         """Raise ValueError unless the counts belong together."""
         for counts, wanted in (
             (self.class_counts, len(self.classes)),
@@ -58,10 +48,6 @@ class ReferenceProfile:
                 raise ValueError(f"{len(counts)} counts, {sum(counts)} images in all")
         if self.images < 1:
             raise ValueError("of no images")
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def profile_of(
@@ -79,7 +65,6 @@ def profile_of(
     """The profile of outputs (N, K) of that kind for images (N, ...)."""
     confidence, ink = confidence_of(outputs, kind), ink_of(images)
     answers = np.bincount(outputs.argmax(axis=1), minlength=len(classes))
-    unsure = None if min_probability is None else int((confidence < min_probability).sum())
     return ReferenceProfile(
         name=name,
         precision=precision,
@@ -93,7 +78,7 @@ def profile_of(
         ink_edges=INK_EDGES,
         ink_counts=None if ink is None else binned(ink, INK_EDGES),
         min_probability=min_probability,
-        unsure=unsure,
+        unsure=None if min_probability is None else int((confidence < min_probability).sum()),
     )
 
 
@@ -129,12 +114,6 @@ def packed(profile: ReferenceProfile) -> bytes:
     return (text + "\n").encode()
 
 
-def unpacked(content: bytes, where: str) -> ReferenceProfile:
-    """The profile in a file's bytes; CorruptError where they hold none."""
-    try:
-        record = json.loads(content)
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"schema {record['schema']}")
-        return ReferenceProfile.from_record(record)
-    except (ValueError, TypeError, LookupError) as error:
-        raise CorruptError(f"{where} is no reference profile ({error}): {REMAKE}") from error
+def read_profile(path: Path) -> ReferenceProfile:
+    """Read the profile in a file; PipelineError without the file, CorruptError if it holds none."""
+    return read_record(path, ReferenceProfile, REMAKE)

@@ -1,7 +1,8 @@
 """Packaged versions with the proof that they carry: which is selected, and whether it is intact."""
 
 import shlex
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pipeline.core.files import check_digest, check_manifest, read_json, refuse_
 from pipeline.core.paths import Paths
 from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden, unpack_golden
-from pipeline.repository.reference_profile import REMAKE, ReferenceProfile, unpacked
+from pipeline.repository.reference_profile import REMAKE, ReferenceProfile, read_profile
 
 REPACKAGE = "package it again with 'pipeline package'"
 
@@ -36,103 +37,92 @@ class Release:
     limits: Limits  # as proven, against eager float32 on the test split
 
 
-def load_release(paths: Paths, version: int) -> Release:
-    """A version of a packaged model, every file checked against its manifest.
+def load_release(
+    paths: Paths, version: int, configs: Iterable[tuple[Path, config_pbtxt.ModelConfig]] = ()
+) -> Release:
+    """Load a version whose files all match its manifest, and whose digest `configs` all state.
 
-    Raises PipelineError when there is none and CorruptError when a file changed.
+    Raises PipelineError when there is none, CorruptError when a file changed, and CheckFailedError
+    when a config states another digest.
     """
     folder = paths.packaged / str(version)
     if not folder.is_dir():
         raise PipelineError(f"no version {version} at {folder}: package it, or give --golden FILE")
     manifest = check_manifest(folder, REPACKAGE)
-    digests = manifest["files"]
-    onnx = check_digest(folder / paths.onnx.name, digests.get(paths.onnx.name), REPACKAGE)
-    golden_path = folder / paths.golden.name
-    golden = check_digest(golden_path, digests.get(paths.golden.name), REPACKAGE)
-    digest = digests[paths.onnx.name]
-    return Release(
-        folder,
-        version,
-        digest,
-        onnx,
-        unpack_golden(golden, str(golden_path)),
-        manifest,
-        _limits(folder / paths.validation.name, str(manifest.get("precision"))),
-    )
+    digests, golden = manifest["files"], folder / paths.golden.name
+    sha256 = digests.get(paths.onnx.name)
+    onnx = check_digest(folder / paths.onnx.name, sha256, REPACKAGE)
+    golden_content = check_digest(golden, digests.get(golden.name), REPACKAGE)
+    for path, config in configs:
+        stated = config_pbtxt.digest(config, str(version))
+        if stated != sha256:
+            raise CheckFailedError(
+                f"{path} states digest {str(stated)[:12]} for version {version}, whose model.onnx "
+                f"has {sha256[:12]}: {REPACKAGE}"
+            )
+    validation, precision = folder / paths.validation.name, str(manifest.get("precision"))
+    variants = read_json(validation, REPACKAGE).get("variants", ())
+    entry = next((entry for entry in variants if entry["precision"] == precision), None)
+    if entry is None:
+        raise CorruptError(
+            f"{validation} does not speak of the {precision} file beside it: {REPACKAGE}"
+        )
+    limits = Limits(entry["allowed_error"], entry["allowed_flips"])
+    unpacked = unpack_golden(golden_content, str(golden))
+    return Release(folder, version, sha256, onnx, unpacked, manifest, limits)
 
 
-def _limits(path: Path, precision: str) -> Limits:
-    """What the validation record grants the file of that precision."""
-    record = read_json(path, REPACKAGE)
-    for entry in record.get("variants", ()):
-        if entry["precision"] == precision:
-            return Limits(entry["allowed_error"], entry["allowed_flips"])
-    raise CorruptError(f"{path} does not speak of the {precision} file beside it: {REPACKAGE}")
+def check_release(paths: Paths, version: int) -> Release:
+    """Load a version that only we can change, intact, with the digest that every config states."""
+    refuse_shared(paths.repository, [paths.packaged])
+    files = config_pbtxt.config_files(paths.packaged)
+    configs = [(path, config_pbtxt.read(path)) for path in files]
+    numbers = version_numbers(paths.packaged)
+    if version not in numbers:
+        there = ", ".join(map(str, numbers)) or "none"
+        raise PipelineError(f"{paths.name} has no version {version}; there are: {there}")
+    return load_release(paths, version, configs)
 
 
 def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
-    """The release of each model in the repository that its config selects, all of it intact.
+    """Load the release of each model in the repository that its config selects, all of it intact.
 
     With a profile, its config in place of config.pbtxt. Raises CheckFailedError when a config
     states another digest than the version's file has, and when anybody may change the repository.
     """
-    configs = sorted(paths.repository.glob("*/config.pbtxt"))
-    if not configs:
+    folders = sorted(path.parent for path in paths.repository.glob("*/config.pbtxt"))
+    if not folders:
         raise PipelineError(f"no model in {paths.repository}: run 'pipeline package' first")
-    refuse_shared(paths.repository, [path.parent for path in configs])
+    refuse_shared(paths.repository, folders)
     releases = {}
-    for folder in [path.parent for path in configs]:
-        path, model = config_pbtxt.profile_file(folder, profile), replace(paths, name=folder.name)
+    for folder in folders:
+        path = config_pbtxt.profile_file(folder, profile)
         config = config_pbtxt.read(path)
-        _refuse_foreign(folder, config)
-        versions = config_pbtxt.selected(config)
-        if not versions:
-            raise CheckFailedError(f"{path} selects no version: {REPACKAGE}")
-        release = load_release(model, max(versions))
-        stated = config_pbtxt.digest(config, str(release.version))
-        if stated != release.sha256:
-            raise CheckFailedError(
-                f"{path} states digest {str(stated)[:12]} for version {release.version}, whose "
-                f"model.onnx has {release.sha256[:12]}: {REPACKAGE}"
+        is_stated = any(key.startswith("sha256.") for key in config.parameters)
+        if not is_stated and not any(folder.glob("*/manifest.json")):  # not packaged by us
+            onnx = next(iter(sorted(folder.glob("*/*.onnx"))), folder / "1" / "model.onnx")
+            raise PipelineError(
+                f"{folder} carries no proof, since 'pipeline package' did not write it. Prove the "
+                f"file and package it: pipeline validate --onnx {shlex.quote(str(onnx))} --module "
+                "package.module:factory --images FILE.npz; or serve it unproven: tritonserver "
+                f"--model-repository={shlex.quote(str(folder.parent))}"
             )
-        releases[model.name] = release
+        version = require_selected(path, config)
+        releases[folder.name] = load_release(paths.named(folder.name), version, [(path, config)])
     return releases
 
 
-def _refuse_foreign(folder: Path, config: config_pbtxt.ModelConfig) -> None:
-    """Raise PipelineError for a model that nothing says we packaged."""
-    is_stated = any(key.startswith("sha256.") for key in config.parameters)
-    if not is_stated and not any(folder.glob("*/manifest.json")):
-        onnx = next(iter(sorted(folder.glob("*/*.onnx"))), folder / "1" / "model.onnx")
-        raise PipelineError(
-            f"{folder} carries no proof, since 'pipeline package' did not write it. Prove the file "
-            f"and package it: pipeline validate --onnx {shlex.quote(str(onnx))} --module "
-            "package.module:factory --images FILE.npz; or serve it unproven: tritonserver "
-            f"--model-repository={shlex.quote(str(folder.parent))}"
-        )
+def require_selected(path: Path, config: config_pbtxt.ModelConfig) -> int:
+    """Return the version that a server serves by this config; CheckFailedError without one."""
+    version = config_pbtxt.selected_version(config)
+    if version is None:
+        raise CheckFailedError(f"{path} selects no version: {REPACKAGE}")
+    return version
 
 
-def checked(paths: Paths, version: int) -> Release:
-    """The release of a version, intact, with the digest that every config states."""
-    refuse_shared(paths.repository, [paths.packaged])
-    configs = {path: config_pbtxt.read(path) for path in config_pbtxt.config_files(paths.packaged)}
-    if version not in version_numbers(paths):
-        there = ", ".join(map(str, version_numbers(paths))) or "none"
-        raise PipelineError(f"{paths.name} has no version {version}; there are: {there}")
-    release = load_release(paths, version)
-    for path, config in configs.items():
-        stated = config_pbtxt.digest(config, str(version))
-        if stated != release.sha256:
-            raise CheckFailedError(
-                f"{path} states digest {str(stated)[:12]} for version {version}, whose model.onnx "
-                f"has {release.sha256[:12]}: {REPACKAGE}"
-            )
-    return release
-
-
-def version_numbers(paths: Paths) -> list[int]:
-    """The numbers of a packaged model's versions, ascending."""
-    return sorted(int(f.name) for f in paths.packaged.glob("[1-9]*") if f.name.isdigit())
+def version_numbers(packaged: Path) -> list[int]:
+    """The numbers of the versions in a model's folder, ascending."""
+    return sorted(int(f.name) for f in packaged.glob("[1-9]*") if f.name.isdigit())
 
 
 def find_profile(
@@ -144,25 +134,25 @@ def find_profile(
     says how to make it.
     """
     if reference:
-        try:
-            return reference, unpacked(reference.read_bytes(), str(reference))
-        except OSError as error:
-            raise PipelineError(f"no {reference}: {REMAKE}") from error
+        return reference, read_profile(reference)
     config = paths.packaged / config_pbtxt.CONFIG
-    if not config.exists():
-        folder = paths.export
-        if version or not paths.manifest.exists():
-            raise PipelineError(
-                f"no {paths.packaged} here: package the model, or name the profile that travels "
-                "in its version's folder with --reference"
-            )
-    else:
-        number = version or _selected(config_pbtxt.read(config), paths.packaged)
+    if config.exists():
+        number = version or config_pbtxt.selected_version(config_pbtxt.read(config))
+        number = number or max(version_numbers(paths.packaged), default=None)
+        if number is None:
+            raise PipelineError(f"no version at {paths.packaged}: run 'pipeline package' first")
         folder = paths.packaged / str(number)
         if not folder.is_dir():
             raise PipelineError(
                 f"no version {number} at {paths.packaged}: see 'pipeline versions list'"
             )
+    elif version or not paths.manifest.exists():
+        raise PipelineError(
+            f"no {paths.packaged} here: package the model, or name the profile that travels in its "
+            "version's folder with --reference"
+        )
+    else:
+        folder = paths.export
     manifest, path = check_manifest(folder, REMAKE), folder / paths.variant_profile("fp32").name
     if path.name not in manifest["files"]:
         raise PipelineError(
@@ -170,13 +160,4 @@ def find_profile(
             f"validate' makes one, {paths.variant_profile('fp32')}: give it with --reference, or "
             "run 'pipeline package' for a version that has it"
         )
-    return path, unpacked(path.read_bytes(), str(path))
-
-
-def _selected(config: config_pbtxt.ModelConfig, packaged: Path) -> int:
-    """The version that Triton loads."""
-    there = [int(entry.name) for entry in packaged.glob("[1-9]*") if entry.name.isdigit()]
-    versions = config_pbtxt.selected(config) or there
-    if not versions:
-        raise PipelineError(f"no version at {packaged}: run 'pipeline package' first")
-    return max(versions)
+    return path, read_profile(path)

@@ -3,10 +3,9 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
 
 from pipeline.core.errors import CorruptError, ServerError
-from pipeline.core.files import read_json
+from pipeline.core.files import read_record
 from pipeline.core.paths import Paths
 
 
@@ -47,6 +46,9 @@ class Server:
 
 def start_time(pid: int) -> int | None:
     """When process `pid` started, in clock ticks since boot; None when it is gone or a zombie."""
+    # Not psutil: its create_time() adds the time of the boot as the system clock has it, which is
+    # another one after the clock was set, and then a living server would seem dead to the next
+    # command. The kernel's number is the same for whoever reads it, as long as the process lives.
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -67,16 +69,9 @@ def recorded(paths: Paths) -> Server | None:
     if not paths.server.exists():
         return None
     mend = f"stop what you started and remove {paths.server}"
-    record = read_json(paths.server, mend)
-    try:
-        fields = {name: record[name] for name in Server.__dataclass_fields__}
-    except KeyError as error:
-        raise CorruptError(f"{paths.server} lacks {error}: {mend}") from error
-    wrong = [name for name, kind in _KINDS.items() if not _is(fields[name], kind)]
-    if wrong or not _ID.fullmatch(fields["id"]):
-        names = ", ".join(wrong) or "id"
-        raise CorruptError(f"{paths.server} is damaged ({names}): {mend}")
-    server = Server(**fields)
+    server = read_record(paths.server, Server, mend)
+    if not re.fullmatch(r"handwriting-[0-9a-f]{12}", server.id):
+        raise CorruptError(f"{paths.server} is damaged ({server.id!r} at `$.id`): {mend}")
     return server if server.root == root(paths) else None
 
 
@@ -96,25 +91,13 @@ def root(paths: Paths) -> str:
     return str(paths.root.resolve())
 
 
-_ID = re.compile(r"handwriting-[0-9a-f]{12}")
-_KINDS = get_type_hints(Server)
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of a field's type; no bool is an int."""
-    if kind == dict[str, int]:
-        return isinstance(value, dict) and all(type(version) is int for version in value.values())
-    return type(value) is kind
-
-
 def serving(paths: Paths) -> Server | None:
     """Our server, if it runs and serves this model of this repository."""
     server = None if paths.repository_folder else recorded(paths)
     if server is None or paths.name not in server.models:
         return None
     # A supervisor whose tritonserver died may be about to start it again.
-    processes = (
-        (server.pid, server.start_time),
-        (server.supervisor_pid, server.supervisor_start_time),
+    is_running = is_alive(server.pid, server.start_time) or is_alive(
+        server.supervisor_pid, server.supervisor_start_time
     )
-    return server if any(is_alive(*process) for process in processes) else None
+    return server if is_running else None

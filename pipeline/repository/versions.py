@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import judge
-from pipeline.core.files import locked, read_json, remove, write_bytes
+from pipeline.core.files import locked, read_json, remove
 from pipeline.core.paths import Paths
-from pipeline.core.text import Lines
+from pipeline.core.text import Lines, escape
 from pipeline.repository import config_pbtxt
-from pipeline.repository.golden import GOLDEN_BATCHES, compare, require
-from pipeline.repository.release import REPACKAGE, Release, checked, load_release, version_numbers
+from pipeline.repository.release import REPACKAGE, Release, load_release, version_numbers
 from pipeline.repository.running import serving
 
 
@@ -34,12 +34,6 @@ class Version:
     is_previous: bool  # what a rollback selects
     problem: str | None = None  # why its records cannot be read
 
-    def __str__(self) -> str:
-        if self.problem:
-            return f"{self.version:>7}  {self.problem}"
-        accuracy = "unknown" if self.accuracy is None else f"{self.accuracy:.2%}"
-        return f"{self.version:>7}  {self.sha256 or '':.12}  {self.precision:<9}  {accuracy:>8}"
-
 
 @dataclass(frozen=True)
 class Listing:
@@ -50,21 +44,32 @@ class Listing:
     served: int | None  # by our server at this moment; None where none runs
 
     def __str__(self) -> str:
-        header = f"{'version':>7}  {'sha256':<12}  {'precision':<9}  {'accuracy':>8}"
-        lines = [f"{one}  {self._marks(one)}".rstrip() for one in self.versions]
-        return Lines(self.name, header, *lines)
-
-    def _marks(self, one: Version) -> str:
-        marks = {
-            "selected": one.is_selected,
-            "previous": one.is_previous,
-            "served": one.version == self.served,
-        }
-        return ", ".join(mark for mark, is_so in marks.items() if is_so)
+        rows = []
+        for entry in self.versions:
+            accuracy = "unknown" if entry.accuracy is None else f"{entry.accuracy:.2%}"
+            marks = {
+                "selected": entry.is_selected,
+                "previous": entry.is_previous,
+                "served": entry.version == self.served,
+            }
+            # Escaped here: tabulate would print a line break as one.
+            described = (escape(entry.sha256 or "")[:12], escape(entry.precision), accuracy)
+            columns = ("", "", "") if entry.problem else described
+            marked = ", ".join(mark for mark, is_so in marks.items() if is_so)
+            rows.append((entry.version, *columns, marked))
+        table = tabulate(
+            rows,
+            ("version", "sha256", "precision", "accuracy", ""),
+            tablefmt="plain",
+            disable_numparse=True,
+            colalign=("right", "left", "left", "right", "left"),
+        )
+        problems = (f"{entry.version}: {entry.problem}" for entry in self.versions if entry.problem)
+        return Lines(self.name, *map(str.rstrip, table.splitlines()), *problems)
 
 
 @dataclass(frozen=True)
-class Change:
+class Promotion:
     """What a promotion or a rollback did."""
 
     name: str
@@ -81,41 +86,24 @@ class Change:
 
 def list_versions(paths: Paths, served: int | None = None) -> Listing:
     """Every version of the model in the repository; `served` is what a server answers with."""
-    config = config_pbtxt.read(paths.packaged / "config.pbtxt")
-    found = tuple(_version(paths, number, config) for number in version_numbers(paths))
-    return Listing(paths.name, found, served)
+    config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
+    versions = []
+    for number in version_numbers(paths.packaged):
+        marks = (number in config_pbtxt.selected(config), number == config_pbtxt.previous(config))
+        try:
+            manifest = _record(paths, number, paths.manifest)
+            accuracy = _accuracy(paths, number, manifest)
+        except PipelineError as error:
+            versions.append(Version(number, None, None, None, *marks, str(error)))
+        else:
+            digest, precision = manifest["files"].get(paths.onnx.name), manifest.get("precision")
+            versions.append(Version(number, digest, str(precision), accuracy, *marks))
+    return Listing(paths.name, tuple(versions), served)
 
 
-def _version(paths: Paths, number: int, config: config_pbtxt.ModelConfig) -> Version:
-    marks = (number in config_pbtxt.selected(config), number == config_pbtxt.previous(config))
-    try:
-        manifest = _record(paths, number, paths.manifest)
-        accuracy = _accuracy(paths, number, manifest)
-    except PipelineError as error:
-        return Version(number, None, None, None, *marks, str(error))
-    digest = manifest["files"].get(paths.onnx.name)
-    return Version(number, digest, str(manifest.get("precision")), accuracy, *marks)
-
-
-def promote(paths: Paths, version: int) -> Change:
-    """Select a version, after its files and digests were checked; a server is not asked.
-
-    Raises PipelineError when there is none, CorruptError when a file changed, CheckFailedError
-    when a config states another digest.
-    """
-    with locked(paths.lock):
-        return select(paths, checked(paths, version))
-
-
-def rollback(paths: Paths) -> Change:
-    """Select the version that was selected before. Twice is there and back again."""
-    with locked(paths.lock):
-        return select(paths, checked(paths, previous(paths)))
-
-
-def previous(paths: Paths) -> int:
+def rollback_target(paths: Paths) -> int:
     """The version that a rollback goes to; PipelineError when there is none."""
-    number = config_pbtxt.previous(config_pbtxt.read(paths.packaged / "config.pbtxt"))
+    number = config_pbtxt.previous(config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG))
     if number is None or not (paths.packaged / str(number)).is_dir():
         raise PipelineError(
             f"{paths.name} has no version to go back to: 'pipeline versions list' shows those that "
@@ -124,16 +112,13 @@ def previous(paths: Paths) -> int:
     return number
 
 
-def select(paths: Paths, release: Release) -> Change:
+def select_version(paths: Paths, release: Release) -> Promotion:
     """Let every config name this version, config.pbtxt last. The caller holds the lock."""
-    before = max(
-        config_pbtxt.selected(config_pbtxt.read(paths.packaged / "config.pbtxt")), default=None
+    before = config_pbtxt.selected_version(config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG))
+    config_pbtxt.change_configs(
+        paths.packaged, lambda config: config_pbtxt.select(config, release.version)
     )
-    for path in config_pbtxt.config_files(paths.packaged):
-        message = config_pbtxt.read(path)
-        config_pbtxt.select(message, release.version)
-        write_bytes(path, config_pbtxt.to_text(message).encode())
-    return Change(paths.name, release.version, release.sha256, before, is_served=False)
+    return Promotion(paths.name, release.version, release.sha256, before, is_served=False)
 
 
 def prune(paths: Paths) -> list[int]:
@@ -142,42 +127,32 @@ def prune(paths: Paths) -> list[int]:
     Newer ones wait to be promoted. So the highest number stays, and none is given twice.
     """
     with locked(paths.lock):
-        config = config_pbtxt.read(paths.packaged / "config.pbtxt")
+        config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
         selected = config_pbtxt.selected(config)
         if not selected:
             raise PipelineError(f"{paths.name} selects no version, so none is known to be old")
         server = serving(paths)
         kept = {config_pbtxt.previous(config), server.models[paths.name] if server else None}
-        gone = [n for n in version_numbers(paths) if n < min(selected) and n not in kept]
+        numbers = version_numbers(paths.packaged)
+        gone = [n for n in numbers if n < min(selected) and n not in kept]
         for number in gone:
-            _remove(paths.packaged / str(number))
-        for path in config_pbtxt.config_files(paths.packaged) if gone else []:
-            message = config_pbtxt.read(path)
-            for number in gone:
-                for key in config_pbtxt.statements(message):
-                    if key.endswith(f".{number}"):
-                        message.parameters.pop(key)
-            write_bytes(path, config_pbtxt.to_text(message).encode())
+            # Renamed first: whoever looks sees a version whole or not at all, as when it was added.
+            hidden = paths.packaged / f".{number}.{secrets.token_hex(4)}.tmp"
+            os.rename(paths.packaged / str(number), hidden)
+            remove(hidden)
+
+        def forget(config: config_pbtxt.ModelConfig) -> None:
+            for key in config_pbtxt.version_parameters(config):
+                if key.rpartition(".")[2] in map(str, gone):
+                    config.parameters.pop(key)
+
+        if gone:
+            config_pbtxt.change_configs(paths.packaged, forget)
         return gone
 
 
-def _remove(folder: Path) -> None:
-    """Remove a version: at once for whoever looks, as it was added."""
-    hidden = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    os.rename(folder, hidden)
-    remove(hidden)
-
-
-def require_right(release: Release) -> None:
-    """Raise CheckFailedError unless ONNX Runtime answers a version's golden set rightly."""
-    from pipeline.export.runtime import onnx_predictor  # commands that ask no model need it not
-
-    agreement = compare(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
-    require(agreement, f"version {release.version} answers wrongly", REPACKAGE)
-
-
 @dataclass(frozen=True)
-class Difference:
+class VersionDifference:
     """What two versions say differently, and how far their answers lie apart."""
 
     name: str
@@ -189,40 +164,36 @@ class Difference:
     max_abs_diff: float  # over all outputs
 
     def __str__(self) -> str:
-        lines = [f"{self.name} version {self.first} -> {self.second}"]
-        lines += [f"{key}: {one} -> {other}" for key, (one, other) in self.records.items()]
         return Lines(
-            *lines,
+            f"{self.name} version {self.first} -> {self.second}",
+            *(f"{key}: {one} -> {other}" for key, (one, other) in self.records.items()),
             f"answers to {self.images} golden images: {self.differing} differing classes, "
             f"largest difference {self.max_abs_diff:.2e}",
         )
 
 
-def difference(paths: Paths, first: int, second: int) -> Difference:
+def diff_versions(paths: Paths, first: int, second: int) -> VersionDifference:
     """How two versions differ, by their records and by their answers to both golden sets."""
     from pipeline.export.runtime import onnx_predictor  # only this command needs it
 
     releases = [load_release(paths, number) for number in (first, second)]
-    said = [_said(paths, release) for release in releases]
-    keys = sorted({*said[0], *said[1]})
-    records = {key: (said[0].get(key), said[1].get(key)) for key in keys}
+    before, after = (
+        {"accuracy": _accuracy(paths, r.version, r.manifest), **_flattened(r.manifest)}
+        for r in releases
+    )
     images = np.concatenate([release.golden.images for release in releases])  # (N, ...)
     answers = [onnx_predictor(release.onnx)(images) for release in releases]
     between = judge(answers[0], answers[1])
-    return Difference(
+    pairs = {key: (before.get(key), after.get(key)) for key in sorted({*before, *after})}
+    return VersionDifference(
         paths.name,
         first,
         second,
-        {key: pair for key, pair in records.items() if pair[0] != pair[1]},
+        {key: (one, other) for key, (one, other) in pairs.items() if one != other},
         len(images),
         int(between.is_changed.sum()),
         float(between.errors.max()),
     )
-
-
-def _said(paths: Paths, release: Release) -> dict[str, Any]:
-    accuracy = _accuracy(paths, release.version, release.manifest)
-    return {"accuracy": accuracy, **_flattened(release.manifest)}
 
 
 def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,13 +19,13 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from pipeline.client.prediction import probabilities
-from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import Predictor, predict
 from pipeline.core.files import check_digest, clear_temporary, read_json, write_json, write_with
 from pipeline.core.paths import Paths
 from pipeline.export.runtime import onnx_predictor
 from pipeline.repository import config_pbtxt
-from pipeline.repository.release import REPACKAGE, checked
+from pipeline.repository.release import check_release, require_selected
 from pipeline.scoring.parquet import NO_ID, Rows
 from pipeline.scoring.settings import ScoreConfig
 from pipeline.scoring.source import Cut, read_shard
@@ -52,13 +52,9 @@ class ScoringModel:
 
 def selected_model(paths: Paths) -> ScoringModel:
     """The packaged model's selected version, its files and digests checked."""
-    config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
-    selected = config_pbtxt.selected(config)
-    if not selected:
-        raise CheckFailedError(
-            f"{paths.packaged / config_pbtxt.CONFIG} selects no version: {REPACKAGE}"
-        )
-    release = checked(paths, max(selected))
+    path = paths.packaged / config_pbtxt.CONFIG
+    config = config_pbtxt.read(path)
+    release = check_release(paths, require_selected(path, config))
     images = config.input[0]
     shape = tuple(images.dims)
     if config_pbtxt.dtype(images) != "uint8" or min(shape) < 1 or not config.max_batch_size:

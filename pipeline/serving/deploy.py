@@ -6,8 +6,9 @@ import math
 import os
 import re
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -18,7 +19,6 @@ from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.export import targets
 from pipeline.repository import config_pbtxt
-from pipeline.repository.golden import Golden
 from pipeline.repository.release import REPACKAGE, Release, load_release
 from pipeline.serving.tritonserver import IMAGE, KEY_HEADER, RESTRICTED
 
@@ -57,75 +57,58 @@ class Deployment:
         return Lines(*wrote, f"for {what}; nothing was packaged", *warning)
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """The image that a health check asks about: the one that the reference is surest of."""
-
-    image: bytes
-    answer: int  # its class
-    letter: str  # the type of the model's outputs
-
-    def arguments(self, name: str) -> list[str]:
-        url = f"http://127.0.0.1:8000/v2/models/{name}/infer"
-        return ["/probe/probe.py", url, "/probe/image", str(self.answer), self.letter]
-
-
-@dataclass(frozen=True)
-class _Values:
-    """What the templates say of a model."""
-
-    name: str
-    version: int
-    sha256: str
-    slug: str  # the name as Kubernetes and Compose allow names
-    service: str
-    selector: str  # of the model's series
-    queue_metric: str
-    image: str
-    repository: str  # the image without its tag
-    folder: str  # the repository's, for a shell
-    source: str  # the model's folder, seen from the compose file
-    arguments: list[str]  # of tritonserver
-    models: str  # the repository's folder in the container
-    probe: list[str]  # arguments of python3, as JSON
-    probe_program: str
-    probe_image: str  # base64
-    probe_sha256: str
-    exit_seconds: int
-    cpus: int
-    memory_mib: int
-    delay_us: int  # how long the config lets a request wait for company
-    scale_us: int  # mean time in the queue that the autoscaler aims at
-    alert_us: int  # mean time in the queue that somebody should know of
-
-
 def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Deployment:
     """Write the files that run the selected version of a packaged model on a Triton release.
 
     Raises PipelineError when nothing is packaged, or when that release does not load it, and
     CorruptError when a packaged file changed.
     """
-    config = config_pbtxt.read(paths.packaged / "config.pbtxt")
-    versions = config_pbtxt.selected(config)
-    if not versions:
+    config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
+    version = config_pbtxt.selected_version(config)
+    if version is None:
         raise PipelineError(f"{paths.packaged} selects no version of its own: {REPACKAGE}")
-    packaged = load_release(paths, max(versions))
+    packaged = load_release(paths, version)
     image = _image(packaged, release)
-    probe = _probe(packaged.golden, config_pbtxt.dtype(config.output[0]))
-    values = _values(paths, kind, config, packaged, image, probe)
-    folder = paths.deployment(kind)
-    contents = {**_rendered(kind, values), **_probe_files(kind, values, probe)}
+    # A health check asks about the image that the reference is surest of.
+    row = int(margins(packaged.golden.outputs).argmax())
+    digit, folder = packaged.golden.images[row].tobytes(), paths.deployment(kind)
+    values = _values(paths, kind, config, packaged, image, row)
+    contents = _rendered(kind, values)
+    if kind == "compose":  # Kubernetes has both in a ConfigMap
+        contents |= {"probe/probe.py": values["probe_program"].encode(), "probe/image": digit}
+    elif len(values["probe_image"]) > MOST_PROBE_BYTES:
+        raise PipelineError(
+            f"an image of {paths.name} has {len(digit):,} bytes, too many for the ConfigMap of a "
+            "probe: take the compose files and write manifests of your own"
+        )
     for name, content in sorted(contents.items()):
         write_bytes(folder / name, content)
+    warnings = [_unreadable(paths, kind)]
+    if release and release < SAFE:
+        warnings.insert(
+            0,
+            f"Triton {release} is older than {SAFE}: a request with an absurd shape can end it, so "
+            "let nobody but your own clients reach it",
+        )
+    names = ("compose.yaml", "fill.yaml", "manifests")
+    compose, fill, manifests = (shlex.quote(str(folder / name)) for name in names)
+    key = "$(openssl rand -hex 24)"
+    then = {
+        "compose": f"TRITON_ADMIN_KEY={key} docker compose -f {compose} --profile cpu up --detach "
+        "--wait",
+        "kubernetes": f"kubectl create secret generic {values['service']}-admin "
+        f"--from-literal=key={key}, {fill} says how to fill the volume, kubectl apply -f "
+        f"{manifests}",
+    }
     return Deployment(
         kind,
-        values.name,
-        values.version,
-        values.sha256,
+        paths.name,
+        version,
+        packaged.sha256,
         image,
         tuple(folder / name for name in sorted(contents)),
-        Lines(*filter(None, (_warning(release), _unreadable(paths, kind)))),
-        _then(kind, folder, values.service),
+        Lines(*filter(None, warnings)),
+        then[kind],
     )
 
 
@@ -146,83 +129,73 @@ def _image(packaged: Release, release: str | None) -> str:
     return f"{repository}:{wanted.release}-py3"
 
 
-def _probe(golden: Golden, dtype: str) -> _Probe:
-    if dtype not in _LETTERS:
-        raise PipelineError(f"a health check reads {', '.join(_LETTERS)}; the outputs are {dtype}")
-    row = int(margins(golden.outputs).argmax())
-    answer = int(golden.outputs[row].argmax())
-    return _Probe(golden.images[row].tobytes(), answer, _LETTERS[dtype])
-
-
 def _values(
     paths: Paths,
     kind: str,
     config: config_pbtxt.ModelConfig,
     packaged: Release,
     image: str,
-    probe: _Probe,
-) -> _Values:
+    row: int,
+) -> dict[str, Any]:
+    """What the templates say of a model, whose health check asks about that golden image."""
+    dtype, golden = config_pbtxt.dtype(config.output[0]), packaged.golden
+    if dtype not in _LETTERS:
+        raise PipelineError(f"a health check reads {', '.join(_LETTERS)}; the outputs are {dtype}")
     slug = re.sub(r"[^a-z0-9]+", "-", paths.name.lower())[:40].strip("-")
     service = f"triton-{slug}"
-    program = (_TEMPLATES / "shared" / "probe.py").read_text()
+    program, digit = (_TEMPLATES / "shared/probe.py").read_text(), golden.images[row].tobytes()
+    url = f"http://127.0.0.1:8000/v2/models/{paths.name}/infer"
+    answer = str(int(golden.outputs[row].argmax()))
+    probe = ["/probe/probe.py", url, "/probe/image", answer, _LETTERS[dtype]]
     # Each release in a folder of its own: a pod finds it whole, and a rollback its own again.
     files = sorted(path for path in paths.packaged.rglob("*") if path.is_file())
     digest = sha256("".join(sha256(path) for path in files).encode())
     models = "/models" if kind == "compose" else f"/models/{packaged.version}-{digest[:12]}"
+    key = "$(TRITON_ADMIN_KEY)"
+    if kind == "compose":
+        key = "${TRITON_ADMIN_KEY:?is not set, see the top of compose.yaml}"
+    # A string of YAML in which Compose finds no variable.
+    source = os.path.relpath(paths.packaged, paths.deployment(kind)).replace("$", "$$")
+    source = source if source.startswith((".", "/")) else f"./{source}"
     threads = int(config_pbtxt.parameter(config, "intra_op_thread_count") or 1)
     instances = sum(group.count for group in config.instance_group) or 1
     delay_us = int(config.dynamic_batching.max_queue_delay_microseconds)
     scale_us = max(2000, 4 * delay_us)
-    return _Values(
-        name=paths.name,
-        version=packaged.version,
-        sha256=packaged.sha256,
-        slug=slug,
-        service=service,
-        selector=f'job="{service}",model="{paths.name}"',
-        queue_metric=f"{service.replace('-', '_')}_queue_time_us",
-        image=image,
-        repository=image.partition(":")[0],
-        folder=shlex.quote(str(paths.repository)),
-        source=_quoted(os.path.relpath(paths.packaged, paths.deployment(kind))),
-        arguments=_arguments(paths.name, kind, models),
-        models=models,
-        probe=[json.dumps(argument) for argument in probe.arguments(paths.name)],
-        probe_program=program,
-        probe_image=base64.b64encode(probe.image).decode(),
-        probe_sha256=sha256(program.encode() + probe.image),
-        exit_seconds=EXIT_SECONDS,
-        cpus=math.ceil(threads * instances) + 1,  # one for the front ends
-        memory_mib=MEMORY_MIB,
-        delay_us=delay_us,
-        scale_us=scale_us,
-        alert_us=5 * scale_us,
-    )
-
-
-def _quoted(path: str) -> str:
-    """A path as a string of YAML in which Compose finds no variable."""
-    relative = path if path.startswith((".", "/")) else f"./{path}"
-    return json.dumps(relative.replace("$", "$$"))
-
-
-def _arguments(name: str, kind: str, models: str) -> list[str]:
-    """The command line of tritonserver, the admin key as a variable of Compose or Kubernetes."""
-    key = {
-        "compose": "${TRITON_ADMIN_KEY:?is not set, see the top of compose.yaml}",
-        "kubernetes": "$(TRITON_ADMIN_KEY)",
+    return {
+        "name": paths.name,
+        "version": packaged.version,
+        "sha256": packaged.sha256,
+        "slug": slug,  # the name as Kubernetes and Compose allow names
+        "service": service,
+        "selector": f'job="{service}",model="{paths.name}"',  # of the model's series
+        "queue_metric": f"{service.replace('-', '_')}_queue_time_us",
+        "image": image,
+        "repository": image.partition(":")[0],  # the image without its tag
+        "folder": shlex.quote(str(paths.repository)),  # the repository's, for a shell
+        "source": json.dumps(source),  # the model's folder, seen from the compose file
+        "arguments": [  # of tritonserver
+            f"--model-repository={models}",
+            "--model-control-mode=explicit",
+            f"--load-model={paths.name}",
+            f"--exit-timeout-secs={EXIT_SECONDS}",
+            f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={key}",
+            f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key}",
+        ],
+        "models": models,  # the repository's folder in the container
+        "probe": [json.dumps(argument) for argument in probe],  # arguments of python3
+        "probe_program": program,
+        "probe_image": base64.b64encode(digit).decode(),
+        "probe_sha256": sha256(program.encode() + digit),
+        "exit_seconds": EXIT_SECONDS,
+        "cpus": math.ceil(threads * instances) + 1,  # one for the front ends
+        "memory_mib": MEMORY_MIB,
+        "delay_us": delay_us,  # how long the config lets a request wait for company
+        "scale_us": scale_us,  # mean time in the queue that the autoscaler aims at
+        "alert_us": 5 * scale_us,  # mean time in the queue that somebody should know of
     }
-    return [
-        f"--model-repository={models}",
-        "--model-control-mode=explicit",
-        f"--load-model={name}",
-        f"--exit-timeout-secs={EXIT_SECONDS}",
-        f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={key[kind]}",
-        f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key[kind]}",
-    ]
 
 
-def _rendered(kind: str, values: _Values) -> dict[str, bytes]:
+def _rendered(kind: str, values: dict[str, Any]) -> dict[str, bytes]:
     """The text of each file of a kind, by its path in the deployment's folder."""
     environment = Environment(
         loader=PackageLoader("pipeline.serving"),
@@ -239,30 +212,9 @@ def _rendered(kind: str, values: _Values) -> dict[str, bytes]:
     own = [name for name in environment.list_templates() if name.startswith(f"{kind}/")]
     sources = {name.removeprefix(f"{kind}/"): name for name in own} | _SHARED[kind]
     return {
-        name: environment.get_template(source).render(asdict(values)).encode()
+        name: environment.get_template(source).render(values).encode()
         for name, source in sources.items()
     }
-
-
-def _probe_files(kind: str, values: _Values, probe: _Probe) -> dict[str, bytes]:
-    """What the health check needs beside the files; Kubernetes has it in a ConfigMap."""
-    if kind == "compose":
-        return {"probe/probe.py": values.probe_program.encode(), "probe/image": probe.image}
-    if len(values.probe_image) > MOST_PROBE_BYTES:
-        raise PipelineError(
-            f"an image of {values.name} has {len(probe.image):,} bytes, too many for the ConfigMap "
-            "of a probe: take the compose files and write manifests of your own"
-        )
-    return {}
-
-
-def _warning(release: str | None) -> str:
-    if release is None or release >= SAFE:
-        return ""
-    return (
-        f"Triton {release} is older than {SAFE}: a request with an absurd shape can end it, so "
-        "let nobody but your own clients reach it"
-    )
 
 
 def _unreadable(paths: Paths, kind: str) -> str:
@@ -276,21 +228,3 @@ def _unreadable(paths: Paths, kind: str) -> str:
                 "to yourself"
             )
     return ""
-
-
-def _then(kind: str, folder: Path, service: str) -> str:
-    key = "$(openssl rand -hex 24)"
-
-    def quoted(name: str) -> str:
-        return shlex.quote(str(folder / name))
-
-    if kind == "compose":
-        return (
-            f"TRITON_ADMIN_KEY={key} docker compose -f {quoted('compose.yaml')} --profile cpu "
-            "up --detach --wait"
-        )
-    return (
-        f"kubectl create secret generic {service}-admin --from-literal=key={key}, "
-        f"{quoted('fill.yaml')} says how to fill the volume, "
-        f"kubectl apply -f {quoted('manifests')}"
-    )

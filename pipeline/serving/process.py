@@ -1,18 +1,23 @@
-"""A tritonserver's processes: started, found, and cleared with all that they left."""
+"""A tritonserver's processes: started, awaited, found, and cleared with all that they left."""
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+from pipeline.client.client import Client
+from pipeline.core.errors import PipelineError, ServerError
 from pipeline.core.paths import require_printable
-from pipeline.repository.running import start_time
 from pipeline.serving import tritonserver
 from pipeline.serving.settings import ServeConfig
 
@@ -26,33 +31,101 @@ MARK = "PIPELINE_SERVER_ID"
 
 
 @contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, unless there is a handler for it already."""
+def handle_signals(
+    handlers: Mapping[int, Callable[[int, FrameType | None], Any]],
+) -> Iterator[None]:
+    """Handle signals so in the block, in the main thread: no other one gets any."""
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pairs = handlers.items() if is_main else ()
+    previous = {number: signal.signal(number, handler) for number, handler in pairs}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def end_by_sigterm() -> contextlib.AbstractContextManager[None]:
+    """Let SIGTERM end the block as Ctrl-C does, unless there is a handler for it already."""
+    is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    return handle_signals({signal.SIGTERM: signal.default_int_handler} if is_free else {})
+
+
+def poll(seconds: float) -> Iterator[None]:
+    """Yield again and again, with a pause after each time, until `seconds` are over."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A tritonserver that was started: its process, its key, and its part of a log."""
+
+    id: str
+    admin_key: str
+    config: ServeConfig
+    child: subprocess.Popen[bytes]
+    log: Path
+    log_start: int  # where its own part begins, in bytes; others wrote before it
+
+    def await_answer(self, seconds: float) -> None:
+        """Return once it answers over HTTP and gRPC.
+
+        Raises ServerError when it died or takes too long, and PipelineError when another server
+        answers at its ports.
+        """
+        deadline = time.monotonic() + seconds
+        for scheme, port in (("http", self.config.http_port), ("grpc", self.config.grpc_port)):
+            with Client(f"{scheme}://127.0.0.1:{port}", timeout=2.0, retries=0) as client:
+                name = None
+                while name is None:
+                    if self.child.poll() is not None:
+                        raise ServerError(f"tritonserver did not start: {self.cause()}")
+                    try:
+                        name = client.server_name()
+                    except ServerError as error:
+                        if time.monotonic() > deadline:
+                            raise self.slow() from error
+                        time.sleep(POLL_SECONDS)
+                if name != self.id:
+                    raise PipelineError(
+                        f"{client.endpoint} is another server ({name}): choose other ports"
+                    )
+
+    def slow(self) -> ServerError:
+        """The error of a server that takes too long."""
+        seconds = self.config.start_seconds
+        return ServerError(
+            f"tritonserver was not ready in {seconds:g} s; its log ends: {self.cause()}"
+        )
+
+    def written(self, start: int) -> str:
+        """What was written into the log since it had `start` bytes."""
+        with self.log.open("rb") as log:
+            log.seek(start)
+            return log.read().decode(errors="replace")
+
+    def cause(self) -> str:
+        """The error in its log that explains the others, in a line."""
+        return tritonserver.cause(self.written(self.log_start))
 
 
 @contextlib.contextmanager
 def launched(
-    runtime: tritonserver.Runtime,
+    runtime: tritonserver.ServerRuntime,
     repository: Path,
     config: ServeConfig,
-    server_id: str,
-    admin_key: str,
     log: Path | None = None,
-) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """Start a tritonserver on `repository`; the process and its log, all gone after the block.
+) -> Iterator[Launched]:
+    """Start a tritonserver on `repository` that loads what it is told to; it ends with the block.
 
-    Without `log`, the log is in the server's temporary folder.
+    Its processes are a group of their own. Nothing of it is left after the block but `log`;
+    without that, the log is in the server's temporary folder.
     """
     require_printable(repository)
+    server_id, key = f"handwriting-{secrets.token_hex(6)}", secrets.token_urlsafe(24)
     parent = tritonserver.scratch_parent()
     with tempfile.TemporaryDirectory(prefix=f"{server_id}-", dir=parent) as folder:
         scratch = Path(folder)
@@ -60,69 +133,64 @@ def launched(
         runtime, shown = tritonserver.plain_paths(runtime, repository, scratch)
         if runtime.kind == "wheel":
             tritonserver.lay_out_backends(runtime, backends)
-        command = tritonserver.command(runtime, shown, config, server_id, admin_key, backends)
-        with process(command, runtime, log, server_id) as child:
-            yield child, log
-
-
-@contextlib.contextmanager
-def process(
-    command: list[str], runtime: tritonserver.Runtime, log: Path, server_id: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The server's process in a group of its own, which ends with the block."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with ended_by_sigterm():
-        with log.open("ab") as output:
-            child = subprocess.Popen(
-                command,
-                env={**tritonserver.environment(runtime), MARK: server_id},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            yield child
-        finally:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(END_SECONDS)
-            clear(server_id, runtime.kind)
-            child.wait()
+        command = tritonserver.command(runtime, shown, config, server_id, key, backends)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with end_by_sigterm():
+            with log.open("ab") as output:
+                start = output.tell()
+                child = subprocess.Popen(
+                    command,
+                    env={**tritonserver.environment(runtime), MARK: server_id},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            try:
+                yield Launched(server_id, key, config, child, log, start)
+            finally:
+                child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(END_SECONDS)
+                clear(server_id, runtime.kind)
+                child.wait()
 
 
 def processes_of(server_id: str) -> list[int]:
     """Return the server's living processes: tritonserver, its stubs, or a container's command."""
-    mark, pids = f"{MARK}={server_id}".encode(), []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                pids.append(int(entry.name))
-    return [pid for pid in pids if start_time(pid) is not None]
+    import psutil  # slow to import; 'pipeline query' needs none of it
+
+    # Of other users' processes there is no environment, and a dead one has an empty one.
+    return [
+        process.pid
+        for process in psutil.process_iter(["environ"])
+        if (process.info["environ"] or {}).get(MARK) == server_id
+    ]
 
 
 def dead_children(pid: int) -> list[int]:
     """Processes that `pid` started, that ended, and that it has not noticed: its dead stubs."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state == "Z" and parent == str(pid):
-                found.append(int(entry.name))
-    return found
+    import psutil
+
+    return [
+        process.pid
+        for process in psutil.process_iter(["ppid", "status"])
+        if (process.info["ppid"], process.info["status"]) == (pid, psutil.STATUS_ZOMBIE)
+    ]
 
 
 def clear(server_id: str, runtime: str) -> None:
     """Kill what is left of a server, await its end, and remove its shared memory and files."""
     if runtime == "docker":
         tritonserver.remove_container(server_id)
-    deadline = time.monotonic() + KILL_SECONDS
-    # Each time anew: one that is just being started has no command line yet.
-    while (left := processes_of(server_id)) and time.monotonic() < deadline:
+    for _ in poll(KILL_SECONDS):
+        # Each time anew: one that is just being started has no command line yet.
+        left = processes_of(server_id)
+        if not left:
+            break
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # a container's own
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(POLL_SECONDS)
     # Only now: a process that still ran could make another.
     for region in Path("/dev/shm").glob(f"{server_id}*"):
         region.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from pipeline.client.query import triton_predictor
 from pipeline.core.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.core.paths import Paths
 from pipeline.repository import config_pbtxt
-from pipeline.repository.golden import GOLDEN_BATCHES, Agreement, Golden, compare, require
+from pipeline.repository.golden import GOLDEN_BATCHES, Agreement, Golden, compare_golden, require
 from pipeline.repository.release import Release
 from pipeline.repository.running import Server
 from pipeline.serving.admin import Admin
@@ -23,7 +23,7 @@ def replay_golden(client: Client, golden: Golden) -> Agreement:
     """How far a server lies from the golden set's answers, at batch sizes that it takes."""
     largest = max(1, client.config().max_batch_size)
     sizes = tuple(size for size in GOLDEN_BATCHES if size <= largest)
-    return compare(golden, triton_predictor(client), sizes)
+    return compare_golden(golden, triton_predictor(client), sizes)
 
 
 def served_version(client: Client) -> int:
@@ -64,7 +64,7 @@ def prove(
         with loading(what, mend):
             admin.load_files(config, files)
         report(f"asking {name} the golden set")
-        require_right(server, name, release, f"{what} answers wrongly", mend)
+        require_golden(server, name, release, f"{what} answers wrongly", mend)
     finally:
         with contextlib.suppress(PipelineError):
             admin.unload(name)
@@ -94,7 +94,7 @@ def _files(
     return config, {**files, f"{release.version}/{paths.onnx.name}": release.onnx}
 
 
-def require_right(server: Server, name: str, release: Release, what: str, mend: str) -> None:
+def require_golden(server: Server, name: str, release: Release, what: str, mend: str) -> None:
     """Raise CheckFailedError unless this very version answers, and rightly, over both protocols."""
     for url in (server.http_url, server.grpc_url):
         with Client(url, name, ANSWER_SECONDS) as client:

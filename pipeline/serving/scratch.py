@@ -3,32 +3,26 @@
 A blank request to any served model, and what is wrong with its answer.
 """
 
-import contextlib
 import http.client
 import json
 import math
 import re
-import secrets
 import select
-import signal
-import subprocess
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import ServerError
 from pipeline.core.paths import Paths
 from pipeline.repository.lint import files
 from pipeline.repository.lint.backend import BACKEND, SIZES, runs_on_gpu
 from pipeline.repository.lint.check import CONFIG, Linted, in_order
 from pipeline.repository.lint.config import OTHER_BACKENDS
-from pipeline.repository.lint.files import Model
+from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.text import Config, Finding, Level, read_config
 from pipeline.serving import tritonserver
-from pipeline.serving.process import launched
-from pipeline.serving.serve import POLL_SECONDS, with_free_ports
+from pipeline.serving.process import Launched, launched
+from pipeline.serving.serve import with_free_ports
 from pipeline.serving.settings import ServeConfig
 
 LOAD_SECONDS = 30.0  # in which a model loads, or never will
@@ -47,7 +41,7 @@ _SAID = {
 
 
 @dataclass(frozen=True)
-class Trial:
+class LiveTrial:
     """What a server made of one model."""
 
     model: str
@@ -58,69 +52,64 @@ class Trial:
 
 def lint_live(linted: Linted, paths: Paths, seconds: float = LOAD_SECONDS) -> Linted:
     """`linted` with what a scratch server said of each model. The repository stays as it is."""
-    trials = try_models(linted.repository, linted.models, paths, seconds)
-    found = [finding for trial in trials for finding in _findings(linted.repository, trial)]
-    return replace(linted, findings=tuple(in_order([*linted.findings, *found])), live=True)
-
-
-def _findings(repository: Path, trial: Trial) -> Iterator[Finding]:
-    file = repository / trial.model / CONFIG
-    if trial.outcome == "not judged":
-        said = f"not judged on a server here: {trial.cause}"
-        yield Finding("live", "note", file, said, source=trial.source)
-    elif trial.outcome != "loads":
-        level: Level = "warning" if trial.outcome == "unanswered" else "error"
-        yield Finding("live", level, file, f"{_SAID[trial.outcome]}: {trial.cause}")
+    findings = list(linted.findings)
+    for trial in try_models(linted.repository, linted.models, paths, seconds):
+        file = linted.repository / trial.model / CONFIG
+        if trial.outcome == "not judged":
+            said = f"not judged on a server here: {trial.cause}"
+            findings.append(Finding("live", "note", file, said, source=trial.source))
+        elif trial.outcome != "loads":
+            level: Level = "warning" if trial.outcome == "unanswered" else "error"
+            said = f"{_SAID[trial.outcome]}: {trial.cause}"
+            findings.append(Finding("live", level, file, said))
+    return replace(linted, findings=in_order(findings), live=True)
 
 
 def try_models(
     repository: Path, names: Iterable[str], paths: Paths, seconds: float = LOAD_SECONDS
-) -> list[Trial]:
+) -> list[LiveTrial]:
     """Load each model by itself, ask it, unload it. One that hangs costs a server, not the rest."""
     runtime = tritonserver.find(paths, "auto")
     trials = {name: _beyond(repository / name, runtime.kind) for name in names}
     while waiting := [name for name, trial in trials.items() if trial is None]:
-        with _server(runtime, repository) as server:
+        config = with_free_ports(ServeConfig())
+        with launched(runtime, repository, config) as server:
+            server.await_answer(config.start_seconds)
             for name in waiting:
-                trial = trials[name] = _limited(_try(server, name, seconds), runtime.kind)
+                trial = _try(server, name, seconds)
+                is_refused = trial.outcome == "refused" and runtime.kind == "wheel"
+                if is_refused and _LIMITS.search(trial.cause):  # our own backend cannot tell
+                    said = f"only the native backend can tell ({trial.cause})"
+                    trial = LiveTrial(name, "not judged", said, f"{BACKEND} ModelInstanceState")
+                trials[name] = trial
                 if trial.outcome in ("hangs", "ends"):
                     break  # what a load holds, the next one would wait for
     return [trial for trial in trials.values() if trial]
 
 
-def _beyond(folder: Path, kind: str) -> Trial | None:
+def _beyond(folder: Path, kind: str) -> LiveTrial | None:
     """A verdict on a model that the server here cannot judge, or must not try."""
-    if not re.fullmatch(r"[\w.~-]+", folder.name, re.ASCII):
+    name, source = folder.name, f"{BACKEND} LoadModel"
+    if not re.fullmatch(r"[\w.~-]+", name, re.ASCII):
         why = "Triton takes its name literally in a URL, which cannot hold it: rename it"
-        return Trial(folder.name, "not judged", why)
+        return LiveTrial(name, "not judged", why)
     config = read_config(folder / CONFIG) if (folder / CONFIG).exists() else Config(folder / CONFIG)
     if isinstance(config, Finding):
         return None  # the server will say it
     message: Any = config.message
     named = str(message.backend or message.platform)
-
-    def say(why: str, where: str = "") -> Trial:
-        return Trial(folder.name, "not judged", why, f"{BACKEND} {where}" if where else None)
-
     if named in OTHER_BACKENDS:
-        return say(f"it is for the backend {named}")
-    if files.brings_code(Model(folder, config, files.versions(folder)[0])):
-        return say("it may bring code of its own, which is not run here")
+        return LiveTrial(name, "not judged", f"it is for the backend {named}")
+    if files.brings_code(ModelFolder(folder, config, files.version_folders(folder)[0])):
+        return LiveTrial(name, "not judged", "it may bring code of its own, which is not run here")
     if runs_on_gpu(message) and not any(Path("/dev").glob("nvidia[0-9]*")):
-        return say("it asks for a GPU, and there is none", "LoadModel")
+        return LiveTrial(name, "not judged", "it asks for a GPU, and there is none", source)
     asked = message.optimization.execution_accelerators
     for one in (*asked.gpu_execution_accelerator, *asked.cpu_execution_accelerator):
         if kind == "wheel" and one.name != "cuda":
-            return say(f"only the native backend has the accelerator '{one.name}'", "LoadModel")
+            why = f"only the native backend has the accelerator '{one.name}'"
+            return LiveTrial(name, "not judged", why, source)
     return None
-
-
-def _limited(trial: Trial, kind: str) -> Trial:
-    """The trial, or that our own backend cannot tell."""
-    if trial.outcome == "refused" and kind == "wheel" and _LIMITS.search(trial.cause):
-        said = f"only the native backend can tell ({trial.cause})"
-        return Trial(trial.model, "not judged", said, f"{BACKEND} ModelInstanceState")
-    return trial
 
 
 MOST_BYTES = 64 * 1024 * 1024  # of a blank request; a larger one is not sent
@@ -137,79 +126,63 @@ class GoneError(Exception):
     """The server went, or its log says that it is about to."""
 
 
-@dataclass(frozen=True)
-class Server:
-    """A tritonserver of ours that loads what it is told to."""
-
-    child: subprocess.Popen[bytes]
-    log: Path
-    port: int
-    headers: dict[str, str]
-
-    def ask(
-        self,
-        method: str,
-        path: str,
-        seconds: float,
-        body: bytes = b"",
-        headers: dict[str, str] | None = None,
-    ) -> tuple[int, bytes]:
-        """Status and body of an answer; SilentError or GoneError when there is none."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
-        try:
-            connection.request(method, path, body or None, {**self.headers, **(headers or {})})
-            self._await_answer(connection, seconds)
-            response = connection.getresponse()
-            return response.status, response.read()
-        except TimeoutError as error:
-            raise SilentError(path) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise GoneError(path) from error
-        finally:
-            connection.close()
-
-    def _await_answer(self, connection: http.client.HTTPConnection, seconds: float) -> None:
-        """Return once an answer begins: a server that crashes may keep its connections open."""
-        start = self.log.stat().st_size
+def _ask(
+    server: Launched,
+    method: str,
+    path: str,
+    seconds: float,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+) -> tuple[int, bytes]:
+    """Status and body of an answer; SilentError or GoneError when there is none."""
+    port, start = server.config.http_port, server.log.stat().st_size
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
+    key = {tritonserver.KEY_HEADER: server.admin_key}
+    try:
+        connection.request(method, path, body or None, {**key, **(headers or {})})
+        # A server that crashes may keep its connections open.
         for _ in range(max(1, int(seconds / 0.25))):
             if select.select([connection.sock], [], [], 0.25)[0]:
-                return
-            if self.child.poll() is not None or "\nSignal (" in self.said(start):
-                raise GoneError("it crashed")
-        raise SilentError("no answer")
+                response = connection.getresponse()
+                return response.status, response.read()
+            has_crashed = re.search(r"^Signal \(", server.written(start), re.MULTILINE)
+            if has_crashed or server.child.poll() is not None:
+                raise GoneError(path)
+        raise SilentError(path)
+    except TimeoutError as error:
+        raise SilentError(path) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise GoneError(path) from error
+    finally:
+        connection.close()
 
-    def said(self, start: int) -> str:
-        """What was written into the log since it had `start` bytes."""
-        with self.log.open("rb") as log:
-            log.seek(max(0, start - 1))
-            return log.read().decode(errors="replace")
 
-
-def wrong_answer(server: Server, name: str) -> tuple[str, bool]:
+def wrong_answer(server: Launched, name: str) -> tuple[str, bool]:
     """What is wrong with the answers to one and to two blank images, and whether that is certain.
 
     Blank data may be refused by a model that is right; two where one was taken may not.
     """
-    status, text = server.ask("GET", f"/v2/models/{name}/config", SECONDS)
+    status, text = _ask(server, "GET", f"/v2/models/{name}/config", SECONDS)
     if status != 200:
         return "", False
     config = json.loads(text)
     largest = int(config.get("max_batch_size", 0))
-    for size in (1, 2):
-        if size > max(1, largest):
-            break
+    for size in (1, 2) if largest > 1 else (1,):
         request = _blank(config, size if largest else 0)
         if request is None:
             break
         header, data = request
         length = {"Inference-Header-Content-Length": str(len(header))}
-        status, answer = server.ask(
-            "POST", f"/v2/models/{name}/infer", SECONDS, header + data, length
-        )
+        path = f"/v2/models/{name}/infer"
+        status, answer = _ask(server, "POST", path, SECONDS, header + data, length)
         if status != 200:
-            said = _error(answer)
+            try:
+                said = str(json.loads(answer)["error"])
+            except (ValueError, KeyError, TypeError):
+                said = answer.decode(errors="replace")[:200]
             return f"answers a batch of {size} zeros with: {said}", size == 2
-        for output in _outputs(answer) if largest else ():
+        described = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]  # then comes data
+        for output in described.get("outputs", ()) if largest else ():
             if list(output["shape"])[:1] != [size]:
                 said = f"answers a batch of {size} with {output['name']} of shape "
                 return f"{said}{output['shape']}", True
@@ -240,73 +213,24 @@ def _blank(config: dict[str, Any], size: int) -> tuple[bytes, bytes] | None:
     return json.dumps(header).encode(), data
 
 
-def _outputs(answer: bytes) -> list[dict[str, Any]]:
-    """The outputs that an answer describes before its data."""
-    found = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]
-    return list(found.get("outputs", ()))
-
-
-def _error(answer: bytes) -> str:
-    try:
-        return str(json.loads(answer)["error"])
-    except (ValueError, KeyError, TypeError):
-        return answer.decode(errors="replace")[:200]
-
-
-def _try(server: Server, name: str, seconds: float) -> Trial:
+def _try(server: Launched, name: str, seconds: float) -> LiveTrial:
     """Load the model, ask it whether it is ready and for an answer, and unload it."""
     start = server.log.stat().st_size
     action = f"/v2/repository/models/{name}"
     outcome, said = "loads", ""
     try:
-        status, _ = server.ask("POST", f"{action}/load", seconds, b"{}")
-        if status != 200:
+        if _ask(server, "POST", f"{action}/load", seconds, b"{}")[0] != 200:
             outcome = "refused"
-        elif server.ask("GET", f"/v2/models/{name}/ready", seconds)[0] != 200:
+        elif _ask(server, "GET", f"/v2/models/{name}/ready", seconds)[0] != 200:
             outcome = "unready"
         else:
             said, is_certain = wrong_answer(server, name)
             outcome = ("wrong" if is_certain else "unanswered") if said else "loads"
-            server.ask("POST", f"{action}/unload", seconds, b"{}")
+            _ask(server, "POST", f"{action}/unload", seconds, b"{}")
     except SilentError:
         outcome, said = "hangs", f"no answer in {seconds:g} s"
     except GoneError:
         outcome = "ends"
     if outcome != "loads":
-        said = said or cause(server.said(start))
-    return Trial(name, outcome, said)
-
-
-def cause(log: str) -> str:
-    """The real cause of a failure in a part of tritonserver's log, in a line."""
-    if crash := re.search(r"^Signal \((\d+)\) received", log, re.MULTILINE):
-        number = int(crash[1])
-        known = number in signal.valid_signals()
-        name = signal.Signals(number).name if known else f"signal {number}"
-        what = re.search(r"what\(\):\s*(.*)", log)
-        return f"the server crashes ({name}{', ' + what[1] if what else ''})"
-    parsing = re.findall(r"Error parsing text-format inference\.ModelConfig: (.*)", log)
-    return parsing[-1] if parsing else tritonserver.cause(log)
-
-
-@contextlib.contextmanager
-def _server(runtime: tritonserver.Runtime, repository: Path) -> Iterator[Server]:
-    """A scratch server on `repository` that has loaded nothing yet."""
-    config = with_free_ports(ServeConfig())
-    server_id, key = f"handwriting-{secrets.token_hex(6)}", secrets.token_urlsafe(24)
-    with launched(runtime, repository, config, server_id, key) as (child, log):
-        server = Server(child, log, config.http_port, {tritonserver.KEY_HEADER: key})
-        _await(server, config.start_seconds)
-        yield server
-
-
-def _await(server: Server, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(SilentError, GoneError):
-            if server.ask("GET", "/v2/health/ready", 2.0)[0] == 200:
-                return
-        if server.child.poll() is not None or time.monotonic() > deadline:
-            said = tritonserver.cause(server.log.read_text(errors="replace"))
-            raise ServerError(f"the scratch server did not start: {said}")
-        time.sleep(POLL_SECONDS)
+        said = said or tritonserver.cause(server.written(start))
+    return LiveTrial(name, outcome, said)

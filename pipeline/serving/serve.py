@@ -2,16 +2,14 @@
 
 import contextlib
 import os
-import secrets
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipeline.client.client import Client
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.core.files import write_json
 from pipeline.core.paths import Paths
@@ -22,17 +20,12 @@ from pipeline.repository.running import is_alive as is_alive
 from pipeline.repository.running import recorded as recorded
 from pipeline.repository.running import root
 from pipeline.repository.running import start_time as start_time
-from pipeline.serving import ready as candidate
-from pipeline.serving import tritonserver
+from pipeline.serving import ready, tritonserver
 from pipeline.serving.admin import Admin
-from pipeline.serving.process import END_SECONDS as END_SECONDS
-from pipeline.serving.process import clear as clear
-from pipeline.serving.process import dead_children as dead_children
-from pipeline.serving.process import launched
+from pipeline.serving.process import Launched, launched, poll
 from pipeline.serving.process import processes_of as processes_of
 from pipeline.serving.settings import ServeConfig
 
-POLL_SECONDS = 0.05
 MEND = "Look at the server's environment, then package it again"
 LOG_BYTES = 16 * 1024 * 1024  # of the server's log, of which one more generation is kept
 
@@ -51,19 +44,6 @@ def with_free_ports(config: ServeConfig) -> ServeConfig:
     """`config` on three ports that are free now."""
     http, grpc, metrics = free_ports(3)
     return replace(config, http_port=http, grpc_port=grpc, metrics_port=metrics)
-
-
-def _require_free(config: ServeConfig) -> None:
-    for service, port in tritonserver.ports(config).items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((config.host, port))
-            except OSError as error:
-                raise PipelineError(
-                    f"port {port} ({service}) is taken: stop what listens there, choose another "
-                    f"with --{service}-port, or take free ones with --port auto"
-                ) from error
 
 
 @contextlib.contextmanager
@@ -92,23 +72,29 @@ def running_server(
     runtime = tritonserver.find(paths, config.runtime)
     if config.host != "127.0.0.1" and runtime.kind == "wheel":
         raise PipelineError("the wheel's tritonserver is too old for a network: loopback only")
-    _require_free(config)
-    server_id = f"handwriting-{secrets.token_hex(6)}"
-    key = secrets.token_urlsafe(24)
-    log = paths.server_log if is_recorded else None
-    start = log.stat().st_size if log and log.exists() else 0
+    for service, port in tritonserver.ports(config).items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.host, port))
+            except OSError as error:
+                raise PipelineError(
+                    f"port {port} ({service}) is taken: stop what listens there, choose another "
+                    f"with --{service}-port, or take free ones with --port auto"
+                ) from error
     report(f"starting {runtime}")
-    with launched(runtime, paths.repository, config, server_id, key, log) as (child, log_file):
+    log = paths.server_log if is_recorded else None
+    with launched(runtime, paths.repository, config, log) as started:
         server = Server(
-            id=server_id,
-            pid=child.pid,
-            start_time=start_time(child.pid) or 0,
+            id=started.id,
+            pid=started.child.pid,
+            start_time=start_time(started.child.pid) or 0,
             supervisor_pid=os.getpid(),
             supervisor_start_time=start_time(os.getpid()) or 0,
             http_port=config.http_port,
             grpc_port=config.grpc_port,
             metrics_port=config.metrics_port,
-            admin_key=key,
+            admin_key=started.admin_key,
             runtime=runtime.kind,
             profile=config.profile,
             models={name: release.version for name, release in releases.items()},
@@ -122,28 +108,13 @@ def running_server(
             write_record(paths, server)
         # Without a record, nobody knows where to ask.
         unproven = digests - (proven or set()) if is_recorded else set()
-        at = Log(log_file, start)
-        await_ready(paths, server, child, releases, unproven, at, config.start_seconds)
+        await_ready(paths, server, started, releases, unproven)
         if proven is not None:
             proven |= digests
         server = replace(server, is_ready=True, ready_at=time.time())
         if is_recorded:
             write_record(paths, server)
-        yield server, child
-
-
-@dataclass(frozen=True)
-class Log:
-    """What one server has written into a log that others wrote before it."""
-
-    path: Path
-    start: int  # where its own part begins, in bytes
-
-    def cause(self) -> str:
-        """The error that explains the others, in a line."""
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            return tritonserver.cause(file.read().decode(errors="replace"))
+        yield server, started.child
 
 
 def bound_log(path: Path, limit: int = LOG_BYTES) -> None:
@@ -153,25 +124,24 @@ def bound_log(path: Path, limit: int = LOG_BYTES) -> None:
         os.truncate(path, 0)  # its writers append
 
 
-def drain(server: Server, seconds: float) -> bool:
+def drain(server: Server, seconds: float, report: Callable[[str], None]) -> None:
     """Let a server answer what it has accepted, and refuse what comes from now on.
 
     Triton's own way out keeps accepting on connections that are open, and cuts them off in the
-    middle of an answer. Returns False when `seconds` were too few, or the server was not there.
+    middle of an answer. Reports when `seconds` were too few, or the server was not there.
     """
-    deadline = time.monotonic() + seconds
-    try:
-        with Admin(server.grpc_url, server.admin_key, seconds) as admin:
-            ready = {name for (name, _), state in admin.states().items() if state == "READY"}
-            for name in sorted(ready):
-                admin.unload(name)
-            while any(n in ready and s != "UNAVAILABLE" for (n, _), s in admin.states().items()):
-                if time.monotonic() > deadline:
-                    return False
-                time.sleep(POLL_SECONDS)
-    except PipelineError:
-        return False
-    return True
+    with (
+        contextlib.suppress(PipelineError),
+        Admin(server.grpc_url, server.admin_key, seconds) as admin,
+    ):
+        loaded = {name for (name, _), state in admin.states().items() if state == "READY"}
+        for name in sorted(loaded):
+            admin.unload(name)
+        for _ in poll(seconds):
+            states = admin.states().items()
+            if all(s == "UNAVAILABLE" for (name, _), s in states if name in loaded):
+                return
+    report(f"not drained in {seconds:g} s: what it had accepted may be without an answer")
 
 
 def write_record(paths: Paths, server: Server) -> None:
@@ -186,63 +156,26 @@ def write_record(paths: Paths, server: Server) -> None:
 def await_ready(
     paths: Paths,
     server: Server,
-    child: subprocess.Popen[bytes],
+    started: Launched,
     releases: dict[str, Release],
     unproven: set[str],
-    log: Log,
-    seconds: float,
 ) -> None:
     """Return once our server's models answer their golden sets rightly over both protocols."""
-    deadline = time.monotonic() + seconds
-    for url in (server.http_url, server.grpc_url):
-        with Client(url, timeout=2.0, retries=0) as client:
-            _await_answer(client, server, child, log, deadline, seconds)
+    began, seconds = time.monotonic(), started.config.start_seconds
+    started.await_answer(seconds)
+    left = max(1.0, began + seconds - time.monotonic())
     try:
-        with Admin(
-            server.grpc_url, server.admin_key, max(1.0, deadline - time.monotonic())
-        ) as admin:
+        with Admin(server.grpc_url, server.admin_key, left) as admin:
             for name, release in releases.items():
-                _load(paths.named(name), server, admin, release, release.sha256 in unproven)
-    except candidate.NotLoadedError as error:
-        raise ServerError(f"tritonserver did not start: {log.cause()}") from error
+                what = f"{name} version {release.version}"
+                if release.sha256 in unproven:
+                    ready.prove(paths.named(name), server, admin, release, MEND)
+                with ready.loading(what, MEND):
+                    admin.load(name)
+                ready.require_golden(server, name, release, f"{what} answers wrongly", MEND)
+    except ready.NotLoadedError as error:
+        raise ServerError(f"tritonserver did not start: {started.cause()}") from error
     except ServerError as error:
-        if child.poll() is None:
-            raise ServerError(
-                f"tritonserver was not ready in {seconds:g} s; its log ends: {log.cause()}"
-            ) from error
-        raise ServerError(f"tritonserver did not start: {log.cause()}") from error
-
-
-def _load(paths: Paths, server: Server, admin: Admin, release: Release, is_unproven: bool) -> None:
-    """Have a model served that answers its golden set rightly."""
-    what = f"{paths.name} version {release.version}"
-    if is_unproven:
-        candidate.prove(paths, server, admin, release, MEND)
-    with candidate.loading(what, MEND):
-        admin.load(paths.name)
-    candidate.require_right(server, paths.name, release, f"{what} answers wrongly", MEND)
-
-
-def _await_answer(
-    client: Client,
-    server: Server,
-    child: subprocess.Popen[bytes],
-    log: Log,
-    deadline: float,
-    seconds: float,
-) -> None:
-    while True:
-        if child.poll() is not None:
-            raise ServerError(f"tritonserver did not start: {log.cause()}")
-        try:
-            name = client.server_name()
-        except ServerError as error:
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"tritonserver was not ready in {seconds:g} s; its log ends: {log.cause()}"
-                ) from error
-            time.sleep(POLL_SECONDS)
-            continue
-        if name != server.id:
-            raise PipelineError(f"{client.endpoint} is another server ({name}): choose other ports")
-        return
+        if started.child.poll() is None:
+            raise started.slow() from error
+        raise ServerError(f"tritonserver did not start: {started.cause()}") from error

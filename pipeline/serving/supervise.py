@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.client.client import Client
@@ -22,26 +22,22 @@ from pipeline.core.errors import (
 )
 from pipeline.core.files import locked, remove
 from pipeline.core.paths import Paths
-from pipeline.repository.golden import compare
+from pipeline.repository.golden import compare_golden
 from pipeline.repository.lint.check import require_loadable
 from pipeline.repository.release import Release, load_release, selected_releases
 from pipeline.serving import state
-from pipeline.serving.process import ended_by_sigterm
-from pipeline.serving.serve import (
+from pipeline.serving.process import (
     END_SECONDS,
     POLL_SECONDS,
-    Server,
-    bound_log,
     clear,
     dead_children,
-    drain,
-    is_alive,
+    end_by_sigterm,
+    handle_signals,
+    poll,
     processes_of,
-    recorded,
-    running_server,
 )
+from pipeline.serving.serve import Server, bound_log, drain, is_alive, recorded, running_server
 from pipeline.serving.settings import ServeConfig
-from pipeline.serving.state import last_words
 from pipeline.serving.tritonserver import ports
 
 RESTART = signal.SIGUSR1  # asks a supervisor to start its server anew
@@ -66,16 +62,9 @@ class _Asked:
     def _restart(self, number: int, frame: object) -> None:
         self.to_restart = True
 
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
+    def heard(self) -> contextlib.AbstractContextManager[None]:
         """Listen to the signals; to Ctrl-C by name, since a shell's background job ignores it."""
-        previous = {number: signal.signal(number, self._end) for number in self._ending}
-        previous[RESTART] = signal.signal(RESTART, self._restart)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return handle_signals({**dict.fromkeys(self._ending, self._end), RESTART: self._restart})
 
 
 def serve_repository(
@@ -133,9 +122,8 @@ def _lives(
                 raise
             why = f"it did not start ({error})"
             if failed == config.failed_starts:
-                raise ServerError(
-                    f"gave up after {failed} failed starts in a row: {why}"
-                ) from error
+                text = f"gave up after {failed} failed starts in a row: {why}"
+                raise ServerError(text) from error
         early = early + 1 if 0 < lived < YOUNG_SECONDS and not asked.to_restart else 0
         pause = pause_after(failed, early)
         report(f"{why}: starting it again" + (f" in {pause:g} s" if pause else ""))
@@ -153,26 +141,21 @@ def _life(
 ) -> str:
     """Watch a server until it has to be started anew, and why; drained if it can be."""
     canary = Canary(paths, server, selected_releases(paths, config.profile))
+    seconds = config.stop_seconds - END_SECONDS
     try:
-        why = watch(
+        why = watch_server(
             child, canary, paths.server_log, lambda: asked.to_restart, config.canary_seconds
         )
         if asked.to_restart:
-            _drain(server, config, report)
+            drain(server, seconds, report)
         else:  # nothing to be waited for
             clear(server.id, server.runtime)
         return why
     except KeyboardInterrupt:
-        _drain(server, config, report)
+        drain(server, seconds, report)
         raise
     finally:
         canary.close()
-
-
-def _drain(server: Server, config: ServeConfig, report: Callable[[str], None]) -> None:
-    seconds = config.stop_seconds - END_SECONDS
-    if not drain(server, seconds):
-        report(f"not drained in {seconds:g} s: what it had accepted may be without an answer")
 
 
 def detach(paths: Paths, config: ServeConfig) -> Server:
@@ -180,9 +163,21 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
 
     Raises what that command failed with.
     """
-    with ended_by_sigterm(), locked(paths.exported / ".serve.lock"):
+    with end_by_sigterm(), locked(paths.exported / ".serve.lock"):
         refuse_second(paths)
-        pid = _spawn(paths, config)
+        options = [f"--{service}-port={port}" for service, port in ports(config).items()]
+        options += [f"--profile={config.profile}"] if config.profile else []
+        command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve", *options]
+        command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
+        log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        streams = [(os.POSIX_SPAWN_DUP2, log, stream) for stream in (1, 2)]
+        silence = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        try:  # no Popen, which would be answerable for its end
+            pid = os.posix_spawn(
+                sys.executable, command, os.environ, file_actions=silence + streams, setsid=True
+            )
+        finally:
+            os.close(log)
         try:
             return _await_ready(paths, config, pid)
         except BaseException:  # Ctrl-C and SIGTERM too: what is not ready is not left behind
@@ -192,40 +187,20 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
             raise
 
 
-def _spawn(paths: Paths, config: ServeConfig) -> int:
-    """Start `pipeline serve`; its pid. Not a Popen, which would be answerable for its end."""
-    options = [f"--{service}-port={port}" for service, port in ports(config).items()]
-    command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve", *options]
-    command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
-    command += [f"--profile={config.profile}"] if config.profile else []
-    log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    streams = [(os.POSIX_SPAWN_DUP2, log, stream) for stream in (1, 2)]
-    silence = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-    try:
-        return os.posix_spawn(
-            sys.executable, command, os.environ, file_actions=silence + streams, setsid=True
-        )
-    finally:
-        os.close(log)
-
-
 def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
     # The command has a deadline of its own; this one only guards against a hang of its Python.
-    deadline = time.monotonic() + config.start_seconds + 30
-    while True:
+    for _ in poll(config.start_seconds + 30):
         ended, code = os.waitpid(pid, os.WNOHANG)
         if ended:
             kinds = {kind.exit_code: kind for kind in (CheckFailedError, CorruptError, ServerError)}
             kind = kinds.get(os.waitstatus_to_exitcode(code), PipelineError)
-            stopped = "it was stopped before it was ready"
-            where = f"see {paths.supervisor_log}" if paths.supervisor_log.exists() else stopped
-            raise kind(last_words(paths) or where)
+            if not paths.supervisor_log.exists():
+                raise kind("it was stopped before it was ready")
+            raise kind(state.last_words(paths) or f"see {paths.supervisor_log}")
         server = recorded(paths)
         if server and server.supervisor_pid == pid and server.is_ready:
             return server
-        if time.monotonic() > deadline:
-            raise ServerError(f"the server's supervisor hangs: see {paths.supervisor_log}")
-        time.sleep(POLL_SECONDS)
+    raise ServerError(f"the server's supervisor hangs: see {paths.supervisor_log}")
 
 
 def _lock(paths: Paths) -> Path:
@@ -239,11 +214,12 @@ def _is_supervised(paths: Paths, server: Server) -> bool:
     A pid and a start time alone may be another process's, after a restart of the machine say, and
     what they name here is sent signals.
     """
-    pid = server.supervisor_pid
-    if not is_alive(pid, server.supervisor_start_time):
+    if not is_alive(server.supervisor_pid, server.supervisor_start_time):
         return False
+    # Not psutil's open_files(): one file that cannot be looked at would hide all of them, and a
+    # server that runs would be taken for a dead one and killed.
     with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
-        for opened in Path(f"/proc/{pid}/fd").iterdir():
+        for opened in Path(f"/proc/{server.supervisor_pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 if opened.samefile(_lock(paths)):
                     return True
@@ -282,14 +258,13 @@ def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Se
     selected_releases(paths, before.profile)
     require_loadable(paths.repository)
     os.kill(before.supervisor_pid, RESTART)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    for _ in poll(seconds):
         now = recorded(paths)
         if now and now.id != before.id and now.is_ready:
             return now
         if not _is_supervised(paths, before):
-            raise ServerError(last_words(paths) or "the server ended instead of starting anew")
-        time.sleep(POLL_SECONDS)
+            why = state.last_words(paths) or "the server ended instead of starting anew"
+            raise ServerError(why)
     raise ServerError(f"the server did not come back in {seconds:g} s: 'pipeline serve logs'")
 
 
@@ -303,22 +278,16 @@ def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
         clear_dead(paths, server)
         return f"cleared a {'server without supervisor' if was_alive else 'dead server'}"
     os.kill(server.supervisor_pid, signal.SIGTERM)
-    deadline = time.monotonic() + seconds
-    while is_alive(server.supervisor_pid, server.supervisor_start_time):
-        if time.monotonic() > deadline:
-            os.kill(server.supervisor_pid, signal.SIGKILL)
-            clear_dead(paths, server)
-            return f"killed the server (pid {server.pid}): it did not stop in {seconds:g} s"
-        time.sleep(POLL_SECONDS)
-    return f"stopped the server (pid {server.pid})"
+    for _ in poll(seconds):
+        if not is_alive(server.supervisor_pid, server.supervisor_start_time):
+            return f"stopped the server (pid {server.pid})"
+    os.kill(server.supervisor_pid, signal.SIGKILL)
+    clear_dead(paths, server)
+    return f"killed the server (pid {server.pid}): it did not stop in {seconds:g} s"
 
 
 MISSES = 3  # in a row, after which a server is taken for dead
-
-
 CANARY_TIMEOUT = 1.0  # seconds
-
-
 LONGEST_PAUSE = 8.0  # seconds before a start
 
 
@@ -339,7 +308,11 @@ class Canary:
         self.paths, self.server = paths, server
         self.known = {name: (r.version, r.golden) for name, r in releases.items()}
         urls = (server.grpc_url, server.http_url)
-        self.clients = {n: [_once(u, n) for u in urls] for n in releases}
+        # Not asked again: a miss is what it is there to see.
+        self.clients = {
+            name: [Client(url, name, CANARY_TIMEOUT, retries=0) for url in urls]
+            for name in releases
+        }
         self.asked = 0
         self.misses = 0  # in a row
         self.answered = 0  # requests of everybody, when a late answer was last looked into
@@ -359,8 +332,16 @@ class Canary:
             except PipelineError as error:
                 if dead_children(self.server.pid):
                     return f"{name}'s process died"
-                if not isinstance(error, SlowError) or not self._is_busy():
-                    return self._missed(name, error)
+                if isinstance(error, SlowError):
+                    before, self.answered = self.answered, 0
+                    with contextlib.suppress(ServerError):
+                        loads = state.loads(self.server.metrics_url, CANARY_TIMEOUT / 2)
+                        self.answered = sum(load.requests for load in loads.values())
+                    if self.answered > before:
+                        continue
+                self.misses += 1
+                what = str(error).split(": ")[0]  # without the advice: the supervisor follows it
+                return f"{name} gives no answer ({what})" if self.misses >= MISSES else None
             else:
                 if wrong:
                     return wrong
@@ -381,29 +362,11 @@ class Canary:
             release = load_release(self.paths.named(name), int(answered))
             self.known[name] = release.version, release.golden
             return None
-        agreement = compare(one, lambda images: outputs, (1,))
+        agreement = compare_golden(one, lambda images: outputs, (1,))
         return None if agreement.passed else f"{name} version {version} answers wrongly"
 
-    def _missed(self, name: str, error: PipelineError) -> str | None:
-        self.misses += 1
-        what = str(error).split(": ")[0]  # without the advice: the supervisor follows it
-        return f"{name} gives no answer ({what})" if self.misses >= MISSES else None
 
-    def _is_busy(self) -> bool:
-        before, self.answered = self.answered, 0
-        try:
-            found = state.loads(self.server.metrics_url, CANARY_TIMEOUT / 2)
-        except ServerError:
-            return False
-        self.answered = sum(load.requests for load in found.values())
-        return self.answered > before
-
-
-def _once(url: str, name: str) -> Client:
-    return Client(url, name, CANARY_TIMEOUT, retries=0)  # a miss is what it is there to see
-
-
-def watch(
+def watch_server(
     child: subprocess.Popen[bytes],
     canary: Canary,
     log: Path,
@@ -418,16 +381,12 @@ def watch(
     while not is_asked():
         code = child.poll()
         if code is not None:
-            return f"tritonserver died ({_ending(code)})"
+            how = f"signal {-code}" if code < 0 else f"exit status {code}"
+            return f"tritonserver died ({how})"
         if time.monotonic() >= due:
-            wrong = canary.ask()
-            if wrong:
+            if wrong := canary.ask():
                 return wrong
             bound_log(log)
             due = time.monotonic() + (POLL_SECONDS if canary.misses else seconds)
         time.sleep(POLL_SECONDS)
     return "asked to"
-
-
-def _ending(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -5,6 +5,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./@+=~-]+")
 
 
 @dataclass(frozen=True)
-class Runtime:
+class ServerRuntime:
     """A way to run tritonserver."""
 
     kind: str  # path, wheel or docker
@@ -49,7 +50,7 @@ class Runtime:
         return said[self.kind]
 
 
-def find(paths: Paths, wanted: str) -> Runtime:
+def find(paths: Paths, wanted: str) -> ServerRuntime:
     """The runtime that is `wanted`, or the first that this machine has.
 
     Raises PipelineError saying what is missing and how to mend it.
@@ -59,7 +60,7 @@ def find(paths: Paths, wanted: str) -> Runtime:
     missing = []
     for kind in kinds:
         found = finders[kind](paths)
-        if isinstance(found, Runtime):
+        if isinstance(found, ServerRuntime):
             return found
         missing.append(f"{kind}: {found}")
     raise PipelineError(
@@ -72,14 +73,14 @@ def find(paths: Paths, wanted: str) -> Runtime:
     )
 
 
-def _on_path(paths: Paths) -> Runtime | str:
+def _on_path(paths: Paths) -> ServerRuntime | str:
     program = shutil.which("tritonserver")
     if not program:
         return "no tritonserver on the PATH"
     backends = Path(program).resolve().parent.parent / "backends"
     if not (backends / "onnxruntime").is_dir():
         return f"{program} has no onnxruntime backend in {backends}"
-    return Runtime("path", (program,), {})
+    return ServerRuntime("path", (program,), {})
 
 
 def fits_wheel() -> bool:
@@ -87,7 +88,7 @@ def fits_wheel() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def _in_wheel(paths: Paths) -> Runtime | str:
+def _in_wheel(paths: Paths) -> ServerRuntime | str:
     if not fits_wheel():
         return f"the wheel is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     environment = paths.triton_environment
@@ -106,12 +107,20 @@ def _in_wheel(paths: Paths) -> Runtime | str:
             ".venv-triton && make .venv-triton'"
         )
     site = found[0].parent.parent
-    _require_numpy(site)
+    # A numpy with which the wheel's Triton answers wrongly, and with HTTP 200.
+    numpys = [path.stem.removeprefix("numpy-") for path in site.glob("numpy-*.dist-info")]
+    numpy = numpys[0] if numpys else "1."
+    if site.parent.name in ("python3.11", "python3.12") and not numpy.startswith("1."):
+        raise PipelineError(
+            f"the server's environment {environment} has numpy {numpy}, with which this "
+            "tritonserver answers wrongly: build it anew with 'rm -r .venv-triton && make "
+            ".venv-triton'"
+        )
     # The stub is linked against libpython: that of the environment's own Python, not another.
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     libraries = os.pathsep.join([folder, str(site.absolute() / "nvidia_pytriton.libs")])
-    return Runtime(
+    return ServerRuntime(
         "wheel",
         (str(found[0].absolute() / "bin" / "tritonserver"),),
         {"LD_LIBRARY_PATH": libraries},
@@ -119,38 +128,19 @@ def _in_wheel(paths: Paths) -> Runtime | str:
     )
 
 
-def _require_numpy(site: Path) -> None:
-    """Refuse a numpy with which the wheel's Triton answers wrongly, and with HTTP 200."""
-    records = site.glob("numpy-*.dist-info")
-    found = [entry.name.removesuffix(".dist-info").split("-")[1] for entry in records]
-    is_older_python = site.parent.name in ("python3.11", "python3.12")
-    if is_older_python and found and not found[0].startswith("1."):
-        raise PipelineError(
-            f"the server's environment {site.parents[2]} has numpy {found[0]}, with which this "
-            "tritonserver answers wrongly: build it anew with 'rm -r .venv-triton && make "
-            ".venv-triton'"
-        )
-
-
-def _in_docker(paths: Paths) -> Runtime | str:
+def _in_docker(paths: Paths) -> ServerRuntime | str:
     program = shutil.which("docker")
     if not program:
         return "no docker on the PATH"
-    if not docker_engine(program):
-        return f"{program} is here and its engine does not answer: start Docker's engine"
-    return Runtime("docker", (program, "run"), {})
-
-
-def docker_engine(program: str) -> str:
-    """The version of Docker's engine; empty where it does not answer."""
     command = [program, "info", "--format", "{{.ServerVersion}}"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=DOCKER_SECONDS
-        )
-    except (subprocess.TimeoutExpired, OSError):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        done = subprocess.run(command, capture_output=True, check=True, timeout=DOCKER_SECONDS)
+        is_answering = bool(done.stdout.strip())
+    except (subprocess.SubprocessError, OSError):
+        is_answering = False
+    if not is_answering:
+        return f"{program} is here and its engine does not answer: start Docker's engine"
+    return ServerRuntime("docker", (program, "run"), {})
 
 
 def remove_container(name: str) -> None:
@@ -166,7 +156,9 @@ def scratch_parent() -> Path:
     return folder if _PLAIN.fullmatch(str(folder)) else Path("/tmp")
 
 
-def plain_paths(runtime: Runtime, repository: Path, scratch: Path) -> tuple[Runtime, Path]:
+def plain_paths(
+    runtime: ServerRuntime, repository: Path, scratch: Path
+) -> tuple[ServerRuntime, Path]:
     """Return the runtime and the repository by plain paths; links in `scratch` stand in for others.
 
     Only the wheel's server needs them.
@@ -197,7 +189,7 @@ def _plain(path: Path, link: Path) -> Path:
     return link
 
 
-def lay_out_backends(runtime: Runtime, folder: Path) -> None:
+def lay_out_backends(runtime: ServerRuntime, folder: Path) -> None:
     """Fill `folder` with the python backend, the stub of its Python, and our onnxruntime."""
     server = Path(runtime.program[0]).parent.parent
     version = server.parent.parent.parent.name.removeprefix("python")
@@ -213,7 +205,7 @@ def lay_out_backends(runtime: Runtime, folder: Path) -> None:
 
 
 def command(
-    runtime: Runtime,
+    runtime: ServerRuntime,
     repository: Path,
     config: ServeConfig,
     server_id: str,
@@ -257,7 +249,7 @@ def ports(config: ServeConfig) -> dict[str, int]:
     return {"http": config.http_port, "grpc": config.grpc_port, "metrics": config.metrics_port}
 
 
-def environment(runtime: Runtime) -> dict[str, str]:
+def environment(runtime: ServerRuntime) -> dict[str, str]:
     """Our environment without what would lead the server's Python astray, plus the runtime's.
 
     The stub takes the packages of the first python3 on the PATH, and of nothing else.
@@ -281,10 +273,18 @@ _NO_ENGINE = "Cannot connect to the Docker daemon"
 
 def cause(log: str) -> str:
     """The error in tritonserver's log that explains the others, in a line."""
+    if crash := re.search(r"^Signal \((\d+)\) received", log, re.MULTILINE):
+        number = int(crash[1])
+        is_known = number in signal.valid_signals()
+        name = signal.Signals(number).name if is_known else f"signal {number}"
+        what = re.search(r"what\(\):\s*(.*)", log)
+        return f"the server crashes ({name}{', ' + what[1] if what else ''})"
+    parsing = re.findall(r"Error parsing text-format inference\.ModelConfig: (.*)", log)
+    if parsing:
+        return str(parsing[-1])
     errors: list[str] = [match.strip().strip('"') for match in _ERROR.findall(log)]
     telling = [error for error in errors if not error.startswith(_VAGUE)]
-    if telling:
-        return next((error for error in telling if error.startswith(_VERDICT)), telling[0])
+    verdicts = [error for error in telling if error.startswith(_VERDICT)]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    refusal = next((line for line in lines if _NO_ENGINE in line), "")
-    return refusal or (lines[-1] if lines else "it wrote no log")
+    refusals = [line for line in lines if _NO_ENGINE in line]
+    return [*verdicts, *telling, *refusals, *lines[-1:], "it wrote no log"][0]

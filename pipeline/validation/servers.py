@@ -130,8 +130,8 @@ def yardstick_of(paths: Paths, clients: Mapping[str, Client], file: Path | None)
     if file:
         return _of_file(file)
     config = paths.packaged / "config.pbtxt"
-    selected = config_pbtxt.selected(config_pbtxt.read(config)) if config.is_file() else []
-    version = max(selected) if selected else served_version(next(iter(clients.values())))
+    version = config_pbtxt.selected_version(config_pbtxt.read(config)) if config.is_file() else None
+    version = version or served_version(next(iter(clients.values())))
     release = load_release(paths, version)
     return Yardstick(
         file=release.folder / paths.golden.name,

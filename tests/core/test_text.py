@@ -185,7 +185,7 @@ def error_of_a_server(stage: Stage) -> list[str]:
 def label_of_a_server(stage: Stage) -> list[str]:
     labels = [f"{digit}{HOSTILE}" for digit in range(10)]
     settings = PackageConfig()
-    config = config_pbtxt.model_config(
+    config = config_pbtxt.base_config(
         "handwriting", IMAGES, log_probabilities(10), labels, settings
     )
     answer = Reply(body=config_pbtxt.to_json(config).encode())

@@ -342,7 +342,7 @@ def test_an_old_glibc_is_a_problem_for_the_wheel(
     monkeypatch: pytest.MonkeyPatch, version: str, level: str
 ) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", version))
-    runtime: Any = tritonserver.Runtime("wheel", (), {})
+    runtime: Any = tritonserver.ServerRuntime("wheel", (), {})
     assert only(doctor._glibc(runtime)).level == level
 
 

@@ -16,7 +16,12 @@ from pipeline.data.splits import load_split
 from pipeline.export.runtime import onnx_predictor
 from pipeline.monitoring.drift import Drift, DriftConfig, compare_log
 from pipeline.repository import config_pbtxt
-from pipeline.repository.reference_profile import ReferenceProfile, confidence_of, ink_of, unpacked
+from pipeline.repository.reference_profile import (
+    ReferenceProfile,
+    confidence_of,
+    ink_of,
+    read_profile,
+)
 from tests.conftest import REPOSITORY, Chain, edit_json, error_line, flip_bit
 
 CLOTHES = REPOSITORY / "data" / "fashion-mnist"
@@ -67,7 +72,7 @@ class Bench:
 def bench(made: Chain) -> Bench:
     file = made.paths.packaged / "1" / "reference_profile.json"
     profile, predictor = (
-        unpacked(file.read_bytes(), ""),
+        read_profile(file),
         onnx_predictor(made.paths.onnx.read_bytes()),
     )
 

@@ -12,7 +12,7 @@ from pipeline.core.evaluate import Predictor, margins
 from pipeline.repository.golden import (
     Golden,
     choose_golden,
-    compare,
+    compare_golden,
     pack_golden,
     require,
     unpack_golden,
@@ -45,7 +45,7 @@ def says(outputs: np.ndarray) -> Predictor:
 
 
 def test_the_right_answers_pass_at_every_batch_size(golden: Golden) -> None:
-    agreement = compare(golden, says(golden.outputs.astype(np.float32)), (1, 2, 7))
+    agreement = compare_golden(golden, says(golden.outputs.astype(np.float32)), (1, 2, 7))
     assert agreement.passed
     assert require(agreement, "it", "mend") is agreement
     assert agreement.differing == 0
@@ -67,7 +67,7 @@ def test_the_right_answers_pass_at_every_batch_size(golden: Golden) -> None:
 def test_other_answers_do_not_pass(
     golden: Golden, change: Callable[[np.ndarray], np.ndarray], said: str
 ) -> None:
-    agreement = compare(golden, says(change(golden.outputs.astype(np.float32))), (4,))
+    agreement = compare_golden(golden, says(change(golden.outputs.astype(np.float32))), (4,))
     assert not agreement.passed
     assert re.search(said, "; ".join(agreement.problems))
     with pytest.raises(CheckFailedError, match="it is wrong"):
@@ -78,7 +78,7 @@ def test_a_predictor_that_fails_does_not_pass(golden: Golden) -> None:
     def fails(images: np.ndarray) -> np.ndarray:
         raise CheckFailedError("no")
 
-    assert compare(golden, fails, (2,)).problems == ("batch size 2: no",)
+    assert compare_golden(golden, fails, (2,)).problems == ("batch size 2: no",)
 
 
 CLOSE = np.log(np.array([[0.500001, 0.499999], [0.9, 0.1]]))
@@ -87,7 +87,7 @@ CLOSE = np.log(np.array([[0.500001, 0.499999], [0.9, 0.1]]))
 def test_no_class_may_change_however_near_the_answer_is() -> None:
     swapped = CLOSE.copy()
     swapped[0] = CLOSE[0, ::-1]
-    agreement = compare(golden_of(CLOSE, 1e-4), says(swapped), (2,))
+    agreement = compare_golden(golden_of(CLOSE, 1e-4), says(swapped), (2,))
     assert agreement.problems == ("batch size 2: 1 of 2 answers are of another class",)
 
 
@@ -201,6 +201,6 @@ def test_bounds_belong_to_their_rows(golden: Golden) -> None:
     loose = replace(golden, bounds=np.where(np.arange(20) == 3, 1.0, 1e-4))
     off = golden.outputs.copy()
     off[3] += 0.5
-    assert compare(loose, says(off), (20,)).passed
+    assert compare_golden(loose, says(off), (20,)).passed
     off[4] += 0.5
-    assert "image 4 differs by 0.5" in compare(loose, says(off), (20,)).problems[0]
+    assert "image 4 differs by 0.5" in compare_golden(loose, says(off), (20,)).problems[0]

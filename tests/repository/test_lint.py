@@ -15,7 +15,8 @@ from pipeline.core.paths import Paths
 from pipeline.export.targets import target
 from pipeline.repository.lint.check import lint_model, lint_repository
 from pipeline.repository.lint.text import Config, Finding, field_lines, read_config
-from pipeline.serving.scratch import cause, try_models
+from pipeline.serving.scratch import try_models
+from pipeline.serving.tritonserver import cause
 from tests.conftest import REPOSITORY, Chain, error_line, link_server_environment
 from tools.mutations import (
     CASES,

@@ -17,8 +17,9 @@ from pipeline.core.files import sha256
 from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES, TensorSpec, log_probabilities
 from pipeline.repository import config_pbtxt
-from pipeline.repository.package import next_version, package_model
+from pipeline.repository.package import package_model
 from pipeline.repository.profiles import PROFILES
+from pipeline.repository.release import version_numbers
 from pipeline.repository.settings import PackageConfig
 from tests.conftest import Chain, edit_json, error_line, flip_bit
 
@@ -92,7 +93,7 @@ def test_packaging_again_adds_a_version_and_keeps_the_digests_of_the_others(chai
 def test_versions_count_as_numbers(tmp_path: Path) -> None:
     for name in ("9", "10", "02", "1a", "notes"):
         (tmp_path / name).mkdir()
-    assert next_version(tmp_path) == 11
+    assert version_numbers(tmp_path) == [9, 10]
 
 
 def _package(root: Path, begin: Barrier, count: int) -> None:
@@ -229,11 +230,11 @@ def test_a_config_that_does_not_parse_says_where(chain: Chain) -> None:
 def test_a_tensor_type_that_is_not_packaged_is_named() -> None:
     odd = TensorSpec("images", "complex64", (1, 28, 28))
     with pytest.raises(PipelineError, match="images is complex64"):
-        config_pbtxt.model_config("m", odd, log_probabilities(10), "ab", PackageConfig())
+        config_pbtxt.base_config("m", odd, log_probabilities(10), "ab", PackageConfig())
 
 
 def test_a_config_of_others_has_numbers_for_classes() -> None:
-    message = config_pbtxt.model_config("m", IMAGES, log_probabilities(3), "abc", PackageConfig())
+    message = config_pbtxt.base_config("m", IMAGES, log_probabilities(3), "abc", PackageConfig())
     del message.parameters["classes"]
     assert config_pbtxt.classes(message) == ("0", "1", "2")
     assert config_pbtxt.classes(config_pbtxt.ModelConfig()) == ()

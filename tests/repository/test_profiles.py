@@ -10,7 +10,7 @@ from pipeline.client.client import Client
 from pipeline.core.errors import PipelineError
 from pipeline.core.signature import IMAGES, log_probabilities
 from pipeline.repository import config_pbtxt, profiles
-from pipeline.repository.golden import compare, unpack_golden
+from pipeline.repository.golden import compare_golden, unpack_golden
 from pipeline.repository.profiles import PROFILES, Choice
 from pipeline.repository.running import default_url
 from pipeline.repository.settings import PackageConfig
@@ -38,7 +38,7 @@ OVERWRITTEN = {
 def base() -> config_pbtxt.ModelConfig:
     """What the configs of a model with two versions have in common."""
     outputs = log_probabilities(10)
-    message = config_pbtxt.model_config("m", IMAGES, outputs, "0123456789", TWO_CORES)
+    message = config_pbtxt.base_config("m", IMAGES, outputs, "0123456789", TWO_CORES)
     config_pbtxt.set_parameter(message, "sha256.1", "a" * 64)
     config_pbtxt.set_parameter(message, "sha256.2", "b" * 64)
     config_pbtxt.select(message, 2)
@@ -309,11 +309,11 @@ def test_the_gpu_profiles_settings_give_the_golden_answers(
     predictor = runtime.onnx_predictor(made.paths.onnx.read_bytes(), provider="cuda")
     golden = unpack_golden(made.paths.golden.read_bytes(), "golden.npz")
     sizes = tuple(rung.batch_size for rung in message.model_warmup)
-    assert compare(golden, predictor, sizes).passed
+    assert compare_golden(golden, predictor, sizes).passed
 
 
 def test_a_table_of_one_profile_has_all_of_it(base: config_pbtxt.ModelConfig) -> None:
-    text = profiles.table({"cpu": profiles.explain("cpu", base, TWO_CORES)})
+    text = profiles.format_profiles({"cpu": profiles.explain("cpu", base, TWO_CORES)})
     assert text.splitlines()[0] == f"configs/cpu.pbtxt, {PROFILES['cpu']}:"
     assert "m: the folder's name" in text
     assert f"{'b' * 36}..." in text  # JSON has it whole

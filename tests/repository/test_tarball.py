@@ -26,7 +26,7 @@ def packaged(tmp_path: Path) -> Path:
     (folder / "warmup" / "digit").write_bytes(bytes(784))
     (folder / "labels.txt").write_text("0\n1\n")
     config = PackageConfig(cores=2)
-    base = config_pbtxt.model_config("m", IMAGES, log_probabilities(2), "01", config)
+    base = config_pbtxt.base_config("m", IMAGES, log_probabilities(2), "01", config)
     for version in ("1", "2"):
         config_pbtxt.set_parameter(base, f"sha256.{version}", version * 64)
     config_pbtxt.set_parameter(base, config_pbtxt.PREVIOUS, "2")

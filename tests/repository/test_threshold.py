@@ -20,7 +20,9 @@ def thresholds(chain: Chain) -> set[tuple[float, ...]]:
     found = set()
     for path in config_pbtxt.config_files(chain.paths.packaged):
         config = config_pbtxt.read(path)
-        own = sorted(key for key in config_pbtxt.statements(config) if key.startswith("min_"))
+        own = sorted(
+            key for key in config_pbtxt.version_parameters(config) if key.startswith("min_")
+        )
         each = (float(config.parameters[key].string_value) for key in own)
         found.add((config_pbtxt.min_probability(config), *each))
     return found

@@ -96,9 +96,9 @@ def test_promote_and_rollback_select_in_every_config_and_remove_nothing(chain: C
 
 def test_nothing_but_the_selection_changes_in_a_config(chain: Chain) -> None:
     chain.record("package", "--max-batch-size", "8", "--instances", "2")
-    before = [config_pbtxt.settings(config) for config in configs(chain)]
+    before = [config_pbtxt.run_settings(config) for config in configs(chain)]
     assert chain.run("versions", "promote", "1").exit_code == 0
-    assert [config_pbtxt.settings(config) for config in configs(chain)] == before
+    assert [config_pbtxt.run_settings(config) for config in configs(chain)] == before
 
 
 def test_the_list_says_what_each_version_is(chain: Chain) -> None:
@@ -174,7 +174,7 @@ def test_prune_refuses_where_nothing_is_selected(chain: Chain) -> None:
 
 def test_a_difference_is_in_records_and_in_answers(chain: Chain) -> None:
     chain.record("package")
-    same = versions.difference(chain.paths, 1, 2)
+    same = versions.diff_versions(chain.paths, 1, 2)
     assert (same.records, same.differing, same.max_abs_diff) == ({}, 0, 0.0)
     other = add_another(chain)
     record = chain.record("versions", "diff", "1", str(other))
@@ -221,13 +221,15 @@ def pretend_to_serve(chain: Chain, name: str = "handwriting") -> None:
 
 def test_a_version_packaged_while_a_server_runs_waits_for_its_promotion(chain: Chain) -> None:
     add_profile(chain)
-    before = [(config_pbtxt.settings(one), config_pbtxt.selected(one)) for one in configs(chain)]
+    before = [
+        (config_pbtxt.run_settings(one), config_pbtxt.selected(one)) for one in configs(chain)
+    ]
     digit = (chain.paths.packaged / "warmup" / "digit").stat()
     pretend_to_serve(chain)
     record = chain.record("package")
     assert (record["version"], record["is_selected"]) == (2, False)
     assert [
-        (config_pbtxt.settings(one), config_pbtxt.selected(one)) for one in configs(chain)
+        (config_pbtxt.run_settings(one), config_pbtxt.selected(one)) for one in configs(chain)
     ] == before
     assert {config_pbtxt.digest(one, "2") for one in configs(chain)} == {record["sha256"]}
     assert (chain.paths.packaged / "warmup" / "digit").stat() == digit

@@ -57,7 +57,7 @@ def packaged(
     record = {"precision": "fp32", "opset": opset, "ir_version": ir_version, "files": files}
     write_json(folder / "manifest.json", record)
     tensor = TensorSpec(IMAGES.name, IMAGES.dtype, shape)
-    message = config_pbtxt.model_config(name, tensor, log_probabilities(3), "abc", config)
+    message = config_pbtxt.base_config(name, tensor, log_probabilities(3), "abc", config)
     message.version_policy.specific.versions.append(1)
     profiles.write_configs(paths.packaged, message, config)
     return paths

@@ -21,7 +21,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.serving import process, serve, tritonserver
 from pipeline.serving.deploy import write_deployment
 from pipeline.serving.settings import ServeConfig
-from pipeline.serving.tritonserver import Runtime
+from pipeline.serving.tritonserver import ServerRuntime
 from tests.conftest import SHORT_TRAINING, Chain, error_line, link_server_environment
 from tests.serving.test_deploy import packaged
 from tests.serving.test_serve import assert_nothing_is_left, wait_until
@@ -80,7 +80,7 @@ def test_only_a_plain_path_is_given_to_tritonserver(tmp_path: Path, name: str) -
     for folder in (environment / "bin", repository, scratch):
         folder.mkdir(parents=True)
     (environment / "bin" / "python").touch()
-    runtime = Runtime(
+    runtime = ServerRuntime(
         "wheel",
         (str(environment / "bin" / "tritonserver"),),
         {"LD_LIBRARY_PATH": f"/lib:{environment / 'libs'}"},
@@ -112,7 +112,7 @@ def test_a_temporary_folder_of_an_odd_name_is_not_used_for_a_server(
 
 @pytest.mark.parametrize("name", ['a:b,c"d', "a b", "ü"])
 def test_docker_mounts_a_repository_of_any_name(tmp_path: Path, name: str) -> None:
-    runtime, config = Runtime("docker", ("docker", "run"), {}), ServeConfig()
+    runtime, config = ServerRuntime("docker", ("docker", "run"), {}), ServeConfig()
     repository = tmp_path / name
     line = tritonserver.command(runtime, repository, config, "id", "key", tmp_path / "b")
     (mount,) = [part.removeprefix("--mount=") for part in line if part.startswith("--mount=")]
@@ -133,8 +133,8 @@ def test_a_path_that_would_garble_a_terminal_is_refused_in_words(tmp_path: Path,
     assert list(root.iterdir()) == []
     # A repository need not lie below the root.
     refused = pytest.raises(PipelineError, match="has control characters")
-    runtime = Runtime("path", ("true",), {})
-    with refused, process.launched(runtime, root, ServeConfig(), "id", "key"):
+    runtime = ServerRuntime("path", ("true",), {})
+    with refused, process.launched(runtime, root, ServeConfig()):
         pass
 
 

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from pipeline.serving import process as server_process
 from pipeline.serving import serve, supervise, tritonserver
 from pipeline.serving.admin import Admin
 from pipeline.serving.settings import ServeConfig
-from pipeline.serving.tritonserver import Runtime
+from pipeline.serving.tritonserver import ServerRuntime
 from tests.conftest import (
     REPOSITORY,
     Chain,
@@ -721,7 +722,7 @@ def test_a_damaged_server_record_kills_nobody_and_exits_4(
     pretend(chain, **changes)
     result = chain.run("serve", command)
     assert result.exit_code == 4
-    assert f"({next(iter(changes))})" in error_line(result)
+    assert f"`$.{next(iter(changes))}" in error_line(result)
     assert chain.paths.server.exists()
 
 
@@ -731,7 +732,7 @@ def test_a_server_record_that_is_none_is_corrupt(chain: Chain) -> None:
     write_json(chain.paths.server, {"id": "x"})
     result = chain.run("serve", "status")
     assert result.exit_code == 4
-    assert "lacks" in error_line(result)
+    assert "missing required field" in error_line(result)
 
 
 def left_of(server_id: str) -> subprocess.Popen[bytes]:
@@ -813,52 +814,43 @@ def test_a_pid_that_came_again_is_not_our_server() -> None:
     assert serve.start_time(2**22 + 1) is None
 
 
-class Child:
-    """A process as `_await_answer` sees it."""
+@pytest.fixture
+def await_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Await a server that calls itself `name`, or does not answer, and has ended with `code`."""
 
-    def __init__(self, code: int | None) -> None:
-        self.code = code
+    def await_answer(name: str | None, code: int | None = None, log: str = "") -> None:
+        def server_name() -> str:
+            if name is None:
+                raise ServerError("nothing there")
+            return name
 
-    def poll(self) -> int | None:
-        return self.code
+        client = SimpleNamespace(server_name=server_name, endpoint="http://127.0.0.1:1")
+        monkeypatch.setattr(
+            server_process, "Client", lambda url, **_: contextlib.nullcontext(client)
+        )
+        (tmp_path / "log").write_text(f"of another\n{log}")
+        child: Any = SimpleNamespace(poll=lambda: code)
+        config = ServeConfig(start_seconds=1)
+        started = server_process.Launched("ours", "", config, child, tmp_path / "log", 11)
+        started.await_answer(-1)
 
-
-class Asked:
-    """A client whose server calls itself `name`, or does not answer."""
-
-    endpoint = "http://127.0.0.1:1"
-
-    def __init__(self, name: str | None) -> None:
-        self.name = name
-
-    def server_name(self) -> str:
-        if self.name is None:
-            raise ServerError("nothing there")
-        return self.name
-
-
-def await_answer(tmp_path: Path, name: str | None, code: int | None, said: str) -> None:
-    log_file = tmp_path / "log"
-    log_file.write_text(said)
-    fields = dict.fromkeys(serve.Server.__dataclass_fields__, 1)
-    server = replace(serve.Server(**fields), id="ours")  # type: ignore[arg-type]
-    expired = time.monotonic() - 1
-    log = serve.Log(log_file, 0)
-    serve._await_answer(Asked(name), server, Child(code), log, expired, 1)  # type: ignore[arg-type]
+    return await_answer
 
 
-def test_a_decoy_on_the_port_is_not_taken_for_ours(tmp_path: Path) -> None:
-    await_answer(tmp_path, "ours", None, "")
+def test_a_decoy_on_the_port_is_not_taken_for_ours(await_answer: Callable[..., None]) -> None:
+    await_answer("ours")
     with pytest.raises(PipelineError, match=r"another server \(triton\)"):
-        await_answer(tmp_path, "triton", None, "")
+        await_answer("triton")
 
 
-def test_a_server_that_died_or_takes_too_long_is_told_with_its_cause(tmp_path: Path) -> None:
+def test_a_server_that_died_or_takes_too_long_is_told_with_its_cause(
+    await_answer: Callable[..., None],
+) -> None:
     log = "E1122 21:00:00.1 123 model.cc:642] \"failed to load 'm' version 1: Internal: why\"\n"
     with pytest.raises(ServerError, match="did not start: failed to load 'm' .* why"):
-        await_answer(tmp_path, None, 1, log)
+        await_answer(None, 1, log)
     with pytest.raises(ServerError, match="not ready in 1 s; its log ends: .* why"):
-        await_answer(tmp_path, None, None, log)
+        await_answer(None, None, log)
 
 
 def test_the_cause_is_the_first_error_that_says_something() -> None:
@@ -876,7 +868,7 @@ def test_the_cause_is_the_first_error_that_says_something() -> None:
 
 def test_the_command_of_each_runtime_is_loopback_only(tmp_path: Path) -> None:
     for kind, program in (("path", "/opt/tritonserver"), ("docker", "/usr/bin/docker")):
-        runtime = Runtime(kind, (program,), {})
+        runtime = ServerRuntime(kind, (program,), {})
         line = tritonserver.command(runtime, tmp_path, ServeConfig(), "id", "key", tmp_path / "b")
         text = " ".join(line)
         assert line[0] == program
@@ -914,7 +906,9 @@ def test_the_wheel_is_refused_for_a_network_and_for_a_python_without_stub(
         serve.running_server(chain.paths, config),
     ):
         pass
-    odd = Runtime("wheel", (str(tmp_path / "python3.7/site/pytriton/tritonserver/bin/t"),), {})
+    odd = ServerRuntime(
+        "wheel", (str(tmp_path / "python3.7/site/pytriton/tritonserver/bin/t"),), {}
+    )
     with pytest.raises(PipelineError, match="no stub for Python"):
         tritonserver.lay_out_backends(odd, tmp_path / "backends")
 

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -37,7 +38,8 @@ nv_cpu_utilization 0.5
 
 
 def test_a_load_is_read_from_what_triton_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_text", lambda url, seconds: TEXT)
+    answer = io.BytesIO(TEXT.encode())
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: answer)
     assert state.loads("http://x") == {("m", "1"): Load(10, 3, 7.5, 400.0, None)}
 
 

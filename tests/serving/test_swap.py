@@ -15,6 +15,7 @@ from pipeline.client.client import Client
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.data.splits import load_split
 from pipeline.repository import versions
+from pipeline.repository.release import load_release
 from pipeline.serving import serve, swap
 from pipeline.serving.admin import Admin
 from pipeline.serving.serve import Server
@@ -226,7 +227,8 @@ def test_ctrl_c_leaves_what_was_or_what_was_to_be(
 def test_a_promotion_cut_off_before_the_load_is_shown_and_ended_by_another(live: Chain) -> None:
     served, _, recorded = state(live)
     version = other_version(live)
-    versions.promote(live.paths, version)  # as a kill leaves it: selected, and not loaded
+    release = load_release(live.paths, version)
+    versions.select_version(live.paths, release)  # as a kill leaves it: selected, and not loaded
     assert state(live) == (served, version, recorded)
     listing = live.run("versions", "list").stdout.splitlines()
     marks = {line.split()[0]: line for line in listing if line.strip()[:1].isdigit()}
@@ -238,14 +240,14 @@ def test_a_promotion_cut_off_before_the_load_is_shown_and_ended_by_another(live:
     ):
         swap.promote(live.paths, version, lose)
     assert state(live) == settled(served or 0)  # not what the kill left selected
-    versions.promote(live.paths, version)
+    versions.select_version(live.paths, release)
     assert live.run("versions", "promote", str(version)).exit_code == 0
     assert state(live) == settled(version)
 
 
 def test_two_promotions_at_once_come_one_after_the_other(live: Chain) -> None:
     version = other_version(live)
-    done: list[versions.Change] = []
+    done: list[versions.Promotion] = []
     threads = [
         threading.Thread(target=lambda n=n: done.append(swap.promote(live.paths, n)))
         for n in (version, 3 - version)

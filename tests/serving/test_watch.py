@@ -114,11 +114,11 @@ def test_a_watch_ends_with_a_dead_server_or_when_it_is_asked(tmp_path: Path) -> 
     wrong = SimpleNamespace(ask=lambda: "m version 1 answers wrongly", misses=0)
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(7)"]) as child:
         child.wait()
-        said = supervise.watch(child, fine, log, lambda: False, 1)  # type: ignore[arg-type]
+        said = supervise.watch_server(child, fine, log, lambda: False, 1)  # type: ignore[arg-type]
         assert said == "tritonserver died (exit status 7)"
-        assert supervise.watch(child, fine, log, lambda: True, 1) == "asked to"  # type: ignore[arg-type]
+        assert supervise.watch_server(child, fine, log, lambda: True, 1) == "asked to"  # type: ignore[arg-type]
     alive: Any = SimpleNamespace(poll=lambda: None)
-    assert supervise.watch(alive, wrong, log, lambda: False, 1).endswith("answers wrongly")  # type: ignore[arg-type]
+    assert supervise.watch_server(alive, wrong, log, lambda: False, 1).endswith("answers wrongly")  # type: ignore[arg-type]
 
 
 def test_a_log_that_is_too_long_begins_anew_and_its_past_is_kept(tmp_path: Path) -> None:

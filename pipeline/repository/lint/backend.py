@@ -3,6 +3,7 @@
 What a config asks of CUDA and TensorRT, where nothing but the native backend's source tells.
 """
 
+import contextlib
 import difflib
 import math
 import re
@@ -13,7 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 from pipeline.repository.config_pbtxt import MIN_PROBABILITY
 from pipeline.repository.lint.config import KINDS
-from pipeline.repository.lint.files import Model
+from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.text import Finding, Level
 
 WARMUP = "core src/backend_model_instance.cc GenerateWarmupData"
@@ -24,13 +25,13 @@ SIZES |= {f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16
 Problems = Iterator[tuple[str, str, str]]  # at which field, what is wrong, and the fix
 
 
-def type_name(number: int) -> str:
+def triton_type(number: int) -> str:
     """Triton's name of a data type; TYPE_INVALID for a number that has none."""
     names = model_config_pb2.DataType
     return str(names.Name(number)) if number in names.values() else "TYPE_INVALID"
 
 
-def warmups(model: Model) -> Iterator[Finding]:
+def warmups(model: ModelFolder) -> Iterator[Finding]:
     """The requests that each instance answers before it is ready."""
     config, largest = model.config, max(1, model.max_batch_size)
     for index, sample in enumerate(config.message.model_warmup):
@@ -43,37 +44,36 @@ def warmups(model: Model) -> Iterator[Finding]:
             said = f"batch size {sample.batch_size} of {called}, max allowed is {largest}"
             fix, source = f"take at most {largest}", f"{BACKEND} ProcessRequests"
             yield config.finding("warmup-batch", "error", f"{at}.batch_size", said, fix, source)
-        for field, said, fix in _sample(model, sample):
-            yield config.finding(
-                "warmup", "error", f"{at}{field}", f"{called}: {said}", fix, WARMUP
-            )
+        given, problems = {tensor.name: tensor for tensor in config.message.input}, []
+        for tensor in given.values():
+            if not tensor.optional and tensor.name not in sample.inputs:
+                said = f"missing required input(s) ['{tensor.name}']"
+                problems.append(("", said, "give every input"))
+        for name, entry in sample.inputs.items():
+            if given and name not in given and not config.message.HasField("sequence_batching"):
+                said = f"unexpected inference input '{name}'"
+                problems.append((f".inputs[{name}]", said, f"the inputs are: {', '.join(given)}"))
+            for field, said, fix in _entry(model, name, entry, given.get(name)):
+                problems.append((f".inputs[{name}].value.{field}", said, fix))
+        for field, said, fix in problems:
+            what = f"{called}: {said}"
+            yield config.finding("warmup", "error", f"{at}{field}", what, fix, WARMUP)
 
 
-def _sample(model: Model, sample: Any) -> Problems:
-    """What is wrong with the inputs of a warm-up sample: at which field, what, and the fix."""
-    given = {tensor.name: tensor for tensor in model.config.message.input}
-    for tensor in given.values():
-        if not tensor.optional and tensor.name not in sample.inputs:
-            yield "", f"missing required input(s) ['{tensor.name}']", "give every input"
-    for name, entry in sample.inputs.items():
-        if given and name not in given and not model.config.message.HasField("sequence_batching"):
-            said = f"unexpected inference input '{name}'"
-            yield f".inputs[{name}]", said, f"the inputs are: {', '.join(given)}"
-        for field, said, fix in _entry(model, name, entry, given.get(name)):
-            yield f".inputs[{name}].value.{field}", said, fix
-
-
-def _entry(model: Model, name: str, entry: Any, tensor: Any) -> Problems:
+def _entry(model: ModelFolder, name: str, entry: Any, tensor: Any) -> Problems:
     """What is wrong with one input of a warm-up sample: at which field, what, and the fix."""
-    kind, dims = type_name(entry.data_type), list(entry.dims)
+    kind, dims = triton_type(entry.data_type), list(entry.dims)
     if tensor is not None and entry.data_type != tensor.data_type:
-        wanted = type_name(tensor.data_type)
+        wanted = triton_type(tensor.data_type)
         yield "data_type", f"input '{name}' is {wanted}, its warmup {kind}", f"write {wanted}"
     if any(dim < 1 for dim in dims):
         said = f"warmup setting expects all variable-size dimensions are specified for '{name}'"
         yield "dims", said, "write the numbers of one real request, without the batch"
         return
-    if tensor is not None and not _fits(dims, list(tensor.dims)):
+    if tensor is not None and not (
+        len(dims) == len(tensor.dims)
+        and all(allowed in (-1, dim) for dim, allowed in zip(dims, tensor.dims, strict=True))
+    ):
         said = f"input '{name}' has dims {list(tensor.dims)}, its warmup {dims}"
         yield "dims", said, "write them without the batch"
     if not entry.WhichOneof("input_data_type"):
@@ -93,11 +93,6 @@ def _entry(model: Model, name: str, entry: Any, tensor: Any) -> Problems:
         yield "input_data_file", f"{said}{path.stat().st_size} bytes", "write a whole request"
 
 
-def _fits(dims: list[int], allowed: list[int]) -> bool:
-    pairs = zip(dims, allowed, strict=False)
-    return len(dims) == len(allowed) and all(dim == of or of == -1 for dim, of in pairs)
-
-
 SWITCHES = ("true", "on", "1", "false", "off", "0")
 _NUMBERS = ("execution_mode", "intra_op_thread_count", "inter_op_thread_count")
 _TEXTS = ("memory.enable_memory_arena_shrinkage", "session.use_device_allocator_for_initializers")
@@ -107,7 +102,7 @@ OF_CUDA = (*_FOR_CUDA, "gpu_mem_limit", "do_copy_in_default_stream")
 KNOWN = (*_NUMBERS, *_FLAGS, *_TEXTS, *OF_CUDA)
 
 
-def parameters(model: Model) -> Iterator[Finding]:
+def parameters(model: ModelFolder) -> Iterator[Finding]:
     """The parameters that the backend reads. All others are free to say anything."""
     config, on_gpu = model.config, runs_on_gpu(model.config.message)
     for key, holder in config.message.parameters.items():
@@ -126,20 +121,17 @@ def parameters(model: Model) -> Iterator[Finding]:
         yield config.finding("parameters", "warning", "optimization.graph.level", said, fix)
 
 
-def threshold(model: Model) -> Iterator[Finding]:
+def threshold(model: ModelFolder) -> Iterator[Finding]:
     """The probability below which our clients say that the model is not sure."""
     for key, holder in model.config.message.parameters.items():
-        if key.partition(".")[0] == MIN_PROBABILITY and not _is_share(holder.string_value):
-            said = f"'{holder.string_value}' is no probability, and clients take 0 for it"
-            at, fix = f"parameters[{key}]", "write a number from 0 to 1, or package the model again"
-            yield model.config.finding("min-probability", "error", at, said, fix)
-
-
-def _is_share(text: str) -> bool:
-    try:
-        return 0 <= float(text) <= 1
-    except ValueError:
-        return False
+        if key.partition(".")[0] != MIN_PROBABILITY:
+            continue
+        with contextlib.suppress(ValueError):
+            if 0 <= float(holder.string_value) <= 1:
+                continue
+        said = f"'{holder.string_value}' is no probability, and clients take 0 for it"
+        at, fix = f"parameters[{key}]", "write a number from 0 to 1, or package the model again"
+        yield model.config.finding("min-probability", "error", at, said, fix)
 
 
 def _parameter(key: str, value: str) -> str:
@@ -160,12 +152,6 @@ def _parameter(key: str, value: str) -> str:
 def runs_on_gpu(message: Any) -> bool:
     """Whether some instance is asked to be on a GPU, wherever the server is."""
     return any(group.kind == KINDS.KIND_GPU for group in message.instance_group)
-
-
-def may_run_on_gpu(message: Any) -> bool:
-    """Whether some instance would be on a GPU where there is one."""
-    kinds = {group.kind for group in message.instance_group} or {KINDS.KIND_AUTO}
-    return bool(kinds & {KINDS.KIND_GPU, KINDS.KIND_AUTO})
 
 
 Check = Callable[[Any, dict[str, str]], Problems]
@@ -216,50 +202,34 @@ _CUDA_OPTIONS = """
 _CUDA = frozenset(_CUDA_OPTIONS.split())
 
 
-def accelerators(model: Model) -> Iterator[Finding]:
+def accelerators(model: ModelFolder) -> Iterator[Finding]:
     """What the config asks of CUDA and TensorRT. Without a GPU, nothing but the source tells."""
-    message = model.config.message
-    asked = message.optimization.execution_accelerators
-    known: dict[str, dict[str, Check]]
-    known = {"gpu": {"cuda": _cuda, "tensorrt": _tensorrt}, "cpu": {"openvino": _openvino}}
-    for device, ones in (
-        ("gpu", asked.gpu_execution_accelerator),
-        ("cpu", asked.cpu_execution_accelerator),
+    config, source = model.config, f"{BACKEND} LoadModel"
+    asked = config.message.optimization.execution_accelerators
+    kinds = {group.kind for group in config.message.instance_group} or {KINDS.KIND_AUTO}
+    may_be_on_gpu = bool(kinds & {KINDS.KIND_GPU, KINDS.KIND_AUTO})
+    of_gpu: dict[str, Check] = {"cuda": _cuda, "tensorrt": _tensorrt}
+    of_cpu: dict[str, Check] = {"openvino": lambda message, given: iter(())}
+    for device, accelerators, known in (
+        ("gpu", asked.gpu_execution_accelerator, of_gpu),
+        ("cpu", asked.cpu_execution_accelerator, of_cpu),
     ):
-        level: Level = "error" if device == "cpu" or may_run_on_gpu(message) else "warning"
-        for index, one in enumerate(ones):
+        level: Level = "error" if device == "cpu" or may_be_on_gpu else "warning"
+        for index, one in enumerate(accelerators):
             at = f"optimization.execution_accelerators.{device}_execution_accelerator[{index}]"
-            check = known[device].get(one.name, _unknown(one.name, known[device]))
-            for field, said, fix in check(message, dict(one.parameters)):
-                yield model.config.finding(
-                    "accelerator", level, f"{at}.{field}", said, fix, f"{BACKEND} LoadModel"
-                )
-
-
-def overwritten(model: Model) -> Iterator[Finding]:
-    """Options of CUDA that the backend takes from elsewhere, whatever the accelerator says."""
-    asked = model.config.message.optimization.execution_accelerators
-    for index, one in enumerate(asked.gpu_execution_accelerator):
-        for key in OF_CUDA if one.name == "cuda" else ():
-            if key in one.parameters:
-                at = "optimization.execution_accelerators.gpu_execution_accelerator"
-                said = f"{key} of the accelerator is overwritten by the one in parameters, or none"
-                yield model.config.finding(
-                    "accelerator", "warning", f"{at}[{index}].parameters[{key}]", said,
-                    "set it in the config's parameters", f"{BACKEND} LoadModel",
-                )  # fmt: skip
-
-
-def _unknown(name: str, known: Iterable[str]) -> Check:
-    def check(message: Any, given: dict[str, str]) -> Problems:
-        said = f"unknown Execution Accelerator '{name}' is requested"
-        yield "name", said, f"there are: {', '.join(known)}"
-
-    return check
-
-
-def _openvino(message: Any, given: dict[str, str]) -> Problems:
-    return iter(())
+            said = f"unknown Execution Accelerator '{one.name}' is requested"
+            problems: Problems = iter([("name", said, f"there are: {', '.join(known)}")])
+            if one.name in known:
+                problems = known[one.name](config.message, dict(one.parameters))
+            for field, said, fix in problems:
+                yield config.finding("accelerator", level, f"{at}.{field}", said, fix, source)
+            for key in OF_CUDA if (device, one.name) == ("gpu", "cuda") else ():
+                if key in one.parameters:
+                    said = f"{key} of the accelerator is overwritten by the one in parameters, or "
+                    field, fix = f"{at}.parameters[{key}]", "set it in the config's parameters"
+                    yield config.finding(
+                        "accelerator", "warning", field, f"{said}none", fix, source
+                    )
 
 
 def _tensorrt(message: Any, given: dict[str, str]) -> Problems:
@@ -276,14 +246,11 @@ def _tensorrt(message: Any, given: dict[str, str]) -> Problems:
         elif kind == "precision" and value not in ("FP32", "FP16", "BF16", "INT8"):
             said = f"unsupported precision mode '{value}' is requested"
             yield at, said, "there are FP32, FP16, BF16 and INT8"
-    yield from _profiles(message, {key: given[key] for key in _PROFILES if key in given})
-
-
-def _profiles(message: Any, given: dict[str, str]) -> Problems:
-    """The shapes that TensorRT is to be built for, NAME:1x3x8 with commas between the inputs."""
+    # The shapes that TensorRT is to be built for, NAME:1x3x8 with commas between the inputs.
     names = {tensor.name for tensor in message.input}
-    for key, value in given.items():
-        if len(given) < len(_PROFILES):
+    shapes = {key: given[key] for key in _PROFILES if key in given}
+    for key, value in shapes.items():
+        if len(shapes) < len(_PROFILES):
             said = "TensorRT needs the shapes of a profile all together"
             yield f"parameters[{key}]", said, f"give {', '.join(_PROFILES)}"
         for part in value.split(","):

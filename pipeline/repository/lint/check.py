@@ -2,7 +2,7 @@
 
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from pipeline.core.text import Lines
 from pipeline.export.targets import Target
 from pipeline.repository.lint import backend, files, tensors
 from pipeline.repository.lint import config as lint_config
-from pipeline.repository.lint.files import Model
+from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.graph import Graph, read_graph
 from pipeline.repository.lint.text import Config, Finding, read_config
 
 CONFIG, PROFILES = "config.pbtxt", "configs"
 # Rules that look at a config, whatever its backend; those that also need its graph are in _graphs.
 OF_ANY_BACKEND = (
-    lint_config.identity,
+    lint_config.naming,
     lint_config.batching,
     lint_config.scheduling,
     lint_config.tensors,
@@ -30,12 +30,11 @@ OF_ANY_BACKEND = (
 RUNS_CODE = ("brings-code", "backend")  # rules
 OF_ONNX = (
     files.version_files,
-    files.digests,
+    files.stated_digests,
     backend.threshold,
     backend.warmups,
     backend.parameters,
     backend.accelerators,
-    backend.overwritten,
 )
 
 
@@ -65,10 +64,8 @@ class Linted:
     def __str__(self) -> str:
         names = ", ".join(self.models) or "no model"
         tried = "tried on a server" if self.live else "not tried on a server"
-        counts = (
-            f"{_plural(self.count('error'), 'error')}, {_plural(self.count('warning'), 'warning')}"
-        )
-        return Lines(*self.findings, f"{names}: {counts}, {tried}")
+        errors, warnings = (_plural(self.count(level), level) for level in ("error", "warning"))
+        return Lines(*self.findings, f"{names}: {errors}, {warnings}, {tried}")
 
 
 def _plural(count: int, word: str) -> str:
@@ -97,19 +94,14 @@ def require_loadable(repository: Path) -> None:
         raise CheckFailedError(f"{errors[0]}{more if len(errors) > 1 else ''}")
 
 
-def model_folders(repository: Path) -> list[Path]:
-    """The folders that Triton takes for models; PipelineError when it is no repository."""
-    if not repository.is_dir():
-        raise PipelineError(f"no model repository at {repository}: run 'pipeline package' first")
-    return sorted(entry for entry in repository.iterdir() if entry.is_dir())
-
-
 def lint_repository(repository: Path, target: Target | None = None) -> Linted:
     """All that Triton would stumble over in a repository of ONNX models, the worst first.
 
     `target` is the Triton release that is to serve it. Raises PipelineError when there is none.
     """
-    folders = model_folders(repository)
+    if not repository.is_dir():
+        raise PipelineError(f"no model repository at {repository}: run 'pipeline package' first")
+    folders = sorted(entry for entry in repository.iterdir() if entry.is_dir())
     if (repository / "config.pbtxt").is_file() and any(repository.glob("[0-9]*/model.onnx")):
         raise PipelineError(
             f"{repository} is a model's own folder: lint the repository in which it lies, "
@@ -124,75 +116,60 @@ def lint_repository(repository: Path, target: Target | None = None) -> Linted:
         )
     if not folders:
         said = "holds no model; a server that has none is ready all the same"
-        fix = "run 'pipeline package'"
-        findings = [Finding("no-model", "error", repository, said, fix)]
-    return Linted(repository, tuple(f.name for f in folders), tuple(in_order(findings)))
+        findings = [Finding("no-model", "error", repository, said, "run 'pipeline package'")]
+    return Linted(repository, tuple(f.name for f in folders), in_order(findings))
 
 
-def in_order(findings: Sequence[Finding]) -> list[Finding]:
+def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Each finding once: errors first, then as they stand in the files."""
-    levels = ("error", "warning", "note")
-
-    def place(one: Finding) -> tuple[int, str, int]:
-        return levels.index(one.level), str(one.file), one.line or 0
-
-    return sorted(dict.fromkeys(findings), key=place)
+    ranks = {"error": 0, "warning": 1, "note": 2}
+    once = dict.fromkeys(findings)
+    return tuple(sorted(once, key=lambda one: (ranks[one.level], str(one.file), one.line or 0)))
 
 
 def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
     """What is wrong with one model's folder, in its config and in each of its profiles."""
     yield from files.safety(folder)
-    versions, findings = files.versions(folder)
+    versions, findings = files.version_folders(folder)
     yield from findings
-    for path in versions.values():
-        yield from files.manifest(path)
+    for version_folder in versions.values():
+        yield from files.manifest(version_folder)
     read: dict[Path, Graph | None] = {}
-    path = folder / CONFIG
-    profiles = sorted((folder / PROFILES).glob("*.pbtxt"))
-    for place in [path, *profiles]:
-        config = read_config(place) if place.exists() else Config(place)
+    for path in (folder / CONFIG, *sorted((folder / PROFILES).glob("*.pbtxt"))):
+        config = read_config(path) if path.exists() else Config(path)
         if isinstance(config, Finding):
             yield config
-        else:
-            yield from _lint_config(Model(folder, config, versions), read, target)
+            continue
+        model = ModelFolder(folder, config, versions)
+        for rule in OF_ANY_BACKEND:
+            yield from rule(model)
+        if not files.is_onnx(config.message, folder):
+            yield from _other_backend(model)
+            continue
+        for file in map(model.file, model.selected):
+            if file.is_file() and file not in read:
+                read[file], findings = read_graph(file)
+                yield from findings
+        graphs = {v: graph for v in model.selected if (graph := read.get(model.file(v)))}
+        model = replace(model, graphs=graphs)
+        for onnx_rule in OF_ONNX:
+            yield from onnx_rule(model)
+        for version in graphs:
+            yield from tensors.described_tensors(model, version)
+            yield from tensors.completion(model, version)
+            yield from tensors.opset_and_ir(model, version, target)
 
 
-def _lint_config(
-    model: Model, read: dict[Path, Graph | None], target: Target | None
-) -> Iterator[Finding]:
-    for rule in OF_ANY_BACKEND:
-        yield from rule(model)
-    if not files.is_onnx(model.config.message, model.folder):
-        yield from _other_backend(model)
-        return
-    graphs = {}
-    for version in model.selected:
-        file = model.file(version)
-        if file.is_file() and file not in read:
-            read[file], findings = read_graph(file)
-            yield from findings
-        if graph := read.get(file):
-            graphs[version] = graph
-    model = replace(model, graphs=graphs)
-    for onnx_rule in OF_ONNX:
-        yield from onnx_rule(model)
-    for version in graphs:
-        yield from tensors.signature(model, version)
-        yield from tensors.completion(model, version)
-        yield from tensors.dialect(model, version, target)
-
-
-def _other_backend(model: Model) -> Iterator[Finding]:
+def _other_backend(model: ModelFolder) -> Iterator[Finding]:
     """A model that is not for ONNX Runtime, or whose backend nobody can tell."""
     message = model.config.message
     named = str(message.backend or message.platform)
     if not named:
         said = f"Could not determine backend for model '{model.folder.name}' with no backend in "
+        said += "model configuration"
         fix = 'write backend: "onnxruntime", and put model.onnx into the folder 1'
-        yield model.config.finding(
-            "backend", "error", "name", f"{said}model configuration", fix,
-            "core src/model_config_utils.cc AutoCompleteBackendFields",
-        )  # fmt: skip
+        source = "core src/model_config_utils.cc AutoCompleteBackendFields"
+        yield model.config.finding("backend", "error", "name", said, fix, source)
     elif meant := lint_config.backend_names(named):
         said = f"unable to find backend library for backend '{named}'"
         fix, at = f"did you mean {meant}?", "backend" if message.backend else "platform"

@@ -2,18 +2,20 @@
 
 import difflib
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
-from pipeline.repository.lint.files import Model
-from pipeline.repository.lint.text import Finding
+from pipeline.core import machine
+from pipeline.repository import config_pbtxt
+from pipeline.repository.lint.files import ModelFolder
+from pipeline.repository.lint.text import Finding, Level
 
 CORE = "core src/model_config_utils.cc"
 VALIDATE = f"{CORE} ValidateModelConfig"
+INITIALIZE = "core src/model_repository_manager/model_repository_manager.cc InitializeModelInfo"
 KINDS = model_config_pb2.ModelInstanceGroup
 INPUTS = "onnxruntime_backend src/onnxruntime.cc ValidateInputs"
 CPU_COUNT = 2  # sessions that Triton opens for KIND_CPU without a count
@@ -28,25 +30,22 @@ OTHER_BACKENDS = frozenset(
 )
 
 
-def identity(model: Model) -> Iterator[Finding]:
+def naming(model: ModelFolder) -> Iterator[Finding]:
     """The name, and who is to run it."""
     config, message, folder = model.config, model.config.message, model.folder.name
     if message.name and message.name != folder:
         said = f"unexpected directory name '{folder}' for model '{message.name}', "
-        yield config.finding(
-            "name", "error", "name", f"{said}directory name must equal model name",
-            f'write name: "{folder}", or rename the folder',
-            "core src/model_repository_manager/model_repository_manager.cc InitializeModelInfo",
-        )  # fmt: skip
+        said += "directory name must equal model name"
+        fix = f'write name: "{folder}", or rename the folder'
+        yield config.finding("name", "error", "name", said, fix, INITIALIZE)
     if message.platform not in ("", ONNX_PLATFORM) and message.backend == "onnxruntime":
         said = "unexpected 'platform' and 'backend' pair, got:"
-        yield config.finding(
-            "backend", "error", "platform", f"{said}{message.platform}, {message.backend}",
-            f'leave platform out, or write "{ONNX_PLATFORM}"', VALIDATE,
-        )  # fmt: skip
+        said += f"{message.platform}, {message.backend}"
+        fix = f'leave platform out, or write "{ONNX_PLATFORM}"'
+        yield config.finding("backend", "error", "platform", said, fix, VALIDATE)
 
 
-def batching(model: Model) -> Iterator[Finding]:
+def batching(model: ModelFolder) -> Iterator[Finding]:
     """The largest batch, and the sizes that the batcher prefers."""
     config, message = model.config, model.config.message
     largest = message.max_batch_size
@@ -72,7 +71,7 @@ def batching(model: Model) -> Iterator[Finding]:
         yield config.finding("no-batching", "warning", "dynamic_batching", said, fix)
 
 
-def scheduling(model: Model) -> Iterator[Finding]:
+def scheduling(model: ModelFolder) -> Iterator[Finding]:
     """Priorities and the response cache."""
     message, batcher = model.config.message, model.config.message.dynamic_batching
     levels = batcher.priority_levels
@@ -99,7 +98,7 @@ def scheduling(model: Model) -> Iterator[Finding]:
         yield model.config.finding("scheduling", "error", at, said, fix, VALIDATE)
 
 
-def tensors(model: Model) -> Iterator[Finding]:
+def tensors(model: ModelFolder) -> Iterator[Finding]:
     """Inputs and outputs, each by itself."""
     for kind, tensor, where in model_tensors(model):
         for field, said, fix in _tensor(kind, tensor, model.config.message.max_batch_size):
@@ -109,16 +108,14 @@ def tensors(model: Model) -> Iterator[Finding]:
             )
     for kind in ("input", "output"):
         names = [tensor.name for tensor in getattr(model.config.message, kind)]
+        level: Level = "error" if kind == "input" else "warning"
         for index, name in enumerate(names):
             if name and name in names[:index]:
-                said = f"the {kind} '{name}' is described twice"
-                yield model.config.finding(
-                    "tensor", "error" if kind == "input" else "warning", f"{kind}[{index}]",
-                    said, "describe each once", INPUTS,
-                )  # fmt: skip
+                at, said = f"{kind}[{index}]", f"the {kind} '{name}' is described twice"
+                yield model.config.finding("tensor", level, at, said, "describe each once", INPUTS)
 
 
-def model_tensors(model: Model) -> Iterator[tuple[str, Any, str]]:
+def model_tensors(model: ModelFolder) -> Iterator[tuple[str, Any, str]]:
     """Each input and output of the config: which it is, the message, and where it stands."""
     for kind in ("input", "output"):
         for index, tensor in enumerate(getattr(model.config.message, kind)):
@@ -177,47 +174,35 @@ def _chunks(dims: list[int]) -> list[int]:
     return found
 
 
-def instances(model: Model) -> Iterator[Finding]:
+def instances(model: ModelFolder) -> Iterator[Finding]:
     """Where the model runs, how many at once, and with how many threads."""
     config, source = model.config, f"{CORE} ValidateInstanceGroup"
-    name = model.folder.name
-    for index, group in enumerate(config.message.instance_group):
+    message = config.message
+    for index, group in enumerate(message.instance_group):
         kind, at = KINDS.Kind.Name(group.kind), f"instance_group[{index}]"
         if group.gpus and kind in ("KIND_CPU", "KIND_MODEL"):
-            said = f"instance group of model {name} has kind {kind} but specifies one or more GPUs"
+            said = f"instance group of model {model.folder.name} has kind {kind} but specifies one "
+            said += "or more GPUs"
             fix = "leave gpus out, or write kind: KIND_GPU"
             yield config.finding("instance-group", "error", f"{at}.gpus", said, fix, source)
         if group.profile:
             said = "specifies profile field which is only supported for TensorRT models"
             fix = "leave it out; the TensorRT accelerator has trt_profile_* parameters"
             yield config.finding("instance-group", "error", f"{at}.profile", said, fix, source)
-    yield from _threads(model)
-
-
-def _threads(model: Model) -> Iterator[Finding]:
-    message = model.config.message
-    on_cpu = [
-        group.count if group.count > 0 else CPU_COUNT
-        for group in message.instance_group
-        if group.kind == KINDS.KIND_CPU
-    ]
-    sessions = sum(on_cpu) * max(1, len(model.selected))
-    text = message.parameters["intra_op_thread_count"].string_value if (
-        "intra_op_thread_count" in message.parameters
-    ) else "0"  # fmt: skip
-    cores = len(os.sched_getaffinity(0))
-    threads = int(text) if text.isdecimal() else 0
-    if sessions < 2 and threads <= cores:
-        return
-    if sessions * (threads or cores) > cores:
+    on_cpu = (group for group in message.instance_group if group.kind == KINDS.KIND_CPU)
+    count = sum(group.count if group.count > 0 else CPU_COUNT for group in on_cpu)
+    sessions = count * max(1, len(model.selected))
+    text = config_pbtxt.parameter(message, "intra_op_thread_count") or ""
+    cores, threads = machine.cores(), int(text) if text.isdecimal() else 0
+    if sessions * (threads or cores) > cores and (sessions > 1 or threads > cores):
         each = f"{threads} threads" if threads else "a thread for each core"
         said = f"{sessions} instances with {each} share the {cores} cores here"
         fix = f"set intra_op_thread_count to {max(1, cores // max(1, sessions))}, or count lower"
         at = "parameters[intra_op_thread_count]" if threads else "instance_group"
-        yield model.config.finding("threads", "warning", at, said, fix)
+        yield config.finding("threads", "warning", at, said, fix)
 
 
-def labels(model: Model) -> Iterator[Finding]:
+def labels(model: ModelFolder) -> Iterator[Finding]:
     """Files of labels against the number of classes."""
     for index, output in enumerate(model.config.message.output):
         path = model.folder / output.label_filename
@@ -256,7 +241,9 @@ def _labels(path: Path, output: str, classes: int) -> Iterator[Finding]:
 
 def backend_names(name: str) -> str:
     """What a backend's name was probably meant to be; empty when it is one that Triton has."""
-    if name in OTHER_BACKENDS or name.startswith("onnxruntime"):
-        return "" if name in OTHER_BACKENDS or name == "onnxruntime" else "onnxruntime"
+    if name == "onnxruntime" or name in OTHER_BACKENDS:
+        return ""
+    if name.startswith("onnxruntime"):
+        return "onnxruntime"
     close = difflib.get_close_matches(name, ["onnxruntime", *OTHER_BACKENDS], n=1)
     return close[0] if close else ""

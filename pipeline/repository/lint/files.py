@@ -24,7 +24,7 @@ _REPACKAGE = "package it again, or put the right file back"
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFolder:
     """A model's folder under one of its configs, and the graphs of its versions."""
 
     folder: Path
@@ -77,7 +77,7 @@ def is_onnx(config: Any, folder: Path) -> bool:
     return (folder / first / ONNX).exists()
 
 
-def versions(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
+def version_folders(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
     """The versions in a model's folder by Triton's own reading, and names that are mistakes."""
     found: dict[int, Path] = {}
     findings: list[Finding] = []
@@ -103,47 +103,39 @@ def versions(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
             found[version] = folder / str(version)
             if name != str(version):
                 said = f"Triton takes the folder '{name}' for version {version}"
-                is_there = (folder / str(version)).is_dir()
-                more = "" if is_there else f", looks for it in '{version}', and finds nothing there"
-                say("warning", entry, said + more, "call it otherwise, or move it elsewhere")
+                if not found[version].is_dir():
+                    said += f", looks for it in '{version}', and finds nothing there"
+                say("warning", entry, said, "call it otherwise, or move it elsewhere")
     return found, findings
 
 
-def version_files(model: Model) -> Iterator[Finding]:
+def version_files(model: ModelFolder) -> Iterator[Finding]:
     """Versions that the policy asks for and that are not there, or hold no model."""
     config, chosen = model.config, model.selected
-    policy = config.message.version_policy
-    for index, version in enumerate(policy.specific.versions):
+    have = f"versions there: {', '.join(map(str, sorted(model.versions))) or 'none'}"
+    for index, version in enumerate(config.message.version_policy.specific.versions):
         if version not in model.versions:
             said = f"version {version} is specified for model '{model.folder.name}', but the "
-            yield config.finding(
-                "version-missing", "error", f"version_policy.specific.versions[{index}]",
-                f"{said}version directory is not present", _have(model), VERSIONS,
-            )  # fmt: skip
+            said += "version directory is not present"
+            at = f"version_policy.specific.versions[{index}]"
+            yield config.finding("version-missing", "error", at, said, have, VERSIONS)
     if not chosen:
-        name = model.folder.name
         said = "at least one version must be available under the version policy of model "
-        fix = f"put the model into {model.folder / '1' / model.filename}"
-        if model.versions:
-            fix = _have(model)
-        yield config.finding(
-            "no-version", "error", "version_policy", f"{said}'{name}'", fix, VERSIONS
-        )
+        said += f"'{model.folder.name}'"
+        put = f"put the model into {model.folder / '1' / model.filename}"
+        fix = have if model.versions else put
+        yield config.finding("no-version", "error", "version_policy", said, fix, VERSIONS)
     for version, path in model.versions.items():
         if (version in chosen or path.is_dir()) and not model.file(version).is_file():
             said = f"unable to find '{model.file(version).relative_to(model.folder)}'"
-            level: Level = "error" if version in chosen else "warning"
-            hangs = "; a version without its file can hang the server's start for ever"
+            said += "; a version without its file can hang the server's start for ever"
+            level: Level = "error"
             if version not in chosen:
-                hangs += " once the version policy selects it, as today's does not"
+                level, said = "warning", f"{said} once the version policy selects it, as today's "
+                said += "does not"
             fix = f"put {model.filename} there, remove the folder, or set default_model_filename"
             source = "onnxruntime_backend src/onnxruntime.cc LoadModel"
-            yield Finding("model-file", level, path, said + hangs, fix, source=source)
-
-
-def _have(model: Model) -> str:
-    there = ", ".join(map(str, sorted(model.versions))) or "none"
-    return f"versions there: {there}"
+            yield Finding("model-file", level, path, said, fix, source=source)
 
 
 def safety(folder: Path) -> Iterator[Finding]:
@@ -167,21 +159,21 @@ def safety(folder: Path) -> Iterator[Finding]:
         yield Finding("world-writable", "error", open_to_all[0], said, fix)
 
 
-def code(model: Model) -> Iterator[Finding]:
+def code(model: ModelFolder) -> Iterator[Finding]:
     """What makes the server run code that came with the model."""
-    for path in brought_code(model):
-        said = "is native code that Triton loads into the server with this model"
-        source = "core src/backend_model.cc GetBackendLibrarySearchPaths"
-        fix = "remove it, unless you wrote it"
-        yield Finding("brings-code", "warning", path, said, fix, source=source)
+    for folder in (model.folder, *model.versions.values()):
+        # Libraries that Triton loads by their names.
+        for path in (*folder.glob("libtriton_*.so"), *folder.glob("batchstrategy.so")):
+            said = "is native code that Triton loads into the server with this model"
+            source = "core src/backend_model.cc GetBackendLibrarySearchPaths"
+            fix = "remove it, unless you wrote it"
+            yield Finding("brings-code", "warning", path, said, fix, source=source)
     for where, what in _foreign_code(model):
-        yield model.config.finding(
-            "brings-code", "warning", where, f"may have the server run {what}",
-            "remove it, unless you trust it",
-        )  # fmt: skip
+        said, fix = f"may have the server run {what}", "remove it, unless you trust it"
+        yield model.config.finding("brings-code", "warning", where, said, fix)
 
 
-def _foreign_code(model: Model) -> Iterator[tuple[str, str]]:
+def _foreign_code(model: ModelFolder) -> Iterator[tuple[str, str]]:
     """Fields of a config that name code to run, and what they name."""
     message = model.config.message
     for index, name in enumerate(message.model_operations.op_library_filename):
@@ -197,14 +189,7 @@ def _foreign_code(model: Model) -> Iterator[tuple[str, str]]:
         yield "instance_group", what
 
 
-def brought_code(model: Model) -> list[Path]:
-    """The libraries in a model's folders that Triton would load by their names."""
-    folders = [model.folder, *model.versions.values()]
-    names = ("libtriton_*.so", "batchstrategy.so")
-    return [path for folder in folders for name in names for path in folder.glob(name)]
-
-
-def brings_code(model: Model) -> bool:
+def brings_code(model: ModelFolder) -> bool:
     """Whether a load might run more than ONNX Runtime, or another backend that Triton has."""
     message: Any = model.config.message
     if any(code(model)):
@@ -217,18 +202,18 @@ def brings_code(model: Model) -> bool:
     return "." in model.folder.name or any(model.folder.rglob("*.py"))
 
 
-def digest(path: Path) -> str:
+def _digest(path: Path) -> str:
     """A file's SHA-256, computed once for all the configs that state it."""
     facts = path.stat()
-    return _digest(path, facts.st_size, facts.st_mtime_ns)
+    return _sha256(path, facts.st_size, facts.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
-def _digest(path: Path, size: int, modified_ns: int) -> str:
+def _sha256(path: Path, size: int, modified_ns: int) -> str:
     return sha256(path)
 
 
-def digests(model: Model) -> Iterator[Finding]:
+def stated_digests(model: ModelFolder) -> Iterator[Finding]:
     """Files that differ from the digests that the config and the manifest state."""
     for key, value in model.config.message.parameters.items():
         version = key.removeprefix("sha256.")
@@ -239,12 +224,11 @@ def digests(model: Model) -> Iterator[Finding]:
             said = f"states a digest for version {version}, which is not there"
             yield model.config.finding("digest", "warning", where, said, "remove it")
         elif model.file(int(version)).is_file():
-            found = digest(model.file(int(version)))
-            if found != stated:
-                said = f"version {version} has digest {found[:12]}, the config states "
-                yield model.config.finding(
-                    "digest", "error", where, f"{said}'{stated[:12]}'", _REPACKAGE
-                )
+            actual = _digest(model.file(int(version)))
+            if actual != stated:
+                said = f"version {version} has digest {actual[:12]}, the config states "
+                said += f"'{stated[:12]}'"
+                yield model.config.finding("digest", "error", where, said, _REPACKAGE)
 
 
 def manifest(folder: Path) -> Iterator[Finding]:
@@ -260,9 +244,8 @@ def manifest(folder: Path) -> Iterator[Finding]:
             return
         file = folder / name
         if not file.is_file():
-            yield Finding(
-                "digest", "error", path, f"lists '{name}', which is not there", _REPACKAGE
-            )
-        elif digest(file) != listed:
+            said = f"lists '{name}', which is not there"
+            yield Finding("digest", "error", path, said, _REPACKAGE)
+        elif _digest(file) != listed:
             said = f"does not match its digest in {path.name} ({listed[:12]})"
             yield Finding("digest", "error", file, said, _REPACKAGE)

@@ -16,7 +16,7 @@ from onnx.shape_inference import InferenceError
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.export.graph import is_external, parse, parts, read
 from pipeline.export.sizes import STANDARD, is_whole, raw_bytes
-from pipeline.repository.lint.text import Finding, Level
+from pipeline.repository.lint.text import Finding
 
 FILE = "onnxruntime onnxruntime/core/graph/model.cc"
 TYPES = {
@@ -34,15 +34,8 @@ KNOWN_DOMAINS = STANDARD | {"ai.onnx.ml"}
 KNOWN_DOMAIN_ROOTS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")
 # Operators of the standard domain that ONNX never had or has given up, and ONNX Runtime knows.
 RUNTIME_ONLY = frozenset(
-    {
-        "Affine",
-        "Crop",
-        "DynamicSlice",
-        "GivenTensorFill",
-        "ImageScaler",
-        "MeanVarianceNormalization",
-    }
-    | {"ParametricSoftplus", "Scale", "ScaledTanh", "ThresholdedRelu"}
+    {"Affine", "Crop", "DynamicSlice", "GivenTensorFill", "ImageScaler", "Scale", "ScaledTanh"}
+    | {"MeanVarianceNormalization", "ParametricSoftplus", "ThresholdedRelu"}
 )
 SMALL = 1024  # elements: what may be somebody's shape
 
@@ -84,36 +77,31 @@ def read_graph(path: Path) -> tuple[Graph | None, list[Finding]]:
         return None, [Finding("onnx", "note", path, f"not looked into: {error}")]
     except PipelineError as error:
         said = str(error).partition(": export")[0].removeprefix(f"{path} ")
-        return None, [_wrong(path, said, "export it again")]
+        return None, [_wrong(path, said)]
     if not model.graph.output:
         said = "holds no graph: it is empty, or cut off"
-        return None, [_wrong(path, said, "export it again")]
+        return None, [_wrong(path, said)]
     findings = [*_external(model, path), *_links(model, path), *_operators(model, path)]
-    foreign = {node.domain for node in model.graph.node} - _domains(model)
+    known = KNOWN_DOMAINS | {function.domain for function in model.functions}
+    domains = {node.domain for node in model.graph.node} - known
     _infer(model)
     constants = {tensor.name for tensor in model.graph.initializer}
-    values = list(model.graph.input)
+    inputs = {value.name: _tensor(value) for value in model.graph.input}
     graph = Graph(
         path,
-        {value.name: _tensor(value) for value in values if value.name not in constants},
-        {value.name: _tensor(value) for value in values if value.name in constants},
+        {name: tensor for name, tensor in inputs.items() if name not in constants},
+        {name: tensor for name, tensor in inputs.items() if name in constants},
         {value.name: _tensor(value) for value in model.graph.output},
         max((entry.version for entry in model.opset_import if entry.domain in STANDARD), default=0),
         model.ir_version,
-        frozenset(foreign),
+        frozenset(domain for domain in domains if not domain.startswith(KNOWN_DOMAIN_ROOTS)),
         any(node.op_type == "Shape" for node in model.graph.node),
     )
     return graph, findings
 
 
-def _wrong(path: Path, said: str, fix: str, level: Level = "error") -> Finding:
-    return Finding("onnx", level, path, said, fix, source=FILE)
-
-
-def _domains(model: onnx.ModelProto) -> set[str]:
-    used = {node.domain for node in model.graph.node}
-    known = {domain for domain in used if domain.startswith(KNOWN_DOMAIN_ROOTS)}
-    return known | KNOWN_DOMAINS | {function.domain for function in model.functions}
+def _wrong(path: Path, said: str, fix: str = "export it again") -> Finding:
+    return Finding("onnx", "error", path, said, fix, source=FILE)
 
 
 def _infer(model: onnx.ModelProto) -> None:
@@ -151,18 +139,18 @@ def _links(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
         for name in node.input:
             if name and name not in known:
                 said = f"Node input '{name}' is not a graph input, initializer, or output of a node"
-                yield _wrong(path, f"Invalid model. {said} ({node.op_type})", "export it again")
+                yield _wrong(path, f"Invalid model. {said} ({node.op_type})")
     for tensor in graph.initializer:
         if not is_external(tensor) and not is_whole(tensor):
             said = f"the tensor '{tensor.name}' does not hold what its dims claim"
-            yield _wrong(path, said, "export it again")
+            yield _wrong(path, said)
     for value in graph.output:
         if value.name not in known:
-            yield _wrong(path, f"nothing computes the output '{value.name}'", "export it again")
+            yield _wrong(path, f"nothing computes the output '{value.name}'")
     for name, count in made.items():
         if count > 1:
             said = f"Duplicate definition of name ({name}): {count} nodes give it"
-            yield _wrong(path, said, "export it again")
+            yield _wrong(path, said)
 
 
 def _operators(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
@@ -186,11 +174,11 @@ def _operators(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
 
 def _external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
     """What is wrong with the files that hold the model's weights."""
-    tensors = [part for part in parts(model) if isinstance(part, TensorProto) and is_external(part)]
     by_place: dict[str, list[Any]] = {}
-    for tensor in tensors:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        by_place.setdefault(entries.get("location", ""), []).append((tensor, entries))
+    for part in parts(model):
+        if isinstance(part, TensorProto) and is_external(part):
+            entries = {entry.key: entry.value for entry in part.external_data}
+            by_place.setdefault(entries.get("location", ""), []).append((part, entries))
     for location, found in by_place.items():
         said = f"the data of {found[0][0].name or 'a tensor'} lies in '{location}', which "
         if why := _misplaced(path.parent, location):

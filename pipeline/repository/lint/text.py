@@ -3,7 +3,6 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -100,20 +99,15 @@ def _meant(said: str) -> str:
         return "look at the line and at the one above it"
     if unknown[2] in _OTHERS_SAY:
         return f"did you mean {_OTHERS_SAY[unknown[2]]}?"
-    known = _names(unknown[1])
+    outer, *inner = unknown[1].split(".")
+    file = ModelConfig.DESCRIPTOR.file
+    kind: Any = file.message_types_by_name.get(outer) or file.enum_types_by_name.get(outer)
+    for name in inner:
+        kind = kind.nested_types_by_name.get(name) or kind.enum_types_by_name.get(name)
+    # The fields of a message type, or the values of an enum type.
+    known = list(getattr(kind, "values_by_name", None) or kind.fields_by_name)
     close = difflib.get_close_matches(unknown[2], known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"
-
-
-def _names(kind: str) -> list[str]:
-    """The fields of a message type, or the values of an enum type, of Triton's config."""
-    outer, *inner = kind.split(".")
-    file = ModelConfig.DESCRIPTOR.file
-    found: Any = file.message_types_by_name.get(outer) or file.enum_types_by_name.get(outer)
-    for name in inner:
-        found = found.nested_types_by_name.get(name) or found.enum_types_by_name.get(name)
-    values = getattr(found, "values_by_name", None)
-    return list(values or found.fields_by_name)
 
 
 _TOKEN = re.compile(
@@ -122,73 +116,43 @@ _TOKEN = re.compile(
 )
 
 
-def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
-    """The tokens of a text proto: kind, text, line."""
-    line = 1
-    for match in _TOKEN.finditer(text):
-        kind = match.lastgroup or ""
-        if kind == "newline":
-            line += 1
-        elif kind != "comment":
-            yield kind, match[0], line
-
-
 def field_lines(text: str) -> dict[Place, int]:
     """The line of each field of a text proto that parses; a map's entry has its key for a number.
 
     The n-th of a repeated field is `name[n]`.
     """
-    scan = _Scan()
-    for kind, token, line in _tokens(text):
-        scan.take(kind, token, line)
-    return scan.lines
-
-
-class _Scan:
-    """Where a scanner of a text proto is, and what it has seen."""
-
-    def __init__(self) -> None:
-        self.lines: dict[Place, int] = {}
-        self._counts: Counter[Place] = Counter()
-        self._name = ""  # of the field whose value comes next
-        self._in_list = self._awaits_value = False
-        self._place: Place = ()  # the message that the scanner is in
-        self._around: list[tuple[Place, str, bool]] = []
-
-    def take(self, kind: str, token: str, line: int) -> None:
-        if kind == "mark":
-            self._mark(token, line)
-        elif self._awaits_value:
-            self._enter(line)
-            self._awaits_value = self._in_list
-            if self._name == "key" and self._place:
-                self._rename(token.strip("\"'"))
+    lines: dict[Place, int] = {}
+    counts: Counter[Place] = Counter()
+    line, name = 1, ""  # the name of the field whose value comes next
+    in_list = awaits_value = False
+    place: Place = ()  # the message that the scanner is in
+    around: list[tuple[Place, str, bool]] = []  # those around it, with their fields
+    for match in _TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[0]
+        opens = kind == "mark" and token in "{<"
+        if opens or (awaits_value and kind in ("string", "word")):
+            entered = (*place, _step(name, counts[*place, name]))
+            counts[*place, name] += 1
+            lines[entered] = line
+        if kind == "newline":
+            line += 1
+        elif opens:
+            around.append((place, name, in_list))
+            place, in_list, awaits_value = entered, False, False
+        elif kind == "mark" and token in "}>" and around:
+            place, name, in_list = around.pop()
+            awaits_value = in_list
+        elif kind == "mark" and token in ":[]":
+            in_list = token == "[" or (in_list and token == ":")
+            awaits_value = token != "]"
+        elif awaits_value and kind in ("string", "word"):
+            awaits_value = in_list
+            if name == "key" and place:  # the entry of a map, which is called by its key
+                *outer, last = place
+                renamed = (*outer, _step(last.partition("[")[0], token.strip("\"'")))
+                for old in [old for old in lines if old[: len(place)] == place]:
+                    lines[(*renamed, *old[len(place) :])] = lines.pop(old)
+                place = renamed
         elif kind == "word":
-            self._name = token
-
-    def _mark(self, token: str, line: int) -> None:
-        if token in "{<":
-            self._around.append((self._place, self._name, self._in_list))
-            self._place = self._enter(line)
-            self._in_list = self._awaits_value = False
-        elif token in "}>" and self._around:
-            self._place, self._name, self._in_list = self._around.pop()
-            self._awaits_value = self._in_list
-        elif token in ":[]":
-            self._in_list = token == "[" or (self._in_list and token == ":")
-            self._awaits_value = token != "]"
-
-    def _enter(self, line: int) -> Place:
-        kind = (*self._place, self._name)
-        place = (*self._place, _step(self._name, self._counts[kind]))
-        self._counts[kind] += 1
-        self.lines[place] = line
-        return place
-
-    def _rename(self, key: str) -> None:
-        """Call the map's entry that the scanner is in by its key."""
-        *outer, last = self._place
-        place = (*outer, _step(last.partition("[")[0], key))
-        for old in [old for old in self.lines if old[: len(self._place)] == self._place]:
-            self.lines[(*place, *old[len(self._place) :])] = self.lines.pop(old)
-        self._place = place
+            name = token
+    return lines

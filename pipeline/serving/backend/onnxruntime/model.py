@@ -41,7 +41,7 @@ class TritonPythonModel:
         hang the server for 20 seconds, or end it.
         """
         try:
-            in_one_line(ort_checks.prepare, auto_complete_model_config.as_dict())
+            in_one_line(ort_checks.complete_config, auto_complete_model_config.as_dict())
         except LoadError as error:
             error.__traceback__ = None  # else Triton appends our file and line to the message
             raise  # bare: any other way out of here begins a new traceback
@@ -69,7 +69,7 @@ class TritonPythonModel:
         kind, device = args["model_instance_kind"], args["model_instance_device_id"]
         self._session = open_session(config, providers(config, kind, device))
         self._run_options = run_options(config)
-        ort_checks.check(config, self._session)
+        ort_checks.check_config(config, self._session)
         self._batching = config["max_batch_size"] > 0
         self._outputs = [output["name"] for output in config["output"]]
         self._input = config["input"][0]["name"] if len(config["input"]) == 1 else None

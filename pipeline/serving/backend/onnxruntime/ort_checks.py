@@ -28,56 +28,55 @@ def _shape_of(node: onnxruntime.NodeArg) -> list[int]:
     return [dim if isinstance(dim, int) else -1 for dim in node.shape]
 
 
-def check(config: Config, session: onnxruntime.InferenceSession) -> None:
+def check_config(config: Config, session: onnxruntime.InferenceSession) -> None:
     """Refuse a config that does not describe the model."""
     for feature in ("sequence_batching", "batch_input", "batch_output"):
         if config.get(feature):
             raise LoadError(f"the python-based backend does not support {feature}")
     required = [spec for spec in config["input"] if not spec.get("optional")]
-    expected, provided = len(required), len(session.get_inputs())
-    if expected != provided:
-        raise LoadError(f"configuration expects {expected} inputs, model provides {provided}")
+    expected, count = len(required), len(session.get_inputs())
+    if expected != count:
+        raise LoadError(f"configuration expects {expected} inputs, model provides {count}")
     inputs = session.get_inputs() + session.get_overridable_initializers()
+    is_batched = config["max_batch_size"] > 0
     for role, nodes in (("input", inputs), ("output", session.get_outputs())):
         named = {node.name: node for node in nodes}
         for spec in config[role]:
-            _check_feature(role, spec, config["max_batch_size"] > 0)
-            name = spec["name"]
+            name, asked = spec["name"], spec["data_type"]
+            if spec.get("optional") and is_batched:
+                raise LoadError(
+                    f"optional input '{name}' is not supported for models that support batching"
+                )
+            if spec.get("allow_ragged_batch"):
+                raise LoadError("the python-based backend does not support allow_ragged_batch")
             if name not in named:
                 allowed = f"allowed {role}s are: {', '.join(sorted(named))}"
                 raise LoadError(f"unexpected inference {role} '{name}', {allowed}")
-            _check_type(role, spec, _data_type(named[name]))
-            _check_dims(role, spec, _shape_of(named[name]), config["max_batch_size"] > 0)
-
-
-def _check_feature(role: str, spec: Config, is_batched: bool) -> None:
-    if spec.get("optional") and is_batched:
-        raise LoadError(
-            f"optional input '{spec['name']}' is not supported for models that support batching"
-        )
-    if spec.get("allow_ragged_batch"):
-        raise LoadError("the python-based backend does not support allow_ragged_batch")
-
-
-def _check_type(role: str, spec: Config, provided: str) -> None:
-    asked = spec["data_type"]
-    if asked != provided:
-        what = f"configuration expects datatype {asked} for {role} '{spec['name']}'"
-        raise LoadError(f"{what}, model provides {provided}")
+            provided = _data_type(named[name])
+            if asked != provided:
+                raise LoadError(
+                    f"configuration expects datatype {asked} for {role} '{name}', model provides "
+                    f"{provided}"
+                )
+            _check_dims(role, spec, _shape_of(named[name]), is_batched)
 
 
 def _check_dims(role: str, spec: Config, provided: list[int], is_batched: bool) -> None:
     dims = spec["reshape"]["shape"] if "reshape" in spec else spec["dims"]
-    if not provided:
-        _check_scalar(spec["name"], dims, is_batched)
-        return
-    tensor = f"tensor '{spec['name']}': "
-    if is_batched and provided[0] != -1:
+    tensor = f"tensor '{spec['name']}'"
+    if is_batched and provided[:1] != [-1]:
         raise LoadError(
-            f"{tensor}for the model to support batching the shape should have at least 1 dimension "
-            "and the first dimension must be -1; but shape expected by the model is "
+            f"{tensor}: for the model to support batching the shape should have at least 1 "
+            "dimension and the first dimension must be -1; but shape expected by the model is "
             f"{_spelled(provided)}"
         )
+    if not provided:
+        if any(dim != 1 for dim in dims):
+            raise LoadError(
+                f"scalar {tensor}, should only provide 1 in the model configuration when the model "
+                f"doesn't support batching. Model configuration provided: {_spelled(dims)}."
+            )
+        return
     full = [-1, *dims] if is_batched else [*dims]
     if len(full) != len(provided) or any(
         # An output must be the model's own, -1 included; an input may be narrower.
@@ -89,22 +88,9 @@ def _check_dims(role: str, spec: Config, provided: list[int], is_batched: bool) 
             "shape, making complete "
         )
         raise LoadError(
-            f"{tensor}the model expects {len(provided)} dimensions (shape {_spelled(provided)}) "
+            f"{tensor}: the model expects {len(provided)} dimensions (shape {_spelled(provided)}) "
             f"but the model configuration specifies {len(full)} dimensions "
             f"({note if is_batched else ''}shape {_spelled(full)})"
-        )
-
-
-def _check_scalar(name: str, dims: list[int], is_batched: bool) -> None:
-    if is_batched:
-        raise LoadError(
-            f"tensor '{name}': for the model to support batching the shape should have at least 1 "
-            "dimension and the first dimension must be -1; but shape expected by the model is []"
-        )
-    if any(dim != 1 for dim in dims):
-        raise LoadError(
-            f"scalar tensor '{name}', should only provide 1 in the model configuration when the "
-            f"model doesn't support batching. Model configuration provided: {_spelled(dims)}."
         )
 
 
@@ -112,31 +98,26 @@ def _spelled(shape: list[int]) -> str:
     return str(shape).replace(" ", "")
 
 
-def prepare(config: Config) -> None:
+def complete_config(config: Config) -> None:
     """Complete the config, and refuse it before any instance starts."""
     kinds = {group.get("kind") for group in config.get("instance_group", [])}
     require_present(providers(config, "GPU" if "KIND_GPU" in kinds else "CPU", "0"))
     session = open_session(config, [CPU])
+    inputs, outputs = session.get_inputs(), session.get_outputs()
     if not (config["input"] and config["output"]):
-        _complete(config, session.get_inputs(), session.get_outputs())
-    check(config, session)
-
-
-def _complete(
-    config: Config, inputs: list[onnxruntime.NodeArg], outputs: list[onnxruntime.NodeArg]
-) -> None:
-    if all(_shape_of(node)[:1] == [-1] for node in inputs + outputs):
-        config["max_batch_size"] = config["max_batch_size"] or DEFAULT_MAX_BATCH_SIZE
-        if config["max_batch_size"] > 1 and "sequence_batching" not in config:
-            config.setdefault("dynamic_batching", {})
-    elif config["max_batch_size"]:
-        raise LoadError(
-            f"autofill failed for model '{config['name']}': model does not support batching while "
-            "non-zero max_batch_size is specified"
-        )
-    batch_dims = 1 if config["max_batch_size"] else 0
-    config["input"] = config["input"] or [_described(node, batch_dims) for node in inputs]
-    config["output"] = config["output"] or [_described(node, batch_dims) for node in outputs]
+        if all(_shape_of(node)[:1] == [-1] for node in inputs + outputs):
+            config["max_batch_size"] = config["max_batch_size"] or DEFAULT_MAX_BATCH_SIZE
+            if config["max_batch_size"] > 1 and "sequence_batching" not in config:
+                config.setdefault("dynamic_batching", {})
+        elif config["max_batch_size"]:
+            raise LoadError(
+                f"autofill failed for model '{config['name']}': model does not support batching "
+                "while non-zero max_batch_size is specified"
+            )
+        batch_dims = 1 if config["max_batch_size"] else 0
+        config["input"] = config["input"] or [_described(node, batch_dims) for node in inputs]
+        config["output"] = config["output"] or [_described(node, batch_dims) for node in outputs]
+    check_config(config, session)
 
 
 def _described(node: onnxruntime.NodeArg, batch_dims: int) -> Config:

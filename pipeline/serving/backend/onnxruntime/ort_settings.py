@@ -87,9 +87,9 @@ def session_options(config: Config) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = max(_number(_parameter(config, "inter_op_thread_count", "0")), 0)
     options.enable_cpu_mem_arena = _switch(_parameter(config, "enable_mem_arena", "on"))
     options.enable_mem_pattern = _switch(_parameter(config, "enable_mem_pattern", "on"))
-    for key in ("session.use_device_allocator_for_initializers",):
-        if key in config.get("parameters", {}):
-            options.add_session_config_entry(key, _parameter(config, key))
+    key = "session.use_device_allocator_for_initializers"
+    if key in config.get("parameters", {}):
+        options.add_session_config_entry(key, _parameter(config, key))
     for library in config.get("model_operations", {}).get("op_library_filename", []):
         options.register_custom_ops_library(library)
     return options
@@ -110,7 +110,29 @@ def providers(config: Config, kind: str, device: str) -> list[Provider]:
     accelerators = config.get("optimization", {}).get("execution_accelerators", {})
     chosen: list[Provider] = []
     if kind in ("GPU", "AUTO"):
-        chosen += _gpu_providers(config, accelerators.get("gpu_execution_accelerator", []), device)
+        options: dict[str, str] = {}
+        for accelerator in accelerators.get("gpu_execution_accelerator", []):
+            asked = accelerator.get("parameters", {})
+            if accelerator["name"] == "tensorrt":
+                chosen.append(
+                    ("TensorrtExecutionProvider", _tensorrt(asked) | {"device_id": device})
+                )
+            elif accelerator["name"] == "cuda":
+                for name in CUDA_SWITCHES:
+                    _switch(asked.get(name, "on"))
+                options |= {name: value for name, value in asked.items() if value}
+            else:
+                raise _unknown(accelerator)
+        if "parameters" in config:  # four of them prevail over the accelerator's own, set or not
+            options |= {
+                name: _parameter(config, name, usual) for name, usual in CUDA_VALUES.items()
+            }
+            for name, words in CUDA_WORDS.items():
+                value = str(_number(_parameter(config, name, "0")))
+                if value not in words:
+                    raise LoadError(f"unsupported {name} value '{value}' is requested")
+                options[name] = words[value]
+        chosen.append(("CUDAExecutionProvider", options | {"device_id": device}))
     for accelerator in accelerators.get("cpu_execution_accelerator", []):
         if accelerator["name"] != "openvino":
             raise _unknown(accelerator)
@@ -118,36 +140,8 @@ def providers(config: Config, kind: str, device: str) -> list[Provider]:
     return [*chosen, CPU]
 
 
-def _gpu_providers(config: Config, accelerators: list[Config], device: str) -> list[Provider]:
-    chosen: list[Provider] = []
-    options: dict[str, str] = {}
-    for accelerator in accelerators:
-        asked = accelerator.get("parameters", {})
-        if accelerator["name"] == "tensorrt":
-            chosen.append(("TensorrtExecutionProvider", _tensorrt(asked) | {"device_id": device}))
-        elif accelerator["name"] == "cuda":
-            for name in CUDA_SWITCHES:
-                _switch(asked.get(name, "on"))
-            options |= {name: value for name, value in asked.items() if value}
-        else:
-            raise _unknown(accelerator)
-    options |= _cuda_parameters(config) if "parameters" in config else {}
-    return [*chosen, ("CUDAExecutionProvider", options | {"device_id": device})]
-
-
 def _unknown(accelerator: Config) -> LoadError:
     return LoadError(f"unknown Execution Accelerator '{accelerator['name']}' is requested")
-
-
-def _cuda_parameters(config: Config) -> dict[str, str]:
-    """Four of the config's parameters, which prevail over the accelerator's own, set or not."""
-    options = {name: _parameter(config, name, usual) for name, usual in CUDA_VALUES.items()}
-    for name, words in CUDA_WORDS.items():
-        value = str(_number(_parameter(config, name, "0")))
-        if value not in words:
-            raise LoadError(f"unsupported {name} value '{value}' is requested")
-        options[name] = words[value]
-    return options
 
 
 def _tensorrt(asked: dict[str, str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import urllib.parse
 SECONDS = 4.0  # below the time-out of whoever runs this
 
 
-def outputs(url: str, image: bytes, letter: str) -> list[float]:
+def ask_outputs(url: str, image: bytes, letter: str) -> list[float]:
     """What the model at `url` says of one image, its bytes as they are."""
     place = urllib.parse.urlsplit(url)
     connection = http.client.HTTPConnection(place.netloc, timeout=SECONDS)
@@ -33,11 +33,11 @@ def is_ahead(values: list[float], expected: int) -> bool:
     return all(values[expected] > value for value in others)
 
 
-def main(url: str, file: str, expected: str, letter: str) -> str:
+def problem_of(url: str, file: str, expected: str, letter: str) -> str:
     """What is wrong, or nothing."""
     try:
         with open(file, "rb") as image:
-            values = outputs(url, image.read(), letter)
+            values = ask_outputs(url, image.read(), letter)
         if is_ahead(values, int(expected)):
             return ""
     except (OSError, http.client.HTTPException, ValueError, TypeError, struct.error) as error:
@@ -48,4 +48,4 @@ def main(url: str, file: str, expected: str, letter: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]) or 0)
+    sys.exit(problem_of(*sys.argv[1:]) or 0)
