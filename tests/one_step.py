@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.data.splits import Split
-from pipeline.training.device import choose, together
+from pipeline.training.device import choose_placement, process_group
 from pipeline.training.loop import Batches, Learner
 from pipeline.training.recipes import TrainConfig, recipe
 
 
 def main(file: Path) -> None:
     """Write the weights after the step to `file`."""
-    placement = choose("cpu")
+    placement = choose_placement("cpu")
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (256, 1, 28, 28), dtype=np.uint8)
     split = Split(images, rng.integers(0, 10, 256), tuple("0123456789"))
     settings = replace(recipe("quick"), optimizer="sgd", lr=1.0, batch_size=128, weight_decay=0.0)
-    with together(placement):
+    with process_group(placement):
         learner = Learner(TrainConfig(settings=settings), 10, placement)
         images_, labels = Batches(split, settings, 0, placement).at(0)
         learner.model.eval()  # normalization is not a mean over the batch here

@@ -20,9 +20,10 @@ from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.export.export import export_run
-from pipeline.training.device import choose
+from pipeline.training.checkpoint import Summary
+from pipeline.training.device import choose_placement
 from pipeline.training.recipes import RECIPES, TrainConfig
-from pipeline.training.run import Summary, train_run
+from pipeline.training.run import train_run
 from pipeline.validation.export import prove_export
 from tools.edge import print_now, run_tool
 from tools.provenance import write_figure
@@ -64,7 +65,7 @@ def gpu_check(
     """
     if not signed_off_by.strip():
         raise PipelineError("somebody must answer for the check: make gpu-check SIGNED='your name'")
-    placement = choose("cuda")
+    placement = choose_placement("cuda")
     report(f"running the tests that need {placement}")
     tests = run_gpu_tests()
     report("training twice: as it is, and compiled")

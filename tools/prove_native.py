@@ -18,7 +18,7 @@ from pipeline.serving import tritonserver
 from pipeline.serving.serve import running_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import IMAGE
-from pipeline.validation.servers import Evidence, require_passed, verify
+from pipeline.validation.servers import ServerEvidence, prove_servers, require_passed
 from tools.edge import print_now, result_parser, run_tool
 from tools.provenance import write_figure
 from tools.readme import README, RESULTS, render_readme
@@ -58,7 +58,7 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it does not say why"])[-1]
 
 
-def served(paths: Paths, kind: str, report: Say) -> tuple[str, Evidence]:
+def served(paths: Paths, kind: str, report: Say) -> tuple[str, ServerEvidence]:
     """The runtime in words, and what it answered over both protocols."""
     config = with_free_ports(ServeConfig(runtime=kind, start_seconds=START_SECONDS))
     runtime = tritonserver.find(paths, kind)
@@ -67,11 +67,11 @@ def served(paths: Paths, kind: str, report: Say) -> tuple[str, Evidence]:
         running_server(paths, config, report=report) as (server, _),
     ):
         urls = [server.http_url, server.grpc_url]
-        evidence = verify(paths, urls, file=Path(folder) / "evidence.json", report=report)
+        evidence = prove_servers(paths, urls, file=Path(folder) / "evidence.json", report=report)
     return str(runtime), evidence
 
 
-def prove(paths: Paths, kind: str, result: Path, report: Say) -> Evidence:
+def prove(paths: Paths, kind: str, result: Path, report: Say) -> ServerEvidence:
     """Prove a runtime, and keep the evidence whether it passed or not.
 
     Raises PipelineError before anything is touched where the runtime cannot run.

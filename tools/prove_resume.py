@@ -21,8 +21,8 @@ from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
 from pipeline.training.checkpoint import load_state
-from pipeline.training.device import choose
-from pipeline.training.run import identity, recorded_config
+from pipeline.training.device import choose_placement
+from pipeline.training.run import recorded_config, run_identity
 from tools.provenance import write_figure
 from tools.readme import render_readme
 
@@ -98,7 +98,7 @@ def what_is_wrong(paths: Paths) -> str:
     if config is None:
         return ""  # killed before it wrote anything
     try:
-        load_state(paths, identity(paths, config, choose(config.device)))
+        load_state(paths, run_identity(paths, config, choose_placement(config.device)))
     except PipelineError as error:
         return str(error)
     return ""

@@ -21,7 +21,7 @@ from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.export.export import export_program, signature_of, to_onnx
 from pipeline.export.subject import Subject, exported_sample, subject_of_run
-from pipeline.export.targets import ExportConfig, dialect, span
+from pipeline.export.targets import ExportConfig, onnx_dialect, span
 from pipeline.training.networks import eager_predictor
 from tools.edge import print_now, run_tool
 from tools.provenance import write_figure
@@ -129,13 +129,16 @@ def prove(
 ) -> list[Row]:
     """Two rows for each runtime, on images (N, 1, 28, 28): the default file, the release's own."""
     reference = predict(eager_predictor(subject.model), images)
-    newest = {runtime.release: dialect(runtime.release) for runtime in runtimes}
-    contents = onnx_files(subject, {dialect(), *newest.values()})
+    newest = {runtime.release: onnx_dialect(runtime.release) for runtime in runtimes}
+    contents = onnx_files(subject, {onnx_dialect(), *newest.values()})
     rows = []
     for runtime in runtimes:
         report(f"{' '.join(runtime.packages)}, as in Triton {runtime.release}")
         python = environment(runtime)
-        for file, config in (("default", dialect()), (runtime.release, newest[runtime.release])):
+        for file, config in (
+            ("default", onnx_dialect()),
+            (runtime.release, newest[runtime.release]),
+        ):
             outputs, imported = run_file(python, contents[config], images)
             judgement = judge(reference, outputs)
             rows.append(_row(runtime, file, config, imported, judgement))

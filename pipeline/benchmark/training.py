@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.core.files import read_json, remove, write_json
 from pipeline.core.paths import Paths
 from pipeline.data.splits import Split, load_split
-from pipeline.training.device import choose
-from pipeline.training.loop import Progress, train
+from pipeline.training.device import choose_placement
+from pipeline.training.loop import TrainingProgress, train
 from pipeline.training.networks import build
 from pipeline.training.recipes import RECIPES, TrainConfig
 from pipeline.training.recipes import recipe as recipe_named
@@ -93,8 +93,9 @@ def count_multiply_adds(recipe: str) -> int:
 
 def _yardstick_seconds(train_split: Split, validation: Split) -> float:
     """Seconds that baseline's epochs would take, from a piece of one."""
-    config = TrainConfig(YARDSTICK, replace(RECIPES[YARDSTICK], epochs=YARDSTICK_EPOCHS))
-    _, last = train(config, train_split, validation, choose("cpu"))
+    settings = replace(RECIPES[YARDSTICK], epochs=YARDSTICK_EPOCHS)
+    placement = choose_placement("cpu")
+    _, last = train(TrainConfig(YARDSTICK, settings), train_split, validation, placement)
     return last.seconds * RECIPES[YARDSTICK].epochs / last.epoch
 
 
@@ -104,7 +105,7 @@ def benchmark_training(
     seeds: int | None = None,
     resume: bool = False,
     report: Callable[[str], None] = lambda line: None,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_step: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> list[TrainingRow]:
     """Train each recipe with its seeds on MNIST, on the CPU, each as a run of its own.
 

@@ -13,7 +13,7 @@ from pipeline.cli.command import Command, Settings, name_of_run, name_option, na
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import PRECISIONS, TAKEN, Paths
 from pipeline.core.text import Lines
-from pipeline.export.targets import dialect, listing, records
+from pipeline.export.targets import listing, onnx_dialect, records
 from pipeline.repository.settings import PackageConfig
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def export_command(
     if list_targets:
         settings.result({"targets": records()}, listing())
         return
-    config = dialect(target_triton, opset)
+    config = onnx_dialect(target_triton, opset)
     wanted = ["fp32", *precision]
     from pipeline.export.export import export_module, export_run
 
@@ -197,7 +197,13 @@ def package_command(
 
     config = PackageConfig(**changes)  # type: ignore[arg-type]
     if explain:
-        _explain(settings, paths, config, explain)
+        from pipeline.repository.profiles import format_profiles
+
+        found = package.explain_package(paths, config, explain)
+        fields = {name: [asdict(choice) for choice in choices] for name, choices in found.items()}
+        settings.result(
+            {"profiles": fields}, format_profiles(found), f"pipeline package{named(paths)}"
+        )
         return
     lines, variants, promote = [], [], []
     for one in package.package_model(paths, config):
@@ -212,16 +218,6 @@ def package_command(
             variants[-1] |= {"archive": str(path), "archive_sha256": digest}
     then = ", ".join(promote) or f"pipeline validate {shlex.quote(str(paths.repository))}"
     settings.result({**variants[0], "variants": variants}, Lines(*lines), then)
-
-
-def _explain(settings: Settings, paths: Paths, config: PackageConfig, profile: str) -> None:
-    """Say what each field would be, and why."""
-    from pipeline.repository.package import explain_package
-    from pipeline.repository.profiles import format_profiles
-
-    found = explain_package(paths, config, profile)
-    fields = {name: [asdict(choice) for choice in choices] for name, choices in found.items()}
-    settings.result({"profiles": fields}, format_profiles(found), f"pipeline package{named(paths)}")
 
 
 def _deploy(

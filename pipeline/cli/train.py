@@ -33,12 +33,6 @@ def _channels(value: str) -> tuple[int, ...]:
     return tuple(int(part) for part in value.split(","))
 
 
-def _given(names: set[str]) -> bool:
-    """Whether the user set one of these parameters, in whatever way."""
-    context = click.get_current_context()
-    return any(context.get_parameter_source(name) != ParameterSource.DEFAULT for name in names)
-
-
 @click.command(cls=Command)
 @dataset_option
 @click.option("--run", help="A name for this run.  [default: the model's name]")
@@ -100,7 +94,9 @@ def train_command(
     if changes["epochs"] is None:
         wanted = replace(wanted, epochs=enough_epochs(wanted, dataset, paths.data(dataset)))
     config = TrainConfig(recipe, wanted, dataset, seed, device, compiled)
-    if resume and not _given({"recipe", "seed", "device", "compiled", *changes}):
+    source_of = click.get_current_context().get_parameter_source
+    deciding = ("recipe", "seed", "device", "compiled", *changes)
+    if resume and all(source_of(name) == ParameterSource.DEFAULT for name in deciding):
         config = recorded_config(paths) or config
     # Hundreds of short epochs need no line each.
     on_epoch = settings.say if config.settings.epochs <= 50 else settings.update

@@ -102,9 +102,21 @@ def validate_command(
     elif len(targets) == 1 and Path(targets[0]).is_file():
         _validate_export(settings, _paths_of(Path(targets[0])), provider)
     elif is_remote:
-        _validate_servers(settings, paths, targets, golden, evidence, timeout)
+        from pipeline.validation.servers import prove_servers, require_passed
+
+        found = prove_servers(paths, targets, golden, timeout, evidence, report=settings.say)
+        wrote = f"wrote {evidence or paths.replay}"
+        settings.result(found.record(), Lines(found, wrote))
+        require_passed(found)
     elif len(targets) == 1:
-        _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])), name)
+        from pipeline.validation.repository import prove_repository
+
+        paths = replace(paths, repository_folder=Path(targets[0]))
+        tables = prove_repository(paths, report=settings.say, only=name)
+        wrote = f"wrote the tables beside the exports in {paths.exported}"
+        record = asdict(tables[0]) if len(tables) == 1 else {"models": [asdict(t) for t in tables]}
+        text = Lines(*(Lines(table, "") for table in tables), wrote)
+        settings.result(record, text, "pipeline serve")
     else:
         raise click.UsageError("give one repository, or one or more URLs")
 
@@ -186,28 +198,3 @@ def _replayed(settings: Settings, verdicts: Sequence["Verdict"]) -> None:
     settings.result(record, Lines(*verdicts))
     if wrong:
         raise CheckFailedError(Lines("on these images:", *(f"  {one}" for one in wrong[:10])))
-
-
-def _validate_servers(
-    settings: Settings,
-    paths: Paths,
-    urls: Sequence[str],
-    golden: Path | None,
-    file: Path | None,
-    timeout: float,
-) -> None:
-    from pipeline.validation.servers import require_passed, verify
-
-    evidence = verify(paths, urls, golden, timeout, file, report=settings.say)
-    settings.result(evidence.record(), Lines(evidence, f"wrote {file or paths.replay}"))
-    require_passed(evidence)
-
-
-def _validate_repository(settings: Settings, paths: Paths, only: str | None) -> None:
-    from pipeline.validation.repository import prove_repository
-
-    tables = prove_repository(paths, report=settings.say, only=only)
-    wrote = f"wrote the tables beside the exports in {paths.exported}"
-    text = Lines(*(Lines(table, "") for table in tables), wrote)
-    record = asdict(tables[0]) if len(tables) == 1 else {"models": [asdict(t) for t in tables]}
-    settings.result(record, text, "pipeline serve")

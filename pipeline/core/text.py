@@ -1,5 +1,7 @@
 """Text for people: what comes from elsewhere is escaped, and lines are put together here."""
 
+from collections.abc import Iterable, Sequence
+
 
 class Lines(str):
     """Text of several lines: `Lines("title", *rows)`. Nothing else keeps a line break in `escape`.
@@ -34,3 +36,21 @@ def escape(text: object) -> str:
     if isinstance(text, Lines) or text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
+    """Lay rows out under their header, the first column to the left and the others to the right.
+
+    A first cell of more than 48 characters goes on in the next line.
+    """
+    from tabulate import tabulate  # not installed with the client alone
+
+    text = tabulate(
+        [[escape(cell) for cell in row] for row in rows],
+        header,
+        tablefmt="plain",
+        colalign=("left", *("right",) * (len(header) - 1)),
+        maxcolwidths=[48, *[None] * (len(header) - 1)],
+        disable_numparse=True,
+    )
+    return Lines(*text.split("\n"))

@@ -9,7 +9,7 @@ import logging
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,9 @@ def export_program(model: nn.Module, images: TensorSpec) -> torch.export.Exporte
             program = torch.export.export(model, (example,), dynamic_shapes=batch)
     except Exception as error:  # its tracer has a dozen kinds, and passes on the module's own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = " ".join(lines[:3])
         raise CheckFailedError(
             f"torch.export cannot trace {type(model).__name__} for any number of images "
-            f"({type(error).__name__}: {said}); --debug shows all of it"
+            f"({type(error).__name__}: {' '.join(lines[:3])}); --debug shows all of it"
         ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -78,9 +77,7 @@ def export_program(model: nn.Module, images: TensorSpec) -> torch.export.Exporte
 
 
 def to_onnx(
-    program: torch.export.ExportedProgram,
-    wanted: graph.Signature,
-    metadata: dict[str, str],
+    program: torch.export.ExportedProgram, wanted: graph.Signature, metadata: dict[str, str]
 ) -> bytes:
     """`program` as the bytes of one ONNX file that obeys the graph policy and the signature.
 
@@ -111,7 +108,7 @@ def check_onnx(content: bytes, wanted: graph.Signature, name: str = "the exporte
     """Raise CheckFailedError unless `content` has the wanted signature, and the graph policy."""
     model = graph.parse(content, name)
     check_policy(model, name)
-    found = graph.signature(model, name)
+    found = graph.read_signature(model, name)
     if found != wanted:
         raise CheckFailedError(f"{name} {found}; it should be one that {wanted}")
 
@@ -126,7 +123,7 @@ def source_commit(root: Path) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """The versions of what made an export."""
     return {
         "torch": torch.__version__,
@@ -148,50 +145,52 @@ def export_run(
     """
     subject = subject_of_run(paths)
     sample = exported_sample(paths, subject.origin) if "int8" in precisions else None
-    return _export(paths, subject, sample, config, precisions, report)
+    return export_module(paths, subject, sample, config, precisions, report)
 
 
 def export_module(
     paths: Paths,
     subject: Subject,
-    sample: Sample,
+    sample: Sample | None,
     config: ExportConfig = ExportConfig(),
     precisions: Sequence[str] = ("fp32",),
     report: Say = lambda line: None,
 ) -> list[Exported]:
-    """Export anybody's module as `export` does a run, with a copy of the images to prove it on."""
-    return _export(paths, subject, sample, config, precisions, report)
+    """Export anybody's module as `export_run` does a run, with a copy of the images to prove it on.
+
+    The images are those of `sample`, which only int8 and a module that is no run's need.
+    """
+    if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
+        raise PipelineError(f"no precision {unknown[0]!r}: there are {', '.join(PRECISIONS)}")
+    calibration = sample.calibration if sample else np.empty(0)
+    program, contents = make_files(subject, config, precisions, calibration, report)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return write_export(paths, subject, sample, config, contents, buffer.getvalue())
 
 
-def _export(
-    paths: Paths,
+def make_files(
     subject: Subject,
-    sample: Sample | None,
     config: ExportConfig,
     precisions: Sequence[str],
-    report: Say,
-) -> list[Exported]:
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise PipelineError(f"no precision {precision!r}: there are {', '.join(PRECISIONS)}")
+    calibration: np.ndarray,
+    report: Say = lambda line: None,
+) -> tuple[torch.export.ExportedProgram, dict[str, bytes]]:
+    """Export a module: its program, and its ONNX files by precision; int8 needs images (M, ...)."""
     report("torch.export")
     program = export_program(subject.model, subject.images)
     report("torch.onnx.export")
-    contents = {"fp32": to_onnx(program, signature_of(subject, config), metadata_of(subject))}
+    wanted = signature_of(subject, config)
+    contents = {"fp32": to_onnx(program, wanted, metadata_of(subject))}
     for precision in [p for p in PRECISIONS[1:] if p in precisions]:
         report(precision)
-        images = sample.calibration if sample else np.empty(0)
-        contents[precision] = variant(contents["fp32"], precision, config.ir_version, images)
-        wanted = signature_of(subject, config)
+        fp32, version = contents["fp32"], config.ir_version
+        if precision == "fp16":
+            contents[precision] = to_fp16(fp32, version)
+        else:
+            contents[precision] = to_int8(fp32, version, calibration[:CALIBRATION_IMAGES])
         check_onnx(contents[precision], wanted, f"the {precision} variant")
-    return write_export(paths, subject, sample, config, contents, _program_bytes(program))
-
-
-def variant(content: bytes, precision: str, ir_version: int, calibration: np.ndarray) -> bytes:
-    """The fp32 file `content` in a lower precision; int8 is calibrated on images (M, ...)."""
-    if precision == "fp16":
-        return to_fp16(content, ir_version)
-    return to_int8(content, ir_version, calibration[:CALIBRATION_IMAGES])
+    return program, contents
 
 
 def signature_of(subject: Subject, config: ExportConfig) -> graph.Signature:
@@ -208,7 +207,7 @@ def metadata_of(subject: Subject) -> dict[str, str]:
         "images": f"{subject.images.dtype} [batch, {shape}]",
         "outputs": f"{subject.outputs.dtype} [batch, {classes}], {OUTPUTS[subject.kind]}",
         "weights_sha256": subject.weights_sha256,
-        "versions": json.dumps(versions(), sort_keys=True),
+        "versions": json.dumps(library_versions(), sort_keys=True),
     }
     if training := subject.origin.get("training"):
         is_digit = pictures_of(training["dataset"]) == "digit"
@@ -226,8 +225,11 @@ def write_export(
     program: bytes | None,
 ) -> list[Exported]:
     """Put ONNX files (by precision) with their manifest in place of what lay there before."""
-    for stale in _all_files(paths):
-        remove(stale)
+    variants = [paths.variant(precision) for precision in PRECISIONS]
+    agreement = [paths.variant_agreement(precision) for precision in PRECISIONS]
+    stale = [*proof_files(paths), *agreement, *variants, paths.program, paths.images]
+    for path in (paths.manifest, *stale):  # the manifest's word first
+        remove(path)
     files = {}
     if program:
         files[paths.program.name] = write_bytes(paths.program, program)
@@ -241,43 +243,11 @@ def write_export(
         files[path.name] = write_bytes(path, content)
         dialect = (config.opset, config.ir_version)
         done.append(Exported(precision, path, sha256(content), len(content), *dialect))
-    write_json(paths.manifest, _manifest(paths, config, subject, files, list(contents)))
-    return done
-
-
-def _all_files(paths: Paths) -> list[Path]:
-    """What an export and its proof consist of, the manifest first."""
-    variants = [paths.variant(precision) for precision in PRECISIONS]
-    golden = [paths.variant_golden(precision) for precision in PRECISIONS]
-    golden += [paths.variant_profile(precision) for precision in PRECISIONS]
-    agreement = [paths.variant_agreement(precision) for precision in PRECISIONS]
-    proof = [paths.validation, paths.evidence, paths.card, *agreement, paths.failed]
-    return [paths.manifest, *proof, *golden, *variants, paths.program, paths.images]
-
-
-def export_config(manifest: dict[str, Any]) -> ExportConfig:
-    """The ONNX dialect that a manifest states."""
-    return ExportConfig(manifest["opset"], manifest["ir_version"])
-
-
-def _program_bytes(program: torch.export.ExportedProgram) -> bytes:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return buffer.getvalue()
-
-
-def _manifest(
-    paths: Paths,
-    config: ExportConfig,
-    subject: Subject,
-    files: dict[str, str],
-    precisions: list[str],
-) -> dict[str, Any]:
-    return {
+    manifest = {
         "name": paths.name,
         **subject.origin,
         "files": files,
-        "precisions": precisions,
+        "precisions": list(contents),
         "classes": list(subject.classes),
         "images": asdict(subject.images),
         "outputs": asdict(subject.outputs),
@@ -286,9 +256,23 @@ def _manifest(
         "weights_sha256": subject.weights_sha256,
         "opset": config.opset,
         "ir_version": config.ir_version,
-        "versions": versions(),
+        "versions": library_versions(),
         "source_commit": source_commit(Path(__file__).parent),
     }
+    write_json(paths.manifest, manifest)
+    return done
+
+
+def proof_files(paths: Paths) -> list[Path]:
+    """The files that the proof of an export adds to it, and the folder of one that failed."""
+    golden = [paths.variant_golden(precision) for precision in PRECISIONS]
+    profiles = [paths.variant_profile(precision) for precision in PRECISIONS]
+    return [paths.validation, paths.evidence, paths.card, *golden, *profiles, paths.failed]
+
+
+def export_config(manifest: Mapping[str, Any]) -> ExportConfig:
+    """The ONNX dialect that a manifest states."""
+    return ExportConfig(manifest["opset"], manifest["ir_version"])
 
 
 def handed_in(path: Path, scrub: bool = False) -> bytes:
@@ -298,14 +282,11 @@ def handed_in(path: Path, scrub: bool = False) -> bytes:
     """
     if scrub:
         model = graph.inlined(path)
-        metadata = {
-            key: value
-            for key, value in graph.metadata(model).items()
-            if not graph.shows_source(f"{key} {value}")
-        }
-        content = graph.scrub(model, model.ir_version, metadata)
+        metadata = graph.metadata(model).items()
+        public = {key: value for key, value in metadata if not graph.shows_source(f"{key} {value}")}
+        content = graph.scrub(model, model.ir_version, public)
     else:
-        content = graph.read(path)
+        content = graph.read_onnx(path)
     model = graph.parse(content, str(path))
     check_policy(model, str(path))
     model.DiscardUnknownFields()
@@ -320,7 +301,7 @@ def matching_signature(content: bytes, images: TensorSpec, outputs: TensorSpec) 
     The tensors and the batch axis may have other names. Raises CheckFailedError otherwise.
     """
     model = graph.parse(content, "the file")
-    found = graph.signature(model, "the file", batch=None)
+    found = graph.read_signature(model, "the file", batch=None)
     pairs = ((found.images, images, "takes"), (found.outputs, outputs, "answers"))
     wrong = [
         f"it {does} {ours}, the module {does} {theirs}"
@@ -328,7 +309,5 @@ def matching_signature(content: bytes, images: TensorSpec, outputs: TensorSpec) 
         if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape)
     ]
     if wrong:
-        raise CheckFailedError(
-            f"the file has another signature than its module: {'; '.join(wrong)}"
-        )
+        raise CheckFailedError(f"the file's signature is not its module's: {'; '.join(wrong)}")
     return found

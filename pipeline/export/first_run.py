@@ -46,12 +46,7 @@ def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = ME
         file.seek(0)
         try:
             done = subprocess.run(
-                command,
-                stdin=file,
-                capture_output=True,
-                check=False,
-                timeout=seconds,
-                env=environment,
+                command, stdin=file, capture_output=True, timeout=seconds, env=environment
             )
         except subprocess.TimeoutExpired as error:
             raise CheckFailedError(
@@ -62,14 +57,13 @@ def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = ME
         name = signal.Signals(-done.returncode).name
         raise CheckFailedError(f"ONNX Runtime crashes on the file ({name}): export it again")
     if done.returncode:
-        output = (done.stdout if done.returncode == REFUSED else done.stderr).decode(
-            errors="replace"
-        )
-        reason = (output.strip().splitlines() or ["no reason given"])[-1][:500]
+        output = done.stdout if done.returncode == REFUSED else done.stderr
+        lines = output.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        reason = lines[-1][:500]
         raise CheckFailedError(f"ONNX Runtime does not load and run the file: {reason}")
 
 
-def run_batches(content: bytes) -> None:
+def _run_batches(content: bytes) -> None:
     """Load an ONNX file and let it answer batches in which every second image is blank."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -94,13 +88,13 @@ def _limit(kind: int, most: int) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-def main(memory: int, seconds: float) -> int:
+def _main(memory: int, seconds: float) -> int:
     """Run the file on standard input; return the status of the process."""
     _limit(resource.RLIMIT_AS, memory)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_CPU, int(seconds) + 1)  # where whoever started it was killed
     try:
-        run_batches(sys.stdin.buffer.read())
+        _run_batches(sys.stdin.buffer.read())
     except MemoryError:
         print(f"it takes more than {memory:,} bytes of memory")
         return REFUSED
@@ -111,4 +105,4 @@ def main(memory: int, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), float(sys.argv[2])))
+    sys.exit(_main(int(sys.argv[1]), float(sys.argv[2])))

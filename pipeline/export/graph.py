@@ -71,7 +71,7 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
         raise CorruptError(f"{name} is no ONNX file: export it again") from error
-    if sum(1 for _ in islice(chain(parts(model), texts(model)), MAX_PARTS + 1)) > MAX_PARTS:
+    if sum(1 for _ in islice(chain(message_parts(model), texts(model)), MAX_PARTS + 1)) > MAX_PARTS:
         raise CheckFailedError(
             f"{name} has more than {MAX_PARTS} parts and names: export a smaller graph"
         )
@@ -80,7 +80,7 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
     return model
 
 
-def parts(message: Message) -> Iterator[Any]:
+def message_parts(message: Message) -> Iterator[Any]:
     """A message and all messages that it is made of, those of attributes and their graphs too."""
     yield message
     if isinstance(message, TensorProto):  # whose data would be copied
@@ -89,7 +89,7 @@ def parts(message: Message) -> Iterator[Any]:
     for field, value in message.ListFields():
         if field.message_type is not None:
             for part in [value] if isinstance(value, Message) else value:
-                yield from parts(part)
+                yield from message_parts(part)
 
 
 def _batch_axis(value: ValueInfoProto, name: str, wanted: str | None, images: str) -> str:
@@ -121,7 +121,7 @@ def _spec(value: ValueInfoProto, name: str) -> TensorSpec:
     return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in dims))
 
 
-def signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> Signature:
+def read_signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> Signature:
     """The signature of an image classifier: one tensor in, one out, the batch axis named.
 
     The axis is called `batch`, or anything where that is None, and the same on both. Raises
@@ -131,9 +131,8 @@ def signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> S
     inputs = [value for value in model.graph.input if value.name not in constants]
     outputs = list(model.graph.output)
     if len(inputs) != 1 or len(outputs) != 1:
-        raise CheckFailedError(
-            f"{name} has {len(inputs)} inputs and {len(outputs)} outputs, not one of each"
-        )
+        counts = f"{len(inputs)} inputs and {len(outputs)} outputs"
+        raise CheckFailedError(f"{name} has {counts}, not one of each")
     axis = _batch_axis(inputs[0], name, batch, inputs[0].name)
     _batch_axis(outputs[0], name, axis, inputs[0].name)
     opset = next((entry.version for entry in model.opset_import if entry.domain in STANDARD), 0)
@@ -153,11 +152,10 @@ def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> 
     """
     model.ir_version = ir_version
     model.DiscardUnknownFields()
-    found = list(parts(model))
+    found = list(message_parts(model))
     for part in found:
-        for field in ("metadata_props", "doc_string"):
-            if field in part.DESCRIPTOR.fields_by_name:
-                part.ClearField(field)
+        for field in {"metadata_props", "doc_string"}.intersection(part.DESCRIPTOR.fields_by_name):
+            part.ClearField(field)
     for value in overridable(model):
         model.graph.input.remove(value)
     _rename(model)
@@ -183,7 +181,7 @@ def texts(message: Message) -> Iterator[tuple[Any, str, str]]:
 
     A text that is not UTF-8 comes as bytes.
     """
-    for part in parts(message):
+    for part in message_parts(message):
         for field in _text_fields(part.DESCRIPTOR):
             value = getattr(part, field)
             several: Iterable[Any] = [value] if isinstance(value, (str, bytes)) else value
@@ -225,18 +223,18 @@ def inlined(path: Path) -> onnx.ModelProto:
     A tensor may name nothing but a plain file in the folder of `path`: whoever made the model
     chose the name, and must not make us read anything else. Raises CheckFailedError otherwise.
     """
-    content = read(path)
+    content = read_onnx(path)
     model = parse(content, str(path))
     total = len(content)
-    for part in parts(model):
+    for part in message_parts(model):
         if isinstance(part, TensorProto) and is_external(part):
             total += raw_bytes(part) or 0
             if total > MAX_BYTES:
                 raise CheckFailedError(f"{path} and its data are larger than {MAX_BYTES} bytes")
             data = _external(part, path)
-            name, dims, data_type = part.name, list(part.dims), part.data_type
-            part.Clear()
-            part.MergeFrom(TensorProto(name=name, dims=dims, data_type=data_type, raw_data=data))
+            whole = TensorProto(name=part.name, dims=part.dims, data_type=part.data_type)
+            whole.raw_data = data
+            part.CopyFrom(whole)
     return model
 
 
@@ -249,7 +247,7 @@ def _open_regular(path: Path, flags: int = 0) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read(path: Path) -> bytes:
+def read_onnx(path: Path) -> bytes:
     """The bytes of the ONNX file at `path`; PipelineError when it is no file that can be read."""
     try:
         file = _open_regular(path)

@@ -9,14 +9,7 @@ from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.export.graph import (
-    is_external,
-    overridable,
-    parts,
-    public_names,
-    shows_source,
-    texts,
-)
+from pipeline.export import graph
 from pipeline.export.sizes import STANDARD, is_whole, too_large
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
@@ -45,14 +38,20 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
     that is larger than its file without being small, no source paths. Raises CheckFailedError with
     everything that is wrong.
     """
-    found = list(parts(model))
+    found = list(graph.message_parts(model))
     nodes = [part for part in found if isinstance(part, NodeProto)]
     tensors = [part for part in found if isinstance(part, TensorProto)]
     if len(nodes) > MAX_NODES:
-        raise CheckFailedError(
-            f"{name} breaks the graph policy: {len(nodes):,} nodes, {MAX_NODES:,} are allowed"
-        )
-    wrong = [*_dialect(model, nodes), *_operators(model, nodes), *_storage(tensors)]
+        too_many = f"{len(nodes):,} nodes, {MAX_NODES:,} are allowed"
+        raise CheckFailedError(f"{name} breaks the graph policy: {too_many}")
+    wrong = [*_dialect(model, nodes), *_operators(model, nodes)]
+    if external := [tensor for tensor in tensors if graph.is_external(tensor)]:
+        where = [_names(e.value for e in t.external_data if e.key == "location") for t in external]
+        names = [tensor.name or "a nameless tensor" for tensor in external]
+        pairs = zip(names, where, strict=True)
+        wrong.append(f"external data: {_names(f'{name} in {place!r}' for name, place in pairs)}")
+    if torn := [t.name for t in tensors if not graph.is_external(t) and not is_whole(t)]:
+        wrong.append(f"tensors that do not hold what their dims claim: {_names(torn)}")
     wrong += [*too_large(model), *_sources(model, found), *_hidden(nodes, tensors)]
     if wrong:
         raise CheckFailedError(f"{name} breaks the graph policy: {_listed(wrong, '; ', 9999)}")
@@ -92,7 +91,7 @@ def _dialect(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
         yield f"no import of the standard domain between opset 1 and {newest}: export it again"
     if unused := versions.keys() - {""} - {node.domain for node in nodes}:
         yield f"imports that no node uses, {_names(unused)}: {SCRUB}"
-    if defaults := overridable(model):
+    if defaults := graph.overridable(model):
         yield f"weights that a client may override, {_names(v.name for v in defaults)}: {SCRUB}"
     if any(entry.ref_attr_name for node in nodes for entry in node.attribute):
         yield "an attribute that refers to a function's"
@@ -106,7 +105,7 @@ def _operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> list[str]:
         wrong.append(f"control flow: {_names(control)}")
     if chance := {node.op_type for node in nodes} & RANDOM:
         wrong.append(f"chance: {_names(chance)}; export the model in evaluation mode")
-    if any(_is_training(node) for node in nodes):
+    if any(a.name == "training_mode" and a.i for node in nodes for a in node.attribute):
         wrong.append("a batch normalization in training mode")
     if model.functions:
         wrong.append(f"local functions: {_names(entry.name for entry in model.functions)}")
@@ -115,36 +114,18 @@ def _operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> list[str]:
     return wrong
 
 
-def _is_training(node: NodeProto) -> bool:
-    return any(entry.name == "training_mode" and entry.i for entry in node.attribute)
-
-
-def _storage(tensors: list[TensorProto]) -> list[str]:
-    wrong = []
-    if external := [tensor for tensor in tensors if is_external(tensor)]:
-        wrong.append(f"external data: {_names(_said_location(tensor) for tensor in external)}")
-    if torn := [t.name for t in tensors if not is_external(t) and not is_whole(t)]:
-        wrong.append(f"tensors that do not hold what their dims claim: {_names(torn)}")
-    return wrong
-
-
-def _said_location(tensor: TensorProto) -> str:
-    locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
-    return f"{tensor.name or 'a nameless tensor'} in '{_names(locations)}'"
-
-
 def _sources(model: onnx.ModelProto, found: list[Any]) -> list[str]:
     """Traces of the exporter. The model's own metadata may stay, unless it shows a source path."""
     wrong = []
-    if any(part.metadata_props for part in found if part is not model and _has_metadata(part)):
+    if any(getattr(part, "metadata_props", ()) for part in found if part is not model):
         wrong.append(f"metadata of the exporter in its graph, source paths among it: {SCRUB}")
-    if any("doc_string" in part.DESCRIPTOR.fields_by_name and part.doc_string for part in found):
+    if any(getattr(part, "doc_string", "") for part in found):
         wrong.append(f"doc strings, which may hold source paths: {SCRUB}")
-    public = public_names(model)
+    public = graph.public_names(model)
     shown = {
         _place(part, field, text): text
-        for part, field, text in texts(model)
-        if field != "doc_string" and shows_source(text)
+        for part, field, text in graph.texts(model)
+        if field != "doc_string" and graph.shows_source(text)
     }
     if fixed := sorted(public.intersection(shown.values())):
         wrong.append(
@@ -190,8 +171,4 @@ def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]
 def _path_in(content: bytes) -> str:
     """Return the text of `content` if it shows a source path, as UTF-16 or UTF-32 too."""
     text = content.replace(b"\0", b"").decode(errors="replace")
-    return text[:200] if shows_source(text) else ""
-
-
-def _has_metadata(part: Any) -> bool:
-    return "metadata_props" in part.DESCRIPTOR.fields_by_name
+    return text[:200] if graph.shows_source(text) else ""

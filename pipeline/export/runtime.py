@@ -45,45 +45,34 @@ def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> P
     options.log_severity_level = 4  # fatal; errors reach us as exceptions, and fallbacks are asked
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        lacking = _prepare_gpu()
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # TensorRT has no option of its own for it
+        onnxruntime.set_default_logger_severity(4)  # what it says of fallbacks, we ask for
+        with contextlib.redirect_stdout(io.StringIO()) as lacking:  # standard output is for results
+            onnxruntime.preload_dlls()  # the CUDA libraries that torch brought along
     try:
         session = onnxruntime.InferenceSession(content, options, PROVIDERS[provider])
     except RUNTIME_ERRORS as error:
         raise CheckFailedError(f"ONNX Runtime does not load the model: {error}") from error
     if provider != "cpu":
-        require_provider(provider, session.get_providers(), _placed(session), lacking)
+        placed = [
+            (str(part.ep_name), f"{node.op_type} {node.name}".strip())
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        ]
+        first = lacking.getvalue().partition("\n")[0]
+        require_provider(provider, session.get_providers(), placed, first)
     (images,) = session.get_inputs()
 
     def predict(rows: np.ndarray) -> np.ndarray:
         try:
             (outputs,) = session.run(None, {images.name: np.ascontiguousarray(rows)})
         except RUNTIME_ERRORS as error:
-            raise CheckFailedError(
-                f"ONNX Runtime fails on a batch of {len(rows)}: {error}"
-            ) from error
+            message = f"ONNX Runtime fails on a batch of {len(rows)}: {error}"
+            raise CheckFailedError(message) from error
         result: np.ndarray = outputs
         return result
 
     return predict
-
-
-def _prepare_gpu() -> str:
-    """Find the CUDA libraries that torch brought along, TF32 off; return which are lacking."""
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # TensorRT has no option of its own for it
-    onnxruntime.set_default_logger_severity(4)  # what it says of fallbacks, we ask for
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # which is for results
-        onnxruntime.preload_dlls()
-    return next(iter(said.getvalue().splitlines()), "")
-
-
-def _placed(session: onnxruntime.InferenceSession) -> list[tuple[str, str]]:
-    """Which provider each node was given to, (provider, node)."""
-    return [
-        (str(part.ep_name), f"{node.op_type} {node.name}".strip())
-        for part in session.get_provider_graph_assignment_info()
-        for node in part.get_nodes()
-    ]
 
 
 def require_provider(

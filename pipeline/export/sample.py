@@ -40,17 +40,15 @@ def read_sample(
         given["calibration"] = _arrays(calibration, "images")["images"]
     if taken.ndim < 2 or len(taken) < 2 or str(taken.dtype) not in DTYPES:
         raise PipelineError(
-            f"{images} holds {taken.dtype} of shape {taken.shape}; wanted are 2 images at least, "
-            f"stacked, of one of {', '.join(DTYPES)}"
+            f"{images} holds {taken.dtype} {taken.shape}; wanted are 2 images at least, of one of "
+            f"{', '.join(DTYPES)}"
         )
     if taken.dtype.kind == "f" and not np.isfinite(taken).all():
         raise PipelineError(f"{images} holds values that are not finite")
     truth = given.get("labels")
     if truth is not None and (truth.shape != (len(taken),) or truth.dtype.kind not in "iu"):
-        raise PipelineError(
-            f"labels are {truth.dtype} {truth.shape}; wanted is a whole number for each of "
-            f"{len(taken)} images"
-        )
+        kind, count = f"{truth.dtype} {truth.shape}", len(taken)
+        raise PipelineError(f"labels are {kind}, not a whole number for each of {count} images")
     others = given.get("calibration", taken)
     if others.dtype != taken.dtype or others.shape[1:] != taken.shape[1:]:
         raise PipelineError("the calibration images are not of the type and size of the others")
@@ -109,7 +107,5 @@ def require_labels(sample: Sample, classes: Sequence[str]) -> None:
     """Raise PipelineError when a label is of no class."""
     labels = sample.labels
     if labels is not None and (labels.min() < 0 or labels.max() >= len(classes)):
-        raise PipelineError(
-            f"labels go from {labels.min()} to {labels.max()}, the module tells "
-            f"{len(classes)} classes apart (0 to {len(classes) - 1})"
-        )
+        found = f"{labels.min()} to {labels.max()}"
+        raise PipelineError(f"labels go from {found}, the module's classes to {len(classes) - 1}")

@@ -9,6 +9,8 @@ were told and found small, and compute short lists of numbers ourselves.
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import onnx
@@ -88,12 +90,10 @@ def is_whole(tensor: TensorProto) -> bool:
 
 def dims_of(told: TypeProto) -> list[int] | None:
     """The dimensions of a type; None unless it is a tensor's and every one of them is a number."""
-    shape = told.tensor_type.shape
-    if not told.tensor_type.HasField("shape"):
+    dims = told.tensor_type.shape.dim
+    if not told.tensor_type.HasField("shape") or not all(d.HasField("dim_value") for d in dims):
         return None
-    if not all(dim.HasField("dim_value") for dim in shape.dim):
-        return None
-    return [dim.dim_value for dim in shape.dim]
+    return [dim.dim_value for dim in dims]
 
 
 def too_large(model: onnx.ModelProto) -> list[str]:
@@ -145,7 +145,12 @@ class _Values:
         self.work: dict[str, int] = {}  # multiply-adds, by node
         self.wrong: list[str] = []
         for value in model.graph.input:
-            self._take(value.name, _with_batch(value.type, images), "an input")
+            told = TypeProto()
+            told.CopyFrom(value.type)
+            dims = told.tensor_type.shape.dim
+            if dims and not dims[0].HasField("dim_value"):
+                dims[0].dim_value = images
+            self._take(value.name, told, "an input")
         for tensor in model.graph.initializer:
             self._hold(tensor.name, tensor)
         for sparse in model.graph.sparse_initializer:
@@ -240,19 +245,27 @@ class _Values:
         return {value.name: value.type for value in inferred.graph.output}
 
     def _fold(self, node: NodeProto) -> None:
-        if node.op_type in ("Shape", "Size"):
-            results = [_measured(node, dims_of(self.types[node.input[0]]) or [])]
+        """Know what `node` answers where that is short, and what it takes is known."""
+        results: list[Any] = []
+        if node.op_type == "Size":
+            results = [np.array(math.prod(self._dims(node.input[0])), np.int64)]
+        elif node.op_type == "Shape":
+            ends = {attribute.name: attribute.i for attribute in node.attribute}
+            dims = self._dims(node.input[0])[ends.get("start", 0) : ends.get("end")]
+            results = [np.array(dims, np.int64)]
         elif (
             self.folds < FOLDS
             and node.op_type in FOLDED
             and all(not name or name in self.short for name in node.input)
         ):
             self.folds += 1
-            results = _evaluated(self._alone(node))
-        else:
-            return
+            # The reference checks little, and fails on a wrong node in whatever way numpy does.
+            with warnings.catch_warnings(), np.errstate(all="ignore"), suppress(Exception):
+                warnings.simplefilter("ignore")
+                results = list(ReferenceEvaluator(self._alone(node)).run(None, {}))
         for name, result in zip(node.output, results, strict=False):
-            self.short[name] = numpy_helper.from_array(result, name)
+            if isinstance(result, np.ndarray):
+                self.short[name] = numpy_helper.from_array(result, name)
 
 
 def multiply_adds(node: NodeProto, inputs: list[list[int]], outputs: list[list[int]]) -> int:
@@ -316,33 +329,3 @@ def _labelled(node: NodeProto, inputs: list[list[int]]) -> dict[str, int]:
         for label, size in zip([*before, *map(str, hidden), *after], dims, strict=False):
             runs[label] = max(size, runs.get(label, 1))
     return runs
-
-
-def _with_batch(declared: TypeProto, images: int) -> TypeProto:
-    """The type of an input with so many images in it, where its first dimension is open."""
-    told = TypeProto()
-    told.CopyFrom(declared)
-    dims = told.tensor_type.shape.dim
-    if dims and not dims[0].HasField("dim_value"):
-        dims[0].dim_value = images
-    return told
-
-
-def _measured(node: NodeProto, dims: list[int]) -> np.ndarray:
-    """What a Shape or a Size node answers."""
-    if node.op_type == "Size":
-        return np.array(math.prod(dims), np.int64)
-    ends = {attribute.name: attribute.i for attribute in node.attribute}
-    return np.array(dims[ends.get("start", 0) : ends.get("end")], np.int64)
-
-
-def _evaluated(model: onnx.ModelProto) -> list[np.ndarray]:
-    """What `model`, which takes nothing, answers; an empty list when it has no answer."""
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            answers = ReferenceEvaluator(model).run(None, {})
-    # The reference checks little, and fails on a wrong node in whatever way numpy does there.
-    except Exception:
-        return []
-    return [answer for answer in answers if isinstance(answer, np.ndarray)]

@@ -50,13 +50,13 @@ def subject_of_run(paths: Paths) -> Subject:
         outputs=log_probabilities(len(checkpoint.classes)),
         kind=log_probabilities(0).name,
         classes=checkpoint.classes,
-        weights_sha256=summary["weights_sha256"],
+        weights_sha256=summary.weights_sha256,
         origin={
             "run": paths.run,
             "training": checkpoint.config.record(),
-            "data_sha256": summary["data_sha256"],
-            "metrics": {key: summary[key] for key in metrics},
-            "min_probability": summary.get("min_probability"),
+            "data_sha256": summary.data_sha256,
+            "metrics": {key: getattr(summary, key) for key in metrics},
+            "min_probability": summary.min_probability,
         },
     )
 
@@ -70,37 +70,28 @@ def subject_of_module(
     """
     model = build_module(module, root)
     if weights_digest(build_module(module, root)) != weights_digest(model):
-        raise PipelineError(
-            f"{module} makes other weights each time: let it load them, or draw them from a seed"
-        )
+        raise PipelineError(f"{module} makes other weights each time: load them, or set a seed")
     first = torch.from_numpy(sample.images[:2])
     try:
         with torch.inference_mode():
             outputs = model(first)
     except (RuntimeError, TypeError, ValueError) as error:
         shape = " x ".join(map(str, sample.images.shape))
-        raise PipelineError(
-            f"{module} does not take images of {sample.images.dtype} {shape}: {error}"
-        ) from error
+        message = f"{module} does not take images of {sample.images.dtype} {shape}: {error}"
+        raise PipelineError(message) from error
     is_scores = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
     if not is_scores or len(outputs) != 2 or outputs.shape[1] < 2:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise PipelineError(
-            f"{module} answers {found} to 2 images; wanted is one tensor of numbers, (2, classes)"
-        )
+        raise PipelineError(f"{module} answers {found} to 2 images, not one tensor (2, classes)")
     if outputs.dtype == torch.float64:
-        raise PipelineError(
-            f"{module} answers in float64, which is not served: call .float() on it"
-        )
+        raise PipelineError(f"{module} answers in float64, which is not served: call .float()")
     answers = outputs.numpy()
     names = tuple(classes) or tuple(map(str, range(answers.shape[1])))
     if len(names) != answers.shape[1]:
         raise PipelineError(f"{module} tells {answers.shape[1]} classes apart, {len(names)} named")
     dtype = str(sample.images.dtype)
     if len(set(names)) < len(names) or not all(map(is_label, names)):
-        raise PipelineError(
-            f"classes need a name each, not the same and of one line: {', '.join(names)}"
-        )
+        raise PipelineError(f"classes need a name each, one line, not twice: {', '.join(names)}")
     require_labels(sample, names)
     return Subject(
         model=model,
@@ -137,10 +128,8 @@ def build_module(module: str, root: Path) -> nn.Module:
         made = getattr(importlib.import_module(package), name)
         model = made if isinstance(made, nn.Module) else made()
     except Exception as error:  # whatever somebody's code raises: it is theirs, and named
-        raise PipelineError(
-            f"cannot make a module with {module}: {type(error).__name__}: {error} (--debug shows "
-            "where)"
-        ) from error
+        message = f"cannot make a module with {module}: {type(error).__name__}: {error}"
+        raise PipelineError(f"{message} (--debug shows where)") from error
     if not isinstance(model, nn.Module):
         raise PipelineError(f"{module} makes a {type(model).__name__}, not a torch.nn.Module")
     return copy.deepcopy(model).cpu().eval()
@@ -169,9 +158,8 @@ def exported_subject(paths: Paths, manifest: dict[str, Any]) -> Subject:
         subject = subject_of_run(replace(paths, run=str(manifest.get("run"))))
         where = f"run {manifest.get('run')} has now"
     if manifest.get("weights_sha256") != subject.weights_sha256:
-        raise CheckFailedError(
-            f"{paths.export} was exported from other weights than {where}: {EXPORT}"
-        )
+        others = f"was exported from other weights than {where}"
+        raise CheckFailedError(f"{paths.export} {others}: {EXPORT}")
     images, outputs = (TensorSpec.from_record(manifest[key]) for key in ("images", "outputs"))
     return replace(subject, images=images, outputs=outputs, kind=manifest["kind"])
 

@@ -1,7 +1,7 @@
 """Which Triton release loads which ONNX file, and what to export for it. Imports nothing heavy."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.core.errors import PipelineError
@@ -10,45 +10,32 @@ from pipeline.core.text import Lines
 
 @dataclass(frozen=True)
 class Target:
-    """A Triton release, and the newest ONNX that the ONNX Runtime inside it loads."""
-
-    release: str  # YY.MM
-    onnxruntime: str  # such as 1.20
-    ir_version: int
-    opset: int
-
-
-@dataclass(frozen=True)
-class Span:
-    """The Triton releases, first to last, that hold the same ONNX Runtime."""
+    """Triton releases, first to last, and the newest ONNX that the ONNX Runtime in them loads."""
 
     first: str  # YY.MM, which sorts as text
     last: str
-    onnxruntime: str
+    onnxruntime: str  # such as 1.20
     ir_version: int
     opset: int
 
     @property
     def releases(self) -> str:
+        """The releases in words; of a single one its own name."""
         return self.first if self.first == self.last else f"{self.first}-{self.last}"
-
-    def at(self, release: str) -> Target:
-        """One release of the span."""
-        return Target(release, self.onnxruntime, self.ir_version, self.opset)
 
 
 # Read in each release's build file; IR and opset were tried on the wheels of that ONNX Runtime.
 SPANS = (
-    Span("23.09", "24.02", "1.16", 9, 19),
-    Span("24.03", "24.04", "1.17", 9, 20),
-    Span("24.05", "24.07", "1.18", 10, 21),
-    Span("24.08", "24.11", "1.19", 10, 21),
-    Span("24.12", "25.02", "1.20", 10, 21),
-    Span("25.03", "25.04", "1.21", 10, 22),
-    Span("25.05", "25.07", "1.22", 10, 22),
-    Span("25.08", "26.01", "1.23", 11, 23),
-    Span("26.02", "26.06", "1.24", 13, 25),
-    Span("26.07", "26.07", "1.27", 13, 26),
+    Target("23.09", "24.02", "1.16", 9, 19),
+    Target("24.03", "24.04", "1.17", 9, 20),
+    Target("24.05", "24.07", "1.18", 10, 21),
+    Target("24.08", "24.11", "1.19", 10, 21),
+    Target("24.12", "25.02", "1.20", 10, 21),
+    Target("25.03", "25.04", "1.21", 10, 22),
+    Target("25.05", "25.07", "1.22", 10, 22),
+    Target("25.08", "26.01", "1.23", 11, 23),
+    Target("26.02", "26.06", "1.24", 13, 25),
+    Target("26.07", "26.07", "1.27", 13, 26),
 )
 OLDEST, NEWEST = SPANS[0].first, SPANS[-1].last
 # What torch 2.13's exporter writes without converting between versions; tried one by one.
@@ -58,18 +45,14 @@ OPSETS = range(18, 26)
 _IR_VERSIONS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
 
-def span(release: str) -> Span:
+def span(release: str) -> Target:
     """The span of a release `YY.MM`; PipelineError says which are known when it is in none."""
     known = f"releases {OLDEST} to {NEWEST} are known"
     written = re.fullmatch(r"[0-9]{2}\.([0-9]{2})", release)
     if not written or not 1 <= int(written[1]) <= 12:
-        raise PipelineError(
-            f"{release!r} is no Triton release: write year and month as YY.MM; {known}"
-        )
+        raise PipelineError(f"{release!r} is no Triton release, which is written YY.MM; {known}")
     if release < OLDEST:
-        raise PipelineError(
-            f"Triton {release} is too old: {known}. Take the container of one of them"
-        )
+        raise PipelineError(f"Triton {release} is too old: {known}. Take one of their containers")
     if release > NEWEST:
         raise PipelineError(
             f"Triton {release} is newer than what is known here: {known}. Export for {NEWEST}: "
@@ -80,7 +63,7 @@ def span(release: str) -> Span:
 
 def target(release: str) -> Target:
     """What Triton `release`, written YY.MM, loads; PipelineError when that is not known."""
-    return span(release).at(release)
+    return replace(span(release), first=release, last=release)
 
 
 @dataclass(frozen=True)
@@ -91,7 +74,7 @@ class ExportConfig:
     ir_version: int = 9
 
 
-def dialect(release: str | None = None, opset: int | None = None) -> ExportConfig:
+def onnx_dialect(release: str | None = None, opset: int | None = None) -> ExportConfig:
     """The ONNX to export: the newest for a release, or the default, or that of `opset`.
 
     Raises PipelineError for a release that is not known, and for an opset that our exporter does
@@ -106,10 +89,11 @@ def dialect(release: str | None = None, opset: int | None = None) -> ExportConfi
         return _written(ExportConfig.opset if opset is None else opset)
     wanted = target(release)
     if opset is not None and opset > wanted.opset:
+        first = next(span.first for span in SPANS if opset <= span.opset)
         raise PipelineError(
             f"Triton {release} cannot load opset {opset}: its ONNX Runtime "
             f"{wanted.onnxruntime} loads opset {wanted.opset} at most. Ask for no opset above "
-            f"that, or for Triton {_first_with(opset)} or later"
+            f"that, or for Triton {first} or later"
         )
     return _written(min(wanted.opset, OPSETS[-1]) if opset is None else opset)
 
@@ -118,34 +102,30 @@ def _written(opset: int) -> ExportConfig:
     return ExportConfig(opset, _IR_VERSIONS.get(opset, ExportConfig.ir_version))
 
 
-def _first_with(opset: int) -> str:
-    return next(span.first for span in SPANS if opset <= span.opset)
-
-
 def loaded_by(opset: int, ir_version: int) -> Target | None:
     """The oldest release known that loads such a file; None where not even the newest does."""
     for candidate in SPANS:
         if opset <= candidate.opset and ir_version <= candidate.ir_version:
-            return candidate.at(candidate.first)
+            return replace(candidate, last=candidate.first)
     return None
 
 
 def records() -> list[dict[str, Any]]:
     """Each span, with the opset and IR that we export for it, as JSON would have it."""
-    return [{**asdict(span), "export": asdict(dialect(span.last))} for span in SPANS]
+    return [{**asdict(span), "export": asdict(onnx_dialect(span.last))} for span in SPANS]
 
 
 def listing() -> str:
     """The table of Triton releases for people: what each loads, and what we export for it."""
     lines = [f"{'Triton':<13} {'ONNX Runtime':<13} {'loads up to':<16} exported for it"]
     for row in SPANS:
-        ours = dialect(row.last)
+        ours = onnx_dialect(row.last)
         loads = f"opset {row.opset}, IR {row.ir_version}"
         lines.append(
             f"{row.releases:<13} {row.onnxruntime:<13} {loads:<16} "
             f"opset {ours.opset}, IR {ours.ir_version}"
         )
-    default = dialect()
+    default = onnx_dialect()
     lines.append(
         f"Without a target: opset {default.opset}, IR {default.ir_version}, which all of them load."
     )

@@ -17,7 +17,7 @@ from pipeline.core.paths import Paths
 from pipeline.data.splits import Split
 from pipeline.report import figures
 from pipeline.report.answers import picture
-from pipeline.validation.card import VariantRow, variant_rows
+from pipeline.validation.card import variant_rows
 
 WORST = 8  # images shown of each variant, at most
 VALIDATE = "run 'pipeline validate' again"
@@ -51,7 +51,7 @@ class EvidenceSection:
     images: int
     probes: int
     threads: tuple[int, ...]  # of the speeds in `rows`
-    rows: tuple[VariantRow, ...]
+    rows: list[dict[str, Any]]  # a file each, as the model card has them
     figure: Markup
     worst: tuple[tuple[str, tuple[WorstImage, ...]], ...]  # by precision
 

@@ -142,7 +142,7 @@ def _load(
     profile = check_digest(profile_path, digest, VALIDATE) if digest else None
     model = graph.parse(content, str(path))
     check_policy(model, str(path))
-    tensors = graph.signature(model, str(path), batch=None)
+    tensors = graph.read_signature(model, str(path), batch=None)
     name, classes = packaged_name(paths.name, precision), manifest["classes"]
     message = config_pbtxt.base_config(name, tensors.images, tensors.outputs, classes, config)
     training = manifest.get("training")

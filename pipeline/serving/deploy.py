@@ -119,14 +119,14 @@ def _image(packaged: Release, release: str | None) -> str:
     opset, ir_version = packaged.manifest["opset"], packaged.manifest["ir_version"]
     if opset > wanted.opset or ir_version > wanted.ir_version:
         oldest = targets.loaded_by(opset, ir_version)
-        instead = f"take Triton {oldest.release} or later, or " if oldest else ""
+        instead = f"take Triton {oldest.releases} or later, or " if oldest else ""
         raise PipelineError(
-            f"Triton {wanted.release} cannot load {packaged.folder}: it is opset {opset}, IR "
+            f"Triton {wanted.releases} cannot load {packaged.folder}: it is opset {opset}, IR "
             f"{ir_version}, and ONNX Runtime {wanted.onnxruntime} there loads opset "
             f"{wanted.opset}, IR {wanted.ir_version} at most: {instead}export it with "
-            f"--target-triton {wanted.release}, validate it and package it"
+            f"--target-triton {wanted.releases}, validate it and package it"
         )
-    return f"{repository}:{wanted.release}-py3"
+    return f"{repository}:{wanted.releases}-py3"
 
 
 def _values(

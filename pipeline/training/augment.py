@@ -26,7 +26,11 @@ def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
         return images
     images, count, device = images.float(), len(images), images.device
     if recipe.stroke:
-        images = _stroke(images, recipe.stroke * strength)
+        # Thicker or thinner, by up to a pixel on each side.
+        amount = (torch.rand(count, 1, 1, 1, device=device) * 2 - 1) * (recipe.stroke * strength)
+        thick = functional.max_pool2d(images, 3, 1, 1)
+        thin = -functional.max_pool2d(-images, 3, 1, 1)
+        images = torch.lerp(images, torch.where(amount > 0, thick, thin), amount.abs())
     weights = _affine(count, recipe, strength, device)  # (B, 2, 3)
     if recipe.elastic:
         bend = torch.rand(count, 2, ELASTIC_SIDE**2, device=device) * 2 - 1  # -1 to 1
@@ -35,14 +39,6 @@ def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
     basis = _basis(high, wide, device)[: weights.shape[2]]  # (3 + S^2 or 3, H W)
     grid = (weights.flatten(0, 1) @ basis).view(count, 2, high, wide).permute(0, 2, 3, 1)
     return functional.grid_sample(images, grid, align_corners=False)
-
-
-def _stroke(images: Tensor, strength: float) -> Tensor:
-    """Images whose strokes are thicker or thinner, by up to a pixel on each side at strength 1."""
-    amount = (torch.rand(len(images), 1, 1, 1, device=images.device) * 2 - 1) * strength
-    thick = functional.max_pool2d(images, 3, 1, 1)
-    thin = -functional.max_pool2d(-images, 3, 1, 1)
-    return torch.lerp(images, torch.where(amount > 0, thick, thin), amount.abs())
 
 
 def _affine(count: int, recipe: Recipe, strength: float, device: torch.device) -> Tensor:
@@ -74,9 +70,9 @@ def _basis(high: int, wide: int, device: torch.device) -> Tensor:
     return torch.cat([affine, bumps[:, 0]]).flatten(1).to(device)
 
 
-def examples(images: np.ndarray, recipe: Recipe, draws: int, seed: int = 0) -> np.ndarray:
+def examples(images: np.ndarray, recipe: Recipe, draws: int) -> np.ndarray:
     """What the recipe makes of uint8 images (N, 1, H, W): uint8 (N, draws, 1, H, W)."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     repeated = torch.from_numpy(images).repeat_interleave(draws, dim=0)  # (N * draws, 1, H, W)
     distorted = augment(repeated, recipe).round().to(torch.uint8).numpy()
     return distorted.reshape(len(images), draws, *images.shape[1:])

@@ -3,6 +3,7 @@
 import json
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pipeline.core.errors import CorruptError, PipelineError
-from pipeline.core.files import check_digest, read_json, write_bytes, write_json
+from pipeline.core.files import check_digest, read_record, write_bytes, write_json
 from pipeline.core.paths import Paths
 from pipeline.training.networks import Network, build
 from pipeline.training.recipes import TrainConfig
@@ -21,17 +22,47 @@ START_OVER = "run 'pipeline train' without --resume to start over"
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What a finished run is worth, and what it was made of."""
+
+    run: str
+    recipe: str
+    dataset: str
+    seed: int
+    device: str
+    threads: int
+    torch: str
+    steps: int
+    parameters: int
+    classes: tuple[str, ...]
+    train_seconds: float  # in the training loop; evaluation is not counted
+    validation_accuracy: float  # fraction of images, 0 to 1
+    test_accuracy: float  # fraction of images, 0 to 1
+    test_loss: float  # mean negative log-likelihood, in nats
+    test_calibration_error: float  # expected, over 15 bins, 0 to 1
+    temperature: float  # fitted on the validation split
+    uncalibrated_loss: float  # test_loss before the temperature was fitted
+    uncalibrated_error: float  # test_calibration_error before
+    weights_sha256: str
+    data_sha256: dict[str, str]
+    predictions_sha256: str = ""  # this and the next three: runs of old did not keep them
+    min_probability: float | None = None  # below it an answer is not sure; fitted on validation
+    python: str = ""
+    system: str = ""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A trained network, and the record of how it came to be."""
 
     model: Network  # in evaluation mode, on the CPU
     config: TrainConfig
     classes: tuple[str, ...]
-    summary: dict[str, Any]
+    summary: Summary
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """Everything that a run needs to go on as if it had never stopped."""
 
     step: int  # optimizer steps done
@@ -39,10 +70,23 @@ class State:
     tensors: dict[str, Tensor]
 
 
-def _unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+@dataclass(frozen=True)
+class _Latest:
+    """What `latest.json` points at."""
+
+    file: str
+    sha256: str
+
+
+def _write(path: Path, tensors: dict[str, Tensor], record: str) -> str:
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return write_bytes(path, save(values, metadata={"record": record}))
+
+
+def _unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
-    return load(content), header["__metadata__"]
+    return load(content), json.loads(header["__metadata__"]["record"])
 
 
 def save_weights(
@@ -52,9 +96,8 @@ def save_weights(
 
     The bytes depend on nothing but the weights, the config and the classes.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     record = json.dumps({"config": config.record(), "classes": classes}, sort_keys=True)
-    return write_bytes(paths.weights, save(tensors, metadata={"record": record}))
+    return _write(paths.weights, model.state_dict(), record)
 
 
 def load_checkpoint(paths: Paths) -> Checkpoint:
@@ -66,11 +109,10 @@ def load_checkpoint(paths: Paths) -> Checkpoint:
     if not paths.run_folder.exists():
         raise PipelineError(f"no run at {paths.run_folder}: run 'pipeline train' first")
     mend = f"the run is not finished; finish it with 'pipeline train --run {paths.run} --resume'"
-    summary = read_json(paths.summary, mend)
-    content = check_digest(paths.weights, summary.get("weights_sha256"), RETRAIN)
+    summary = read_record(paths.summary, Summary, mend)
+    content = check_digest(paths.weights, summary.weights_sha256, RETRAIN)
     try:
-        tensors, metadata = _unpack(content)
-        record = json.loads(metadata["record"])
+        tensors, record = _unpack(content)
         config, classes = TrainConfig.from_record(record["config"]), tuple(record["classes"])
         model = build(config.settings, len(classes))
         model.load_state_dict(tensors)
@@ -104,22 +146,21 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
-def save_state(paths: Paths, state: State, identity: dict[str, Any]) -> None:
+def save_state(paths: Paths, state: RunState, identity: dict[str, Any]) -> None:
     """Write the state under a name of its own, then point `latest.json` at it.
 
     `identity` is what must be the same for a resume to be exact.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.tensors.items()}
     record = {"step": state.step, "seconds": state.seconds, "identity": identity}
     file = paths.checkpoint / f"step-{state.step:07d}.safetensors"
-    digest = write_bytes(file, save(tensors, metadata={"record": json.dumps(record)}))
+    digest = _write(file, state.tensors, json.dumps(record))
     write_json(paths.checkpoint / "latest.json", {"file": file.name, "sha256": digest})
     for other in paths.checkpoint.glob("step-*.safetensors"):
         if other != file:
             other.unlink()
 
 
-def load_state(paths: Paths, identity: dict[str, Any]) -> State | None:
+def load_state(paths: Paths, identity: dict[str, Any]) -> RunState | None:
     """The state to resume from, or None when nothing was saved yet.
 
     Raises PipelineError when another identity saved it, and CorruptError when its bytes changed.
@@ -127,30 +168,23 @@ def load_state(paths: Paths, identity: dict[str, Any]) -> State | None:
     pointer_file = paths.checkpoint / "latest.json"
     if not pointer_file.exists():
         return None
-    pointer = read_json(pointer_file, START_OVER)
-    file = paths.checkpoint / str(pointer.get("file"))
+    latest = read_record(pointer_file, _Latest, START_OVER)
+    file = paths.checkpoint / latest.file
     if not file.is_file():
         raise CorruptError(f"{pointer_file} points at {file}, which is not there: {START_OVER}")
-    content = check_digest(file, pointer.get("sha256"), START_OVER)
+    content = check_digest(file, latest.sha256, START_OVER)
     try:
-        tensors, metadata = _unpack(content)
-        record = json.loads(metadata["record"])
-        state = State(int(record["step"]), float(record["seconds"]), tensors)
+        tensors, record = _unpack(content)
+        state = RunState(int(record["step"]), float(record["seconds"]), tensors)
         saved = dict(record["identity"])
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CorruptError(f"{file} is no checkpoint of ours: {START_OVER}") from error
-    _refuse_differences(saved, identity)
-    return state
-
-
-def _refuse_differences(saved: dict[str, Any], now: dict[str, Any]) -> None:
     differences = [
-        f"{key} was {saved.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted({*saved, *now})
-        if saved.get(key) != now.get(key)
+        f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}"
+        for key in sorted({*saved, *identity})
+        if saved.get(key) != identity.get(key)
     ]
     if differences:
-        raise PipelineError(
-            f"cannot resume exactly: {'; '.join(differences)}. "
-            f"Use the same settings, or {START_OVER}"
-        )
+        message = f"cannot resume exactly: {'; '.join(differences)}"
+        raise PipelineError(f"{message}. Use the same settings, or {START_OVER}")
+    return state

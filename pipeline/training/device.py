@@ -56,7 +56,7 @@ class _Precise(nn.Module):
         return outputs.float()
 
 
-def prepare(network: nn.Module, placement: Placement, compiled: bool = False) -> nn.Module:
+def prepare_network(network: nn.Module, placement: Placement, compiled: bool = False) -> nn.Module:
     """`network`, moved to its device in place, as a training loop calls it there.
 
     In channels_last, under autocast where the precision is lower, compiled if asked for, and with
@@ -97,21 +97,7 @@ def _missing_cuda() -> str:
     return f"torch {torch.__version__} sees no GPU (is the driver installed?)"
 
 
-def _cuda(local_rank: int) -> tuple[torch.device, torch.dtype, str]:
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    # Off, so that a GPU's answers differ from a CPU's by rounding only.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    # bfloat16 has float32's range: no gradient underflows, so none has to be scaled. A GPU without
-    # it trains in float32.
-    has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    precision = torch.bfloat16 if has_bfloat16 else torch.float32
-    name = torch.cuda.get_device_name(device)
-    return device, precision, f"{name}; {str(precision).removeprefix('torch.')}; TF32 off"
-
-
-def choose(wanted: str) -> Placement:
+def choose_placement(wanted: str) -> Placement:
     """The placement for `wanted`: auto, cpu or cuda; torchrun's variables say which process it is.
 
     Raises PipelineError when CUDA is demanded and missing: a GPU is never silently left out.
@@ -119,8 +105,17 @@ def choose(wanted: str) -> Placement:
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     shared = f" in each of {processes} processes" if processes > 1 else ""
     if wanted != "cpu" and torch.cuda.is_available():
-        device, precision, details = _cuda(int(os.environ.get("LOCAL_RANK", "0")))
-        return Placement(device, f"cuda ({details}){shared}", precision, rank, processes)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        # Off, so that a GPU's answers differ from a CPU's by rounding only.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        # bfloat16 has float32's range: no gradient underflows, so none has to be scaled. A GPU
+        # without it trains in float32.
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = torch.bfloat16 if has_bfloat16 else torch.float32
+        kind = f"{torch.cuda.get_device_name(device)}; {str(precision).removeprefix('torch.')}"
+        return Placement(device, f"cuda ({kind}; TF32 off){shared}", precision, rank, processes)
     if wanted == "cuda":
         raise PipelineError(
             f"no CUDA device: {_missing_cuda()}. Install a CUDA build of torch "
@@ -141,7 +136,7 @@ _SIGNS = ("gloo", "connection", "nccl", "process group", "timed out", "store")
 
 
 @contextlib.contextmanager
-def together(placement: Placement) -> Iterator[None]:
+def process_group(placement: Placement) -> Iterator[None]:
     """Join the job's other processes, if it has any, and leave them in order.
 
     Raises LostError when one of them is lost.

@@ -18,8 +18,8 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import evaluate
 from pipeline.data.splits import Split
 from pipeline.training.augment import augment
-from pipeline.training.checkpoint import State, optimizer_tensors, restore_optimizer
-from pipeline.training.device import Placement, agreed, prepare
+from pipeline.training.checkpoint import RunState, optimizer_tensors, restore_optimizer
+from pipeline.training.device import Placement, agreed, prepare_network
 from pipeline.training.networks import Network, build, eager_predictor
 from pipeline.training.outliers import Outliers
 from pipeline.training.recipes import Recipe, TrainConfig
@@ -30,7 +30,7 @@ FORESEEN = 0.02  # of a run, before which nobody knows how long it takes
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where a training run stands."""
 
     epoch: float  # passes done, in parts
@@ -79,12 +79,6 @@ def distortion(recipe: Recipe, step: int, steps: int) -> float:
     return min(1.0, left / recipe.fade) if recipe.fade else 1.0
 
 
-def shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    """The order (count,) in which `epoch` visits the images: a function of seed and epoch."""
-    generator = torch.Generator().manual_seed(seed * EPOCH_STRIDE + epoch)
-    return torch.randperm(count, generator=generator)
-
-
 class Batches:
     """The batch of any step: a function of the seed and the step, whatever came before.
 
@@ -115,7 +109,9 @@ class Batches:
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, shuffled(len(self.labels), self.seed, epoch)
+            generator = torch.Generator().manual_seed(self.seed * EPOCH_STRIDE + epoch)
+            self._epoch = epoch
+            self._order = torch.randperm(len(self.labels), generator=generator)
         rank, processes = self.placement.rank, self.placement.processes
         batch = self._order[position * self.size : (position + 1) * self.size][rank::processes]
         batch = batch.to(self.labels.device)
@@ -129,13 +125,9 @@ class Batches:
         painted = self.outliers.painted(count // 10)
         written = self.outliers.written(count - len(painted))
         images = augment(torch.cat([images, written]), self.recipe, strength)
-        return torch.cat([images, painted]), with_unknown(labels, count, self.classes)
-
-
-def with_unknown(labels: Tensor, others: int, classes: int) -> Tensor:
-    """What to say (B + M, K) of images with labels (B,), and of others that could be any class."""
-    certain = functional.one_hot(labels, classes).float()
-    return torch.cat([certain, certain.new_full((others, classes), 1 / classes)])
+        certain = functional.one_hot(labels, self.classes).float()
+        unknown = certain.new_full((count, self.classes), 1 / self.classes)  # it could be any
+        return torch.cat([images, painted]), torch.cat([certain, unknown])
 
 
 class Learner:
@@ -145,14 +137,12 @@ class Learner:
         recipe = config.settings
         torch.manual_seed(config.seed)
         self.network = build(recipe, classes)
-        self.model = prepare(self.network, placement, config.compiled)
+        self.model = prepare_network(self.network, placement, config.compiled)
         self.optimizer = make_optimizer(self.network, recipe)
-        self.average = _average(self.network, recipe)
-
-    def follow(self) -> None:
-        """Let the averaged weights, where the recipe wants them, follow the others."""
-        if self.average:
-            self.average.update_parameters(self.network)
+        self.average: AveragedModel | None = None
+        if recipe.average:
+            follow = get_ema_multi_avg_fn(recipe.average**FOLLOW_EVERY)  # type: ignore[no-untyped-call]  # torch's
+            self.average = AveragedModel(self.network, multi_avg_fn=follow, use_buffers=True)
 
     @property
     def best(self) -> Network:
@@ -161,15 +151,15 @@ class Learner:
             return cast(Network, self.average.module)
         return self.network
 
-    def snapshot(self, step: int, seconds: float) -> State:
+    def snapshot(self, step: int, seconds: float) -> RunState:
         """The state of the run after `step` optimizer steps."""
         tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
         if self.average:
             averaged = self.average.state_dict()
             tensors |= {f"average.{name}": value for name, value in averaged.items()}
-        return State(step, seconds, {**tensors, **optimizer_tensors(self.optimizer)})
+        return RunState(step, seconds, {**tensors, **optimizer_tensors(self.optimizer)})
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: RunState) -> None:
         """Go on from `state` as if the run had never stopped."""
         for name, module in (("model", self.network), ("average", self.average)):
             if module:
@@ -184,12 +174,12 @@ def train(
     train_split: Split,
     validation: Split,
     placement: Placement,
-    state: State | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-    save: Callable[[State], None] = lambda state: None,
+    state: RunState | None = None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+    save: Callable[[RunState], None] = lambda state: None,
     is_stopped: Callable[[], bool] = lambda: False,
     save_every: int = 0,
-) -> tuple[Network, Progress]:
+) -> tuple[Network, TrainingProgress]:
     """A network trained on `train_split`, and where the run ended.
 
     Continues from `state` exactly; hands a new state to `save` after each epoch, after each
@@ -201,14 +191,14 @@ def train(
     learner = Learner(config, len(train_split.classes), placement)
     model, optimizer = learner.model, learner.optimizer
     loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    first = 0
     if state:
-        first = state.step
         learner.restore(state)
 
-    for step in range(first, batches.steps):
+    for step in range(state.step if state else 0, batches.steps):
         images, labels = batches.at(step)
-        lr = set_learning_rate(optimizer, recipe, step, batches)
+        lr = learning_rate(recipe, step, batches.steps, batches.steps_per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         model.train()
 
         optimizer.zero_grad()
@@ -221,8 +211,8 @@ def train(
         mean_loss, must_stop = agreed(placement, loss.item(), is_stopped())
         progress = _progress(done, batches, mean_loss, lr, clock.seconds())
         left = batches.steps - done
-        if left <= batches.steps // 2 and left % FOLLOW_EVERY == 0:
-            learner.follow()
+        if learner.average and left <= batches.steps // 2 and left % FOLLOW_EVERY == 0:
+            learner.average.update_parameters(learner.network)
         is_last, ends_epoch = done == batches.steps, done % batches.steps_per_epoch == 0
         with clock.paused():
             if placement.is_first and (ends_epoch or is_last):
@@ -237,29 +227,21 @@ def train(
     return learner.best.eval(), progress
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, batches: Batches
-) -> float:
-    """Give `optimizer` the learning rate of `step`, and return it."""
-    lr = learning_rate(recipe, step, batches.steps, batches.steps_per_epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 def _accuracy(network: Network, split: Split, placement: Placement) -> float:
     predictor = eager_predictor(network.eval(), placement.device)
     return evaluate(predictor, split.images, split.labels).accuracy
 
 
-def _progress(done: int, batches: Batches, loss: float, lr: float, seconds: float) -> Progress:
+def _progress(
+    done: int, batches: Batches, loss: float, lr: float, seconds: float
+) -> TrainingProgress:
     """Where the run stands after `done` steps; PipelineError when its loss is not finite."""
     if not math.isfinite(loss):
         raise PipelineError(
             f"the loss is {loss} at step {done} of {batches.steps} with learning rate {lr:.3g}: "
             "try a smaller --lr; the last checkpoint is kept"
         )
-    return Progress(
+    return TrainingProgress(
         epoch=done / batches.steps_per_epoch,
         epochs=batches.steps / batches.steps_per_epoch,
         step=done,
@@ -268,14 +250,6 @@ def _progress(done: int, batches: Batches, loss: float, lr: float, seconds: floa
         images_per_second=done * batches.size / seconds,
         seconds=seconds,
     )
-
-
-def _average(model: Network, recipe: Recipe) -> AveragedModel | None:
-    """A copy of `model` that will follow it slowly, where the recipe wants one."""
-    if not recipe.average:
-        return None
-    follow = get_ema_multi_avg_fn(recipe.average**FOLLOW_EVERY)  # type: ignore[no-untyped-call]  # torch's
-    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
 
 class _Clock:

@@ -20,10 +20,13 @@ MEAN, STD = 0.1307, 0.3081
 class Network(nn.Module):
     """What every network of ours shares: the signature, with all preprocessing inside.
 
-    Subclasses define `logits`. The temperature is 1.0 until it is fitted. The computation runs
-    in the dtype of the buffers, so `.double()` makes a float64 reference of the same weights.
+    Subclasses define `features` and `classifier`, or their own `logits`. The temperature is 1.0
+    until it is fitted. The computation runs in the dtype of the buffers, so `.double()` makes a
+    float64 reference of the same weights.
     """
 
+    features: nn.Module
+    classifier: nn.Module
     mean: Tensor
     std: Tensor
     temperature: Tensor
@@ -42,7 +45,8 @@ class Network(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Map normalized images (B, 1, 28, 28) to logits (B, K)."""
-        raise TypeError(f"{type(self).__name__} defines no logits")
+        scores: Tensor = self.classifier(self.features(x).flatten(1))
+        return scores
 
 
 class DigitNorm(nn.BatchNorm2d):
@@ -107,6 +111,9 @@ class Cnn(Network):
     Padded, it sees the border as well as the middle, at more than twice the cost. Trained beside
     things that are none of its classes, it has a score for those as well, see `shared`.
     """
+
+    features: nn.Sequential
+    classifier: nn.Linear
 
     def __init__(
         self,
@@ -184,10 +191,6 @@ class ClassicCnn(Network):
             nn.Linear(b * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, classes)
         )
 
-    def logits(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.classifier(self.features(x).flatten(1))
-        return scores
-
 
 class RecordCnn(Network):
     """The network of the 0.76-second record: https://github.com/tuomaso/train_mnist_fast."""
@@ -206,10 +209,6 @@ class RecordCnn(Network):
         self.classifier = nn.Sequential(
             nn.Linear(b * 5 * 5, 256), nn.ReLU(), nn.Linear(256, classes)
         )
-
-    def logits(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.classifier(self.features(x).flatten(1))
-        return scores
 
 
 class Net(Network):

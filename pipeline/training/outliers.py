@@ -45,7 +45,20 @@ class Outliers:
     def __init__(self, digits: Tensor, labels: Tensor, seed: int) -> None:
         letters, strokes, self._painted = _drawings(seed, digits.device)
         torch.manual_seed(seed)
-        self._written = torch.cat([letters, strokes, _spoiled(digits, labels)])
+        mixed = STOCK // 6
+        turned = _turned(digits, labels, STOCK - 3 * mixed)
+        # Halves of two digits, each where the other half belongs.
+        first, second = _some(digits, mixed), _some(digits, mixed)
+        across = torch.cat([first[..., HALF:], second[..., :HALF]], dim=-1)
+        down = torch.cat([first[..., HALF:, :], second[..., :HALF, :]], dim=-2)
+        cut = torch.where(_coin(mixed, digits.device), across, down)
+        # Two digits side by side, squeezed into the place of one.
+        pairs = torch.cat([_some(digits, mixed)[..., ::2], _some(digits, mixed)[..., 1::2]], dim=-1)
+        # A digit written over another that lies on its side; 0 and 1 would still leave a digit.
+        wide = (labels > 1).float() + 1e-9
+        first, second = torch.multinomial(wide, 2 * mixed, replacement=True).view(2, -1)
+        over = torch.maximum(digits[first], digits[second].mT)
+        self._written = torch.cat([letters, strokes, turned, cut, pairs, over])
 
     def written(self, count: int) -> Tensor:
         """Things of strokes (M, 1, H, W); a quarter are letters, a quarter digits spoiled."""
@@ -64,25 +77,8 @@ def _drawings(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         torch.cat([make(PIECE, device) for _ in range(count // PIECE)])
         for make, count in ((_letters, STOCK), (_strokes, 2 * STOCK), (_filled, STOCK))
     )
-    return _levels(letters), _levels(strokes), _levels(filled)
-
-
-def _levels(ink: Tensor) -> Tensor:
-    """Ink from 0 to 1 as gray levels."""
-    return (255 * ink).round().to(torch.uint8)
-
-
-def _spoiled(digits: Tensor, labels: Tensor) -> Tensor:
-    """Things (STOCK, 1, H, W) made of digits (B, 1, H, W) with labels (B,): a half is turned."""
-    mixed = STOCK // 6
-    return torch.cat(
-        [
-            _turned(digits, labels, STOCK - 3 * mixed),
-            _cut(digits, mixed),
-            _pairs(digits, mixed),
-            _over(digits, labels, mixed),
-        ]
-    )
+    levels = [(255 * ink).round().to(torch.uint8) for ink in (letters, strokes, filled)]
+    return levels[0], levels[1], levels[2]
 
 
 def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -109,26 +105,6 @@ def _some(things: Tensor, count: int) -> Tensor:
     return things[torch.randint(len(things), (count,), device=things.device)]
 
 
-def _cut(digits: Tensor, count: int) -> Tensor:
-    """Halves of two digits, each where the other half belongs."""
-    first, second = _some(digits, count), _some(digits, count)
-    beside = torch.cat([first[..., HALF:], second[..., :HALF]], dim=-1)
-    above = torch.cat([first[..., HALF:, :], second[..., :HALF, :]], dim=-2)
-    return torch.where(_coin(count, digits.device), beside, above)
-
-
-def _pairs(digits: Tensor, count: int) -> Tensor:
-    """Two digits beside each other, squeezed into the place of one."""
-    return torch.cat([_some(digits, count)[..., ::2], _some(digits, count)[..., 1::2]], dim=-1)
-
-
-def _over(digits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """A digit written over another that lies on its side; 0 and 1 would still leave a digit."""
-    wide = (labels > 1).float() + 1e-9
-    first, second = torch.multinomial(wide, 2 * count, replacement=True).view(2, -1)
-    return torch.maximum(digits[first], digits[second].mT)
-
-
 def _letters(count: int, device: torch.device) -> Tensor:
     """Letters from an unsteady hand, narrow or wide, upright or slanted; some with serifs."""
     every = torch.tensor(ways(), device=device)  # (V, S, 3, 2)
@@ -148,12 +124,19 @@ def _letters(count: int, device: torch.device) -> Tensor:
 def _strokes(count: int, device: torch.device) -> Tensor:
     """Strokes between the points of a jittered lattice, or one long line; some mirrored; 0 to 1."""
     is_walk, is_line = _coin(count, device), _coin(count, device, 0.8)
-    lines = [
-        torch.where(is_walk, *pair)
-        for pair in zip(_walks(count, device), _curls(count, device), strict=True)
-    ]
-    ways = zip(lines, _segments(count, device), strict=True)
-    first, second, third = (torch.where(is_line, *pair) for pair in ways)
+    # A walk is of a pen that wanders: at each point it turns, a little or right round.
+    unsteady, bias = 1.2 + 1.3 * _share(count, 1, device=device), _spread(count, 1, device=device)
+    turns = unsteady * torch.randn(count, STROKES + 2, device=device) + 1.2 * bias
+    heading = turns.cumsum(dim=1)
+    length = torch.exp(0.4 * torch.randn(count, STROKES + 2, device=device))
+    steps = torch.stack([heading.sin(), heading.cos()], dim=-1) * length[..., None]
+    walks = _along(steps.cumsum(dim=1)[:, :, None])
+    curls = _along(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)  # between any points
+    segments = _segments(count, device)
+    first, second, third = (
+        torch.where(is_line, torch.where(is_walk, walk, curl), segment)
+        for walk, curl, segment in zip(walks, curls, segments, strict=True)
+    )
     least = torch.where(is_line, torch.where(is_walk, 8, 5), 4)  # a shorter walk may be a digit
     most = torch.where(is_line, STROKES, 6)
     used = least + (torch.rand(count, 1, 1, 1, device=device) * (most - least + 1)).int()
@@ -177,7 +160,12 @@ def _inked(strokes: Tensor, contrast: Tensor) -> Tensor:
     ways = 2 * (1 - along) * (second - first) + 2 * along * (third - second)  # (M, S, P, 2)
     length = ways.norm(dim=-1).flatten(1)  # (M, S P)
     level = ways[..., 1].abs().flatten(1) / length.clamp(min=1e-6)
-    paths = _sized(paths.flatten(1, 2), length) * (8 + 2 * _share(count, 1, 1, device=device))
+    paths = paths.flatten(1, 2)  # (M, P, 2), of all strokes; about the middle of mass:
+    least, most = paths.amin(dim=1, keepdim=True), paths.amax(dim=1, keepdim=True)
+    half = ((most - least) / 2).amax(dim=2, keepdim=True).clamp(min=0.1)  # of the longer side
+    mass = length / length.sum(dim=1, keepdim=True)
+    paths = (paths - (paths * mass[:, :, None]).sum(dim=1, keepdim=True)) / half
+    paths = paths * (8 + 2 * _share(count, 1, 1, device=device))
     width = 0.5 + 1.8 * _share(count, 1, device=device) ** 2  # half of it, in pixels
     return (0.5 - _away(paths, (width * (1 - contrast * level)).clamp(min=0.5))).clamp(0, 1)
 
@@ -201,14 +189,6 @@ def _away(paths: Tensor, width: Tensor) -> Tensor:
     return framed[:, :, NEAR:-NEAR, NEAR:-NEAR]
 
 
-def _sized(paths: Tensor, length: Tensor) -> Tensor:
-    """Points (M, P, 2), the longer side 2, about the middle of their mass as (M, P) has it."""
-    least, most = paths.amin(dim=1, keepdim=True), paths.amax(dim=1, keepdim=True)
-    half = ((most - least) / 2).amax(dim=2, keepdim=True).clamp(min=0.1)
-    mass = length / length.sum(dim=1, keepdim=True)
-    return (paths - (paths * mass[:, :, None]).sum(dim=1, keepdim=True)) / half
-
-
 def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where strokes begin, what they bend towards, and where they end: (M, S, 1, 2) each.
 
@@ -223,23 +203,8 @@ def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
     return begin, (begin + end) / 2 + _spread(*shape, device=device) * 1.2 * is_bent, end
 
 
-def _curls(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of strokes that go on without a corner: a quadratic spline between any points."""
-    return _along(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)
-
-
-def _walks(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of a pen that wanders: at each point it turns, a little or right round."""
-    unsteady, bias = 1.2 + 1.3 * _share(count, 1, device=device), _spread(count, 1, device=device)
-    turns = unsteady * torch.randn(count, STROKES + 2, device=device) + 1.2 * bias
-    heading = turns.cumsum(dim=1)
-    length = torch.exp(0.4 * torch.randn(count, STROKES + 2, device=device))
-    steps = torch.stack([heading.sin(), heading.cos()], dim=-1) * length[..., None]
-    return _along(steps.cumsum(dim=1)[:, :, None])
-
-
 def _along(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A quadratic spline along points (M, S + 2, 1, 2)."""
+    """The same of strokes without a corner: a quadratic spline along points (M, S + 2, 1, 2)."""
     halfway = (points[:, 1:] + points[:, :-1]) / 2  # (M, S + 1, 1, 2)
     return halfway[:, :-1], points[:, 1:-1], halfway[:, 1:]
 
@@ -338,38 +303,31 @@ def ways() -> list[list[Stroke]]:
 
     Where a letter has fewer, the rest of them are a point of it.
     """
-    plain = [_read_strokes(way) for way in WAYS]
-    return [_padded(way) for way in (*plain, *map(_with_serifs, plain))]
+    plain, with_serifs = [_read_strokes(way) for way in WAYS], []
+    for strokes in plain:
+        # A dash across each place at the top or the bottom where just one stroke ends.
+        ends = [point for stroke in strokes for point in (stroke[0], stroke[2])]
+        serifs = [
+            ((x - SERIF, y), (x, y), (x + SERIF, y))
+            for x, y in dict.fromkeys(ends)
+            if y in (TOP, BOTTOM) and ends.count((x, y)) == 1
+        ]
+        with_serifs.append([*strokes, *serifs])
+    padded = []
+    for strokes in (*plain, *with_serifs):
+        assert len(strokes) <= STROKES
+        point = strokes[0][0]
+        padded.append([*strokes, *[(point, point, point)] * (STROKES - len(strokes))])
+    return padded
 
 
 def _read_strokes(way: str) -> list[Stroke]:
     strokes: list[Stroke] = []
     for path in way.split():
-        begin = _point(path[:2])
+        x, y = map(float, path[:2])
         for bend, end in re.findall(r"(?:-|\((\d\d)\))(\d\d)", path[2:]):
-            last = _point(end)
-            halfway = ((begin[0] + last[0]) / 2, (begin[1] + last[1]) / 2)
-            strokes.append((begin, _point(bend) if bend else halfway, last))
-            begin = last
+            last_x, last_y = map(float, end)
+            bend_x, bend_y = map(float, bend or ((x + last_x) / 2, (y + last_y) / 2))
+            strokes.append(((x, y), (bend_x, bend_y), (last_x, last_y)))
+            x, y = last_x, last_y
     return strokes
-
-
-def _point(figures: str) -> Point:
-    return float(figures[0]), float(figures[1])
-
-
-def _with_serifs(strokes: list[Stroke]) -> list[Stroke]:
-    """The strokes, and a dash across each place at the top or the bottom where just one ends."""
-    ends = [point for stroke in strokes for point in (stroke[0], stroke[2])]
-    serifs = [
-        ((x - SERIF, y), (x, y), (x + SERIF, y))
-        for x, y in dict.fromkeys(ends)
-        if y in (TOP, BOTTOM) and ends.count((x, y)) == 1
-    ]
-    return [*strokes, *serifs]
-
-
-def _padded(strokes: list[Stroke]) -> list[Stroke]:
-    first = strokes[0][0]
-    assert len(strokes) <= STROKES
-    return [*strokes, *[(first, first, first)] * (STROKES - len(strokes))]

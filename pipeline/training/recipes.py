@@ -8,6 +8,9 @@ from typing import Any
 from pipeline.core.errors import PipelineError, require_choice
 from pipeline.core.paths import FOLDER
 
+# Fields that are a part of something: 0 to 1, and only all images may be mirrored.
+SHARES = ["label_smoothing", "average", "warm_up", "beta1", "beta2", "dropout", "fade", "stroke"]
+SHARES += ["outliers", "mirror"]
 LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels each network takes
 
 
@@ -48,31 +51,18 @@ class Recipe:
         require_choice("schedule", self.schedule, ("one-cycle", "decay"))
         layers = LAYERS[self.network]
         if len(self.channels) != layers or min(self.channels) < 1:
-            raise PipelineError(
-                f"channels must be {layers} numbers of at least 1 for {self.network}, "
-                f"got {','.join(map(str, self.channels))}"
-            )
+            wanted, got = f"{layers} numbers of at least 1", ",".join(map(str, self.channels))
+            raise PipelineError(f"channels must be {wanted} for {self.network}, got {got}")
         if not 0 < self.epochs <= 1000:
             raise PipelineError(f"epochs must be above 0 and at most 1000, got {self.epochs}")
         if not 1 <= self.batch_size <= 10_000:
             raise PipelineError(f"batch-size must be 1 to 10000, got {self.batch_size}")
         if not self.lr > 0:
             raise PipelineError(f"lr must be above 0, got {self.lr}")
-        for name in (
-            "label_smoothing",
-            "average",
-            "warm_up",
-            "beta1",
-            "beta2",
-            "dropout",
-            "fade",
-            "stroke",
-            "outliers",
-        ):
-            if not 0 <= getattr(self, name) < 1:
-                raise PipelineError(f"{name} must be 0 to 1, got {getattr(self, name)}")
-        if not 0 <= self.mirror <= 1:
-            raise PipelineError(f"mirror must be 0 to 1, got {self.mirror}")
+        for name in SHARES:
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (value == 1 and name != "mirror"):
+                raise PipelineError(f"{name} must be 0 to 1, got {value}")
         for name in ("rotate", "stretch", "shear", "shift", "elastic"):
             if not 0 <= getattr(self, name) <= 2:
                 raise PipelineError(f"{name} must be 0 to 2, got {getattr(self, name)}")
@@ -80,17 +70,8 @@ class Recipe:
     @property
     def distorts(self) -> bool:
         """Whether training sees each image distorted, another way every time."""
-        return any(
-            (
-                self.mirror,
-                self.rotate,
-                self.stretch,
-                self.shear,
-                self.shift,
-                self.elastic,
-                self.stroke,
-            )
-        )
+        distortions = (self.mirror, self.rotate, self.stretch, self.shear, self.shift)
+        return any((*distortions, self.elastic, self.stroke))
 
 
 RECIPES = {
@@ -208,12 +189,10 @@ class TrainConfig:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "TrainConfig":
-        """The run that `record` describes; KeyError or TypeError if it describes none."""
-        names = ("recipe", "dataset", "seed", "device", "compiled")
-        fields = {name: record[name] for name in names}
-        settings = dict(record["settings"])
-        settings["channels"] = tuple(settings["channels"])
-        return cls(settings=Recipe(**settings), **fields)
+        """The run that `record` describes; ValueError if it describes none."""
+        import msgspec  # slow to import, and --help has no use for it
+
+        return msgspec.convert(record, cls)
 
 
 def recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:

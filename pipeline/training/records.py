@@ -20,8 +20,8 @@ from pipeline.core.errors import CorruptError
 from pipeline.core.evaluate import tempered
 from pipeline.core.files import check_digest, remove, write_bytes, write_json
 from pipeline.core.paths import Paths
-from pipeline.training.checkpoint import State, load_state, save_state
-from pipeline.training.loop import Progress
+from pipeline.training.checkpoint import RETRAIN, RunState, load_state, save_state
+from pipeline.training.loop import TrainingProgress
 from pipeline.training.recipes import TrainConfig
 
 CURVE_POINTS = 200  # of the training loss that a run keeps, at most
@@ -41,37 +41,52 @@ class Records:
         config: TrainConfig,
         identity: dict[str, Any],
         resume: bool,
-        on_epoch: Callable[[Progress], None] = lambda progress: None,
-        on_step: Callable[[Progress], None] = lambda progress: None,
+        on_epoch: Callable[[TrainingProgress], None] = lambda progress: None,
+        on_step: Callable[[TrainingProgress], None] = lambda progress: None,
     ) -> None:
         self.paths, self.identity = paths, identity
         self.on_epoch, self.on_step = on_epoch, on_step
         self.state = load_state(paths, identity) if resume else None
         if not resume:
-            _make_room(paths)
+            self._make_room()
         for folder in (paths.run_folder, paths.checkpoint):
             for half_written in folder.glob(".*.tmp"):  # by a run that was killed
                 remove(half_written)
         write_json(paths.run_config, config.record())
         step = self.state.step if self.state else 0
-        self.history = _history(paths, step)
-        self.board = _board(paths, step)
+        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        if step and paths.metrics.exists():
+            lines = map(json.loads, paths.metrics.read_text().splitlines())
+            self.history = [line for line in lines if line["step"] <= step]
+        self.board: Any = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
 
-    def progress(self, progress: Progress) -> None:
+            self.board = SummaryWriter(paths.board, purge_step=step + 1 if step else None)
+
+    def progress(self, progress: TrainingProgress) -> None:
         """Show where the run stands, and keep it where it is a point of the curve."""
-        is_scored = progress.validation_accuracy is not None
-        if is_scored or _is_on_curve(progress):
+        accuracy, step, board = progress.validation_accuracy, progress.step, self.board
+        is_scored = accuracy is not None
+        # Which losses are kept is a function of the step, so that a resume is exact.
+        steps = round(progress.epochs * step / progress.epoch)
+        if is_scored or step % math.ceil(steps / CURVE_POINTS) == 0:
             fields = asdict(progress).items()
             self.history.append({name: value for name, value in fields if value is not None})
-        if self.board:
-            _show(self.board, progress)
+        if board and (is_scored or step % BOARD_STEPS == 0):
+            board.add_scalar("loss", progress.loss, step)
+            board.add_scalar("learning rate", progress.lr, step)
+            board.add_scalar("images per second", progress.images_per_second, step)
+        if board and is_scored:
+            board.add_scalar("validation accuracy", accuracy, step)
+            board.flush()
         if is_scored:
             self._write_history()
             self.on_epoch(progress)
         else:
             self.on_step(progress)
 
-    def save(self, state: State) -> None:
+    def save(self, state: RunState) -> None:
         """Write a checkpoint, and the curve first: a resume keeps its points up to its step."""
         self._write_history()
         save_state(self.paths, state, self.identity)
@@ -86,60 +101,19 @@ class Records:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_bytes(self.paths.metrics, lines.encode())
 
-
-def _make_room(paths: Paths) -> None:
-    """Set a finished run of this name aside, its claim to be finished first; remove any other."""
-    results = (paths.summary, paths.weights, paths.predictions, paths.page)
-    log = (paths.run_config, paths.metrics, paths.board)
-    if paths.summary.exists():
-        remove(paths.previous)
-        paths.previous.mkdir()
-        for path in (*results, *log):
-            if path.exists():
-                path.rename(paths.previous / path.name)
-    for path in (*results, *log, paths.checkpoint):
-        remove(path)
-
-
-def _is_on_curve(progress: Progress) -> bool:
-    """Whether the loss of this step is kept: a function of the step, so that a resume is exact."""
-    steps = round(progress.epochs * progress.step / progress.epoch)
-    return progress.step % math.ceil(steps / CURVE_POINTS) == 0
-
-
-def _history(paths: Paths, step: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to `step`."""
-    if not step or not paths.metrics.exists():
-        return []
-    lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
-    return [line for line in lines if line["step"] <= step]
-
-
-def _board(paths: Paths, step: int) -> Any:
-    """TensorBoard's writer, which goes on after `step`; None where TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(paths.board, purge_step=step + 1 if step else None)
-
-
-def _show(board: Any, progress: Progress) -> None:
-    """Let TensorBoard have a point now and then, and each that was scored."""
-    accuracy = progress.validation_accuracy
-    if progress.step % BOARD_STEPS == 0 or accuracy is not None:
-        board.add_scalar("loss", progress.loss, progress.step)
-        board.add_scalar("learning rate", progress.lr, progress.step)
-        board.add_scalar("images per second", progress.images_per_second, progress.step)
-    if accuracy is not None:
-        board.add_scalar("validation accuracy", accuracy, progress.step)
-        board.flush()
-
-
-RETRAIN = "run 'pipeline train' again"
-
-
-_ARRAYS = ("log_probabilities", "labels")
+    def _make_room(self) -> None:
+        """Set a finished run aside, its claim to be finished first; remove an unfinished one."""
+        paths = self.paths
+        files = [paths.summary, paths.weights, paths.predictions, paths.page, paths.run_config]
+        files += [paths.metrics, paths.board]
+        if paths.summary.exists():
+            remove(paths.previous)
+            paths.previous.mkdir()
+            for path in files:
+                if path.exists():
+                    path.rename(paths.previous / path.name)
+        for path in (*files, paths.checkpoint):
+            remove(path)
 
 
 @dataclass(frozen=True)
@@ -172,7 +146,7 @@ def load_predictions(paths: Paths, digest: str) -> Predictions:
     content = check_digest(paths.predictions, digest, RETRAIN)
     try:
         arrays = np.load(io.BytesIO(content), allow_pickle=False)
-        outputs, labels = (arrays[name] for name in _ARRAYS)
+        outputs, labels = arrays["log_probabilities"], arrays["labels"]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CorruptError(f"{paths.predictions} holds no predictions: {RETRAIN}") from error
     if outputs.ndim != 2 or labels.shape != (len(outputs),):

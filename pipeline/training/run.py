@@ -5,60 +5,23 @@ import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 import torch
 
-from pipeline.core.errors import CorruptError, PipelineError
-from pipeline.core.evaluate import (
-    calibration_error,
-    fit_min_probability,
-    fit_temperature,
-    predict,
-    score,
-    tempered,
-)
-from pipeline.core.files import read_json, write_json
+from pipeline.core import evaluate
+from pipeline.core.errors import PipelineError
+from pipeline.core.files import read_record, write_json
 from pipeline.core.paths import Paths
-from pipeline.data.splits import Split, digests, load_split
-from pipeline.training.checkpoint import START_OVER, load_checkpoint, load_state, save_weights
-from pipeline.training.device import Placement, choose, together
-from pipeline.training.loop import Progress, train
+from pipeline.data.splits import digests, load_split
+from pipeline.training import checkpoint
+from pipeline.training.device import Placement, choose_placement, process_group
+from pipeline.training.loop import TrainingProgress, train
 from pipeline.training.networks import Network, eager_predictor
 from pipeline.training.recipes import TrainConfig
 from pipeline.training.records import Records, save_predictions
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run is worth, and what it was made of."""
-
-    run: str
-    recipe: str
-    dataset: str
-    seed: int
-    device: str
-    threads: int
-    torch: str
-    steps: int
-    parameters: int
-    classes: tuple[str, ...]
-    train_seconds: float  # in the training loop; evaluation is not counted
-    validation_accuracy: float  # fraction of images, 0 to 1
-    test_accuracy: float  # fraction of images, 0 to 1
-    test_loss: float  # mean negative log-likelihood, in nats
-    test_calibration_error: float  # expected, over 15 bins, 0 to 1
-    temperature: float  # fitted on the validation split
-    uncalibrated_loss: float  # test_loss before the temperature was fitted
-    uncalibrated_error: float  # test_calibration_error before
-    weights_sha256: str
-    data_sha256: dict[str, str]
-    predictions_sha256: str = ""  # this and the next three: runs of old did not keep them
-    min_probability: float | None = None  # below it an answer is not sure; fitted on validation
-    python: str = ""
-    system: str = ""
 
 
 @contextlib.contextmanager
@@ -84,10 +47,10 @@ def train_run(
     config: TrainConfig,
     resume: bool = False,
     report: Callable[[str], None] = lambda line: None,
-    on_epoch: Callable[[Progress], None] = lambda progress: None,
-    on_step: Callable[[Progress], None] = lambda progress: None,
+    on_epoch: Callable[[TrainingProgress], None] = lambda progress: None,
+    on_step: Callable[[TrainingProgress], None] = lambda progress: None,
     save_every: int = 0,
-) -> Summary:
+) -> checkpoint.Summary:
     """Train into `runs/<run>/` and score the result on the test split, which is read once.
 
     With `resume`, a finished run is returned as it is and an interrupted one goes on exactly. Of
@@ -95,81 +58,50 @@ def train_run(
     """
     if resume and paths.summary.exists():
         return _finished(paths, config)
-    placement = choose(config.device)
-    with together(placement):
+    placement = choose_placement(config.device)
+    folder = paths.data(config.dataset)
+    with process_group(placement):
         if placement.is_first:
-            _train(paths, config, placement, resume, report, on_epoch, on_step, save_every)
+            report(f"training {paths.run} with recipe {config.recipe} on {placement}")
+        train_split = load_split(config.dataset, folder, "train")
+        validation = load_split(config.dataset, folder, "validation")
+        given = (config, train_split, validation, placement)
+        decisive = run_identity(paths, config, placement)
+        if placement.is_first:
+            if not resume and paths.summary.exists():
+                report(f"finished run {paths.run} is kept in {paths.previous}, until the next one")
+            records = Records(paths, config, decisive, resume, on_epoch, on_step)
+            state = records.state
+            if resume:
+                after = f"resuming after step {state.step}" if state else ""
+                report(after or "no checkpoint yet: from the start")
+            with deferred_interrupt() as is_stopped:
+                callbacks = (records.progress, records.save, is_stopped)
+                model, last = train(*given, state, *callbacks, save_every)
+            _conclude(paths, config, placement, model, last)
+            records.close()
         else:
-            _take_part(paths, config, placement, resume)
+            state = checkpoint.load_state(paths, decisive) if resume else None
+            with deferred_interrupt() as is_stopped:
+                train(*given, state, is_stopped=is_stopped)
     return _finished(paths, config)
 
 
-def _train(
-    paths: Paths,
-    config: TrainConfig,
-    placement: Placement,
-    resume: bool,
-    report: Callable[[str], None],
-    on_epoch: Callable[[Progress], None],
-    on_step: Callable[[Progress], None],
-    save_every: int,
-) -> None:
-    """Train as the process that writes."""
-    report(f"training {paths.run} with recipe {config.recipe} on {placement}")
-    train_split, validation = _splits(paths, config)
-    if not resume and paths.summary.exists():
-        report(f"the finished run {paths.run} is kept in {paths.previous}, until the next one")
-    records = Records(paths, config, identity(paths, config, placement), resume, on_epoch, on_step)
-    if resume:
-        state = records.state
-        report(
-            f"resuming after step {state.step}" if state else "no checkpoint yet: from the start"
-        )
-    with deferred_interrupt() as is_stopped:
-        model, last = train(
-            config,
-            train_split,
-            validation,
-            placement,
-            records.state,
-            records.progress,
-            records.save,
-            is_stopped,
-            save_every,
-        )
-    _conclude(paths, config, placement, model, last)
-    records.close()
-
-
-def _take_part(paths: Paths, config: TrainConfig, placement: Placement, resume: bool) -> None:
-    """Train beside the process that writes, and write nothing."""
-    train_split, validation = _splits(paths, config)
-    state = load_state(paths, identity(paths, config, placement)) if resume else None
-    with deferred_interrupt() as is_stopped:
-        train(config, train_split, validation, placement, state, is_stopped=is_stopped)
-
-
-def _splits(paths: Paths, config: TrainConfig) -> tuple[Split, Split]:
-    folder = paths.data(config.dataset)
-    train_split = load_split(config.dataset, folder, "train")
-    return train_split, load_split(config.dataset, folder, "validation")
-
-
 def _conclude(
-    paths: Paths, config: TrainConfig, placement: Placement, model: Network, last: Progress
+    paths: Paths, config: TrainConfig, placement: Placement, model: Network, last: TrainingProgress
 ) -> None:
     """Fit the temperature, score on the test split, write the weights, say last that it is done."""
     folder = paths.data(config.dataset)
     predictor = eager_predictor(model, placement.device)
     validation = load_split(config.dataset, folder, "validation")
-    said = predict(predictor, validation.images)
-    temperature = fit_temperature(said, validation.labels)
+    said = evaluate.predict(predictor, validation.images)
+    temperature = evaluate.fit_temperature(said, validation.labels)
     test = load_split(config.dataset, folder, "test")
-    raw = predict(predictor, test.images)
-    outputs = tempered(raw, temperature)
+    raw = evaluate.predict(predictor, test.images)
+    outputs = evaluate.tempered(raw, temperature)
     model.temperature.fill_(temperature)
-    metrics = score(outputs, test.labels)
-    summary = Summary(
+    metrics = evaluate.score(outputs, test.labels)
+    summary = checkpoint.Summary(
         run=paths.run,
         recipe=config.recipe,
         dataset=config.dataset,
@@ -184,12 +116,12 @@ def _conclude(
         validation_accuracy=last.validation_accuracy or 0.0,
         test_accuracy=metrics.accuracy,
         test_loss=metrics.loss,
-        test_calibration_error=calibration_error(outputs, test.labels),
+        test_calibration_error=evaluate.calibration_error(outputs, test.labels),
         temperature=temperature,
-        min_probability=fit_min_probability(tempered(said, temperature)),
-        uncalibrated_loss=score(raw, test.labels).loss,
-        uncalibrated_error=calibration_error(raw, test.labels),
-        weights_sha256=save_weights(paths, model, config, test.classes),
+        min_probability=evaluate.fit_min_probability(evaluate.tempered(said, temperature)),
+        uncalibrated_loss=evaluate.score(raw, test.labels).loss,
+        uncalibrated_error=evaluate.calibration_error(raw, test.labels),
+        weights_sha256=checkpoint.save_weights(paths, model, config, test.classes),
         data_sha256=digests(config.dataset, folder),
         predictions_sha256=save_predictions(paths, outputs, test.labels),
         python=platform.python_version(),
@@ -202,14 +134,10 @@ def recorded_config(paths: Paths) -> TrainConfig | None:
     """What the run in this folder was begun with; None where there is none."""
     if not paths.run_config.exists():
         return None
-    record = read_json(paths.run_config, START_OVER)
-    try:
-        return TrainConfig.from_record(record)
-    except (KeyError, TypeError) as error:
-        raise CorruptError(f"{paths.run_config} is no run of ours: {START_OVER}") from error
+    return read_record(paths.run_config, TrainConfig, checkpoint.START_OVER)
 
 
-def identity(paths: Paths, config: TrainConfig, placement: Placement) -> dict[str, Any]:
+def run_identity(paths: Paths, config: TrainConfig, placement: Placement) -> dict[str, Any]:
     """What decides the weights bit for bit: a resume under another one is refused."""
     return {
         **config.record()["settings"],
@@ -226,12 +154,11 @@ def identity(paths: Paths, config: TrainConfig, placement: Placement) -> dict[st
     }
 
 
-def _finished(paths: Paths, config: TrainConfig) -> Summary:
-    checkpoint = load_checkpoint(paths)
-    if checkpoint.config.record() != config.record():
+def _finished(paths: Paths, config: TrainConfig) -> checkpoint.Summary:
+    run = checkpoint.load_checkpoint(paths)
+    if run.config.record() != config.record():
         raise PipelineError(
             f"run {paths.run} is finished, with other settings (see {paths.run_config}): "
             "choose another --run, or train without --resume to replace it"
         )
-    known = Summary.__dataclass_fields__.keys() & checkpoint.summary.keys()
-    return Summary(**{name: checkpoint.summary[name] for name in known})
+    return run.summary

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeline.validation.compare import Criterion as Criterion
     from pipeline.validation.export import prove_export as prove_export
     from pipeline.validation.repository import prove_repository as prove_repository
-    from pipeline.validation.servers import verify as verify
+    from pipeline.validation.servers import prove_servers as prove_servers
 
 __getattr__ = lazily(
     __name__,
@@ -21,6 +21,6 @@ __getattr__ = lazily(
         "Criterion": "compare",
         "prove_export": "export",
         "prove_repository": "repository",
-        "verify": "servers",
+        "prove_servers": "servers",
     },
 )

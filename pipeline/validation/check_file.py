@@ -14,84 +14,64 @@ import numpy as np
 
 from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import Predictor, margins
-from pipeline.core.files import remove, sha256, write_bytes, write_json
+from pipeline.core.files import remove, write_bytes, write_json
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.export import graph
-from pipeline.export.export import versions
+from pipeline.export.export import library_versions
 from pipeline.export.first_run import require_first_run
 from pipeline.export.runtime import onnx_predictor
 from pipeline.export.sample import Sample
 from pipeline.export.subject import Subject
 from pipeline.images.read import pictured, png
 from pipeline.training.networks import eager_predictor
-from pipeline.validation.compare import (
-    Criterion,
-    Held,
-    Reference,
-    Verdict,
-    hold,
-    probe_images,
-    refusals,
-    require_stable,
-)
+from pipeline.validation import compare
 from pipeline.validation.explain import between, diagnose, from_weights
 from pipeline.validation.reference import reference_predictor, steady_answers
 
+WORST = 10  # rows of a file that failed, which are kept
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Trial:
+class FileTrial:
     """What the files of one export are held against."""
 
     paths: Paths
     subject: Subject
     rows: np.ndarray  # (N, ...): the images, then the probes
-    reference: Reference
-    criterion: Criterion
+    reference: compare.Reference
+    criterion: compare.Criterion
     provider: str
     report: Say
     options: str  # of the command that put these files on trial
-
-
-@dataclass(frozen=True)
-class Result:
-    """One file that passed."""
-
-    verdict: Verdict
-    held: Held
-    sha256: str
-    size: int  # bytes
 
 
 def trial_of(
     paths: Paths,
     subject: Subject,
     sample: Sample,
-    criterion: Criterion,
+    criterion: compare.Criterion,
     provider: str,
     report: Say,
     options: str,
-) -> Trial:
+) -> FileTrial:
     """The trial of an export's files: its module has answered every image and probe."""
-    rows = np.concatenate([sample.images, probe_images(sample.images)])
+    rows = np.concatenate([sample.images, compare.probe_images(sample.images)])
     report(f"the module in float64 on {len(rows):,} images")
     reference = reference_of(subject, rows, sample, criterion)
-    for outputs, what in ((reference.outputs, "in float64"), (reference.eager, "in float32")):
+    for outputs, what in ((reference.outputs, "float64"), (reference.eager, "float32")):
         if not np.isfinite(outputs).all():
             row = int(np.flatnonzero(~np.isfinite(outputs).all(axis=1))[0])
-            raise CheckFailedError(
-                f"the module itself answers row {row} with values that are not finite {what}: "
-                "nothing can be proven of it"
-            )
-    reference = require_stable(reference, criterion)
-    return Trial(paths, subject, rows, reference, criterion, provider, report, options)
+            wrong = f"answers row {row} with values that are not finite"
+            raise CheckFailedError(f"the module itself {wrong} in {what}: fix the module")
+    reference = compare.require_stable(reference, criterion)
+    return FileTrial(paths, subject, rows, reference, criterion, provider, report, options)
 
 
 def reference_of(
-    subject: Subject, rows: np.ndarray, sample: Sample, criterion: Criterion
-) -> Reference:
+    subject: Subject, rows: np.ndarray, sample: Sample, criterion: compare.Criterion
+) -> compare.Reference:
     """Ask the module about rows (N, ...) in float64 and in eager float32, twice each.
 
     In the same batches: a module that mixes its rows must not widen its own bounds by it.
@@ -100,12 +80,12 @@ def reference_of(
     outputs = steady_answers(double, rows, criterion, "in float64")
     eager = steady_answers(single, rows, criterion, "in float32")
     if sample.labels is not None:
-        return Reference(outputs, eager, sample.labels)
-    return Reference(outputs, eager, outputs[: len(sample.images)].argmax(axis=1), False)
+        return compare.Reference(outputs, eager, sample.labels)
+    return compare.Reference(outputs, eager, outputs[: len(sample.images)].argmax(axis=1), False)
 
 
 def predictors_of(
-    content: bytes, criterion: Criterion, provider: str, is_ours: bool = False
+    content: bytes, criterion: compare.Criterion, provider: str, is_ours: bool = False
 ) -> dict[int, Predictor]:
     """The file in ONNX Runtime, with each number of threads; after a first run unless it is ours.
 
@@ -116,67 +96,87 @@ def predictors_of(
     return {threads: onnx_predictor(content, threads, provider) for threads in criterion.threads}
 
 
-def try_file(trial: Trial, precision: str, content: bytes, made: Mapping[str, bytes]) -> Result:
-    """The file's verdict; CheckFailedError with the reasons in words, and findings, if it fails."""
-    is_ours = made.get(precision) == content
-    predictors = predictors_of(content, trial.criterion, trial.provider, is_ours)
-    verdict, held = hold(
+def try_file(
+    trial: FileTrial, precision: str, content: bytes, made: Mapping[str, bytes]
+) -> tuple[compare.Verdict, compare.Held]:
+    """The file's verdict; CheckFailedError with the reasons in words, and findings, if it fails.
+
+    `made` is what its module exports to, by precision; empty where something else made the file.
+    """
+    predictors = predictors_of(
+        content, trial.criterion, trial.provider, is_ours=made.get(precision) == content
+    )
+    verdict, held = compare.hold(
         precision, predictors, trial.rows, trial.reference, trial.criterion, trial.report
     )
     candidate = next(iter(predictors.values()))
-    problems = [*verdict.problems, *refusals(candidate, trial.rows)]
+    problems = [*verdict.problems, *compare.refusals(candidate, trial.rows)]
+    weights = {name: t.cpu().numpy() for name, t in trial.subject.model.state_dict().items()}
+    found = graph.parse(content, "the file")
     if precision in made and made[precision] != content:
         problems.append("the file is not what its module exports to, byte for byte")
-    if precision == "fp32" and not made and _differs(trial, content):
+    # What differs in some values only is a weight of the module's: none of it was fused.
+    if precision == "fp32" and not made and from_weights(weights, found, few=0):
         problems.append("the file has other weights than its module")
-    if problems:
-        reasons = _reasons(trial, precision, content, made, candidate)
-        verdict = replace(verdict, problems=(*reasons, *problems))
-        _fail(trial, verdict, held)
-    return Result(verdict, held, sha256(content), len(content))
-
-
-def _reasons(
-    trial: Trial, precision: str, content: bytes, made: Mapping[str, bytes], candidate: Predictor
-) -> list[str]:
-    """Why the file does not say what its module says, as far as it can be told."""
+    if not problems:
+        return verdict, held
     images = trial.rows[: len(trial.reference.labels)]
     reasons = diagnose(candidate, images, trial.reference.outputs, trial.subject.classes)
-    found = graph.parse(content, "the file")
     if precision in made:
         wanted = graph.parse(made[precision], "the export")
         reasons += [f"against its module's export, {said}" for said in between(wanted, found)]
     elif precision == "fp32":
-        reasons += [f"against the module, {s}" for s in from_weights(_weights(trial), found)]
-    return reasons[:10]
+        reasons += [f"against the module, {said}" for said in from_weights(weights, found)]
+    raise _failure(trial, replace(verdict, problems=(*reasons[:10], *problems)), held)
 
 
-def _differs(trial: Trial, content: bytes) -> bool:
-    """Whether a weight of the file is the module's but for some values: none of it was fused."""
-    return bool(from_weights(_weights(trial), graph.parse(content, "the file"), few=0))
+def _failure(trial: FileTrial, verdict: compare.Verdict, held: compare.Held) -> CheckFailedError:
+    """Write the record and the worst rows, as pictures and as arrays; return what to raise.
 
-
-def _weights(trial: Trial) -> dict[str, np.ndarray]:
-    return {name: t.cpu().numpy() for name, t in trial.subject.model.state_dict().items()}
-
-
-def _fail(trial: Trial, verdict: Verdict, held: Held) -> None:
-    paths = trial.paths
+    In a lower precision the rows that changed class come first: errors alone are no fault there.
+    """
+    paths, reference = trial.paths, trial.reference
     remove(paths.failed)
     record = {**record_of(trial), "passed": False, "variants": [asdict(verdict)]}
-    write_findings(paths, record, trial.rows, held, verdict)
-    again = [f"Replay them: {replay_command(paths, trial.options)}"] if held.errors.any() else []
-    raise CheckFailedError(
+    write_json(paths.failed / paths.validation.name, record)
+    replay = []
+    if held.errors.any():  # otherwise the file never ran
+        rank = held.errors / held.allowed
+        if verdict.precision != "fp32":
+            rank[[flip.row for flip in verdict.flips]] = np.inf
+        worst = np.argsort(-rank, kind="stable")[:WORST]
+        own = reference.outputs.argmax(axis=1)
+        labels = np.concatenate([reference.labels, own[len(reference.labels) :]])
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            images=trial.rows[worst],
+            labels=labels[worst],
+            rows=worst,
+            reference=reference.outputs[worst],
+            eager=reference.eager[worst],
+            outputs=held.outputs[worst],
+            allowed=held.allowed[worst],
+        )
+        write_bytes(paths.worst, buffer.getvalue())
+        for place, row in enumerate(worst, 1):
+            if (picture := pictured(trial.rows[row])) is not None:
+                write_bytes(paths.failed / f"worst-{place:02d}-row-{row}.png", png(picture))
+        is_below = paths.root in paths.worst.parents
+        file = paths.worst.relative_to(paths.root) if is_below else paths.worst
+        command = " ".join(["pipeline validate", *trial.options.split(), f"--replay {file}"])
+        replay.append(f"Replay them: {command}")
+    return CheckFailedError(
         Lines(
             f"{paths.name} ({verdict.precision}) is not what its module says:",
             *(f"  {problem}" for problem in verdict.problems[:10]),
             f"The worst rows, as pictures and arrays: {paths.failed}",
-            *again,
+            *replay,
         )
     )
 
 
-def record_of(trial: Trial) -> dict[str, Any]:
+def record_of(trial: FileTrial) -> dict[str, Any]:
     """What validation.json says beside the files."""
     reference = trial.reference
     images = len(reference.labels)
@@ -193,52 +193,5 @@ def record_of(trial: Trial) -> dict[str, Any]:
         "eager_accuracy": reference.accuracy(reference.eager),
         "eager_error": float(reference.errors.max()),
         "smallest_margin": float(margins(reference.outputs[:images]).min()),
-        "versions": versions(),
+        "versions": library_versions(),
     }
-
-
-WORST = 10  # rows that are kept
-
-
-def write_findings(
-    paths: Paths,
-    record: Mapping[str, Any],
-    rows: np.ndarray,
-    held: Held,
-    verdict: Verdict,
-) -> None:
-    """Write the record of a failed proof with its worst rows, as pictures and as arrays.
-
-    In a lower precision the rows that changed class come first: errors alone are no fault there.
-    """
-    write_json(paths.failed / paths.validation.name, record)
-    if not held.errors.any():
-        return  # the file never ran
-    rank = held.errors / held.allowed
-    if verdict.precision != "fp32":
-        rank[[flip.row for flip in verdict.flips]] = np.inf
-    worst = np.argsort(-rank, kind="stable")[:WORST]
-    reference = held.reference
-    own = reference.outputs.argmax(axis=1)
-    labels = np.concatenate([reference.labels, own[len(reference.labels) :]])
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        images=rows[worst],
-        labels=labels[worst],
-        rows=worst,
-        reference=reference.outputs[worst],
-        eager=reference.eager[worst],
-        outputs=held.outputs[worst],
-        allowed=held.allowed[worst],
-    )
-    write_bytes(paths.worst, buffer.getvalue())
-    for place, row in enumerate(worst, 1):
-        if (picture := pictured(rows[row])) is not None:
-            write_bytes(paths.failed / f"worst-{place:02d}-row-{row}.png", png(picture))
-
-
-def replay_command(paths: Paths, options: str) -> str:
-    """The command that asks the file about the worst rows again."""
-    name = paths.worst.relative_to(paths.root) if paths.root in paths.worst.parents else paths.worst
-    return f"pipeline validate {options} --replay {name}".replace("  ", " ")

@@ -61,8 +61,7 @@ class Reference:
     def bounds(self, criterion: Criterion) -> np.ndarray:
         """Compute how far a float32 answer to each row may lie from the reference, float64 (N,)."""
         allowed = bounds(self.outputs, self.errors, criterion)
-        capped: np.ndarray = np.minimum(allowed, self.largest_bound)
-        return capped
+        return np.asarray(np.minimum(allowed, self.largest_bound))
 
     def accuracy(self, outputs: np.ndarray) -> float:
         """The fraction of the labelled rows that outputs (N, K) read rightly."""
@@ -70,8 +69,7 @@ class Reference:
 
     def is_right(self, outputs: np.ndarray) -> np.ndarray:
         """Whether each labelled row is read rightly, bool (M,)."""
-        right: np.ndarray = outputs[: len(self.labels)].argmax(axis=1) == self.labels
-        return right
+        return np.asarray(outputs[: len(self.labels)].argmax(axis=1) == self.labels)
 
 
 def bounds(outputs: np.ndarray, known_errors: np.ndarray, criterion: Criterion) -> np.ndarray:
@@ -80,8 +78,7 @@ def bounds(outputs: np.ndarray, known_errors: np.ndarray, criterion: Criterion) 
     Twice the larger of an error that is known of it and the floor, which grows with its outputs.
     """
     scale = np.maximum(1, np.abs(outputs).max(axis=1))
-    allowed: np.ndarray = 2 * np.maximum(known_errors, criterion.floor * scale)
-    return allowed
+    return np.asarray(2 * np.maximum(known_errors, criterion.floor * scale))
 
 
 def ties(criterion: Criterion, images: int) -> int:
@@ -106,9 +103,8 @@ def require_stable(reference: Reference, criterion: Criterion) -> Reference:
         raise CheckFailedError(
             f"this network is not stable in float32: its largest error is {error:.3g} at margins "
             f"of {margin:.3g} (median), {limit:.3g} is allowed, and {changed:,} of {images:,} "
-            "images change class against float64. Look for large numbers that cancel out, half "
-            "precision, masks such as -1e9, and logarithms of probabilities; end with "
-            "torch.log_softmax"
+            "images change class against float64. Look for half precision, masks such as -1e9 "
+            "and large numbers that cancel out; end with torch.log_softmax"
         )
     if not limit:
         raise CheckFailedError(
@@ -227,8 +223,7 @@ class Held:
     def classes(self) -> np.ndarray:
         """The class of each row (N,): of fp32 in its worst run, of others in the first."""
         outputs = self.outputs if self.precision == "fp32" or self.own is None else self.own
-        classes: np.ndarray = outputs.argmax(axis=1)
-        return classes
+        return np.asarray(outputs.argmax(axis=1))
 
     @property
     def is_settled(self) -> bool:
@@ -304,23 +299,14 @@ def shifted(images: np.ndarray) -> np.ndarray:
 def _verdict(rows: np.ndarray, held: Held, criterion: Criterion) -> Verdict:
     reference, precision = held.reference, held.precision
     own = reference.eager if held.own is None else held.own
-    changed = held.classes != reference.outputs.argmax(axis=1)
+    classes, expected = held.classes, reference.outputs.argmax(axis=1)
+    changed, ahead = classes != expected, margins(reference.outputs)
     images, largest = len(reference.labels), float(held.errors.max())
     eager_error = float(reference.errors.max())
     # An eager run without any error leaves nothing to divide by but rounding itself.
     least = _ULP * max(1.0, float(np.abs(reference.outputs).max()))
     ratio = largest / max(eager_error, least)
     lost = reference.accuracy(reference.outputs) - reference.accuracy(own)
-    problems = [*held.problems, *_beyond(held)]
-    if precision == "fp32":
-        problems += _forbidden(changed, held, criterion)
-        if not ratio <= criterion.ratio:
-            problems.append(
-                f"the largest error is {ratio:,.3g} times eager float32's, "
-                f"{criterion.ratio:g} times is allowed"
-            )
-    problems += _lost(precision, lost, images, criterion)
-    smallest = float(margins(reference.outputs[:images]).min())
     is_known = bool(np.isfinite(largest))
     return Verdict(
         precision=precision,
@@ -332,80 +318,70 @@ def _verdict(rows: np.ndarray, held: Held, criterion: Criterion) -> Verdict:
         accuracy=reference.accuracy(own),
         lost_accuracy=lost,
         flipped=int(changed[:images].sum()),
-        flips=_flips(changed, held.classes, reference),
+        flips=tuple(
+            Flip(
+                row=int(row),
+                label=int(reference.labels[row]),
+                reference=int(expected[row]),
+                said=int(classes[row]),
+                margin=float(ahead[row]),
+            )
+            for row in np.flatnonzero(changed[:images])[:LISTED]
+        ),
         mcnemar_p=mcnemar(reference.is_right(reference.outputs), reference.is_right(own)),
         max_error=largest if is_known else None,
         mean_error=float(held.errors.mean()) if is_known else None,
         eager_error=eager_error,
         ratio=ratio if is_known else None,
-        safety_factor=smallest / largest if is_known and largest else None,
+        safety_factor=float(ahead[:images].min()) / largest if is_known and largest else None,
         images_per_second=held.speeds,
-        problems=tuple(problems),
+        problems=(*held.problems, *_problems(held, criterion, ratio, lost)),
     )
 
 
-def _beyond(held: Held) -> list[str]:
-    """Say which rows lie beyond their bound and in which runs, in one sentence."""
-    if not held.beyond:
-        return []
-    rows = np.unique(np.concatenate([*held.beyond.values()]))
-    if held.precision == "fp32":
-        worst = int(rows[(held.errors[rows] / held.allowed[rows]).argmax()])
-        why = (
-            f"row {worst} differs by {held.errors[worst]:.3g}, {held.allowed[worst]:.3g} is allowed"
-        )
-    else:
-        why = f"row {rows[0]} does not answer as in the first run"
-    runs = list(held.beyond)
-    where = "; ".join(runs[:3]) + (f" and {len(runs) - 3} more runs" if len(runs) > 3 else "")
-    return [f"{len(rows):,} of {len(held.errors):,} rows lie beyond their bound ({where}): {why}"]
-
-
-def _forbidden(changed: np.ndarray, held: Held, criterion: Criterion) -> list[str]:
-    """Say which rows changed class in float32 and may not: only a few near a tie may."""
+def _problems(held: Held, criterion: Criterion, ratio: float, lost: float) -> list[str]:
+    """Say what is wrong with a file, in words; `ratio` is of the errors, `lost` of accuracy."""
+    reference, precision, images = held.reference, held.precision, len(held.reference.labels)
     problems = []
-    wrong = changed & (margins(held.reference.outputs) >= held.allowed)
-    if wrong.any():
-        row = int(wrong.argmax())
-        before, after = held.reference.outputs[row].argmax(), held.outputs[row].argmax()
+    if held.beyond:
+        rows = np.unique(np.concatenate([*held.beyond.values()]))
+        why = f"row {rows[0]} does not answer as in the first run"
+        if precision == "fp32":
+            worst = int(rows[(held.errors[rows] / held.allowed[rows]).argmax()])
+            error, allowed = held.errors[worst], held.allowed[worst]
+            why = f"row {worst} differs by {error:.3g}, {allowed:.3g} is allowed"
+        runs = list(held.beyond)
+        where = "; ".join(runs[:3]) + (f" and {len(runs) - 3} more runs" if len(runs) > 3 else "")
+        count = f"{len(rows):,} of {len(held.errors):,} rows"
+        problems.append(f"{count} lie beyond their bound ({where}): {why}")
+    if precision == "fp32":
+        # Only a few may change class, each within its bound of a tie.
+        classes, expected = held.classes, reference.outputs.argmax(axis=1)
+        changed = classes != expected
+        wrong = changed & (margins(reference.outputs) >= held.allowed)
+        if wrong.any():
+            row = int(wrong.argmax())
+            problems.append(
+                f"{int(wrong.sum()):,} rows change class and none may: row {row} from "
+                f"{expected[row]} to {classes[row]}"
+            )
+        several, most = int(changed[:images].sum()), ties(criterion, images)
+        if several > most:
+            problems.append(f"{several:,} images change class, {most} may where classes tie")
+        if not ratio <= criterion.ratio:
+            times = f"{ratio:,.3g} times eager float32's, {criterion.ratio:g} times is allowed"
+            problems.append(f"the largest error is {times}")
+    may_lose = dict(criterion.lost_accuracy).get(precision, np.inf)
+    if lost > may_lose + 1e-9:  # a hair above, because accuracies are counts over counts
+        few = "" if images * may_lose >= 1 else "; so few images show no smaller loss, give more"
         problems.append(
-            f"{int(wrong.sum()):,} rows change class and none may: row {row} from {before} to "
-            f"{after}"
+            f"accuracy falls by {100 * lost:.2f} points against fp32 ({round(lost * images)} of "
+            f"{images:,} images), {100 * may_lose:.2f} may be lost{few}, or leave {precision} out"
         )
-    images = int(changed[: len(held.reference.labels)].sum())
-    allowed = ties(criterion, len(held.reference.labels))
-    if images > allowed:
-        problems.append(f"{images:,} images change class, {allowed} may where classes tie")
     return problems
 
 
-def _lost(precision: str, lost: float, images: int, criterion: Criterion) -> list[str]:
-    allowed = dict(criterion.lost_accuracy).get(precision)
-    # A hair above, because accuracies are counts over counts.
-    if allowed is None or lost <= allowed + 1e-9:
-        return []
-    few = "" if images * allowed >= 1 else "; so few images show no smaller loss, give more"
-    return [
-        f"accuracy falls by {100 * lost:.2f} points against fp32 ({round(lost * images)} of "
-        f"{images:,} images), {100 * allowed:.2f} may be lost{few}, or leave {precision} out"
-    ]
-
-
-def _flips(changed: np.ndarray, said: np.ndarray, reference: Reference) -> tuple[Flip, ...]:
-    ahead, labels = margins(reference.outputs), reference.labels
-    return tuple(
-        Flip(
-            row=int(row),
-            label=int(labels[row]),
-            reference=int(reference.outputs[row].argmax()),
-            said=int(said[row]),
-            margin=float(ahead[row]),
-        )
-        for row in np.flatnonzero(changed[: len(labels)])[:LISTED]
-    )
-
-
-def probe_images(images: np.ndarray, seed: int = 0) -> np.ndarray:
+def probe_images(images: np.ndarray) -> np.ndarray:
     """Images (20, ...) that no data set has, within the range of `images` (N, ...).
 
     Blank, full, one single pixel, a checkerboard, and 16 of noise.
@@ -417,35 +393,32 @@ def probe_images(images: np.ndarray, seed: int = 0) -> np.ndarray:
     pixel = blank.copy()
     pixel[tuple(side // 2 for side in shape)] = high
     squares = np.where(np.indices(shape).sum(axis=0) % 2, full, blank)
-    noise = np.random.default_rng(seed).random((16, *shape)) * (float(high) - float(low))
+    noise = np.random.default_rng(0).random((16, *shape)) * (float(high) - float(low))
     return np.concatenate(
         [np.stack([blank, full, pixel, squares]), (noise + float(low)).astype(images.dtype)]
     )
 
 
-def intruders(images: np.ndarray) -> dict[str, np.ndarray]:
-    """What a graph that takes `images` (N, ...) has to refuse: another type, rank or size."""
+def refusals(candidate: Predictor, images: np.ndarray) -> list[str]:
+    """Say what a graph that takes `images` (N, ...) should have refused and did not.
+
+    That is another type, rank or size.
+    """
     two = images[:2]
     other = np.float32 if two.dtype != np.float32 else np.float64
     wrong = {f"{other.__name__} instead of {two.dtype}": two.astype(other)}
     wrong["an axis too many"] = two[..., np.newaxis]
     if two.ndim > 1:
         wrong["an axis too few"] = two[:, 0]
-        for axis in range(1, two.ndim):
-            wrong[f"axis {axis} longer by one"] = np.concatenate(
-                [two, two.take([0], axis=axis)], axis=axis
-            )
-            if two.shape[axis] > 1:
-                wrong[f"axis {axis} of length 1"] = two.take([0], axis=axis)
-    return wrong
-
-
-def refusals(candidate: Predictor, images: np.ndarray) -> list[str]:
-    """What the graph should have refused and did not, in words."""
+    for axis in range(1, two.ndim):
+        first = two.take([0], axis=axis)
+        wrong[f"axis {axis} longer by one"] = np.concatenate([two, first], axis=axis)
+        if two.shape[axis] > 1:
+            wrong[f"axis {axis} of length 1"] = first
     problems = []
-    for what, wrong in intruders(images).items():
+    for what, rows in wrong.items():
         try:
-            candidate(wrong)
+            candidate(rows)
         except CheckFailedError:
             continue
         problems.append(f"the graph takes images with {what}; it has to refuse them")

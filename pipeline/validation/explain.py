@@ -22,13 +22,6 @@ MOVED = 0.01  # of it, by which a row may differ between a batch of its own and 
 Change = Callable[[np.ndarray], np.ndarray]
 
 
-def _negative(images: np.ndarray) -> np.ndarray:
-    if images.dtype == np.uint8:
-        return 255 - images
-    turned: np.ndarray = images.max() + images.min() - images
-    return turned
-
-
 def _log_softmax(outputs: np.ndarray) -> np.ndarray:
     shifted = outputs - outputs.max(axis=1, keepdims=True)
     normalized: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -37,7 +30,11 @@ def _log_softmax(outputs: np.ndarray) -> np.ndarray:
 
 # What would be right if the file did this to its images, or left this out of its answers.
 PICTURES: dict[str, Change] = {
-    "the ink is inverted: it answers rightly for negatives": _negative,
+    "the ink is inverted: it answers rightly for negatives": (
+        lambda images: (
+            255 - images if images.dtype == np.uint8 else images.max() + images.min() - images
+        )
+    ),
     "images are transposed: it answers rightly when rows and columns change places": (
         lambda images: images.swapaxes(-1, -2)
     ),
@@ -84,15 +81,13 @@ def diagnose(
     one_by_one = [_ask(candidate, images[row : row + 1], expected[:1]) for row in range(8)]
     alone = [answer for answer in one_by_one if answer is not None]
     is_more_than_rounding = usual > ROUNDING * max(1, float(np.abs(expected).max()))
-    if (
-        is_more_than_rounding
-        and len(alone) == len(one_by_one)
-        and _moved(np.concatenate(alone), together[:8], usual)
-    ):
-        return [
-            "a row's answer depends on its batch or place: a reshape mixes rows, or something "
-            "normalizes over the batch; keep the batch axis first and apart"
-        ]
+    if is_more_than_rounding and len(alone) == len(one_by_one):
+        between = judge(np.concatenate(alone), together[:8])
+        if between.errors.max() > MOVED * usual:
+            return [
+                "a row's answer depends on its batch or place: a reshape mixes rows, or something "
+                "normalizes over the batch; keep the batch axis first and apart"
+            ]
     left = {}
     for what, change in PICTURES.items() if images.ndim == 4 else ():
         answer = _ask(candidate, np.ascontiguousarray(change(images)), expected)
@@ -104,7 +99,15 @@ def diagnose(
         best = min(causes, key=lambda what: causes[what])
         if causes[best] < REMAINS * usual:
             return [best]
-    return _swapped(outputs, expected, classes, usual)
+    # Which classes changed places, if that explains it.
+    apart = np.abs(expected[:, :, np.newaxis] - outputs[:, np.newaxis]).mean(axis=0)  # (K, K)
+    order = apart.argmin(axis=1)  # where each class's answer stands
+    moved = [index for index in range(len(order)) if order[index] != index]
+    is_order = len(set(order)) == len(order)
+    if not moved or not is_order or _apart(expected, outputs[:, order]) >= REMAINS * usual:
+        return []
+    named = ", ".join(f"{classes[order[index]]} for {classes[index]}" for index in moved[:6])
+    return [f"labels are swapped: it says {named}"]
 
 
 def _apart(expected: np.ndarray, outputs: np.ndarray) -> float:
@@ -120,27 +123,6 @@ def _ask(candidate: Predictor, images: np.ndarray, like: np.ndarray) -> np.ndarr
         return None
     is_whole = outputs.shape == (len(images), like.shape[1]) and np.isfinite(outputs).all()
     return outputs if is_whole else None
-
-
-def _moved(alone: np.ndarray, together: np.ndarray, usual: float) -> bool:
-    return float(judge(alone, together).errors.max()) > MOVED * usual
-
-
-def _swapped(
-    outputs: np.ndarray, expected: np.ndarray, classes: Sequence[str], usual: float
-) -> list[str]:
-    """Which classes changed places, if that explains it."""
-    apart = np.abs(expected[:, :, np.newaxis] - outputs[:, np.newaxis]).mean(axis=0)  # (K, K)
-    order = apart.argmin(axis=1)  # where each class's answer stands
-    moved = [index for index in range(len(order)) if order[index] != index]
-    if (
-        len(set(order)) < len(order)
-        or not moved
-        or _apart(expected, outputs[:, order]) >= REMAINS * usual
-    ):
-        return []
-    named = ", ".join(f"{classes[order[index]]} for {classes[index]}" for index in moved[:6])
-    return [f"labels are swapped: it says {named}"]
 
 
 FEW = 4  # values of a mean or a scale, which are told even where all of them changed

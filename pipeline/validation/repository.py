@@ -21,7 +21,6 @@ from pipeline.validation.agreement import Table, agree, require_agreement
 
 def prove_repository(
     paths: Paths,
-    config: ServeConfig = ServeConfig(),
     report: Callable[[str], None] = lambda line: None,
     only: str | None = None,
 ) -> list[Table]:
@@ -40,7 +39,7 @@ def prove_repository(
             f"with 'pipeline package --name {only}'"
         )
     tables = {}
-    with running_server(paths, with_free_ports(config), report=report) as (server, _):
+    with running_server(paths, with_free_ports(ServeConfig()), report=report) as (server, _):
         for name in names:
             release = releases[name]
             report(f"{name} version {release.version}: the test split through every runtime")

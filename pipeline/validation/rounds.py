@@ -2,8 +2,6 @@
 
 # Shape letters: N images of the golden set, M answers to them, K classes.
 
-import queue
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +25,7 @@ WORST = 5  # images that a round names
 
 
 @dataclass(frozen=True)
-class Worst:
+class WorstAnswer:
     """The answer to an image that was the farthest off, for what the image allows."""
 
     index: int  # of the image in the golden set
@@ -47,7 +45,7 @@ class Round:
     differing: int  # answers whose class is another than the reference's
     max_abs_diff: float | None  # None where an answer was not finite
     max_ratio: float | None  # of a difference to what its image allows: 1 at most
-    worst: tuple[Worst, ...]  # the largest ratio first
+    worst: tuple[WorstAnswer, ...]  # the largest ratio first
     versions: tuple[str, ...]  # of the model, that answered
     seconds: float
     problems: tuple[str, ...]  # in words; none means that it passed
@@ -60,19 +58,16 @@ class Round:
         """The round as JSON has it."""
         return {**asdict(self), "passed": self.passed}
 
-    def __str__(self) -> str:
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The round as a row of `HEADER`."""
         apart = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
         ratio = "-" if self.max_ratio is None else f"{self.max_ratio:.1%}"
-        return (
-            f"  {self.mode:<12} {self.requests:>8,} {self.images:>8,} {self.differing:>9} "
-            f"{apart:>12} {ratio:>10}  {'right' if self.passed else 'WRONG'}"
-        )
+        counts = f"{self.requests:,}", f"{self.images:,}", str(self.differing)
+        return self.mode, *counts, apart, ratio, "right" if self.passed else "WRONG"
 
 
-HEADER = (
-    f"  {'':<12} {'requests':>8} {'answers':>8} {'differing':>9} {'max |diff|':>12} "
-    f"{'of allowed':>10}"
-)
+HEADER = ("", "requests", "answers", "differing", "max |diff|", "of allowed", "")
 
 
 def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
@@ -121,7 +116,7 @@ class _Answered:
     version: str
 
 
-def ask(client: Client, golden: Golden) -> list[Round]:
+def ask_golden(client: Client, golden: Golden) -> list[Round]:
     """Ask the golden set in each way, every answer held against its own image.
 
     Raises ServerError when a call takes longer than the client's timeout, or a round ten times
@@ -141,36 +136,20 @@ def _answers(
 ) -> list[_Answered]:
     """The answer to each request, by `threads` that share the client and take turns."""
     deadline = time.monotonic() + PATIENCE * client.timeout
-    waiting: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-    for rows in requests:
-        waiting.put(rows)
-    failed = threading.Event()
 
-    def work() -> list[_Answered]:
-        done: list[_Answered] = []
-        try:
-            while not failed.is_set():
-                try:
-                    rows = waiting.get_nowait()
-                except queue.Empty:
-                    break
-                if time.monotonic() > deadline:
-                    raise ServerError(
-                        f"{client.endpoint} needs more than {PATIENCE * client.timeout:g} s for "
-                        f"{len(requests)} requests: give it more with --timeout"
-                    )
-                done.append(_Answered(rows, *client.infer(golden.images[rows])))
-        except BaseException:
-            failed.set()
-            raise
-        return done
+    def answer(rows: np.ndarray) -> _Answered:
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"{client.endpoint} needs more than {PATIENCE * client.timeout:g} s for "
+                f"{len(requests)} requests: give it more with --timeout"
+            )
+        return _Answered(rows, *client.infer(golden.images[rows]))
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            workers = [pool.submit(work) for _ in range(threads)]
-            return [answer for worker in workers for answer in worker.result()]
-        finally:
-            failed.set()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        return list(pool.map(answer, requests))
+    finally:
+        pool.shutdown(cancel_futures=True)  # once one has failed, no more is asked
 
 
 def _judged(mode: str, golden: Golden, answered: Sequence[_Answered], seconds: float) -> Round:
@@ -199,7 +178,7 @@ def _judged(mode: str, golden: Golden, answered: Sequence[_Answered], seconds: f
         max_abs_diff=_finite(judgement.errors.max()),
         max_ratio=_finite(judgement.ratios.max()),
         worst=tuple(
-            Worst(
+            WorstAnswer(
                 index=index,
                 expected=int(judgement.expected[answer]),
                 got=int(judgement.classes[answer]) if is_finite[answer] else None,

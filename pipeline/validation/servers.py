@@ -5,8 +5,8 @@ What a server is held against: a golden set, and what is known of the model that
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from pipeline.client.client import Client
 from pipeline.client.query import triton_predictor
 from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.core.evaluate import Predictor
-from pipeline.core.files import sha256, write_json
+from pipeline.core.files import remove, sha256, write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
-from pipeline.core.text import Lines
+from pipeline.core.text import Lines, columns
 from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden, unpack_golden
 from pipeline.repository.release import Release, load_release
@@ -53,7 +53,7 @@ class Served:
             f"{self.url}: Triton {self.server['version']} ({self.server['name']}), "
             f"version {self.version}{digest}, backend {self.model['backend'] or 'not said'}"
         )
-        return Lines(title, rounds.HEADER, *self.rounds)
+        return Lines(title, columns(rounds.HEADER, [found.cells for found in self.rounds]))
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,18 @@ class Yardstick:
         """Why a server of that config cannot be asked this golden set; nothing if it can."""
         if len(config.input) != 1 or not config.output:
             return [f"takes {len(config.input)} tensors and gives {len(config.output)}"]
+        golden, taken, given = self.golden, config.input[0], config.output[0]
         problems = []
-        for what, tensor, array in (
-            ("takes", config.input[0], self.golden.images),
-            ("gives", config.output[0], self.golden.outputs),
-        ):
+        pairs = (("takes", taken, golden.images), ("gives", given, golden.outputs))
+        for what, tensor, array in pairs:
             dims = list(tensor.dims)[0 if config.max_batch_size else 1 :]
-            if len(dims) != array.ndim - 1 or any(
-                dim not in (-1, size) for dim, size in zip(dims, array.shape[1:], strict=False)
-            ):
-                wanted = list(array.shape[1:])
+            wanted = list(array.shape[1:])
+            fits = all(dim in (-1, size) for dim, size in zip(dims, wanted, strict=False))
+            if len(dims) != len(wanted) or not fits:
                 problems.append(f"{what} {tensor.name} {dims}, the golden set has {wanted}")
-        if config_pbtxt.type_name(config.input[0]) != str(self.golden.images.dtype):
-            problems.append(
-                f"takes {config_pbtxt.type_name(config.input[0])}, the golden set has "
-                f"{self.golden.images.dtype}"
-            )
+        dtype = config_pbtxt.type_name(taken)
+        if dtype != str(golden.images.dtype):
+            problems.append(f"takes {dtype}, the golden set has {golden.images.dtype}")
         return problems
 
     def identity(self, versions: Sequence[str], stated: str | None) -> list[str]:
@@ -149,11 +145,15 @@ def _of_file(file: Path) -> Yardstick:
         content = file.read_bytes()
     except OSError as error:
         raise PipelineError(f"no golden set at {file}: {error.strerror}") from error
-    digest, manifest = sha256(content), _manifest_beside(file)
-    files = manifest.get("files", {})
+    digest, manifest = sha256(content), {}
+    with contextlib.suppress(OSError, ValueError):  # there is none of ours
+        manifest = json.loads((file.parent / "manifest.json").read_bytes())
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        manifest = {"files": {}}
+    files = manifest["files"]
     if files.get(file.name, digest) != digest:
         raise CorruptError(
-            f"{file} does not match its digest in the manifest beside it: copy the version's "
+            f"{file} does not match its digest in the manifest next to it. Copy the version's "
             "folder again, or the golden set alone"
         )
     is_its_own = file.name in files
@@ -168,16 +168,6 @@ def _of_file(file: Path) -> Yardstick:
         classes=tuple(manifest.get("classes", ())) if is_its_own else (),
         release=None,
     )
-
-
-def _manifest_beside(file: Path) -> dict[str, Any]:
-    """The manifest in the golden set's folder; empty where there is none of ours."""
-    try:
-        manifest = json.loads((file.parent / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    is_ours = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    return manifest if is_ours else {}
 
 
 def stated_classes(config: config_pbtxt.ModelConfig) -> tuple[str, ...]:
@@ -198,17 +188,17 @@ def misnamed(names: Sequence[str], wanted: Sequence[str]) -> str:
     return f"calls class {first} {names[first]!r} instead of {wanted[first]!r}"
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What servers were asked, what they said, and whether that passes."""
+@dataclass
+class ServerEvidence:
+    """What servers were asked, what they said, and whether that passes; grows as they answer."""
 
     name: str
     timeout: float  # seconds for a call
     measured: dict[str, Any]  # when, and on what
     yardstick: Yardstick | None = None
-    servers: tuple[Served, ...] = ()
+    servers: list[Served] = field(default_factory=list)
     table: Table | None = None  # of the test split, where its files and the release are at hand
-    problems: tuple[str, ...] = ()  # in words; none means that it passed
+    problems: list[str] = field(default_factory=list)  # in words; none means that it passed
 
     @property
     def passed(self) -> bool:
@@ -226,18 +216,20 @@ class Evidence:
         said = [note for served in self.servers for note in served.notes]
         if len(self.protocols) == 1:
             (other,) = set(PROTOCOLS) - set(self.protocols)
-            said.append(
-                f"only {self.protocols[0]} was asked: add {other}://HOST:PORT for the other"
-            )
+            added = f"add {other}://HOST:PORT for the other"
+            said.append(f"only {self.protocols[0]} was asked: {added}")
         if len(names := {str(served.server["name"]) for served in self.servers}) > 1:
             said.append(f"these are different servers: {', '.join(sorted(names))}")
         return tuple(dict.fromkeys(said))
 
     def record(self) -> dict[str, Any]:
         """The evidence as JSON has it."""
+        version = "unknown"
+        with contextlib.suppress(metadata.PackageNotFoundError):  # it runs from its sources
+            version = metadata.version("handwriting-pipeline")
         return {
             **self.measured,
-            "pipeline": _our_version(),
+            "pipeline": version,
             "name": self.name,
             "passed": self.passed,
             "problems": self.problems,
@@ -257,14 +249,14 @@ class Evidence:
         return Lines(*lines, "passed" if self.passed else "NOT passed")
 
 
-def verify(
+def prove_servers(
     paths: Paths,
     urls: Sequence[str],
     golden_file: Path | None = None,
     timeout: float = 60.0,
     file: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> Evidence:
+) -> ServerEvidence:
     """Put a golden set to running servers in every way, then the test split where it is at hand.
 
     Needs neither torch nor the training data. Writes the evidence to `file` (default:
@@ -272,46 +264,35 @@ def verify(
     when a server does not answer: then the evidence says so.
     """
     file = file or paths.replay
-    _forget(file)
-    found = Evidence(paths.name, timeout, machine())
+    if file.suffix != ".json" or file.is_dir():
+        raise PipelineError(f"evidence is a JSON file, {file} is not called so: name it FILE.json")
+    remove(file)  # the evidence of before, which must not outlive a proof that fails
+    evidence = ServerEvidence(paths.name, timeout, machine())
     try:
         with contextlib.ExitStack() as stack:
             clients = {url: stack.enter_context(Client(url, paths.name, timeout)) for url in urls}
-            for grown in _growing(found, paths, clients, golden_file, report):
-                found = grown
+            yardstick = evidence.yardstick = yardstick_of(paths, clients, golden_file)
+            for url, client in clients.items():
+                report(f"asking {url}: one by one, in batches, {rounds.THREADS} at once")
+                served = _served(url, client, yardstick)
+                evidence.servers.append(served)
+                evidence.problems += [f"{url}: {problem}" for problem in served.problems]
+            versions = {served.url: served.version for served in evidence.servers}
+            if len(set(versions.values())) > 1:
+                listed = ", ".join(f"{url} with {version}" for url, version in versions.items())
+                problem = f"the servers answer with different versions: {listed}"
+                evidence.problems.append(problem)
+            if evidence.passed and yardstick.release:
+                _ask_test_split(evidence, paths, yardstick.release, clients)
     except PipelineError as error:
-        write_json(file, replace(found, problems=(*found.problems, str(error))).record())
+        evidence.problems.append(str(error))
+        write_json(file, evidence.record())
         raise
-    write_json(file, found.record())
-    return found
+    write_json(file, evidence.record())
+    return evidence
 
 
-def _growing(
-    found: Evidence,
-    paths: Paths,
-    clients: Mapping[str, Client],
-    golden_file: Path | None,
-    report: Callable[[str], None],
-) -> Iterator[Evidence]:
-    """The evidence after each thing that was found out."""
-    yardstick = yardstick_of(paths, clients, golden_file)
-    found = replace(found, yardstick=yardstick)
-    yield found
-    for url, client in clients.items():
-        report(f"asking {url}: one by one, in batches, {rounds.THREADS} at once")
-        served = _served(url, client, yardstick)
-        problems = (f"{url}: {problem}" for problem in served.problems)
-        found = replace(
-            found, servers=(*found.servers, served), problems=(*found.problems, *problems)
-        )
-        yield found
-    found = replace(found, problems=(*found.problems, *_apart(found.servers)))
-    yield found
-    if found.passed and yardstick.release:
-        yield _on_test_split(found, paths, yardstick.release, clients)
-
-
-def require_passed(evidence: Evidence) -> None:
+def require_passed(evidence: ServerEvidence) -> None:
     """Raise CheckFailedError with what is wrong, if anything is."""
     if evidence.problems:
         raise CheckFailedError(
@@ -323,36 +304,24 @@ def require_passed(evidence: Evidence) -> None:
         )
 
 
-def _forget(file: Path) -> None:
-    """Remove the evidence of before: it must not outlive a proof that fails."""
-    if file.suffix != ".json" or file.is_dir():
-        raise PipelineError(f"evidence is a JSON file, {file} is not called so: name it FILE.json")
-    try:
-        file.unlink(missing_ok=True)
-    except OSError as error:
-        raise PipelineError(f"cannot replace {file}: {error.strerror}") from error
-
-
-def _our_version() -> str:
-    try:
-        return metadata.version("handwriting-pipeline")
-    except metadata.PackageNotFoundError:  # it runs from its sources
-        return "unknown"
-
-
 def _served(url: str, client: Client, yardstick: Yardstick) -> Served:
     """Everything about one server."""
     server, model = client.metadata(), client.metadata(of_model=True)
     config = client.config()
     misfit = yardstick.misfit(config)
-    asked = () if misfit else tuple(rounds.ask(client, yardstick.golden))
+    asked = () if misfit else tuple(rounds.ask_golden(client, yardstick.golden))
     ready = [str(version) for version in model.get("versions", ())]
     answered = sorted({version for found in asked for version in found.versions}) or ready
     stated = config_pbtxt.digest(config, answered[-1]) if answered else None
     problems = [*misfit, *yardstick.identity(answered, stated)]
     problems += [f"{found.mode}: {problem}" for found in asked for problem in found.problems]
     if not misfit:
-        problems += _names(client, yardstick)
+        told = {"its config": stated_classes(config)}
+        if config.output[0].label_filename:
+            told["its label file"] = client.labels(yardstick.golden.images[0])
+        wanted = yardstick.classes or told["its config"]
+        wrong = {where: misnamed(names, wanted) for where, names in told.items()}
+        problems += [f"{where} {problem}" for where, problem in wrong.items() if problem]
     notes = [] if stated else [f"{url} states no digest: its answers alone speak for it"]
     if config.max_batch_size > rounds.LARGEST:
         notes.append(
@@ -376,47 +345,27 @@ def _served(url: str, client: Client, yardstick: Yardstick) -> Served:
     )
 
 
-def _names(client: Client, yardstick: Yardstick) -> list[str]:
-    """What is wrong with the names that the server has for the classes."""
-    config = client.config()
-    told = {"its config": stated_classes(config)}
-    if config.output[0].label_filename:
-        told["its label file"] = client.labels(yardstick.golden.images[0])
-    wanted = yardstick.classes or told["its config"]
-    found = ((where, misnamed(names, wanted)) for where, names in told.items())
-    return [f"{where} {problem}" for where, problem in found if problem]
-
-
-def _apart(servers: Sequence[Served]) -> list[str]:
-    """What is wrong between the servers."""
-    versions = {served.url: served.version for served in servers}
-    if len(set(versions.values())) == 1:
-        return []
-    listed = ", ".join(f"{url} with {version}" for url, version in versions.items())
-    return [f"the servers answer with different versions: {listed}"]
-
-
-def _on_test_split(
-    found: Evidence, paths: Paths, release: Release, clients: Mapping[str, Client]
-) -> Evidence:
-    """The evidence with a table of the release's test split, if its files lie in the cache."""
+def _ask_test_split(
+    evidence: ServerEvidence, paths: Paths, release: Release, clients: Mapping[str, Client]
+) -> None:
+    """Add a table of the release's test split, if its files lie in the cache."""
     from pipeline.data.splits import scored_split
 
     training = release.manifest.get("training")
     folder = paths.data(training["dataset"]) if training else None
     if training is None or folder is None or not folder.is_dir():
-        return found
+        return
     split = scored_split(training, release.manifest["data_sha256"], folder)
     from pipeline.export.runtime import onnx_predictor  # a golden set is replayed without it
 
     predictors: dict[str, Predictor] = {"ONNX Runtime": onnx_predictor(release.onnx)}
     predictors |= {url: triton_predictor(client) for url, client in clients.items()}
     rows = agree(predictors, split.images, split.labels)
-    table = Table(paths.name, release.version, release.sha256, len(split.labels), "test", rows)
+    count = len(split.labels)
+    evidence.table = Table(paths.name, release.version, release.sha256, count, "test", rows)
     try:
         # The first row is the same file: on other hardware it may round otherwise, but a class
         # that differs is never called passed.
-        require_agreement(table, replace(release.limits, differing=0))
+        require_agreement(evidence.table, replace(release.limits, differing=0))
     except CheckFailedError as error:
-        return replace(found, table=table, problems=(*found.problems, str(error)))
-    return replace(found, table=table)
+        evidence.problems.append(str(error))

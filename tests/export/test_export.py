@@ -26,7 +26,7 @@ def exported(made: Chain) -> onnx.ModelProto:
 
 
 def test_the_file_has_our_signature_and_dialect(made: Chain) -> None:
-    found = graph.signature(exported(made), "it")
+    found = graph.read_signature(exported(made), "it")
     assert found == graph.Signature(IMAGES, log_probabilities(10), opset=18, ir_version=9)
 
 
@@ -123,7 +123,7 @@ def test_variants_are_files_of_their_own_with_the_signature_unchanged(chain: Cha
     for precision in manifest["precisions"]:
         path = chain.paths.variant(precision)
         assert manifest["files"][path.name] == sha256(path)
-        found = graph.signature(onnx.load_model(path), "it")
+        found = graph.read_signature(onnx.load_model(path), "it")
         assert found == graph.Signature(IMAGES, log_probabilities(10), opset=18, ir_version=9)
         sizes.append(path.stat().st_size)
     assert sizes[0] > 1.6 * sizes[1] > 1.6 * sizes[2]
@@ -150,7 +150,7 @@ def test_an_unknown_precision_is_wrong_usage_and_named(chain: Chain) -> None:
 def test_a_target_decides_opset_and_ir(chain: Chain) -> None:
     record = chain.record("export", "--target-triton", "24.10")
     assert (record["opset"], record["ir_version"]) == (21, 10)
-    found = graph.signature(onnx.load_model(chain.paths.onnx), "it")
+    found = graph.read_signature(onnx.load_model(chain.paths.onnx), "it")
     assert (found.opset, found.ir_version) == (21, 10)
     refused = chain.run("export", "--target-triton", "23.10", "--opset", "20")
     assert refused.exit_code == 1

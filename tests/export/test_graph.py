@@ -18,7 +18,7 @@ from tests.conftest import small
 
 def test_a_graph_that_keeps_the_policy_passes_and_has_a_signature() -> None:
     check_policy(small(), "it")
-    assert graph.signature(small(), "it").images == TensorSpec("x", "uint8", (4,))
+    assert graph.read_signature(small(), "it").images == TensorSpec("x", "uint8", (4,))
 
 
 @pytest.mark.parametrize(
@@ -32,17 +32,19 @@ def test_a_graph_that_keeps_the_policy_passes_and_has_a_signature() -> None:
 )
 def test_another_signature_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckFailedError, match=said):
-        graph.signature(small(**changes), "it")
+        graph.read_signature(small(**changes), "it")
 
 
 def test_any_name_of_the_batch_is_accepted_where_none_is_demanded() -> None:
-    assert graph.signature(small("s77"), "it", batch=None).images == TensorSpec("x", "uint8", (4,))
+    assert graph.read_signature(small("s77"), "it", batch=None).images == TensorSpec(
+        "x", "uint8", (4,)
+    )
 
 
 @pytest.mark.parametrize(("batch", "said"), [(2, "fixed at 2"), (None, "without a name")])
 def test_a_batch_without_a_name_is_refused_with_what_to_do(batch: int | None, said: str) -> None:
     with pytest.raises(CheckFailedError, match=said) as caught:
-        graph.signature(small(batch), "it", batch=None)
+        graph.read_signature(small(batch), "it", batch=None)
     assert 'dynamic_shapes={"x": {0: "batch"}}' in str(caught.value)
 
 
@@ -50,14 +52,14 @@ def test_an_output_whose_batch_is_called_otherwise_is_refused() -> None:
     model = small("N")
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "M"
     with pytest.raises(CheckFailedError, match="0 of y is called 'M', not the axis 'N'"):
-        graph.signature(model, "it", batch=None)
+        graph.read_signature(model, "it", batch=None)
 
 
 def test_an_open_dimension_besides_the_batch_is_refused() -> None:
     model = small()
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "wide"
     with pytest.raises(CheckFailedError, match="open dimension"):
-        graph.signature(model, "it")
+        graph.read_signature(model, "it")
 
 
 @pytest.mark.parametrize("content", [b"this is no graph", b"\x08"])
@@ -101,7 +103,7 @@ def test_a_scrubbed_graph_imports_only_the_domains_that_it_uses() -> None:
 def test_a_scrubbed_graph_shows_no_source_anywhere_and_keeps_our_metadata() -> None:
     model = small()
     model.producer_name = model.graph.name = "/srv/me/model.py"
-    for part in graph.parts(model):
+    for part in graph.message_parts(model):
         if "doc_string" in part.DESCRIPTOR.fields_by_name:
             part.doc_string = 'File "/srv/me/model.py"'
         if "metadata_props" in part.DESCRIPTOR.fields_by_name:
@@ -153,7 +155,7 @@ def test_names_that_show_a_source_path_are_rewritten_the_same_everywhere() -> No
     assert annotation.quant_parameter_tensor_names[0].value == scrubbed.graph.initializer[0].name
     assert scrubbed.graph.node[2].name == "renamed_0"  # no other is called so
     assert len({node.name for node in scrubbed.graph.node}) == 3
-    assert graph.signature(scrubbed, "it", batch=None).images == TensorSpec("x", "uint8", (4,))
+    assert graph.read_signature(scrubbed, "it", batch=None).images == TensorSpec("x", "uint8", (4,))
     assert graph.scrub(showing_paths(), 9, {}) == content
 
 

@@ -87,7 +87,7 @@ def test_the_other_name_of_the_standard_domain_passes() -> None:
     model = small()
     model.opset_import[0].domain = "ai.onnx"
     check_policy(model, "it")
-    assert graph.signature(model, "it").opset == 18
+    assert graph.read_signature(model, "it").opset == 18
 
 
 def overriding(is_sparse: bool = False) -> onnx.ModelProto:
@@ -908,4 +908,4 @@ def test_a_network_exported_by_torch_and_scrubbed_keeps_the_policy(
     assert "external data" in refusal(onnx.load_model(path, load_external_data=False))
     scrubbed = graph.parse(graph.scrub(graph.inlined(path), 10, {}), "it")
     check_policy(scrubbed, "it")
-    assert graph.signature(scrubbed, "it", batch=None).images.shape == (1, 28, 28)
+    assert graph.read_signature(scrubbed, "it", batch=None).images.shape == (1, 28, 28)

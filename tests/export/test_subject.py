@@ -55,7 +55,7 @@ def test_the_signature_is_that_of_the_sample(proven: Chain) -> None:
     assert manifest["outputs"] == {"name": "logits", "dtype": "float32", "shape": [5]}
     assert manifest["module"] == "tests.networks:residual"
     assert manifest["classes"] == list("01234")
-    found = graph.signature(
+    found = graph.read_signature(
         graph.parse((proven.root / "exported/residual/model.onnx").read_bytes(), "it"), "it"
     )
     assert found.images.shape == (3, 32, 32)

@@ -11,10 +11,9 @@ from pipeline.export.targets import (
     OPSETS,
     SPANS,
     ExportConfig,
-    Span,
     Target,
-    dialect,
     loaded_by,
+    onnx_dialect,
     target,
 )
 
@@ -22,12 +21,12 @@ from pipeline.export.targets import (
 @pytest.mark.parametrize(
     ("release", "wanted"),
     [
-        ("23.09", Target("23.09", "1.16", 9, 19)),
-        ("24.02", Target("24.02", "1.16", 9, 19)),
-        ("24.03", Target("24.03", "1.17", 9, 20)),
-        ("24.12", Target("24.12", "1.20", 10, 21)),
-        ("25.01", Target("25.01", "1.20", 10, 21)),
-        ("26.07", Target("26.07", "1.27", 13, 26)),
+        ("23.09", Target("23.09", "23.09", "1.16", 9, 19)),
+        ("24.02", Target("24.02", "24.02", "1.16", 9, 19)),
+        ("24.03", Target("24.03", "24.03", "1.17", 9, 20)),
+        ("24.12", Target("24.12", "24.12", "1.20", 10, 21)),
+        ("25.01", Target("25.01", "25.01", "1.20", 10, 21)),
+        ("26.07", Target("26.07", "26.07", "1.27", 13, 26)),
     ],
 )
 def test_a_release_loads_what_its_onnx_runtime_loads(release: str, wanted: Target) -> None:
@@ -64,15 +63,15 @@ def test_every_month_from_first_to_last_is_in_one_span() -> None:
 
 
 def test_without_a_release_the_default_is_exported() -> None:
-    assert dialect() == ExportConfig()
-    assert dialect(opset=20) == ExportConfig(20, 9)
-    assert dialect(opset=21) == ExportConfig(21, 10)
+    assert onnx_dialect() == ExportConfig()
+    assert onnx_dialect(opset=20) == ExportConfig(20, 9)
+    assert onnx_dialect(opset=21) == ExportConfig(21, 10)
 
 
 @pytest.mark.parametrize("opset", OPSETS)
 def test_an_opset_goes_with_the_ir_that_onnx_released_it_with(opset: int) -> None:
     official = onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", opset]
-    assert dialect(opset=opset).ir_version == max(official, ExportConfig.ir_version)
+    assert onnx_dialect(opset=opset).ir_version == max(official, ExportConfig.ir_version)
 
 
 @pytest.mark.parametrize("opset", [0, 17, 26])
@@ -81,7 +80,7 @@ def test_an_opset_that_the_exporter_does_not_write_is_refused(
     release: str | None, opset: int
 ) -> None:
     with pytest.raises(PipelineError, match=f"opset {opset} cannot be exported: take 18 to 25"):
-        dialect(release, opset)
+        onnx_dialect(release, opset)
 
 
 @pytest.mark.parametrize(
@@ -100,23 +99,23 @@ def test_an_opset_that_the_exporter_does_not_write_is_refused(
 def test_a_release_gets_the_newest_that_it_loads_and_we_write(
     release: str, wanted: ExportConfig
 ) -> None:
-    assert dialect(release) == wanted
+    assert onnx_dialect(release) == wanted
 
 
 @pytest.mark.parametrize("span", SPANS, ids=lambda span: span.first)
-def test_a_release_loads_what_is_exported_for_it_and_no_opset_above(span: Span) -> None:
-    ours = dialect(span.first)
+def test_a_release_loads_what_is_exported_for_it_and_no_opset_above(span: Target) -> None:
+    ours = onnx_dialect(span.first)
     assert ours.ir_version <= span.ir_version
     assert ours.opset == min(span.opset, OPSETS[-1])
-    assert dialect(span.first, 18) == ExportConfig()
+    assert onnx_dialect(span.first, 18) == ExportConfig()
     if span.opset < OPSETS[-1]:
         with pytest.raises(PipelineError, match="cannot load opset"):
-            dialect(span.first, span.opset + 1)
+            onnx_dialect(span.first, span.opset + 1)
 
 
 def test_an_opset_above_the_releases_is_refused_with_a_way_out() -> None:
     with pytest.raises(PipelineError) as caught:
-        dialect("24.02", 21)
+        onnx_dialect("24.02", 21)
     assert str(caught.value) == (
         "Triton 24.02 cannot load opset 21: its ONNX Runtime 1.16 loads opset 19 at most. "
         "Ask for no opset above that, or for Triton 24.05 or later"

@@ -287,7 +287,7 @@ def test_all_variants_pass_each_with_its_golden_set_and_the_page_sets_them_besid
         *("handwriting", "handwriting-fp16", "handwriting-int8")
     ]
     shown, _, arrays = proof_of(chain)
-    assert [row.precision for row in shown.rows] == ["fp32", "fp16", "int8"]
+    assert [row["precision"] for row in shown.rows] == ["fp32", "fp16", "int8"]
     assert arrays["errors_fp32"].max() < arrays["errors_fp16"].max() < arrays["errors_int8"].max()
     text = written(chain)
     assert text.count("<li>\n<div") == 50 + 3 * WORST

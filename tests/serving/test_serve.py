@@ -915,12 +915,15 @@ def test_the_wheel_is_refused_for_a_network_and_for_a_python_without_stub(
 
 def test_rows_that_disagree_fail_the_table() -> None:
     from pipeline.repository.release import Limits
-    from pipeline.validation.agreement import Row, Table, require_agreement
+    from pipeline.validation.agreement import AgreementRow, Table, require_agreement
 
-    good, far = Row("a", 0.9, 0, 0.0, 1.0), Row("b", 0.9, 0, 1e-3, 1.0)
+    good, far = AgreementRow("a", 0.9, 0, 0.0, 1.0), AgreementRow("b", 0.9, 0, 1e-3, 1.0)
     table = Table("m", 1, None, 1, "test", (good, good))
     require_agreement(table, Limits(1e-4, 0))
     for bad in (far, replace(good, differing=1), replace(good, max_abs_diff=None)):
         with pytest.raises(CheckFailedError, match="answers differ from the reference"):
             require_agreement(replace(table, rows=(good, bad)), Limits(1e-4, 0))
-    assert "not finite" in str(replace(good, max_abs_diff=None, images_per_second=None))
+    bad = replace(good, name="x" * 70, max_abs_diff=None, images_per_second=None)
+    text = str(replace(table, rows=(good, bad)))
+    assert "not finite" in text
+    assert max(map(len, text.splitlines())) <= 100

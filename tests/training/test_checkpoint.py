@@ -18,8 +18,8 @@ from pipeline.core.files import sha256
 from pipeline.core.paths import Paths
 from pipeline.data.splits import Split
 from pipeline.training import loop
-from pipeline.training.checkpoint import State, load_checkpoint, load_state, save_state
-from pipeline.training.device import choose
+from pipeline.training.checkpoint import RunState, load_checkpoint, load_state, save_state
+from pipeline.training.device import choose_placement
 from pipeline.training.recipes import TrainConfig, recipe
 from tests.conftest import REPOSITORY, Chain
 from tools.prove_resume import prove
@@ -53,12 +53,14 @@ def refused(file: Path, load: Callable[[], object]) -> int:
 
 
 @pytest.fixture
-def states() -> list[State]:
+def states() -> list[RunState]:
     """Three states of a short run on made images."""
     split = Split(np.zeros((64, 1, 28, 28), np.uint8), np.arange(64) % 10, tuple("0123456789"))
-    saved: list[State] = []
+    saved: list[RunState] = []
     settings = recipe("quick", epochs=4, batch_size=32)
-    loop.train(TrainConfig(settings=settings), split, split, choose("cpu"), save=saved.append)
+    loop.train(
+        TrainConfig(settings=settings), split, split, choose_placement("cpu"), save=saved.append
+    )
     return saved
 
 
@@ -72,7 +74,7 @@ def test_a_thousand_flipped_bits_and_two_hundred_cuts_of_the_weights_are_all_ref
 
 @pytest.mark.slow
 def test_a_thousand_flipped_bits_and_two_hundred_cuts_of_a_checkpoint_are_all_refused(
-    tmp_path: Path, states: list[State]
+    tmp_path: Path, states: list[RunState]
 ) -> None:
     paths = Paths(tmp_path)
     save_state(paths, states[0], {})
@@ -81,7 +83,7 @@ def test_a_thousand_flipped_bits_and_two_hundred_cuts_of_a_checkpoint_are_all_re
 
 
 def test_what_points_at_the_checkpoint_is_refused_or_read_as_it_was_written(
-    tmp_path: Path, states: list[State]
+    tmp_path: Path, states: list[RunState]
 ) -> None:
     paths = Paths(tmp_path)
     save_state(paths, states[0], {})
@@ -104,7 +106,7 @@ def test_what_points_at_the_checkpoint_is_refused_or_read_as_it_was_written(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_so_in_a_sentence(
-    tmp_path: Path, states: list[State], monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, states: list[RunState], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     paths = Paths(tmp_path)
     save_state(paths, states[0], {})
@@ -156,7 +158,7 @@ def test_five_kills_two_of_them_inside_a_write_change_no_bit_of_the_weights(empt
 
 
 def test_a_state_of_another_identity_is_refused_with_the_differences(
-    tmp_path: Path, states: list[State]
+    tmp_path: Path, states: list[RunState]
 ) -> None:
     paths = Paths(tmp_path)
     then = {"seed": 0, "threads": 2, "torch": "2.13.0", "data": {"a": "1"}}

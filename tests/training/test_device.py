@@ -8,7 +8,7 @@ from torch import nn
 
 from pipeline.core.errors import PipelineError
 from pipeline.training import device
-from pipeline.training.device import Placement, prepare
+from pipeline.training.device import Placement, prepare_network
 from pipeline.training.networks import build
 from pipeline.training.recipes import RECIPES
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def test_auto_says_why_it_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    placement = device.choose("auto")
+    placement = device.choose_placement("auto")
     assert placement.device.type == "cpu"
     assert "CUDA" in str(placement) or "no GPU" in str(placement)
 
@@ -27,7 +27,7 @@ def test_cuda_that_is_missing_is_an_error_and_never_a_silent_cpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(PipelineError, match="no CUDA device: .*--device cpu"):
-        device.choose("cuda")
+        device.choose_placement("cuda")
 
 
 @pytest.fixture
@@ -47,18 +47,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
 def test_a_gpu_is_taken_with_tf32_off(gpu: Callable[[tuple[int, int]], None], wanted: str) -> None:
     gpu((8, 0))
-    placement = device.choose(wanted)
+    placement = device.choose_placement(wanted)
     assert str(placement) == "cuda (a GPU; bfloat16; TF32 off)"
     assert placement.precision == torch.bfloat16
     assert not torch.backends.cudnn.allow_tf32
-    assert device.choose("cpu").device.type == "cpu"
+    assert device.choose_placement("cpu").device.type == "cpu"
 
 
 def test_a_gpu_without_bfloat16_trains_in_float32_so_that_no_gradient_needs_scaling(
     gpu: Callable[[tuple[int, int]], None],
 ) -> None:
     gpu((7, 5))
-    placement = device.choose("auto")
+    placement = device.choose_placement("auto")
     assert placement.precision == torch.float32
     assert str(placement) == "cuda (a GPU; float32; TF32 off)"
 
@@ -69,7 +69,7 @@ def test_each_process_takes_the_gpu_that_torchrun_gave_it(
     gpu((9, 0))
     for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    placement = device.choose("auto")
+    placement = device.choose_placement("auto")
     assert placement.device == torch.device("cuda", 1)
     assert (placement.rank, placement.processes, placement.is_first) == (3, 4, False)
     assert "in each of 4 processes" in str(placement)
@@ -85,9 +85,9 @@ def test_in_lower_precision_the_convolutions_are_computed_so_and_the_answer_is_f
                 lambda layer, _, output: seen.update({type(layer): output.dtype})
             )
     images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8)
-    exact = prepare(network, Placement(CPU, ""))(images)
+    exact = prepare_network(network, Placement(CPU, ""))(images)
     assert seen == {nn.Conv2d: torch.float32, nn.Linear: torch.float32}
-    rounded = prepare(network, Placement(CPU, "", torch.bfloat16))(images)
+    rounded = prepare_network(network, Placement(CPU, "", torch.bfloat16))(images)
     assert seen == {nn.Conv2d: torch.bfloat16, nn.Linear: torch.bfloat16}
     assert rounded.dtype == torch.float32
     assert torch.allclose(exact, rounded, atol=0.1)
@@ -96,7 +96,7 @@ def test_in_lower_precision_the_convolutions_are_computed_so_and_the_answer_is_f
 
 def test_a_network_is_trained_in_channels_last() -> None:
     network = build(RECIPES["quick"], 10)
-    assert prepare(network, Placement(CPU, "")) is network
+    assert prepare_network(network, Placement(CPU, "")) is network
     weight = network.get_parameter("features.2.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -108,7 +108,7 @@ def test_compiling_leaves_the_names_of_the_weights_as_they_are(
     monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
     network = build(RECIPES["quick"], 10)
     names = list(network.state_dict())
-    prepare(network, Placement(CPU, ""), compiled=True)
+    prepare_network(network, Placement(CPU, ""), compiled=True)
     assert compiled == [network]
     assert list(network.state_dict()) == names
 
@@ -118,11 +118,11 @@ def test_compiling_leaves_the_names_of_the_weights_as_they_are(
 COUNT_FAULTS = """
 import resource, torch
 from pipeline.training.recipes import RECIPES
-from pipeline.training.device import Placement, keep_freed_memory, prepare
+from pipeline.training.device import Placement, keep_freed_memory, prepare_network
 from pipeline.training.networks import build
 
 keep_freed_memory()
-network = prepare(build(RECIPES["quick"], 10), Placement(torch.device("cpu"), ""))
+network = prepare_network(build(RECIPES["quick"], 10), Placement(torch.device("cpu"), ""))
 images = torch.zeros(256, 1, 28, 28, dtype=torch.uint8)
 for step in range(23):
     if step == 3:
@@ -155,7 +155,7 @@ def test_a_network_gives_the_same_classes_on_the_gpu_as_on_the_cpu() -> None:
     model = build(RECIPES["quick"], 10).eval()
     images = np.random.default_rng(0).integers(0, 256, (64, 1, 28, 28), dtype=np.uint8)
     on_cpu = eager_predictor(model)(images)
-    on_gpu = eager_predictor(model, device.choose("cuda").device)(images)
+    on_gpu = eager_predictor(model, device.choose_placement("cuda").device)(images)
     assert np.abs(on_cpu - on_gpu).max() < 1e-4
 
 
@@ -164,10 +164,10 @@ def test_a_network_gives_the_same_classes_on_the_gpu_as_on_the_cpu() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_step_on_the_gpu_goes_down_the_same_slope_as_on_the_cpu(compiled: bool) -> None:
     losses = []
-    for placement in (device.choose("cpu"), device.choose("cuda")):
+    for placement in (device.choose_placement("cpu"), device.choose_placement("cuda")):
         torch.manual_seed(0)
         network = build(RECIPES["quick"], 10)
-        model = prepare(network, placement, compiled and placement.device.type == "cuda")
+        model = prepare_network(network, placement, compiled and placement.device.type == "cuda")
         images = torch.randint(0, 256, (128, 1, 28, 28), dtype=torch.uint8).to(placement.device)
         labels = (torch.arange(128) % 10).to(placement.device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, fused=True)
@@ -189,5 +189,5 @@ def test_the_split_lies_on_the_gpu_and_is_distorted_there() -> None:
     from pipeline.training.loop import Batches
 
     split = Split(np.zeros((128, 1, 28, 28), np.uint8), np.zeros(128, np.int64), ("a", "b"))
-    images, labels = Batches(split, RECIPES["standard"], 0, device.choose("cuda")).at(0)
+    images, labels = Batches(split, RECIPES["standard"], 0, device.choose_placement("cuda")).at(0)
     assert images.device.type == labels.device.type == "cuda"

@@ -7,7 +7,6 @@ from pipeline.training.outliers import (
     Stroke,
     _letters,
     _read_strokes,
-    _with_serifs,
     ways,
 )
 
@@ -25,7 +24,8 @@ def test_a_line_bends_towards_its_own_middle_and_a_curve_towards_the_point_in_br
 
 
 def test_serifs_stand_where_one_stroke_alone_ends_at_the_top_or_the_bottom() -> None:
-    added = _with_serifs(_read_strokes("08-30-68 15-55"))[4 - 1 :]  # an A: its feet, not its tip
+    assert WAYS[0] == "08-30-68 15-55"  # an A: its feet, not its tip
+    added = ways()[len(WAYS)][3:5]
     assert [middle for _, middle, _ in added] == [(0, 8), (6, 8)]
 
 

@@ -17,15 +17,14 @@ from pipeline.core.files import sha256
 from pipeline.data.splits import Split, load_split
 from pipeline.training import loop as train_module
 from pipeline.training import run
-from pipeline.training.checkpoint import State
-from pipeline.training.device import choose
+from pipeline.training.checkpoint import RunState
+from pipeline.training.device import choose_placement
 from pipeline.training.loop import (
     Batches,
     Learner,
-    Progress,
+    TrainingProgress,
     distortion,
     learning_rate,
-    shuffled,
     train,
 )
 from pipeline.training.recipes import RECIPES, TrainConfig, recipe
@@ -51,7 +50,7 @@ def weights(model: torch.nn.Module) -> bytes:
 
 
 def test_training_learns(few: Split) -> None:
-    model, last = train(TrainConfig(settings=SHORT), few, few, choose("cpu"))
+    model, last = train(TrainConfig(settings=SHORT), few, few, choose_placement("cpu"))
     assert last.validation_accuracy is not None
     assert last.validation_accuracy > 0.9
     assert not model.training
@@ -59,7 +58,7 @@ def test_training_learns(few: Split) -> None:
 
 def test_the_same_seed_gives_the_same_weights_and_another_others(few: Split) -> None:
     runs = [
-        weights(train(TrainConfig(settings=SHORT, seed=seed), few, few, choose("cpu"))[0])
+        weights(train(TrainConfig(settings=SHORT, seed=seed), few, few, choose_placement("cpu"))[0])
         for seed in (1, 1, 2)
     ]
     assert runs[0] == runs[1] != runs[2]
@@ -75,22 +74,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(few: Split) -> 
 )
 def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name: str) -> None:
     config = TrainConfig(name, recipe(name, epochs=2, batch_size=64))
-    whole, _ = train(config, few, few, choose("cpu"))
+    whole, _ = train(config, few, few, choose_placement("cpu"))
     for stop_after in (1, 8, 11):
-        states: list[State] = []
+        states: list[RunState] = []
         steps: list[int] = []
         with pytest.raises(KeyboardInterrupt):
             train(
                 config,
                 few,
                 few,
-                choose("cpu"),
+                choose_placement("cpu"),
                 on_progress=lambda progress: steps.append(progress.step),  # noqa: B023
                 save=states.append,
                 is_stopped=lambda: len(steps) + 1 >= stop_after,  # noqa: B023
             )
         assert states[-1].step == stop_after
-        resumed, _ = train(config, few, few, choose("cpu"), states[-1])
+        resumed, _ = train(config, few, few, choose_placement("cpu"), states[-1])
         assert weights(resumed) == weights(whole)
 
 
@@ -98,7 +97,8 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(few: Split, name:
 def test_averaged_weights_are_what_is_judged_and_returned(few: Split) -> None:
     recipes = [recipe("standard", epochs=2, batch_size=64, average=decay) for decay in (0, 0.9)]
     plain, averaged = (
-        train(TrainConfig(settings=settings), few, few, choose("cpu"))[0] for settings in recipes
+        train(TrainConfig(settings=settings), few, few, choose_placement("cpu"))[0]
+        for settings in recipes
     )
     assert weights(plain) != weights(averaged)
     # Close by, because an average follows; the normalization's statistics follow as well.
@@ -108,15 +108,15 @@ def test_averaged_weights_are_what_is_judged_and_returned(few: Split) -> None:
 
 def test_after_a_resume_the_averaged_weights_are_judged_at_once(few: Split) -> None:
     config = TrainConfig(settings=recipe("quick", epochs=1, batch_size=64, average=0.9))
-    states: list[State] = []
+    states: list[RunState] = []
 
-    def keep(state: State) -> None:
+    def keep(state: RunState) -> None:
         states.append(copy.deepcopy(state))
 
-    train(config, few, few, choose("cpu"), save=keep, save_every=1)
+    train(config, few, few, choose_placement("cpu"), save=keep, save_every=1)
     assert [state.step for state in states] == [1, 2, 3, 4, 5, 6, 7]
     for state in states:
-        learner = Learner(config, 10, choose("cpu"))
+        learner = Learner(config, 10, choose_placement("cpu"))
         learner.restore(state)
         has_followed = state.step >= 4  # from half of the steps on
         assert (learner.best is not learner.network) == has_followed
@@ -140,14 +140,14 @@ def test_the_seconds_of_a_run_count_what_it_prepares_but_not_its_evaluation(
     monkeypatch.setattr(train_module, "_accuracy", judged)
     monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     config = TrainConfig(settings=recipe("note", epochs=2))
-    _, progress = train(config, few, few, choose("cpu"))
+    _, progress = train(config, few, few, choose_placement("cpu"))
     assert progress.seconds == 100
 
 
 def test_a_loss_that_is_not_finite_stops_at_that_step(few: Split) -> None:
     config = TrainConfig(settings=recipe("note", lr=1e30))
     with pytest.raises(PipelineError, match=r"loss is \w+ at step \d+ of \d+ with learning rate"):
-        train(config, few, few, choose("cpu"))
+        train(config, few, few, choose_placement("cpu"))
 
 
 def test_one_cycle_climbs_to_the_peak_and_falls_to_nothing() -> None:
@@ -164,10 +164,16 @@ def test_decay_multiplies_by_gamma_after_each_epoch() -> None:
 
 
 def test_every_epoch_visits_every_image_once_in_another_order() -> None:
-    first, second = shuffled(100, 0, 0), shuffled(100, 0, 1)
-    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
-    assert not torch.equal(first, second)
-    assert torch.equal(first, shuffled(100, 0, 0))
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+    split = Split(images, np.zeros(100, np.int64), CLASSES)
+    first, second, again = (
+        torch.cat([batches.at(step)[0] for step in steps]).flatten().tolist()
+        for batches in [Batches(split, recipe("quick", batch_size=50), 0, choose_placement("cpu"))]
+        for steps in ((0, 1), (2, 3), (0, 1))
+    )
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second
+    assert first == again
 
 
 def test_the_five_steps_of_the_note_stand_together_in_this_order() -> None:
@@ -265,7 +271,7 @@ def interrupt_after(epochs: float, monkeypatch: pytest.MonkeyPatch) -> None:
         on_progress = values[5]
         pressed: list[int] = []
 
-        def progress(now: train_module.Progress) -> None:
+        def progress(now: train_module.TrainingProgress) -> None:
             on_progress(now)
             is_main = threading.current_thread() is threading.main_thread()
             if now.epoch >= epochs and is_main and not pressed:
@@ -383,7 +389,7 @@ def test_distortion_fades_over_the_last_steps_where_the_recipe_says_so() -> None
 
 
 def test_a_line_of_progress_foresees_the_end_only_after_the_first_steps() -> None:
-    first = Progress(0.01, 7, 1, 2.5, 0.1, images_per_second=4, seconds=10)
+    first = TrainingProgress(0.01, 7, 1, 2.5, 0.1, images_per_second=4, seconds=10)
     assert str(first) == "epoch 0.01/7: loss 2.5000"
-    later = Progress(0.5, 451 / 645, 322, 2.5, 0.1, images_per_second=5000, seconds=10)
+    later = TrainingProgress(0.5, 451 / 645, 322, 2.5, 0.1, images_per_second=5000, seconds=10)
     assert str(later) == "epoch 0.50/0.6992: loss 2.5000, 5,000 images/s, 4 s left"

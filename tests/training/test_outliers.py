@@ -4,7 +4,7 @@ import torch
 
 from pipeline.core.errors import PipelineError
 from pipeline.data.splits import Split
-from pipeline.training.device import choose
+from pipeline.training.device import choose_placement
 from pipeline.training.loop import Batches
 from pipeline.training.networks import DigitNorm
 from pipeline.training.outliers import TURNS, Outliers, _turned
@@ -65,12 +65,12 @@ def test_a_digit_is_turned_only_in_the_ways_that_make_no_digit() -> None:
 
 @pytest.mark.slow
 def test_things_follow_the_digits_of_a_batch_and_could_be_any_class(few: Split) -> None:
-    batches = Batches(few, recipe("standard", outliers=0.25), 0, choose("cpu"))
+    batches = Batches(few, recipe("standard", outliers=0.25), 0, choose_placement("cpu"))
     images, targets = batches.at(0)
     assert images.shape == (160, 1, 28, 28)
     assert 0 <= images.min() <= images.max() <= 255.01
     labels = torch.from_numpy(few.labels)
-    plain, expected = Batches(few, recipe("standard", outliers=0), 0, choose("cpu")).at(0)
+    plain, expected = Batches(few, recipe("standard", outliers=0), 0, choose_placement("cpu")).at(0)
     assert plain.shape == (128, 1, 28, 28)
     assert expected.dtype == labels.dtype
     assert torch.equal(targets[:128].argmax(dim=1), expected)

@@ -16,7 +16,7 @@ from torch import distributed
 from pipeline.core.errors import LostError, PipelineError
 from pipeline.core.files import sha256
 from pipeline.data.splits import Split
-from pipeline.training.device import Placement, agreed, together
+from pipeline.training.device import Placement, agreed, process_group
 from pipeline.training.loop import Batches
 from pipeline.training.networks import build
 from pipeline.training.recipes import recipe
@@ -123,7 +123,7 @@ def test_the_processes_share_each_batch_without_overlap() -> None:
 
 def test_a_single_process_asks_nobody() -> None:
     placement = Placement(CPU, "")
-    with together(placement):
+    with process_group(placement):
         assert agreed(placement, 0.5, True) == (0.5, True)
 
 
@@ -131,11 +131,14 @@ def test_a_bug_in_a_job_of_several_is_not_taken_for_a_lost_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(distributed, "init_process_group", lambda *_, **__: None)
-    with pytest.raises(RuntimeError, match="shapes"), together(Placement(CPU, "", processes=2)):
+    with (
+        pytest.raises(RuntimeError, match="shapes"),
+        process_group(Placement(CPU, "", processes=2)),
+    ):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     lost = "[../gloo/transport/tcp/pair.cc:544] Connection closed by peer"
     with (
         pytest.raises(LostError, match="process 0 of 2"),
-        together(Placement(CPU, "", processes=2)),
+        process_group(Placement(CPU, "", processes=2)),
     ):
         raise RuntimeError(lost)

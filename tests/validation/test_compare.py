@@ -14,7 +14,6 @@ from pipeline.validation.compare import (
     Verdict,
     bounds,
     hold,
-    intruders,
     probe_images,
     refusals,
     require_stable,
@@ -239,13 +238,11 @@ def test_the_probes_are_blank_full_one_pixel_a_checkerboard_and_noise(dtype: typ
 
 def test_a_graph_has_to_refuse_another_type_rank_or_size() -> None:
     images = np.zeros((4, 1, 5, 5), np.uint8)
-    assert set(intruders(images)) == {
-        "float32 instead of uint8",
-        "an axis too many",
-        "an axis too few",
+    wrong = [
+        *("float32 instead of uint8", "an axis too many", "an axis too few"),
         *(f"axis {axis} longer by one" for axis in (1, 2, 3)),
         *(f"axis {axis} of length 1" for axis in (2, 3)),
-    }
+    ]
 
     def strict(rows: np.ndarray) -> np.ndarray:
         if rows.shape[1:] != (1, 5, 5) or rows.dtype != np.uint8:
@@ -253,4 +250,7 @@ def test_a_graph_has_to_refuse_another_type_rank_or_size() -> None:
         return rows
 
     assert refusals(strict, images) == []
-    assert len(refusals(lambda rows: rows, images)) == len(intruders(images))
+    accepted = refusals(lambda rows: rows, images)
+    assert sorted(accepted) == sorted(
+        f"the graph takes images with {what}; it has to refuse them" for what in wrong
+    )

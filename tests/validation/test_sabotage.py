@@ -25,7 +25,7 @@ from pipeline.export.subject import subject_of_run
 from pipeline.export.targets import ExportConfig
 from pipeline.export.variants import to_fp16, to_int8
 from pipeline.training.networks import Cnn
-from pipeline.validation.check_file import Trial, trial_of, try_file
+from pipeline.validation.check_file import FileTrial, trial_of, try_file
 from pipeline.validation.compare import Criterion
 from tests import networks
 from tests.conftest import Chain, error_line, small
@@ -41,7 +41,7 @@ CRITERION = Criterion(
 class Bench:
     """A trained network, its sound export, and the trial that any file of it has to pass."""
 
-    trial: Trial
+    trial: FileTrial
     sound: bytes
     calibration: np.ndarray
 

@@ -418,7 +418,7 @@ def test_the_manifest_beside_a_golden_set_says_of_which_model_it_is(golden_file:
     assert (alone.sha256, alone.version, alone.classes) == (None, None, ())
     with_manifest = manifest_of(golden_file)
     assert (with_manifest.sha256, with_manifest.classes) == ("a" * 64, ("a", "b"))
-    with pytest.raises(CorruptError, match="in the manifest beside it"):
+    with pytest.raises(CorruptError, match="in the manifest next to it"):
         manifest_of(golden_file, **{"golden.npz": "b" * 64})
     for strange in (b"[]", b"{", b'{"files": 1}', b'{"files": {"other": "c"}}'):
         write_bytes(golden_file.parent / "manifest.json", strange)

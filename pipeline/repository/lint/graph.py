@@ -14,7 +14,7 @@ from onnx import TensorProto, ValueInfoProto
 from onnx.shape_inference import InferenceError
 
 from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.export.graph import is_external, parse, parts, read
+from pipeline.export.graph import is_external, message_parts, parse, read_onnx
 from pipeline.export.sizes import STANDARD, is_whole, raw_bytes
 from pipeline.repository.lint.text import Finding
 
@@ -72,7 +72,7 @@ class Graph:
 def read_graph(path: Path) -> tuple[Graph | None, list[Finding]]:
     """The graph in a model file, if it can be read, and what is wrong with it in any config."""
     try:
-        model = parse(read(path), str(path))
+        model = parse(read_onnx(path), str(path))
     except CheckFailedError as error:  # too large to be read here
         return None, [Finding("onnx", "note", path, f"not looked into: {error}")]
     except PipelineError as error:
@@ -175,7 +175,7 @@ def _operators(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
 def _external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
     """What is wrong with the files that hold the model's weights."""
     by_place: dict[str, list[Any]] = {}
-    for part in parts(model):
+    for part in message_parts(model):
         if isinstance(part, TensorProto) and is_external(part):
             entries = {entry.key: entry.value for entry in part.external_data}
             by_place.setdefault(entries.get("location", ""), []).append((part, entries))

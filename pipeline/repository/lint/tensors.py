@@ -142,11 +142,11 @@ def opset_and_ir(model: ModelFolder, version: int, wanted: Target | None) -> Ite
     oldest = loaded_by(graph.opset, graph.ir_version)
     asked = wanted or target(NEWEST)
     if graph.opset > asked.opset or graph.ir_version > asked.ir_version:
-        said = f"opset {graph.opset}, IR {graph.ir_version}: Triton {asked.release} has ONNX "
+        said = f"opset {graph.opset}, IR {graph.ir_version}: Triton {asked.releases} has ONNX "
         said += f"Runtime {asked.onnxruntime}, which loads opset {asked.opset}, "
         said += f"IR {asked.ir_version} at most"
-        later = f", or serve it with {oldest.release} or later" if oldest else ""
-        fix = f"export it with --target-triton {asked.release}{later}"
+        later = f", or serve it with {oldest.releases} or later" if oldest else ""
+        fix = f"export it with --target-triton {asked.releases}{later}"
         yield Finding("dialect", "error", graph.path, said, fix, source=FILE)
     if 0 < graph.opset < OLDEST_OPSET:
         said = f"ONNX Runtime lacks operators of opsets below {OLDEST_OPSET}, this has "
