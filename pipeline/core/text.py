@@ -41,7 +41,7 @@ def escape(text: object) -> str:
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
     """Lay rows out under their header, the first column to the left and the others to the right.
 
-    A first cell of more than 48 characters goes on in the next line.
+    A cell is never wrapped: what a foreign name says must not begin a line.
     """
     from tabulate import tabulate  # not installed with the client alone
 
@@ -50,7 +50,6 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
         header,
         tablefmt="plain",
         colalign=("left", *("right",) * (len(header) - 1)),
-        maxcolwidths=[48, *[None] * (len(header) - 1)],
         disable_numparse=True,
     )
     return Lines(*text.split("\n"))

@@ -59,7 +59,7 @@ def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> P
             for part in session.get_provider_graph_assignment_info()
             for node in part.get_nodes()
         ]
-        first = lacking.getvalue().partition("\n")[0]
+        first = next(iter(lacking.getvalue().splitlines()), "")
         require_provider(provider, session.get_providers(), placed, first)
     (images,) = session.get_inputs()
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from pipeline.training import loop
 from pipeline.training.checkpoint import RunState, load_checkpoint, load_state, save_state
 from pipeline.training.device import choose_placement
 from pipeline.training.recipes import TrainConfig, recipe
-from tests.conftest import REPOSITORY, Chain
+from pipeline.training.run import recorded_config
+from tests.conftest import REPOSITORY, Chain, edit_json
 from tools.prove_resume import prove
 
 FLIPS, CUTS = 1_000, 200  # of each file
@@ -167,3 +169,25 @@ def test_a_state_of_another_identity_is_refused_with_the_differences(
         with pytest.raises(PipelineError, match=f"cannot resume exactly: {key} was .*, is "):
             load_state(paths, {**then, key: value})
     assert load_state(replace(paths, run="other"), then) is None
+
+
+def test_records_of_other_versions_are_read_and_values_of_another_type_are_named(
+    chain: Chain,
+) -> None:
+    paths = chain.paths
+
+    def of_another_version(record: dict[str, Any]) -> None:
+        record["later"] = {"a": 1}
+        record.pop("python", None)
+
+    for file in (paths.summary, paths.run_config):
+        edit_json(file, of_another_version)
+    assert load_checkpoint(paths).summary.python == ""
+    config = recorded_config(paths)
+    assert config == load_checkpoint(paths).config
+    edit_json(paths.summary, lambda record: record.update(steps="7"))
+    with pytest.raises(CorruptError, match=r"summary\.json is damaged .*steps"):
+        load_checkpoint(paths)
+    edit_json(paths.run_config, lambda record: record["settings"].update(epochs="7"))
+    with pytest.raises(CorruptError, match=r"config\.json is damaged .*settings\.epochs"):
+        recorded_config(paths)
