@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -165,33 +166,23 @@ def refuse_shared(folder: Path, below: Iterable[Path]) -> None:
     That is what the world may write to, and links, whose ends lie who knows where. `folder`
     itself may be reached by a link.
     """
-    if folder.is_dir():
-        _refuse_open_to_all(folder, folder.stat().st_mode)
-    for top in below:
-        _refuse_shared(top)
-        for parent, folders, files in os.walk(top):
-            for name in (*folders, *files):
-                _refuse_shared(Path(parent, name))
-
-
-def _refuse_shared(path: Path) -> None:
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:  # it went while we looked, as somebody's temporary files do
-        return
-    if stat.S_ISLNK(mode):
-        raise CheckFailedError(
-            f"{path} is a link: remove it, and copy what it leads to ({os.readlink(path)}) here"
-        )
-    _refuse_open_to_all(path, mode)
-
-
-def _refuse_open_to_all(path: Path, mode: int) -> None:
-    if mode & stat.S_IWOTH:
-        raise CheckFailedError(
-            f"{path} can be changed by anybody on this machine: chmod o-w "
-            f"{shlex.quote(str(path))}, after a look at what is there"
-        )
+    tops = list(below)
+    walks = itertools.chain.from_iterable(map(os.walk, tops))
+    inside = (Path(top, name) for top, folders, files in walks for name in (*folders, *files))
+    for path in (folder, *tops, *inside):
+        try:
+            mode = path.stat().st_mode if path == folder else path.lstat().st_mode
+        except FileNotFoundError:  # it went while we looked, as somebody's temporary files do
+            continue
+        if stat.S_ISLNK(mode):
+            raise CheckFailedError(
+                f"{path} is a link: remove it, and copy what it leads to ({os.readlink(path)}) here"
+            )
+        if mode & stat.S_IWOTH:
+            raise CheckFailedError(
+                f"{path} can be changed by anybody on this machine: chmod o-w "
+                f"{shlex.quote(str(path))}, after a look at what is there"
+            )
 
 
 @contextlib.contextmanager

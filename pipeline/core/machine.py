@@ -15,11 +15,14 @@ from typing import Any
 
 def machine() -> dict[str, Any]:
     """When and on what a figure was measured."""
+    models = []
+    with contextlib.suppress(OSError):
+        models = re.findall(r"^model name\s*: *(.*?) *$", Path("/proc/cpuinfo").read_text(), re.M)
     return {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "processor": _cpu_model() or platform.processor(),
+            "processor": models[0] if models else platform.processor(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
         },
@@ -33,27 +36,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _cpu_model() -> str | None:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    except OSError:
-        return None
-    return names[0] if names else None
-
-
 def peak_bytes(pid: int | None = None) -> int:
     """The most memory that a process has had, this one unless told; 0 for one that is gone.
 
-    What it shares with others counts in full. getrusage would count this process's parent in, and
-    psutil does not know the most, only what is taken now.
+    What it shares with others counts in full. getrusage would count this process's parent in.
     """
     try:
         status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
     except OSError:  # not Linux, or gone
         return 0 if pid else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peaks = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(peaks[0]) * 1024 if peaks else 0
+    kibibytes = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kibibytes[0]) * 1024 if kibibytes else 0
 
 
 def others_seconds() -> float:

@@ -50,6 +50,17 @@ def packaged_name(name: str, precision: str) -> str:
     return name if precision == "fp32" else f"{name}-{precision}"
 
 
+class _Below:
+    """An attribute of `Paths`: a path below one of its folders, `{name}` being the model's name."""
+
+    def __init__(self, folder: str, path: str) -> None:
+        self.folder, self.path = folder, path
+
+    def __get__(self, paths: "Paths", owner: type["Paths"]) -> Path:
+        folder: Path = getattr(paths, self.folder)
+        return folder / self.path.format(name=paths.name, run=paths.run)
+
+
 @dataclass(frozen=True)
 class Paths:
     """Where each artifact of one model lies under the project's root."""
@@ -64,6 +75,47 @@ class Paths:
             if not is_name(value):
                 raise PipelineError(f"{value!r} is no name: use {NAME_RULE}")
 
+    run_folder = _Below("root", "runs/{run}")
+    weights = _Below("run_folder", "model.safetensors")
+    checkpoint = _Below("run_folder", "checkpoint")
+    run_config = _Below("run_folder", "config.json")
+    metrics = _Below("run_folder", "metrics.jsonl")
+    summary = _Below("run_folder", "summary.json")
+    board = _Below("run_folder", "tensorboard")
+    previous = _Below("run_folder", "previous")  # the finished run that a new one has replaced
+    trial = _Below("run_folder", "trial.json")
+    predictions = _Below("run_folder", "predictions.npz")
+    page = _Below("run_folder", "report.html")
+
+    exported = _Below("root", "exported")
+    export = _Below("exported", "{name}")
+    program = _Below("export", "model.pt2")
+    onnx = _Below("export", "model.onnx")
+    golden = _Below("export", "golden.npz")
+    evidence = _Below("export", "evidence.npz")
+    images = _Below("export", "images.npz")
+    card = _Below("export", "MODEL_CARD.md")
+    failed = _Below("export", "failed")
+    worst = _Below("failed", "worst.npz")
+    validation = _Below("export", "validation.json")
+    agreement = _Below("export", "agreement.json")
+    replay = _Below("export", "replay.json")
+    inference = _Below("export", "inference.json")
+    serving = _Below("export", "serving.json")
+    drift = _Below("export", "drift.json")
+    manifest = _Below("export", "manifest.json")
+
+    packaged = _Below("repository", "{name}")
+    lock = _Below("exported", ".{name}.lock")  # held by whoever changes the packaged model
+    server = _Below("exported", "server.json")
+    server_log = _Below("exported", "server.log")
+    supervisor_log = _Below("exported", "supervisor.log")
+    triton_environment = _Below("root", ".venv-triton")
+
+    @property
+    def repository(self) -> Path:
+        return self.repository_folder or self.exported / "model_repository"
+
     def named(self, name: str) -> "Paths":
         """The paths of another model of the same project."""
         return replace(self, name=name)
@@ -71,168 +123,27 @@ class Paths:
     def data(self, dataset: str) -> Path:
         return self.root / "data" / data_name(dataset)
 
-    @property
-    def run_folder(self) -> Path:
-        return self.root / "runs" / self.run
-
-    @property
-    def weights(self) -> Path:
-        return self.run_folder / "model.safetensors"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.run_folder / "checkpoint"
-
-    @property
-    def run_config(self) -> Path:
-        return self.run_folder / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.run_folder / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.run_folder / "summary.json"
-
-    @property
-    def board(self) -> Path:
-        return self.run_folder / "tensorboard"
-
-    @property
-    def previous(self) -> Path:
-        """The finished run that a new one of the same name has replaced."""
-        return self.run_folder / "previous"
-
-    @property
-    def trial(self) -> Path:
-        return self.run_folder / "trial.json"
-
-    @property
-    def predictions(self) -> Path:
-        return self.run_folder / "predictions.npz"
-
-    @property
-    def page(self) -> Path:
-        return self.run_folder / "report.html"
-
-    @property
-    def exported(self) -> Path:
-        return self.root / "exported"
-
-    @property
-    def export(self) -> Path:
-        return self.exported / self.name
-
-    @property
-    def program(self) -> Path:
-        return self.export / "model.pt2"
-
-    @property
-    def onnx(self) -> Path:
-        return self.export / "model.onnx"
-
     def variant(self, precision: str) -> Path:
-        return self.onnx if precision == "fp32" else self.export / f"model.{precision}.onnx"
-
-    @property
-    def golden(self) -> Path:
-        return self.export / "golden.npz"
+        return self._of_precision("model", "onnx", precision)
 
     def variant_golden(self, precision: str) -> Path:
-        return self.golden if precision == "fp32" else self.export / f"golden.{precision}.npz"
+        return self._of_precision("golden", "npz", precision)
 
     def variant_profile(self, precision: str) -> Path:
-        name = "reference_profile" if precision == "fp32" else f"reference_profile.{precision}"
-        return self.export / f"{name}.json"
-
-    @property
-    def evidence(self) -> Path:
-        return self.export / "evidence.npz"
-
-    @property
-    def images(self) -> Path:
-        return self.export / "images.npz"
-
-    @property
-    def card(self) -> Path:
-        return self.export / "MODEL_CARD.md"
-
-    @property
-    def worst(self) -> Path:
-        return self.failed / "worst.npz"
-
-    @property
-    def validation(self) -> Path:
-        return self.export / "validation.json"
-
-    @property
-    def failed(self) -> Path:
-        return self.export / "failed"
-
-    @property
-    def agreement(self) -> Path:
-        return self.export / "agreement.json"
+        return self._of_precision("reference_profile", "json", precision)
 
     def variant_agreement(self, precision: str) -> Path:
-        return (
-            self.agreement if precision == "fp32" else self.export / f"agreement.{precision}.json"
-        )
+        return self._of_precision("agreement", "json", precision)
 
-    @property
-    def replay(self) -> Path:
-        return self.export / "replay.json"
-
-    @property
-    def inference(self) -> Path:
-        return self.export / "inference.json"
-
-    @property
-    def serving(self) -> Path:
-        return self.export / "serving.json"
-
-    @property
-    def drift(self) -> Path:
-        return self.export / "drift.json"
-
-    @property
-    def manifest(self) -> Path:
-        return self.export / "manifest.json"
-
-    @property
-    def repository(self) -> Path:
-        return self.repository_folder or self.exported / "model_repository"
-
-    @property
-    def packaged(self) -> Path:
-        return self.repository / self.name
+    def _of_precision(self, stem: str, suffix: str, precision: str) -> Path:
+        middle = "" if precision == "fp32" else f".{precision}"
+        return self.export / f"{stem}{middle}.{suffix}"
 
     def deployment(self, kind: str) -> Path:
         return self.exported / "deploy" / self.name / kind
 
-    @property
-    def lock(self) -> Path:
-        """Held by whoever changes the packaged model."""
-        return self.exported / f".{self.name}.lock"
-
     def archive(self, version: int) -> Path:
         return self.exported / f"{self.name}-{version}.tar"
-
-    @property
-    def server(self) -> Path:
-        return self.exported / "server.json"
-
-    @property
-    def server_log(self) -> Path:
-        return self.exported / "server.log"
-
-    @property
-    def supervisor_log(self) -> Path:
-        return self.exported / "supervisor.log"
-
-    @property
-    def triton_environment(self) -> Path:
-        return self.root / ".venv-triton"
 
 
 PRECISIONS = ("fp32", "fp16", "int8")
