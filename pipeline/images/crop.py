@@ -115,24 +115,18 @@ def label_parts(mask: np.ndarray) -> tuple[np.ndarray, int]:
     lower = np.repeat(np.arange(count), touching)
     upper = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching, touching)
     upper += np.repeat(first, touching)
-    roots = _united(count, lower, upper)
+    roots = np.arange(count)  # of each run the first one that it is united with
+    before = np.full(count, -1)
+    while (roots != before).any():
+        least = np.minimum(roots[lower], roots[upper])
+        before = roots.copy()
+        np.minimum.at(roots, roots[lower], least)
+        np.minimum.at(roots, roots[upper], least)
+        roots = roots[roots]
     names, numbers = np.unique(roots, return_inverse=True)
     labels = np.zeros(mask.shape, np.int32)
     labels[mask] = np.repeat(numbers + 1, ends - starts)
     return labels, len(names)
-
-
-def _united(count: int, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """The first member (count,) of the group of each, where pairs are of one group."""
-    root = np.arange(count)
-    while True:
-        least = np.minimum(root[lower], root[upper])
-        before = root.copy()
-        np.minimum.at(root, root[lower], least)
-        np.minimum.at(root, root[upper], least)
-        root = root[root]
-        if (root == before).all():
-            return root
 
 
 def _scaled(levels: np.ndarray, box: tuple[int, int, int, int], side: int) -> np.ndarray:
@@ -141,28 +135,22 @@ def _scaled(levels: np.ndarray, box: tuple[int, int, int, int], side: int) -> np
     if DIGIT - 2 <= side <= DIGIT + 1:  # it has MNIST's size
         margin = np.arange(-1, height + 1), np.arange(-1, width + 1)
         return levels[top + margin[0]][:, left + margin[1]].astype(np.float64)
-    how = _areas if side > DIGIT else _cubics
-    rows = how(levels.shape[0], top, height, side)
-    columns = how(levels.shape[1], left, width, side)
+    rows = _weights(levels.shape[0], top, height, side)
+    columns = _weights(levels.shape[1], left, width, side)
     # Floating point is exact for whole numbers below 2^53; / 4096, so that what follows is, too.
     scaled = np.maximum(rows @ levels.astype(np.float64) @ columns.T, 0)
     return np.asarray(scaled if side > DIGIT else np.floor(scaled / 4096))
 
 
-def _areas(length: int, start: int, extent: int, side: int) -> np.ndarray:
-    """How much of each pixel each of the scaled ones covers, (scaled, length), in 1/20."""
-    count = -(-extent * DIGIT // side) + 2
-    begin = start * DIGIT + side * (np.arange(count) - 1)[:, np.newaxis]
-    pixel = DIGIT * np.arange(length)
-    covered = np.minimum(begin + side, pixel + DIGIT) - np.maximum(begin, pixel)
-    return np.asarray(np.maximum(covered, 0), np.float64)
-
-
-def _cubics(length: int, start: int, extent: int, side: int) -> np.ndarray:
-    """Weights (scaled, length) of Catmull and Rom's cubic, times 2 * 40^3."""
-    count = -(-extent * DIGIT // side) + 2
-    centre = 2 * start * DIGIT + side * (2 * np.arange(count) - 1)[:, np.newaxis]  # in 1/40
-    t = np.abs(centre - 40 * np.arange(length) - 20)
+def _weights(length: int, start: int, extent: int, side: int) -> np.ndarray:
+    """How much each pixel counts in each of the scaled ones, (scaled, length)."""
+    steps = np.arange(-(-extent * DIGIT // side) + 2)[:, np.newaxis] - 1
+    if side > DIGIT:  # the area that is covered, in 1/20
+        begin, pixel = start * DIGIT + side * steps, DIGIT * np.arange(length)
+        covered = np.minimum(begin + side, pixel + DIGIT) - np.maximum(begin, pixel)
+        return np.asarray(np.maximum(covered, 0), np.float64)
+    # Catmull and Rom's cubic, times 2 * 40^3, of the distance in 1/40.
+    t = np.abs(2 * start * DIGIT + side * (2 * steps + 1) - 40 * np.arange(length) - 20)
     near = 3 * t**3 - 200 * t**2 + 128000
     far = -(t**3) + 200 * t**2 - 12800 * t + 256000
     return np.where(t <= 40, near, np.where(t < 80, far, 0)).astype(np.float64)

@@ -113,30 +113,21 @@ def _raised(gray: np.ndarray) -> np.ndarray:
     """The distance of each pixel (H, W) from uneven paper, on the side where the ink is."""
     factor = -(-max(gray.shape) // THUMBNAIL)
     small = reduced(gray, factor)
-    is_bright = _cubes(small - _mean_around(small)) > 0
-    if is_bright:
+    # The mean (H, W) of the square around each pixel, a half of the longer side wide.
+    half = max(1, max(small.shape) // 4)
+    sums, counts = small.astype(np.int64), np.ones(small.shape, np.int64)
+    for axis, length in enumerate(small.shape):
+        first = np.maximum(np.arange(length) - half, 0)
+        last = np.minimum(np.arange(length) + half + 1, length)
+        counts *= (last - first).reshape((-1, 1) if axis == 0 else (1, -1))
+        summed = np.cumsum(np.insert(sums, 0, 0, axis=axis), axis=axis)
+        sums = np.take(summed, last, axis=axis) - np.take(summed, first, axis=axis)
+    if _cubes(small - (sums + counts // 2) // counts) > 0:
         bright = _enlarged(_paper(small), factor, gray.shape)
         return np.asarray(np.maximum(gray - bright, 0))
     paper = np.maximum(255 - _enlarged(_paper(255 - small), factor, gray.shape), 1)
     # Of light that falls on it, paper and ink reflect shares: the same in the shadow.
     return np.asarray((np.maximum(paper - gray, 0) * 255 + paper // 2) // paper)
-
-
-def _mean_around(small: np.ndarray) -> np.ndarray:
-    """The mean (H, W) of the square around each pixel, a half of the longer side wide."""
-    half = max(1, max(small.shape) // 4)
-    sums = small.astype(np.int64)
-    counts = np.ones(small.shape, np.int64)
-    for axis in (0, 1):
-        length = small.shape[axis]
-        first = np.maximum(np.arange(length) - half, 0)
-        last = np.minimum(np.arange(length) + half + 1, length)
-        shape = [1, 1]
-        shape[axis] = length
-        counts *= (last - first).reshape(shape)
-        summed = np.cumsum(np.insert(sums, 0, 0, axis=axis), axis=axis)
-        sums = np.take(summed, last, axis=axis) - np.take(summed, first, axis=axis)
-    return np.asarray((sums + counts // 2) // counts)
 
 
 def _paper(small: np.ndarray) -> np.ndarray:
@@ -256,21 +247,17 @@ def _lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
     rows = np.arange(steepest, steepest + height)
     for strip in range(strips):
         scores += hits[:, strip][rows + shifts[:, strip, np.newaxis]]
-    return _peaks(scores, strips, gap, steepest)
-
-
-def _peaks(scores: np.ndarray, strips: int, gap: int, steepest: int) -> list[tuple[int, int]]:
-    """Where scores (S, H) are highest, one for each line; none where too few lines are sure."""
-    found: list[tuple[int, int]] = []
+    # Where the scores are highest, one for each line; none where too few lines are sure.
+    lines: list[tuple[int, int]] = []
     sure = 0
     while True:
-        slope, row = np.unravel_index(int(scores.argmax()), scores.shape)
+        slope, row = map(int, np.unravel_index(int(scores.argmax()), scores.shape))
         score = 10 * (scores[slope, row] // HIT)
         if score < POSSIBLE * strips:
-            return found if sure >= FEWEST_LINES else []
+            return lines if sure >= FEWEST_LINES else []
         sure += int(score >= SURE * strips)
-        found.append((int(slope) - steepest, int(row)))
-        scores[:, max(int(row) - 2 * gap, 0) : int(row) + 2 * gap + 1] = 0
+        lines.append((slope - steepest, row))
+        scores[:, max(row - 2 * gap, 0) : row + 2 * gap + 1] = 0
 
 
 def _erase(levels: np.ndarray, rows: np.ndarray, gap: int) -> int:
