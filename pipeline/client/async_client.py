@@ -3,112 +3,23 @@
 # Shape letters: N images, K classes.
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Self, TypeVar
 
 import aiohttp
-import grpc
 import grpc.aio
 import numpy as np
 from google.protobuf.message import Message
 
-from pipeline.client import endpoint as grpc_channel
 from pipeline.client import wire
-from pipeline.client.calls import RETRIES, TIMEOUT, Asking, Attempt, Deadline, Pause, Steps
-from pipeline.client.endpoint import Certificates, Endpoint, check, endpoint
+from pipeline.client.calls import Attempt, BaseClient, Pause, Steps
+from pipeline.client.endpoint import Certificates, Endpoint, GrpcChannel
 from pipeline.client.faults import Fault, of_connection, of_grpc
-from pipeline.client.log import PredictionLog, opened
 from pipeline.client.prediction import Image, Prediction
 from pipeline.core.errors import PipelineError
 from pipeline.repository import config_pbtxt
 
 T = TypeVar("T")
-
-
-class AsyncClient:
-    """A client of one served model, over HTTP or gRPC, that tasks of one event loop may share.
-
-    Like `Client` in everything else: see there for URLs, errors, the deadline and retries.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        name: str = "handwriting",
-        timeout: float = TIMEOUT,
-        *,
-        version: int | str = "",
-        certificates: Certificates = Certificates(),
-        headers: Mapping[str, str] | None = None,
-        retries: int = RETRIES,
-        prediction_log: PredictionLog | str | Path | None = None,
-    ) -> None:
-        self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
-        log = opened(prediction_log)
-        self._asking = Asking(self.endpoint, name, str(version), timeout, retries, log)
-        check(self.endpoint, certificates, headers or {})
-        wire_class = _Grpc if self.endpoint.is_grpc else _Http
-        self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
-        """A prediction for each image, one or many: see `Client.classify`."""
-        return await self._run(self._asking.classify(images, top, self._deadline()))
-
-    async def infer(
-        self, images: np.ndarray, timeout: float | None = None
-    ) -> tuple[np.ndarray, str]:
-        """Log-probabilities (N, K) of images (N, ...), and the version that answered last."""
-        return await self._run(self._asking.infer(images, self._deadline(timeout)))
-
-    async def config(self) -> config_pbtxt.ModelConfig:
-        """The served model's configuration, asked for once."""
-        return await self._run(self._asking.config(self._deadline()))
-
-    async def metadata(self, of_model: bool = False) -> dict[str, Any]:
-        """What the server says of itself, or of the model: name, version or versions, and more."""
-        return await self._run(self._asking.metadata(of_model, self._deadline()))
-
-    async def close(self) -> None:
-        """Close its connections; a further call opens new ones."""
-        await self._wire.close()
-        self._loop = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        await self.close()
-
-    def _deadline(self, timeout: float | None = None) -> Deadline:
-        return Deadline(self.timeout if timeout is None else timeout)
-
-    async def _run(self, steps: Steps[T]) -> T:
-        """Do what the steps ask for, one after the other."""
-        loop = asyncio.get_running_loop()
-        if self._loop not in (None, loop):
-            raise PipelineError("this client is another event loop's: make one in each")
-        self._loop, result = loop, None
-        while True:
-            try:
-                step = steps.send(result)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-            if isinstance(step, Attempt):
-                result = await self._attempt(step)
-            elif isinstance(step, Pause):
-                await asyncio.sleep(step.seconds)
-                result = None
-            else:
-                result = await asyncio.to_thread(step.do)
-
-    async def _attempt(self, step: Attempt) -> Message | Fault:
-        try:
-            async with asyncio.timeout(step.seconds):
-                return await self._wire.exchange(step.call, step.seconds)
-        except TimeoutError as error:
-            return Fault("slow", "no answer in time", error)
 
 
 class _Http:
@@ -121,43 +32,35 @@ class _Http:
 
     async def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
         request = wire.to_http(call, self._headers)
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, ssl=self._context or True),
+                timeout=aiohttp.ClientTimeout(total=None),  # ours is around each exchange
+            )
         try:
-            async with self._open().request(
+            async with self._session.request(
                 request.verb,
                 f"{self._endpoint}{request.path}",
                 data=request.body or None,
                 headers=request.headers,
                 allow_redirects=False,
             ) as response:
-                body = await _read(response)
+                content = bytearray()
+                async for part in response.content.iter_chunked(2**16):
+                    content += part
+                    if len(content) > wire.MAX_ANSWER_BYTES:
+                        raise ValueError(f"an answer of more than {wire.MAX_ANSWER_BYTES:,} bytes")
         except aiohttp.ClientError as error:
             return _fault(error)
         except (OSError, ValueError) as error:
             return of_connection(error, is_connected=True)
         headers = {name.lower(): value for name, value in response.headers.items()}
-        return wire.from_http(call, wire.HttpAnswer(response.status, headers, body))
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=self._context or True),
-                timeout=aiohttp.ClientTimeout(total=None),  # ours is around each exchange
-            )
-        return self._session
+        return wire.from_http(call, wire.HttpAnswer(response.status, headers, bytes(content)))
 
     async def close(self) -> None:
         session, self._session = self._session, None
         if session:
             await session.close()
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    content = bytearray()
-    async for part in response.content.iter_chunked(2**16):
-        content += part
-        if len(content) > wire.MAX_ANSWER_BYTES:
-            raise ValueError(f"an answer of more than {wire.MAX_ANSWER_BYTES:,} bytes")
-    return bytes(content)
 
 
 def _fault(error: aiohttp.ClientError) -> Fault:
@@ -179,32 +82,81 @@ class _Grpc:
     def __init__(
         self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
     ) -> None:
-        self._endpoint = target
-        self._metadata = tuple((name.lower(), value) for name, value in headers.items())
-        self._credentials = grpc_channel.credentials(target, certificates)
-        self._channel: grpc.aio.Channel | None = None
+        self._channel = GrpcChannel(grpc.aio, target, certificates, headers)
 
     async def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
-        send = self._open().unary_unary(call.path)  # bytes out, bytes in
+        send = self._channel.open().unary_unary(call.path)  # bytes out, bytes in
         try:
-            content = await send(call.content, timeout=seconds, metadata=self._metadata)
+            content = await send(call.content, timeout=seconds, metadata=self._channel.metadata)
         except grpc.aio.AioRpcError as error:
             return of_grpc(error.code().name, error.details() or "", error)
         except grpc.aio.UsageError as error:  # another task closed the channel
             return Fault("lost", "the client was closed", error)
         return wire.from_grpc(call, content)
 
-    def _open(self) -> grpc.aio.Channel:
-        address, options = self._endpoint.address, grpc_channel.OPTIONS
-        if self._channel is None:
-            self._channel = (
-                grpc.aio.secure_channel(address, self._credentials, options)
-                if self._credentials
-                else grpc.aio.insecure_channel(address, options)
-            )
-        return self._channel
+    async def close(self) -> None:
+        if channel := self._channel.take():
+            await channel.close()
+
+
+class AsyncClient(BaseClient):
+    """A client of one served model, over HTTP or gRPC, that tasks of one event loop may share.
+
+    Like `Client` in everything else: see there for URLs, errors, the deadline and retries.
+    """
+
+    _wires = (_Http, _Grpc)
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
+        """A prediction for each image, one or many: see `Client.classify`."""
+        return await self._run(self._ask_predictions(images, top, self._deadline()))
+
+    async def infer(
+        self, images: np.ndarray, timeout: float | None = None
+    ) -> tuple[np.ndarray, str]:
+        """Log-probabilities (N, K) of images (N, ...), and the version that answered last."""
+        return await self._run(self._ask_outputs(images, self._deadline(timeout)))
+
+    async def config(self) -> config_pbtxt.ModelConfig:
+        """The served model's configuration, asked for once."""
+        return await self._run(self._ask_config(self._deadline()))
+
+    async def metadata(self, of_model: bool = False) -> dict[str, Any]:
+        """What the server says of itself, or of the model: name, version or versions, and more."""
+        return await self._run(self._ask_metadata(of_model, self._deadline()))
 
     async def close(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel:
-            await channel.close()
+        """Close its connections; a further call opens new ones."""
+        await self._wire.close()
+        self._loop = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _run(self, steps: Steps[T]) -> T:
+        """Do what the steps ask for, one after the other."""
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise PipelineError("this client is another event loop's: make one in each")
+        self._loop = loop
+        result: Any = None
+        while True:
+            try:
+                step = steps.send(result)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            if isinstance(step, Attempt):
+                try:
+                    async with asyncio.timeout(step.seconds):
+                        result = await self._wire.exchange(step.call, step.seconds)
+                except TimeoutError as error:
+                    result = Fault("slow", "no answer in time", error)
+            elif isinstance(step, Pause):
+                await asyncio.sleep(step.seconds)
+                result = None
+            else:
+                result = await asyncio.to_thread(step.do)

@@ -1,27 +1,29 @@
 """What a client does, step by step, without a connection: splits, retries, deadline, meaning.
 
-Each public method of `Asking` is a generator: it yields what is to be done next (send a call,
-wait, work on pictures) and is sent what came of it. So the client that blocks and the client
-that awaits are this one, with another hand at the wire.
+Methods that give `Steps` are generators: they yield what is to be done next (send a call, wait,
+work on pictures) and are sent what came of it. So the client that blocks and the client that awaits
+are this one, with another hand at the wire.
 """
 
 # Shape letters: N images, K classes.
 
 import random
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from tritonclient.grpc import service_pb2
 
 from pipeline.client import wire
-from pipeline.client.endpoint import Endpoint
-from pipeline.client.faults import PASSING, Asked, Fault, explained
-from pipeline.client.log import PredictionLog
+from pipeline.client.endpoint import Certificates, endpoint, require_usable
+from pipeline.client.faults import PASSING, Fault, explained
+from pipeline.client.log import PredictionLog, opened
 from pipeline.client.prediction import (
     Image,
     Prediction,
@@ -83,33 +85,44 @@ class Deadline:
         return self._end - time.monotonic()
 
 
-class Asking:
-    """How to ask one server about one model."""
+class BaseClient:
+    """What the client that blocks and the client that awaits share: all but the wire."""
+
+    _wires: tuple[Any, Any]  # what opens connections, over HTTP and over gRPC
 
     def __init__(
         self,
-        target: Endpoint,
-        name: str,
-        version: str,
-        timeout: float,
-        retries: int,
-        log: PredictionLog | None = None,
+        url: str,
+        name: str = "handwriting",
+        timeout: float = TIMEOUT,
+        *,
+        version: int | str = "",
+        certificates: Certificates = Certificates(),
+        headers: Mapping[str, str] | None = None,
+        retries: int = RETRIES,
+        prediction_log: PredictionLog | str | Path | None = None,
     ) -> None:
-        Deadline(timeout)  # refuses nonsense
+        self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
+        self._log, self._version, self._retries = opened(prediction_log), str(version), retries
+        self._deadline()  # refuses nonsense
         if retries < 0:
             raise PipelineError(f"retries must be 0 or more, got {retries}")
-        if version and not version.isdecimal():
+        if self._version and not self._version.isdecimal():
             raise PipelineError(
                 f"a version is a whole number, got {version!r}: leave it out for the one served"
             )
-        self.endpoint, self.name, self.version = target, name, version
-        self.timeout, self.retries, self.log = timeout, retries, log
         self._config: config_pbtxt.ModelConfig | None = None
         self._undescribed: set[str] = set()  # versions of which a config said nothing
+        require_usable(self.endpoint, certificates, headers or {})
+        wire_class = self._wires[self.endpoint.is_grpc]
+        self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))
 
-    def call(self, call: wire.Call, deadline: Deadline) -> Steps[Message]:
+    def _deadline(self, timeout: float | None = None) -> Deadline:
+        return Deadline(self.timeout if timeout is None else timeout)
+
+    def _ask(self, call: wire.Call, deadline: Deadline) -> Steps[Message]:
         """The answer to a call; what may pass is tried again, if asking twice does no harm."""
-        for times in range(1, self.retries + 2):
+        for times in range(1, self._retries + 2):
             left = deadline.left
             answer = (yield Attempt(call, left)) if left > 0 else Fault("slow", "no time left")
             if not isinstance(answer, Fault):
@@ -117,30 +130,34 @@ class Asking:
             if answer.kind in ("unreached", "lost", "unloaded", "unknown"):
                 self._config = None  # what comes back may be another
             pause = max(answer.pause, FIRST_PAUSE * 2 ** (times - 1) * random.uniform(0.5, 1.5))
-            may_retry = call.may_repeat and answer.kind in PASSING and times <= self.retries
+            may_retry = call.may_repeat and answer.kind in PASSING and times <= self._retries
             if not may_retry or pause >= deadline.left:
                 break
             yield Pause(pause)
         raise self._failed(answer, deadline, times) from answer.error
 
-    def config(self, deadline: Deadline) -> Steps[config_pbtxt.ModelConfig]:
+    def _ask_config(self, deadline: Deadline) -> Steps[config_pbtxt.ModelConfig]:
         """The served model's configuration, asked for once."""
         config = self._config
         if config is None:
-            answer: Any = yield from self.call(wire.model_config(self.name, self.version), deadline)
+            request = service_pb2.ModelConfigRequest(name=self.name, version=self._version)
+            answer: Any = yield from self._ask(wire.Call("ModelConfig", request), deadline)
             config = answer.config
             if not config.name:
                 raise self._failed(Fault("alien", "a config without a name"), deadline)
             self._config = config
         return config
 
-    def metadata(self, of_model: bool, deadline: Deadline) -> Steps[dict[str, Any]]:
+    def _ask_metadata(self, of_model: bool, deadline: Deadline) -> Steps[dict[str, Any]]:
         """What the server says of itself, or of the model."""
-        call = wire.model_metadata(self.name, self.version) if of_model else wire.server_metadata()
-        answer = yield from self.call(call, deadline)
+        call = wire.Call("ServerMetadata", service_pb2.ServerMetadataRequest())
+        if of_model:
+            request = service_pb2.ModelMetadataRequest(name=self.name, version=self._version)
+            call = wire.Call("ModelMetadata", request)
+        answer = yield from self._ask(call, deadline)
         return dict(json_format.MessageToDict(answer, preserving_proto_field_name=True))
 
-    def classify(
+    def _ask_predictions(
         self, images: Image | Iterable[Image], top: int, deadline: Deadline
     ) -> Steps[list[Prediction]]:
         """A prediction for each image; no more are prepared at once than a request takes."""
@@ -151,13 +168,13 @@ class Asking:
         pictures = [single for image in given for single in singles(image, config)]
         size, answers, asked = max(1, config.max_batch_size), [], []
         for start in range(0, len(pictures), size):
-            arrays = yield Work(partial(_ready, pictures, start, size, config, deadline))
+            arrays = yield Work(partial(_ready, pictures, start, config, deadline))
             outputs, version = yield from self._infer(arrays, deadline)
             if not _is_of_classes(outputs):
                 shape = list(outputs.shape[1:])
                 raise PipelineError(f"{self.name} gives {shape} for an image: ask with infer()")
             answers.append((outputs, version))
-            asked += [arrays] if self.log else []
+            asked += [arrays] if self._log else []
         predictions = yield from self._predictions(answers, top, deadline)
         for index, arrays in enumerate(asked):
             yield from self._logged(arrays, predictions[index * size :][:size])
@@ -169,28 +186,42 @@ class Asking:
         """What the outputs of each batch say."""
         predictions = []
         for outputs, version in answers:
-            config = yield from self._describing(version, deadline)
-            classes = self._classes(config, deadline)
+            config = yield from self._ask_config(deadline)
+            if config_pbtxt.digest(config, version) is None and version not in self._undescribed:
+                self._config = None  # the one at hand may be older than this version
+                config = yield from self._ask_config(deadline)
+                if config_pbtxt.digest(config, version) is None:
+                    self._undescribed.add(version)
+            try:
+                classes = config_pbtxt.classes(config)
+            except (ValueError, TypeError, RecursionError) as error:
+                raise self._failed(wire.alien(error), deadline) from error
             predictions += [predicted(row, config, classes, version, top) for row in outputs]
         return predictions
 
     def _logged(self, images: np.ndarray, predictions: list[Prediction]) -> Steps[None]:
         """Write them to the prediction log, if there is one."""
-        if log := self.log:
+        if log := self._log:
             yield Work(lambda: log.add(self.name, images, predictions))
 
-    def infer(self, images: np.ndarray, deadline: Deadline) -> Steps[tuple[np.ndarray, str]]:
+    def _ask_outputs(self, images: np.ndarray, deadline: Deadline) -> Steps[tuple[np.ndarray, str]]:
         """Outputs (N, K) of images (N, ...), and the version that answered last."""
         try:
             images = np.asarray(images)
         except ValueError as error:
             raise PipelineError(f"images are no array ({error}): give one, (N, ...)") from error
-        answers = yield from self._batches(images, deadline)
-        if self.log and all(_is_of_classes(outputs) for outputs, _ in answers):
+        config = yield from self._one_tensor(deadline)
+        if not images.ndim or not len(images):
+            raise PipelineError("no images to ask about: give at least one, as (N, ...)")
+        require_fit(images, config)
+        size, answers = max(1, config.max_batch_size), []
+        for start in range(0, len(images), size):
+            answers.append((yield from self._infer(images[start : start + size], deadline)))
+        if self._log and all(_is_of_classes(outputs) for outputs, _ in answers):
             yield from self._logged(images, (yield from self._predictions(answers, 1, deadline)))
         return np.concatenate([outputs for outputs, _ in answers]), answers[-1][1]
 
-    def labels(self, image: np.ndarray, deadline: Deadline) -> Steps[tuple[str, ...]]:
+    def _ask_labels(self, image: np.ndarray, deadline: Deadline) -> Steps[tuple[str, ...]]:
         """What the server calls each class when it is asked to classify an image."""
         config = yield from self._one_tensor(deadline)
         count = int(config.output[0].dims[-1])
@@ -204,72 +235,43 @@ class Asking:
             raise self._failed(wire.alien(error), deadline) from error
         return tuple(names.get(index, str(index)) for index in range(count))
 
-    def _batches(
-        self, images: np.ndarray, deadline: Deadline
-    ) -> Steps[list[tuple[np.ndarray, str]]]:
-        """The outputs of images (N, ...) with the version that gave them, batch by batch."""
-        config = yield from self._one_tensor(deadline)
-        if not images.ndim or not len(images):
-            raise PipelineError("no images to ask about: give at least one, as (N, ...)")
-        require_fit(images, config)
-        size, answers = max(1, config.max_batch_size), []
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            answers.append((yield from self._infer(part, deadline)))
-        return answers
-
     def _infer(
         self, images: np.ndarray, deadline: Deadline, class_count: int = 0
     ) -> Steps[tuple[np.ndarray, str]]:
         config = yield from self._one_tensor(deadline)
-        call = wire.infer(self.name, self.version, config, images, class_count)
-        answer: Any = yield from self.call(call, deadline)
-        outputs = wire.outputs(answer, config.output[0].name, len(images))
+        call = wire.infer(self.name, self._version, config, images, class_count)
+        answer: Any = yield from self._ask(call, deadline)
+        outputs = wire.read_outputs(answer, config.output[0].name, len(images))
         if isinstance(outputs, Fault):
             raise self._failed(outputs, deadline) from outputs.error
         return outputs, str(answer.model_version)
 
     def _one_tensor(self, deadline: Deadline) -> Steps[config_pbtxt.ModelConfig]:
         """The config of a model that can be asked here."""
-        config = yield from self.config(deadline)
+        config = yield from self._ask_config(deadline)
         if len(config.input) != 1 or not config.output:
             raise PipelineError(
-                f"{self.name} at {self.endpoint} does not take just one tensor: ask it with "
-                "Triton's own client"
+                f"{self.name} at {self.endpoint} does not take one tensor: ask with Triton's client"
             )
         return config
 
-    def _describing(self, version: str, deadline: Deadline) -> Steps[config_pbtxt.ModelConfig]:
-        """The config that states this version's digest: it may be newer than the one at hand."""
-        config = yield from self.config(deadline)
-        if config_pbtxt.digest(config, version) is None and version not in self._undescribed:
-            self._config = None
-            config = yield from self.config(deadline)
-            if config_pbtxt.digest(config, version) is None:
-                self._undescribed.add(version)
-        return config
-
-    def _classes(self, config: config_pbtxt.ModelConfig, deadline: Deadline) -> tuple[str, ...]:
-        try:
-            return config_pbtxt.classes(config)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise self._failed(wire.alien(error), deadline) from error
-
     def _failed(self, fault: Fault, deadline: Deadline, times: int = 1) -> PipelineError:
-        asked = Asked(self.endpoint, self.name, self.version, deadline.timeout, times)
-        return explained(fault, asked)
+        return explained(
+            fault,
+            self.endpoint,
+            name=self.name,
+            version=self._version,
+            timeout=deadline.timeout,
+            times=times,
+        )
 
 
 def _ready(
-    pictures: list[Image],
-    start: int,
-    size: int,
-    config: config_pbtxt.ModelConfig,
-    deadline: Deadline,
+    pictures: list[Image], start: int, config: config_pbtxt.ModelConfig, deadline: Deadline
 ) -> np.ndarray:
-    """So many pictures from `start` on as the model takes them, if there is time for that."""
+    """A batch of pictures from `start` on as the model takes them, if there is time for that."""
     arrays = []
-    for picture in pictures[start : start + size]:
+    for picture in pictures[start : start + max(1, config.max_batch_size)]:
         arrays.append(prepared(picture, config))
         if deadline.left <= 0:
             raise SlowError(

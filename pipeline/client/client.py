@@ -4,36 +4,76 @@
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, Self, TypeVar
 
 import grpc
 import numpy as np
 from google.protobuf.message import Message
 
-from pipeline.client import endpoint as grpc_channel
 from pipeline.client import wire
-from pipeline.client.calls import RETRIES as RETRIES
-from pipeline.client.calls import TIMEOUT as TIMEOUT
-from pipeline.client.calls import Asking, Attempt, Deadline, Pause, Steps
+from pipeline.client.calls import Attempt, BaseClient, Pause, Steps
 from pipeline.client.endpoint import Certificates as Certificates
-from pipeline.client.endpoint import Endpoint as Endpoint
-from pipeline.client.endpoint import check
-from pipeline.client.endpoint import endpoint as endpoint
+from pipeline.client.endpoint import Endpoint, GrpcChannel
 from pipeline.client.faults import Fault, of_grpc
 from pipeline.client.http import HttpConnection
-from pipeline.client.log import PredictionLog as PredictionLog
-from pipeline.client.log import opened
-from pipeline.client.prediction import Image as Image
+from pipeline.client.prediction import Image
 from pipeline.client.prediction import Prediction as Prediction
-from pipeline.client.prediction import probabilities as probabilities
 from pipeline.repository import config_pbtxt
 
 T = TypeVar("T")
 
 
-class Client:
+class _Http:
+    """Connections that threads take and give back."""
+
+    def __init__(
+        self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
+    ) -> None:
+        self._endpoint, self._headers = target, headers
+        self._context = certificates.context() if target.is_secure else None
+        self._lock, self._idle = threading.Lock(), list[HttpConnection]()
+
+    def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or HttpConnection(self._endpoint, self._context)
+        if connection.is_stale():
+            connection.close()
+        answer = connection.exchange(wire.to_http(call, self._headers), seconds)
+        with self._lock:
+            self._idle.append(connection)
+        return answer if isinstance(answer, Fault) else wire.from_http(call, answer)
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+
+class _Grpc:
+    def __init__(
+        self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
+    ) -> None:
+        self._channel = GrpcChannel(grpc, target, certificates, headers)
+
+    def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
+        send = self._channel.open().unary_unary(call.path)  # bytes out, bytes in
+        try:
+            content = send(call.content, timeout=seconds, metadata=self._channel.metadata)
+        except grpc.RpcError as error:
+            return of_grpc(error.code().name, error.details() or "", error)
+        except ValueError as error:  # another thread closed the channel
+            return Fault("lost", "the client was closed", error)
+        return wire.from_grpc(call, content)
+
+    def close(self) -> None:
+        if channel := self._channel.take():
+            channel.close()
+
+
+class Client(BaseClient):
     """A client of one served model, over HTTP or gRPC, that threads may share.
 
     `url` is http, https, grpc or grpcs://HOST:PORT. Every failure is a PipelineError that says
@@ -45,24 +85,7 @@ class Client:
     What it answers goes into `prediction_log`, a file's path, if you name one.
     """
 
-    def __init__(
-        self,
-        url: str,
-        name: str = "handwriting",
-        timeout: float = TIMEOUT,
-        *,
-        version: int | str = "",
-        certificates: Certificates = Certificates(),
-        headers: Mapping[str, str] | None = None,
-        retries: int = RETRIES,
-        prediction_log: PredictionLog | str | Path | None = None,
-    ) -> None:
-        self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
-        log = opened(prediction_log)
-        self._asking = Asking(self.endpoint, name, str(version), timeout, retries, log)
-        check(self.endpoint, certificates, headers or {})
-        wire_class = _Grpc if self.endpoint.is_grpc else _Http
-        self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))
+    _wires = (_Http, _Grpc)
 
     def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
         """A prediction for each image: one or many, in order.
@@ -72,19 +95,18 @@ class Client:
         (H, W, 3), and is prepared, which takes of the timeout as well. Raises PipelineError for a
         picture where the model says that it takes arrays only.
         """
-        deadline = Deadline(self.timeout)
-        return self._run(self._asking.classify(images, top, deadline))
+        return self._run(self._ask_predictions(images, top, self._deadline()))
 
     def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
         """Log-probabilities (N, K) of images (N, ...), and the version that answered last.
 
         Asks as often as the server's largest batch needs, within one timeout.
         """
-        return self._run(self._asking.infer(images, self._deadline(timeout)))
+        return self._run(self._ask_outputs(images, self._deadline(timeout)))
 
     def config(self) -> config_pbtxt.ModelConfig:
         """The served model's configuration, asked for once."""
-        return self._run(self._asking.config(self._deadline()))
+        return self._run(self._ask_config(self._deadline()))
 
     def pictures(self) -> str:
         """How pictures become the served model's images: see signature.pictures_of."""
@@ -92,7 +114,7 @@ class Client:
 
     def metadata(self, of_model: bool = False) -> dict[str, Any]:
         """What the server says of itself, or of the model: name, version or versions, and more."""
-        return self._run(self._asking.metadata(of_model, self._deadline()))
+        return self._run(self._ask_metadata(of_model, self._deadline()))
 
     def server_name(self) -> str:
         """What the server calls itself: the `--id` that it was started with."""
@@ -103,7 +125,7 @@ class Client:
 
         The names come from its label file; a class without one is called by its number.
         """
-        return self._run(self._asking.labels(image, self._deadline()))
+        return self._run(self._ask_labels(image, self._deadline()))
 
     def close(self) -> None:
         """Close its connections; a further call opens new ones."""
@@ -115,12 +137,9 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _deadline(self, timeout: float | None = None) -> Deadline:
-        return Deadline(self.timeout if timeout is None else timeout)
-
     def _call(self, call: wire.Call) -> Message:
         """The answer to a call of any kind."""
-        return self._run(self._asking.call(call, self._deadline()))
+        return self._run(self._ask(call, self._deadline()))
 
     def _run(self, steps: Steps[T]) -> T:
         """Do what the steps ask for, one after the other."""
@@ -137,76 +156,3 @@ class Client:
                 result = None
             else:
                 result = step.do()
-
-
-class _Http:
-    """Connections that threads take and give back."""
-
-    def __init__(
-        self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
-    ) -> None:
-        self._endpoint, self._headers = target, headers
-        self._context = certificates.context() if target.is_secure else None
-        self._lock, self._idle = threading.Lock(), list[HttpConnection]()
-
-    def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
-        request = wire.to_http(call, self._headers)
-        connection = self._taken()
-        answer = connection.exchange(request, seconds)
-        with self._lock:
-            self._idle.append(connection)
-        return answer if isinstance(answer, Fault) else wire.from_http(call, answer)
-
-    def _taken(self) -> HttpConnection:
-        with self._lock:
-            connection = self._idle.pop() if self._idle else None
-        connection = connection or HttpConnection(self._endpoint, self._context)
-        if connection.is_stale():
-            connection.close()
-        return connection
-
-    def close(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-
-
-class _Grpc:
-    """One channel, which threads share."""
-
-    def __init__(
-        self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
-    ) -> None:
-        self._endpoint = target
-        self._metadata = tuple((name.lower(), value) for name, value in headers.items())
-        self._credentials = grpc_channel.credentials(target, certificates)
-        self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
-
-    def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
-        send = self._open().unary_unary(call.path)  # bytes out, bytes in
-        try:
-            content = send(call.content, timeout=seconds, metadata=self._metadata)
-        except grpc.RpcError as error:
-            return of_grpc(error.code().name, error.details() or "", error)
-        except ValueError as error:  # another thread closed the channel
-            return Fault("lost", "the client was closed", error)
-        return wire.from_grpc(call, content)
-
-    def _open(self) -> grpc.Channel:
-        address, options = self._endpoint.address, grpc_channel.OPTIONS
-        with self._lock:
-            if self._channel is None:
-                self._channel = (
-                    grpc.secure_channel(address, self._credentials, options)
-                    if self._credentials
-                    else grpc.insecure_channel(address, options)
-                )
-            return self._channel
-
-    def close(self) -> None:
-        with self._lock:
-            channel, self._channel = self._channel, None
-        if channel:
-            channel.close()

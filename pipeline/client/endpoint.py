@@ -5,9 +5,11 @@ What both clients need of gRPC.
 
 import re
 import ssl
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
@@ -58,8 +60,7 @@ def endpoint(url: str) -> Endpoint:
         raise PipelineError(f"{url!r} has no valid port or host: {error}") from error
     if "@" in parts.netloc or parts.query or parts.fragment:  # not repeated: it may be a password
         raise PipelineError(
-            "the URL of a server has no user, password, query or fragment; a key goes into "
-            f"`headers`: {_WRITE}"
+            f"the URL of a server has no user, password or query; keys go into `headers`: {_WRITE}"
         )
     if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/"):
         raise PipelineError(f"{url!r} is no server: {_WRITE}")
@@ -88,8 +89,7 @@ class Certificates:
             context = ssl.create_default_context(cafile=self.ca)
         except OSError as error:  # ssl.SSLError is one
             raise PipelineError(
-                f"{self.ca} cannot be read as a CA's certificate ({error.strerror or error}): "
-                "give a PEM file"
+                f"{self.ca} is no CA's certificate ({error.strerror or error}): give a PEM file"
             ) from error
         if self.certificate is None:
             return context
@@ -102,20 +102,20 @@ class Certificates:
             ) from error
         return context
 
-    def contents(self) -> tuple[bytes | None, bytes | None, bytes | None]:
-        """CA, key and certificate as gRPC takes them, once they are known to be sound."""
-        self.context()
-        ca, key, certificate = (
-            Path(path).read_bytes() if path else None
-            for path in (self.ca, self.key, self.certificate)
-        )
-        return ca, key, certificate
 
-
-def check(target: Endpoint, certificates: Certificates, headers: Mapping[str, str]) -> None:
+def require_usable(
+    target: Endpoint, certificates: Certificates, headers: Mapping[str, str]
+) -> None:
     """Raise PipelineError for certificates or headers that the endpoint has no use for."""
     for name, value in headers.items():
-        if not _is_header(name, value) or (target.is_grpc and name.lower().endswith("-bin")):
+        # What gRPC takes, which is stricter than HTTP.
+        is_text = isinstance(name, str) and isinstance(value, str)
+        if not (
+            is_text
+            and re.fullmatch(r"[\w.-]+", name, re.ASCII)
+            and re.fullmatch(r"[ -~]*", value)
+            and not (target.is_grpc and name.lower().endswith("-bin"))
+        ):
             raise PipelineError(
                 f"{name!r} is no header for {target.protocol}, or what it says is none: use "
                 "letters, digits, '-', '_' and '.' in its name (gRPC: no '-bin' at its end), and "
@@ -123,16 +123,8 @@ def check(target: Endpoint, certificates: Certificates, headers: Mapping[str, st
             )
     if not target.is_secure and certificates != Certificates():
         raise PipelineError(
-            f"{target} is not secure, so certificates mean nothing there: write "
-            f"{target.protocol}s://{target.address}"
+            f"{target} takes no certificates: write {target.protocol}s://{target.address}"
         )
-
-
-def _is_header(name: object, value: object) -> bool:
-    """Whether gRPC takes it, which is stricter than HTTP."""
-    if not isinstance(name, str) or not isinstance(value, str):
-        return False
-    return bool(re.fullmatch(r"[\w.-]+", name, re.ASCII) and re.fullmatch(r"[ -~]*", value))
 
 
 OPTIONS = [
@@ -148,8 +140,34 @@ OPTIONS = [
 ]
 
 
-def credentials(target: Endpoint, certificates: Certificates) -> grpc.ChannelCredentials | None:
-    """What a secure channel needs; None for a plain one."""
-    if not target.is_secure:
-        return None
-    return grpc.ssl_channel_credentials(*certificates.contents())
+class GrpcChannel:
+    """One channel of gRPC, opened when it is asked for; `library` is grpc or grpc.aio."""
+
+    def __init__(
+        self, library: Any, target: Endpoint, certificates: Certificates, headers: dict[str, str]
+    ) -> None:
+        self._library, self._address, self._lock = library, target.address, threading.Lock()
+        self.metadata = tuple((name.lower(), value) for name, value in headers.items())
+        self._credentials, self._channel = None, None
+        if target.is_secure:
+            certificates.context()  # raises where they are not sound
+            files = (certificates.ca, certificates.key, certificates.certificate)
+            contents = (Path(file).read_bytes() if file else None for file in files)
+            self._credentials = grpc.ssl_channel_credentials(*contents)
+
+    def open(self) -> Any:
+        """The channel, which threads share."""
+        with self._lock:
+            if self._channel is None and self._credentials:
+                self._channel = self._library.secure_channel(
+                    self._address, self._credentials, OPTIONS
+                )
+            elif self._channel is None:
+                self._channel = self._library.insecure_channel(self._address, OPTIONS)
+            return self._channel
+
+    def take(self) -> Any:
+        """The channel for whoever closes it, or None; the next request opens another."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+        return channel

@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import BadStatusLine, HTTPException, IncompleteRead, RemoteDisconnected
 from typing import Literal
@@ -30,15 +31,6 @@ Kind = Literal[
 # These may be over in a moment.
 # A server that starts anew has no model for a moment.
 PASSING: frozenset[Kind] = frozenset({"unreached", "lost", "busy", "unloaded", "unknown"})
-_START = "is it running? 'pipeline serve status' tells, 'pipeline serve' starts it"
-_LONGER = (
-    "it may need longer (timeout, on the command line --timeout), or not run: 'pipeline serve "
-    "status' tells"
-)
-_PORTS = "check host and port; by default Triton's HTTP is on 8000 and its gRPC on 8001"
-_CLIENTS = (
-    "where it asks who you are, give the client's own certificate and key (--certificate, --key)"
-)
 _LONGEST = 300  # characters of a server's own words that are passed on
 # Parts of what Triton says, in lower case.
 _SAID: tuple[tuple[str, Kind], ...] = (
@@ -100,137 +92,123 @@ def of_grpc(code: str, details: str, error: BaseException) -> Fault:
     return Fault(kind or "refused", reason, error)
 
 
-def of_http(status: int, body: bytes, retry_after: str | None, location: str | None) -> Fault:
-    """The fault behind an HTTP status that is not 200."""
-    said = _error_of(body)
+# What an HTTP status means where Triton does not say more.
+_STATUSES: dict[int, Kind] = {
+    **dict.fromkeys((429, 502, 503, 504), "busy"),
+    **dict.fromkeys((401, 403), "restricted"),
+    413: "large",
+}
+
+
+def of_http(status: int, body: bytes, headers: Mapping[str, str]) -> Fault:
+    """The fault behind an HTTP status that is not 200; the headers' names are in lower case."""
+    retry_after = headers.get("retry-after")
     pause = float(retry_after) if retry_after and retry_after.isdigit() else 0.0
-    what = f"{said} (status {status})" if said else f"status {status}"
-    kind = next((kind for part, kind in _SAID if said and part in said.lower()), None)
-    if kind is None and status in (429, 502, 503, 504):
-        kind = "busy"
-    elif kind is None and status in (401, 403):
-        kind = "restricted"
-    elif kind is None and status == 413:
-        kind = "large"
-    elif kind is None:
-        kind = "refused" if said else "alien"
     if 300 <= status < 400:
-        kind, what = "alien", f"status {status}, a redirect to {_short(str(location))!r}"
-    return Fault(kind, what, pause=pause)
+        reason = f"status {status}, a redirect to {_short(headers.get('location', ''))!r}"
+        return Fault("alien", reason, pause=pause)
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        answer = None
+    error = answer.get("error") if isinstance(answer, dict) else None  # as Triton says it
+    words = _short(error) if isinstance(error, str) else ""
+    kind = next((kind for part, kind in _SAID if part in words.lower()), None)
+    kind = kind or _STATUSES.get(status) or ("refused" if words else "alien")
+    return Fault(kind, f"{words} (status {status})" if words else f"status {status}", pause=pause)
+
+
+# What a socket, TLS or http.client raises, the first that fits.
+_RAISED: tuple[tuple[tuple[type[Exception], ...], Kind], ...] = (
+    ((TimeoutError,), "slow"),
+    ((ssl.SSLError,), "insecure"),
+    ((socket.gaierror, UnicodeError), "unnamed"),
+    ((ConnectionRefusedError,), "unreached"),
+    ((RemoteDisconnected, IncompleteRead, ConnectionError), "lost"),
+    ((HTTPException, ValueError), "alien"),
+)
 
 
 def of_connection(error: BaseException, is_connected: bool) -> Fault:
     """The fault behind what a socket or the reading of an answer from it raised."""
     reason = _short(str(error)) or type(error).__name__
-    if isinstance(error, TimeoutError):
-        return Fault("slow", reason, error)
-    if isinstance(error, ssl.SSLError):
-        return Fault("insecure", reason, error)
-    if isinstance(error, socket.gaierror | UnicodeError):
-        return Fault("unnamed", reason, error)
-    if isinstance(error, ConnectionRefusedError):
-        return Fault("unreached", reason, error)
-    if isinstance(error, RemoteDisconnected | IncompleteRead | ConnectionError):
-        return Fault("lost", reason, error)
-    if isinstance(error, BadStatusLine):
-        return Fault("alien", f"no HTTP, but {reason}", error)
-    if isinstance(error, HTTPException | ValueError):
-        return Fault("alien", reason, error)
-    return Fault("lost" if is_connected else "unreached", reason, error)
+    otherwise: Kind = "lost" if is_connected else "unreached"
+    kind = next((kind for types, kind in _RAISED if isinstance(error, types)), otherwise)
+    if kind == "alien" and isinstance(error, BadStatusLine):
+        reason = f"no HTTP, but {reason}"
+    return Fault(kind, reason, error)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What was tried."""
+def explained(
+    fault: Fault, where: Endpoint, *, name: str, version: str, timeout: float, times: int
+) -> PipelineError:
+    """The error that tells a user what was tried, and how to mend it.
 
-    endpoint: Endpoint
-    name: str  # of the model
-    version: str  # empty: whichever the server chooses
-    timeout: float  # seconds
-    times: int
-
-
-def explained(fault: Fault, asked: Asked) -> PipelineError:
-    """The error that tells a user what was tried, and how to mend it."""
-    reason, where = fault.reason, asked.endpoint
-    tried = f"{reason}, tried {asked.times} times" if asked.times > 1 else reason
-    if fault.kind in _EXPLAINED:
-        other = f"{_other(where)}; {_CLIENTS}" if where.is_secure else _other(where)
-        words = {"where": where, "tried": tried, "asked": asked, "other": other}
-        return ServerError(_EXPLAINED[fault.kind].format(**words))
+    Asked was model `name`, `times` times; an empty version is whichever the server chooses.
+    """
+    reason = fault.reason
+    # The way to ask with TLS where there was none, and without where there was.
+    other = f"where it speaks TLS, write {where.protocol}s://{where.address}"
+    if where.is_secure:
+        other = f"where it speaks without TLS, write {where.protocol[:-1]}://{where.address}"
+    problem = reason.lower().replace("_", " ")
+    if any(part in problem for part in ("hostname", "mismatch", "not valid for")):
+        secure = "its certificate is for another host: ask it by a name that stands in there"
+    elif any(part in problem for part in ("verify failed", "self-signed", "peer name")):
+        secure = "give the certificate of the CA that signed the server's own (--ca)"
+    elif any(part in problem for part in ("wrong version", "record layer", "unexpected eof")):
+        secure = other
+    else:
+        secure = f"give the CA that signed the server's certificate (--ca); {_CLIENTS}; {other}"
+    words = {
+        "where": where,
+        "reason": reason,
+        "tried": f"{reason}, tried {times} times" if times > 1 else reason,
+        "name": name,
+        "version": version,
+        "timeout": timeout,
+        "other": f"{other}; {_CLIENTS}" if where.is_secure else other,
+        "secure": secure,
+    }
     if fault.kind == "slow":
-        return SlowError(f"no answer from {where} in {asked.timeout:g} s: {_LONGER}")
-    if fault.kind == "insecure":
-        return ServerError(f"no secure connection to {where} ({reason}): {_secured(where, reason)}")
-    if fault.kind == "unknown":
-        return PipelineError(_unknown(asked))
-    if fault.kind == "restricted":
-        return PipelineError(
-            f"{where} refuses: {reason}; that is restricted to those who hold its key: ask whoever "
-            "runs it, and give the key in `headers`, with 'pipeline query' as --header NAME=KEY"
-        )
-    if fault.kind == "large":
-        return PipelineError(
-            f"{where} refuses: {reason}; the request is too large: ask about fewer images at once"
-        )
-    return PipelineError(f"{where} refuses: {reason}")
+        return SlowError(_UNANSWERED["slow"].format(**words))
+    if fault.kind in _UNANSWERED:
+        return ServerError(_UNANSWERED[fault.kind].format(**words))
+    is_version = fault.kind == "unknown" and version
+    return PipelineError(_REFUSED["version" if is_version else fault.kind].format(**words))
 
 
-_EXPLAINED: dict[Kind, str] = {
-    "unreached": f"no answer from {{where}} ({{tried}}): {_START}",
-    "lost": "no answer from {where} ({tried}): it closed the connection. It died ('pipeline "
-    f"serve status' tells), or that port is for another protocol: {_PORTS}; {{other}}",
+_CLIENTS = (
+    "where it asks who you are, give the client's own certificate and key (--certificate, --key)"
+)
+_PORTS = "check host and port; by default Triton's HTTP is on 8000 and its gRPC on 8001"
+_UNANSWERED: dict[str, str] = {
+    "slow": "no answer from {where} in {timeout:g} s: it may need longer (timeout, on the "
+    "command line --timeout), or not run: 'pipeline serve status' tells",
+    "unreached": "no answer from {where} ({tried}): is it running? 'pipeline serve status' tells, "
+    "'pipeline serve' starts it",
+    "lost": "no answer from {where} ({tried}): it closed the connection. It died ('pipeline serve "
+    f"status' tells), or that port is for another protocol: {_PORTS}; {{other}}",
     "unnamed": "no answer from {where}: its host's name has no address ({tried}): check its "
     "spelling, or give the address itself",
     "busy": "{where} has too much to do ({tried}): ask again later, or less at once",
-    "unloaded": "{where} has unloaded {asked.name} ({tried}): it is stopping, or starting anew",
-    "died": "the model's process at {where} died ({tried}): 'pipeline serve stop', then "
-    "'pipeline serve' starts it again",
+    "unloaded": "{where} has unloaded {name} ({tried}): it is stopping, or starting anew",
+    "died": "the model's process at {where} died ({tried}): 'pipeline serve stop', then 'pipeline "
+    "serve' starts it again",
     "alien": f"{{where}} does not answer as Triton does ({{tried}}): {_PORTS}",
+    "insecure": "no secure connection to {where} ({reason}): {secure}",
 }
-
-
-def _unknown(asked: Asked) -> str:
-    if asked.version:
-        return (
-            f"{asked.endpoint} serves no version {asked.version} of a model {asked.name!r}: ask "
-            "without a version for the one that is served"
-        )
-    return (
-        f"{asked.endpoint} serves no model {asked.name!r}: ask for another name (on the command "
-        "line: --name), or again in a moment if it has just started; 'pipeline serve status' lists "
-        "what our server serves"
-    )
-
-
-def _secured(where: Endpoint, reason: str) -> str:
-    """How to mend a secure connection that did not come about."""
-    said = reason.lower().replace("_", " ")
-    if "hostname" in said or "mismatch" in said or "not valid for" in said:
-        return "its certificate is for another host: ask it by a name that stands in there"
-    if "verify failed" in said or "self-signed" in said or "peer name" in said:
-        return "give the certificate of the CA that signed the server's own (--ca)"
-    if "wrong version" in said or "record layer" in said or "unexpected eof" in said:
-        return _other(where)
-    return f"give the CA that signed the server's certificate (--ca); {_CLIENTS}; {_other(where)}"
-
-
-def _other(where: Endpoint) -> str:
-    """The way to ask with TLS where there was none, and without where there was."""
-    if where.is_secure:
-        plain = f"{where.protocol[:-1]}://{where.address}"
-        return f"where it speaks without TLS, write {plain}"
-    return f"where it speaks TLS, write {where.protocol}s://{where.address}"
-
-
-def _error_of(body: bytes) -> str:
-    """What a server says is wrong, as Triton says it; empty where it does not."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):
-        return ""
-    said = answer.get("error") if isinstance(answer, dict) else None
-    return _short(said) if isinstance(said, str) else ""
+_REFUSED: dict[str, str] = {
+    "version": "{where} serves no version {version} of a model {name!r}: ask without a "
+    "version for the one that is served",
+    "unknown": "{where} serves no model {name!r}: ask for another name (on the command line: "
+    "--name), or again in a moment if it has just started; 'pipeline serve status' lists what our "
+    "server serves",
+    "restricted": "{where} refuses: {reason}; that is restricted to those who hold its key: ask "
+    "whoever runs it, and give the key in `headers`, with 'pipeline query' as --header NAME=KEY",
+    "large": "{where} refuses: {reason}; the request is too large: ask about fewer images at once",
+    "refused": "{where} refuses: {reason}",
+}
 
 
 def _short(text: str) -> str:

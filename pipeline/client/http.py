@@ -7,12 +7,12 @@ import contextlib
 import http.client
 import io
 import ipaddress
-import queue
 import select
 import socket
 import ssl
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 from pipeline.client.endpoint import Endpoint
@@ -66,8 +66,21 @@ class HttpConnection:
         """The answer to a request, or why there is none; after a Fault the connection is closed."""
         end = time.monotonic() + seconds
         try:
-            self._connect(end)
-            return self._exchange(request)
+            if self._timed is None:
+                self._timed = _Timed(_connected(self._endpoint, self._context, end), end)
+                self._library.sock = self._timed
+            self._timed.end = end
+            self._library.request(request.verb, request.path, request.body or None, request.headers)
+            response = self._library.getresponse()
+            body = response.read(MAX_ANSWER_BYTES + 1)
+            if len(body) > MAX_ANSWER_BYTES:
+                raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+            if response.length:  # what it announced and did not send
+                raise http.client.IncompleteRead(body, response.length)
+            headers = {name.lower(): value for name, value in response.getheaders()}
+            if response.will_close:
+                self.close()
+            return HttpAnswer(response.status, headers, body)
         except (OSError, http.client.HTTPException, ValueError) as error:
             fault = of_connection(error, is_connected=self._timed is not None)
         except BaseException:  # Ctrl-C: half an answer may wait on this connection
@@ -95,35 +108,6 @@ class HttpConnection:
     def __del__(self) -> None:
         self.close()
 
-    def _connect(self, end: float) -> None:
-        if self._timed:
-            self._timed.end = end
-            return
-        connected = _connected(self._endpoint, end)
-        try:
-            if self._context:
-                connected = self._context.wrap_socket(
-                    connected, server_hostname=self._endpoint.host
-                )
-        except BaseException:
-            connected.close()
-            raise
-        self._timed = _Timed(connected, end)
-        self._library.sock = self._timed
-
-    def _exchange(self, request: HttpRequest) -> HttpAnswer:
-        self._library.request(request.verb, request.path, request.body or None, request.headers)
-        response = self._library.getresponse()
-        body = response.read(MAX_ANSWER_BYTES + 1)
-        if len(body) > MAX_ANSWER_BYTES:
-            raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
-        if response.length:  # what it announced and did not send
-            raise http.client.IncompleteRead(body, response.length)
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        if response.will_close:
-            self.close()
-        return HttpAnswer(response.status, headers, body)
-
 
 def _left(end: float) -> float:
     left = end - time.monotonic()
@@ -132,8 +116,8 @@ def _left(end: float) -> float:
     return left
 
 
-def _connected(target: Endpoint, end: float) -> socket.socket:
-    """A connection to the first of the host's addresses that takes one."""
+def _connected(target: Endpoint, context: ssl.SSLContext | None, end: float) -> socket.socket:
+    """A connection to the first of the host's addresses that takes one, with TLS if need be."""
     refused: OSError = OSError("the host's name has no address")
     for family, address in _addresses(target, end):
         candidate = socket.socket(family, socket.SOCK_STREAM)
@@ -145,11 +129,19 @@ def _connected(target: Endpoint, end: float) -> socket.socket:
         except OSError as error:
             candidate.close()
             refused = error
+            continue
         except BaseException:
             candidate.close()
             raise
-        else:
-            return candidate
+        try:
+            return (
+                context.wrap_socket(candidate, server_hostname=target.host)
+                if context
+                else candidate
+            )
+        except BaseException:
+            candidate.close()
+            raise
     raise refused
 
 
@@ -158,19 +150,16 @@ def _addresses(target: Endpoint, end: float) -> list[tuple[int, Address]]:
     with contextlib.suppress(ValueError):
         version = ipaddress.ip_address(target.host).version
         return [(socket.AF_INET if version == 4 else socket.AF_INET6, (target.host, target.port))]
-    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    answer: Future[list[tuple[Any, ...]]] = Future()
 
     def look_up() -> None:
         try:
-            found.put(socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM))
+            answer.set_result(socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError) as error:
-            found.put(error)
+            answer.set_exception(error)
 
     threading.Thread(target=look_up, daemon=True).start()
     try:
-        answer = found.get(timeout=_left(end))
-    except queue.Empty as error:
+        return [(family, address) for family, _, _, _, address in answer.result(_left(end))]
+    except TimeoutError as error:
         raise TimeoutError(f"no address of {target.host} in time") from error
-    if isinstance(answer, Exception):
-        raise answer
-    return [(family, address) for family, _, _, _, address in answer]

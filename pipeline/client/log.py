@@ -73,7 +73,19 @@ class PredictionLog:
 
     def add(self, name: str, images: np.ndarray, predictions: Sequence[Prediction]) -> None:
         """Append what model `name` said of images (N, ...) as it got them. Never raises OSError."""
-        lines = _lines(name, images, predictions)
+        inks = ink_of(images)
+        lines = [
+            _line(
+                name=name,
+                version=prediction.version,
+                sha256=prediction.sha256,
+                **{"class": prediction.label},
+                probability=round(prediction.probability, 8),
+                sure=prediction.is_sure,
+                ink=None if inks is None else round(float(inks[row]), 5),
+            )
+            for row, prediction in enumerate(predictions)
+        ]
         for start in range(0, len(lines), LINES_AT_ONCE):
             self._append(lines[start : start + LINES_AT_ONCE])
 
@@ -92,26 +104,24 @@ class PredictionLog:
                     )
                 self.lost += len(lines)
                 self._unsaid += len(lines)
-            else:
-                if gap:
-                    _logger.warning(
-                        "the prediction log %s is written again; %d predictions are not in it",
-                        self.path,
-                        self._unsaid,
-                    )
-                self._unsaid = 0
+                return
+            if gap:
+                message = "the prediction log %s is written again; %d predictions are not in it"
+                _logger.warning(message, self.path, self._unsaid)
+            self._unsaid = 0
 
     def _write(self, content: bytes) -> None:
         """Append all of it or nothing, in one write; OSError where that cannot be."""
-        with self._opened() as descriptor:
-            size = os.fstat(descriptor).st_size
-            is_full = size > 0 and size + len(content) > self.max_bytes
-            if not is_full:
-                _append_whole(descriptor, content, size)
+        while True:
+            with self._opened() as descriptor:
+                size = os.fstat(descriptor).st_size
+                if size > 0 and size + len(content) > self.max_bytes:  # it is full
+                    os.replace(self.path, older(self.path))  # the lock is held: nobody else does
+                    continue
+                if os.write(descriptor, content) < len(content):
+                    os.ftruncate(descriptor, size)  # the disk is full: half a line helps nobody
+                    raise OSError(errno.ENOSPC, "no space left for a whole batch")
                 return
-            os.replace(self.path, older(self.path))  # the lock is held: nobody else does
-        with self._opened() as descriptor:
-            _append_whole(descriptor, content, os.fstat(descriptor).st_size)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
@@ -119,9 +129,14 @@ class PredictionLog:
         while True:
             descriptor = os.open(self.path, _FLAGS, 0o600)
             try:
-                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                ours = os.fstat(descriptor)
+                if stat.S_ISREG(ours.st_mode):
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    if not _lies_at(descriptor, self.path):
+                    try:
+                        is_there = os.path.samestat(ours, os.lstat(self.path))
+                    except FileNotFoundError:
+                        is_there = False
+                    if not is_there:
                         continue  # another writer has just put it away
                 yield descriptor
                 return
@@ -132,36 +147,6 @@ class PredictionLog:
 def opened(log: PredictionLog | Path | str | None) -> PredictionLog | None:
     """The log that is meant: one that several may share, one at a path, or none."""
     return log if log is None or isinstance(log, PredictionLog) else PredictionLog(log)
-
-
-def _lies_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _append_whole(descriptor: int, content: bytes, size: int) -> None:
-    written = os.write(descriptor, content)
-    if written < len(content):  # the disk is full: half a line helps nobody
-        os.ftruncate(descriptor, size)
-        raise OSError(errno.ENOSPC, "no space left for a whole batch")
-
-
-def _lines(name: str, images: np.ndarray, predictions: Sequence[Prediction]) -> list[bytes]:
-    inks = ink_of(images)
-    return [
-        _line(
-            name=name,
-            version=said.version,
-            sha256=said.sha256,
-            **{"class": said.label},
-            probability=round(said.probability, 8),
-            sure=said.is_sure,
-            ink=None if inks is None else round(float(inks[row]), 5),
-        )
-        for row, said in enumerate(predictions)
-    ]
 
 
 def _line(**fields: str | float | None) -> bytes:
@@ -180,7 +165,7 @@ class Entry(NamedTuple):
     ink: float | None
 
 
-class Model(NamedTuple):
+class LoggedModel(NamedTuple):
     """Which model a line is about."""
 
     name: str
@@ -197,7 +182,7 @@ class Logged:
 
     entries: list[Entry] = field(default_factory=list)
     versions: set[str] = field(default_factory=set)  # under which the model file was served
-    others: Counter[Model] = field(default_factory=Counter)  # predictions of other models
+    others: Counter[LoggedModel] = field(default_factory=Counter)  # predictions of other models
     unreadable: int = 0  # lines
     lost: int = 0  # predictions that the log says it lacks
 
@@ -227,8 +212,7 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
             logged.others[model] += 1
     if logged.unreadable and not (logged.entries or logged.others or logged.lost):
         raise PipelineError(
-            f"{path} is no prediction log, since none of its lines can be read: make one with "
-            "'pipeline query IMAGE --prediction-log FILE'"
+            f"{path} is no prediction log: write one, 'pipeline query IMAGE --prediction-log FILE'"
         )
     return logged
 
@@ -241,30 +225,25 @@ def _read_lines(path: Path) -> Iterator[bytes]:
                     yield from lines
     except OSError as error:
         raise PipelineError(
-            f"cannot read the prediction log {path} ({error.strerror}): write one with 'pipeline "
-            f"query --prediction-log {path}', 'pipeline web', or Client(prediction_log=...)"
+            f"cannot read the prediction log {path} ({error.strerror}): 'pipeline query' and "
+            "'pipeline web' write one with --prediction-log"
         ) from error
 
 
-def _parsed(line: bytes) -> tuple[Model, Entry, int]:
+def _parsed(line: bytes) -> tuple[LoggedModel, Entry, int]:
     record: dict[str, Any] = json.loads(line)
     if record["schema"] != SCHEMA:
         raise ValueError(f"schema {record['schema']}")
     time = str(record["time"])
     if lost := int(record.get("lost", 0)):
-        return Model("", "", None), Entry(time, "", 0.0, False, None), lost
+        return LoggedModel("", "", None), Entry(time, "", 0.0, False, None), lost
     sha256 = record["sha256"]
     if not isinstance(sha256, str | None):
         raise TypeError(f"{sha256} is no digest")
-    probability, ink = _share(record["probability"]), record["ink"]
-    entry = Entry(
-        time,
-        str(record["class"]),
-        probability,
-        bool(record["sure"]),
-        None if ink is None else _share(ink),
-    )
-    return Model(str(record["name"]), str(record["version"]), sha256), entry, 0
+    ink = None if record["ink"] is None else _share(record["ink"])
+    probability, label, is_sure = _share(record["probability"]), record["class"], record["sure"]
+    entry = Entry(time, str(label), probability, bool(is_sure), ink)
+    return LoggedModel(str(record["name"]), str(record["version"]), sha256), entry, 0
 
 
 def _share(value: Any) -> float:

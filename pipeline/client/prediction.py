@@ -69,17 +69,13 @@ def listed(images: Image | Iterable[Image]) -> list[Image]:
     return list(images)
 
 
-def shape_of(config: config_pbtxt.ModelConfig) -> tuple[int, ...]:
-    """The shape of one image as the model takes it; -1 is any size."""
-    return tuple(config.input[0].dims)
-
-
 def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
     """A picture, or each array of the model's shape that an array holds; none is prepared yet.
 
-    Raises PipelineError for a picture where the model says that it takes arrays only.
+    Raises PipelineError for a picture where the model says that it takes arrays only, and for an
+    array of images that are flat, or have no channels.
     """
-    shape, pictures = shape_of(config), config_pbtxt.pictures(config)
+    shape, pictures = tuple(config.input[0].dims), config_pbtxt.pictures(config)  # -1: any size
     if isinstance(image, np.ndarray):
         if is_of(image.shape, shape) or pictures == "arrays":
             return [image]
@@ -87,47 +83,34 @@ def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
             return list(image)
         if is_of((1, *image.shape), shape):
             return [image[np.newaxis]]
-        _refuse_other_rows(image, shape)
+        is_flat = image.ndim in (1, 2) and image.shape[-1] == math.prod(shape)
+        has_no_channels = image.ndim == 3 and (1, *image.shape[1:]) == shape
+        if min(shape) > 0 and (is_flat or has_no_channels):
+            mend = f"give array.reshape({', '.join(map(str, (-1, *shape)))})"
+            if image.ndim == 2:
+                mend += ", or Image.fromarray(array) if it is a picture after all"
+            raise PipelineError(
+                f"an array of shape {list(image.shape)} is no picture but images: {mend}"
+            )
     elif pictures == "arrays":
-        raise PipelineError(
-            f"{config.name} does not say how a picture becomes what it takes: give arrays of its "
-            f"shape, {list(shape)}"
-        )
+        raise PipelineError(f"{config.name} takes arrays only: give some of shape {list(shape)}")
     if not isinstance(image, str | Picture):
         raise PipelineError(
-            f"{type(image).__name__} is no picture: give a path, the bytes of a file, an image of "
-            "Pillow or an array"
+            f"{type(image).__name__} is no picture: give a path, bytes, a Pillow image or an array"
         )
     return [image]
-
-
-def _refuse_other_rows(array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raise PipelineError for an array of images that are flat, or have no channels."""
-    is_flat = array.ndim in (1, 2) and array.shape[-1] == math.prod(shape)
-    if min(shape) < 1 or not (is_flat or (array.ndim == 3 and (1, *array.shape[1:]) == shape)):
-        return
-    mend = f"give array.reshape({', '.join(map(str, (-1, *shape)))})"
-    if array.ndim == 2:
-        mend += ", or Image.fromarray(array) if it is a picture after all"
-    raise PipelineError(f"an array of shape {list(array.shape)} is no picture but images: {mend}")
 
 
 def prepared(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
     """What the model takes, of one of the `singles`."""
     pictures = config_pbtxt.pictures(config)
-    if isinstance(image, np.ndarray) and (
-        pictures == "arrays" or is_of(image.shape, shape_of(config))
-    ):
+    shape = tuple(config.input[0].dims)
+    if isinstance(image, np.ndarray) and (pictures == "arrays" or is_of(image.shape, shape)):
         array = image
     else:
         array = prepare_picture(Path(image) if isinstance(image, str) else image, pictures=pictures)
     require_fit(array[np.newaxis], config)
     return array
-
-
-def _is_share(images: np.ndarray) -> bool:
-    """Whether these are floating-point numbers from 0 to 1, as torch has pixels."""
-    return images.dtype.kind == "f" and images.size > 0 and 0 <= images.min() <= images.max() <= 1
 
 
 def is_of(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -145,12 +128,13 @@ def require_fit(images: np.ndarray, config: config_pbtxt.ModelConfig) -> None:
     if str(images.dtype) != dtype:
         mend = f"images.astype(np.{dtype})"
         if dtype == "uint8":
-            scale = "(255 * images).round()" if _is_share(images) else "images"
+            is_float = images.dtype.kind == "f" and images.size > 0
+            is_share = is_float and 0 <= images.min() <= images.max() <= 1  # as torch has pixels
+            scale = "(255 * images).round()" if is_share else "images"
             mend = f"give pixels from 0 for paper to 255 for ink, {scale}.astype(np.uint8)"
         raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {mend}")
     if not is_of(tuple(got), tuple(wanted)):
         array = ", ".join(map(str, ["N", *wanted] if config.max_batch_size else wanted))
         raise PipelineError(
-            f"{config.name} takes images of shape {wanted}, not {got}: give an array [{array}], or "
-            "a picture, which is fitted"
+            f"{config.name} takes images of shape {wanted}, not {got}: give [{array}], or a picture"
         )

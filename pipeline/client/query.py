@@ -100,10 +100,7 @@ def ask_files(
                 client = stack.enter_context(connect())
                 pictures = client.pictures()
                 if pictures == "arrays":
-                    raise PipelineError(
-                        f"{client.name} does not say how a picture becomes what it takes: ask it "
-                        "from Python, with arrays"
-                    )
+                    raise PipelineError(f"{client.name} takes arrays only: ask it from Python")
             if client is not None:
                 held = [
                     Source(source.name, error=gray)
@@ -133,8 +130,8 @@ def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], 
             seen = future.result()
         except BrokenProcessPool as error:
             raise PipelineError(
-                f"a process that reads pictures died, at {batch[0].name} or up to "
-                f"{UNDER_WAY * FILES_AT_ONCE} pictures later: is there enough memory?"
+                f"a process that reads pictures died at {batch[0].name} or soon after: is there "
+                "enough memory?"
             ) from error
         yield batch, seen
 
@@ -209,8 +206,11 @@ class _Readers:
         self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
 
     def submit(self, batch: list[Source]) -> Future[Seen]:
-        with _without_interrupts():  # a process that starts here inherits this
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:  # a process that starts here inherits this
             return self._pool.submit(look, batch, self._pictures)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> "_Readers":
         return self
@@ -225,18 +225,6 @@ class _Readers:
             process.terminate()
         # And the pool waits for no rest of what one of them was about to send.
         results._writer.close()  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def triton_predictor(client: Client) -> Callable[[np.ndarray], np.ndarray]:

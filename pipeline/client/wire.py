@@ -5,7 +5,7 @@
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -66,21 +66,6 @@ class HttpAnswer:
     body: bytes
 
 
-def server_metadata() -> Call:
-    """What the server says of itself."""
-    return Call("ServerMetadata", service_pb2.ServerMetadataRequest())
-
-
-def model_metadata(name: str, version: str) -> Call:
-    """What the server says of a model."""
-    return Call("ModelMetadata", service_pb2.ModelMetadataRequest(name=name, version=version))
-
-
-def model_config(name: str, version: str) -> Call:
-    """A model's configuration."""
-    return Call("ModelConfig", service_pb2.ModelConfigRequest(name=name, version=version))
-
-
 def infer(
     name: str,
     version: str,
@@ -107,29 +92,15 @@ def infer(
 
 def to_http(call: Call, headers: Mapping[str, str]) -> HttpRequest:
     """The call as HTTP has it, with further headers; only what a client asks."""
-    request = _over_http(call)
-    return replace(request, headers={**headers, **request.headers})
-
-
-def _over_http(call: Call) -> HttpRequest:
     request: Any = call.request
     if call.method == "ServerMetadata":
-        return HttpRequest("GET", "/v2", {})
-    if call.method == "ModelInfer":
-        return _infer_over_http(request)
-    path = _model_path(request.name, request.version)
-    if call.method == "ModelConfig":
-        return HttpRequest("GET", f"{path}/config", {})
-    assert call.method == "ModelMetadata", f"{call.method} is for gRPC"
-    return HttpRequest("GET", path, {})
-
-
-def _model_path(name: str, version: str) -> str:
-    path = f"/v2/models/{quote(name, safe='')}"
-    return f"{path}/versions/{quote(version, safe='')}" if version else path
-
-
-def _infer_over_http(request: Any) -> HttpRequest:
+        return HttpRequest("GET", "/v2", headers)
+    if call.method != "ModelInfer":
+        assert call.method in ("ModelConfig", "ModelMetadata"), f"{call.method} is for gRPC"
+        path = _model_path(request.name, request.version)
+        return HttpRequest(
+            "GET", f"{path}/config" if call.method == "ModelConfig" else path, headers
+        )
     (tensor,), (content,), (output,) = request.inputs, request.raw_input_contents, request.outputs
     wanted: dict[str, Any] = {"binary_data": True}
     if "classification" in output.parameters:
@@ -140,28 +111,26 @@ def _infer_over_http(request: Any) -> HttpRequest:
         "shape": list(tensor.shape),
         "parameters": {"binary_data_size": len(content)},
     }
-    outputs = [{"name": output.name, "parameters": wanted}]
-    head = json.dumps({"inputs": [given], "outputs": outputs}).encode()
-    headers = {"Content-Type": "application/octet-stream", _LENGTH: str(len(head))}
+    named = [{"name": output.name, "parameters": wanted}]
+    head = json.dumps({"inputs": [given], "outputs": named}).encode()
+    ours = {"Content-Type": "application/octet-stream", _LENGTH: str(len(head))}
     path = f"{_model_path(request.model_name, request.model_version)}/infer"
-    return HttpRequest("POST", path, headers, head + content)
+    return HttpRequest("POST", path, {**headers, **ours}, head + content)
 
 
-_ANSWERS: dict[str, type[Message]] = {
-    "ServerMetadata": service_pb2.ServerMetadataResponse,
-    "ModelMetadata": service_pb2.ModelMetadataResponse,
-    "ModelConfig": service_pb2.ModelConfigResponse,
-    "ModelInfer": service_pb2.ModelInferResponse,
-    "RepositoryModelLoad": service_pb2.RepositoryModelLoadResponse,
-    "RepositoryModelUnload": service_pb2.RepositoryModelUnloadResponse,
-    "RepositoryIndex": service_pb2.RepositoryIndexResponse,
-}
+def _model_path(name: str, version: str) -> str:
+    path = f"/v2/models/{quote(name, safe='')}"
+    return f"{path}/versions/{quote(version, safe='')}" if version else path
+
+
+def _answer_to(call: Call) -> type[Message]:
+    return getattr(service_pb2, f"{call.method}Response")  # type: ignore[no-any-return]
 
 
 def from_grpc(call: Call, content: bytes) -> Message | Fault:
     """The message in an answer over gRPC."""
     try:
-        return _ANSWERS[call.method].FromString(content)
+        return _answer_to(call).FromString(content)
     except DecodeError as error:
         return alien(error)
 
@@ -170,36 +139,30 @@ def from_http(call: Call, answer: HttpAnswer) -> Message | Fault:
     """The message in an answer over HTTP."""
     headers = answer.headers
     if answer.status != 200:
-        return of_http(
-            answer.status, answer.body, headers.get("retry-after"), headers.get("location")
-        )
-    message: Any = _ANSWERS[call.method]()
+        return of_http(answer.status, answer.body, headers)
+    message: Any = _answer_to(call)()
     length = headers.get(_LENGTH.lower())
     try:
         end = int(length) if length else len(answer.body)
-        told = json.loads(answer.body[:end])
-        if call.method == "ModelInfer":
-            return _inferred(message, told, answer.body[end:])
-        part = message.config if call.method == "ModelConfig" else message
-        json_format.ParseDict(told, part, ignore_unknown_fields=True)
+        told, rest = json.loads(answer.body[:end]), answer.body[end:]
+        if call.method != "ModelInfer":
+            part = message.config if call.method == "ModelConfig" else message
+            json_format.ParseDict(told, part, ignore_unknown_fields=True)
+            return message  # type: ignore[no-any-return]
+        message.model_name = told["model_name"]
+        message.model_version = str(told["model_version"])
+        for output in told["outputs"]:
+            name, datatype, shape = output["name"], output["datatype"], output["shape"]
+            message.outputs.add(name=name, datatype=datatype, shape=shape)
+            size = output["parameters"]["binary_data_size"]
+            message.raw_output_contents.append(rest[:size])
+            rest = rest[size:]
     except _UNREADABLE as error:
         return alien(error)
     return message  # type: ignore[no-any-return]
 
 
-def _inferred(message: Any, told: Any, rest: bytes) -> Message:
-    """An answer to an inference: what was told in JSON, and its tensors in the rest."""
-    message.model_name = told["model_name"]
-    message.model_version = str(told["model_version"])
-    for output in told["outputs"]:
-        message.outputs.add(name=output["name"], datatype=output["datatype"], shape=output["shape"])
-        size = output["parameters"]["binary_data_size"]
-        message.raw_output_contents.append(rest[:size])
-        rest = rest[size:]
-    return message  # type: ignore[no-any-return]
-
-
-def outputs(answer: Any, name: str, images: int) -> np.ndarray | Fault:
+def read_outputs(answer: Any, name: str, images: int) -> np.ndarray | Fault:
     """The output of that name, a row for each image."""
     try:
         index = [output.name for output in answer.outputs].index(name)

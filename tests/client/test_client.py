@@ -377,7 +377,7 @@ def test_a_version_that_the_config_does_not_describe_is_looked_up_once() -> None
     with fake("grpc") as (url, asked), Client(url) as client:
         stale = config()
         del stale.parameters["sha256.1"]
-        client._asking._config = stale  # as it was before version 1 was promoted
+        client._config = stale  # as it was before version 1 was promoted
         assert client.classify(images(1))[0].sha256 == DIGEST
         assert client.classify(images(1))[0].sha256 == DIGEST
     assert asked.methods.count("ModelConfig") == 1
@@ -387,7 +387,7 @@ def test_a_model_with_a_threshold_is_not_sure_below_it() -> None:
     with fake("grpc") as (url, _), Client(url) as client:
         told = config()
         told.parameters["min_probability"].string_value = "0.95"
-        client._asking._config = told
+        client._config = told
         (found,) = client.classify(images(1))
     assert not found.is_sure
     assert found.record()["sure"] is False

@@ -21,7 +21,8 @@ from tritonclient.grpc import service_pb2
 
 from pipeline.client import faults
 from pipeline.client.async_client import AsyncClient
-from pipeline.client.client import Certificates, Client, endpoint
+from pipeline.client.client import Certificates, Client
+from pipeline.client.endpoint import endpoint
 from pipeline.core.errors import PipelineError, ServerError, SlowError
 from pipeline.images.read import write_png
 from pipeline.repository import config_pbtxt
@@ -547,8 +548,8 @@ def test_files_that_are_no_certificates_are_named(ours: Authority, tmp_path: Pat
     text.write_text("no certificate")
     mine = (ours.file("me.crt"), ours.file("me.key"))
     for wrong, message in [
-        (Certificates(ca=text), "notes.txt cannot be read as a CA"),
-        (Certificates(ca=missing), "missing.pem cannot be read as a CA"),
+        (Certificates(ca=text), "notes.txt is no CA's certificate"),
+        (Certificates(ca=missing), "missing.pem is no CA's certificate"),
         (Certificates(certificate=mine[0]), "go together"),
         (Certificates(None, mine[0], ours.file("server.key")), "that belong together"),
         (Certificates(None, text, mine[1]), "no certificate and its key"),
@@ -562,8 +563,9 @@ def test_files_that_are_no_certificates_are_named(ours: Authority, tmp_path: Pat
 
 
 def test_an_unknown_model_is_mended_from_python_as_on_the_command_line() -> None:
-    tried = faults.Asked(endpoint("http://x:8000"), "nobody", "", timeout=1.0, times=1)
-    assert str(faults.explained(faults.Fault("unknown", "Request for unknown model"), tried)) == (
+    fault, where = faults.Fault("unknown", "Request for unknown model"), endpoint("http://x:8000")
+    error = faults.explained(fault, where, name="nobody", version="", timeout=1.0, times=1)
+    assert str(error) == (
         "http://x:8000 serves no model 'nobody': ask for another name (on the command line: "
         "--name), or again in a moment if it has just started; 'pipeline serve status' lists what "
         "our server serves"

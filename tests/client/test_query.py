@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from pipeline.client.async_client import AsyncClient
-from pipeline.client.client import Client, endpoint
+from pipeline.client.client import Client
+from pipeline.client.endpoint import endpoint
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.data.splits import load_split
 from pipeline.images.read import write_png
