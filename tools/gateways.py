@@ -138,7 +138,7 @@ def served(link: Link, config: GatewayConfig, log: PredictionLog | None = None) 
     """The gateway in a thread, on a free port."""
     gateway = Gateway(link, config, log)
     with webserver.listening(config) as listener:
-        server = uvicorn.Server(webserver.settings(gateway))
+        server = uvicorn.Server(webserver.uvicorn_config(gateway))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         until(lambda: server.started)

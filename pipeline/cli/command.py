@@ -1,5 +1,6 @@
 """What every command shares: its options, how it speaks, and how errors become exit codes."""
 
+import contextlib
 import difflib
 import errno
 import json
@@ -8,10 +9,10 @@ import sys
 import time
 import tomllib
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -67,13 +68,9 @@ class Settings:
 
     def update(self, line: object) -> None:
         """Progress that the next line replaces; into a file or a pipe, a line now and then."""
-        is_terminal = sys.stderr.isatty()
-        now = time.monotonic()
-        if (
-            self.quiet
-            or self.silent
-            or now - self.updated < (TERMINAL_SECONDS if is_terminal else LOG_SECONDS)
-        ):
+        is_terminal, now = sys.stderr.isatty(), time.monotonic()
+        pause = TERMINAL_SECONDS if is_terminal else LOG_SECONDS
+        if self.quiet or self.silent or now - self.updated < pause:
             return
         self.updated = now
         self.clear()
@@ -110,9 +107,7 @@ def _load_config(context: click.Context, parameter: click.Parameter, value: Path
         tables = tomllib.loads(value.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PipelineError(f"cannot read the settings in {value}: {error}") from error
-    root = context.find_root().command
-    if isinstance(root, click.Group):
-        _check_tables(tables, root, value)
+    _check_tables(tables, context.find_root().command, value)
     for key in context.command_path.split()[1:]:
         tables = tables.get(key, {})
     context.default_map = {**(context.default_map or {}), **tables}
@@ -130,56 +125,95 @@ def _check_tables(tables: Mapping[str, Any], command: click.Command, file: Path)
             raise PipelineError(f"{file} sets {key!r}, which is unknown here; there are: {known}")
 
 
-def common_options() -> list[click.Option]:
-    """The options that are accepted before and after any command."""
-    return [
-        click.Option(
-            ["--config"],
-            type=click.Path(path_type=Path, dir_okay=False),
-            is_eager=True,
-            expose_value=False,
-            callback=_load_config,
-            help="Take defaults from a TOML file.",
-        ),
-        click.Option(
-            ["--root"],
-            type=click.Path(path_type=Path, file_okay=False),
-            expose_value=False,
-            callback=_store,
-            help="The project's folder.  [default: the current one]",
-        ),
-        *(
-            click.Option(names, is_flag=True, expose_value=False, callback=_store, help=text)
-            for names, text in (
-                (["--json"], "Print the result as JSON."),
-                (["-q", "--quiet"], "No progress on standard error."),
-                (["-v", "--verbose"], "More progress on standard error."),
-                (["--debug"], "Show the traceback of an error as well."),
-            )
-        ),
-    ]
+def settings_options(
+    settings: type, **types: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add an option for each field of a settings class that has a help text.
 
+    Its default and its choices are the field's; `types` has those that its type does not tell.
+    """
 
-def _refuse_empty(command: click.Command, context: click.Context, args: list[str]) -> None:
-    """Raise Click's error for an option or argument whose value is empty, as $UNSET is."""
-    given, _, order = command.make_parser(context).parse_args(list(args))
-    for parameter in order:
-        value = given.get(str(parameter.name))
-        if "" in (value if isinstance(value, list | tuple) else [value]):
-            raise click.BadParameter("the value is empty", context, parameter)
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for setting in reversed(fields(settings)):
+            if "help" not in setting.metadata:
+                continue
+            choices, is_many = setting.metadata.get("choices"), setting.type == tuple[str, ...]
+            kinds = {int: click.IntRange(1), int | None: click.IntRange(1), float: seconds_type}
+            kind = click.Choice(choices) if choices else types.get(setting.name)
+            command = click.option(
+                f"--{setting.metadata.get('option', setting.name.replace('_', '-'))}",
+                setting.name,
+                type=kind or kinds.get(setting.type),
+                multiple=is_many,
+                default=() if is_many else setting.default,
+                show_default=not is_many and setting.default is not None,
+                metavar=setting.metadata.get("metavar"),
+                help=setting.metadata["help"] or None,
+            )(command)
+        return command
+
+    return add
 
 
 class Command(click.Command):
-    """A command that accepts the common options after its name."""
+    """A command that accepts the common options after its name, and no empty values."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params += common_options()
+
+        def add(*names: str, callback: Any = _store, **settings: Any) -> None:
+            option = click.Option(names, expose_value=False, callback=callback, **settings)
+            self.params.append(option)
+
+        file = click.Path(path_type=Path, dir_okay=False)
+        folder = click.Path(path_type=Path, file_okay=False)
+        where = "The project's folder.  [default: the current one]"
+        defaults = "Take defaults from a TOML file."
+        add("--config", type=file, is_eager=True, callback=_load_config, help=defaults)
+        add("--root", type=folder, help=where)
+        add("--json", is_flag=True, help="Print the result as JSON.")
+        add("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+        add("-v", "--verbose", is_flag=True, help="More progress on standard error.")
+        add("--debug", is_flag=True, help="Show the traceback of an error as well.")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As Click's, without empty values."""
-        _refuse_empty(self, ctx, args)
+        """As Click's, but for an error where the value is empty, as $UNSET is."""
+        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        for parameter in order:
+            value = given.get(str(parameter.name))
+            if "" in (value if isinstance(value, list | tuple) else [value]):
+                raise click.BadParameter("the value is empty", ctx, parameter)
         return super().parse_args(ctx, args)
+
+
+class Group(Command, click.Group):
+    """Commands whose errors become exit codes here and nowhere else."""
+
+    command_class = Command
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; never returns when Click is in standalone mode."""
+        try:
+            return super().main(*args, **{"obj": Settings(), **kwargs})
+        except Exception as error:
+            # Click lets through what it does not know: whatever it is, it is ours.
+            _echo_traceback(error)
+            echo(
+                "This is a bug of ours. Please report it with the lines above, the command, and "
+                "what 'pipeline --version' prints.",
+                err=True,
+            )
+            sys.exit(BUG)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As Click's, with our errors as Click's."""
+        with _exit_codes():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As Click's, with our errors as Click's."""
+        with _exit_codes(ctx):
+            return super().invoke(ctx)
 
 
 def _echo_traceback(error: BaseException) -> None:
@@ -188,107 +222,62 @@ def _echo_traceback(error: BaseException) -> None:
     echo(Lines(*(f"  {line}" for line in lines)), err=True)
 
 
-def _bug(error: Exception) -> NoReturn:
-    _echo_traceback(error)
-    echo(
-        "This is a bug of ours. Please report it with the lines above, the command, and what "
-        "'pipeline --version' prints.",
-        err=True,
-    )
-    sys.exit(BUG)
-
-
-class Group(click.Group):
-    """Commands whose errors become exit codes here and nowhere else."""
-
-    command_class = Command
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params += common_options()
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line; never returns when Click is in standalone mode."""
-        try:
-            return super().main(*args, **{"obj": Settings(), **kwargs})
-        except Exception as error:
-            # Click lets through what it does not know: whatever it is, it is ours.
-            _bug(error)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As Click's, without empty values."""
-        _refuse_empty(self, ctx, args)
-        return super().parse_args(ctx, args)
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """As Click's, with our errors as Click's."""
-        context: click.Context = _at_the_edge(
-            lambda: super(Group, self).make_context(*args, **kwargs)
-        )
-        return context
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """As Click's, with our errors as Click's."""
-        return _at_the_edge(lambda: super(Group, self).invoke(ctx), ctx)
-
-
-def _at_the_edge(call: Callable[[], Any], context: click.Context | None = None) -> Any:
+@contextlib.contextmanager
+def _exit_codes(context: click.Context | None = None) -> Iterator[None]:
+    """Turn errors of the user's into Click's, with their exit codes and what is foreign escaped."""
+    settings = context.ensure_object(Settings) if context else Settings()
     try:
-        return _with_exit_codes(call, context)
+        yield
     except click.exceptions.NoArgsIsHelpError:  # its message is our help
         raise
     except click.ClickException as error:
         error.message = escape(error.message)  # type: ignore[misc]  # Click prints it
         raise
-
-
-def _with_exit_codes(call: Callable[[], Any], context: click.Context | None) -> Any:
-    try:
-        return call()
-    except PipelineError as error:
-        if context:
-            context.ensure_object(Settings).clear()
-        if Settings().silent and not isinstance(error, LostError):
-            sys.exit(error.exit_code)  # the first process says it
-        if context and context.ensure_object(Settings).debug:
-            _echo_traceback(error)
-        failure = click.ClickException(escape(error))
-        failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
-        raise failure from error
-    except OSError as error:
-        if error.errno in UNUSABLE:
-            if context and context.ensure_object(Settings).debug:
-                _echo_traceback(error)
-            raise click.ClickException(
-                f"cannot use {error.filename} ({error.strerror}): check its rights and what lies "
-                "there"
-            ) from error
-        if error.errno not in FULL:
+    except (PipelineError, OSError, ModuleNotFoundError) as error:
+        message = _message_of(error)
+        if message is None:  # a bug
             raise
-        _drop_output()
-        what = f"cannot write {error.filename}" if error.filename else "cannot write"
-        raise click.ClickException(
-            f"{what} ({error.strerror}): make room, or write elsewhere"
-        ) from error
-    except ModuleNotFoundError as error:
-        if (error.name or "pipeline").partition(".")[0] == "pipeline":
-            raise  # ours
-        raise click.ClickException(
-            f"this needs {error.name}, which is not installed beside {sys.executable}: asking a "
-            "server takes less than the rest does. In the project's folder: 'make .venv', then use "
-            ".venv/bin/pipeline"
-        ) from error
+        settings.clear()
+        exit_code = error.exit_code if isinstance(error, PipelineError) else 1
+        if (
+            settings.silent
+            and isinstance(error, PipelineError)
+            and not isinstance(error, LostError)
+        ):
+            sys.exit(exit_code)  # the first process says it
+        if settings.debug:
+            _echo_traceback(error)
+        failure = click.ClickException(escape(message))
+        failure.exit_code = exit_code  # type: ignore[misc]  # Click reads it per instance
+        raise failure from error
     except KeyboardInterrupt:
         echo("interrupted", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
 
 
-def _drop_output() -> None:
-    """Let what a full disk did not take go, or Python tries once more when it ends."""
+def _message_of(error: PipelineError | OSError | ModuleNotFoundError) -> str | None:
+    """What to tell the user of an error; None for a bug of ours."""
+    if isinstance(error, PipelineError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "pipeline").partition(".")[0] == "pipeline":
+            return None
+        return (
+            f"this needs {error.name}, which is not installed beside {sys.executable}: asking a "
+            "server takes less than the rest does. In the project's folder: 'make .venv', then use "
+            ".venv/bin/pipeline"
+        )
+    if error.errno in UNUSABLE:
+        problem = f"cannot use {error.filename} ({error.strerror})"
+        return f"{problem}: check its rights and what lies there"
+    if error.errno not in FULL:
+        return None
     try:
         sys.stdout.flush()
-    except OSError:
+    except OSError:  # let go what the disk did not take, or Python tries once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    what = f"cannot write {error.filename}" if error.filename else "cannot write"
+    return f"{what} ({error.strerror}): make room, or write elsewhere"
 
 
 class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
@@ -300,8 +289,13 @@ class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes
         return f"[{'|'.join(DATASETS)}|{FOLDER}PATH]"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in DATASETS:
+            return value
         if not value.startswith(FOLDER):
-            return value if value in DATASETS else self._misspelt(value, param, ctx)
+            close = difflib.get_close_matches(value, DATASETS, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            known = f"{', '.join(map(repr, DATASETS))}, or {FOLDER}PATH for a folder of pictures"
+            self.fail(f"{value!r} is not one of {known}.{meant}", param, ctx)
         path = value.removeprefix(FOLDER)
         if not path:
             self.fail(f"no path follows {value!r}: write {FOLDER}PATH", param, ctx)
@@ -317,15 +311,6 @@ class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes
                 ctx,
             )
         return dataset
-
-    def _misspelt(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> NoReturn:
-        close = difflib.get_close_matches(value, DATASETS, n=1)
-        meant = f" Did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(map(repr, DATASETS))
-        folder = f"{FOLDER}PATH for a folder of pictures"
-        self.fail(f"{value!r} is not one of {known}, or {folder}.{meant}", param, ctx)
 
 
 class UrlType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none

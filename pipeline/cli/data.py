@@ -34,7 +34,7 @@ def data_group() -> None:
     help="A folder with the files of the set, as they are or as they are published.",
 )
 @click.pass_obj
-def fetch_command(settings: Settings, dataset: str, source: Path | None) -> None:
+def fetch_data_command(settings: Settings, dataset: str, source: Path | None) -> None:
     """Bring the data set into the cache, from the first source that has it.
 
     \b

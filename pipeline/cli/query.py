@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -24,7 +23,7 @@ from pipeline.core.errors import PipelineError
 
 if TYPE_CHECKING:
     from pipeline.client.client import Client
-    from pipeline.client.query import Answer, Count
+    from pipeline.client.query import Answer
 
 
 def _headers(
@@ -36,6 +35,9 @@ def _headers(
     return {name: value for name, _, value in pairs}
 
 
+_FILE = click.Path(path_type=Path)
+
+
 @click.command(cls=Command)
 @click.argument("images", nargs=-1, required=True, metavar="FILE|FOLDER|-...", type=click.Path())
 @click.option(
@@ -44,13 +46,11 @@ def _headers(
 @name_option
 @click.option(
     "--ca",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="PEM file of who signed the server's certificate, for https:// and grpcs://.",
 )
-@click.option(
-    "--certificate", type=click.Path(path_type=Path), help="PEM file of your own certificate."
-)
-@click.option("--key", type=click.Path(path_type=Path), help="PEM file of the key that is its.")
+@click.option("--certificate", type=_FILE, help="PEM file of your own certificate.")
+@click.option("--key", type=_FILE, help="PEM file of the key that is its.")
 @click.option(
     "--header",
     multiple=True,
@@ -98,13 +98,14 @@ def query_command(
     """
     from pipeline.client.client import Certificates, Client
     from pipeline.client.log import opened
-    from pipeline.client.query import ask_files
+    from pipeline.client.query import Count, ask_files
     from pipeline.images.inputs import sources
     from pipeline.repository.running import default_url
 
     if show and settings.json:
         raise click.UsageError("--show draws, --json does not: choose one")
-    _allow_any_name()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # for files whose names are no text in it
     paths = paths_of(settings, name)
     log, certificates = opened(prediction_log), Certificates(ca, certificate, key)
 
@@ -118,9 +119,18 @@ def query_command(
             prediction_log=log,
         )
 
-    found = sources(images, _standard_input() if "-" in images else None)
-    with contextlib.closing(ask_files(connect, found, top, min_confidence)) as answers:
-        count = _echo_all(settings, answers, show)
+    pictures = sources(images, _standard_input() if "-" in images else None)
+    count = Count()
+    try:
+        with contextlib.closing(ask_files(connect, pictures, top, min_confidence)) as answers:
+            for answer in answers:
+                count.add(answer)
+                _echo(settings, answer, show)
+    except (PipelineError, KeyboardInterrupt):
+        if count.total:
+            failed = f", {count.failed} images got no answer" if count.failed else ""
+            settings.say(f"{count}{failed}")
+        raise
     if count.failed:
         raise PipelineError(f"{count.failed} of {count.total} images got no answer; {count}")
     if log and log.lost:
@@ -130,29 +140,6 @@ def query_command(
         settings.say(count)
     if count.empty:
         raise click.exceptions.Exit(PipelineError.exit_code)  # its own line has said it
-
-
-def _allow_any_name() -> None:
-    """Let standard output take the names of files that are no text in its encoding."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _echo_all(settings: Settings, answers: Iterable["Answer"], show: bool) -> "Count":
-    """Print each answer as it comes, and how many came where they end before their time."""
-    from pipeline.client.query import Count
-
-    count = Count()
-    try:
-        for answer in answers:
-            count.add(answer)
-            _echo(settings, answer, show)
-    except (PipelineError, KeyboardInterrupt):
-        if count.total:
-            failed = f", {count.failed} images got no answer" if count.failed else ""
-            settings.say(f"{count}{failed}")
-        raise
-    return count
 
 
 def _echo(settings: Settings, answer: "Answer", show: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.command import Command, Settings, name_option, paths_of
+from pipeline.cli.command import Command, Settings, name_option, paths_of, settings_options
 from pipeline.core.errors import PipelineError
 from pipeline.scoring.settings import ScoreConfig
 
@@ -27,25 +27,9 @@ def reading(output: Path) -> str:
     help="The folder for the answers; one that holds a part of them is completed.",
 )
 @name_option
-@click.option("--top", default=ScoreConfig.top, show_default=True, type=click.IntRange(1))
+@settings_options(ScoreConfig)
 @click.option("--image-column", help="Of Parquet.  [default: the one that can hold images]")
 @click.option("--id-column", help="Of Parquet.  [default: id, else rows are numbered]")
-@click.option(
-    "--provider",
-    type=click.Choice(["cpu", "cuda", "tensorrt"]),
-    default=ScoreConfig.provider,
-    show_default=True,
-    help="Where ONNX Runtime has to run every node.",
-)
-@click.option("--workers", type=click.IntRange(1), help="[default: one for each core or GPU]")
-@click.option("--address", help="A Ray cluster.  [default: a Ray of its own on this machine]")
-@click.option(
-    "--rows",
-    type=click.IntRange(1),
-    default=ScoreConfig.rows,
-    show_default=True,
-    help="Images in each file of answers, which is what a kill can cost a worker.",
-)
 @click.pass_obj
 def score_command(
     settings: Settings,

@@ -11,7 +11,7 @@ from pipeline.cli.command import (
     name_option,
     paths_of,
     prediction_log_option,
-    seconds_type,
+    settings_options,
 )
 from pipeline.core.errors import PipelineError
 from pipeline.web.settings import GatewayConfig
@@ -29,35 +29,7 @@ class PortType(click.IntRange):
     "--url", type=UrlType(), help="grpc://HOST:PORT of a Triton server.  [default: our server]"
 )
 @name_option
-@click.option("--host", default=GatewayConfig.host, show_default=True, help="Where to listen.")
-@click.option(
-    "--port",
-    type=PortType(0, 65535),
-    default=GatewayConfig.port,
-    show_default=True,
-    help="auto or 0: a free one.",
-)
-@click.option(
-    "--allow-host",
-    "allow_hosts",
-    multiple=True,
-    metavar="NAME",
-    help="A further name for this machine, as browsers write it.",
-)
-@click.option(
-    "--timeout",
-    type=seconds_type,
-    default=GatewayConfig.timeout,
-    show_default=True,
-    help="Seconds for an answer.",
-)
-@click.option(
-    "--requests",
-    type=click.IntRange(1),
-    default=GatewayConfig.requests,
-    show_default=True,
-    help="How many may be under way at once.",
-)
+@settings_options(GatewayConfig, port=PortType(0, 65535))
 @prediction_log_option
 @click.pass_obj
 def web_command(
@@ -95,8 +67,7 @@ def web_command(
     def started(address: str) -> None:
         where = url or "our server"
         record = {"url": address, "classify": f"{address}classify", "asks": where}
-        settings.result(
-            record, f"draw at {address}, which asks {paths.name} of {where}; Ctrl-C stops it"
-        )
+        text = f"draw at {address}, which asks {paths.name} of {where}; Ctrl-C stops it"
+        settings.result(record, text)
 
     serve_page(paths, config, url, started, opened(prediction_log))

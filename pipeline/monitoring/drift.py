@@ -48,7 +48,7 @@ class DriftConfig:
 
 
 @dataclass(frozen=True)
-class Check:
+class DriftCheck:
     """One property of the predictions, and whether it drifted."""
 
     name: str
@@ -88,7 +88,7 @@ class Drift:
     unreadable: int  # lines
     lost: int  # predictions that the log says it lacks
     alpha: float
-    checks: tuple[Check, ...]
+    checks: tuple[DriftCheck, ...]
     unchecked: tuple[str, ...]  # what the profile or the log says nothing of
     class_counts: tuple[int, ...]
     confidence_counts: tuple[int, ...]
@@ -208,7 +208,7 @@ def compare_log(
         lost=logged.lost,
         alpha=config.alpha,
         checks=tuple(
-            Check(
+            DriftCheck(
                 name,
                 test,
                 words,

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from pipeline.core.errors import CorruptError
 from pipeline.core.files import read_json
 from pipeline.core.paths import Paths
-from pipeline.monitoring.drift import Check
+from pipeline.monitoring.drift import DriftCheck
 from pipeline.report import figures
 
 AGAIN = "run 'pipeline drift LOG' again"
@@ -25,7 +25,7 @@ class Watched:
     reference_images: int
     images_from: str
     alpha: float
-    checks: tuple[Check, ...]
+    checks: tuple[DriftCheck, ...]
     figures: tuple[Markup, ...]
 
     @property
@@ -59,7 +59,7 @@ def watched(paths: Paths) -> Watched | None:
             reference_images=int(profile["images"]),
             images_from=str(profile["images_from"]),
             alpha=float(record["alpha"]),
-            checks=tuple(Check(**check) for check in record["checks"]),
+            checks=tuple(DriftCheck(**check) for check in record["checks"]),
             figures=tuple(map(Markup, drawn)),
         )
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:

@@ -1,23 +1,29 @@
 """Settings of offline scoring. Imports nothing heavy: the command line reads them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.core.errors import PipelineError, require_choice
+
+PROVIDERS = ("cpu", "cuda", "tensorrt")
+_PROVIDER = {"help": "Where ONNX Runtime has to run every node.", "choices": PROVIDERS}
+_WORKERS = {"help": "[default: one for each core or GPU]"}
+_ADDRESS = {"help": "A Ray cluster.  [default: a Ray of its own on this machine]"}
+_ROWS = {"help": "Images in each file of answers, which is what a kill can cost a worker."}
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """How many images are classified offline, and how."""
 
-    top: int = 3
-    rows: int = 8192  # of the source that one file of the result answers
+    top: int = field(default=3, metadata={"help": ""})
+    provider: str = field(default="cpu", metadata=_PROVIDER)
+    workers: int | None = field(default=None, metadata=_WORKERS)
+    address: str | None = field(default=None, metadata=_ADDRESS)
+    rows: int = field(default=8192, metadata=_ROWS)
     batch_size: int = 64  # images that ONNX Runtime gets at once; more fall out of a core's cache
-    provider: str = "cpu"  # cpu, cuda or tensorrt
-    workers: int | None = None  # None: one for each core, or for each GPU
-    address: str | None = None  # of a Ray cluster; None: a Ray of one's own on this machine
 
     def __post_init__(self) -> None:
-        require_choice("provider", self.provider, ("cpu", "cuda", "tensorrt"))
+        require_choice("provider", self.provider, PROVIDERS)
         for name in ("top", "rows", "batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -22,7 +22,7 @@ from pipeline.client.log import PredictionLog
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.images.read import LARGE, BlankError, prepare_picture
 from pipeline.repository import config_pbtxt
-from pipeline.web.guard import Counters, Guard, host_names, stated_length
+from pipeline.web.guard import Guard, RequestCounters, host_names, stated_length
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
 from pipeline.web.link import Link
 from pipeline.web.settings import GatewayConfig
@@ -34,7 +34,7 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-RETRY_SECONDS = 1
+RETRY = {"retry-after": "1"}  # s
 READY_SECONDS = 1.0  # for so long an answer to /readyz holds: probes must not be a load
 
 
@@ -48,25 +48,31 @@ class Ticket:
     has_place: bool = False
     job: "Future[np.ndarray] | None" = None  # a thread that has begun cannot be stopped
 
-    def hold(self, count: int) -> None:
-        """Hold `count` more bytes, or raise FullError."""
-        self.room.hold(self.client, count)
-        self.held += count
+    async def read_body(self, request: Request) -> bytes:
+        """The body, refused as soon as it is too long or there is no room for it."""
+        too_long = LARGE.format(name="the picture", allowed=MAX_BYTES)
+        if stated_length(request.headers) > MAX_BYTES:  # before a byte of it is read
+            raise RefusedError(413, too_long)
+        content = bytearray()
+        async for chunk in request.stream():
+            if len(content) + len(chunk) > MAX_BYTES:
+                raise RefusedError(413, too_long)
+            self.room.hold(self.client, len(chunk))
+            self.held += len(chunk)
+            content += chunk
+        return bytes(content)
 
     def enter(self) -> None:
         """Take a place, or raise FullError."""
         self.room.enter(self.client)
         self.has_place = True
 
-    def give_back(self) -> None:
+    def leave(self) -> None:
         """Give all of it back once the thread that works for it has ended, if there is one."""
-        if self.job is None:
-            self._leave()
-        else:
+        if self.job and not self.job.done():
             loop = asyncio.get_running_loop()
-            self.job.add_done_callback(lambda job: loop.call_soon_threadsafe(self._leave))
-
-    def _leave(self) -> None:
+            self.job.add_done_callback(lambda job: loop.call_soon_threadsafe(self.leave))
+            return
         self.room.release(self.client, self.held)
         if self.has_place:
             self.room.leave(self.client)
@@ -83,9 +89,10 @@ class Gateway:
     ) -> None:
         self.link, self.config, self.log = link, config, log
         self.room = Room(config.requests)
-        self.counters = Counters(self.room, lambda: log.lost if log else 0)
+        self.counters = RequestCounters(self.room, lambda: log.lost if log else 0)
         self._pool = ThreadPoolExecutor(config.decoders, "decode")
-        self._ready = _Ready(link)
+        self._probing = asyncio.Lock()
+        self._probed, self._readiness = -math.inf, dict[str, Any]()
 
     def app(self) -> Guard:
         """The ASGI application."""
@@ -96,11 +103,8 @@ class Gateway:
             Route("/metrics", self.metrics),
             *(_static(file) for file in sorted(PAGE.iterdir()) if file.suffix in TYPES),
         ]
-        handlers: Any = {
-            PipelineError: _explained,
-            HTTPException: _unknown,
-            ClientDisconnect: _gone,
-        }
+        errors: Any = (PipelineError, HTTPException, ClientDisconnect)
+        handlers = dict.fromkeys(errors, _answer_error)
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         names = host_names(self.config.host, self.config.allow_hosts)
         return Guard(app, names, self.counters, {route.path for route in routes})
@@ -117,11 +121,27 @@ class Gateway:
 
     async def readyz(self, request: Request) -> Response:
         """Whether Triton is there and the model answers; and which model that is."""
-        record = await self._ready.record()
-        status = 200 if record["ready"] else 503
-        return JSONResponse(
-            record, status, {"retry-after": str(RETRY_SECONDS)} if status > 200 else {}
-        )
+        async with self._probing:  # at most one probe at a time, and one a second
+            if time.monotonic() - self._probed >= READY_SECONDS:
+                self._readiness = await self._probe()
+                self._probed = time.monotonic()
+            record = self._readiness
+        return JSONResponse(record) if record["ready"] else JSONResponse(record, 503, RETRY)
+
+    async def _probe(self) -> dict[str, Any]:
+        try:
+            config = await self.link.config()
+            blank = np.zeros(tuple(config.input[0].dims), config_pbtxt.dtype(config.input[0]))
+            answer = await self.link.ask(blank, 1)
+        except PipelineError as error:
+            return {"ready": False, "model": self.link.name, "error": str(error)}
+        return {
+            "ready": True,
+            "model": self.link.name,
+            "version": answer.version,
+            "sha256": answer.sha256,
+            "classes": config_pbtxt.classes(config),
+        }
 
     async def metrics(self, request: Request) -> Response:
         """What was counted, for Prometheus."""
@@ -130,17 +150,16 @@ class Gateway:
     async def classify(self, request: Request) -> Response:
         """What the model says of the picture in the body."""
         start = time.monotonic()
-        _check_length(request)
         ticket = Ticket(self.room, client_of(request.client.host if request.client else "::"))
         try:
             async with asyncio.timeout(self.config.timeout):
-                content = await _body(request, ticket)
+                content = await ticket.read_body(request)
                 ticket.enter()  # only now: a slow body must not hold a place
                 record = await self._answer(content, ticket)
         except TimeoutError as error:
             raise FullError(f"no answer in {self.config.timeout:g} s: ask again") from error
         finally:
-            ticket.give_back()
+            ticket.leave()
         milliseconds = (time.monotonic() - start) * 1000
         record["server_ms"] = round(milliseconds, 2)
         timing = f"total;dur={milliseconds:.2f}, model;dur={record['model_ms']}"
@@ -168,37 +187,6 @@ class Gateway:
         }
 
 
-class _Ready:
-    """Whether the model answers, asked at most once at a time and once a second."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._asking = asyncio.Lock()
-        self._asked, self._record = -math.inf, dict[str, Any]()
-
-    async def record(self) -> dict[str, Any]:
-        async with self._asking:
-            if time.monotonic() - self._asked >= READY_SECONDS:
-                self._record = await self._ask()
-                self._asked = time.monotonic()
-            return self._record
-
-    async def _ask(self) -> dict[str, Any]:
-        try:
-            config = await self._link.config()
-            blank = np.zeros(tuple(config.input[0].dims), config_pbtxt.dtype(config.input[0]))
-            answer = await self._link.ask(blank, 1)
-        except PipelineError as error:
-            return {"ready": False, "model": self._link.name, "error": str(error)}
-        return {
-            "ready": True,
-            "model": self._link.name,
-            "version": answer.version,
-            "sha256": answer.sha256,
-            "classes": config_pbtxt.classes(config),
-        }
-
-
 def _read(content: bytes, pictures: str) -> np.ndarray:
     """The picture as the model takes it; RefusedError where it cannot be read or shows nothing."""
     check_picture(content)
@@ -207,27 +195,6 @@ def _read(content: bytes, pictures: str) -> np.ndarray:
     except PipelineError as error:
         status = 422 if isinstance(error, BlankError) else 400
         raise RefusedError(status, str(error)) from error
-
-
-def _check_length(request: Request) -> None:
-    """Refuse by its own word what is too long, before a byte of it is read."""
-    if stated_length(request.headers) > MAX_BYTES:
-        raise _too_long()
-
-
-def _too_long() -> RefusedError:
-    return RefusedError(413, LARGE.format(name="the picture", allowed=MAX_BYTES))
-
-
-async def _body(request: Request, ticket: Ticket) -> bytes:
-    """The body, refused as soon as it has become too long."""
-    content = bytearray()
-    async for chunk in request.stream():
-        if len(content) + len(chunk) > MAX_BYTES:
-            raise _too_long()
-        ticket.hold(len(chunk))
-        content += chunk
-    return bytes(content)
 
 
 def _static(file: Path) -> Route:
@@ -240,18 +207,11 @@ def _static(file: Path) -> Route:
     return Route("/" if file.name == "index.html" else f"/{file.name}", answer)
 
 
-async def _explained(request: Request, error: PipelineError) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):  # for the counters only: nobody reads it any more
+        return Response(status_code=499)
+    if isinstance(error, HTTPException):  # a path or a method that there is not
+        text = f"{error.detail}: GET / for the page, POST a picture to /classify"
+        return JSONResponse({"error": text}, error.status_code, error.headers)
     status = error.status if isinstance(error, RefusedError) else 503
-    headers = {"retry-after": str(RETRY_SECONDS)} if status == 503 else {}
-    return JSONResponse({"error": str(error)}, status, headers)
-
-
-async def _unknown(request: Request, error: HTTPException) -> Response:
-    """For a path or a method that there is not."""
-    record = {"error": f"{error.detail}: GET / for the page, POST a picture to /classify"}
-    return JSONResponse(record, error.status_code, error.headers)
-
-
-async def _gone(request: Request, error: ClientDisconnect) -> Response:
-    """For the counters only: nobody reads it any more."""
-    return Response(status_code=499)
+    return JSONResponse({"error": str(error)}, status, RETRY if status == 503 else None)

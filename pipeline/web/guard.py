@@ -3,6 +3,7 @@
 What the gateway counts of itself, for Prometheus.
 """
 
+import contextlib
 import ipaddress
 import time
 from collections.abc import Callable, Mapping
@@ -48,43 +49,20 @@ def check_host(host: str | None, names: frozenset[str]) -> None:
 
     Where we listen on every address, any address will do: only names can be rebound.
     """
-    name = _name(host)
+    name = None
+    if host and not any(letter in host for letter in "/\\@?# \t,"):
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(f"//{host}")
+            _ = parts.port  # ValueError where it is no number
+            name = parts.hostname
     if name is None:
         raise RefusedError(400, "the Host header names no host: write HOST or HOST:PORT")
-    is_anywhere = names & {"0.0.0.0", "::"}
-    if name not in names and not (is_anywhere and _is_address(name)):
+    is_ours = name in names
+    if not is_ours and names & {"0.0.0.0", "::"}:
+        with contextlib.suppress(ValueError):
+            is_ours = bool(ipaddress.ip_address(name))
+    if not is_ours:
         raise RefusedError(421, f"{name} is not served here: allow it with --allow-host {name}")
-
-
-def check_origin(headers: Mapping[str, str]) -> None:
-    """Refuse what a browser sends for a page of another site; programs send no Origin."""
-    site = headers.get("sec-fetch-site")
-    if site not in (None, "same-origin", "none"):
-        raise RefusedError(403, f"requests from another site's page ({site}) are not answered")
-    origin = headers.get("origin")
-    if origin is None:
-        return
-    scheme, _, rest = origin.partition("://")
-    if scheme not in ("http", "https") or rest.lower() != headers.get("host", "").lower():
-        raise RefusedError(403, "requests from a page of another origin are not answered")
-
-
-def _name(host: str | None) -> str | None:
-    """The name in HOST or HOST:PORT, in lower case; None where it is neither."""
-    if not host or any(letter in host for letter in "/\\@?# \t,"):
-        return None
-    try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port  # ValueError where it is no number
-    except ValueError:
-        return None
-    return parts.hostname
-
-
-def _may_go_on(scope: Scope) -> bool:
-    """Whether a body may follow that is too long to be read to its end only to be dropped."""
-    headers = Headers(scope=scope)
-    return "transfer-encoding" in headers or stated_length(headers) > MAX_BYTES
 
 
 def stated_length(headers: Mapping[str, str]) -> int:
@@ -93,18 +71,10 @@ def stated_length(headers: Mapping[str, str]) -> int:
     return int(length) if length.isdecimal() else 0
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
-class Counters:
+class RequestCounters:
     """Requests by path and status, how long they took, and what is under way."""
 
     media_type = CONTENT_TYPE_LATEST
@@ -143,7 +113,7 @@ class Guard:
     """An application that only those reach who may, each answer with our headers and counted."""
 
     def __init__(
-        self, app: ASGIApp, names: frozenset[str], counters: Counters, paths: set[str]
+        self, app: ASGIApp, names: frozenset[str], counters: RequestCounters, paths: set[str]
     ) -> None:
         self._app, self._names = app, names
         self._counters, self._paths = counters, paths
@@ -153,30 +123,39 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), 0
+        start, status, headers = time.monotonic(), 0, Headers(scope=scope)
+        # A body that is too long to be read to its end only to be dropped.
+        is_endless = "transfer-encoding" in headers or stated_length(headers) > MAX_BYTES
 
         async def sent(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(HEADERS)
-                if status >= 400 and _may_go_on(scope):
+                if status >= 400 and is_endless:
                     MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
+        app = self._app
         try:
-            await self._checked(scope)(scope, receive, sent)
+            check_host(headers.get("host"), self._names)
+            if scope["method"] not in ("GET", "HEAD"):
+                _check_origin(headers)
+        except RefusedError as error:
+            app = JSONResponse({"error": str(error)}, error.status)
+        try:
+            await app(scope, receive, sent)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._counters.count(path, status, time.monotonic() - start)
 
-    def _checked(self, scope: Scope) -> ASGIApp:
-        """The application, or an answer that says why not."""
-        headers = Headers(scope=scope)
-        try:
-            check_host(headers.get("host"), self._names)
-            if scope["method"] not in ("GET", "HEAD"):
-                check_origin(headers)
-        except RefusedError as error:
-            return JSONResponse({"error": str(error)}, error.status)
-        return self._app
+
+def _check_origin(headers: Mapping[str, str]) -> None:
+    """Refuse what a browser sends for a page of another site; programs send no Origin."""
+    site = headers.get("sec-fetch-site")
+    if site not in (None, "same-origin", "none"):
+        raise RefusedError(403, f"requests from another site's page ({site}) are not answered")
+    scheme, _, rest = headers.get("origin", "").partition("://")
+    is_ours = scheme in ("http", "https") and rest.lower() == headers.get("host", "").lower()
+    if "origin" in headers and not is_ours:
+        raise RefusedError(403, "requests from a page of another origin are not answered")

@@ -62,8 +62,7 @@ def check_picture(content: bytes) -> None:
     (kind,) = kinds
     if kind == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
         raise RefusedError(413, f"the JPEG has more than {MAX_SCANS} scans: save it again")
-    # Pillow makes room for a WebP's pixels as soon as it opens one.
-    width, height = _webp_size(content) if kind == "WEBP" else _size(content, kind)
+    width, height = _size(content, kind)
     if width * height > MAX_PIXELS[kind]:
         sizes = {"width": width, "height": height, "allowed": MAX_PIXELS[kind]}
         raise RefusedError(413, TOO_MANY_PIXELS.format(name="the picture", **sizes))
@@ -74,28 +73,27 @@ def _unreadable(reason: str) -> str:
 
 
 def _size(content: bytes, kind: str) -> tuple[int, int]:
+    """Width and height of the canvas, from the header alone."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that are refused anyway
-            with Image.open(io.BytesIO(content), formats=(kind,)) as image:
-                return image.size
+        if kind != "WEBP":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of sizes that are refused anyway
+                with Image.open(io.BytesIO(content), formats=(kind,)) as image:
+                    return image.size
+        # Pillow makes room for a WebP's pixels as soon as it opens one; its first chunk tells.
+        chunk, data = content[12:16], content[20:30]
+        if len(data) == 10 and chunk == b"VP8X":
+            return _number(data[4:7]) + 1, _number(data[7:10]) + 1
+        if len(data) == 10 and chunk == b"VP8 ":
+            return _number(data[6:8]) & 0x3FFF, _number(data[8:10]) & 0x3FFF
+        if len(data) == 10 and chunk == b"VP8L":
+            bits = _number(data[1:5])
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        raise ValueError("no chunk of a picture comes first")
     except Image.DecompressionBombError as error:
         raise RefusedError(413, f"the picture has too many pixels ({error}): reduce it") from error
     except (OSError, SyntaxError, TypeError, ValueError, OverflowError) as error:
         raise RefusedError(400, _unreadable("its header is damaged")) from error
-
-
-def _webp_size(content: bytes) -> tuple[int, int]:
-    """Width and height of the canvas, from the first chunk of a WebP's container."""
-    chunk, data = content[12:16], content[20:30]
-    if len(data) == 10 and chunk == b"VP8X":
-        return _number(data[4:7]) + 1, _number(data[7:10]) + 1
-    if len(data) == 10 and chunk == b"VP8 ":
-        return _number(data[6:8]) & 0x3FFF, _number(data[8:10]) & 0x3FFF
-    if len(data) == 10 and chunk == b"VP8L":
-        bits = _number(data[1:5])
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    raise RefusedError(400, _unreadable("its header is damaged"))
 
 
 def _number(data: bytes) -> int:

@@ -20,20 +20,16 @@ def finder(paths: Paths, url: str | None) -> Callable[[], str]:
         return lambda: url
 
     def find() -> str:
-        server = serving(paths)
-        if server is None:
-            raise ServerError(_absent(paths))
-        return server.grpc_url
+        if server := serving(paths):
+            return server.grpc_url
+        other = recorded(paths)
+        if other and paths.name not in other.models:
+            there = ", ".join(other.models) or "no model"
+            problem = f"our server has {there} and not {paths.name}"
+            raise ServerError(f"{problem}: choose another --name")
+        raise ServerError(f"no server of {paths.name} is running: start it, 'pipeline serve'")
 
     return find
-
-
-def _absent(paths: Paths) -> str:
-    server = recorded(paths)
-    if server and paths.name not in server.models:
-        there = ", ".join(server.models) or "no model"
-        return f"our server has {there} and not {paths.name}: choose another --name"
-    return f"no server of {paths.name} is running: start it, 'pipeline serve'"
 
 
 @dataclass

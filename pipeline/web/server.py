@@ -27,6 +27,17 @@ HEADER_BYTES = 32 * 1024  # of one request
 END_SECONDS = 5  # in which answers under way may end
 BACKLOG = 64  # connections that asyncio accepts before it lets us refuse any of them
 QUEUE = 1024  # that wait in the system to be accepted; beyond, a client tries again after 1 s
+MAX_CONNECTIONS = 512  # at once: below the 1024 files that a process usually may open
+MAX_REFUSED = 128  # further ones that may read why they are refused; others are just closed
+REQUEST_SECONDS = 15.0  # from a request's first byte, or from connecting, to its last header
+ANSWER_SECONDS = 10.0  # for a client to read an answer that the system cannot buffer
+REFUSED_SECONDS = 1.0  # in which a refused client may read why
+READ_BYTES = 16 * 1024  # at a time: parsing them must not keep the other clients waiting
+SEND_BYTES = 64 * 1024  # that the system buffers; without a limit it is up to 4 MiB a client
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n"
+    b"connection: close\r\n\r\n"
+)
 
 
 def serve_page(
@@ -43,11 +54,22 @@ def serve_page(
     """
     gateway = Gateway(Link(finder(paths, url), paths.name, config.timeout), config, log)
     with listening(config) as listener:
-        server = uvicorn.Server(settings(gateway))
-        asyncio.run(_serve(server, listener, lambda: started(address(config, listener))))
+        server = uvicorn.Server(uvicorn_config(gateway))
+
+        async def serve() -> None:
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            while not (server.started or serving.done()):
+                await asyncio.sleep(0.01)
+            if server.started:
+                # Asyncio sets its own backlog, and accepts as many at a time.
+                listener.listen(QUEUE)
+                started(address(config, listener))
+            await serving
+
+        asyncio.run(serve())
 
 
-def settings(gateway: Gateway) -> uvicorn.Config:
+def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
     """How uvicorn serves a gateway."""
     return uvicorn.Config(
         gateway.app(),
@@ -76,8 +98,8 @@ def listening(config: GatewayConfig) -> Iterator[socket.socket]:
             listener.bind((config.host, config.port))
         except OSError as error:
             raise PipelineError(
-                f"cannot listen on {config.host} port {config.port} ({error.strerror}): stop what "
-                "listens there, or choose another port with --port, 0 for a free one"
+                f"cannot listen on {config.host} port {config.port} ({error.strerror}): choose "
+                "another port with --port, 0 for a free one"
             ) from error
         yield listener
 
@@ -87,45 +109,6 @@ def address(config: GatewayConfig, listener: socket.socket) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     port = listener.getsockname()[1]
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-
-
-async def _serve(
-    server: uvicorn.Server, listener: socket.socket, started: Callable[[], None]
-) -> None:
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not (server.started or serving.done()):
-        await asyncio.sleep(0.01)
-    if server.started:
-        listener.listen(QUEUE)  # asyncio sets its own backlog, and accepts as many at a time
-        started()
-    await serving
-
-
-MAX_CONNECTIONS = 512  # at once: below the 1024 files that a process usually may open
-
-
-MAX_REFUSED = 128  # further ones that may read why they are refused; others are just closed
-
-
-REQUEST_SECONDS = 15.0  # from a request's first byte, or from connecting, to its last header
-
-
-ANSWER_SECONDS = 10.0  # for a client to read an answer that the system cannot buffer
-
-
-REFUSED_SECONDS = 1.0  # in which a refused client may read why
-
-
-READ_BYTES = 16 * 1024  # at a time: parsing them must not keep the other clients waiting
-
-
-SEND_BYTES = 64 * 1024  # that the system buffers; without a limit it is up to 4 MiB a client
-
-
-_FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n"
-    b"connection: close\r\n\r\n"
-)
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
@@ -220,11 +203,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         )
 
     def _others(self) -> list["Connection"]:
-        return [
-            other
-            for other in self.connections
-            if isinstance(other, Connection) and other is not self
-        ]
+        return [c for c in self.connections if isinstance(c, Connection) and c is not self]
 
     def _watch(self) -> None:
         """Give a request that has not wholly come the time it has; one that has, none to keep."""

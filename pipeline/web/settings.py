@@ -1,19 +1,27 @@
 """Settings of the gateway. Imports nothing heavy: the command line reads them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.core.errors import PipelineError
+
+_NAME = {
+    "help": "A further name for this machine, as browsers write it.",
+    "option": "allow-host",
+    "metavar": "NAME",
+}
 
 
 @dataclass(frozen=True)
 class GatewayConfig:
     """How much the gateway takes on, and from whom."""
 
-    host: str = "127.0.0.1"
-    port: int = 8080
-    allow_hosts: tuple[str, ...] = ()  # further names by which it may be asked
-    timeout: float = 10.0  # seconds for a whole request, its upload included
-    requests: int = 64  # under way at once, of one client half; one more is refused with 503
+    host: str = field(default="127.0.0.1", metadata={"help": "Where to listen."})
+    port: int = field(default=8080, metadata={"help": "auto or 0: a free one."})
+    allow_hosts: tuple[str, ...] = field(default=(), metadata=_NAME)
+    # For a whole request, its upload included.
+    timeout: float = field(default=10.0, metadata={"help": "Seconds for an answer."})
+    # Of one client half; one more is refused with 503.
+    requests: int = field(default=64, metadata={"help": "How many may be under way at once."})
     decoders: int = 2  # threads
 
     def __post_init__(self) -> None:
