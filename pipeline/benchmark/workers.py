@@ -25,7 +25,7 @@ from pipeline.export.sample import read_sample
 from pipeline.repository.golden import Golden, unpack_golden
 
 YARDSTICK = "yardstick"
-EAGER, RUNTIME = "eager PyTorch", "ONNX LocalRuntime"
+EAGER, RUNTIME = "eager PyTorch", "ONNX Runtime"
 SIDE = 96  # of the yardstick's matrices: too small for a second thread
 EXPORT = "run 'pipeline export' again"
 
