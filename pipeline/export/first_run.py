@@ -63,23 +63,6 @@ def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = ME
         raise CheckFailedError(f"ONNX Runtime does not load and run the file: {reason}")
 
 
-def _run_batches(content: bytes) -> None:
-    """Load an ONNX file and let it answer batches in which every second image is blank."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    started = time.monotonic()
-    session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    (images,) = session.get_inputs()
-    name = images.type.removeprefix("tensor(").removesuffix(")")
-    for size in BATCHES:
-        rows = np.resize(np.arange(128), (size, *images.shape[1:])).astype(NUMPY.get(name, name))
-        rows[::2] = 0
-        session.run(None, {images.name: rows})
-        if time.monotonic() - started > QUICK:
-            return
-
-
 def _limit(kind: int, most: int) -> None:
     """Limit what this process may take, further than it is limited already."""
     hard = resource.getrlimit(kind)[1]
@@ -89,12 +72,28 @@ def _limit(kind: int, most: int) -> None:
 
 
 def _main(memory: int, seconds: float) -> int:
-    """Run the file on standard input; return the status of the process."""
+    """Run the file on standard input; return the status of the process.
+
+    It answers batches in which every second image is blank.
+    """
     _limit(resource.RLIMIT_AS, memory)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_CPU, int(seconds) + 1)  # where whoever started it was killed
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    content, started = sys.stdin.buffer.read(), time.monotonic()
     try:
-        _run_batches(sys.stdin.buffer.read())
+        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+        (images,) = session.get_inputs()
+        dtype = images.type.removeprefix("tensor(").removesuffix(")")
+        for size in BATCHES:
+            rows = np.resize(np.arange(128), (size, *images.shape[1:]))
+            rows = rows.astype(NUMPY.get(dtype, dtype))
+            rows[::2] = 0
+            session.run(None, {images.name: rows})
+            if time.monotonic() - started > QUICK:
+                break
     except MemoryError:
         print(f"it takes more than {memory:,} bytes of memory")
         return REFUSED

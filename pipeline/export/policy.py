@@ -97,30 +97,27 @@ def _dialect(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
         yield "an attribute that refers to a function's"
 
 
-def _operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> list[str]:
-    wrong = []
+def _operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
     if domains := {node.domain for node in nodes} - STANDARD:
-        wrong.append(f"operators of domain {_names(domains)}")
+        yield f"operators of domain {_names(domains)}"
     if control := {node.op_type for node in nodes} & CONTROL_FLOW:
-        wrong.append(f"control flow: {_names(control)}")
+        yield f"control flow: {_names(control)}"
     if chance := {node.op_type for node in nodes} & RANDOM:
-        wrong.append(f"chance: {_names(chance)}; export the model in evaluation mode")
+        yield f"chance: {_names(chance)}; export the model in evaluation mode"
     if any(a.name == "training_mode" and a.i for node in nodes for a in node.attribute):
-        wrong.append("a batch normalization in training mode")
+        yield "a batch normalization in training mode"
     if model.functions:
-        wrong.append(f"local functions: {_names(entry.name for entry in model.functions)}")
+        yield f"local functions: {_names(entry.name for entry in model.functions)}"
     if model.training_info:
-        wrong.append("graphs for training")
-    return wrong
+        yield "graphs for training"
 
 
-def _sources(model: onnx.ModelProto, found: list[Any]) -> list[str]:
-    """Traces of the exporter. The model's own metadata may stay, unless it shows a source path."""
-    wrong = []
+def _sources(model: onnx.ModelProto, found: list[Any]) -> Iterator[str]:
+    """Yield traces of the exporter; the model's own metadata may stay, unless it shows a path."""
     if any(getattr(part, "metadata_props", ()) for part in found if part is not model):
-        wrong.append(f"metadata of the exporter in its graph, source paths among it: {SCRUB}")
+        yield f"metadata of the exporter in its graph, source paths among it: {SCRUB}"
     if any(getattr(part, "doc_string", "") for part in found):
-        wrong.append(f"doc strings, which may hold source paths: {SCRUB}")
+        yield f"doc strings, which may hold source paths: {SCRUB}"
     public = graph.public_names(model)
     shown = {
         _place(part, field, text): text
@@ -128,13 +125,10 @@ def _sources(model: onnx.ModelProto, found: list[Any]) -> list[str]:
         if field != "doc_string" and graph.shows_source(text)
     }
     if fixed := sorted(public.intersection(shown.values())):
-        wrong.append(
-            f"source paths for the names of inputs or outputs, {_listed(fixed)}: clients use them, "
-            "so export it with other names"
-        )
+        fix = "clients use them, so export it with other names"
+        yield f"source paths for the names of inputs or outputs, {_listed(fixed)}: {fix}"
     if places := [place for place, text in shown.items() if text not in public]:
-        wrong.append(f"source paths in {_listed(places)}: {SCRUB}")
-    return wrong
+        yield f"source paths in {_listed(places)}: {SCRUB}"
 
 
 def _place(part: Any, field: str, text: str) -> str:
@@ -150,12 +144,8 @@ def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]
     """Yield what shows a source path and cannot be left out, since the graph computes with it."""
     for tensor in tensors:
         # A copy; small numbers are written as the bytes that letters are.
-        raw = (
-            tensor.raw_data
-            or TensorProto(
-                int32_data=tensor.int32_data, int64_data=tensor.int64_data
-            ).SerializeToString()
-        )
+        numbers = TensorProto(int32_data=tensor.int32_data, int64_data=tensor.int64_data)
+        raw = tensor.raw_data or numbers.SerializeToString()
         where = f"in the data of {tensor.name or 'a nameless tensor'}"
         if paths := [*filter(None, map(_path_in, tensor.string_data))]:
             yield f"a source path {where}: '{paths[0]}'"

@@ -5,8 +5,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -53,10 +52,6 @@ class Round:
     @property
     def passed(self) -> bool:
         return not self.problems
-
-    def record(self) -> dict[str, Any]:
-        """The round as JSON has it."""
-        return {**asdict(self), "passed": self.passed}
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -109,11 +104,7 @@ def _mixed(rng: np.random.Generator, count: int, largest: int) -> list[np.ndarra
     return [rows for rows in np.split(rng.permutation(count), np.cumsum(sizes)) if len(rows)]
 
 
-@dataclass(frozen=True)
-class _Answered:
-    rows: np.ndarray  # int64 (M,): which images were asked about
-    outputs: np.ndarray
-    version: str
+_Answer = tuple[np.ndarray, np.ndarray, str]  # rows (R,), outputs (R, K), version
 
 
 def ask_golden(client: Client, golden: Golden) -> list[Round]:
@@ -133,17 +124,17 @@ def ask_golden(client: Client, golden: Golden) -> list[Round]:
 
 def _answers(
     client: Client, golden: Golden, requests: Sequence[np.ndarray], threads: int
-) -> list[_Answered]:
+) -> list[_Answer]:
     """The answer to each request, by `threads` that share the client and take turns."""
     deadline = time.monotonic() + PATIENCE * client.timeout
 
-    def answer(rows: np.ndarray) -> _Answered:
+    def answer(rows: np.ndarray) -> _Answer:
         if time.monotonic() > deadline:
             raise ServerError(
                 f"{client.endpoint} needs more than {PATIENCE * client.timeout:g} s for "
                 f"{len(requests)} requests: give it more with --timeout"
             )
-        return _Answered(rows, *client.infer(golden.images[rows]))
+        return rows, *client.infer(golden.images[rows])
 
     pool = ThreadPoolExecutor(threads)
     try:
@@ -152,13 +143,13 @@ def _answers(
         pool.shutdown(cancel_futures=True)  # once one has failed, no more is asked
 
 
-def _judged(mode: str, golden: Golden, answered: Sequence[_Answered], seconds: float) -> Round:
+def _judged(mode: str, golden: Golden, answered: Sequence[_Answer], seconds: float) -> Round:
     """Judge every answer by its own image, and name the images whose answers are the worst."""
-    rows = np.concatenate([answer.rows for answer in answered])  # (M,)
+    rows = np.concatenate([asked for asked, _, _ in answered])  # (M,)
     try:
         judged = [
-            judge(golden.outputs[answer.rows], answer.outputs, golden.bounds[answer.rows])
-            for answer in answered
+            judge(golden.outputs[asked], outputs, golden.bounds[asked])
+            for asked, outputs, _ in answered
         ]
         judgement = Judgement(*map(np.concatenate, zip(*judged, strict=True)))
         problems = judgement.problems(rows)
@@ -187,7 +178,7 @@ def _judged(mode: str, golden: Golden, answered: Sequence[_Answered], seconds: f
             )
             for index, answer in list(farthest.items())[:WORST]
         ),
-        versions=tuple(sorted({answer.version for answer in answered})),
+        versions=tuple(sorted({version for _, _, version in answered})),
         seconds=seconds,
         problems=tuple(problems),
     )

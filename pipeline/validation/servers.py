@@ -45,7 +45,8 @@ class Served:
 
     def record(self) -> dict[str, Any]:
         """The server as JSON has it."""
-        return {**asdict(self), "rounds": [found.record() for found in self.rounds]}
+        asked = [{**asdict(found), "passed": found.passed} for found in self.rounds]
+        return {**asdict(self), "rounds": asked}
 
     def __str__(self) -> str:
         digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""

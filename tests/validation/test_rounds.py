@@ -75,7 +75,6 @@ def test_the_right_answers_pass_in_every_round_and_say_how_near_they_were() -> N
         assert each.max_ratio is not None
         assert each.max_ratio < 0.01
         assert len({worst.index for worst in each.worst}) == len(each.worst) == 5
-        assert each.record()["passed"] is True
         assert each.cells[-1] == "right"
 
 
