@@ -19,6 +19,8 @@ NAME ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))
 PYTHON ?= python3
 # Processes that train one network together, one thread each on a CPU: make train NPROC=2
 NPROC ?= 1
+# The browser that 'make system' installs; empty where there is one: make system CHROMIUM=
+CHROMIUM ?= chromium
 # A package index for another build of torch, CPU-only say: make .venv TORCH_INDEX=URL
 TORCH_INDEX ?=
 
@@ -140,6 +142,10 @@ figures: $(AGREEMENT) ## measure the agreement again and render the README
 	$(PIPELINE) validate exported/model_repository
 	$(TOOL).readme agreement $(AGREEMENT) $(SUMMARY)
 
+.PHONY: screenshot
+screenshot: $(PACKAGED) .venv-triton/done ## take the README's picture of the page, in Chromium
+	$(TOOL).screenshot docs/images/page.png
+
 .PHONY: best
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
@@ -183,7 +189,7 @@ prove-compare: $(PACKAGED) .venv-triton/done ## plant a slowdown and a loss of a
 system: ## install what only the system's packages have (root)
 	@test "$$(id -u)" = 0 || { echo "make system calls apt-get: run it as root"; exit 1; }
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends curl chromium dataset-fashion-mnist > /dev/null
+	apt-get install -y -qq --no-install-recommends curl $(CHROMIUM) dataset-fashion-mnist > /dev/null
 	@echo "promtool, out of its package: the whole of it would start a server"
 	cd "$$(mktemp -d)" && apt-get download -qq prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb | \
 		tar -xC /usr/local --strip-components=2 ./usr/bin/promtool && rm -r "$$PWD"

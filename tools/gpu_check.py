@@ -27,7 +27,7 @@ from pipeline.training.run import train_run
 from pipeline.validation.export import prove_export
 from tools.edge import print_now, run_tool
 from tools.provenance import write_figure
-from tools.readme import README, render_readme
+from tools.readme import render_pages
 
 LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split
 NAME = "gpu-check"  # of the runs and of the export
@@ -150,15 +150,15 @@ def checked_export(
 
 
 def main(arguments: list[str]) -> None:
-    """Check, keep the result, and let the README say it."""
+    """Check, keep the result, and let the pages say it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--signed-off-by", required=True, help="who ran it and answers for it")
     given = parser.parse_args(arguments)
     check = gpu_check(Paths(), given.signed_off_by, given.result, print_now)
-    render_readme()
+    files = [given.result, *render_pages()]
     print(f"{check.device}: {check.tests} tests, {check.test_accuracy:.2%}\nwrote {given.result}")
-    print(f"next: {shlex.join(['git', 'commit', str(given.result), str(README)])}")
+    print(f"next: {shlex.join(['git', 'commit', *map(str, files)])}")
 
 
 if __name__ == "__main__":

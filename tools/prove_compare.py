@@ -27,7 +27,7 @@ from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.serving import tritonserver
 from tools.provenance import sources_digest, write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 
 SHARE = 0.2  # of what the backend takes, that it sleeps as well
 ATTEMPTS = 3  # at a slowdown on a machine whose own speed stays as it is
@@ -183,7 +183,7 @@ def main(result: Path, times: int) -> None:
     assert wrong["worse"], found
     assert [one["exit"] for one in found["same"]] == [0] * times, found
     write_figure("compare", result, record)
-    render_readme()
+    render_pages()
     print(f"wrote {result}")
 
 

@@ -34,7 +34,7 @@ from pipeline.serving.settings import ServeConfig
 from tools.gateways import ATTEMPTS, HOLDING, bombs, connected, encoded
 from tools.prove_kill import project
 from tools.provenance import write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 
 HANG_SECONDS = 60.0
 CHECK_EVERY = 500  # hostile requests, between two that must be answered rightly
@@ -378,7 +378,7 @@ def main(result: Path, *counts: int) -> None:
     record |= machine()
     print(json.dumps(record, indent=1))
     write_figure("gateway", result, record)
-    render_readme()
+    render_pages()
     print(f"wrote {result}")
 
 

@@ -24,7 +24,7 @@ from pipeline.repository import config_pbtxt
 from pipeline.serving import process, serve, supervise
 from pipeline.serving.settings import ServeConfig
 from tools.provenance import write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 from tools.traffic import PAUSE_SECONDS, Running, Tally, Traffic, expected, lost, traffic
 
 WITHIN = 10.0  # seconds, for right answers to come again and for a drain to be done
@@ -182,7 +182,7 @@ def main(result: Path, kills: int, drains: int) -> None:
     assert max((s for all_ in outages.values() for s in all_), default=0.0) < WITHIN
     assert max(drained, default=0.0) < WITHIN
     write_figure("kill", result, record)
-    render_readme()
+    render_pages()
     print(f"wrote {result}")
 
 

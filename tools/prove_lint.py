@@ -24,7 +24,7 @@ from pipeline.repository.lint.text import Finding
 from pipeline.serving.scratch import LiveTrial, try_models
 from tools.mutations import CASES, LOADS, ON_A_SERVER, UNTRIED, Case, build, static_fault
 from tools.provenance import write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 
 COMMAND = "make prove-lint"
 RUNTIME_TYPES = {
@@ -137,7 +137,7 @@ def main() -> None:
     }
     record["faults"] += record["corpus"]["refused_though_sound"]
     write_figure("lint", Path(sys.argv[1]), {**machine(), **record})
-    render_readme()
+    render_pages()
     print(f"{record['mutations']} mutations, {record['sound']} sound variations, ", end="")
     print(f"{record['faults']} not as expected; ONNX's own tests: {record['corpus']}")
     sys.exit(1 if record["faults"] else 0)

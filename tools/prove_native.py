@@ -21,7 +21,7 @@ from pipeline.serving.tritonserver import IMAGE
 from pipeline.validation.servers import ServerEvidence, prove_servers, require_passed
 from tools.edge import print_now, result_parser, run_tool
 from tools.provenance import write_figure
-from tools.readme import README, RESULTS, render_readme
+from tools.readme import RESULTS, render_pages
 
 START_SECONDS = 300.0  # of a container whose image was never started before
 COMMANDS = {"docker": "make prove-native"}
@@ -93,7 +93,7 @@ def prove(paths: Paths, kind: str, result: Path, report: Say) -> ServerEvidence:
 
 
 def main(arguments: list[str]) -> None:
-    """Prove, keep the result, and let the README say it."""
+    """Prove, keep the result, and let the pages say it."""
     parser = result_parser(__doc__)
     parser.add_argument("--root", type=Path, default=Paths.root)
     parser.add_argument("--runtime", choices=["docker", "path", "wheel"], default="docker")
@@ -101,9 +101,9 @@ def main(arguments: list[str]) -> None:
     paths = replace(Paths(given.root), name=given.name)
     evidence = prove(paths, given.runtime, given.result, print_now)
     print(f"{evidence}\nwrote {given.result}")
-    readme, results = paths.root / README, paths.root / RESULTS
-    if given.result.resolve().parent == results.resolve() and readme.exists():
-        render_readme(readme, results)
+    results = paths.root / RESULTS
+    if given.result.resolve().parent == results.resolve():
+        render_pages(paths.root, results)
     require_passed(evidence)
 
 

@@ -24,7 +24,7 @@ from pipeline.training.checkpoint import load_state
 from pipeline.training.device import choose_placement
 from pipeline.training.run import recorded_config, run_identity
 from tools.provenance import write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 
 TRAIN = ["train", "--recipe", "quick", "--save-every", "2"]
 EPOCHS = 0.25
@@ -158,7 +158,7 @@ def main(result: Path, kills: int, inside: int) -> None:
         load_split("mnist", root / "data" / "mnist", "test")  # or say how to fetch it
         outcome = prove(root, kills, inside, report=lambda line: print(line, flush=True))
     write_figure("resume", result, {"command": "make prove-resume", **machine(), **asdict(outcome)})
-    render_readme()
+    render_pages()
     print(f"wrote {result}")
     if not outcome.is_perfect or outcome.inside_a_write < inside:
         raise SystemExit(3)

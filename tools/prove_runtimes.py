@@ -25,7 +25,7 @@ from pipeline.export.targets import ExportConfig, onnx_dialect, span
 from pipeline.training.networks import eager_predictor
 from tools.edge import print_now, run_tool
 from tools.provenance import write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 
 ENVIRONMENTS = Path(".venv-runtimes")
 MAX_ABS_DIFF = 1e-4  # between log-probabilities
@@ -189,7 +189,7 @@ def main(result: Path, run: str = Paths.run) -> None:
         "rows": [asdict(row) for row in rows],
     }
     write_figure("runtimes", result, record)
-    render_readme()
+    render_pages()
     print(f"wrote {result}")
 
 

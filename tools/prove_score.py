@@ -28,7 +28,7 @@ from pipeline.data.splits import load_split
 from pipeline.export.runtime import onnx_predictor
 from pipeline.scoring.cluster import SCRATCH
 from tools.provenance import write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 
 CHUNK = 10_000  # images written at once
 SAMPLE = 60_000  # images that ONNX Runtime gets in process, before and after
@@ -222,7 +222,7 @@ def main(result: Path, images: int) -> None:
     assert 0 < found["resumed"] < images
     assert not found["left"]
     write_figure("score", result, record)
-    render_readme()
+    render_pages()
     print(f"wrote {result}")
     if found["ratio"] < LEAST or found["peak_bytes"] > (1 + MAY_GROW) * found["fewer_peak_bytes"]:
         raise SystemExit(3)

@@ -13,7 +13,7 @@ from pipeline.serving import serve, supervise
 from pipeline.serving.settings import ServeConfig
 from tools.prove_kill import ask_of, leftovers, project
 from tools.provenance import write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 from tools.traffic import traffic
 
 MAY_GROW = 5 * 1024 * 1024  # bytes
@@ -84,7 +84,7 @@ def main(result: Path, requests: int) -> None:
     assert last.shared_memory == first.shared_memory
     assert not leftovers({server.id})
     write_figure("soak", result, record)
-    render_readme()
+    render_pages()
     print(f"wrote {result}")
 
 

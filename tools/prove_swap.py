@@ -23,7 +23,7 @@ from pipeline.serving import supervise, swap
 from pipeline.serving.serve import Server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from tools.provenance import write_figure
-from tools.readme import render_readme
+from tools.readme import render_pages
 from tools.traffic import Traffic, expected, traffic
 
 TOLERANCE = 1e-4  # of an answer's log-probabilities
@@ -152,7 +152,7 @@ def main(result: Path, promotes: int, requests: int) -> None:
             outcome = prove(paths, server, images, promotes, requests, say)
     write_figure("swap", result, {"command": "make prove-swap", **machine(), **asdict(outcome)})
     say(f"{outcome}")
-    render_readme()
+    render_pages()
     say(f"wrote {result}")
     if not outcome.is_perfect:
         raise SystemExit(3)

@@ -1,6 +1,6 @@
-"""Keep what commands measured as results, and render the README's blocks from the results.
+"""Keep what commands measured as results, and render the pages' blocks from the results.
 
-python -m tools.readme                               render the README
+python -m tools.readme                               render the pages
 python -m tools.readme agreement AGREEMENT SUMMARY   keep a proof and the run's summary, then render
 python -m tools.readme serving RECORD                keep what `benchmark --what serve` wrote
 python -m tools.readme training RECORD               keep what `benchmark --what train` printed
@@ -9,6 +9,7 @@ python -m tools.readme training RECORD               keep what `benchmark --what
 import argparse
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from pipeline.core.machine import machine
 from tools.edge import run_tool
 from tools.provenance import MEASURE, read_figure, recipe_digest, write_figure
 
-README = Path("README.md")
+PAGES = (Path("README.md"), Path("docs/results.md"))  # which have blocks of results
+PROSE_WIDTH = 116  # of a line, in characters
 RESULTS = Path("tools/results")
 NOT_VERIFIED = (
-    "GPU: *not verified* (nobody has run `make gpu-check SIGNED='your name'` on one yet)."
+    "*Not verified*: training and inference on a GPU (`make gpu-check` checks them on a machine "
+    "that has one)."
 )
 NATIVE_NOT_VERIFIED = (
-    "What NVIDIA's container loads: *same bytes; native backend not verified* (nobody has run "
-    "`make prove-native` where Docker is yet)."
+    "*Not verified*: this model inside NVIDIA's Triton container. The server here runs the same "
+    "bytes by a backend of our own; `make prove-native` checks the container, where Docker is."
 )
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -43,9 +46,9 @@ _BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.DOTA
 
 
 def keep_result(name: str, file: Path, command: str, record: Mapping[str, Any]) -> None:
-    """Write a measured result with the command that measures it, and render the README."""
+    """Write a measured result with the command that measures it, and render the pages."""
     write_figure(name, file, {**record, "command": command})
-    render_readme()
+    render_pages()
     print(f"wrote {file}")
 
 
@@ -68,7 +71,7 @@ def training_figure(rows: Sequence[dict[str, Any]], figure: Path) -> dict[str, A
 
 
 def main(arguments: list[str]) -> None:
-    """Keep a result, where there is one, and render the README."""
+    """Keep a result, where there is one, and render the pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,39 +89,48 @@ def main(arguments: list[str]) -> None:
         record = training_figure(json.loads(given.files[0].read_text())["rows"], figure)
         keep_result("training", figure, "make prove-training", record)
     else:
-        render_readme()
+        render_pages()
 
 
 def block(name: str, figures: Path) -> str:
-    """Render a block of the README from its result, or say that nothing was proven yet."""
+    """Render a block of a page from its result, or say that nothing was proven yet."""
     if name not in BLOCKS:
-        raise PipelineError(f"the README asks for figures {name!r}, which nothing renders")
+        raise PipelineError(f"a page asks for figures {name!r}, which nothing renders")
     figure = figures / f"{name}.json"
     if figure.exists() or name == "agreement":
         text = markdown(name, read_figure(figure))
     else:
-        text = NOT_VERIFIED if name == "gpu" else f"*Not proven yet*: `make prove-{name}`."
+        text = NOT_VERIFIED if name == "gpu" else f"*Not measured yet*: `make prove-{name}`."
     if name != "gpu":
         return text
     native = figures / "native.json"
     record = read_figure(native) if native.exists() else {}
     is_native = record.get("passed") is True and record.get("runtime") in ("docker", "path")
-    return f"{text} {markdown('native', record) if is_native else NATIVE_NOT_VERIFIED}"
+    native_text = markdown("native", record) if is_native else NATIVE_NOT_VERIFIED
+    return _wrap(" ".join(f"{text} {native_text}".split()))
 
 
 def markdown(name: str, figure: Mapping[str, Any]) -> str:
     """Render a result by its macro in `readme.md.jinja`."""
-    return str(getattr(_TEMPLATE.module, name)(figure)).strip()
+    lines = str(getattr(_TEMPLATE.module, name)(figure)).strip().splitlines()
+    return "\n".join(line if line.startswith("|") else _wrap(line) for line in lines)
 
 
-def rendered(readme: str, figures: Path) -> str:
-    """`readme` with every figures block rendered again from its JSON."""
-    return _BLOCK.sub(lambda match: f"{match[1]}{block(match[2], figures)}\n{match[3]}", readme)
+def _wrap(line: str) -> str:
+    return textwrap.fill(line, PROSE_WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
-def render_readme(readme: Path = README, figures: Path = RESULTS) -> None:
-    """Write the results into `readme`."""
-    write_bytes(readme, rendered(readme.read_text(), figures).encode())
+def rendered(page: str, figures: Path) -> str:
+    """`page` with every figures block rendered again from its JSON."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{block(match[2], figures)}\n{match[3]}", page)
+
+
+def render_pages(root: Path = Path(), figures: Path = RESULTS) -> list[Path]:
+    """Write the results into the pages below `root` that are there; return those pages."""
+    pages = [root / page for page in PAGES if (root / page).exists()]
+    for page in pages:
+        write_bytes(page, rendered(page.read_text(), figures).encode())
+    return pages
 
 
 if __name__ == "__main__":

@@ -121,10 +121,11 @@ def test_raw_bytes_of_a_digit_and_plain_http_get_a_right_answer(served: Served) 
 
 
 README = (REPOSITORY / "README.md").read_text()
+CLIENTS = (REPOSITORY / "docs" / "clients.md").read_text()
 
 
 def at_its_ports(text: str, server: dict[str, Any]) -> str:
-    """A snippet of the README, asking this server instead of one at the usual ports."""
+    """A snippet of the docs, asking this server instead of one at the usual ports."""
     return text.replace(":8000", f":{server['http_port']}").replace(
         ":8001", f":{server['grpc_port']}"
     )
@@ -132,9 +133,10 @@ def at_its_ports(text: str, server: dict[str, Any]) -> str:
 
 @pytest.mark.server
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl: make system")
-def test_the_readmes_curl_gets_a_right_answer(served: Served) -> None:
+def test_the_docs_curl_gets_a_right_answer(served: Served) -> None:
     chain, server = served
-    (snippet,) = re.findall(r"```sh\n(curl.*?)```", README, re.DOTALL)
+    (snippet,) = re.findall(r"```sh\n(curl.*?)```", CLIENTS, re.DOTALL)
+    assert snippet in README
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", at_its_ports(snippet, server)],
         cwd=chain.root,
@@ -148,12 +150,13 @@ def test_the_readmes_curl_gets_a_right_answer(served: Served) -> None:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("position", [0, 1])
-def test_the_readmes_python_gets_a_right_answer(served: Served, position: int, made: Chain) -> None:
+@pytest.mark.parametrize("library", ["tritonclient", "pipeline.client"])
+def test_the_docs_python_gets_a_right_answer(served: Served, library: str, made: Chain) -> None:
     chain, server = served
     made.run("data", "sample", str(chain.root / "digits"), "--count", "1")
-    asked = README[README.index("## Ask it from anything") :]
-    snippet = re.findall(r"```python\n(.*?)```", asked, re.DOTALL)[position]
+    snippets = re.findall(r"```python\n(.*?)```", CLIENTS, re.DOTALL)
+    snippet = next(code for code in snippets if library in code and "HOST" not in code)
+    assert library == "tritonclient" or snippet in README
     done = subprocess.run(
         [sys.executable, "-c", at_its_ports(snippet, server)],
         cwd=chain.root,
@@ -161,20 +164,19 @@ def test_the_readmes_python_gets_a_right_answer(served: Served, position: int, m
         text=True,
         check=True,
     )
-    assert (":0:0'" if position == 0 else "7 0.9") in done.stdout
+    assert (":0:0'" if library == "tritonclient" else "7 0.9") in done.stdout
 
 
 @pytest.mark.server
-def test_the_python_that_serve_prints_is_the_readmes_and_gets_a_right_answer(
+def test_the_python_that_serve_prints_gets_a_right_answer(
     served: Served, made: Chain, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chain, record = served
+    chain, _ = served
     made.run("data", "sample", str(chain.root / "digits"), "--count", "1")
     server = serve.recorded(chain.paths)
     assert server
     echo_server(Settings(chain.root), server)
     (line,) = re.findall(r"^or: python (-c .*)$", capsys.readouterr().out, re.MULTILINE)
-    assert f"\nor: python {line}\n" in at_its_ports(README, record)
     words = shlex.split(line.replace("IMAGE", "digits/00000.png"))
     done = subprocess.run(
         [sys.executable, *words], cwd=chain.root, capture_output=True, text=True, check=True
@@ -184,9 +186,9 @@ def test_the_python_that_serve_prints_is_the_readmes_and_gets_a_right_answer(
 
 @pytest.mark.server
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node: make system")
-def test_the_readmes_javascript_gets_a_right_answer(served: Served) -> None:
+def test_the_docs_javascript_gets_a_right_answer(served: Served) -> None:
     chain, server = served
-    (snippet,) = re.findall(r"```js\n(.*?)```", README, re.DOTALL)
+    (snippet,) = re.findall(r"```js\n(.*?)```", CLIENTS, re.DOTALL)
     done = subprocess.run(
         ["node", "--input-type=module", "-e", at_its_ports(snippet, server)],
         cwd=chain.root,

@@ -12,7 +12,7 @@ from tests.conftest import Chain
 from tools import prove_photos
 from tools.photos import HELD_BACK, SCENES, pictures
 from tools.provenance import read_figure
-from tools.readme import README, RESULTS, rendered
+from tools.readme import PAGES, RESULTS, rendered
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_proof_reports_each_condition_and_what_was_held_back_apart(
     names = ["phone", "tiny", *HELD_BACK]
     monkeypatch.setattr(prove_photos, "SCENES", {name: SCENES[name] for name in names})
     monkeypatch.chdir(chain.root)
-    README.write_text("<!-- figures:photos -->\n<!-- /figures -->\n")
+    PAGES[0].write_text("<!-- figures:photos -->\n<!-- /figures -->\n")
     RESULTS.mkdir(parents=True)
     prove_photos.main([str(RESULTS / "photos.json"), "--short"])
     record = read_figure(RESULTS / "photos.json")
@@ -63,7 +63,7 @@ def test_the_proof_reports_each_condition_and_what_was_held_back_apart(
     for row in record["rows"]:
         assert 0 <= row["accuracy"] <= 1
         assert 0 <= row["calibration_error"] <= 1
-    table = README.read_text()
+    table = PAGES[0].read_text()
     assert "| crumpled (held back) |" in table
     assert "| phone |" in table
     assert rendered(table, RESULTS) == table

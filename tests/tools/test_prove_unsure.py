@@ -8,7 +8,7 @@ from pipeline.core.errors import PipelineError
 from tests.conftest import REPOSITORY, Chain, edit_json
 from tools import nondigits, prove_unsure
 from tools.provenance import read_figure
-from tools.readme import README, RESULTS, rendered
+from tools.readme import PAGES, RESULTS, rendered
 
 CLOTHES = REPOSITORY / "data" / "fashion-mnist"
 
@@ -57,8 +57,8 @@ def test_the_proof_says_how_much_of_each_kind_is_refused_and_tells_the_readme(
     monkeypatch.chdir(clothed.root)
     RESULTS.mkdir(parents=True)
     block = "<!-- figures:unsure -->\n<!-- /figures -->\n"
-    README.write_text(block)
-    assert "*Not proven yet*: `make prove-unsure`" in rendered(block, RESULTS)
+    PAGES[0].write_text(block)
+    assert "*Not measured yet*: `make prove-unsure`" in rendered(block, RESULTS)
     prove_unsure.main([str(RESULTS / "unsure.json")])
     record = read_figure(RESULTS / "unsure.json")
     right, wrong = record["right"], record["wrong"]
@@ -68,7 +68,7 @@ def test_the_proof_says_how_much_of_each_kind_is_refused_and_tells_the_readme(
     counted = [row["refused"] / row["images"] for row in record["rows"] if row["is_counted"]]
     assert len(counted) == len(record["rows"]) - 2  # without letters that may be digits, and signs
     assert record["share"] == pytest.approx(np.mean(counted))
-    text = README.read_text()
+    text = PAGES[0].read_text()
     times = wrong["refused"] / wrong["images"] / (right["refused"] / right["images"])
     assert f"refused {times:,.0f} times as often" in text
     names = ("scribbles", "zigzags (held back)", "clothes, dark on light", "test digits")
