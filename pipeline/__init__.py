@@ -1,6 +1,41 @@
 """Handwriting data to a served, proven model: train, export, validate, package, serve, query."""
 
 import os
+from typing import TYPE_CHECKING
+
+from pipeline.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from pipeline.client.async_client import AsyncClient as AsyncClient
+    from pipeline.client.client import Client as Client
+    from pipeline.client.endpoint import Certificates as Certificates
+    from pipeline.client.prediction import Prediction as Prediction
+    from pipeline.core.errors import PipelineError as PipelineError
+    from pipeline.core.paths import Paths as Paths
+    from pipeline.data.fetch import fetch_data as fetch_data
+    from pipeline.export.export import export_run as export_run
+    from pipeline.repository.package import package_model as package_model
+    from pipeline.training.recipes import TrainConfig as TrainConfig
+    from pipeline.training.run import train_run as train_run
+    from pipeline.validation.export import validate_export as validate_export
 
 # gRPC reads it when it is loaded; without it, it prints a line for each failed handshake.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "AsyncClient": "client.async_client",
+        "Certificates": "client.endpoint",
+        "Client": "client.client",
+        "Paths": "core.paths",
+        "PipelineError": "core.errors",
+        "Prediction": "client.prediction",
+        "TrainConfig": "training.recipes",
+        "export_run": "export.export",
+        "fetch_data": "data.fetch",
+        "package_model": "repository.package",
+        "train_run": "training.run",
+        "validate_export": "validation.export",
+    },
+)

@@ -9,6 +9,7 @@ import click
 import pytest
 
 from pipeline.cli.main import main
+from pipeline.core.files import sha256
 from tests.conftest import REPOSITORY
 
 NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "exported/README.md")
@@ -54,6 +55,21 @@ def test_every_make_target_of_a_page_exists(line: str) -> None:
     targets |= {"prove-*", "prove-<what>"}
     words = shlex.split(line.partition("#")[0].partition(" && ")[0])[1:]
     assert {word for word in words if "=" not in word} <= targets
+
+
+@pytest.mark.slow
+def test_the_chain_of_the_api_page_makes_a_packaged_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "api.md").read_text(), re.S)[
+        0
+    ]
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "data").symlink_to(REPOSITORY / "data")
+    monkeypatch.chdir(tmp_path)
+    exec(chain.replace('of("quick")', 'of("quick", epochs=0.05)'), {})
+    folder, digest = capsys.readouterr().out.split()[-2:]
+    assert sha256(tmp_path / folder / "model.onnx") == digest
 
 
 def anchors(page: Path) -> set[str]:

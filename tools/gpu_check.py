@@ -24,7 +24,7 @@ from pipeline.training.checkpoint import Summary
 from pipeline.training.device import choose_placement
 from pipeline.training.recipes import RECIPES, TrainConfig
 from pipeline.training.run import train_run
-from pipeline.validation.export import prove_export
+from pipeline.validation.export import validate_export
 from tools.edge import print_now, run_tool
 from tools.provenance import write_figure
 from tools.readme import render_pages
@@ -129,8 +129,8 @@ def checked_export(
     export_run(of_check, report=report)
     is_cuda = plain.device.startswith("cuda")
     # The proof of the CPU is the one that is kept; ONNX Runtime on the GPU has to pass it as well.
-    on_gpu = prove_export(of_check, provider="cuda", report=report) if is_cuda else None
-    proof = prove_export(of_check, report=report)
+    on_gpu = validate_export(of_check, provider="cuda", report=report) if is_cuda else None
+    proof = validate_export(of_check, report=report)
     capability = torch.cuda.get_device_capability() if is_cuda else ()
     return GpuCheck(
         signed_off_by=signed_off_by.strip(),

@@ -18,7 +18,7 @@ from pipeline.serving import tritonserver
 from pipeline.serving.serve import running_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import IMAGE
-from pipeline.validation.servers import ServerEvidence, prove_servers, require_passed
+from pipeline.validation.servers import ServerEvidence, require_passed, validate_servers
 from tools.edge import print_now, result_parser, run_tool
 from tools.provenance import write_figure
 from tools.readme import RESULTS, render_pages
@@ -67,7 +67,7 @@ def served(paths: Paths, kind: str, report: Say) -> tuple[str, ServerEvidence]:
         running_server(paths, config, report=report) as (server, _),
     ):
         urls = [server.http_url, server.grpc_url]
-        evidence = prove_servers(paths, urls, file=Path(folder) / "evidence.json", report=report)
+        evidence = validate_servers(paths, urls, file=Path(folder) / "evidence.json", report=report)
     return str(runtime), evidence
 
 

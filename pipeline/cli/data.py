@@ -9,7 +9,7 @@ from click.core import ParameterSource
 from pipeline.cli.command import Group, Settings, dataset_option, paths_of
 from pipeline.core.paths import FOLDER, MODEL_NAMES, model_name
 from pipeline.core.text import Lines
-from pipeline.data.catalog import DATASETS, DEFAULT_DATASET
+from pipeline.data.catalog import DEFAULT_DATASET
 
 SHOWN = 20  # labels of a sample
 
@@ -43,20 +43,15 @@ def fetch_data_command(settings: Settings, dataset: str, source: Path | None) ->
       pipeline data fetch --from ~/mnist
       pipeline data fetch --dataset folder:letters
     """
-    from pipeline.data.archives import fetch_archives
-    from pipeline.data.fetch import fetch
-    from pipeline.data.folders import import_folder
+    from pipeline.data.fetch import fetch_data
 
     cache = paths_of(settings).data(dataset)
     if dataset.startswith(FOLDER):
         context = click.get_current_context()
         if context.get_parameter_source("source") == ParameterSource.COMMANDLINE:
             raise click.UsageError("folder:PATH says where the pictures are: leave out --from")
-        folder = import_folder(dataset, cache, settings.say, settings.update)
-    elif DATASETS[dataset].downloads:
-        folder = fetch_archives(dataset, cache, source, settings.say)
-    else:
-        folder = fetch(dataset, cache, source, settings.say)
+        source = None  # which the environment names for other sets
+    folder = fetch_data(dataset, cache, source, settings.say, settings.update)
     record = {"dataset": dataset, "folder": str(folder)}
     settings.result(record, f"{dataset} is in {folder}", f"pipeline train{_option(dataset)}")
 

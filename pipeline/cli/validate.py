@@ -102,17 +102,17 @@ def validate_command(
     elif len(targets) == 1 and Path(targets[0]).is_file():
         _validate_export(settings, _paths_of(Path(targets[0])), provider)
     elif is_remote:
-        from pipeline.validation.servers import prove_servers, require_passed
+        from pipeline.validation.servers import require_passed, validate_servers
 
-        found = prove_servers(paths, targets, golden, timeout, evidence, report=settings.say)
+        found = validate_servers(paths, targets, golden, timeout, evidence, report=settings.say)
         wrote = f"wrote {evidence or paths.replay}"
         settings.result(found.record(), Lines(found, wrote))
         require_passed(found)
     elif len(targets) == 1:
-        from pipeline.validation.repository import prove_repository
+        from pipeline.validation.repository import validate_repository
 
         paths = replace(paths, repository_folder=Path(targets[0]))
-        tables = prove_repository(paths, report=settings.say, only=name)
+        tables = validate_repository(paths, report=settings.say, only=name)
         wrote = f"wrote the tables beside the exports in {paths.exported}"
         record = asdict(tables[0]) if len(tables) == 1 else {"models": [asdict(t) for t in tables]}
         text = Lines(*(Lines(table, "") for table in tables), wrote)
@@ -135,9 +135,9 @@ def _paths_of(onnx: Path) -> Paths:
 
 
 def _validate_export(settings: Settings, paths: Paths, provider: str) -> None:
-    from pipeline.validation.export import prove_export
+    from pipeline.validation.export import validate_export
 
-    _said(settings, paths, prove_export(paths, provider=provider, report=settings.update))
+    _said(settings, paths, validate_export(paths, provider=provider, report=settings.update))
 
 
 def _validate_onnx(
@@ -165,7 +165,7 @@ def _validate_onnx(
         _replayed(settings, verdicts)
         return
     options = f"--onnx {onnx} --module {given['module']}{' --scrub' if scrub else ''}"
-    done = export.prove_onnx(
+    done = export.validate_onnx(
         paths, content, subject, sample, provider=provider, report=settings.update, options=options
     )
     _said(settings, paths, done)

@@ -17,8 +17,9 @@ from typing import Any
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import locked, sha256, write_bytes
+from pipeline.core.paths import FOLDER
 from pipeline.core.text import Lines
-from pipeline.data.catalog import DataFile, Dataset
+from pipeline.data.catalog import DATASETS, DataFile, Dataset
 from pipeline.data.splits import cached, fetch_command, find_dataset
 
 CONNECT_SECONDS = 5.0  # a mirror that has not answered by then is dead
@@ -38,7 +39,30 @@ class UnusableError(Exception):
     """One file cannot be had from a source, or not as it must be; others perhaps can."""
 
 
-def fetch(
+def fetch_data(
+    dataset: str,
+    folder: Path,
+    source: Path | None = None,
+    report: Report = lambda line: None,
+    update: Report = lambda line: None,
+) -> Path:
+    """Bring a data set into the cache `folder`, every digest checked; return the folder.
+
+    `dataset` is a name of the catalogue or `folder:PATH`. Files come from the folder `source` if
+    given, else from mirrors. Steps go to `report`, progress to `update`. Raises PipelineError
+    where the files cannot be had, and CorruptError where they are not as they must be.
+    """
+    from pipeline.data.archives import fetch_archives  # imports this module
+    from pipeline.data.folders import import_folder
+
+    if dataset.startswith(FOLDER):
+        return import_folder(dataset, folder, report, update)
+    if dataset in DATASETS and DATASETS[dataset].downloads:
+        return fetch_archives(dataset, folder, source, report)
+    return fetch_files(dataset, folder, source, report)
+
+
+def fetch_files(
     dataset: str, folder: Path, source: Path | None = None, report: Report = lambda line: None
 ) -> Path:
     """`folder`, holding the four uncompressed files of the data set with the right digests.

@@ -181,6 +181,11 @@ class TrainConfig:
         if not 0 <= self.seed < 2**31:
             raise PipelineError(f"seed must be 0 to 2147483647, got {self.seed}")
 
+    @classmethod
+    def of(cls, name: str, dataset: str = "mnist", seed: int = 0, **changes: Any) -> "TrainConfig":
+        """Return the run of the recipe called `name`, with some of its fields changed."""
+        return cls(name, recipe(name, dataset, **changes), dataset, seed)
+
     def record(self) -> dict[str, Any]:
         """This run as JSON would have it."""
         record = asdict(self)

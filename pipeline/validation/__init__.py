@@ -11,16 +11,16 @@ from pipeline.core.lazy import lazily
 
 if TYPE_CHECKING:
     from pipeline.validation.compare import Criterion as Criterion
-    from pipeline.validation.export import prove_export as prove_export
-    from pipeline.validation.repository import prove_repository as prove_repository
-    from pipeline.validation.servers import prove_servers as prove_servers
+    from pipeline.validation.export import validate_export as validate_export
+    from pipeline.validation.repository import validate_repository as validate_repository
+    from pipeline.validation.servers import validate_servers as validate_servers
 
 __getattr__ = lazily(
     __name__,
     {
         "Criterion": "compare",
-        "prove_export": "export",
-        "prove_repository": "repository",
-        "prove_servers": "servers",
+        "validate_export": "export",
+        "validate_repository": "repository",
+        "validate_servers": "servers",
     },
 )

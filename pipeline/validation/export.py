@@ -46,7 +46,7 @@ class Proof:
     sha256: str  # of the fp32 file that ran
 
 
-def prove_export(
+def validate_export(
     paths: Paths,
     provider: str = "cpu",
     report: check_file.Say = lambda line: None,
@@ -95,7 +95,7 @@ def prove_export(
     return _keep(trial, contents, results)
 
 
-def prove_onnx(
+def validate_onnx(
     paths: Paths,
     content: bytes,
     subject: Subject,
@@ -104,7 +104,7 @@ def prove_onnx(
     report: check_file.Say = lambda line: None,
     options: str = "",
 ) -> Proof:
-    """Hold an ONNX file that something else exported against its module, as `prove_export` does.
+    """Hold an ONNX file that something else exported against its module, as `validate_export` does.
 
     When it passes, it becomes the export `exported/<name>/`, in place of what was there.
     """

@@ -19,7 +19,7 @@ from pipeline.training.networks import eager_predictor
 from pipeline.validation.agreement import Table, agree, require_agreement
 
 
-def prove_repository(
+def validate_repository(
     paths: Paths,
     report: Callable[[str], None] = lambda line: None,
     only: str | None = None,

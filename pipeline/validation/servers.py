@@ -250,7 +250,7 @@ class ServerEvidence:
         return Lines(*lines, "passed" if self.passed else "NOT passed")
 
 
-def prove_servers(
+def validate_servers(
     paths: Paths,
     urls: Sequence[str],
     golden_file: Path | None = None,

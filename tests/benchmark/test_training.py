@@ -12,7 +12,7 @@ from pipeline.training.recipes import RECIPES
 from tests.conftest import Chain, error_line
 from tools import readme
 from tools.provenance import read_figure
-from tools.readme import README, RESULTS, markdown, training_figure
+from tools.readme import PAGES, RESULTS, markdown, training_figure
 
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
@@ -44,7 +44,7 @@ def test_the_benchmark_trains_and_scores_and_its_rows_are_kept_among_the_others(
     monkeypatch.setattr(training, "YARDSTICK_EPOCHS", 0.002)
     monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=1))
     monkeypatch.chdir(empty.root)
-    README.write_text("<!-- figures:training -->\n<!-- /figures -->\n")
+    PAGES[0].write_text("<!-- figures:training -->\n<!-- /figures -->\n")
     RESULTS.mkdir(parents=True)
     result = empty.run("--json", "benchmark", "--recipes", "quick", "--seeds", "1")
     (row,) = json.loads(result.stdout)["rows"]
@@ -54,7 +54,7 @@ def test_the_benchmark_trains_and_scores_and_its_rows_are_kept_among_the_others(
     readme.main(["training", "printed.json"])
     figure = read_figure(RESULTS / "training.json")
     assert figure["command"] == "make prove-training"
-    assert markdown("training", figure) in README.read_text()
+    assert markdown("training", figure) in PAGES[0].read_text()
     assert "| `quick` | 101,770 |" in markdown("training", figure)
     both = training_figure([{**row, "recipe": "best"}], RESULTS / "training.json")
     assert {kept["recipe"] for kept in both["rows"]} == {"best", "quick"}

