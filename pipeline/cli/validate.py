@@ -97,10 +97,11 @@ def validate_command(
         from pipeline.validation.export import replay_export
 
         _replayed(settings, replay_export(paths, read_sample(replay), provider=provider))
-    elif not targets:
-        _validate_export(settings, paths, provider)
-    elif len(targets) == 1 and Path(targets[0]).is_file():
-        _validate_export(settings, _paths_of(Path(targets[0])), provider)
+    elif not targets or (len(targets) == 1 and Path(targets[0]).is_file()):
+        from pipeline.validation.export import validate_export
+
+        paths = _paths_of(Path(targets[0])) if targets else paths
+        _said(settings, paths, validate_export(paths, provider=provider, report=settings.update))
     elif is_remote:
         from pipeline.validation.servers import require_passed, validate_servers
 
@@ -132,12 +133,6 @@ def _paths_of(onnx: Path) -> Paths:
             "FILE.npz"
         )
     return paths
-
-
-def _validate_export(settings: Settings, paths: Paths, provider: str) -> None:
-    from pipeline.validation.export import validate_export
-
-    _said(settings, paths, validate_export(paths, provider=provider, report=settings.update))
 
 
 def _validate_onnx(

@@ -31,7 +31,17 @@ def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
         thick = functional.max_pool2d(images, 3, 1, 1)
         thin = -functional.max_pool2d(-images, 3, 1, 1)
         images = torch.lerp(images, torch.where(amount > 0, thick, thin), amount.abs())
-    weights = _affine(count, recipe, strength, device)  # (B, 2, 3)
+    # Random affine maps in the units of `affine_grid`, where the image is 2 wide.
+    draw = (torch.rand(6, count, device=device) * 2 - 1) * strength  # -1 to 1
+    turn, shear = draw[0] * recipe.rotate, draw[1] * recipe.shear
+    across, up = torch.exp(draw[2:4] * recipe.stretch)
+    if recipe.mirror:
+        across = torch.where(torch.rand(count, device=device) < recipe.mirror, -across, across)
+    right, down = draw[4:6] * recipe.shift
+    cosine, sine = turn.cos(), turn.sin()
+    first = torch.stack([cosine * across, (shear * cosine - sine) * across, right], dim=1)
+    second = torch.stack([sine * up, (shear * sine + cosine) * up, down], dim=1)
+    weights = torch.stack([first, second], dim=1)  # (B, 2, 3)
     if recipe.elastic:
         bend = torch.rand(count, 2, ELASTIC_SIDE**2, device=device) * 2 - 1  # -1 to 1
         weights = torch.cat([weights, bend * recipe.elastic * strength], dim=2)  # (B, 2, 3 + S^2)
@@ -39,20 +49,6 @@ def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
     basis = _basis(high, wide, device)[: weights.shape[2]]  # (3 + S^2 or 3, H W)
     grid = (weights.flatten(0, 1) @ basis).view(count, 2, high, wide).permute(0, 2, 3, 1)
     return functional.grid_sample(images, grid, align_corners=False)
-
-
-def _affine(count: int, recipe: Recipe, strength: float, device: torch.device) -> Tensor:
-    """Random affine maps (count, 2, 3) in the units of `affine_grid`, where the image is 2 wide."""
-    draw = (torch.rand(6, count, device=device) * 2 - 1) * strength  # -1 to 1
-    turn, shear = draw[0] * recipe.rotate, draw[1] * recipe.shear
-    wide, high = torch.exp(draw[2:4] * recipe.stretch)
-    if recipe.mirror:
-        wide = torch.where(torch.rand(count, device=device) < recipe.mirror, -wide, wide)
-    right, down = draw[4:6] * recipe.shift
-    cosine, sine = turn.cos(), turn.sin()
-    first = torch.stack([cosine * wide, (shear * cosine - sine) * wide, right], dim=1)
-    second = torch.stack([sine * high, (shear * sine + cosine) * high, down], dim=1)
-    return torch.stack([first, second], dim=1)
 
 
 @cache

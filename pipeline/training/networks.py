@@ -230,11 +230,8 @@ def build(recipe: Recipe, classes: int) -> Network:
     if recipe.network == "cnn":
         settings = (recipe.norm_momentum, recipe.padded, recipe.dropout, recipe.outliers)
         return Cnn(recipe.channels, classes, *settings)
-    if recipe.network == "classic":
-        return ClassicCnn(recipe.channels, classes)
-    if recipe.network == "record":
-        return RecordCnn(recipe.channels, classes)
-    return Net(recipe.channels, classes)
+    kinds = {"classic": ClassicCnn, "record": RecordCnn, "net": Net}
+    return kinds[recipe.network](recipe.channels, classes)
 
 
 def eager_predictor(model: nn.Module, device: torch.device | None = None) -> Predictor:

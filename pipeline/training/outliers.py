@@ -70,15 +70,12 @@ class Outliers:
 
 
 @cache
-def _drawings(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _drawings(seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """Letters, twice as many things of strokes, and filled shapes, uint8 (M, 1, H, W) each."""
     torch.manual_seed(seed)
-    letters, strokes, filled = (
-        torch.cat([make(PIECE, device) for _ in range(count // PIECE)])
-        for make, count in ((_letters, STOCK), (_strokes, 2 * STOCK), (_filled, STOCK))
-    )
-    levels = [(255 * ink).round().to(torch.uint8) for ink in (letters, strokes, filled)]
-    return levels[0], levels[1], levels[2]
+    kinds = ((_letters, STOCK), (_strokes, 2 * STOCK), (_filled, STOCK))
+    drawn = [torch.cat([make(PIECE, device) for _ in range(n // PIECE)]) for make, n in kinds]
+    return tuple((255 * ink).round().to(torch.uint8) for ink in drawn)
 
 
 def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:

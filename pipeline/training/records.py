@@ -12,6 +12,7 @@ import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,16 @@ class Records:
         self.paths, self.identity = paths, identity
         self.on_epoch, self.on_step = on_epoch, on_step
         self.state = load_state(paths, identity) if resume else None
+        files = [paths.summary, paths.weights, paths.predictions, paths.page, paths.run_config]
+        files += [paths.metrics, paths.board]
+        if not resume and paths.summary.exists():  # a finished run, whose claim to be it goes first
+            remove(paths.previous)
+            paths.previous.mkdir()
+            for path in filter(Path.exists, files):
+                path.rename(paths.previous / path.name)
         if not resume:
-            self._make_room()
+            for path in (*files, paths.checkpoint):
+                remove(path)
         for folder in (paths.run_folder, paths.checkpoint):
             for half_written in folder.glob(".*.tmp"):  # by a run that was killed
                 remove(half_written)
@@ -100,20 +109,6 @@ class Records:
     def _write_history(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_bytes(self.paths.metrics, lines.encode())
-
-    def _make_room(self) -> None:
-        """Set a finished run aside, its claim to be finished first; remove an unfinished one."""
-        paths = self.paths
-        files = [paths.summary, paths.weights, paths.predictions, paths.page, paths.run_config]
-        files += [paths.metrics, paths.board]
-        if paths.summary.exists():
-            remove(paths.previous)
-            paths.previous.mkdir()
-            for path in files:
-                if path.exists():
-                    path.rename(paths.previous / path.name)
-        for path in (*files, paths.checkpoint):
-            remove(path)
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,6 @@ class Reference:
         """Eager PyTorch's own error in each row, float64 (N,)."""
         return judge(self.outputs, self.eager).errors
 
-    def bounds(self, criterion: Criterion) -> np.ndarray:
-        """Compute how far a float32 answer to each row may lie from the reference, float64 (N,)."""
-        allowed = bounds(self.outputs, self.errors, criterion)
-        return np.asarray(np.minimum(allowed, self.largest_bound))
-
     def accuracy(self, outputs: np.ndarray) -> float:
         """The fraction of the labelled rows that outputs (N, K) read rightly."""
         return float(self.is_right(outputs).mean())
@@ -225,11 +220,6 @@ class Held:
         outputs = self.outputs if self.precision == "fp32" or self.own is None else self.own
         return np.asarray(outputs.argmax(axis=1))
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether more runs could say nothing new: some row in ten is wrong already."""
-        return any(len(rows) > SETTLED * len(self.errors) for rows in self.beyond.values())
-
     def add(self, run: Run, outputs: np.ndarray) -> None:
         """Hold the outputs (R, K) of a run against the reference and the first run.
 
@@ -263,13 +253,14 @@ def hold(
     A row of fp32 is held against the reference, one of a lower precision against the file's own
     first answer: in whatever batch and place, it has to be the same.
     """
-    allowed = reference.bounds(criterion)
+    known = bounds(reference.outputs, reference.errors, criterion)
+    allowed = np.minimum(known, reference.largest_bound)
     held = Held(precision, reference, allowed, np.zeros(len(rows)), reference.eager.copy())
     if not np.isfinite(reference.outputs).all():
         held.problems.append("the reference itself is not finite")
     for run in runs_of(criterion, len(rows)):
-        if held.is_settled:
-            break
+        if any(len(wrong) > SETTLED * len(rows) for wrong in held.beyond.values()):
+            break  # more runs could say nothing new
         to = f"every batch size to {criterion.largest_batch}"
         say(f"{precision}: {run if run.is_whole else to}")
         candidate = candidates[run.threads]
