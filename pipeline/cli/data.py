@@ -75,9 +75,7 @@ def verify_command(settings: Settings, dataset: str) -> None:
     digests = verify(dataset, paths_of(settings).data(dataset))
     lines = [f"{digest}  {file}" for file, digest in digests.items()]
     settings.result(
-        {"dataset": dataset, "files": digests},
-        Lines(*lines),
-        f"pipeline train{_option(dataset)}",
+        {"dataset": dataset, "files": digests}, Lines(*lines), f"pipeline train{_option(dataset)}"
     )
 
 

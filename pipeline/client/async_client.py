@@ -86,8 +86,9 @@ class _Grpc:
 
     async def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
         send = self._channel.open().unary_unary(call.path)  # bytes out, bytes in
+        request = call.request.SerializeToString()
         try:
-            content = await send(call.content, timeout=seconds, metadata=self._channel.metadata)
+            content = await send(request, timeout=seconds, metadata=self._channel.metadata)
         except grpc.aio.AioRpcError as error:
             return of_grpc(error.code().name, error.details() or "", error)
         except grpc.aio.UsageError as error:  # another task closed the channel

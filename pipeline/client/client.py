@@ -60,8 +60,9 @@ class _Grpc:
 
     def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
         send = self._channel.open().unary_unary(call.path)  # bytes out, bytes in
+        request = call.request.SerializeToString()
         try:
-            content = send(call.content, timeout=seconds, metadata=self._channel.metadata)
+            content = send(request, timeout=seconds, metadata=self._channel.metadata)
         except grpc.RpcError as error:
             return of_grpc(error.code().name, error.details() or "", error)
         except ValueError as error:  # another thread closed the channel

@@ -31,8 +31,8 @@ class Prediction:
     def record(self) -> dict[str, Any]:
         """The prediction as JSON has it."""
         record = asdict(self)
-        is_sure = record.pop("is_sure")
-        return {**record, "sure": is_sure}
+        record["sure"] = record.pop("is_sure")
+        return record
 
 
 def predicted(

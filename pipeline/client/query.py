@@ -137,11 +137,7 @@ def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], 
 
 
 def _answers(
-    client: Client | None,
-    batch: list[Source],
-    seen: Seen,
-    top: int,
-    min_confidence: float | None,
+    client: Client | None, batch: list[Source], seen: Seen, top: int, min_confidence: float | None
 ) -> Iterator[Answer]:
     images = [image for image in seen if isinstance(image, np.ndarray)]
     predictions = iter(client.classify(images, top) if client and images else ())

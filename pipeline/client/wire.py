@@ -41,11 +41,6 @@ class Call:
         """Where gRPC has the method."""
         return f"/{SERVICE}/{self.method}"
 
-    @property
-    def content(self) -> bytes:
-        """The request as gRPC sends it."""
-        return self.request.SerializeToString()
-
 
 @dataclass(frozen=True)
 class HttpRequest:

@@ -82,10 +82,7 @@ class Gateway:
     """Answers requests of one page about one model."""
 
     def __init__(
-        self,
-        link: Link,
-        config: GatewayConfig = GatewayConfig(),
-        log: PredictionLog | None = None,
+        self, link: Link, config: GatewayConfig = GatewayConfig(), log: PredictionLog | None = None
     ) -> None:
         self.link, self.config, self.log = link, config, log
         self.room = Room(config.requests)

@@ -38,11 +38,7 @@ class FullError(RefusedError):
         super().__init__(503, message)
 
 
-_BEGINNINGS = {
-    "PNG": rb"\x89PNG\r\n\x1a\n",
-    "JPEG": rb"\xff\xd8\xff",
-    "WEBP": rb"RIFF....WEBP",
-}
+_BEGINNINGS = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
 
 
 def check_picture(content: bytes) -> None:
