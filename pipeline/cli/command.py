@@ -198,11 +198,8 @@ class Group(Command, click.Group):
         except Exception as error:
             # Click lets through what it does not know: whatever it is, it is ours.
             _echo_traceback(error)
-            echo(
-                "This is a bug of ours. Please report it with the lines above, the command, and "
-                "what 'pipeline --version' prints.",
-                err=True,
-            )
+            wanted = "the lines above, the command, and what 'pipeline --version' prints"
+            echo(f"This is a bug of ours. Please report {wanted}.", err=True)
             sys.exit(BUG)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -238,12 +235,9 @@ def _exit_codes(context: click.Context | None = None) -> Iterator[None]:
         if message is None:  # a bug
             raise
         settings.clear()
+        is_ours = isinstance(error, PipelineError)
         exit_code = error.exit_code if isinstance(error, PipelineError) else 1
-        if (
-            settings.silent
-            and isinstance(error, PipelineError)
-            and not isinstance(error, LostError)
-        ):
+        if settings.silent and is_ours and not isinstance(error, LostError):
             sys.exit(exit_code)  # the first process says it
         if settings.debug:
             _echo_traceback(error)

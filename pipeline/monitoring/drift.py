@@ -12,7 +12,7 @@ a harmless difference raises no alarm. Needs numpy only.
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,7 @@ def watch_log(
         also = f" It has {others}: choose with --name, --model-version." if others else ""
         raise PipelineError(
             f"{log} has {len(logged.entries):,} predictions of {profile.name} with sha256 "
-            f"{profile.sha256[:12]}, fewer than {config.least}: too few to tell drift from "
-            f"chance.{also}"
+            f"{profile.sha256[:12]}: {config.least} at least tell drift from chance.{also}"
         )
     drift = replace(compare_log(profile, logged, config), log=str(log), reference=str(where))
     write_json(paths.drift, drift.record())
@@ -166,9 +165,8 @@ def require_none(drift: Drift) -> None:
     """Raise CheckFailedError where something drifted."""
     if drift.drifted:
         raise CheckFailedError(
-            f"{drift.name} does not get, or does not say, what it did when it was proven: "
-            f"{', '.join(drift.drifted)}. Look at what it is asked (the camera, the form, who "
-            "asks); train on such images if they are to stay"
+            f"{drift.name} drifted: {', '.join(drift.drifted)}. Look at what it is asked (the "
+            "camera, the form, who asks); train on such images if they are to stay"
         )
 
 
@@ -209,14 +207,7 @@ def compare_log(
         alpha=config.alpha,
         checks=tuple(
             DriftCheck(
-                name,
-                test,
-                words,
-                shift.effect,
-                shift.allowed,
-                shift.statistic,
-                chances[name],
-                chances[name] < config.alpha,
+                name, test, words, *astuple(shift)[:3], chances[name], chances[name] < config.alpha
             )
             for name, (shift, test, words) in shifts.items()
         ),
