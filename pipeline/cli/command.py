@@ -198,8 +198,8 @@ class Group(Command, click.Group):
         except Exception as error:
             # Click lets through what it does not know: whatever it is, it is ours.
             _echo_traceback(error)
-            wanted = "the lines above, the command, and what 'pipeline --version' prints"
-            echo(f"This is a bug of ours. Please report {wanted}.", err=True)
+            add = "the lines above, the command, and what 'pipeline --version' prints"
+            echo(f"This is a bug of ours. Please report it with {add}.", err=True)
             sys.exit(BUG)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

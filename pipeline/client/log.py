@@ -196,16 +196,23 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
     start = "" if since is None else since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     for line in _read_lines(path):
         try:
-            model, entry, lost = _parsed(line)
-        except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
+            record = json.loads(line)
+            time, lost = str(record["time"]), int(record.get("lost", 0))
+            if record["schema"] != SCHEMA or not isinstance(record.get("sha256"), str | None):
+                raise ValueError("another schema, or no digest")
+            if not lost:
+                model = LoggedModel(str(record["name"]), str(record["version"]), record["sha256"])
+                ink = None if record["ink"] is None else _share(record["ink"])
+                chance, is_sure = _share(record["probability"]), bool(record["sure"])
+                entry = Entry(time, str(record["class"]), chance, is_sure, ink)
+        except (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError):
             logged.unreadable += 1
             continue
-        if entry.time < start:
+        if time < start:
             continue
-        logged.lost += lost
         if lost:
-            continue
-        if (model.name, model.sha256) == wanted:
+            logged.lost += lost
+        elif (model.name, model.sha256) == wanted:
             logged.entries.append(entry)
             logged.versions.add(model.version)
         else:
@@ -228,22 +235,6 @@ def _read_lines(path: Path) -> Iterator[bytes]:
             f"cannot read the prediction log {path} ({error.strerror}): 'pipeline query' and "
             "'pipeline web' write one with --prediction-log"
         ) from error
-
-
-def _parsed(line: bytes) -> tuple[LoggedModel, Entry, int]:
-    record: dict[str, Any] = json.loads(line)
-    if record["schema"] != SCHEMA:
-        raise ValueError(f"schema {record['schema']}")
-    time = str(record["time"])
-    if lost := int(record.get("lost", 0)):
-        return LoggedModel("", "", None), Entry(time, "", 0.0, False, None), lost
-    sha256 = record["sha256"]
-    if not isinstance(sha256, str | None):
-        raise TypeError(f"{sha256} is no digest")
-    ink = None if record["ink"] is None else _share(record["ink"])
-    probability, label, is_sure = _share(record["probability"]), record["class"], record["sure"]
-    entry = Entry(time, str(label), probability, bool(is_sure), ink)
-    return LoggedModel(str(record["name"]), str(record["version"]), sha256), entry, 0
 
 
 def _share(value: Any) -> float:

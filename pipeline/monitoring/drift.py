@@ -12,7 +12,7 @@ a harmless difference raises no alarm. Needs numpy only.
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,14 @@ def compare_log(
         alpha=config.alpha,
         checks=tuple(
             DriftCheck(
-                name, test, words, *astuple(shift)[:3], chances[name], chances[name] < config.alpha
+                name,
+                test,
+                words,
+                shift.effect,
+                shift.allowed,
+                shift.statistic,
+                chances[name],
+                chances[name] < config.alpha,
             )
             for name, (shift, test, words) in shifts.items()
         ),

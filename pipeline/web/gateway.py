@@ -95,11 +95,16 @@ class Gateway:
         """The ASGI application."""
         routes = [
             Route("/classify", self.classify, methods=["POST"]),
-            Route("/healthz", self.healthz),
+            # That this process answers, whatever Triton does.
+            Route("/healthz", JSONResponse({"status": "ok"}), methods=["GET"]),
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
-            *(_static(file) for file in sorted(PAGE.iterdir()) if file.suffix in TYPES),
         ]
+        for file in sorted(PAGE.iterdir()):  # held in memory
+            if file.suffix in TYPES:
+                path = "/" if file.name == "index.html" else f"/{file.name}"
+                page = Response(file.read_bytes(), media_type=TYPES[file.suffix])
+                routes.append(Route(path, page, methods=["GET"]))
         errors: Any = (PipelineError, HTTPException, ClientDisconnect)
         handlers = dict.fromkeys(errors, _answer_error)
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
@@ -111,10 +116,6 @@ class Gateway:
         yield
         await self.link.close()
         self._pool.shutdown(cancel_futures=True)
-
-    async def healthz(self, request: Request) -> Response:
-        """That this process answers, whatever Triton does."""
-        return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
         """Whether Triton is there and the model answers; and which model that is."""
@@ -192,16 +193,6 @@ def _read(content: bytes, pictures: str) -> np.ndarray:
     except PipelineError as error:
         status = 422 if isinstance(error, BlankError) else 400
         raise RefusedError(status, str(error)) from error
-
-
-def _static(file: Path) -> Route:
-    """A file of the page, held in memory."""
-    content, media_type = file.read_bytes(), TYPES[file.suffix]
-
-    async def answer(request: Request) -> Response:
-        return Response(content, media_type=media_type)
-
-    return Route("/" if file.name == "index.html" else f"/{file.name}", answer)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
