@@ -6,15 +6,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tabulate import tabulate
-
 from pipeline.benchmark.timing import LAST, PERCENTILES, WITHIN, TimedRow
 from pipeline.core.errors import PipelineError
-from pipeline.core.text import Lines
+from pipeline.core.text import Lines, columns
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
 MEBIBYTE = 1 << 20
-WIDEST = 28  # columns of what a row is called: a longer name goes on in the next line
+WIDEST = 28  # columns of what a row is called: of a longer name the middle is left out
 ASKED = ("batch", "asking")
 SPEED = ("images/s", "least", "most", "accuracy", "differ", "MiB")
 LATENCY = tuple(f"p{part} ms" for part in PERCENTILES)
@@ -39,28 +37,23 @@ def tables(rows: Sequence[TimedRow]) -> str:
         if split:
             parts = (f"{split[part]:,.0f}" for part in PARTS)
             splits.append([*asked, f"{split['batch']:.1f}", *parts])
-    lines = _table(("", *ASKED, *SPEED), speeds) + _table(("latency", *ASKED, *LATENCY), latencies)
+    lines = [
+        columns(("", *ASKED, *SPEED), speeds),
+        "",
+        columns(("latency", *ASKED, *LATENCY), latencies),
+        "",
+    ]
     if splits:
-        lines += _table(("in the server, each request", *ASKED, *SPLIT), splits)
+        lines += [columns(("in the server, each request", *ASKED, *SPLIT), splits), ""]
     return Lines(*lines, *_remarks(rows))
 
 
 def _asked(row: TimedRow) -> list[str]:
     """What a row is called, its images a request, and how many requests at once or a second."""
     name = f"{row.name}, {row.way}" if row.way in ("grpc", "http") else row.name
+    if len(name) > WIDEST:
+        name = f"{name[: WIDEST // 2]}...{name[3 - WIDEST // 2 :]}"
     return [name, str(row.batch), f"{row.rate:,.0f}/s" if row.rate else str(row.concurrency)]
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format the lines of a table and an empty one."""
-    text = tabulate(
-        [headers, *rows],  # as `headers` they would be two columns wider each
-        tablefmt="plain",
-        disable_numparse=True,
-        colalign=("left", *["right"] * (len(headers) - 1)),
-        maxcolwidths=[WIDEST, *[None] * (len(headers) - 1)],
-    )
-    return [*text.splitlines(), ""]
 
 
 def _remarks(rows: Sequence[TimedRow]) -> list[str]:

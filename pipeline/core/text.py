@@ -46,8 +46,7 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
     from tabulate import tabulate  # not installed with the client alone
 
     text = tabulate(
-        [[escape(cell) for cell in row] for row in rows],
-        header,
+        [header, *([escape(cell) for cell in row] for row in rows)],  # `headers` are spaced wider
         tablefmt="plain",
         colalign=("left", *("right",) * (len(header) - 1)),
         disable_numparse=True,

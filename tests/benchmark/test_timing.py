@@ -133,7 +133,8 @@ def test_no_table_is_wider_than_100_columns(name: str) -> None:
     text = tables([wide, replace(wide, rate=100_000.0)])
     *lines, _, _ = text.splitlines()  # the remarks are sentences
     assert max(map(len, lines)) <= 100
-    assert lines[1].startswith(name[:22])
+    assert lines[1].startswith(name[:14])
+    assert len(lines[1].split("  ")[0]) == 28
 
 
 def test_wrong_or_missing_answers_are_no_measurement() -> None:

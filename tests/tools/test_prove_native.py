@@ -92,6 +92,27 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     assert NATIVE_NOT_VERIFIED in " ".join(rendered(BLOCK, results).split())
 
 
+def test_evidence_of_a_native_backend_is_told_in_the_readme(tmp_path: Path) -> None:
+    rounds = [
+        {"images": 700, "max_abs_diff": diff, "max_ratio": diff * 1e5} for diff in (1e-6, 2e-6)
+    ]
+    record = {
+        "passed": True,
+        "runtime": "docker",
+        "runs_on": "an image",
+        "command": "make prove-native",
+        "measured_at": "2026-11-30",
+        "golden": {"images": 100},
+        "protocols": ["http", "grpc"],
+        "servers": [{"server": {"version": "2.60"}, "rounds": [each]} for each in rounds],
+    }
+    write_figure("native", tmp_path / "native.json", record)
+    text = rendered(BLOCK, tmp_path)
+    assert "verified on 2026-11-30 with `make prove-native` (an image; Triton 2.60)" in text
+    assert "1,400 answers about 100 golden images over HTTP and gRPC, one by one" in text
+    assert "largest difference 2.0e-06, 20% of what the proof allows at most." in text
+
+
 def test_the_wheel_is_no_native_backend(tmp_path: Path) -> None:
     write_figure("native", tmp_path / "native.json", {"passed": True, "runtime": "wheel"})
     assert NATIVE_NOT_VERIFIED in " ".join(rendered(BLOCK, tmp_path).split())
