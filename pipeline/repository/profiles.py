@@ -137,6 +137,9 @@ def choices(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig)
         why += "threads of one session wait for each other, sessions do not"
     if config.instances:
         instances, why = config.instances, ASKED
+    largest = config.max_batch_size
+    ladder = (*(2**step for step in range(largest.bit_length()) if 2**step < largest), largest)
+    images = " + ".join(map(str, ladder)) if len(ladder) < 4 else f"1 + 2 + ... + {largest}"
     # Under parameters: in the cuda block the native backend overwrites it with its default.
     search = Choice(
         "parameters.cudnn_conv_algo_search",
@@ -157,7 +160,12 @@ def choices(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig)
             "ONNX Runtime's default rounds float32 to 10 bits on a GPU, PyTorch's does not; Triton "
             "24.06 and later know it" + ("" if is_on_gpu else "; not read on a CPU"),
         ),
-        _warm_up(config.max_batch_size),
+        Choice(
+            "model_warmup.batch_size",
+            ladder,
+            f"each doubles; {images} = {sum(ladder)} runs of a real image before the first request"
+            ", so that none waits for memory or, on a GPU, for the choice of an algorithm",
+        ),
     ]
 
 
@@ -242,15 +250,3 @@ def _tensorrt(base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Cho
         ),
     }
     return [Choice(f"tensorrt.{key}", value, why) for key, (value, why) in reasons.items()]
-
-
-def _warm_up(largest: int) -> Choice:
-    sizes = tuple(2**step for step in range(largest.bit_length()) if 2**step < largest)
-    ladder = (*sizes, largest)
-    images = " + ".join(map(str, ladder)) if len(ladder) < 4 else f"1 + 2 + ... + {largest}"
-    return Choice(
-        "model_warmup.batch_size",
-        ladder,
-        f"each doubles; {images} = {sum(ladder)} runs of a real image before the first request, so "
-        "that none waits for memory or, on a GPU, for the choice of an algorithm",
-    )

@@ -37,6 +37,20 @@ _SHARED = {
 }
 
 
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("pipeline.serving"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    # Not braces: Prometheus has those in its own templates.
+    block_start_string="[%",
+    block_end_string="%]",
+    variable_start_string="[[",
+    variable_end_string="]]",
+)
+
+
 @dataclass(frozen=True)
 class Deployment:
     """The files that were written for a packaged version, and how they are put to use."""
@@ -73,7 +87,12 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
     row = int(margins(packaged.golden.outputs).argmax())
     digit, folder = packaged.golden.images[row].tobytes(), paths.deployment(kind)
     values = _values(paths, kind, config, packaged, image, row)
-    contents = _rendered(kind, values)
+    names = [name for name in _ENVIRONMENT.list_templates() if name.startswith(f"{kind}/")]
+    sources = {name.removeprefix(f"{kind}/"): name for name in names} | _SHARED[kind]
+    contents = {
+        name: _ENVIRONMENT.get_template(source).render(values).encode()
+        for name, source in sources.items()
+    }
     if kind == "compose":  # Kubernetes has both in a ConfigMap
         contents |= {"probe/probe.py": values["probe_program"].encode(), "probe/image": digit}
     elif len(values["probe_image"]) > MOST_PROBE_BYTES:
@@ -90,8 +109,9 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
             f"Triton {release} is older than {SAFE}: a request with an absurd shape can end it, so "
             "let nobody but your own clients reach it",
         )
-    names = ("compose.yaml", "fill.yaml", "manifests")
-    compose, fill, manifests = (shlex.quote(str(folder / name)) for name in names)
+    compose, fill, manifests = (
+        shlex.quote(str(folder / name)) for name in ("compose.yaml", "fill.yaml", "manifests")
+    )
     key = "$(openssl rand -hex 24)"
     then = {
         "compose": f"TRITON_ADMIN_KEY={key} docker compose -f {compose} --profile cpu up --detach "
@@ -192,28 +212,6 @@ def _values(
         "delay_us": delay_us,  # how long the config lets a request wait for company
         "scale_us": scale_us,  # mean time in the queue that the autoscaler aims at
         "alert_us": 5 * scale_us,  # mean time in the queue that somebody should know of
-    }
-
-
-def _rendered(kind: str, values: dict[str, Any]) -> dict[str, bytes]:
-    """The text of each file of a kind, by its path in the deployment's folder."""
-    environment = Environment(
-        loader=PackageLoader("pipeline.serving"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        # Not braces: Prometheus has those in its own templates.
-        block_start_string="[%",
-        block_end_string="%]",
-        variable_start_string="[[",
-        variable_end_string="]]",
-    )
-    own = [name for name in environment.list_templates() if name.startswith(f"{kind}/")]
-    sources = {name.removeprefix(f"{kind}/"): name for name in own} | _SHARED[kind]
-    return {
-        name: environment.get_template(source).render(values).encode()
-        for name, source in sources.items()
     }
 
 

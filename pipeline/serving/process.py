@@ -32,7 +32,7 @@ MARK = "PIPELINE_SERVER_ID"
 
 @contextlib.contextmanager
 def handle_signals(
-    handlers: Mapping[int, Callable[[int, FrameType | None], Any]],
+    handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], Any]],
 ) -> Iterator[None]:
     """Handle signals so in the block, in the main thread: no other one gets any."""
     is_main = threading.current_thread() is threading.main_thread()

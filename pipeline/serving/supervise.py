@@ -51,20 +51,19 @@ class _Asked:
     def __init__(self) -> None:
         self.to_restart = False
         self.to_end = False
-        self._ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # Ctrl-C is named too, since a shell's background job ignores it.
+        ending = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._end)
+        self.handlers = {**ending, RESTART: self._restart}
 
     def _end(self, number: int, frame: object) -> None:
         self.to_end = number != signal.SIGINT
-        for other in self._ending:  # what follows is bounded, and is not to be interrupted
-            signal.signal(other, signal.SIG_IGN)
+        for other in self.handlers:  # what follows is bounded, and is not to be interrupted
+            if other != RESTART:
+                signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     def _restart(self, number: int, frame: object) -> None:
         self.to_restart = True
-
-    def heard(self) -> contextlib.AbstractContextManager[None]:
-        """Listen to the signals; to Ctrl-C by name, since a shell's background job ignores it."""
-        return handle_signals({**dict.fromkeys(self._ending, self._end), RESTART: self._restart})
 
 
 def serve_repository(
@@ -80,7 +79,7 @@ def serve_repository(
     """
     asked = _Asked()
     taken = "another 'pipeline serve' runs here: stop it with 'pipeline serve stop'"
-    with locked(_lock(paths), taken), asked.heard():
+    with locked(_lock(paths), taken), handle_signals(asked.handlers):
         refuse_second(paths)
         remove(paths.server_log)
         try:

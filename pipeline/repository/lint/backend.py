@@ -157,35 +157,27 @@ def runs_on_gpu(message: Any) -> bool:
 Check = Callable[[Any, dict[str, str]], Problems]
 
 
-_SWITCHES = """
-    int8_use_native_calibration_table trt_build_heuristics_enable trt_context_memory_sharing_enable
-    trt_cuda_graph_enable trt_detailed_build_log trt_dla_enable trt_dump_ep_context_model
-    trt_dump_subgraphs trt_engine_cache_enable trt_force_sequential_engine_build
-    trt_force_timing_cache trt_layer_norm_fp32_fallback trt_sparsity_enable trt_timing_cache_enable
-"""
-
-
-_TENSORRT_NUMBERS = """
-    max_workspace_size_bytes trt_auxiliary_streams trt_builder_optimization_level trt_dla_core
-    trt_ep_context_embed_mode trt_max_partition_iterations trt_min_subgraph_size
-"""
-
-
-_TENSORRT_TEXTS = """
-    int8_calibration_table_name trt_engine_cache_path trt_engine_cache_prefix
-    trt_ep_context_file_path trt_extra_plugin_lib_paths trt_profile_max_shapes
-    trt_profile_min_shapes trt_profile_opt_shapes trt_tactic_sources trt_timing_cache_path
-"""
-
-
-_TENSORRT = {  # what each parameter is
-    **dict.fromkeys(_SWITCHES.split(), "switch"),
-    **dict.fromkeys(_TENSORRT_NUMBERS.split(), "number"),
-    **dict.fromkeys(_TENSORRT_TEXTS.split(), "text"),
-    "precision_mode": "precision",
+# What each parameter is.
+_TENSORRT_KINDS = {
+    "switch": """
+        int8_use_native_calibration_table trt_build_heuristics_enable
+        trt_context_memory_sharing_enable trt_cuda_graph_enable trt_detailed_build_log
+        trt_dla_enable trt_dump_ep_context_model trt_dump_subgraphs trt_engine_cache_enable
+        trt_force_sequential_engine_build trt_force_timing_cache trt_layer_norm_fp32_fallback
+        trt_sparsity_enable trt_timing_cache_enable
+    """,
+    "number": """
+        max_workspace_size_bytes trt_auxiliary_streams trt_builder_optimization_level trt_dla_core
+        trt_ep_context_embed_mode trt_max_partition_iterations trt_min_subgraph_size
+    """,
+    "text": """
+        int8_calibration_table_name trt_engine_cache_path trt_engine_cache_prefix
+        trt_ep_context_file_path trt_extra_plugin_lib_paths trt_profile_max_shapes
+        trt_profile_min_shapes trt_profile_opt_shapes trt_tactic_sources trt_timing_cache_path
+    """,
+    "precision": "precision_mode",
 }
-
-
+_TENSORRT = {key: kind for kind, keys in _TENSORRT_KINDS.items() for key in keys.split()}
 _PROFILES = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
 
 

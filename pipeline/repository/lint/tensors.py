@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.export.targets import NEWEST, Target, loaded_by, target
 from pipeline.repository.lint.backend import BACKEND, triton_type
-from pipeline.repository.lint.config import model_tensors
+from pipeline.repository.lint.config import INPUTS, model_tensors
 from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.graph import FILE, Graph, Tensor
 from pipeline.repository.lint.text import Finding, Level
@@ -25,7 +25,16 @@ def described_tensors(model: ModelFolder, version: int) -> Iterator[Finding]:
             said += "'ONNX_TYPE_TENSOR'"
             fix = "export it with tensors only (ZipMap off, for scikit-learn)"
             yield Finding("tensor-type", "error", graph.path, said, fix, source=UTILS)
-    yield from _counts(model, graph)
+    message = config.message
+    required = [tensor.name for tensor in message.input if not tensor.optional]
+    expected, count = len(required) + len(message.batch_input), len(graph.inputs)
+    # All inputs must be described, or none. Sequence batching adds inputs of its own.
+    is_described = message.input or message.batch_input
+    if is_described and expected != count and not message.HasField("sequence_batching"):
+        missing = ", ".join(sorted(set(graph.inputs) - set(required)))
+        said = f"configuration expects {expected} inputs, model provides {count}"
+        fix = f"describe {missing} as well" if missing else "describe each input of the graph once"
+        yield config.finding("tensor-count", "error", "input[0]", said, fix, INPUTS)
     for kind, tensor, where in model_tensors(model):
         source = f"{BACKEND} Validate{kind.title()}s"
         known = {**graph.inputs, **graph.defaults} if kind == "input" else graph.outputs
@@ -42,23 +51,6 @@ def described_tensors(model: ModelFolder, version: int) -> Iterator[Finding]:
             said = f"unexpected inference {kind} '{tensor.name}', allowed {kind}s are: "
             said, fix = said + ", ".join(sorted(known)), "call it as the graph does"
             yield config.finding("tensor-name", "error", f"{where}.name", said, fix, source)
-
-
-def _counts(model: ModelFolder, graph: Graph) -> Iterator[Finding]:
-    """The number of inputs, which must all be described, or none."""
-    message = model.config.message
-    if message.HasField("sequence_batching"):
-        return  # which adds inputs of its own
-    batch_inputs = len(message.batch_input)
-    required = [tensor.name for tensor in message.input if not tensor.optional]
-    expected = len(required) + batch_inputs
-    if (message.input or batch_inputs) and expected != len(graph.inputs):
-        missing = ", ".join(sorted(set(graph.inputs) - set(required)))
-        said = f"configuration expects {expected} inputs, model provides {len(graph.inputs)}"
-        fix = f"describe {missing} as well" if missing else "describe each input of the graph once"
-        yield model.config.finding(
-            "tensor-count", "error", "input[0]", said, fix, f"{BACKEND} ValidateInputs"
-        )
 
 
 def _dims(

@@ -133,10 +133,7 @@ class TritonPythonModel:
         sizes = [len(array) for array in next(iter(columns.values()))]
         if len(sizes) > 1 and any(len(array) != sum(sizes) for array in arrays):
             raise ValueError(f"the model does not answer a batch of {sum(sizes)} with as many rows")
-        return self._shared_out(arrays, sizes)
-
-    def _shared_out(self, arrays: list[np.ndarray], sizes: list[int]) -> list[Any]:
-        """A response for each request, from arrays that hold the rows of all; lean, it counts."""
+        # A response for each request, from arrays that hold the rows of all; lean, it counts.
         outputs = []
         for name, array in zip(self._outputs, arrays, strict=True):
             whole = array.reshape(self._dims[name]) if name in self._scalars else array

@@ -12,21 +12,6 @@ import urllib.parse
 SECONDS = 4.0  # below the time-out of whoever runs this
 
 
-def ask_outputs(url: str, image: bytes, letter: str) -> list[float]:
-    """What the model at `url` says of one image, its bytes as they are."""
-    place = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(place.netloc, timeout=SECONDS)
-    # Closed, because an idle connection would hold up the server's end.
-    headers = {"Inference-Header-Content-Length": "0", "Connection": "close"}
-    connection.request("POST", place.path, image, headers)
-    response = connection.getresponse()
-    body = response.read()
-    if response.status != 200:
-        raise ValueError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")
-    start = int(response.headers["Inference-Header-Content-Length"])
-    return [value for (value,) in struct.iter_unpack(f"<{letter}", body[start:])]
-
-
 def is_ahead(values: list[float], expected: int) -> bool:
     """Whether that class is ahead of all others: of equal values none is, and no NaN counts."""
     others = values[:expected] + values[expected + 1 :]
@@ -34,16 +19,26 @@ def is_ahead(values: list[float], expected: int) -> bool:
 
 
 def problem_of(url: str, file: str, expected: str, letter: str) -> str:
-    """What is wrong, or nothing."""
+    """What is wrong with the answer of the model at `url` to an image's bytes, or nothing."""
+    place = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(place.netloc, timeout=SECONDS)
+    # Closed, because an idle connection would hold up the server's end.
+    headers = {"Inference-Header-Content-Length": "0", "Connection": "close"}
     try:
         with open(file, "rb") as image:
-            values = ask_outputs(url, image.read(), letter)
-        if is_ahead(values, int(expected)):
-            return ""
+            connection.request("POST", place.path, image.read(), headers)
+        response = connection.getresponse()
+        body = response.read()
+        if response.status != 200:
+            raise ValueError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")
+        start = int(response.headers["Inference-Header-Content-Length"])
+        values = [value for (value,) in struct.iter_unpack(f"<{letter}", body[start:])]
     except (OSError, http.client.HTTPException, ValueError, TypeError, struct.error) as error:
         return f"no answer from {url}: {error}"
-    except IndexError:
+    if int(expected) >= len(values):
         return f"{url} knows {len(values)} classes, the image is of class {expected}"
+    if is_ahead(values, int(expected)):
+        return ""
     return f"{url} answers {values[:20]}, class {expected} should be ahead"
 
 
