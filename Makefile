@@ -114,15 +114,17 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	@touch $@
 
 .PHONY: test coverage test-fast lint typecheck format figures system
+# What shares a server stays on one worker. Python starts some hundred times: its bytecode is kept.
+TEST := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest --dist loadgroup --no-loadscope-reorder
 test: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## every test, the real server included
 	@test ! -d /usr/share/datasets/fashion-mnist || $(PIPELINE) -q data fetch --dataset fashion-mnist > /dev/null
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(TEST) -n 3 $(PYTEST)
 
 coverage: ## every test, and the lines that none reaches
 	$(MAKE) test PYTEST='--cov --cov-report=term-missing:skip-covered --cov-fail-under=85'
 
 test-fast: .venv/done ## the tests without a server and without long training
-	.venv/bin/python -m pytest -m "not server and not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(TEST) -n 2 -m "not server and not slow"
 
 lint: .venv/done ## ruff, codespell, the order of rooms, and what is declared
 	.venv/bin/ruff check .

@@ -1,12 +1,13 @@
 """One small chain, made by the real commands on the real MNIST, that the tests read."""
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import pytest
@@ -17,6 +18,10 @@ from pipeline.cli.main import main
 from pipeline.core.files import locked
 from pipeline.core.paths import Paths
 
+if TYPE_CHECKING:
+    from pipeline.export.sample import Sample
+    from pipeline.validation import compare
+
 # Before torch is loaded: tests run side by side, and threads that wait for each other crawl.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,17 +30,40 @@ REPOSITORY = Path(__file__).parent.parent
 SHORT_TRAINING = ["--recipe", "quick", "--epochs", "0.125"]
 
 
-@pytest.hookimpl(trylast=True)  # after those that are not asked for have gone
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One file that reads the small chain comes first, the others that do come last.
+    """Keep on one worker what shares a fixture, and put what takes long before what does not.
 
-    So one worker makes the chain while the next has other work and does not wait for it.
+    Tests that share a fixture of their module, or the server of the session, are one group; any
+    other test is free. One test that reads the small chain comes first: its worker makes the chain
+    while the next has work that needs none.
     """
-    reading = dict.fromkeys(
-        item.path for item in items if "made" in getattr(item, "fixturenames", ())
-    )
-    first = next(iter(reading), None)
-    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in reading else 1)
+    for item in items:
+        shared = group(item)
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(shared))
+    first = next((item for item in items if "made" in fixtures_of(item)), None)
+    items.sort(key=lambda item: (item is not first, *turn(item)))
+
+
+def fixtures_of(item: pytest.Item) -> Sequence[str]:
+    return getattr(item, "fixturenames", ())
+
+
+def group(item: pytest.Item) -> str:
+    """The worker's share that a test belongs to; empty for a test that can run anywhere."""
+    if "served" in fixtures_of(item):
+        return "served"
+    info = getattr(item, "_fixtureinfo", None)
+    defined = info.name2fixturedefs.values() if info else ()
+    is_shared = any(each.scope == "module" for fixtures in defined for each in fixtures)
+    return str(item.path.stem) if is_shared else ""
+
+
+def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
+    """Long tests before short ones; first those that need no small chain; groups before others."""
+    is_long = any(item.get_closest_marker(name) for name in ("server", "slow"))
+    return not is_long, "made" in fixtures_of(item), not group(item)
 
 
 @dataclass(frozen=True)
@@ -79,11 +107,45 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     with locked(folder / "made.lock"):
         if not (folder / "made").exists():
             chain = project(folder / "making")
-            for command in (["train", *SHORT_TRAINING], ["export"], ["validate"], ["package"]):
-                result = chain.run(*command)
-                assert result.exit_code == 0, result.output
+            with short_proofs():
+                for command in (["train", *SHORT_TRAINING], ["export"], ["validate"], ["package"]):
+                    result = chain.run(*command)
+                    assert result.exit_code == 0, result.output
             chain.root.rename(folder / "made")
     return Chain(folder / "made")
+
+
+FEW = 2_000  # of the 10,000 test images, all of which `make all` asks about
+APART = 16  # batch sizes
+
+
+@contextlib.contextmanager
+def short_proofs() -> Iterator[None]:
+    """Let `validate` ask about few images, at few batch sizes: seconds instead of twenty."""
+    from pipeline.export import subject
+    from pipeline.validation import compare
+
+    whole_sample, all_runs = subject.exported_sample, compare.runs_of
+
+    def few(paths: Paths, manifest: dict[str, Any]) -> "Sample":
+        sample = whole_sample(paths, manifest)
+        labels = None if sample.labels is None else sample.labels[:FEW]
+        return replace(sample, images=sample.images[:FEW], labels=labels)
+
+    def some(criterion: "compare.Criterion", count: int) -> "Iterator[compare.Run]":
+        runs = all_runs(criterion, count)
+        return (run for run in runs if run.is_whole or run.size % APART < 2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.validation.export.exported_sample", few)
+        patch.setattr(compare, "runs_of", some)
+        yield
+
+
+@pytest.fixture
+def short_proof() -> Iterator[None]:
+    with short_proofs():
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Kill training again and again, inside its writes too, and see that it always comes out the same.
 
-Run by `make prove-resume`, a hundred times; by the tests, a few times.
+Run by `make prove-resume`, a hundred times; by the tests, once.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Promote and roll back under load, again and again, and see that nobody gets a wrong answer.
 
-Run by `make prove-swap`, a hundred times; by the tests, ten times.
+Run by `make prove-swap`, a hundred times; by the tests, twice.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """What this machine has and lacks for the main job: train, export, prove, package, serve."""
 
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
@@ -28,6 +29,7 @@ DISK_BYTES = 1 << 30  # for data, runs and exports, generously
 SHARED_BYTES = 64 << 20  # of /dev/shm, for the server and its stubs
 REBUILD_SERVER = "rm -rf .venv-triton && make .venv-triton"
 FETCH = "pipeline data fetch"
+ANY_PORT = "pipeline serve --port auto"
 REMOUNT = "mount -o remount,size=1G /dev/shm  # of a container: --shm-size=1g"
 
 Look = tuple[str, str, Callable[[], list[Check]]]  # at what, what mends it if it fails, the look
@@ -42,29 +44,22 @@ def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
         model = Path(scratch) / "models" / "doctor" / "1" / "model.onnx"
         model.parent.mkdir(parents=True)
         model.write_bytes(_doubling())
-        slow: list[Look] = [
+        reach = f"chmod u+rwx {paths.root.absolute()}"
+        looks: list[Look] = [
             ("torch", packages.rebuild(), packages.torch),
             ("ONNX Runtime", packages.rebuild(), lambda: packages.runtime(model)),
             ("tritonserver", _server_mend(paths), lambda: _server(paths, model)),
             ("data", FETCH, lambda: _data(paths)),
+            ("folders", reach, lambda: _folders(paths)),
+            ("disk", reach, lambda: _disk(paths)),
+            ("shared memory", REMOUNT, _shared_memory),
+            ("ports", ANY_PORT, lambda: _ports(paths, config)),
         ]
-        begun = [pool.submit(looked, *look) for look in slow]
+        begun = [pool.submit(looked, *look) for look in looks]
         quick = packages.quick()
-        around = [found for look in _around(paths, config) for found in looked(*look)]
-        torch, runtime, server, data = (job.result() for job in begun)
+        torch, *others = [job.result() for job in begun]
     gpu = looked("GPU", packages.rebuild(), lambda: packages.gpu(torch))
-    return Examined((*quick, *torch, *gpu, *runtime, *server, *data, *around))
-
-
-def _around(paths: Paths, config: ServeConfig) -> list[Look]:
-    """Looks at what is around the main job: its folders, its space, its ports."""
-    reach = f"chmod u+rwx {paths.root.absolute()}"
-    return [
-        ("folders", reach, lambda: _folders(paths)),
-        ("disk", reach, lambda: _disk(paths)),
-        ("shared memory", REMOUNT, _shared_memory),
-        ("ports", "pipeline serve --port auto", lambda: _ports(paths, config)),
-    ]
+    return Examined((*quick, *torch, *gpu, *itertools.chain(*others)))
 
 
 def _server(paths: Paths, model: Path) -> list[Check]:
@@ -74,7 +69,14 @@ def _server(paths: Paths, model: Path) -> list[Check]:
         runtime = tritonserver.find(paths, "auto")
     except PipelineError as error:
         return [Check("problem", what, in_a_line(error), _server_mend(paths))]
-    checks = [*_glibc(runtime), *_server_numpy(paths, runtime)]
+    checks = _glibc(runtime)
+    if runtime.kind == "wheel":
+        found = sorted(
+            paths.triton_environment.glob("lib/python3.*/site-packages/numpy-*.dist-info")
+        )
+        theirs = found[0].name.split("-")[1].removesuffix(".dist") if found else "missing"
+        ours = importlib.metadata.version("numpy")
+        checks.append(Check("ok", "numpy", f"{ours} here, {theirs} in the server's environment"))
     if runtime.kind == "docker":
         return [*checks, Check("ok", what, f"{runtime}, whose engine answers; not started")]
     (model.parent.parent / "config.pbtxt").write_text(_CONFIG)
@@ -125,15 +127,6 @@ def _glibc(runtime: tritonserver.ServerRuntime) -> list[Check]:
         mend = f"serve with Docker and {tritonserver.IMAGE}, or on a newer system"
         return [Check("problem", "glibc", f"{version}, and the server needs {least}", mend)]
     return [Check("ok", "glibc", f"{version} ({least} is needed)")]
-
-
-def _server_numpy(paths: Paths, runtime: tritonserver.ServerRuntime) -> list[Check]:
-    if runtime.kind != "wheel":
-        return []
-    found = sorted(paths.triton_environment.glob("lib/python3.*/site-packages/numpy-*.dist-info"))
-    ours = importlib.metadata.version("numpy")
-    theirs = found[0].name.split("-")[1].removesuffix(".dist") if found else "missing"
-    return [Check("ok", "numpy", f"{ours} here, {theirs} in the server's environment")]
 
 
 def _data(paths: Paths) -> list[Check]:
@@ -211,6 +204,6 @@ def _ports(paths: Paths, config: ServeConfig) -> list[Check]:
             except OSError as error:
                 taken.append(f"{port} ({service}): {os.strerror(error.errno or 0)}")
     if taken:
-        return [Check("problem", "ports", "; ".join(taken), "pipeline serve --port auto")]
+        return [Check("problem", "ports", "; ".join(taken), ANY_PORT)]
     numbers = ", ".join(map(str, tritonserver.ports(config).values()))
     return [Check("ok", "ports", f"{numbers} are free")]

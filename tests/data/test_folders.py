@@ -295,7 +295,7 @@ def test_a_small_set_is_trained_for_two_hundred_steps(folder: Path, tmp_path: Pa
 @pytest.mark.server
 @pytest.mark.slow
 def test_a_folder_is_served_beside_handwriting_whose_files_stay_as_they_are(
-    chain: Chain, tmp_path: Path
+    chain: Chain, short_proof: None, tmp_path: Path
 ) -> None:
     folder = shapes(tmp_path / "shapes", 40)
     link_server_environment(chain)

@@ -19,7 +19,14 @@ from pipeline.export.sample import Sample, pack_sample, read_sample
 from pipeline.export.subject import kind_of, subject_of_module, weights_digest
 from pipeline.validation.reference import reference_predictor
 from tests import networks
-from tests.conftest import CAST, Chain, error_line, link_server_environment, small
+from tests.conftest import (
+    CAST,
+    Chain,
+    error_line,
+    link_server_environment,
+    short_proofs,
+    small,
+)
 
 SAMPLE = networks.residual_sample()
 LABELS = np.zeros(0) if SAMPLE.labels is None else SAMPLE.labels  # they are there
@@ -44,7 +51,8 @@ def proven(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     chain = Chain(root)
     named = ["--name", "residual"]
     chain.record("export", *options(chain), *named, "--precision", "fp32,fp16")
-    chain.record("validate", *named)
+    with short_proofs():
+        chain.record("validate", *named)
     return chain
 
 
@@ -119,7 +127,9 @@ def plain_export(module: nn.Module, path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
-def test_a_file_of_a_plain_export_is_proven_once_it_is_scrubbed(project: Chain) -> None:
+def test_a_file_of_a_plain_export_is_proven_once_it_is_scrubbed(
+    project: Chain, short_proof: None
+) -> None:
     path = project.root / "theirs" / "plain.onnx"
     plain_export(networks.residual(), path)
     asked = ["validate", "--onnx", str(path), *options(project), "--name", "plain"]
@@ -139,7 +149,7 @@ def test_a_file_of_a_plain_export_is_proven_once_it_is_scrubbed(project: Chain) 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 def test_a_plain_export_with_a_wrong_reshape_is_refused_and_its_rows_can_be_replayed(
-    project: Chain,
+    project: Chain, short_proof: None
 ) -> None:
     path = project.root / "theirs" / "wrong.onnx"
     plain_export(networks.mixing(), path)
@@ -171,7 +181,7 @@ def test_a_file_of_work_without_end_is_refused_before_it_is_loaded(project: Chai
 
 
 @pytest.mark.slow
-def test_a_module_with_a_planted_bug_is_refused(project: Chain) -> None:
+def test_a_module_with_a_planted_bug_is_refused(project: Chain, short_proof: None) -> None:
     named = ["--name", "mixing"]
     assert project.run("export", *options(project, "mixing"), *named).exit_code == 0
     result = project.run("validate", *named)
@@ -232,7 +242,7 @@ def test_images_that_cannot_be_the_modules_are_refused_in_words(
 
 
 @pytest.mark.slow
-def test_a_module_of_floats_has_an_fp16_variant_too(project: Chain) -> None:
+def test_a_module_of_floats_has_an_fp16_variant_too(project: Chain, short_proof: None) -> None:
     images = np.random.default_rng(0).normal(size=(120, 12)).astype(np.float32)
     np.savez(project.root / "flat.npz", images=images)
     named = [*options(project, "flat", "flat.npz"), "--name", "flat", "--precision", "fp16"]

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from pipeline.core.files import sha256, write_bytes, write_json
+from pipeline.data.splits import Split, load_split
 from pipeline.report import page
 from pipeline.report.answers import Answers
-from pipeline.report.evidence import WORST, EvidenceSection
+from pipeline.report.evidence import WORST, EvidenceSection, read_evidence
 from pipeline.repository.golden import unpack_golden
 from pipeline.training.records import load_predictions, save_predictions
-from tests.conftest import REPOSITORY, Chain, Edit, edit_json, error_line, flip_bit
+from tests.conftest import FEW, REPOSITORY, Chain, Edit, edit_json, error_line, flip_bit
 
 
 def written(chain: Chain, *options: str) -> str:
@@ -183,7 +184,11 @@ def test_the_proof_has_a_row_for_each_variant(chain: Chain) -> None:
 
 @pytest.mark.slow
 def test_the_worst_images_have_the_largest_errors_for_their_margins(chain: Chain) -> None:
-    shown, _, arrays = proof_of(chain)
+    _, _, arrays = proof_of(chain)
+    test = load_split("mnist", chain.paths.data("mnist"), "test")
+    asked = Split(test.images[:FEW], test.labels[:FEW], test.classes)
+    shown = read_evidence(chain.paths, json.loads(chain.paths.manifest.read_text()), asked)
+    assert shown
     ((precision, worst),) = shown.worst
     images = len(arrays["labels"])
     shares = arrays["errors_fp32"][:images] / arrays["margins"][:images]
@@ -272,7 +277,7 @@ def test_evidence_that_is_none_is_refused_with_4(chain: Chain) -> None:
 
 @pytest.mark.slow
 def test_all_variants_pass_each_with_its_golden_set_and_the_page_sets_them_beside_fp32(
-    chain: Chain,
+    chain: Chain, short_proof: None
 ) -> None:
     chain.record("export", "--precision", "fp32,fp16,int8")
     record = chain.record("validate")

@@ -42,7 +42,7 @@ def odd(made: Chain, tmp_path: Path) -> Iterator[Chain]:
 @pytest.mark.server
 @pytest.mark.slow
 def test_the_whole_chain_works_in_a_folder_of_an_odd_name(
-    odd: Chain, monkeypatch: pytest.MonkeyPatch
+    odd: Chain, short_proof: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temporary = odd.root / "tmp;:"
     temporary.mkdir()

@@ -39,13 +39,14 @@ def test_a_test_that_failed_or_was_skipped_or_none_at_all_is_no_check(
 
 @pytest.mark.slow
 def test_the_check_trains_twice_exports_validates_and_is_signed(
-    empty: Chain, monkeypatch: pytest.MonkeyPatch
+    empty: Chain, short_proof: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig("quick", recipe("quick", epochs=0.125))
     asked: list[bool] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(True))
+    barely = TrainConfig("quick", recipe("quick", epochs=0.01))
     with pytest.raises(CheckFailedError, match="less than 98.5%"):
-        gpu_check.train_twice(empty.paths, "cpu", print, config)
+        gpu_check.train_twice(empty.paths, "cpu", print, barely)
     monkeypatch.setattr(gpu_check, "LEAST_ACCURACY", 0.9)
     plain, compiled = gpu_check.train_twice(empty.paths, "cpu", print, config)
     assert len(asked) == 2

@@ -20,6 +20,7 @@ from pipeline.training.device import Placement, agreed, process_group
 from pipeline.training.loop import Batches
 from pipeline.training.networks import build
 from pipeline.training.recipes import recipe
+from tests import one_step
 from tests.conftest import REPOSITORY, Chain
 
 CPU = torch.device("cpu")
@@ -41,12 +42,8 @@ def in_two_processes(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_step_of_two_processes_is_the_step_of_one_on_the_same_batch(tmp_path: Path) -> None:
-    script = str(REPOSITORY / "tests" / "one_step.py")
-    alone = subprocess.run(
-        [sys.executable, script, str(tmp_path / "one")], env=environment(), check=True
-    )
-    assert alone.returncode == 0
-    shared = in_two_processes(script, str(tmp_path / "two"))
+    one_step.main(tmp_path / "one")
+    shared = in_two_processes(one_step.__file__, str(tmp_path / "two"))
     assert shared.returncode == 0, shared.stderr
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert one.pop("images").item() == 128

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,8 @@ def test_eager_float32_itself_passes_with_its_figures() -> None:
     )
     assert held.images_per_second["1"] > 0
     assert "fp32: accuracy 100.00%, 0 flips" in str(held)
+    timed = replace(held, images_per_second={"1": 1_250, "2": 2_400})
+    assert str(timed).endswith(", 1,250 images/s on 1 thread and 2,400 images/s on 2 threads")
 
 
 @pytest.mark.parametrize(
