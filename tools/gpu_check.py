@@ -10,8 +10,9 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,31 +34,12 @@ LEAST_ACCURACY = 0.985  # of the quick recipe on MNIST's test split
 NAME = "gpu-check"  # of the runs and of the export
 
 
-@dataclass(frozen=True)
-class GpuCheck:
-    """What was run on a GPU, and who answers for it."""
-
-    signed_off_by: str
-    device: str  # as device.py describes it, precision and TF32 included
-    capability: str
-    torch: str
-    cuda: str | None
-    tests: int  # marked gpu, all passed, none skipped
-    test_accuracy: float  # fraction of images, 0 to 1
-    train_seconds: float
-    compiled_test_accuracy: float  # the same through torch.compile
-    compiled_train_seconds: float  # compilation included
-    max_error: float | None  # of ONNX Runtime on the CPU, against the network in float64
-    max_error_on_gpu: float | None  # and on CUDA, every node of it, TF32 off
-    weights_sha256: str
-
-
 def gpu_check(
     paths: Paths,
     signed_off_by: str,
     result: Path,
     report: Callable[[str], None] = lambda line: None,
-) -> GpuCheck:
+) -> dict[str, Any]:
     """Run the tests marked gpu, a short training twice, an export and its validation; keep it all.
 
     Raises PipelineError without a name or a GPU, and CheckFailedError when a test fails or is
@@ -70,8 +52,14 @@ def gpu_check(
     tests = run_gpu_tests()
     report("training twice: as it is, and compiled")
     plain, compiled = train_twice(paths, "cuda", report)
-    check = checked_export(paths, signed_off_by, tests, plain, compiled, report)
-    write_figure("gpu", result, {"command": "make gpu-check", **machine(), **asdict(check)})
+    check = {
+        "command": "make gpu-check",
+        **machine(),
+        "signed_off_by": signed_off_by.strip(),
+        "tests": tests,  # marked gpu, all passed, none skipped
+        **checked_export(paths, plain, compiled, report),
+    }
+    write_figure("gpu", result, check)
     return check
 
 
@@ -117,14 +105,9 @@ def train_twice(
 
 
 def checked_export(
-    paths: Paths,
-    signed_off_by: str,
-    tests: int,
-    plain: Summary,
-    compiled: Summary,
-    report: Callable[[str], None],
-) -> GpuCheck:
-    """The record of it all, once what was trained is exported and ONNX Runtime agrees with it."""
+    paths: Paths, plain: Summary, compiled: Summary, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """What to record, once what was trained is exported and ONNX Runtime agrees with it."""
     of_check = replace(paths, run=NAME, name=NAME)
     export_run(of_check, report=report)
     is_cuda = plain.device.startswith("cuda")
@@ -132,21 +115,20 @@ def checked_export(
     on_gpu = validate_export(of_check, provider="cuda", report=report) if is_cuda else None
     proof = validate_export(of_check, report=report)
     capability = torch.cuda.get_device_capability() if is_cuda else ()
-    return GpuCheck(
-        signed_off_by=signed_off_by.strip(),
-        device=plain.device,
-        capability=".".join(map(str, capability)),
-        torch=plain.torch,
-        cuda=torch.version.cuda,
-        tests=tests,
-        test_accuracy=plain.test_accuracy,
-        train_seconds=plain.train_seconds,
-        compiled_test_accuracy=compiled.test_accuracy,
-        compiled_train_seconds=compiled.train_seconds,
-        max_error=proof.verdicts[0].max_error,
-        max_error_on_gpu=on_gpu.verdicts[0].max_error if on_gpu else None,
-        weights_sha256=plain.weights_sha256,
-    )
+    return {
+        "device": plain.device,  # as device.py describes it, precision and TF32 included
+        "capability": ".".join(map(str, capability)),
+        "torch": plain.torch,
+        "cuda": torch.version.cuda,
+        "test_accuracy": plain.test_accuracy,
+        "train_seconds": plain.train_seconds,
+        "compiled_test_accuracy": compiled.test_accuracy,  # the same through torch.compile
+        "compiled_train_seconds": compiled.train_seconds,  # compilation included
+        # Of ONNX Runtime against the network in float64: on the CPU, and on CUDA with TF32 off.
+        "max_error": proof.verdicts[0].max_error,
+        "max_error_on_gpu": on_gpu.verdicts[0].max_error if on_gpu else None,
+        "weights_sha256": plain.weights_sha256,
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -157,7 +139,8 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     check = gpu_check(Paths(), given.signed_off_by, given.result, print_now)
     files = [given.result, *render_pages()]
-    print(f"{check.device}: {check.tests} tests, {check.test_accuracy:.2%}\nwrote {given.result}")
+    print(f"{check['device']}: {check['tests']} tests, {check['test_accuracy']:.2%}")
+    print(f"wrote {given.result}")
     print(f"next: {shlex.join(['git', 'commit', *map(str, files)])}")
 
 
