@@ -114,8 +114,8 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	@touch $@
 
 .PHONY: test coverage test-fast lint typecheck format figures system
-# What shares a server stays on one worker. Python starts some hundred times: its bytecode is kept.
-TEST := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest --dist loadgroup --no-loadscope-reorder
+# Python starts some hundred times in the tests: its bytecode is kept.
+TEST := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest --no-loadscope-reorder
 test: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## every test, the real server included
 	@test ! -d /usr/share/datasets/fashion-mnist || $(PIPELINE) -q data fetch --dataset fashion-mnist > /dev/null
 	$(TEST) -n 3 $(PYTEST)

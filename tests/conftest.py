@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from onnx import NodeProto, TensorProto, helper
+from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.cli.main import main
 from pipeline.core.files import locked
@@ -30,40 +32,45 @@ REPOSITORY = Path(__file__).parent.parent
 SHORT_TRAINING = ["--recipe", "quick", "--epochs", "0.125"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep on one worker what shares a fixture, and put what takes long before what does not.
+class Shares(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
+    """Gives each worker test after test; those that share a server or a fixture go to one worker.
 
-    Tests that share a fixture of their module, or the server of the session, are one group; any
-    other test is free. One test that reads the small chain comes first: its worker makes the chain
-    while the next has work that needs none.
+    Not `--dist loadgroup`: xdist 3.8 sets a group that pytest 9.2 no longer reads.
     """
-    for item in items:
-        shared = group(item)
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(shared))
-    first = next((item for item in items if "made" in fixtures_of(item)), None)
-    items.sort(key=lambda item: (item is not first, *turn(item)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return share(nodeid.partition("::")[0]) or nodeid
 
 
-def fixtures_of(item: pytest.Item) -> Sequence[str]:
-    return getattr(item, "fixturenames", ())
-
-
-def group(item: pytest.Item) -> str:
-    """The worker's share that a test belongs to; empty for a test that can run anywhere."""
-    if "served" in fixtures_of(item):
+@cache
+def share(file: str) -> str:
+    """What the tests of a file share, the session's server or their own fixtures; empty if none."""
+    text = (REPOSITORY / file).read_text(encoding="utf-8")
+    if "served: Served" in text:
         return "served"
-    info = getattr(item, "_fixtureinfo", None)
-    defined = info.name2fixturedefs.values() if info else ()
-    is_shared = any(each.scope == "module" for fixtures in defined for each in fixtures)
-    return str(item.path.stem) if is_shared else ""
+    return file if 'scope="module"' in text else ""
 
 
-def turn(item: pytest.Item) -> tuple[bool, bool, bool]:
-    """Long tests before short ones; first those that need no small chain; groups before others."""
-    is_long = any(item.get_closest_marker(name) for name in ("server", "slow"))
-    return not is_long, "made" in fixtures_of(item), not group(item)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Shares:
+    return Shares(config, log)
+
+
+@pytest.hookimpl(trylast=True)  # after those that are not asked for have gone
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long tests before short ones, and those that read the small chain last of either.
+
+    One that reads it comes first: its worker makes the chain while the next has other work.
+    """
+
+    def turn(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
+        is_long = any(item.get_closest_marker(name) for name in ("server", "slow"))
+        is_shared = bool(share(item.nodeid.partition("::")[0]))
+        return item is not first, not is_long, item in reading, not is_shared
+
+    reading = {item for item in items if "made" in getattr(item, "fixturenames", ())}
+    first = next((item for item in items if item in reading), None)
+    items.sort(key=turn)
 
 
 @dataclass(frozen=True)
