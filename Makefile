@@ -126,12 +126,13 @@ coverage: ## every test, and the lines that none reaches
 test-fast: .venv/done ## the tests without a server and without long training
 	$(TEST) -n 2 -m "not server and not slow"
 
-lint: .venv/done ## ruff, codespell, the order of rooms, and what is declared
+lint: .venv/done ## ruff, codespell, the order of rooms, what is declared, and the code's shape
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/codespell $$(git ls-files)
 	.venv/bin/lint-imports --no-cache
 	.venv/bin/deptry pipeline
+	$(TOOL).shape
 
 typecheck: .venv/done ## mypy --strict
 	.venv/bin/mypy
