@@ -154,7 +154,7 @@ def watch_log(
         also = f" It has {others}: choose with --name, --model-version." if others else ""
         raise PipelineError(
             f"{log} has {len(logged.entries):,} predictions of {profile.name} with sha256 "
-            f"{profile.sha256[:12]}: {config.least} at least tell drift from chance.{also}"
+            f"{profile.sha256[:12]}: too few, {config.least} tell drift from chance.{also}"
         )
     drift = replace(compare_log(profile, logged, config), log=str(log), reference=str(where))
     write_json(paths.drift, drift.record())
