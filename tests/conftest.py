@@ -62,14 +62,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     One that reads it comes first: its worker makes the chain while the next has other work.
     """
+    shares = {item: share(item.nodeid.partition("::")[0]) for item in items}
+    reading = [item for item in items if "made" in getattr(item, "fixturenames", ())]
+    sharing_it = {shares[item] for item in reading} - {""}
 
     def turn(item: pytest.Item) -> tuple[bool, bool, bool, bool]:
         is_long = any(item.get_closest_marker(name) for name in ("server", "slow"))
-        is_shared = bool(share(item.nodeid.partition("::")[0]))
-        return item is not first, not is_long, item in reading, not is_shared
+        reads = "made" in getattr(item, "fixturenames", ()) or shares[item] in sharing_it
+        return item is not first, not is_long, reads, not shares[item]
 
-    reading = {item for item in items if "made" in getattr(item, "fixturenames", ())}
-    first = next((item for item in items if item in reading), None)
+    first = next(iter(reading), None)
     items.sort(key=turn)
 
 
