@@ -107,22 +107,27 @@ def block(name: str, figures: Path) -> str:
     record = read_figure(native) if native.exists() else {}
     is_native = record.get("passed") is True and record.get("runtime") in ("docker", "path")
     native_text = markdown("native", record) if is_native else NATIVE_NOT_VERIFIED
-    return _wrap(" ".join(f"{text} {native_text}".split()))
+    return f"{text} {native_text}"
 
 
 def markdown(name: str, figure: Mapping[str, Any]) -> str:
     """Render a result by its macro in `readme.md.jinja`."""
-    lines = str(getattr(_TEMPLATE.module, name)(figure)).strip().splitlines()
-    return "\n".join(line if line.startswith("|") else _wrap(line) for line in lines)
+    return str(getattr(_TEMPLATE.module, name)(figure)).strip()
 
 
-def _wrap(line: str) -> str:
-    return textwrap.fill(line, PROSE_WIDTH, break_long_words=False, break_on_hyphens=False)
+def wrap(text: str) -> str:
+    """Break the lines of a Markdown text that are too long, except the rows of tables."""
+    return "\n".join(
+        line
+        if line.startswith("|")
+        else textwrap.fill(line, PROSE_WIDTH, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
 
 
 def rendered(page: str, figures: Path) -> str:
     """`page` with every figures block rendered again from its JSON."""
-    return _BLOCK.sub(lambda match: f"{match[1]}{block(match[2], figures)}\n{match[3]}", page)
+    return _BLOCK.sub(lambda match: f"{match[1]}{wrap(block(match[2], figures))}\n{match[3]}", page)
 
 
 def render_pages(root: Path = Path(), figures: Path = RESULTS) -> list[Path]:

@@ -112,7 +112,7 @@ def other() -> Iterator[int]:
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_nothing_listening_is_a_server_error_with_what_to_do(protocol: str) -> None:
-    client = Client(f"{protocol}://127.0.0.1:{free_ports(1)[0]}", timeout=TIMEOUT)
+    client = Client(f"{protocol}://127.0.0.1:{free_ports(1)[0]}", timeout=HANG_GUARD)
     with pytest.raises(ServerError, match=r"no answer from .* 'pipeline serve' starts it"):
         client.classify([np.zeros((1, 28, 28), np.uint8)])
 

@@ -107,7 +107,7 @@ def test_evidence_of_a_native_backend_is_told_in_the_readme(tmp_path: Path) -> N
         "servers": [{"server": {"version": "2.60"}, "rounds": [each]} for each in rounds],
     }
     write_figure("native", tmp_path / "native.json", record)
-    text = rendered(BLOCK, tmp_path)
+    text = " ".join(rendered(BLOCK, tmp_path).split())
     assert "verified on 2026-11-30 with `make prove-native` (an image; Triton 2.60)" in text
     assert "1,400 answers about 100 golden images over HTTP and gRPC, one by one" in text
     assert "largest difference 2.0e-06, 20% of what the proof allows at most." in text
