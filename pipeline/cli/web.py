@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from pipeline.cli.command import (
+    Command,
     Settings,
     UrlType,
     name_option,
@@ -24,7 +25,7 @@ class PortType(click.IntRange):
         return 0 if value == "auto" else super().convert(value, param, ctx)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--url", type=UrlType(), help="grpc://HOST:PORT of a Triton server.  [default: our server]"
 )

@@ -61,6 +61,16 @@ def test_a_misspelled_command_is_wrong_usage_with_a_suggestion() -> None:
     assert "export" in result.output
 
 
+@pytest.mark.parametrize("path", list(commands()), ids=" ".join)
+def test_every_command_has_the_common_options(path: tuple[str, ...]) -> None:
+    command: click.Command = main
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert options >= {"--json", "--quiet", "--verbose", "--debug", "--root", "--config"}
+
+
 def test_common_options_are_accepted_before_and_after_the_command(made: Chain) -> None:
     root = ["--root", str(made.root)]
     outputs = {
