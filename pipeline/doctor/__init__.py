@@ -1,7 +1,7 @@
-"""What this machine has and lacks for the main job: train, export, validate, package, serve.
+"""Checks of this machine for the main job: train, export, validate, package, serve.
 
-Read `checks.py` first. A library is probed in a process of its own (`probes.py`), since one that
-crashes must not end the doctor: importing this room loads no torch.
+Read `checks.py` first. Each library is probed in a separate process (`probes.py`), because a
+library that crashes must not end the doctor. Importing this room loads no torch.
 """
 
 from typing import TYPE_CHECKING

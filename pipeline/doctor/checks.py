@@ -1,4 +1,4 @@
-"""What this machine has and lacks for the main job: train, export, prove, package, serve."""
+"""Checks of this machine for the main job: server, data, folders, disk, memory and ports."""
 
 import importlib.metadata
 import itertools
@@ -24,19 +24,21 @@ from pipeline.serving import scratch as lint_live
 from pipeline.serving import tritonserver
 from pipeline.serving.settings import ServeConfig
 
-GLIBC = (2, 35)  # of the server in the wheel
-DISK_BYTES = 1 << 30  # for data, runs and exports, generously
+GLIBC = (2, 35)  # that the server in the wheel needs
+DISK_BYTES = 1 << 30  # for data, runs and exports, with room to spare
 SHARED_BYTES = 64 << 20  # of /dev/shm, for the server and its stubs
 REBUILD_SERVER = "rm -rf .venv-triton && make .venv-triton"
 FETCH = "pipeline data fetch"
 ANY_PORT = "pipeline serve --port auto"
 REMOUNT = "mount -o remount,size=1G /dev/shm  # of a container: --shm-size=1g"
 
-Look = tuple[str, str, Callable[[], list[Check]]]  # at what, what mends it if it fails, the look
+Look = tuple[
+    str, str, Callable[[], list[Check]]
+]  # (what is checked, fix if the check raises, the check)
 
 
 def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
-    """Look at everything that the main job needs, side by side where it takes time."""
+    """Check everything that the main job needs; run the slow checks in parallel."""
     with (
         tempfile.TemporaryDirectory(prefix="handwriting-doctor-") as scratch,
         ThreadPoolExecutor() as pool,
@@ -63,7 +65,7 @@ def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
 
 
 def _server(paths: Paths, model: Path) -> list[Check]:
-    """The server's environment, and a server that was started, loaded a model, and answered."""
+    """Check the server's environment; start a temporary server that loads a model and answers."""
     what = "tritonserver"
     try:
         runtime = tritonserver.find(paths, "auto")
@@ -91,7 +93,10 @@ def _server(paths: Paths, model: Path) -> list[Check]:
 
 
 def _server_mend(paths: Paths) -> str:
-    """What brings a server here; make does not look into an environment that it has built."""
+    """Return the command or advice that installs a server here.
+
+    An existing environment is removed first, because make does not check one that it has built.
+    """
     if not tritonserver.fits_wheel():
         if shutil.which("docker"):
             return "start Docker's engine"
@@ -101,7 +106,7 @@ def _server_mend(paths: Paths) -> str:
 
 
 def _doubling() -> bytes:
-    """A model that doubles what it gets."""
+    """Return an ONNX model, as bytes, that doubles its input."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "doctor", [x], [y])
     opset = [helper.make_opsetid("", 17)]
@@ -139,7 +144,7 @@ def _data(paths: Paths) -> list[Check]:
 
 
 def _folders(paths: Paths) -> list[Check]:
-    """Whether files can be made where the main job makes them."""
+    """Check that files can be created where the main job creates them."""
     wrong = []
     for folder in (paths.data(DEFAULT_DATASET), paths.root / "runs", paths.root / "exported"):
         there = _nearest(folder)
@@ -149,7 +154,7 @@ def _folders(paths: Paths) -> list[Check]:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one around it that is there."""
+    """Return the folder, or its closest parent that exists."""
     return next(one for one in (folder, *folder.absolute().parents) if one.exists())
 
 
@@ -176,7 +181,7 @@ def _disk(paths: Paths) -> list[Check]:
 def _shared_memory() -> list[Check]:
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return []  # not Linux: no server of the wheel either
+        return []  # not Linux, so the server in the wheel cannot run either
     free = shutil.disk_usage(folder).free
     said = f"{free >> 20} MiB are free in {folder}"
     if refusal := _unwritable(folder):

@@ -1,4 +1,4 @@
-"""Whether what is installed is what the main job needs, and starts; each library in a process."""
+"""Checks of the installed packages: versions, and whether each library starts in a process."""
 
 import importlib.metadata
 import json
@@ -18,7 +18,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.text import Lines
 
 DISTRIBUTION = "handwriting-pipeline"
-PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that the packages are built for
+PYTHONS = ((3, 11), (3, 13))  # oldest and newest for which the packages are built
 PROBE_SECONDS = 60.0
 
 Level = Literal["ok", "warning", "problem"]
@@ -26,17 +26,17 @@ Level = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. A problem stops the main job here; a warning does not."""
+    """The result of one check. A problem stops the main job here; a warning does not."""
 
     level: Level
     what: str
     found: str
-    mend: str = ""  # the command that mends it
+    mend: str = ""  # the command that fixes it
 
 
 @dataclass(frozen=True)
 class Examined:
-    """All that was looked at."""
+    """The results of all checks."""
 
     checks: tuple[Check, ...]
 
@@ -44,7 +44,7 @@ class Examined:
         return sum(check.level == level for check in self.checks)
 
     def record(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """Return the result as values that JSON can store."""
         counts = {"problems": self.count("problem"), "warnings": self.count("warning")}
         return {**counts, "checks": [asdict(check) for check in self.checks]}
 
@@ -59,7 +59,10 @@ class Examined:
 
 
 def rebuild(setting: str = "") -> str:
-    """The command that builds the project's environment; anew, where it is the one we run in."""
+    """Return the command that builds the project's environment, with a make `setting` if given.
+
+    It removes the environment first if this process runs in it.
+    """
     command = f"make .venv {setting}".strip()
     if Path(sys.prefix).resolve() == Path(".venv").resolve():
         return f"rm -rf .venv && {command}"
@@ -67,7 +70,7 @@ def rebuild(setting: str = "") -> str:
 
 
 def require_sound(examined: Examined) -> None:
-    """Raise where the main job would fail."""
+    """Raise PipelineError if there is a problem, because the main job would fail."""
     if count := examined.count("problem"):
         raise PipelineError(
             f"{count} problem{'s' * (count > 1)}: the main job would fail here; each line above "
@@ -76,27 +79,27 @@ def require_sound(examined: Examined) -> None:
 
 
 def looked(what: str, mend: str, look: Callable[[], list[Check]]) -> list[Check]:
-    """What a look finds; one that fails is a problem, and the others still look."""
+    """Run a check; if it raises, return that as a problem, so that the other checks still run."""
     try:
         return look()
-    except Exception as error:  # whatever a damaged machine makes of it
+    except Exception as error:  # a damaged machine can cause any error
         return [Check("problem", what, in_a_line(error), mend)]
 
 
 def in_a_line(error: Exception) -> str:
-    """What an error says; its kind as well, where it was not raised for people."""
+    """Return an error's message in one line, with its type unless it is a PipelineError."""
     said = " ".join(str(error).split())
     return said if isinstance(error, PipelineError) else f"{type(error).__name__}: {said}"
 
 
 def alone(error: Exception) -> Examined:
-    """What can be said where a library that doctor itself needs is missing or does not start."""
+    """Return the checks that still run when a library that doctor needs does not start."""
     check = Check("problem", "pipeline", f"does not start: {in_a_line(error)}", rebuild())
     return Examined((*quick(), check))
 
 
 def quick() -> list[Check]:
-    """What can be seen of the packages without a process."""
+    """Run the checks of packages that need no separate process."""
     return [
         *looked("Python", rebuild(), python),
         *looked("packages", rebuild(), packages),
@@ -105,7 +108,7 @@ def quick() -> list[Check]:
 
 
 def python() -> list[Check]:
-    """Whether this Python is one that the packages are built for."""
+    """Check that the packages are built for this version of Python."""
     version = platform.python_version()
     first, last = (".".join(map(str, one)) for one in PYTHONS)
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
@@ -115,7 +118,7 @@ def python() -> list[Check]:
 
 
 def packages() -> list[Check]:
-    """Whether the installed packages are those, and of the versions, that ours asks for."""
+    """Check that the packages that this one requires are installed, in the required versions."""
     try:
         asked = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
@@ -127,7 +130,7 @@ def packages() -> list[Check]:
 
 
 def _unmet(requirement: Requirement) -> str:
-    """What is wrong with a package; empty where nothing is, or where it is not for here."""
+    """Return why a requirement is not met; "" if it is met or does not apply to this machine."""
     if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
         return ""
     try:
@@ -139,7 +142,7 @@ def _unmet(requirement: Requirement) -> str:
 
 
 def runtimes() -> list[Check]:
-    """Which distributions of ONNX Runtime there are: two overwrite each other's files."""
+    """Check that at most one ONNX Runtime is installed: two overwrite each other's files."""
     names = {
         str(one.metadata["Name"]).lower().replace("_", "-")
         for one in importlib.metadata.distributions()
@@ -156,7 +159,7 @@ def runtimes() -> list[Check]:
 
 
 def _probe(*arguments: str) -> dict[str, Any] | str:
-    """What a probe found, or in a line why it found nothing."""
+    """Run a probe in a process; return its facts, or one line that says why it failed."""
     command = [sys.executable, "-m", "pipeline.doctor.probes", *arguments]
     try:
         done = subprocess.run(
@@ -172,7 +175,7 @@ def _probe(*arguments: str) -> dict[str, Any] | str:
 
 
 def torch() -> list[Check]:
-    """Torch's build, after a computation."""
+    """Check that torch starts and computes; report its build and its GPUs."""
     facts = _probe("torch")
     if isinstance(facts, str):
         return [Check("problem", "torch", f"does not start: {facts}", rebuild())]
@@ -182,7 +185,7 @@ def torch() -> list[Check]:
 
 
 def gpu(of_torch: Iterable[Check]) -> list[Check]:
-    """What the driver says of GPUs, and whether torch leaves one out."""
+    """Check the GPUs that the driver reports; warn if torch uses none of them."""
     devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
     if not devices:
         return [Check("ok", "GPU", "none")]
@@ -198,7 +201,7 @@ def gpu(of_torch: Iterable[Check]) -> list[Check]:
 
 
 def runtime(model: Path) -> list[Check]:
-    """Which providers of ONNX Runtime run the model, which doubles what it gets."""
+    """Check which providers of ONNX Runtime can run `model`, which must double its input."""
     facts = _probe("onnxruntime", str(model))
     if isinstance(facts, str):
         return [Check("problem", "ONNX Runtime", f"does not start: {facts}", rebuild())]

@@ -1,4 +1,4 @@
-"""What doctor asks of a library, in a process of its own: a library that crashes ends only that.
+"""Doctor's probes of libraries, run in a separate process, so that a crash ends only the probe.
 
 Run as `python -m pipeline.doctor.probes torch` or `... onnxruntime MODEL`; prints one JSON object.
 """
@@ -12,7 +12,7 @@ from pipeline.core.errors import PipelineError
 
 
 def torch_facts() -> dict[str, Any]:
-    """Torch's build and the GPUs that it can use, after a computation."""
+    """Return torch's version, CUDA version and usable GPUs; PipelineError if it cannot compute."""
     import torch
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -26,9 +26,9 @@ def torch_facts() -> dict[str, Any]:
 
 
 def runtime_facts(model: Path) -> dict[str, Any]:
-    """ONNX Runtime's version, and of each provider in its build why it does not run the model.
+    """Return ONNX Runtime's version and, for each provider in its build, why it fails; "" if not.
 
-    The model doubles what it gets.
+    `model` must double its input.
     """
     import numpy as np
     import onnxruntime

@@ -1,7 +1,7 @@
-"""Drift: a log of predictions against the reference profile of the version that made them.
+"""Drift: a log of predictions compared with the reference profile of the version that made them.
 
-Read `drift.py` first; `significance.py` has the statistics. A log holds no images and no file names
-(`client/log.py` writes it). Asks no server and no model, and needs numpy only.
+Read `drift.py`, which also has the statistics. A log contains no images and no file names
+(`client/log.py` writes it). This room sends no requests, runs no model, and needs only numpy.
 """
 
 from typing import TYPE_CHECKING

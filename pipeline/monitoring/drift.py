@@ -1,10 +1,10 @@
-"""A prediction log held against the model's reference profile.
+"""Comparison of a prediction log with the model's reference profile.
 
-Whether counts differ from a reference's by more than is allowed, and not by chance.
+Tests whether counts differ from the reference's by more than is allowed and by more than chance.
 
-Each test takes for granted that a shift up to `allowed` may be there, so that its p-value says how
-probable so large a one is where the true shift is no larger than allowed: of however many images,
-a harmless difference raises no alarm. Needs numpy only.
+The null hypothesis of each test is a true shift of at most `allowed`: the p-value is the
+probability of a shift at least as large as the observed one under it. So a harmless difference
+raises no alarm, however many images there are. Needs only numpy.
 """
 
 # Shape letters: N images, K classes, E bins.
@@ -28,23 +28,23 @@ from pipeline.core.text import Lines
 from pipeline.repository.reference_profile import ReferenceProfile, binned
 from pipeline.repository.release import find_profile
 
-LISTED = 3  # other models, or strange classes, that are named
+LISTED = 3  # other models, or unknown classes, that a message names at most
 ARCSINE, SMIRNOV = "arcsine z", "Kolmogorov-Smirnov lambda"
 
 
 @dataclass(frozen=True)
 class DriftConfig:
-    """From where on a difference is drift."""
+    """Thresholds above which a difference counts as drift. Shares are from 0 to 1."""
 
-    alpha: float = 0.05  # how probable a false alarm may be, over all checks together
-    class_share: float = 0.10  # of a class's own rate, by which it may change
-    class_least: float = 0.005  # and by so much in any case
-    confidence: float = 0.10  # Kolmogorov's D: images whose confidence is not as it was
-    ink: float = 0.15  # the same of ink; MNIST's two halves of the test split differ by 0.13
-    unusual_ink: float = 0.015  # change of the share that lies in the reference's tails
-    tail: float = 0.005  # of the reference's images, at either end
-    unsure: float = 0.02  # change of the share of "not sure"
-    least: int = 200  # predictions; fewer say too little
+    alpha: float = 0.05  # largest probability of a false alarm, over all checks together
+    class_share: float = 0.10  # allowed change of a class's share, relative to that share
+    class_least: float = 0.005  # allowed change of a class's share in any case, absolute
+    confidence: float = 0.10  # allowed Kolmogorov's D (0 to 1) of the confidence
+    ink: float = 0.15  # allowed D of ink; the two halves of MNIST's test split differ by 0.13
+    unusual_ink: float = 0.015  # allowed change of the share in the reference's tails
+    tail: float = 0.005  # share of the reference's images in each tail
+    unsure: float = 0.02  # allowed change of the share of "not sure"
+    least: int = 200  # number of predictions below which no test is made
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class DriftCheck:
 
     name: str
     test: str
-    said: str  # where the largest difference is, in words
+    said: str  # text: where the largest difference is
     effect: float
     allowed: float
     statistic: float
-    p: float  # adjusted for there being several checks
+    p: float  # 0 to 1, adjusted for the number of checks
     drifted: bool
 
     @property
     def chance(self) -> str:
-        """P as text."""
+        """The p-value as text."""
         return f"{self.p:.2g}" if self.p else "<1e-300"
 
     def __str__(self) -> str:
@@ -74,22 +74,22 @@ class DriftCheck:
 
 @dataclass(frozen=True)
 class Drift:
-    """What a log says of a model, held against what the model was when it was proven."""
+    """Result of the comparison of a log with the reference profile from the model's validation."""
 
     log: str
     name: str
-    versions: tuple[str, ...]  # in which the model file was served
+    versions: tuple[str, ...]  # under which the model file was served
     sha256: str
-    reference: str  # where the profile lies
+    reference: str  # path of the profile
     images: int
-    first: str  # time of the first prediction, UTC
+    first: str  # time of the first prediction, in UTC; `last` as well
     last: str
-    others: dict[str, int]  # predictions of other models, which were left out
-    unreadable: int  # lines
-    lost: int  # predictions that the log says it lacks
+    others: dict[str, int]  # model -> its predictions, which were left out
+    unreadable: int  # lines that were left out
+    lost: int  # predictions that could not be written, as the log states
     alpha: float
     checks: tuple[DriftCheck, ...]
-    unchecked: tuple[str, ...]  # what the profile or the log says nothing of
+    unchecked: tuple[str, ...]  # checks for which the profile or the log has no data
     class_counts: tuple[int, ...]
     confidence_counts: tuple[int, ...]
     ink_counts: tuple[int, ...] | None
@@ -100,7 +100,7 @@ class Drift:
         return tuple(check.name for check in self.checks if check.drifted)
 
     def record(self) -> dict[str, Any]:
-        """The result as JSON would have it, with when it was looked at."""
+        """Return the result as values that JSON can store, with the time and the machine."""
         return {"passed": not self.drifted, "drifted": self.drifted, **asdict(self), **machine()}
 
     def __str__(self) -> str:
@@ -140,10 +140,12 @@ def watch_log(
     last: int | None = None,
     config: DriftConfig = DriftConfig(),
 ) -> Drift:
-    """Hold the log against the profile of the packaged version that is selected, or another's.
+    """Compare the log with the reference profile of the selected version, and write drift.json.
 
-    Written to exported/<name>/drift.json. Raises PipelineError where there is no profile, or
-    where the log has too few predictions of the model file that it belongs to.
+    `reference` (a file) or `version` chooses another profile; `since` and `last` (a number of
+    predictions) leave earlier predictions out. The record goes to exported/<name>/drift.json.
+    Raises PipelineError if there is no profile, or if the log has fewer than `config.least`
+    predictions of the profile's model file.
     """
     where, profile = find_profile(paths, reference, version)
     logged = read_log(log, profile.name, profile.sha256, since)
@@ -162,7 +164,7 @@ def watch_log(
 
 
 def require_none(drift: Drift) -> None:
-    """Raise CheckFailedError where something drifted."""
+    """Raise CheckFailedError if any check drifted."""
     if drift.drifted:
         raise CheckFailedError(
             f"{drift.name} drifted: {', '.join(drift.drifted)}. Look at what it is asked (the "
@@ -173,9 +175,9 @@ def require_none(drift: Drift) -> None:
 def compare_log(
     profile: ReferenceProfile, logged: Logged, config: DriftConfig = DriftConfig()
 ) -> Drift:
-    """Hold predictions of one model file against its profile.
+    """Compare predictions of one model file with its reference profile.
 
-    Raises PipelineError for a class that the profile does not know.
+    Raises PipelineError if there is a class that the profile does not have.
     """
     entries, images = logged.entries, len(logged.entries)
     labels = Counter(entry.label for entry in entries)
@@ -228,20 +230,20 @@ def compare_log(
 
 @dataclass(frozen=True)
 class Shift:
-    """How far something lies from its reference."""
+    """Difference of a share or a distribution from the reference, with its test."""
 
-    effect: float  # of a share its change, signed; of a distribution Kolmogorov's D, 0 to 1
-    allowed: float  # up to which it is none
-    statistic: float  # z, or Kolmogorov's lambda, of what lies beyond
+    effect: float  # signed: the change of a share, or Kolmogorov's D (-1 to 1)
+    allowed: float  # largest effect that is not drift
+    statistic: float  # z, or Kolmogorov's lambda, of the part beyond `allowed`
     p: float  # 0 to 1
-    at: int  # the class or the upper edge where it is seen best
+    at: int  # index of the class, or of the upper edge, where it is largest
 
 
 def share_shift(known: int, of: int, found: int, images: int, allowed: float) -> Shift:
-    """How far the share `found` of `images` lies from `known` of `of`, beyond `allowed`.
+    """Test whether the share `found / images` differs from `known / of` by more than `allowed`.
 
-    Shares are compared as arcsines of their roots, whose variance is 1/(4n) whatever they are
-    (Anscombe 1948; twice that is Cohen's h), so that z is normal for small shares as well.
+    Compares the arcsines of the shares' square roots, whose variance is 1/(4n) for any share
+    (Anscombe 1948; Cohen's h is twice their difference), so z is normal for small shares as well.
     """
     before, now = (known + 3 / 8) / (of + 3 / 4), (found + 3 / 8) / (images + 3 / 4)
     edge = min(1.0, before + allowed) if now > before else max(0.0, before - allowed)
@@ -257,10 +259,10 @@ def _arcsine(share: float) -> float:
 def largest_share_shift(
     known: np.ndarray, found: np.ndarray, relative: float, least: float
 ) -> Shift:
-    """The shift of the class whose share moved most significantly, from counts (K,) of each.
+    """Return the most significant shift of a class's share, from counts (K,) of both sides.
 
-    Allowed is `relative` of the class's own share, at least `least`; the p-value is Bonferroni's
-    for looking at K classes.
+    A class's share may change by `relative` times itself, or by `least` if that is larger. The
+    p-value has Bonferroni's correction for K classes.
     """
     of, images = int(known.sum()), int(found.sum())
     shifts = [
@@ -273,10 +275,10 @@ def largest_share_shift(
 
 
 def distribution_shift(known: np.ndarray, found: np.ndarray, allowed: float) -> Shift:
-    """The largest difference of two distributions, from their counts (E,) in the same bins.
+    """Test for a difference of two distributions, from their counts (E,) in the same bins.
 
-    The two-sample test of Kolmogorov and Smirnov, of D less what is allowed, with Stephens's
-    correction for few images. Bins make it milder, never sharper: D is looked for at edges only.
+    This is the two-sample Kolmogorov-Smirnov test of D minus `allowed`, with Stephens's correction
+    for few images. Bins make it less sensitive, never more: D is computed only at their edges.
     """
     of, images = int(known.sum()), int(found.sum())
     apart = found.cumsum() / images - known.cumsum() / of  # (E,)
@@ -287,15 +289,15 @@ def distribution_shift(known: np.ndarray, found: np.ndarray, allowed: float) -> 
 
 
 def kolmogorov(statistic: float) -> float:
-    """How probable it is that Kolmogorov's statistic comes out so large or larger by chance."""
-    if statistic < 0.2:  # the series converges no more, and it is 1 to 12 digits
+    """Return the probability that Kolmogorov's statistic is at least this large by chance."""
+    if statistic < 0.2:  # the series does not converge here; the result is 1 to 12 digits
         return 1.0
     terms = (-2.0 * (-1.0) ** k * math.exp(-2 * (k * statistic) ** 2) for k in range(1, 101))
     return min(1.0, max(0.0, sum(terms)))
 
 
 def holm(chances: Mapping[str, float]) -> dict[str, float]:
-    """P-values by name, adjusted for there being several of them (Holm 1979)."""
+    """Adjust p-values, by name, for the number of tests (Holm 1979)."""
     adjusted, largest = {}, 0.0
     for place, name in enumerate(sorted(chances, key=lambda name: chances[name])):
         largest = max(largest, min(1.0, (len(chances) - place) * chances[name]))
@@ -303,9 +305,9 @@ def holm(chances: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-# Predictions by class, by confidence, by ink (None: unknown), and how many were not sure.
+# Counts of predictions by class, by confidence, by ink (None: unknown), and of those not sure.
 Counted = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None, int]
-Found = tuple[Shift, str, str]  # with the test's name, and where the difference is, in words
+Found = tuple[Shift, str, str]  # with the test's name, and a text that says where the difference is
 
 
 def _shifts(profile: ReferenceProfile, now: Counted, config: DriftConfig) -> dict[str, Found]:
@@ -345,7 +347,10 @@ def _distribution(
 def _unusual(
     edges: tuple[float, ...], before: tuple[int, ...], now: tuple[int, ...], config: DriftConfig
 ) -> Found:
-    """The share in the reference's tails: a few strange images move no whole distribution."""
+    """Test the share in the reference's tails.
+
+    A few unusual images do not move the whole distribution, so the test for "ink" misses them.
+    """
     counts, of, images = np.array(before), sum(before), sum(now)
     low = int((counts.cumsum() <= config.tail * of).sum())
     high = len(counts) - int((counts[::-1].cumsum() <= config.tail * of).sum())

@@ -1,8 +1,8 @@
 """The Triton model repository: config.pbtxt, profiles, versions, releases, and `lint/`.
 
-Read `release.py` first: a version with the proof that it carries. `package.py` adds one,
-`versions.py` lists and compares them, `profiles.py` writes each profile's config. Everything here
-is files: nothing asks a server, and nothing needs torch.
+Read `release.py` first: a packaged version with its evidence. `package.py` adds a version,
+`versions.py` lists and compares versions, `profiles.py` writes the config of each profile. This
+room works on files only: it sends no requests to a server and does not need torch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""config.pbtxt as protobuf messages: written, read, and asked questions."""
+"""Functions to read, write, query and change config.pbtxt files as protobuf messages."""
 
 import json
 import re
@@ -17,9 +17,9 @@ from pipeline.repository.settings import PackageConfig
 
 LABELS, WARMUP = "labels.txt", "digit"
 CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
-STUB = "triton_python_backend_stub"  # the program that the python backend starts
-PREVIOUS = "previous_version"  # the parameter that says which version was selected before
-MIN_PROBABILITY = "min_probability"  # the parameter: a float, below it an answer is not sure
+STUB = "triton_python_backend_stub"  # the program that Triton's python backend starts
+PREVIOUS = "previous_version"  # parameter: the version that was selected before
+MIN_PROBABILITY = "min_probability"  # parameter: a probability, below which an answer is not sure
 ENGINES = "trt_engine_cache_path"
 
 Value = str | int | tuple[int, ...]
@@ -39,9 +39,10 @@ def base_config(
     classes: Sequence[str],
     config: PackageConfig,
 ) -> ModelConfig:
-    """What every config of a packaged model has, without its versions; profiles.py adds the rest.
+    """Return the part that all configs of a packaged model share, without versions.
 
-    Raises PipelineError for a tensor type that Triton's config has no use for here.
+    profiles.py adds the rest. Raises PipelineError if a tensor's type cannot be packaged (see
+    `_TYPES`).
     """
     for spec in (images, outputs):
         if spec.dtype not in _TYPES:
@@ -50,7 +51,7 @@ def base_config(
             )
     message = ModelConfig(name=name, backend="onnxruntime", max_batch_size=config.max_batch_size)
     pixels = message.input.add(name=images.name, data_type=_TYPES[images.dtype], dims=images.shape)
-    if len(images.shape) == 3:  # channels first; Triton has no word for other ranks
+    if len(images.shape) == 3:  # channels first; Triton has no format for other ranks
         pixels.format = model_config_pb2.ModelInput.FORMAT_NCHW
     scores = message.output.add(name=outputs.name, data_type=_TYPES[outputs.dtype])
     scores.dims.extend(outputs.shape)
@@ -60,7 +61,11 @@ def base_config(
 
 
 def put(message: ModelConfig, field: str, value: Value) -> None:
-    """Set a field by its path in config.pbtxt; an accelerator for GPUs goes by its name."""
+    """Set a field by its path in config.pbtxt.
+
+    `cuda.KEY` and `tensorrt.KEY` set a parameter of that GPU accelerator; `model_warmup.batch_size`
+    adds one sample for each of its sizes.
+    """
     part, _, key = field.partition(".")
     if part == "parameters":
         set_parameter(message, key, str(value))
@@ -76,8 +81,8 @@ def put(message: ModelConfig, field: str, value: Value) -> None:
     elif part == "model_warmup" and isinstance(value, tuple):
         images = message.input[0]
         for size in value:
-            # Triton runs as many requests of one image together, and reads each from the same file,
-            # which holds a single one (GenerateWarmupData in core's backend_model_instance.cc).
+            # Triton runs `size` requests of one image together and reads each image from the same
+            # file, so the file holds one (GenerateWarmupData in core's backend_model_instance.cc).
             sample = message.model_warmup.add(name=f"digit-{size}", batch_size=size)
             digit = sample.inputs[images.name]
             digit.data_type = images.data_type
@@ -90,26 +95,26 @@ def put(message: ModelConfig, field: str, value: Value) -> None:
         else:
             setattr(parent, key or part, value)
         if key:
-            parent.SetInParent()  # so that it is there when all its fields are zero
+            parent.SetInParent()  # keeps the message when all its fields are zero
 
 
 def set_parameter(message: ModelConfig, key: str, value: str) -> None:
-    """Set one of the config's parameters, which Triton hands to whoever asks for the config."""
+    """Set a parameter of the config; Triton returns it to every client that reads the config."""
     message.parameters[key].string_value = value
 
 
 def parameter(message: ModelConfig, key: str) -> str | None:
-    """One of the config's parameters, or None."""
+    """Return the value of a parameter of the config, or None if it is not set."""
     return message.parameters[key].string_value if key in message.parameters else None
 
 
 def digest(message: ModelConfig, version: str) -> str | None:
-    """The SHA-256 that the config states for a version's model file, or None."""
+    """Return the SHA-256 that the config states for a version's model file, or None."""
     return parameter(message, f"sha256.{version}")
 
 
 def version_parameters(message: ModelConfig) -> dict[str, str]:
-    """What the config says of each version, by parameter: `sha256.1` and the like."""
+    """Return the parameters that belong to versions, such as `sha256.1` or `min_probability.1`."""
     return {
         key: value.string_value
         for key, value in message.parameters.items()
@@ -118,7 +123,7 @@ def version_parameters(message: ModelConfig) -> dict[str, str]:
 
 
 def classes(message: ModelConfig) -> tuple[str, ...]:
-    """The class names of a served model; a model of others' may state none, then numbers."""
+    """Return a model's class names; numbers if the config (of a third-party model) has none."""
     stated = parameter(message, "classes")
     if stated:
         return tuple(map(str, json.loads(stated)))
@@ -126,10 +131,10 @@ def classes(message: ModelConfig) -> tuple[str, ...]:
 
 
 def commands(folder: Path, message: ModelConfig) -> list[str]:
-    """Return what in a model's config and folder Triton's python backend would run as a command.
+    """Return what Triton's python backend would run as a command from this config and folder.
 
-    It gives names to a shell, unquoted, and prefers a stub that lies in the model's folder to its
-    own (StubLauncher::Launch in python_backend's stub_launcher.cc).
+    The backend passes names to a shell without quotes, and prefers a stub in the model's folder to
+    its own (StubLauncher::Launch in python_backend's stub_launcher.cc).
     """
     names = [message.default_model_filename, *(group.name for group in message.instance_group)]
     odd = [repr(name) for name in names if not re.fullmatch(r"[\w./+~-]*", name, re.ASCII)]
@@ -137,29 +142,29 @@ def commands(folder: Path, message: ModelConfig) -> list[str]:
 
 
 def pictures(message: ModelConfig) -> str:
-    """How pictures become this model's images: see signature.pictures_of."""
+    """Return how pictures become this model's images (see signature.pictures_of)."""
     return parameter(message, "pictures") or "digit"
 
 
 def type_name(tensor: Any) -> str:
-    """The name of a config's input or output type, as numpy has it where it has one."""
+    """Return the numpy name of an input's or output's type, or Triton's name if numpy has none."""
     return _DTYPES.get(tensor.data_type) or model_config_pb2.DataType.Name(tensor.data_type)
 
 
 def dtype(tensor: Any) -> str:
-    """The name that numpy has for the type of a config's input or output."""
+    """Return the numpy name of an input's or output's type; raise PipelineError if it has none."""
     if tensor.data_type not in _DTYPES:
         raise PipelineError(f"{tensor.name} has a type that no image of ours has")
     return _DTYPES[tensor.data_type]
 
 
 def kind(message: ModelConfig) -> str:
-    """What the model's outputs are: log_probabilities, probabilities or logits."""
+    """Return the kind of the model's outputs: log_probabilities, probabilities or logits."""
     return parameter(message, "outputs") or "log_probabilities"
 
 
 def min_probability(message: ModelConfig) -> float:
-    """The probability below which the model is not sure; 0 where the config states none."""
+    """Return the probability (0 to 1) below which an answer is not sure; 0 if none is stated."""
     try:
         return float(parameter(message, MIN_PROBABILITY) or 0)
     except ValueError:
@@ -167,25 +172,25 @@ def min_probability(message: ModelConfig) -> float:
 
 
 def selected(message: ModelConfig) -> list[int]:
-    """The versions that the config's policy names; empty when Triton chooses by itself."""
+    """Return the versions that the config's policy names; empty if Triton chooses the version."""
     return list(message.version_policy.specific.versions)
 
 
 def selected_version(message: ModelConfig) -> int | None:
-    """Return the version that a server serves by this config, the highest of those selected."""
+    """Return the version that a server serves with this config: the highest selected, or None."""
     return max(selected(message), default=None)
 
 
 def previous(message: ModelConfig) -> int | None:
-    """The version that was selected before, or None."""
+    """Return the version that was selected before, or None."""
     stated = parameter(message, PREVIOUS) or ""
     return int(stated) if stated.isdigit() else None
 
 
 def select(message: ModelConfig, version: int) -> None:
-    """Let the policy name just this version, and remember the one that it named before.
+    """Select only this version in the policy, and record the one that was selected before.
 
-    TensorRT's engines become those of its own weights, and so does the threshold.
+    Also sets the threshold and the folder of TensorRT's engines to those of this version.
     """
     before = selected_version(message)
     if before not in (None, version):
@@ -201,17 +206,17 @@ def select(message: ModelConfig, version: int) -> None:
 
 
 def engine_folder(message: ModelConfig) -> str:
-    """Where TensorRT keeps the engines of the selected version's file.
+    """Return the folder for the TensorRT engines of the selected version's file.
 
-    A folder for each digest: ONNX Runtime names an engine by the graph, not by its weights, and
-    takes another version's engine without a word (its issue 6455).
+    There is one folder for each digest, because ONNX Runtime names an engine by the graph, not by
+    the weights, and uses another version's engine without a warning (ONNX Runtime issue 6455).
     """
     stated = digest(message, str(selected_version(message)))
     return f"/tmp/tensorrt-{(stated or 'unknown')[:16]}"
 
 
 def run_settings(message: ModelConfig) -> dict[str, Any]:
-    """How the model is run, by field and parameter, whichever versions there are."""
+    """Return the settings that run the model, by field and parameter, without those of versions."""
     record: dict[str, Any] = json.loads(to_json(message))
     record.pop("version_policy", None)
     for key, value in record.pop("parameters", {}).items():
@@ -221,17 +226,17 @@ def run_settings(message: ModelConfig) -> dict[str, Any]:
 
 
 def to_json(message: ModelConfig) -> str:
-    """The message as Triton's JSON has it."""
+    """Return the message as JSON, with the field names that Triton uses."""
     return str(json_format.MessageToJson(message, preserving_proto_field_name=True))
 
 
 def to_text(message: ModelConfig) -> str:
-    """The message as config.pbtxt has it."""
+    """Return the message as the text of a config.pbtxt."""
     return str(text_format.MessageToString(message))
 
 
 def read(path: Path) -> ModelConfig:
-    """The message in a config.pbtxt; PipelineError says where it does not parse."""
+    """Read a config.pbtxt; raise PipelineError if it is missing or does not parse, and where."""
     try:
         return text_format.Parse(path.read_text(), ModelConfig())
     except OSError as error:
@@ -243,15 +248,15 @@ def read(path: Path) -> ModelConfig:
 
 
 def config_files(packaged: Path) -> list[Path]:
-    """The model's configs: profiles in order, config.pbtxt last."""
+    """Return the paths of the model's configs: the profiles in order, config.pbtxt last."""
     return [*sorted((packaged / PROFILES).glob("*.pbtxt")), packaged / CONFIG]
 
 
 def profile_file(packaged: Path, profile: str = "") -> Path:
-    """The config that `--model-config-name` chooses, config.pbtxt without a profile.
+    """Return the path of the config that `--model-config-name` chooses; "" is config.pbtxt.
 
-    Raises PipelineError when the model has no such profile: Triton would take config.pbtxt then,
-    and say nothing (GetModelConfigFullPath in core's model_repository_manager.cc).
+    Raises PipelineError when the model has no such profile: Triton would use config.pbtxt without
+    a warning (GetModelConfigFullPath in core's model_repository_manager.cc).
     """
     if not profile:
         return packaged / CONFIG
@@ -270,7 +275,7 @@ def save(path: Path, message: ModelConfig) -> None:
 
 
 def change_configs(packaged: Path, change: Callable[[ModelConfig], object]) -> None:
-    """Apply `change` to each of the model's configs and write it, config.pbtxt last."""
+    """Apply `change` to each of the model's configs and save it, config.pbtxt last."""
     for path in config_files(packaged):
         message = read(path)
         change(message)

@@ -1,4 +1,4 @@
-"""The golden set: a few images with the reference's answers, which a server must give as well."""
+"""The golden set: a few images with the reference's answers, which a server must reproduce."""
 
 # Shape letters: N images, K classes.
 
@@ -13,35 +13,35 @@ from pipeline.core.errors import CheckFailedError, CorruptError
 from pipeline.core.evaluate import Predictor, judge, margins, predict
 from pipeline.core.text import Lines
 
-GOLDEN_IMAGES = 100  # shared out evenly among the classes
-MOST_CLASSES = 50  # that get a share each; of more classes the hardest and the plainest of all
+GOLDEN_IMAGES = 100  # in all, divided evenly among the classes
+MOST_CLASSES = 50  # above it, images are chosen from all classes together
 _MAX_GOLDEN_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Golden:
-    """What a server must say to be the right one, and how far it may be off."""
+    """Images with the answers that a server must give, and a bound for each."""
 
     images: np.ndarray  # (N, ...), as the model takes them
-    labels: np.ndarray  # int64 (N,): the true classes; without labels the reference's own
-    outputs: np.ndarray  # float64 (N, K): what the module says without rounding
-    bounds: np.ndarray  # float64 (N,): how far any of a row's outputs may lie from that
+    labels: np.ndarray  # int64 (N,): the true classes; the reference's where there are no labels
+    outputs: np.ndarray  # float64 (N, K): the reference's answers
+    bounds: np.ndarray  # float64 (N,): how far each output of a row may be from the reference
 
     def only(self, row: int) -> "Golden":
-        """The set of just one image."""
+        """Return a golden set of the one image at `row`."""
         one = slice(row, row + 1)
         return Golden(self.images[one], self.labels[one], self.outputs[one], self.bounds[one])
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a predictor lies from a golden set, and whether that passes."""
+    """Result of the comparison of a predictor with a golden set."""
 
     images: int
     batch_sizes: tuple[int, ...]
-    max_abs_diff: float | None  # over all outputs and batch sizes; None where one was not finite
-    differing: int  # images whose class differs, at the worst batch size
-    problems: tuple[str, ...]  # in words; none means that it passed
+    max_abs_diff: float | None  # over all outputs and batch sizes; None if one was not finite
+    differing: int  # flips: images whose class differs, at the worst batch size
+    problems: tuple[str, ...]  # one sentence each; empty if it passed
 
     @property
     def passed(self) -> bool:
@@ -59,11 +59,13 @@ class Agreement:
 def choose_golden(
     images: np.ndarray, labels: np.ndarray, outputs: np.ndarray, bounds: np.ndarray
 ) -> Golden:
-    """Choose of each class the plainest images and then the hardest, by the reference's margin.
+    """Choose the images of each class with the largest and the smallest reference margins.
 
-    100 in all, ten a class where there are ten classes. A class with fewer images has them all.
-    Only images whose margin exceeds their bound: of others any class could be right. Raises
-    CheckFailedError when there are none.
+    Chooses 100 in all: ten for each class if there are ten classes. A class with fewer images gives
+    all of them. Uses only images whose margin exceeds their bound, because for the others more than
+    one class would pass. Raises CheckFailedError if there are no such images.
+
+    `images` is (N, ...), `labels` (N,), `outputs` the reference's (N, K) and `bounds` (N,).
     """
     ahead = margins(outputs)
     rows = np.flatnonzero(ahead > bounds)
@@ -83,7 +85,7 @@ def choose_golden(
 
 
 def _ends(rows: np.ndarray, ahead: np.ndarray, count: int) -> np.ndarray:
-    """Of `rows`, the half of `count` with the largest margin, then the half with the smallest."""
+    """Return `count` of `rows`: half with the largest margins, then half with the smallest."""
     ranked = rows[np.argsort(-ahead[rows], kind="stable")]
     if len(ranked) <= count:
         return ranked
@@ -94,8 +96,8 @@ def _ends(rows: np.ndarray, ahead: np.ndarray, count: int) -> np.ndarray:
 def compare_golden(golden: Golden, candidate: Predictor, batch_sizes: tuple[int, ...]) -> Agreement:
     """Compare `candidate` with the golden set at each batch size.
 
-    A row may be off by its bound, and no class may change. A candidate that fails, answers in
-    another shape, or is not finite does not pass.
+    It passes if every row is within its bound and no class changes. A candidate that raises
+    CheckFailedError, returns another shape, or returns values that are not finite does not pass.
     """
     problems: list[str] = []
     largest, differing = 0.0, 0
@@ -115,7 +117,7 @@ def compare_golden(golden: Golden, candidate: Predictor, batch_sizes: tuple[int,
 
 
 def require(agreement: Agreement, what: str, mend: str) -> Agreement:
-    """`agreement` if it passed; otherwise CheckFailedError with its problems, and how to mend."""
+    """Return `agreement` if it passed; else raise CheckFailedError with its problems and a fix."""
     if agreement.passed:
         return agreement
     problems = (f"  {problem}" for problem in agreement.problems[:10])
@@ -126,23 +128,25 @@ _ARRAYS = tuple(Golden.__dataclass_fields__)
 
 
 def pack_golden(golden: Golden) -> bytes:
-    """The golden set as the bytes of an .npz file, the same each time."""
+    """Return the golden set as the bytes of an .npz file; equal sets give equal bytes."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: getattr(golden, name) for name in _ARRAYS})
     return buffer.getvalue()
 
 
 def unpack_golden(content: bytes, name: str) -> Golden:
-    """The golden set in the bytes of an .npz file.
+    """Read a golden set from the bytes of an .npz file; `name` is its name in messages.
 
-    Raises CorruptError when it is not one, and CheckFailedError when a row's bound is not below
-    its margin; nothing in it is unpickled.
+    Never unpickles. Raises CorruptError if the content is not a valid golden set, and
+    CheckFailedError if a row's bound is not below its margin.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(info.file_size for info in archive.infolist()) > _MAX_GOLDEN_BYTES:
                 raise CorruptError(f"{name} unpacks to more than {_MAX_GOLDEN_BYTES} bytes")
-            for info in archive.infolist():  # before numpy allocates what a header claims
+            for (
+                info
+            ) in archive.infolist():  # check sizes before numpy allocates what a header claims
                 with archive.open(info) as member:
                     version = np.lib.format.read_magic(member)
                     read_header = (
@@ -177,4 +181,4 @@ def unpack_golden(content: bytes, name: str) -> Golden:
     return Golden(images, labels, outputs, bounds)
 
 
-GOLDEN_BATCHES = (1, 2, 7)  # at which a server is asked the golden set
+GOLDEN_BATCHES = (1, 2, 7)  # batch sizes at which a server is asked the golden set

@@ -1,6 +1,6 @@
-"""A validated export becomes the next version in a Triton model repository.
+"""Packaging: a validated export becomes the next version in a Triton model repository.
 
-A packaged version as a tar, the same bytes whoever packs it; and the order to upload it in.
+Also writes a packaged version as a reproducible tar, and gives the order in which to upload it.
 """
 
 import io
@@ -45,7 +45,7 @@ class Packaged:
     folder: Path  # of the version
     version: int
     sha256: str  # of its model.onnx
-    is_selected: bool  # Triton loads it; not where a server of ours serves another one
+    is_selected: bool  # Triton loads it; False while our server serves another version
 
     def __str__(self) -> str:
         said = "" if self.is_selected else "; the running server goes on with what it serves"
@@ -55,10 +55,10 @@ class Packaged:
 def package_model(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packaged]:
     """Add each file of the export to the repository as the next version of its model.
 
-    It is selected, unless our server runs: then nothing but a promotion changes what is served.
-    fp32 is called as the model, a variant has its precision behind that. Raises CheckFailedError
-    when the export was never validated, CorruptError when a file changed since, and
-    CheckFailedError when its signature or classes differ from the repository's.
+    The new version is selected unless our server serves the model: then only a promotion changes
+    what is served. The fp32 file has the model's name, a variant has its precision appended.
+    Raises CheckFailedError if the export was not validated or its signature or classes differ from
+    the repository's, and CorruptError if a file has changed since the validation.
     """
     return [_add(paths, load) for load in _loads(paths, config)]
 
@@ -66,9 +66,9 @@ def package_model(paths: Paths, config: PackageConfig = PackageConfig()) -> list
 def explain_package(
     paths: Paths, config: PackageConfig, profile: str = "all"
 ) -> dict[str, list[profiles.Choice]]:
-    """What `package` would write into each config of the fp32 model, with reasons; none is written.
+    """Return what `package` would write into each config of the fp32 model, with reasons.
 
-    Raises what `package` raises, and PipelineError for a profile that there is not.
+    Writes nothing. Raises what `package` raises, and PipelineError for an unknown profile.
     """
     chosen = [name for name in profiles.PROFILES if profile in (name, "all")]
     if not chosen:
@@ -80,19 +80,19 @@ def explain_package(
 
 
 def archive(paths: Paths, done: Packaged, target: Path | None = None) -> tuple[Path, str]:
-    """Write a packaged version as a tar (exported/NAME-VERSION.tar); its path and SHA-256."""
+    """Write a packaged version as a tar (exported/NAME-VERSION.tar); return its path and hash."""
     model = replace(paths, name=done.name)
     path = target or model.archive(done.version)
     if target and done.precision != "fp32":  # one tar for each model
         path = target.with_stem(f"{target.stem}-{done.precision}")
     with locked(model.lock):
-        if not target:  # where others write as well
+        if not target:  # in the shared folder, where other commands write as well
             clear_temporary(path.parent, path.name)
         return path, write_tar(model.packaged, done.version, paths.onnx.name, path)
 
 
 def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
-    """Each file of the export with what goes into its version, all of it checked."""
+    """Read and check each file of the export, with all that goes into its version."""
     manifest = check_manifest(paths.export, EXPORT)
     if not paths.validation.exists():
         failed = (
@@ -118,14 +118,14 @@ def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
 
 @dataclass(frozen=True)
 class _Load:
-    """One file of an export, checked, with all that goes into its version."""
+    """One checked file of an export, with all that goes into its version."""
 
     name: str
     precision: str
     sha256: str
     content: bytes
     golden: bytes
-    profile: bytes | None  # none in an export of old
+    profile: bytes | None  # None in an export by an older version of the pipeline
     manifest: dict[str, Any]
     message: config_pbtxt.ModelConfig
     config: PackageConfig
@@ -177,13 +177,13 @@ def _add(paths: Paths, load: _Load) -> Packaged:
         with new_folder(model.packaged / str(version)) as fresh:
             files = {name: write_bytes(fresh / name, content) for name, content in parts.items()}
             write_json(fresh / paths.manifest.name, {**load.manifest, "files": files})
-        if is_selected:  # all that Triton reads next to the versions, config.pbtxt last
+        if is_selected:  # write what Triton reads outside the version folders, config.pbtxt last
             classes = "\n".join(load.manifest["classes"]) + "\n"
             digit = unpack_golden(load.golden, "the golden set").images[0].tobytes()
             write_bytes(model.packaged / config_pbtxt.LABELS, classes.encode())
             write_bytes(model.packaged / "warmup" / config_pbtxt.WARMUP, digit)
             profiles.write_configs(model.packaged, _selecting(load, version, old), load.config)
-        else:  # it waits for its promotion
+        else:  # only record the version, which waits for its promotion
             config_pbtxt.change_configs(
                 model.packaged, lambda config: _state(load, version, config)
             )
@@ -194,7 +194,7 @@ def _add(paths: Paths, load: _Load) -> Packaged:
 def _selecting(
     load: _Load, version: int, old: config_pbtxt.ModelConfig | None
 ) -> config_pbtxt.ModelConfig:
-    """What all configs have: every version's digest, the one selected and the one before."""
+    """Return the part that all configs share: versions' digests, selected and previous version."""
     message = load.message
     if old:
         message.version_policy.CopyFrom(old.version_policy)
@@ -208,16 +208,16 @@ def _selecting(
 
 
 def _state(load: _Load, version: int, message: config_pbtxt.ModelConfig) -> None:
-    """Say what belongs to a version, whichever is selected: its digest, and when it is not sure."""
+    """Record a version's own parameters, selected or not: its digest and its min_probability."""
     config_pbtxt.set_parameter(message, f"sha256.{version}", load.sha256)
-    threshold = load.manifest.get("min_probability")  # none where it was fitted on nothing
+    threshold = load.manifest.get("min_probability")  # None if no threshold was fitted
     if threshold is not None:
         key = f"{config_pbtxt.MIN_PROBABILITY}.{version}"
         config_pbtxt.set_parameter(message, key, str(threshold))
 
 
 def _refuse_change(model: Paths, old: config_pbtxt.ModelConfig, load: _Load) -> None:
-    """Raise PipelineError when the model would be run otherwise than as it is served."""
+    """Raise PipelineError if the settings that run the served model would change."""
     new = profiles.message_of("config", load.message, load.config)
     before, after = config_pbtxt.run_settings(old), config_pbtxt.run_settings(new)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
@@ -232,7 +232,10 @@ def _refuse_change(model: Paths, old: config_pbtxt.ModelConfig, load: _Load) -> 
 def _next(
     packaged: Path, message: config_pbtxt.ModelConfig
 ) -> tuple[int, config_pbtxt.ModelConfig | None]:
-    """The next version's number, and the config that is there, whose promises `message` keeps."""
+    """Return the next version's number and the existing config, None if there is none.
+
+    Raises CheckFailedError if `message` differs from that config in classes or signature.
+    """
     version, path = max(version_numbers(packaged), default=0) + 1, packaged / config_pbtxt.CONFIG
     if not path.exists():
         return version, None
@@ -254,10 +257,10 @@ def _next(
 
 
 def upload_order(packaged: Path, version: int, onnx: str) -> list[Path]:
-    """The files of a model with one version, each behind all that it speaks of.
+    """Return the files of a model with one version, each after the files that it refers to.
 
-    For a store that has no atomic rename: the model is the last of its version, config.pbtxt,
-    which selects the version, the last of all.
+    This is for a store without atomic rename: the model file is the last of its version, and
+    config.pbtxt, which selects the version, is the last of all.
     """
     folder = packaged / str(version)
     proof = sorted(path for path in folder.iterdir() if path.name != onnx)
@@ -266,9 +269,9 @@ def upload_order(packaged: Path, version: int, onnx: str) -> list[Path]:
 
 
 def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
-    """Write the model's folder with that version alone, and selected; the SHA-256 of the tar.
+    """Write a tar of the model's folder with only that version, selected; return its SHA-256.
 
-    Its members are in upload order, so that it can be unpacked where a server runs.
+    The members are in upload order, so that it can be unpacked where a server runs.
     """
 
     def write(temporary: Path) -> None:
@@ -278,20 +281,22 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
                 content = path.read_bytes()
                 if path.suffix == ".pbtxt":
                     content = _alone(path, version)
-                member.size = len(content)  # owner, group and time stay 0, the mode 0644
+                member.size = len(
+                    content
+                )  # owner, group and time stay 0, the mode 0644: reproducible
                 tar.addfile(member, io.BytesIO(content))
 
     return write_with(archive, write)
 
 
 def _alone(path: Path, version: int) -> bytes:
-    """The config as it is in a repository that has just this version."""
+    """Return the config's text as it is in a repository with only this version."""
     message = config_pbtxt.read(path)
     others = {
         key for key in config_pbtxt.version_parameters(message) if not key.endswith(f".{version}")
     }
     for key in others | {config_pbtxt.PREVIOUS}:
         message.parameters.pop(key, None)
-    message.ClearField("version_policy")  # what it was before is not in the tar
+    message.ClearField("version_policy")  # the version selected before is not in the tar
     config_pbtxt.select(message, version)
     return config_pbtxt.to_text(message).encode()

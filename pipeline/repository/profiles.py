@@ -1,7 +1,7 @@
-"""The configs of a packaged model, each field of them with its reason.
+"""The configs of a packaged model, with a reason for each field.
 
-A choice is made once: the messages that are written and what `--explain` says both come from it.
-What the fields do is read in Triton's sources: core's src/model_config_utils.cc and
+Each choice is made once: both the written configs and the output of `--explain` come from it.
+For what the fields do, see Triton's sources: core's src/model_config_utils.cc and
 src/dynamic_batch_scheduler.cc, and ModelState::LoadModel in the native backend's onnxruntime.cc.
 """
 
@@ -14,7 +14,7 @@ from pipeline.core.text import Lines
 from pipeline.repository import config_pbtxt
 from pipeline.repository.settings import PackageConfig
 
-# The configs of a packaged model: config.pbtxt, and those that --model-config-name chooses.
+# The configs of a packaged model: config.pbtxt, and the others, chosen by --model-config-name.
 PROFILES = {
     "config": "runs anywhere and loads a machine little",
     "cpu": "a batch at a time, on every core",
@@ -25,31 +25,31 @@ PROFILES = {
 }
 ASKED = "asked for"
 ON_GPU = ("gpu", "tensorrt-fp16")
-SIDE_BY_SIDE = ("latency", "throughput")  # with a session for each core
-MOST_INSTANCES = 8  # that are derived: each has its own copy of the weights
+SIDE_BY_SIDE = ("latency", "throughput")  # several sessions, one for each core
+MOST_INSTANCES = 8  # unless --instances says more: each has its own copy of the weights
 DELAY_US, LONG_DELAY_US = 500, 2000
 WORKSPACE = 1 << 30  # bytes
-LONG = 36  # characters of a value that are shown
+LONG = 36  # characters of a value that are shown, at most
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A field of a config, its value, and why it has that."""
+    """A field of a config, its value, and the reason for the value."""
 
-    field: str  # as in config.pbtxt, of a GPU accelerator its name and the key
+    field: str  # path as in config.pbtxt; for a GPU accelerator, its name and the key
     value: config_pbtxt.Value
     reason: str
 
     @property
     def short_value(self) -> str:
-        """The value in a line."""
+        """The value as one line of text, cut to LONG characters."""
         parts = self.value if isinstance(self.value, tuple) else (self.value,)
         text = ", ".join(map(str, parts))
         return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
 def explain(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
-    """Every field of a profile's config: what all profiles have in common, then its own."""
+    """Return every field of a profile's config: those of all profiles first, then its own."""
     images, outputs = base.input[0], base.output[0]
     graph = "as in the graph, where the batch comes first and is not listed here"
     common = [
@@ -77,7 +77,7 @@ def explain(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig)
 
 
 def format_profiles(explained: Mapping[str, list[Choice]]) -> str:
-    """The choices of some profiles as text, those that all of them share first."""
+    """Format the choices of some profiles as text, those that all of them share first."""
     first, *others = explained.values()
     shared = [choice for choice in first if all(choice in other for other in others)]
     own = {key: [one for one in every if one not in shared] for key, every in explained.items()}
@@ -97,7 +97,7 @@ def format_profiles(explained: Mapping[str, list[Choice]]) -> str:
 def message_of(
     profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig
 ) -> config_pbtxt.ModelConfig:
-    """A profile's config: `base`, which has the versions and digests, and the profile's choices."""
+    """Return a profile's config: `base`, with versions and digests, plus the profile's choices."""
     message = config_pbtxt.ModelConfig()
     message.CopyFrom(base)
     for choice in choices(profile, base, config):
@@ -106,10 +106,10 @@ def message_of(
 
 
 def write_configs(packaged: Path, base: config_pbtxt.ModelConfig, config: PackageConfig) -> None:
-    """Write every profile's config, config.pbtxt last, and keep others' profiles in step."""
+    """Write every profile's config, config.pbtxt last; update the versions in users' profiles."""
     folder = packaged / config_pbtxt.PROFILES
     for path in config_pbtxt.config_files(packaged)[:-1]:
-        if path.stem not in PROFILES:  # it gets the versions, and what is said of them
+        if path.stem not in PROFILES:  # a user's: update only the versions and parameters
             message = config_pbtxt.read(path)
             for key in base.parameters:
                 config_pbtxt.set_parameter(message, key, base.parameters[key].string_value)
@@ -121,7 +121,7 @@ def write_configs(packaged: Path, base: config_pbtxt.ModelConfig, config: Packag
 
 
 def choices(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
-    """What a profile decides, from the options, the machine's cores and the model's input."""
+    """Return a profile's choices, from the options, the machine's cores and the model's input."""
     cores, is_on_gpu = config.cores or machine.cores(), profile in ON_GPU
     kind = ("KIND_CPU", "needs nothing that a machine may lack")
     instances, why = (
@@ -140,7 +140,7 @@ def choices(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig)
     largest = config.max_batch_size
     ladder = (*(2**step for step in range(largest.bit_length()) if 2**step < largest), largest)
     images = " + ".join(map(str, ladder)) if len(ladder) < 4 else f"1 + 2 + ... + {largest}"
-    # Under parameters: in the cuda block the native backend overwrites it with its default.
+    # Set under parameters: in the cuda block the native backend overwrites it with its default.
     search = Choice(
         "parameters.cudnn_conv_algo_search",
         "1",
@@ -220,7 +220,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _tensorrt(base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
-    """Only keys that the native backend knows: any other fails the load."""
+    """Return TensorRT's choices; only keys that the native backend knows, others fail the load."""
     images, largest = base.input[0], config.max_batch_size
     shape = "".join(f"x{dim}" for dim in images.dims)
     reasons = {

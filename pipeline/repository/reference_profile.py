@@ -1,4 +1,4 @@
-"""What a model says of the validation split, in counts: what its later answers are held against."""
+"""The reference profile: counts of a model's answers to the validation split, to detect drift."""
 
 # Shape letters: N images, K classes.
 
@@ -21,24 +21,24 @@ INK_EDGES = tuple(round(edge, 3) for edge in np.arange(0, 1.0005, 0.005))
 
 @dataclass(frozen=True)
 class ReferenceProfile:
-    """Counts of a model's answers to images that are as they should be."""
+    """Counts of a model's answers to normal images, with which later answers are compared."""
 
     name: str
     precision: str
     sha256: str  # of the model's file
-    images_from: str  # the split, or where else the images came from
+    images_from: str  # the split, or another source of the images
     images: int
     classes: tuple[str, ...]
     class_counts: tuple[int, ...]  # of the answers, not of the labels
-    confidence_edges: tuple[float, ...]  # of the bins; a bin holds its lower edge
+    confidence_edges: tuple[float, ...]  # of the bins; a bin includes its lower edge
     confidence_counts: tuple[int, ...]
     ink_edges: tuple[float, ...]
-    ink_counts: tuple[int, ...] | None  # None where the model's images are no uint8 pixels
-    min_probability: float | None  # below it an answer is not sure
+    ink_counts: tuple[int, ...] | None  # None if the model's images are not uint8 pixels
+    min_probability: float | None  # 0 to 1; an answer below it is not sure
     unsure: int | None
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless the counts belong together."""
+        """Raise ValueError unless the counts match the bins, the classes and the images."""
         for counts, wanted in (
             (self.class_counts, len(self.classes)),
             (self.confidence_counts, len(self.confidence_edges) - 1),
@@ -62,7 +62,7 @@ def profile_of(
     classes: tuple[str, ...],
     min_probability: float | None,
 ) -> ReferenceProfile:
-    """The profile of outputs (N, K) of that kind for images (N, ...)."""
+    """Return the reference profile of outputs (N, K), of the given kind, for images (N, ...)."""
     confidence, ink = confidence_of(outputs, kind), ink_of(images)
     answers = np.bincount(outputs.argmax(axis=1), minlength=len(classes))
     return ReferenceProfile(
@@ -83,7 +83,7 @@ def profile_of(
 
 
 def confidence_of(outputs: np.ndarray, kind: str) -> np.ndarray:
-    """The probability of the likeliest class of each row (N, K), float64 (N,)."""
+    """Return the probability (0 to 1) of the most likely class of each row (N, K), float64 (N,)."""
     values = outputs.astype(np.float64)
     largest: np.ndarray = values.max(axis=1)
     if kind == "logits":
@@ -92,9 +92,9 @@ def confidence_of(outputs: np.ndarray, kind: str) -> np.ndarray:
 
 
 def ink_of(images: np.ndarray) -> np.ndarray | None:
-    """The ink mass of each image: the mean of its pixels over 255, float64 (N,).
+    """Return the ink mass (0 to 1) of each image: its mean pixel over 255, float64 (N,).
 
-    None for what is no uint8: nobody knows what such a number means.
+    Returns None for images that are not uint8, because their scale is unknown.
     """
     if images.dtype != np.uint8:
         return None
@@ -103,17 +103,17 @@ def ink_of(images: np.ndarray) -> np.ndarray | None:
 
 
 def binned(values: np.ndarray, edges: tuple[float, ...]) -> tuple[int, ...]:
-    """How many values (N,) lie in each bin; what lies outside goes to the outermost."""
+    """Count the values (N,) in each bin; values outside the edges go to the outermost bins."""
     inside = np.clip(values, edges[0], edges[-1])
     return tuple(map(int, np.histogram(inside, edges)[0]))
 
 
 def packed(profile: ReferenceProfile) -> bytes:
-    """The profile as the bytes of a JSON file."""
+    """Return the profile as the bytes of a JSON file."""
     text = json.dumps({"schema": SCHEMA, **asdict(profile)}, allow_nan=False)
     return (text + "\n").encode()
 
 
 def read_profile(path: Path) -> ReferenceProfile:
-    """Read the profile in a file; PipelineError without the file, CorruptError if it holds none."""
+    """Read a profile; raise PipelineError if it is missing, CorruptError if it is not valid."""
     return read_record(path, ReferenceProfile, REMAKE)

@@ -1,4 +1,4 @@
-"""Packaged versions with the proof that they carry: which is selected, and whether it is intact."""
+"""Releases, which are packaged versions with their evidence: loading, checking and selecting."""
 
 import shlex
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ REPACKAGE = "package it again with 'pipeline package'"
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a served answer may lie from the first row of its table."""
+    """How far served answers may be from the first row of the agreement table (eager float32)."""
 
     max_abs_diff: float
     differing: int  # images whose class may differ
@@ -26,7 +26,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Release:
-    """A packaged version with the proof that it carries."""
+    """A packaged version with its evidence."""
 
     folder: Path
     version: int
@@ -34,16 +34,16 @@ class Release:
     onnx: bytes
     golden: Golden
     manifest: dict[str, Any]
-    limits: Limits  # as proven, against eager float32 on the test split
+    limits: Limits  # from its validation, against eager float32 on the test split
 
 
 def load_release(
     paths: Paths, version: int, configs: Iterable[tuple[Path, config_pbtxt.ModelConfig]] = ()
 ) -> Release:
-    """Load a version whose files all match its manifest, and whose digest `configs` all state.
+    """Load a version after a check of its files against its manifest and its digest in `configs`.
 
-    Raises PipelineError when there is none, CorruptError when a file changed, and CheckFailedError
-    when a config states another digest.
+    Raises PipelineError if the version does not exist, CorruptError if a file has changed, and
+    CheckFailedError if a config states another digest.
     """
     folder = paths.packaged / str(version)
     if not folder.is_dir():
@@ -73,7 +73,10 @@ def load_release(
 
 
 def check_release(paths: Paths, version: int) -> Release:
-    """Load a version that only we can change, intact, with the digest that every config states."""
+    """Load a version after a check of its files, of every config, and of who can change them.
+
+    Raises what `load_release` raises, and CheckFailedError if others can write to the repository.
+    """
     refuse_shared(paths.repository, [paths.packaged])
     files = config_pbtxt.config_files(paths.packaged)
     configs = [(path, config_pbtxt.read(path)) for path in files]
@@ -85,10 +88,12 @@ def check_release(paths: Paths, version: int) -> Release:
 
 
 def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
-    """Load the release of each model in the repository that its config selects, all of it intact.
+    """Load the selected release of each model in the repository, by the model's name.
 
-    With a profile, its config in place of config.pbtxt. Raises CheckFailedError when a config
-    states another digest than the version's file has, and when anybody may change the repository.
+    With a profile, reads the profile's config instead of config.pbtxt. Raises PipelineError if
+    there is no model or 'pipeline package' did not write it, CorruptError if a file has changed,
+    and CheckFailedError if a config states another digest than the version's file has or if others
+    can write to the repository.
     """
     folders = sorted(path.parent for path in paths.repository.glob("*/config.pbtxt"))
     if not folders:
@@ -113,7 +118,7 @@ def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
 
 
 def require_selected(path: Path, config: config_pbtxt.ModelConfig) -> int:
-    """Return the version that a server serves by this config; CheckFailedError without one."""
+    """Return the version that a server serves with this config; raise CheckFailedError if none."""
     version = config_pbtxt.selected_version(config)
     if version is None:
         raise CheckFailedError(f"{path} selects no version: {REPACKAGE}")
@@ -121,17 +126,18 @@ def require_selected(path: Path, config: config_pbtxt.ModelConfig) -> int:
 
 
 def version_numbers(packaged: Path) -> list[int]:
-    """The numbers of the versions in a model's folder, ascending."""
+    """Return the numbers of the versions in a model's folder, in ascending order."""
     return sorted(int(f.name) for f in packaged.glob("[1-9]*") if f.name.isdigit())
 
 
 def find_profile(
     paths: Paths, reference: Path | None, version: int | None
 ) -> tuple[Path, ReferenceProfile]:
-    """The file given, or the profile of the version asked for or selected, and where it lies.
+    """Return the path and the content of a reference profile.
 
-    Where nothing is packaged, that of the export. Raises PipelineError where there is none, and
-    says how to make it.
+    It is `reference` if given, else that of `version`, else that of the selected version, else
+    that of the export if the model is not packaged. Raises PipelineError, with how to make one,
+    if there is none.
     """
     if reference:
         return reference, read_profile(reference)

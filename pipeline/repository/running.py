@@ -1,4 +1,4 @@
-"""The server that `server.json` speaks of, and whether it still runs."""
+"""The server that `server.json` records, and whether it still runs."""
 
 import re
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from pipeline.core.paths import Paths
 
 @dataclass(frozen=True)
 class Server:
-    """A tritonserver that we started. What `server.json` records."""
+    """A tritonserver that we started, as `server.json` records it."""
 
     id: str
     pid: int
-    start_time: int  # of the process, in clock ticks since boot: a pid may come again
+    start_time: int  # of the process, in clock ticks since boot: a pid may be reused
     supervisor_pid: int
     supervisor_start_time: int
     http_port: int
@@ -23,13 +23,13 @@ class Server:
     metrics_port: int
     admin_key: str
     runtime: str
-    profile: str  # which of configs/*.pbtxt; empty: config.pbtxt
+    profile: str  # stem of a file configs/*.pbtxt; empty: config.pbtxt
     models: dict[str, int]  # name -> version
     is_ready: bool
     ready_at: float  # seconds since the epoch; 0.0 until it is ready
-    restarts: int  # how often its supervisor has started it anew
-    why: str  # it was started anew the last time; empty before the first
-    root: str  # the project's folder: a copy of it has this record too, and no server
+    restarts: int  # how often its supervisor has restarted it
+    why: str  # reason for the last restart; empty before the first
+    root: str  # the project's folder: a copy of the folder has this record, but no server
 
     @property
     def http_url(self) -> str:
@@ -45,10 +45,10 @@ class Server:
 
 
 def start_time(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot; None when it is gone or a zombie."""
-    # Not psutil: its create_time() adds the time of the boot as the system clock has it, which is
-    # another one after the clock was set, and then a living server would seem dead to the next
-    # command. The kernel's number is the same for whoever reads it, as long as the process lives.
+    """Return when process `pid` started, in clock ticks since boot; None if gone or a zombie."""
+    # Not psutil: its create_time() adds the boot time by the system clock, which changes when the
+    # clock is set, and then the next command would take a live server for dead. The kernel's number
+    # is the same for every reader as long as the process lives.
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -57,14 +57,15 @@ def start_time(pid: int) -> int | None:
 
 
 def is_alive(pid: int, started: int) -> bool:
-    """Whether that very process still runs."""
+    """Return whether process `pid`, with that start time, still runs."""
     return started > 0 and start_time(pid) == started
 
 
 def recorded(paths: Paths) -> Server | None:
-    """The server that `server.json` speaks of, alive or not; None when it speaks of none of ours.
+    """Return the server that `server.json` records, alive or not; None if this project has none.
 
-    Raises CorruptError when it is damaged: what it names is killed without asking again.
+    Raises CorruptError if the record is damaged, because the process that it names gets killed
+    without another check.
     """
     if not paths.server.exists():
         return None
@@ -76,7 +77,7 @@ def recorded(paths: Paths) -> Server | None:
 
 
 def default_url(paths: Paths) -> str:
-    """Where our own server answers, over gRPC; ServerError when `server.json` knows of none."""
+    """Return the gRPC URL of our server; raise ServerError if `server.json` records none."""
     server = recorded(paths)
     if server is None:
         raise ServerError(
@@ -87,12 +88,12 @@ def default_url(paths: Paths) -> str:
 
 
 def root(paths: Paths) -> str:
-    """The project's folder, as a server's record names it."""
+    """Return the project's folder as a server's record has it."""
     return str(paths.root.resolve())
 
 
 def serving(paths: Paths) -> Server | None:
-    """Our server, if it runs and serves this model of this repository."""
+    """Return our server if it runs and serves this model of this repository, else None."""
     server = None if paths.repository_folder else recorded(paths)
     if server is None or paths.name not in server.models:
         return None

@@ -1,4 +1,4 @@
-"""Settings of packaging. Imports nothing heavy: the command line reads them."""
+"""Settings of packaging. Imports only fast modules, because the command line reads them."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from pipeline.core.errors import PipelineError
 
 @dataclass(frozen=True)
 class PackageConfig:
-    """How Triton runs the packaged model. What is None each profile derives: see profiles.py."""
+    """How Triton runs the packaged model; each profile derives what is None (see profiles.py)."""
 
     max_batch_size: int = 64
-    max_queue_delay_us: int | None = None  # how long a request may wait for company
+    max_queue_delay_us: int | None = None  # how long a request may wait for others to share a batch
     instances: int | None = None
     intra_op_threads: int | None = None
     inter_op_threads: int | None = None
-    cores: int | None = None  # of the machine that will serve; None: as many as this one has
+    cores: int | None = None  # of the machine that will serve; None: those of this machine
 
     def __post_init__(self) -> None:
         counts = ("max_batch_size", "instances", "intra_op_threads", "inter_op_threads", "cores")

@@ -1,4 +1,4 @@
-"""The versions of a packaged model: which there are, which one is selected, how two differ."""
+"""The versions of a packaged model: listing, selecting, pruning and comparing them."""
 
 # Shape letters: N images.
 
@@ -29,10 +29,10 @@ class Version:
     version: int
     sha256: str | None  # of its model.onnx, as its manifest states it
     precision: str | None
-    accuracy: float | None  # on the images that it was proven on; None where nobody labelled them
-    is_selected: bool  # what Triton loads when it starts
-    is_previous: bool  # what a rollback selects
-    problem: str | None = None  # why its records cannot be read
+    accuracy: float | None  # 0 to 1, on the images of its validation; None if they have no labels
+    is_selected: bool  # Triton loads it when it starts
+    is_previous: bool  # a rollback selects it
+    problem: str | None = None  # why its records cannot be read; None if they can
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Listing:
 
     name: str
     versions: tuple[Version, ...]
-    served: int | None  # by our server at this moment; None where none runs
+    served: int | None  # version that our server serves now; None if none runs
 
     def __str__(self) -> str:
         rows = []
@@ -52,7 +52,7 @@ class Listing:
                 "previous": entry.is_previous,
                 "served": entry.version == self.served,
             }
-            # Escaped here: tabulate would print a line break as one.
+            # Escaped here, because tabulate would print a line break in a value as a line break.
             described = (escape(entry.sha256 or "")[:12], escape(entry.precision), accuracy)
             columns = ("", "", "") if entry.problem else described
             marked = ", ".join(mark for mark, is_so in marks.items() if is_so)
@@ -70,13 +70,13 @@ class Listing:
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion or a rollback did."""
+    """The result of a promotion or a rollback."""
 
     name: str
     version: int
     sha256: str
-    before: int | None  # the version that was selected, or served, until now
-    is_served: bool  # a server of ours answers with it; otherwise the next one that starts will
+    before: int | None  # the version that was selected or served before
+    is_served: bool  # our server serves it; if False, the next one that starts will
 
     def __str__(self) -> str:
         what = "is served" if self.is_served else "is selected: the next server serves it"
@@ -85,7 +85,7 @@ class Promotion:
 
 
 def list_versions(paths: Paths, served: int | None = None) -> Listing:
-    """Every version of the model in the repository; `served` is what a server answers with."""
+    """List every version of the model in the repository; `served` is the version now served."""
     config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
     versions = []
     for number in version_numbers(paths.packaged):
@@ -102,7 +102,7 @@ def list_versions(paths: Paths, served: int | None = None) -> Listing:
 
 
 def rollback_target(paths: Paths) -> int:
-    """The version that a rollback goes to; PipelineError when there is none."""
+    """Return the version that a rollback selects; raise PipelineError if there is none."""
     number = config_pbtxt.previous(config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG))
     if number is None or not (paths.packaged / str(number)).is_dir():
         raise PipelineError(
@@ -113,7 +113,7 @@ def rollback_target(paths: Paths) -> int:
 
 
 def select_version(paths: Paths, release: Release) -> Promotion:
-    """Let every config name this version, config.pbtxt last. The caller holds the lock."""
+    """Select this version in every config, config.pbtxt last. The caller must hold the lock."""
     before = config_pbtxt.selected_version(config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG))
     config_pbtxt.change_configs(
         paths.packaged, lambda config: config_pbtxt.select(config, release.version)
@@ -122,9 +122,11 @@ def select_version(paths: Paths, release: Release) -> Promotion:
 
 
 def prune(paths: Paths) -> list[int]:
-    """Remove every version older than the selected one but the previous; return their numbers.
+    """Remove every version older than the selected one; return the numbers of those removed.
 
-    Newer ones wait to be promoted. So the highest number stays, and none is given twice.
+    Keeps the previous version, the one that our server serves, and newer ones, which wait to be
+    promoted. So the highest number stays, and no number is used twice. Raises PipelineError if no
+    version is selected.
     """
     with locked(paths.lock):
         config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
@@ -136,7 +138,7 @@ def prune(paths: Paths) -> list[int]:
         numbers = version_numbers(paths.packaged)
         gone = [n for n in numbers if n < min(selected) and n not in kept]
         for number in gone:
-            # Renamed first: whoever looks sees a version whole or not at all, as when it was added.
+            # Renamed first, so that other processes see a version whole or not at all.
             hidden = paths.packaged / f".{number}.{secrets.token_hex(4)}.tmp"
             os.rename(paths.packaged / str(number), hidden)
             remove(hidden)
@@ -153,14 +155,14 @@ def prune(paths: Paths) -> list[int]:
 
 @dataclass(frozen=True)
 class VersionDifference:
-    """What two versions say differently, and how far their answers lie apart."""
+    """Differences between the records of two versions, and between their answers."""
 
     name: str
     first: int
     second: int
-    records: dict[str, tuple[Any, Any]]  # by the path in the manifest, and the accuracy
-    images: int  # both golden sets', which the answers are about
-    differing: int  # images whose class differs
+    records: dict[str, tuple[Any, Any]]  # by the path in the manifest, or "accuracy"
+    images: int  # in both golden sets, whose answers are compared
+    differing: int  # flips: images whose class differs
     max_abs_diff: float  # over all outputs
 
     def __str__(self) -> str:
@@ -173,7 +175,7 @@ class VersionDifference:
 
 
 def diff_versions(paths: Paths, first: int, second: int) -> VersionDifference:
-    """How two versions differ, by their records and by their answers to both golden sets."""
+    """Compare two versions by their records and by their answers to both golden sets."""
     from pipeline.export.runtime import onnx_predictor  # only this command needs it
 
     releases = [load_release(paths, number) for number in (first, second)]
@@ -197,7 +199,7 @@ def diff_versions(paths: Paths, first: int, second: int) -> VersionDifference:
 
 
 def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The record's leaves, each by its path."""
+    """Return the record's leaves by their dotted paths."""
     leaves: dict[str, Any] = {}
     for key, value in record.items():
         name = f"{prefix}{key}"

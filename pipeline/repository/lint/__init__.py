@@ -1,8 +1,8 @@
-"""Would Triton load this model repository, and serve it correctly? From the files alone.
+"""Static checks of whether Triton would load a model repository and serve it correctly.
 
 Read `check.py` first, which applies the rules of the other modules to each model; `text.py` reads a
-config.pbtxt with its line numbers. Every rule names the source of Triton that it follows. No rule
-starts a server: `serving/scratch.py` does.
+config.pbtxt with its line numbers. Every rule names the source file of Triton that it follows. No
+rule starts a server: `serving/scratch.py` does.
 """
 
 from typing import TYPE_CHECKING

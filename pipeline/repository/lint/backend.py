@@ -1,6 +1,7 @@
-"""Warm-up and parameters of a config, as Triton and its onnxruntime backend read them.
+"""Rules for a config's warm-up and parameters, as Triton and its onnxruntime backend read them.
 
-What a config asks of CUDA and TensorRT, where nothing but the native backend's source tells.
+Includes the options of CUDA and TensorRT, for which the native backend's source is the only
+reference.
 """
 
 import contextlib
@@ -22,17 +23,17 @@ BACKEND = "onnxruntime_backend src/onnxruntime.cc"
 SIZES = {"BOOL": 1, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8}
 SIZES |= {f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16, 32, 64)}
 
-Problems = Iterator[tuple[str, str, str]]  # at which field, what is wrong, and the fix
+Problems = Iterator[tuple[str, str, str]]  # (field, what is wrong, fix)
 
 
 def triton_type(number: int) -> str:
-    """Triton's name of a data type; TYPE_INVALID for a number that has none."""
+    """Return Triton's name of a data type; TYPE_INVALID for an unknown number."""
     names = model_config_pb2.DataType
     return str(names.Name(number)) if number in names.values() else "TYPE_INVALID"
 
 
 def warmups(model: ModelFolder) -> Iterator[Finding]:
-    """The requests that each instance answers before it is ready."""
+    """Check the warm-up requests, which each instance answers before it is ready."""
     config, largest = model.config, max(1, model.max_batch_size)
     for index, sample in enumerate(config.message.model_warmup):
         at, called = f"model_warmup[{index}]", f"warmup sample '{sample.name}'"
@@ -61,7 +62,7 @@ def warmups(model: ModelFolder) -> Iterator[Finding]:
 
 
 def _entry(model: ModelFolder, name: str, entry: Any, tensor: Any) -> Problems:
-    """What is wrong with one input of a warm-up sample: at which field, what, and the fix."""
+    """Yield the problems of one input of a warm-up sample."""
     kind, dims = triton_type(entry.data_type), list(entry.dims)
     if tensor is not None and entry.data_type != tensor.data_type:
         wanted = triton_type(tensor.data_type)
@@ -97,13 +98,16 @@ SWITCHES = ("true", "on", "1", "false", "off", "0")
 _NUMBERS = ("execution_mode", "intra_op_thread_count", "inter_op_thread_count")
 _TEXTS = ("memory.enable_memory_arena_shrinkage", "session.use_device_allocator_for_initializers")
 _FLAGS = ("enable_mem_arena", "enable_mem_pattern")
-_FOR_CUDA = {"cudnn_conv_algo_search": 2, "arena_extend_strategy": 1}  # the largest that it knows
+_FOR_CUDA = {
+    "cudnn_conv_algo_search": 2,
+    "arena_extend_strategy": 1,
+}  # parameter -> its largest valid value
 OF_CUDA = (*_FOR_CUDA, "gpu_mem_limit", "do_copy_in_default_stream")
 KNOWN = (*_NUMBERS, *_FLAGS, *_TEXTS, *OF_CUDA)
 
 
 def parameters(model: ModelFolder) -> Iterator[Finding]:
-    """The parameters that the backend reads. All others are free to say anything."""
+    """Check the parameters that the backend reads, and names close to theirs; ignore all others."""
     config, on_gpu = model.config, runs_on_gpu(model.config.message)
     for key, holder in config.message.parameters.items():
         at, said = f"parameters[{key}]", _parameter(key, holder.string_value)
@@ -122,7 +126,7 @@ def parameters(model: ModelFolder) -> Iterator[Finding]:
 
 
 def threshold(model: ModelFolder) -> Iterator[Finding]:
-    """The probability below which our clients say that the model is not sure."""
+    """Check min_probability, below which our clients report that the model is not sure."""
     for key, holder in model.config.message.parameters.items():
         if key.partition(".")[0] != MIN_PROBABILITY:
             continue
@@ -135,7 +139,7 @@ def threshold(model: ModelFolder) -> Iterator[Finding]:
 
 
 def _parameter(key: str, value: str) -> str:
-    """What is wrong with the value of a parameter that the backend reads; empty when nothing."""
+    """Return what is wrong with the value of a parameter that the backend reads; "" if nothing."""
     if key in _FLAGS and value.lower() not in SWITCHES:
         return f"failed to convert '{value}' to boolean, as {key}"
     if key not in (*_NUMBERS, *_FOR_CUDA):
@@ -150,14 +154,14 @@ def _parameter(key: str, value: str) -> str:
 
 
 def runs_on_gpu(message: Any) -> bool:
-    """Whether some instance is asked to be on a GPU, wherever the server is."""
+    """Return whether the config asks for an instance on a GPU, on any machine."""
     return any(group.kind == KINDS.KIND_GPU for group in message.instance_group)
 
 
 Check = Callable[[Any, dict[str, str]], Problems]
 
 
-# What each parameter is.
+# TensorRT's parameters, by the kind of their value.
 _TENSORRT_KINDS = {
     "switch": """
         int8_use_native_calibration_table trt_build_heuristics_enable
@@ -195,7 +199,10 @@ _CUDA = frozenset(_CUDA_OPTIONS.split())
 
 
 def accelerators(model: ModelFolder) -> Iterator[Finding]:
-    """What the config asks of CUDA and TensorRT. Without a GPU, nothing but the source tells."""
+    """Check the accelerators and their options against the backend's source.
+
+    Without a GPU, the source is the only reference for CUDA and TensorRT.
+    """
     config, source = model.config, f"{BACKEND} LoadModel"
     asked = config.message.optimization.execution_accelerators
     kinds = {group.kind for group in config.message.instance_group} or {KINDS.KIND_AUTO}
@@ -238,7 +245,7 @@ def _tensorrt(message: Any, given: dict[str, str]) -> Problems:
         elif kind == "precision" and value not in ("FP32", "FP16", "BF16", "INT8"):
             said = f"unsupported precision mode '{value}' is requested"
             yield at, said, "there are FP32, FP16, BF16 and INT8"
-    # The shapes that TensorRT is to be built for, NAME:1x3x8 with commas between the inputs.
+    # The shapes for which TensorRT builds its engine: NAME:1x3x8, with commas between inputs.
     names = {tensor.name for tensor in message.input}
     shapes = {key: given[key] for key in _PROFILES if key in given}
     for key, value in shapes.items():

@@ -1,4 +1,4 @@
-"""Would Triton load this model repository, and serve it rightly? Told from the files alone."""
+"""Lint of a model repository: applies all rules to its files, without a server."""
 
 import stat
 from collections import Counter
@@ -17,7 +17,7 @@ from pipeline.repository.lint.graph import Graph, read_graph
 from pipeline.repository.lint.text import Config, Finding, read_config
 
 CONFIG, PROFILES = "config.pbtxt", "configs"
-# Rules that look at a config, whatever its backend; those that also need its graph are in _graphs.
+# Rules for the config of any backend.
 OF_ANY_BACKEND = (
     lint_config.naming,
     lint_config.batching,
@@ -27,7 +27,8 @@ OF_ANY_BACKEND = (
     lint_config.labels,
     files.code,
 )
-RUNS_CODE = ("brings-code", "backend")  # rules
+RUNS_CODE = ("brings-code", "backend")  # rules: the model may run code besides ONNX Runtime's
+# Rules for models of ONNX Runtime.
 OF_ONNX = (
     files.version_files,
     files.stated_digests,
@@ -40,18 +41,18 @@ OF_ONNX = (
 
 @dataclass(frozen=True)
 class Linted:
-    """What lint has to say of a repository."""
+    """The findings of lint in a repository."""
 
     repository: Path
     models: tuple[str, ...]
     findings: tuple[Finding, ...]
-    live: bool = False  # whether a server tried it
+    live: bool = False  # whether a server has tried to load it
 
     def count(self, level: str) -> int:
         return sum(finding.level == level for finding in self.findings)
 
     def record(self) -> dict[str, Any]:
-        """The findings as JSON would have them."""
+        """Return the findings as values that JSON can store."""
         return {
             "repository": str(self.repository),
             "models": list(self.models),
@@ -73,7 +74,7 @@ def _plural(count: int, word: str) -> str:
 
 
 def require_clean(linted: Linted) -> None:
-    """Raise CheckFailedError where there is an error."""
+    """Raise CheckFailedError if there is a finding of level "error"."""
     if errors := linted.count("error"):
         found = Counter(one.rule for one in linted.findings if one.level == "error")
         raise CheckFailedError(
@@ -83,9 +84,10 @@ def require_clean(linted: Linted) -> None:
 
 
 def require_loadable(repository: Path) -> None:
-    """Raise CheckFailedError with the first error, so that no server stumbles over it.
+    """Raise CheckFailedError with the first error, before a server loads the repository.
 
-    A model that may run more than ONNX Runtime is one too: 'pipeline package' writes none.
+    A model that may run code besides ONNX Runtime's is an error too, since 'pipeline package' does
+    not write such models.
     """
     findings = lint_repository(repository).findings
     errors = [one for one in findings if one.level == "error" or one.rule in RUNS_CODE]
@@ -95,9 +97,10 @@ def require_loadable(repository: Path) -> None:
 
 
 def lint_repository(repository: Path, target: Target | None = None) -> Linted:
-    """All that Triton would stumble over in a repository of ONNX models, the worst first.
+    """Check a repository of ONNX models; return its findings, the worst first.
 
-    `target` is the Triton release that is to serve it. Raises PipelineError when there is none.
+    `target` is the Triton release that will serve it. Raises PipelineError if there is no
+    repository at that path, or if the path is the folder of a model.
     """
     if not repository.is_dir():
         raise PipelineError(f"no model repository at {repository}: run 'pipeline package' first")
@@ -121,14 +124,14 @@ def lint_repository(repository: Path, target: Target | None = None) -> Linted:
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Each finding once: errors first, then as they stand in the files."""
+    """Return the findings without duplicates: errors first, then by file and line."""
     ranks = {"error": 0, "warning": 1, "note": 2}
     once = dict.fromkeys(findings)
     return tuple(sorted(once, key=lambda one: (ranks[one.level], str(one.file), one.line or 0)))
 
 
 def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
-    """What is wrong with one model's folder, in its config and in each of its profiles."""
+    """Check one model's folder with its config and with each of its profiles."""
     yield from files.safety(folder)
     versions, findings = files.version_folders(folder)
     yield from findings
@@ -161,7 +164,7 @@ def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
 
 
 def _other_backend(model: ModelFolder) -> Iterator[Finding]:
-    """A model that is not for ONNX Runtime, or whose backend nobody can tell."""
+    """Check the backend of a model that is not for ONNX Runtime, or that states no backend."""
     message = model.config.message
     named = str(message.backend or message.platform)
     if not named:

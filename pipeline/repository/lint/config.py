@@ -1,4 +1,4 @@
-"""What Triton's core says of a config by itself, whatever the model: its rules, in its words."""
+"""The rules of Triton's core for any config, independent of the model, with Triton's messages."""
 
 import difflib
 import math
@@ -18,20 +18,20 @@ VALIDATE = f"{CORE} ValidateModelConfig"
 INITIALIZE = "core src/model_repository_manager/model_repository_manager.cc InitializeModelInfo"
 KINDS = model_config_pb2.ModelInstanceGroup
 INPUTS = "onnxruntime_backend src/onnxruntime.cc ValidateInputs"
-CPU_COUNT = 2  # sessions that Triton opens for KIND_CPU without a count
+CPU_COUNT = 2  # instances that Triton starts for KIND_CPU without a count
 ONNX_PLATFORM = "onnxruntime_onnx"
-# Backends of NVIDIA's container, which lint leaves to themselves.
+# Backends in NVIDIA's container, which lint does not check.
 OTHER_BACKENDS = frozenset(
     {"dali", "ensemble", "fil", "identity", "openvino", "python", "pytorch", "repeat", "square"}
     | {"tensorflow", "tensorrt", "tensorrtllm", "vllm"}
-    # Platforms, which say the same.
+    # Platforms: older names for backends.
     | {"libtorch", "pytorch_libtorch", "tensorflow_graphdef", "tensorflow_savedmodel"}
     | {"tensorrt_plan", "torch_aoti"}
 )
 
 
 def naming(model: ModelFolder) -> Iterator[Finding]:
-    """The name, and who is to run it."""
+    """Check the model's name, and that its platform fits its backend."""
     config, message, folder = model.config, model.config.message, model.folder.name
     if message.name and message.name != folder:
         said = f"unexpected directory name '{folder}' for model '{message.name}', "
@@ -46,7 +46,7 @@ def naming(model: ModelFolder) -> Iterator[Finding]:
 
 
 def batching(model: ModelFolder) -> Iterator[Finding]:
-    """The largest batch, and the sizes that the batcher prefers."""
+    """Check the largest batch size and the batcher's preferred sizes."""
     config, message = model.config, model.config.message
     largest = message.max_batch_size
     if largest < 0:
@@ -64,7 +64,7 @@ def batching(model: ModelFolder) -> Iterator[Finding]:
                 fix = f"take sizes from 1 to {largest}" if largest > 0 else "set max_batch_size"
                 at = f"{where}.preferred_batch_size[{index}]"
                 yield config.finding("preferred-sizes", "error", at, said, fix, VALIDATE)
-    # Where the config is not complete, Triton fills in a largest batch.
+    # If the config is not complete, Triton fills in max_batch_size.
     if message.HasField("dynamic_batching") and 0 <= largest <= 1 and model.is_complete:
         said = f"nothing is ever batched with a max_batch_size of {largest}"
         fix = "raise max_batch_size, or leave dynamic_batching out"
@@ -72,7 +72,7 @@ def batching(model: ModelFolder) -> Iterator[Finding]:
 
 
 def scheduling(model: ModelFolder) -> Iterator[Finding]:
-    """Priorities and the response cache."""
+    """Check the priorities and the response cache."""
     message, batcher = model.config.message, model.config.message.dynamic_batching
     levels = batcher.priority_levels
     wrong = []
@@ -99,7 +99,7 @@ def scheduling(model: ModelFolder) -> Iterator[Finding]:
 
 
 def tensors(model: ModelFolder) -> Iterator[Finding]:
-    """Inputs and outputs, each by itself."""
+    """Check each input and output by itself, and that no name is described twice."""
     for kind, tensor, where in model_tensors(model):
         for field, said, fix in _tensor(kind, tensor, model.config.message.max_batch_size):
             at = f"{where}.{field}" if field else where
@@ -116,14 +116,14 @@ def tensors(model: ModelFolder) -> Iterator[Finding]:
 
 
 def model_tensors(model: ModelFolder) -> Iterator[tuple[str, Any, str]]:
-    """Each input and output of the config: which it is, the message, and where it stands."""
+    """Yield each tensor of the config: "input" or "output", the message, and its field path."""
     for kind in ("input", "output"):
         for index, tensor in enumerate(getattr(model.config.message, kind)):
             yield kind, tensor, f"{kind}[{index}]"
 
 
 def _tensor(kind: str, tensor: Any, largest: int) -> Iterator[tuple[str, str, str]]:
-    """What is wrong with one tensor: at which field, what, and the fix."""
+    """Yield the problems of one tensor: (field, what is wrong, fix)."""
     called = f"model {kind} '{tensor.name}' "
     if not tensor.name:
         yield "", f"model {kind} must specify 'name'", "name it as the model does"
@@ -152,7 +152,7 @@ def _tensor(kind: str, tensor: Any, largest: int) -> Iterator[tuple[str, str, st
 
 
 def _misfit(dims: list[int], shape: list[int], largest: int) -> str:
-    """Why `dims` cannot be reshaped to `shape`; empty when they can."""
+    """Return why `dims` cannot be reshaped to `shape`; "" if they can."""
     if not shape and largest == 0:
         return (
             "cannot have empty reshape for non-batching model as scalar tensors are not supported"
@@ -167,7 +167,7 @@ def _misfit(dims: list[int], shape: list[int], largest: int) -> str:
 
 
 def _chunks(dims: list[int]) -> list[int]:
-    """The number of elements between the open dimensions."""
+    """Return the numbers of elements before, between and after the variable-size dimensions."""
     found = [1]
     for dim in dims:
         found = [*found, 1] if dim == -1 else [*found[:-1], found[-1] * dim]
@@ -175,7 +175,7 @@ def _chunks(dims: list[int]) -> list[int]:
 
 
 def instances(model: ModelFolder) -> Iterator[Finding]:
-    """Where the model runs, how many at once, and with how many threads."""
+    """Check the instance groups, and that all threads together fit this machine's cores."""
     config, source = model.config, f"{CORE} ValidateInstanceGroup"
     message = config.message
     for index, group in enumerate(message.instance_group):
@@ -203,7 +203,7 @@ def instances(model: ModelFolder) -> Iterator[Finding]:
 
 
 def labels(model: ModelFolder) -> Iterator[Finding]:
-    """Files of labels against the number of classes."""
+    """Check the label files against the number of classes."""
     for index, output in enumerate(model.config.message.output):
         path = model.folder / output.label_filename
         if not output.label_filename:
@@ -240,7 +240,7 @@ def _labels(path: Path, output: str, classes: int) -> Iterator[Finding]:
 
 
 def backend_names(name: str) -> str:
-    """What a backend's name was probably meant to be; empty when it is one that Triton has."""
+    """Return the backend whose name is closest; "" if Triton has this backend, or none is close."""
     if name == "onnxruntime" or name in OTHER_BACKENDS:
         return ""
     if name.startswith("onnxruntime"):

@@ -1,4 +1,4 @@
-"""The folders of a model as Triton reads them: versions, what is in them, who may change them."""
+"""Rules for a model's folders as Triton reads them: versions, files, permissions, digests."""
 
 import json
 import os
@@ -15,21 +15,21 @@ from pipeline.repository import config_pbtxt
 from pipeline.repository.lint.graph import Graph
 from pipeline.repository.lint.text import Config, Finding, Level
 
-ONNX = "model.onnx"  # where the config names no other file
-DEFAULT_BATCH = 4  # which Triton fills in where a config leaves its tensors to the graph
+ONNX = "model.onnx"  # if the config names no other file
+DEFAULT_BATCH = 4  # filled in by Triton if the config does not describe the tensors
 LARGEST_VERSION = 2**63 - 1
 VERSIONS = "core src/model_repository_manager/model_lifecycle.cc VersionsToLoad"
-_INTEGER = re.compile(r"\s*([+-]?[0-9]+)")  # what std::stoll takes for a number: a prefix is enough
+_INTEGER = re.compile(r"\s*([+-]?[0-9]+)")  # as std::stoll parses: a numeric prefix is enough
 _REPACKAGE = "package it again, or put the right file back"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder under one of its configs, and the graphs of its versions."""
+    """A model's folder with one of its configs and the graphs of its versions."""
 
     folder: Path
     config: Config
-    versions: Mapping[int, Path]  # as Triton counts them
+    versions: Mapping[int, Path]  # number -> folder, as Triton reads them
     graphs: Mapping[int, Graph] = field(default_factory=dict)
 
     @property
@@ -38,12 +38,12 @@ class ModelFolder:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the config describes the tensors, so that Triton fills nothing in."""
+        """Whether the config describes its tensors; if not, Triton fills in what is missing."""
         return bool(self.config.message.input and self.config.message.output)
 
     @property
     def max_batch_size(self) -> int:
-        """The largest batch, as Triton fills it in."""
+        """The largest batch size: as stated, or as Triton fills it in; 0 means no batching."""
         stated = int(self.config.message.max_batch_size)
         graphs = self.graphs.values()
         if stated or self.is_complete or not graphs:
@@ -51,7 +51,7 @@ class ModelFolder:
         return DEFAULT_BATCH if all(graph.can_batch for graph in graphs) else 0
 
     def file(self, version: int) -> Path:
-        """The file of a version; a large model may be a folder that holds it."""
+        """Return the path of a version's file; a large model may be a folder that contains it."""
         path = self.versions[version] / self.filename
         return path / ONNX if path.is_dir() else path
 
@@ -68,7 +68,7 @@ class ModelFolder:
 
 
 def is_onnx(config: Any, folder: Path) -> bool:
-    """Whether Triton gives the model to its onnxruntime backend."""
+    """Return whether Triton uses its onnxruntime backend for the model."""
     if config.backend or config.platform:
         return str(config.backend or config.platform) in ("onnxruntime", "onnxruntime_onnx")
     if config.default_model_filename:
@@ -78,7 +78,7 @@ def is_onnx(config: Any, folder: Path) -> bool:
 
 
 def version_folders(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
-    """The versions in a model's folder by Triton's own reading, and names that are mistakes."""
+    """Return the versions in a model's folder as Triton reads them, and findings on wrong names."""
     found: dict[int, Path] = {}
     findings: list[Finding] = []
 
@@ -110,7 +110,7 @@ def version_folders(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
 
 
 def version_files(model: ModelFolder) -> Iterator[Finding]:
-    """Versions that the policy asks for and that are not there, or hold no model."""
+    """Check that the versions that the policy selects exist and contain the model's file."""
     config, chosen = model.config, model.selected
     have = f"versions there: {', '.join(map(str, sorted(model.versions))) or 'none'}"
     for index, version in enumerate(config.message.version_policy.specific.versions):
@@ -139,7 +139,7 @@ def version_files(model: ModelFolder) -> Iterator[Finding]:
 
 
 def safety(folder: Path) -> Iterator[Finding]:
-    """Links, files that are none, and files that anyone may change."""
+    """Check for links, files that are not regular, and files that everyone may write to."""
     open_to_all: list[Path] = []
     for path in [folder, *sorted(folder.rglob("*"))]:
         mode = path.lstat().st_mode
@@ -160,9 +160,9 @@ def safety(folder: Path) -> Iterator[Finding]:
 
 
 def code(model: ModelFolder) -> Iterator[Finding]:
-    """What makes the server run code that came with the model."""
+    """Check for anything that makes the server run code that came with the model."""
     for folder in (model.folder, *model.versions.values()):
-        # Libraries that Triton loads by their names.
+        # Libraries that Triton loads because of their names.
         for path in (*folder.glob("libtriton_*.so"), *folder.glob("batchstrategy.so")):
             said = "is native code that Triton loads into the server with this model"
             source = "core src/backend_model.cc GetBackendLibrarySearchPaths"
@@ -174,7 +174,7 @@ def code(model: ModelFolder) -> Iterator[Finding]:
 
 
 def _foreign_code(model: ModelFolder) -> Iterator[tuple[str, str]]:
-    """Fields of a config that name code to run, and what they name."""
+    """Yield the fields of a config that name code to run, and what they name."""
     message = model.config.message
     for index, name in enumerate(message.model_operations.op_library_filename):
         yield f"model_operations.op_library_filename[{index}]", f"the code in '{name}'"
@@ -190,20 +190,20 @@ def _foreign_code(model: ModelFolder) -> Iterator[tuple[str, str]]:
 
 
 def brings_code(model: ModelFolder) -> bool:
-    """Whether a load might run more than ONNX Runtime, or another backend that Triton has."""
+    """Return whether loading the model might run code other than that of Triton's own backends."""
     message: Any = model.config.message
     if any(code(model)):
         return True
     if is_onnx(message, model.folder):
         return False
-    if message.backend:  # which Triton looks for in a folder of that name
+    if message.backend:  # Triton looks for it in a folder of that name
         return re.fullmatch(r"\w+", message.backend) is None
-    # Triton guesses: from the files, else from the end of the folder's name.
+    # Triton guesses the backend from the files, else from the ending of the folder's name.
     return "." in model.folder.name or any(model.folder.rglob("*.py"))
 
 
 def _digest(path: Path) -> str:
-    """A file's SHA-256, computed once for all the configs that state it."""
+    """Return a file's SHA-256, which is cached for the other configs that state it."""
     facts = path.stat()
     return _sha256(path, facts.st_size, facts.st_mtime_ns)
 
@@ -214,7 +214,7 @@ def _sha256(path: Path, size: int, modified_ns: int) -> str:
 
 
 def stated_digests(model: ModelFolder) -> Iterator[Finding]:
-    """Files that differ from the digests that the config and the manifest state."""
+    """Check the versions' files against the digests that the config states."""
     for key, value in model.config.message.parameters.items():
         version = key.removeprefix("sha256.")
         if version == key or not version.isdecimal():
@@ -232,13 +232,13 @@ def stated_digests(model: ModelFolder) -> Iterator[Finding]:
 
 
 def manifest(folder: Path) -> Iterator[Finding]:
-    """Files of a version that differ from its manifest, where it has one of ours."""
+    """Check a version's files against its manifest, if it has one that the pipeline wrote."""
     path = folder / "manifest.json"
     try:
         files = json.loads(path.read_bytes())["files"]
         stated = {Path(str(name)).name: str(listed) for name, listed in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # somebody else's, or none
+        return  # no manifest, or a third-party one
     for name, listed in stated.items():
         if not re.fullmatch("[0-9a-f]{64}", listed):
             return

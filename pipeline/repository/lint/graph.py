@@ -1,4 +1,4 @@
-"""What ONNX Runtime would say of a model file: its tensors, its faults. Runs nothing."""
+"""The tensors and errors of a model file as ONNX Runtime sees them. Runs no model."""
 
 import os
 import stat
@@ -29,15 +29,15 @@ TYPES = {
     TensorProto.BOOL: "TYPE_BOOL",
     TensorProto.STRING: "TYPE_STRING",
 }
-# Domains that ONNX Runtime brings along.
+# Domains of operators that ONNX Runtime includes.
 KNOWN_DOMAINS = STANDARD | {"ai.onnx.ml"}
 KNOWN_DOMAIN_ROOTS = ("com.microsoft", "com.ms.internal", "org.pytorch.aten")
-# Operators of the standard domain that ONNX never had or has given up, and ONNX Runtime knows.
+# Operators in the standard domain that ONNX Runtime supports, and ONNX never had or has removed.
 RUNTIME_ONLY = frozenset(
     {"Affine", "Crop", "DynamicSlice", "GivenTensorFill", "ImageScaler", "Scale", "ScaledTanh"}
     | {"MeanVarianceNormalization", "ParametricSoftplus", "ThresholdedRelu"}
 )
-SMALL = 1024  # elements: what may be somebody's shape
+SMALL = 1024  # elements: a constant up to this size may be used as a shape
 
 
 @dataclass(frozen=True)
@@ -45,35 +45,35 @@ class Tensor:
     """An input or an output of a graph."""
 
     name: str
-    data_type: str  # as Triton calls it; TYPE_INVALID for what it has no word for
-    shape: tuple[int, ...]  # with the batch; -1 is open; () a scalar
+    data_type: str  # Triton's name; TYPE_INVALID if Triton has no such type
+    shape: tuple[int, ...]  # with the batch; -1: variable size; (): a scalar
     kind: str = "tensor_type"
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What a model file takes and gives."""
+    """The inputs and outputs of a model file, and what it needs to run."""
 
     path: Path
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    defaults: dict[str, Tensor] = field(default_factory=dict)  # inputs that need not be given
+    defaults: dict[str, Tensor] = field(default_factory=dict)  # inputs with a default value
     outputs: dict[str, Tensor] = field(default_factory=dict)
     opset: int = 0
     ir_version: int = 0
-    foreign: frozenset[str] = frozenset()  # domains that need a library of their own
-    computes_shapes: bool = False  # so that ONNX Runtime may know more of them than is told here
+    foreign: frozenset[str] = frozenset()  # domains whose operators need another library
+    computes_shapes: bool = False  # then ONNX Runtime may know more of them than we do
 
     @property
     def can_batch(self) -> bool:
-        """Whether dimension 0 of every input and output is open."""
+        """Whether dimension 0 of every input and output has a variable size."""
         return all(t.shape[:1] == (-1,) for t in (*self.inputs.values(), *self.outputs.values()))
 
 
 def read_graph(path: Path) -> tuple[Graph | None, list[Finding]]:
-    """The graph in a model file, if it can be read, and what is wrong with it in any config."""
+    """Read a model file; return its graph, None if unreadable, and findings for any config."""
     try:
         model = parse(read_onnx(path), str(path))
-    except CheckFailedError as error:  # too large to be read here
+    except CheckFailedError as error:  # it is too large to read here
         return None, [Finding("onnx", "note", path, f"not looked into: {error}")]
     except PipelineError as error:
         said = str(error).partition(": export")[0].removeprefix(f"{path} ")
@@ -105,9 +105,10 @@ def _wrong(path: Path, said: str, fix: str = "export it again") -> Finding:
 
 
 def _infer(model: onnx.ModelProto) -> None:
-    """Fill in the shapes that follow from the graph, as ONNX Runtime does before Triton asks.
+    """Fill in the shapes that follow from the graph, as ONNX Runtime does when it loads a model.
 
-    Without onnx's data propagation, which a few nodes can make allocate without end: see sizes.
+    Does not use onnx's data propagation, because a few nodes can make it allocate without limit
+    (see pipeline/export/sizes.py).
     """
     for tensor in model.graph.initializer:
         if len(tensor.dims) and max(tensor.dims) > SMALL:
@@ -129,7 +130,7 @@ def _tensor(value: ValueInfoProto) -> Tensor:
 
 
 def _links(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
-    """Names in the graph that nobody gives or that two nodes do, and weights that are cut off."""
+    """Check for names that no node or several nodes define, and for weights that are cut off."""
     graph = model.graph
     made = Counter(name for node in graph.node for name in node.output if name)
     known = {*made, *(value.name for value in graph.input)}
@@ -158,7 +159,7 @@ def _operators(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
     opset = max((versions.get(domain, 0) for domain in STANDARD), default=0)
     own = {function.name for function in model.functions if function.domain in STANDARD}
     if opset > onnx.defs.onnx_opset_version():
-        return  # newer than what is known here
+        return  # newer than the installed onnx package knows
     used = {node.op_type for node in model.graph.node if node.domain in STANDARD}
     for name in sorted(used - own - RUNTIME_ONLY):
         try:
@@ -173,7 +174,7 @@ def _operators(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
 
 
 def _external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
-    """What is wrong with the files that hold the model's weights."""
+    """Check the external files that hold the model's weights."""
     by_place: dict[str, list[Any]] = {}
     for part in message_parts(model):
         if isinstance(part, TensorProto) and is_external(part):
@@ -190,7 +191,7 @@ def _external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
 
 
 def _misplaced(folder: Path, location: str) -> str:
-    """Why a file of weights is none that may be read; empty when it may."""
+    """Return why a weights file must not be read; "" if it may be."""
     place = PurePosixPath(location)
     if not location or place.is_absolute() or ".." in place.parts or "\0" in location:
         return "is not in the version's folder"

@@ -1,4 +1,4 @@
-"""A config against the graph of its model: names, types, shapes, batch axis, opset."""
+"""Rules for a config and its model's graph: names, types, shapes, batch axis, opset."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +11,12 @@ from pipeline.repository.lint.graph import FILE, Graph, Tensor
 from pipeline.repository.lint.text import Finding, Level
 
 UTILS = "onnxruntime_backend src/onnxruntime_utils.cc"
-OLDEST_OPSET = 7  # of which ONNX Runtime has all operators
+OLDEST_OPSET = 7  # ONNX Runtime has all operators from this opset on
 COMPARE = f"{UTILS} CompareDimsSupported"
 
 
 def described_tensors(model: ModelFolder, version: int) -> Iterator[Finding]:
-    """What the config says of the tensors of one version, against what its graph has."""
+    """Check the config's inputs and outputs against the graph of one version."""
     graph, config = model.graphs[version], model.config
     for provided in (*graph.inputs.values(), *graph.outputs.values()):
         if provided.kind != "tensor_type":
@@ -28,7 +28,7 @@ def described_tensors(model: ModelFolder, version: int) -> Iterator[Finding]:
     message = config.message
     required = [tensor.name for tensor in message.input if not tensor.optional]
     expected, count = len(required) + len(message.batch_input), len(graph.inputs)
-    # All inputs must be described, or none. Sequence batching adds inputs of its own.
+    # Either all inputs or no inputs must be described. Sequence batching adds its own inputs.
     is_described = message.input or message.batch_input
     if is_described and expected != count and not message.HasField("sequence_batching"):
         missing = ", ".join(sorted(set(graph.inputs) - set(required)))
@@ -56,7 +56,7 @@ def described_tensors(model: ModelFolder, version: int) -> Iterator[Finding]:
 def _dims(
     model: ModelFolder, kind: str, tensor: Any, where: str, provided: Tensor, graph: Graph
 ) -> Iterator[Finding]:
-    """Shapes as the backend compares them: an output's must be equal, an input's narrower."""
+    """Compare shapes as the backend does: outputs must be equal, inputs may be more specific."""
     config, shape = model.config, list(provided.shape)
     gathered = {name for one in config.message.batch_output for name in one.target_name}
     if provided.kind != "tensor_type" or not tensor.dims or tensor.name in gathered:
@@ -99,7 +99,7 @@ def _dims(
         note = " (an initial batch dimension because max_batch_size > 0)" if is_batched else ""
         said = f"{name}: the model expects {len(shape)} dimensions (shape {shape}) but the model "
         said += f"configuration specifies {len(full)} dimensions (shape {full}){note}"
-        # A shape that the graph computes may be known to ONNX Runtime, where it is open to us.
+        # ONNX Runtime may know the size of a computed dimension that is unknown (-1) to us.
         level: Level = "warning" if may_match and graph.computes_shapes else "error"
         fix = f"write dims: {shape[1:] if is_batched else shape}"
         if is_batched and dims == shape:
@@ -110,7 +110,7 @@ def _dims(
 
 
 def completion(model: ModelFolder, version: int) -> Iterator[Finding]:
-    """What Triton fills in where the config is silent, and cannot."""
+    """Check that Triton can fill in what the config does not describe."""
     message, graph = model.config.message, model.graphs[version]
     if model.is_complete:
         return
@@ -129,7 +129,7 @@ def completion(model: ModelFolder, version: int) -> Iterator[Finding]:
 
 
 def opset_and_ir(model: ModelFolder, version: int, wanted: Target | None) -> Iterator[Finding]:
-    """Opset and IR against the release that is to serve it, and operators from elsewhere."""
+    """Check opset and IR version against the Triton release, and for operators of other domains."""
     graph = model.graphs[version]
     oldest = loaded_by(graph.opset, graph.ir_version)
     asked = wanted or target(NEWEST)

@@ -1,4 +1,4 @@
-"""A config.pbtxt as lint reads it: the message, on which line each field stands, what was meant."""
+"""Reading of a config.pbtxt for lint: its message, the line of each field, and findings."""
 
 import difflib
 import re
@@ -12,20 +12,20 @@ from google.protobuf import text_format
 from pipeline.repository.config_pbtxt import ModelConfig
 
 Level = Literal["error", "warning", "note"]
-Place = tuple[str, ...]  # a field, from the outermost message to it: ("input[1]", "dims[0]")
+Place = tuple[str, ...]  # path of a field, from the outermost message: ("input[1]", "dims[0]")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a model repository, where, and how to mend it."""
+    """A problem of a model repository: what, where, and how to fix it."""
 
     rule: str
-    level: Level  # error: Triton refuses it, hangs, or answers wrongly
+    level: Level  # error: Triton rejects it, hangs, or gives wrong answers
     file: Path
-    message: str  # in Triton's words where Triton would say it
+    message: str  # Triton's own message where it has one
     fix: str = ""
     line: int | None = None
-    source: str | None = None  # where Triton's own code decides it
+    source: str | None = None  # file and function of Triton's code that decides it
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else str(self.file)
@@ -35,14 +35,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Config:
-    """A config file, read."""
+    """A parsed config file."""
 
     path: Path
     message: Any = field(default_factory=ModelConfig)
     lines: dict[Place, int] = field(default_factory=dict)
 
     def line(self, where: str) -> int | None:
-        """The line of a field such as `input[1].dims`, or of the nearest around it."""
+        """Return the line of a field such as `input[1].dims`, or of the closest one around it."""
         steps = re.findall(r"(\w+)(?:\[(.*?)\])?", where)
         place = tuple(_step(name, which or 0) for name, which in steps)
         while place and place not in self.lines:
@@ -52,7 +52,7 @@ class Config:
     def finding(
         self, rule: str, level: Level, where: str, message: str, fix: str, source: str | None = None
     ) -> Finding:
-        """A finding at a field of this config."""
+        """Return a finding at the field `where` of this config."""
         return Finding(rule, level, self.path, message, fix, self.line(where), source)
 
 
@@ -61,12 +61,12 @@ def _step(name: str, which: object) -> str:
 
 
 def read_config(path: Path) -> Config | Finding:
-    """The config in a file, or what is wrong with its text."""
+    """Read a config file; return a finding if it cannot be read or parsed."""
     try:
         content = path.read_bytes()
     except OSError as error:
         return Finding("config-text", "error", path, f"cannot be read: {error.strerror}")
-    text = content.decode(errors="replace")  # Triton minds no strange byte in a comment
+    text = content.decode(errors="replace")  # Triton accepts any bytes in comments
     try:
         message = text_format.Parse(text, ModelConfig())
     except text_format.ParseError as error:
@@ -79,7 +79,7 @@ def read_config(path: Path) -> Config | Finding:
     return Config(path, message, field_lines(text))
 
 
-# What other libraries call Triton's types.
+# Names of other libraries for Triton's types.
 _OTHERS_SAY = {
     **dict.fromkeys(("TYPE_FLOAT", "TYPE_FLOAT32"), "TYPE_FP32"),
     **dict.fromkeys(("TYPE_DOUBLE", "TYPE_FLOAT64"), "TYPE_FP64"),
@@ -91,7 +91,7 @@ _OTHERS_SAY = {
 
 
 def _meant(said: str) -> str:
-    """The known name that is nearest to the one that a parser does not know."""
+    """Return the fix for a parser's message, such as the known name closest to an unknown one."""
     if "\ufeff" in said:
         return "save it without a byte order mark"
     unknown = re.search(r'"inference\.([\w.]+)" has no (?:field|value) named "?(\w+)', said)
@@ -117,16 +117,18 @@ _TOKEN = re.compile(
 
 
 def field_lines(text: str) -> dict[Place, int]:
-    """The line of each field of a text proto that parses; a map's entry has its key for a number.
+    """Return the line of each field of a valid text proto.
 
-    The n-th of a repeated field is `name[n]`.
+    The n-th value of a field is `name[n]`, counted from 0; the entry of a map is `name[key]`.
     """
     lines: dict[Place, int] = {}
     counts: Counter[Place] = Counter()
     line, name = 1, ""  # the name of the field whose value comes next
     in_list = awaits_value = False
-    place: Place = ()  # the message that the scanner is in
-    around: list[tuple[Place, str, bool]] = []  # those around it, with their fields
+    place: Place = ()  # path of the message that the scanner is in
+    around: list[
+        tuple[Place, str, bool]
+    ] = []  # stack of the messages around it: (place, name, in_list)
     for match in _TOKEN.finditer(text):
         kind, token = match.lastgroup, match[0]
         opens = kind == "mark" and token in "{<"
@@ -147,7 +149,7 @@ def field_lines(text: str) -> dict[Place, int]:
             awaits_value = token != "]"
         elif awaits_value and kind in ("string", "word"):
             awaits_value = in_list
-            if name == "key" and place:  # the entry of a map, which is called by its key
+            if name == "key" and place:  # a map's entry is named by its key
                 *outer, last = place
                 renamed = (*outer, _step(last.partition("[")[0], token.strip("\"'")))
                 for old in [old for old in lines if old[: len(place)] == place]:
