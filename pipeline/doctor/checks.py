@@ -1,4 +1,4 @@
-"""Checks of this machine for the main job: server, data, folders, disk, memory and ports."""
+"""Checks of this machine for the main job: libraries, server, data, disk, memory, ports."""
 
 import importlib.metadata
 import itertools
@@ -32,9 +32,8 @@ FETCH = "pipeline data fetch"
 ANY_PORT = "pipeline serve --port auto"
 REMOUNT = "mount -o remount,size=1G /dev/shm  # of a container: --shm-size=1g"
 
-Look = tuple[
-    str, str, Callable[[], list[Check]]
-]  # (what is checked, fix if the check raises, the check)
+# What is checked, the fix if the check raises, and the check.
+Look = tuple[str, str, Callable[[], list[Check]]]
 
 
 def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:

@@ -2,8 +2,8 @@
 
 Tests whether counts differ from the reference's by more than is allowed and by more than chance.
 
-The null hypothesis of each test is a true shift of at most `allowed`: the p-value is the
-probability of a shift at least as large as the observed one under it. So a harmless difference
+The null hypothesis of each test is a true shift of at most `allowed`. The p-value is the
+probability, under it, of a shift at least as large as the observed one. So a harmless difference
 raises no alarm, however many images there are. Needs only numpy.
 """
 
@@ -290,7 +290,7 @@ def distribution_shift(known: np.ndarray, found: np.ndarray, allowed: float) -> 
 
 def kolmogorov(statistic: float) -> float:
     """Return the probability that Kolmogorov's statistic is at least this large by chance."""
-    if statistic < 0.2:  # the series does not converge here; the result is 1 to 12 digits
+    if statistic < 0.2:  # the series does not converge here; to 12 digits, the result is 1
         return 1.0
     terms = (-2.0 * (-1.0) ** k * math.exp(-2 * (k * statistic) ** 2) for k in range(1, 101))
     return min(1.0, max(0.0, sum(terms)))

@@ -144,9 +144,7 @@ def unpack_golden(content: bytes, name: str) -> Golden:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(info.file_size for info in archive.infolist()) > _MAX_GOLDEN_BYTES:
                 raise CorruptError(f"{name} unpacks to more than {_MAX_GOLDEN_BYTES} bytes")
-            for (
-                info
-            ) in archive.infolist():  # check sizes before numpy allocates what a header claims
+            for info in archive.infolist():  # before numpy allocates what a header states
                 with archive.open(info) as member:
                     version = np.lib.format.read_magic(member)
                     read_header = (

@@ -281,9 +281,8 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
                 content = path.read_bytes()
                 if path.suffix == ".pbtxt":
                     content = _alone(path, version)
-                member.size = len(
-                    content
-                )  # owner, group and time stay 0, the mode 0644: reproducible
+                # Owner, group and time stay 0, the mode 0644, so that the tar is reproducible.
+                member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
     return write_with(archive, write)

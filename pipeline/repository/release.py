@@ -135,9 +135,9 @@ def find_profile(
 ) -> tuple[Path, ReferenceProfile]:
     """Return the path and the content of a reference profile.
 
-    It is `reference` if given, else that of `version`, else that of the selected version, else
-    that of the export if the model is not packaged. Raises PipelineError, with how to make one,
-    if there is none.
+    It is `reference` if given, else the profile of `version`, else of the selected version, else of
+    the newest. If the model is not packaged, it is that of the export. Raises PipelineError, with
+    how to make a profile, if there is none.
     """
     if reference:
         return reference, read_profile(reference)

@@ -98,10 +98,7 @@ SWITCHES = ("true", "on", "1", "false", "off", "0")
 _NUMBERS = ("execution_mode", "intra_op_thread_count", "inter_op_thread_count")
 _TEXTS = ("memory.enable_memory_arena_shrinkage", "session.use_device_allocator_for_initializers")
 _FLAGS = ("enable_mem_arena", "enable_mem_pattern")
-_FOR_CUDA = {
-    "cudnn_conv_algo_search": 2,
-    "arena_extend_strategy": 1,
-}  # parameter -> its largest valid value
+_FOR_CUDA = {"cudnn_conv_algo_search": 2, "arena_extend_strategy": 1}  # largest valid values
 OF_CUDA = (*_FOR_CUDA, "gpu_mem_limit", "do_copy_in_default_stream")
 KNOWN = (*_NUMBERS, *_FLAGS, *_TEXTS, *OF_CUDA)
 

@@ -126,9 +126,7 @@ def field_lines(text: str) -> dict[Place, int]:
     line, name = 1, ""  # the name of the field whose value comes next
     in_list = awaits_value = False
     place: Place = ()  # path of the message that the scanner is in
-    around: list[
-        tuple[Place, str, bool]
-    ] = []  # stack of the messages around it: (place, name, in_list)
+    around: list[tuple[Place, str, bool]] = []  # stack of the messages around it
     for match in _TOKEN.finditer(text):
         kind, token = match.lastgroup, match[0]
         opens = kind == "mark" and token in "{<"
