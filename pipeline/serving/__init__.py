@@ -1,8 +1,9 @@
-"""A tritonserver that answers its golden sets correctly: found, started, watched, changed, stopped.
+"""A local tritonserver that answers its golden sets correctly: find, start, watch, change, stop it.
 
-Read `serve.py` first, then `tritonserver.py` (which server runs here) and `supervise.py` (what
-`pipeline serve` keeps); `swap.py` promotes a version under load. `backend/` runs inside the server
-and imports nothing of ours. Knows nothing of training or of how a proof is made.
+Read `serve.py` first, then `tritonserver.py` (which server can run here) and `supervise.py` (the
+server that `pipeline serve` keeps running); `swap.py` promotes a version under load. The files in
+`backend/` run inside the server and import nothing from this package. This room knows nothing about
+training or about how an export is validated.
 """
 
 from typing import TYPE_CHECKING

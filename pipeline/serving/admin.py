@@ -1,4 +1,4 @@
-"""Load and unload models on a running server, with the key that our servers ask for."""
+"""Client that loads and unloads models on a running server, with the admin key it requires."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,8 @@ from pipeline.serving.tritonserver import KEY_HEADER
 class Admin(Client):
     """A client that may load and unload models.
 
-    Over gRPC: over HTTP, a load holds one of the threads that answer, and whoever is connected to
-    that one waits for seconds.
+    It uses gRPC: over HTTP, a load blocks one of the server's threads, and all clients connected to
+    that thread wait for seconds.
     """
 
     def __init__(self, grpc_url: str, admin_key: str, timeout: float) -> None:
@@ -24,11 +24,11 @@ class Admin(Client):
         super().__init__(grpc_url, timeout=timeout, headers=headers)
 
     def load(self, name: str) -> None:
-        """Load a model as the repository has it now; what was served until then goes."""
+        """Load a model from the current files of the repository, replacing the loaded one."""
         self._change("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=name))
 
     def load_files(self, config: config_pbtxt.ModelConfig, files: Mapping[str, bytes]) -> None:
-        """Load a model from these files alone, by their paths in a model's folder."""
+        """Load a model from these files only; keys are paths inside the model's folder."""
         request = service_pb2.RepositoryModelLoadRequest(model_name=config.name)
         request.parameters["config"].string_param = config_pbtxt.to_json(config)
         for path, content in files.items():
@@ -42,9 +42,9 @@ class Admin(Client):
         self._change("RepositoryModelUnload", request)
 
     def states(self) -> dict[tuple[str, str], str]:
-        """The state of each version that was ever loaded, by name and version.
+        """Return the state of each version that was ever loaded, by name and version.
 
-        READY, LOADING, UNLOADING or UNAVAILABLE.
+        A state is READY, LOADING, UNLOADING or UNAVAILABLE.
         """
         index: Any = self._call(Call("RepositoryIndex", service_pb2.RepositoryIndexRequest()))
         return {(entry.name, entry.version): entry.state for entry in index.models}

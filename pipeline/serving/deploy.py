@@ -1,4 +1,4 @@
-"""Files that run a packaged model elsewhere: Docker Compose, Kubernetes, Prometheus."""
+"""Files that run a packaged model on other machines: Docker Compose, Kubernetes, Prometheus."""
 
 import base64
 import json
@@ -23,14 +23,14 @@ from pipeline.repository.release import REPACKAGE, Release, load_release
 from pipeline.serving.tritonserver import IMAGE, KEY_HEADER, RESTRICTED
 
 KINDS = ("compose", "kubernetes")
-SAFE = "26.05"  # before it, one JSON request with an absurd shape ends the server
-EXIT_SECONDS = 20  # in which requests that are under way may end
+SAFE = "26.05"  # in older ones, one JSON request with an absurd shape crashes the server
+EXIT_SECONDS = 20  # time that requests in progress have to finish
 MEMORY_MIB = 2048
-USER = 1000  # in the container
+USER = 1000  # user ID in the container
 MOST_PROBE_BYTES = 1_000_000  # a ConfigMap holds 1 MiB
 _TEMPLATES = Path(__file__).parent / "templates"
-_LETTERS = {"float16": "e", "float32": "f", "float64": "d"}  # as Python's struct has them
-# Where each file of a kind comes from: its own template, unless it is shared.
+_LETTERS = {"float16": "e", "float32": "f", "float64": "d"}  # format characters of Python's struct
+# Templates that both kinds share, by the file that each kind writes from them.
 _SHARED = {
     "compose": {"alerts.yml": "shared/alerts.yml"},
     "kubernetes": {"prometheus/alerts.yml": "shared/alerts.yml"},
@@ -43,7 +43,7 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
-    # Not braces: Prometheus has those in its own templates.
+    # Not braces: Prometheus uses braces in its own templates.
     block_start_string="[%",
     block_end_string="%]",
     variable_start_string="[[",
@@ -53,7 +53,7 @@ _ENVIRONMENT = Environment(
 
 @dataclass(frozen=True)
 class Deployment:
-    """The files that were written for a packaged version, and how they are put to use."""
+    """The files that were written for a packaged version, and how to use them."""
 
     kind: str
     name: str
@@ -74,8 +74,8 @@ class Deployment:
 def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Deployment:
     """Write the files that run the selected version of a packaged model on a Triton release.
 
-    Raises PipelineError when nothing is packaged, or when that release does not load it, and
-    CorruptError when a packaged file changed.
+    Raises PipelineError if nothing is packaged or the Triton release cannot load the model, and
+    CorruptError if a packaged file changed.
     """
     config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
     version = config_pbtxt.selected_version(config)
@@ -83,7 +83,7 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
         raise PipelineError(f"{paths.packaged} selects no version of its own: {REPACKAGE}")
     packaged = load_release(paths, version)
     image = _image(packaged, release)
-    # A health check asks about the image that the reference is surest of.
+    # The health check sends the image with the largest margin.
     row = int(margins(packaged.golden.outputs).argmax())
     digit, folder = packaged.golden.images[row].tobytes(), paths.deployment(kind)
     values = _values(paths, kind, config, packaged, image, row)
@@ -93,7 +93,7 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
         name: _ENVIRONMENT.get_template(source).render(values).encode()
         for name, source in sources.items()
     }
-    if kind == "compose":  # Kubernetes has both in a ConfigMap
+    if kind == "compose":  # Kubernetes gets both from a ConfigMap
         contents |= {"probe/probe.py": values["probe_program"].encode(), "probe/image": digit}
     elif len(values["probe_image"]) > MOST_PROBE_BYTES:
         raise PipelineError(
@@ -133,7 +133,7 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
 
 
 def _image(packaged: Release, release: str | None) -> str:
-    """NVIDIA's image of that release, or our own choice; PipelineError if it cannot load it."""
+    """Return NVIDIA's image of that release, or the default; PipelineError if it is too old."""
     repository, _, tag = IMAGE.partition(":")
     wanted = targets.target(release or tag.removesuffix("-py3"))
     opset, ir_version = packaged.manifest["opset"], packaged.manifest["ir_version"]
@@ -157,7 +157,7 @@ def _values(
     image: str,
     row: int,
 ) -> dict[str, Any]:
-    """What the templates say of a model, whose health check asks about that golden image."""
+    """Return the templates' values; the health check sends image `row` of the golden set."""
     dtype, golden = config_pbtxt.dtype(config.output[0]), packaged.golden
     if dtype not in _LETTERS:
         raise PipelineError(f"a health check reads {', '.join(_LETTERS)}; the outputs are {dtype}")
@@ -167,14 +167,14 @@ def _values(
     url = f"http://127.0.0.1:8000/v2/models/{paths.name}/infer"
     answer = str(int(golden.outputs[row].argmax()))
     probe = ["/probe/probe.py", url, "/probe/image", answer, _LETTERS[dtype]]
-    # Each release in a folder of its own: a pod finds it whole, and a rollback its own again.
+    # Each release has its own folder: a pod always finds a complete one, also after a rollback.
     files = sorted(path for path in paths.packaged.rglob("*") if path.is_file())
     digest = sha256("".join(sha256(path) for path in files).encode())
     models = "/models" if kind == "compose" else f"/models/{packaged.version}-{digest[:12]}"
     key = "$(TRITON_ADMIN_KEY)"
     if kind == "compose":
         key = "${TRITON_ADMIN_KEY:?is not set, see the top of compose.yaml}"
-    # A string of YAML in which Compose finds no variable.
+    # Escape "$", so that Compose finds no variable in this YAML string.
     source = os.path.relpath(paths.packaged, paths.deployment(kind)).replace("$", "$$")
     source = source if source.startswith((".", "/")) else f"./{source}"
     threads = int(config_pbtxt.parameter(config, "intra_op_thread_count") or 1)
@@ -187,12 +187,12 @@ def _values(
         "sha256": packaged.sha256,
         "slug": slug,  # the name as Kubernetes and Compose allow names
         "service": service,
-        "selector": f'job="{service}",model="{paths.name}"',  # of the model's series
+        "selector": f'job="{service}",model="{paths.name}"',  # of the model's Prometheus series
         "queue_metric": f"{service.replace('-', '_')}_queue_time_us",
         "image": image,
         "repository": image.partition(":")[0],  # the image without its tag
-        "folder": shlex.quote(str(paths.repository)),  # the repository's, for a shell
-        "source": json.dumps(source),  # the model's folder, seen from the compose file
+        "folder": shlex.quote(str(paths.repository)),  # the repository's folder, quoted for a shell
+        "source": json.dumps(source),  # the model's folder, relative to the compose file
         "arguments": [  # of tritonserver
             f"--model-repository={models}",
             "--model-control-mode=explicit",
@@ -209,14 +209,14 @@ def _values(
         "exit_seconds": EXIT_SECONDS,
         "cpus": math.ceil(threads * instances) + 1,  # one for the front ends
         "memory_mib": MEMORY_MIB,
-        "delay_us": delay_us,  # how long the config lets a request wait for company
-        "scale_us": scale_us,  # mean time in the queue that the autoscaler aims at
-        "alert_us": 5 * scale_us,  # mean time in the queue that somebody should know of
+        "delay_us": delay_us,  # longest time that a request waits to be batched
+        "scale_us": scale_us,  # mean queue time that the autoscaler aims at
+        "alert_us": 5 * scale_us,  # mean queue time that raises an alert
     }
 
 
 def _unreadable(paths: Paths, kind: str) -> str:
-    """What the user in the container cannot read, and how it can; Compose mounts it as it is."""
+    """Return a warning if the container's user cannot read a file that Compose mounts, or ""."""
     for path in (paths.packaged, *paths.packaged.rglob("*"), *paths.deployment(kind).rglob("*")):
         wanted = 0o005 if path.is_dir() else 0o004
         if kind == "compose" and path.stat().st_mode & wanted != wanted:

@@ -1,4 +1,4 @@
-"""A tritonserver's processes: started, awaited, found, and cleared with all that they left."""
+"""A tritonserver's processes: start them, wait for them, find them, remove all that they leave."""
 
 import contextlib
 import os
@@ -22,11 +22,11 @@ from pipeline.serving import tritonserver
 from pipeline.serving.settings import ServeConfig
 
 POLL_SECONDS = 0.05
-KILL_SECONDS = 5.0  # in which a killed process is gone
-END_SECONDS = tritonserver.EXIT_SECONDS + 2.0  # in which a server ends that has nothing to do
+KILL_SECONDS = 5.0  # within which a killed process has ended
+END_SECONDS = tritonserver.EXIT_SECONDS + 2.0  # within which an idle server ends
 
 
-# In the environment of all of a server's processes, whatever they are called.
+# Environment variable that identifies all processes of a server, whatever their names.
 MARK = "PIPELINE_SERVER_ID"
 
 
@@ -34,7 +34,10 @@ MARK = "PIPELINE_SERVER_ID"
 def handle_signals(
     handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], Any]],
 ) -> Iterator[None]:
-    """Handle signals so in the block, in the main thread: no other one gets any."""
+    """Use these signal handlers in the block; do nothing outside the main thread.
+
+    Only the main thread receives signals.
+    """
     is_main = threading.current_thread() is threading.main_thread()
     pairs = handlers.items() if is_main else ()
     previous = {number: signal.signal(number, handler) for number, handler in pairs}
@@ -46,13 +49,13 @@ def handle_signals(
 
 
 def end_by_sigterm() -> contextlib.AbstractContextManager[None]:
-    """Let SIGTERM end the block as Ctrl-C does, unless there is a handler for it already."""
+    """Let SIGTERM end the block as Ctrl-C does, unless SIGTERM already has a handler."""
     is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     return handle_signals({signal.SIGTERM: signal.default_int_handler} if is_free else {})
 
 
 def poll(seconds: float) -> Iterator[None]:
-    """Yield again and again, with a pause after each time, until `seconds` are over."""
+    """Yield repeatedly, with a pause of POLL_SECONDS each time, until `seconds` have passed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         yield
@@ -68,13 +71,13 @@ class Launched:
     config: ServeConfig
     child: subprocess.Popen[bytes]
     log: Path
-    log_start: int  # where its own part begins, in bytes; others wrote before it
+    log_start: int  # byte offset of this server's part; earlier servers wrote the rest
 
     def await_answer(self, seconds: float) -> None:
-        """Return once it answers over HTTP and gRPC.
+        """Return once the server answers over HTTP and gRPC.
 
-        Raises ServerError when it died or takes too long, and PipelineError when another server
-        answers at its ports.
+        Raises ServerError if it died or takes too long, and PipelineError if another server answers
+        at its ports.
         """
         deadline = time.monotonic() + seconds
         for scheme, port in (("http", self.config.http_port), ("grpc", self.config.grpc_port)):
@@ -95,20 +98,20 @@ class Launched:
                     )
 
     def slow(self) -> ServerError:
-        """The error of a server that takes too long."""
+        """Return the error for a server that takes too long to start."""
         seconds = self.config.start_seconds
         return ServerError(
             f"tritonserver was not ready in {seconds:g} s; its log ends: {self.cause()}"
         )
 
     def written(self, start: int) -> str:
-        """What was written into the log since it had `start` bytes."""
+        """Return what was written to the log from byte `start` on."""
         with self.log.open("rb") as log:
             log.seek(start)
             return log.read().decode(errors="replace")
 
     def cause(self) -> str:
-        """The error in its log that explains the others, in a line."""
+        """Return, in one line, the error in the server's log that explains the other errors."""
         return tritonserver.cause(self.written(self.log_start))
 
 
@@ -119,10 +122,10 @@ def launched(
     config: ServeConfig,
     log: Path | None = None,
 ) -> Iterator[Launched]:
-    """Start a tritonserver on `repository` that loads what it is told to; it ends with the block.
+    """Start a tritonserver on `repository`, with no model loaded; stop it at the end of the block.
 
-    Its processes are a group of their own. Nothing of it is left after the block but `log`;
-    without that, the log is in the server's temporary folder.
+    Its processes form their own process group. After the block only `log` is left; without `log`,
+    the server writes its log to its temporary folder.
     """
     require_printable(repository)
     server_id, key = f"handwriting-{secrets.token_hex(6)}", secrets.token_urlsafe(24)
@@ -157,10 +160,10 @@ def launched(
 
 
 def processes_of(server_id: str) -> list[int]:
-    """Return the server's living processes: tritonserver, its stubs, or a container's command."""
+    """Return the PIDs of the server's processes: tritonserver, its stubs, or docker's command."""
     import psutil  # slow to import; 'pipeline query' needs none of it
 
-    # Of other users' processes there is no environment, and a dead one has an empty one.
+    # The environment of another user's process is None, and that of a dead process is empty.
     return [
         process.pid
         for process in psutil.process_iter(["environ"])
@@ -169,7 +172,7 @@ def processes_of(server_id: str) -> list[int]:
 
 
 def dead_children(pid: int) -> list[int]:
-    """Processes that `pid` started, that ended, and that it has not noticed: its dead stubs."""
+    """Return the zombie children of `pid`: stubs that died and that it has not noticed yet."""
     import psutil
 
     return [
@@ -180,18 +183,18 @@ def dead_children(pid: int) -> list[int]:
 
 
 def clear(server_id: str, runtime: str) -> None:
-    """Kill what is left of a server, await its end, and remove its shared memory and files."""
+    """Kill a server's processes, wait until they end, remove its shared memory and files."""
     if runtime == "docker":
         tritonserver.remove_container(server_id)
     for _ in poll(KILL_SECONDS):
-        # Each time anew: one that is just being started has no command line yet.
+        # Search every time: a process that is just starting is not recognized yet.
         left = processes_of(server_id)
         if not left:
             break
         for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # a container's own
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # in a container
                 os.kill(pid, signal.SIGKILL)
-    # Only now: a process that still ran could make another.
+    # Only now: a process that still ran could create another region.
     for region in Path("/dev/shm").glob(f"{server_id}*"):
         region.unlink(missing_ok=True)
     for scratch in tritonserver.scratch_parent().glob(f"{server_id}-*"):

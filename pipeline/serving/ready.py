@@ -1,6 +1,7 @@
-"""Replay a release's golden set on a server that runs.
+"""Replay of a release's golden set on a running server.
 
-A version under a name of its own, which nobody asks before it has answered its golden set.
+A new version is first loaded under a separate name, so that no client asks it before it has
+answered its golden set.
 """
 
 import contextlib
@@ -20,14 +21,14 @@ from pipeline.serving.admin import Admin
 
 
 def replay_golden(client: Client, golden: Golden) -> Agreement:
-    """How far a server lies from the golden set's answers, at batch sizes that it takes."""
+    """Compare a server with the golden set's answers, at each golden batch size it accepts."""
     largest = max(1, client.config().max_batch_size)
     sizes = tuple(size for size in GOLDEN_BATCHES if size <= largest)
     return compare_golden(golden, triton_predictor(client), sizes)
 
 
 def served_version(client: Client) -> int:
-    """The version of the model that answers, by an inference on one blank image."""
+    """Return the version that answers an inference on one blank image; 0 if not a number."""
     images = client.config().input[0]
     if any(dim < 1 for dim in images.dims):
         raise PipelineError(f"{client.name} at {client.endpoint} takes images of no fixed shape")
@@ -50,9 +51,10 @@ def prove(
     mend: str,
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Return when the version, loaded under another name, answers its golden set rightly.
+    """Return once the version, loaded under another name, answers its golden set correctly.
 
-    Raises NotLoadedError, CheckFailedError where it answers wrongly, ServerError without an answer.
+    Raises NotLoadedError if Triton does not load it, CheckFailedError if it answers wrongly, and
+    ServerError if the server gives no answer.
     """
     name = f"{paths.name}.candidate"
     if (paths.repository / name).exists():
@@ -72,7 +74,7 @@ def prove(
 
 @contextlib.contextmanager
 def loading(what: str, mend: str) -> Iterator[None]:
-    """Raise NotLoadedError with Triton's words where it refuses to load `what`."""
+    """Raise NotLoadedError with Triton's message if it refuses to load `what` in the block."""
     try:
         yield
     except ServerError:
@@ -85,7 +87,7 @@ def loading(what: str, mend: str) -> Iterator[None]:
 def _files(
     paths: Paths, name: str, release: Release, profile: str
 ) -> tuple[config_pbtxt.ModelConfig, dict[str, bytes]]:
-    """The version as a model of its own: its config, and its files by their paths."""
+    """Return the version as a separate model: its config, and its files by their paths."""
     config = config_pbtxt.read(config_pbtxt.profile_file(paths.packaged, profile))
     config.name = name
     config_pbtxt.select(config, release.version)
@@ -95,7 +97,7 @@ def _files(
 
 
 def require_golden(server: Server, name: str, release: Release, what: str, mend: str) -> None:
-    """Raise CheckFailedError unless this very version answers, and rightly, over both protocols."""
+    """Raise CheckFailedError unless this version answers, correctly and over both protocols."""
     for url in (server.http_url, server.grpc_url):
         with Client(url, name, ANSWER_SECONDS) as client:
             require(replay_golden(client, release.golden), f"{what} over {url}", mend)

@@ -1,6 +1,6 @@
-"""A trial of each model of a repository in a scratch server, and the real cause of a failure.
+"""Trial of each model of a repository on a temporary server, with the real cause of a failure.
 
-A blank request to any served model, and what is wrong with its answer.
+Each model is loaded, asked with blank images, and unloaded.
 """
 
 import http.client
@@ -25,8 +25,8 @@ from pipeline.serving.process import Launched, launched
 from pipeline.serving.serve import with_free_ports
 from pipeline.serving.settings import ServeConfig
 
-LOAD_SECONDS = 30.0  # in which a model loads, or never will
-# What our python-based backend refuses and the native one may not, in its words.
+LOAD_SECONDS = 30.0  # after which a model is considered to hang
+# Messages of our python-based backend about models that the native backend may accept.
 _LIMITS = re.compile(
     r"the python-based backend does not support|unsupported datatype tensor\((string|bfloat16)\)"
 )
@@ -42,16 +42,16 @@ _SAID = {
 
 @dataclass(frozen=True)
 class LiveTrial:
-    """What a server made of one model."""
+    """The outcome of one model on the server."""
 
     model: str
     outcome: str  # loads, not judged, or one of those in _SAID
     cause: str = ""
-    source: str | None = None  # of the native backend, where only that can judge
+    source: str | None = None  # function of the native backend, if only it can judge
 
 
 def lint_live(linted: Linted, paths: Paths, seconds: float = LOAD_SECONDS) -> Linted:
-    """`linted` with what a scratch server said of each model. The repository stays as it is."""
+    """Add to `linted` what a temporary server finds; the repository is not changed."""
     findings = list(linted.findings)
     for trial in try_models(linted.repository, linted.models, paths, seconds):
         file = linted.repository / trial.model / CONFIG
@@ -68,7 +68,7 @@ def lint_live(linted: Linted, paths: Paths, seconds: float = LOAD_SECONDS) -> Li
 def try_models(
     repository: Path, names: Iterable[str], paths: Paths, seconds: float = LOAD_SECONDS
 ) -> list[LiveTrial]:
-    """Load each model by itself, ask it, unload it. One that hangs costs a server, not the rest."""
+    """Load, ask and unload each model alone; after one that hangs, continue on a new server."""
     runtime = tritonserver.find(paths, "auto")
     trials = {name: _beyond(repository / name, runtime.kind) for name in names}
     while waiting := [name for name, trial in trials.items() if trial is None]:
@@ -78,24 +78,24 @@ def try_models(
             for name in waiting:
                 trial = _try(server, name, seconds)
                 is_refused = trial.outcome == "refused" and runtime.kind == "wheel"
-                if is_refused and _LIMITS.search(trial.cause):  # our own backend cannot tell
+                if is_refused and _LIMITS.search(trial.cause):  # our own backend cannot judge it
                     said = f"only the native backend can tell ({trial.cause})"
                     trial = LiveTrial(name, "not judged", said, f"{BACKEND} ModelInstanceState")
                 trials[name] = trial
                 if trial.outcome in ("hangs", "ends"):
-                    break  # what a load holds, the next one would wait for
+                    break  # the next load would wait for the one that hangs
     return [trial for trial in trials.values() if trial]
 
 
 def _beyond(folder: Path, kind: str) -> LiveTrial | None:
-    """A verdict on a model that the server here cannot judge, or must not try."""
+    """Return a verdict if the server here cannot judge the model or must not try it."""
     name, source = folder.name, f"{BACKEND} LoadModel"
     if not re.fullmatch(r"[\w.~-]+", name, re.ASCII):
         why = "Triton takes its name literally in a URL, which cannot hold it: rename it"
         return LiveTrial(name, "not judged", why)
     config = read_config(folder / CONFIG) if (folder / CONFIG).exists() else Config(folder / CONFIG)
     if isinstance(config, Finding):
-        return None  # the server will say it
+        return None  # the server will report it
     message: Any = config.message
     named = str(message.backend or message.platform)
     if named in OTHER_BACKENDS:
@@ -115,15 +115,15 @@ def _beyond(folder: Path, kind: str) -> LiveTrial | None:
 MOST_BYTES = 64 * 1024 * 1024  # of a blank request; a larger one is not sent
 
 
-SECONDS = 20.0  # for an answer
+SECONDS = 20.0  # timeout of an answer
 
 
 class SilentError(Exception):
-    """No answer came in time."""
+    """The server gave no answer in time."""
 
 
 class GoneError(Exception):
-    """The server went, or its log says that it is about to."""
+    """The server ended, or its log shows that it has crashed."""
 
 
 def _ask(
@@ -134,7 +134,7 @@ def _ask(
     body: bytes = b"",
     headers: Mapping[str, str] | None = None,
 ) -> tuple[int, bytes]:
-    """Status and body of an answer; SilentError or GoneError when there is none."""
+    """Return status and body of an answer; raise SilentError or GoneError if there is none."""
     port, start = server.config.http_port, server.log.stat().st_size
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
     key = {tritonserver.KEY_HEADER: server.admin_key}
@@ -158,9 +158,10 @@ def _ask(
 
 
 def wrong_answer(server: Launched, name: str) -> tuple[str, bool]:
-    """What is wrong with the answers to one and to two blank images, and whether that is certain.
+    """Describe what is wrong with the answers to one and two blank images, and if it is certain.
 
-    Blank data may be refused by a model that is right; two where one was taken may not.
+    The description is empty if nothing is wrong. A correct model may refuse blank data, but it may
+    not refuse two images after it accepted one.
     """
     status, text = _ask(server, "GET", f"/v2/models/{name}/config", SECONDS)
     if status != 200:
@@ -181,7 +182,7 @@ def wrong_answer(server: Launched, name: str) -> tuple[str, bool]:
             except (ValueError, KeyError, TypeError):
                 said = answer.decode(errors="replace")[:200]
             return f"answers a batch of {size} zeros with: {said}", size == 2
-        described = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]  # then comes data
+        described = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]  # then binary data
         for output in described.get("outputs", ()) if largest else ():
             if list(output["shape"])[:1] != [size]:
                 said = f"answers a batch of {size} with {output['name']} of shape "
@@ -190,7 +191,10 @@ def wrong_answer(server: Launched, name: str) -> tuple[str, bool]:
 
 
 def _blank(config: dict[str, Any], size: int) -> tuple[bytes, bytes] | None:
-    """A request of zeros in Triton's binary form: header and data. A size of 0 is no batch."""
+    """Return header and data of a binary request of zeros, or None if too large.
+
+    A size of 0 means that the model has no batch dimension.
+    """
     inputs, data = [], b""
     for tensor in config.get("input", ()):
         if tensor.get("optional"):
@@ -200,7 +204,7 @@ def _blank(config: dict[str, Any], size: int) -> tuple[bytes, bytes] | None:
         count = math.prod(shape) * (4 if kind == "STRING" else SIZES.get(kind, 0))
         if len(data) + count > MOST_BYTES:
             return None
-        data += bytes(count)  # of strings, each an empty one
+        data += bytes(count)  # for strings: a length of 0, thus an empty one
         inputs.append(
             {
                 "name": tensor["name"],
@@ -214,7 +218,7 @@ def _blank(config: dict[str, Any], size: int) -> tuple[bytes, bytes] | None:
 
 
 def _try(server: Launched, name: str, seconds: float) -> LiveTrial:
-    """Load the model, ask it whether it is ready and for an answer, and unload it."""
+    """Load the model, check that it is ready and answers, and unload it."""
     start = server.log.stat().st_size
     action = f"/v2/repository/models/{name}"
     outcome, said = "loads", ""

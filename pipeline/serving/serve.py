@@ -1,4 +1,4 @@
-"""A tritonserver that answers its golden sets rightly, or none: started, awaited, stopped."""
+"""One run of a tritonserver: start it, wait until it answers its golden sets correctly, stop it."""
 
 import contextlib
 import os
@@ -27,13 +27,13 @@ from pipeline.serving.process import processes_of as processes_of
 from pipeline.serving.settings import ServeConfig
 
 MEND = "Look at the server's environment, then package it again"
-LOG_BYTES = 16 * 1024 * 1024  # of the server's log, of which one more generation is kept
+LOG_BYTES = 16 * 1024 * 1024  # of the server's log; one older generation is kept
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nothing listens on at the moment."""
+    """Return `count` different ports on which nothing listens at the moment."""
     with contextlib.ExitStack() as stack:
-        # All are held until the last one is known: a port that was let go may be given again.
+        # Hold all until the last one is known: the system may return a released port again.
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def with_free_ports(config: ServeConfig) -> ServeConfig:
-    """`config` on three ports that are free now."""
+    """Return `config` with three ports that are free now."""
     http, grpc, metrics = free_ports(3)
     return replace(config, http_port=http, grpc_port=grpc, metrics_port=metrics)
 
@@ -56,14 +56,15 @@ def running_server(
     why: str = "",
     proven: set[str] | None = None,
 ) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
-    """A server on the repository that answers its golden sets rightly, stopped at the end.
+    """Start a server that answers its golden sets correctly; stop it at the end of the block.
 
-    `restarts` and `why` are what its supervisor has to say of the ones before it, and `proven`
-    the digests of the models that those answered rightly with: any other is first asked under a
-    name that nobody knows.
+    `restarts` counts the servers that the supervisor ran before this one, and `why` says why the
+    last of them ended. `proven` holds the digests of the models that answered correctly on them; a
+    recorded server first loads any other model under a separate name that no client knows.
 
-    Raises PipelineError when a port is taken or nothing can run, CheckFailedError when it answers
-    wrongly, CorruptError when a packaged file changed, ServerError when it does not come up.
+    Raises PipelineError if a port is taken or no runtime is available, CheckFailedError if the
+    server answers wrongly, CorruptError if a packaged file changed, and ServerError if the server
+    does not start.
     """
     releases = selected_releases(paths, config.profile)
     digests = {release.sha256 for release in releases.values()}
@@ -106,7 +107,7 @@ def running_server(
         )
         if is_recorded:
             write_record(paths, server)
-        # Without a record, nobody knows where to ask.
+        # Without a record, no client knows the server's address.
         unproven = digests - (proven or set()) if is_recorded else set()
         await_ready(paths, server, started, releases, unproven)
         if proven is not None:
@@ -118,17 +119,17 @@ def running_server(
 
 
 def bound_log(path: Path, limit: int = LOG_BYTES) -> None:
-    """Begin a log anew that has become too long, and keep what it was until then beside it."""
+    """Truncate a log longer than `limit` bytes; copy its content to a file ending in `.1`."""
     if path.stat().st_size > limit:
         shutil.copyfile(path, path.with_name(path.name + ".1"))
-        os.truncate(path, 0)  # its writers append
+        os.truncate(path, 0)  # safe, as all writers append
 
 
 def drain(server: Server, seconds: float, report: Callable[[str], None]) -> None:
-    """Let a server answer what it has accepted, and refuse what comes from now on.
+    """Let a server answer all accepted requests and refuse new ones.
 
-    Triton's own way out keeps accepting on connections that are open, and cuts them off in the
-    middle of an answer. Reports when `seconds` were too few, or the server was not there.
+    Triton's own shutdown still accepts requests on open connections and closes them in the middle
+    of an answer. Calls `report` if it takes longer than `seconds` or the server does not answer.
     """
     with (
         contextlib.suppress(PipelineError),
@@ -160,7 +161,7 @@ def await_ready(
     releases: dict[str, Release],
     unproven: set[str],
 ) -> None:
-    """Return once our server's models answer their golden sets rightly over both protocols."""
+    """Return once all models answer their golden sets correctly over HTTP and gRPC."""
     began, seconds = time.monotonic(), started.config.start_seconds
     started.await_answer(seconds)
     left = max(1.0, began + seconds - time.monotonic())

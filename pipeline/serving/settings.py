@@ -1,4 +1,4 @@
-"""Settings of a server. Imports nothing heavy: the command line reads them."""
+"""Settings of a server. Imports nothing slow, because the command line reads them."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from pipeline.core.errors import PipelineError, require_choice
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Where a tritonserver listens, and how long it may take to start and to stop."""
+    """Where a tritonserver listens, how it runs, and how long it may take to start and to stop."""
 
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
     host: str = "127.0.0.1"
     runtime: str = "auto"  # auto, path, wheel or docker
-    profile: str = ""  # which of configs/*.pbtxt; empty: config.pbtxt
+    profile: str = ""  # name of one of configs/*.pbtxt; empty: config.pbtxt
     start_seconds: float = 60.0
-    stop_seconds: float = 10.0  # to answer what was accepted, and to end
-    canary_seconds: float = 1.0  # between two questions whose answers are known
-    failed_starts: int = 5  # in a row, after which it is not started again
+    stop_seconds: float = 10.0  # to answer accepted requests, and to end
+    canary_seconds: float = 1.0  # between two requests of the canary
+    failed_starts: int = 5  # in a row, after which the supervisor gives up
 
     def __post_init__(self) -> None:
         require_choice("runtime", self.runtime, ("auto", "path", "wheel", "docker"))

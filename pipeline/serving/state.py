@@ -1,7 +1,4 @@
-"""How our server is: what it says when it is asked, counts, and has written down.
-
-What a running tritonserver counts, from its Prometheus endpoint.
-"""
+"""The state of the recorded server: its answers, Prometheus counters, record and logs."""
 
 import re
 import time
@@ -24,7 +21,7 @@ from pipeline.serving.process import POLL_SECONDS
 from pipeline.serving.ready import replay_golden, served_version
 from pipeline.serving.serve import Server, is_alive, recorded
 
-# Counters of each model and version, and a summary of the last minute's latencies.
+# Counters for each model and version, and a summary of the last minute's latencies.
 REQUESTS = "nv_inference_request_success"
 FAILURES = "nv_inference_request_failure"
 IMAGES = "nv_inference_count"
@@ -34,34 +31,34 @@ LATENCY = "nv_inference_request_summary_us"
 
 @dataclass(frozen=True)
 class Load:
-    """What a version of a model has done since its server started, our canary included."""
+    """Counters of a model's version since its server started, the canary's requests included."""
 
-    requests: int  # that were answered
+    requests: int  # answered
     failures: int
-    mean_batch: float | None  # images that ran together, on average; None before the first
-    p50_us: float | None  # of a request in the server, over the last minute; None without any
+    mean_batch: float | None  # mean images of an execution; None before the first
+    p50_us: float | None  # of requests in the last minute; None without any
     p99_us: float | None
 
 
 def loads(url: str, seconds: float = 2.0) -> dict[tuple[str, str], Load]:
-    """The load of each version, by name and version, from the metrics at `url`.
+    """Return the load of each version, by name and version, from the metrics at `url`.
 
-    Raises ServerError when no answer comes in `seconds`.
+    Raises ServerError if no answer comes within `seconds`.
     """
     try:
         with urllib.request.urlopen(url, timeout=seconds) as response:
             text = response.read().decode()
     except OSError as error:
         raise ServerError(f"no metrics from {url} ({error})") from error
-    # Of each version, by the name of a series and its quantile.
+    # For each version: values by the series' name, followed by the quantile if it has one.
     counted: dict[tuple[str, str], dict[str, float]]
     counted = defaultdict(lambda: defaultdict(float))
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if "model" in sample.labels and sample.value == sample.value:  # a quantile of none: NaN
+            if "model" in sample.labels and sample.value == sample.value:  # NaN: an empty quantile
                 model = sample.labels["model"], sample.labels["version"]
                 series = sample.name.removesuffix("_total") + sample.labels.get("quantile", "")
-                counted[model][series] += sample.value  # failures: by reason
+                counted[model][series] += sample.value  # sum of failures over their reasons
     return {
         model: Load(
             requests=int(values[REQUESTS]),
@@ -76,7 +73,7 @@ def loads(url: str, seconds: float = 2.0) -> dict[tuple[str, str], Load]:
 
 @dataclass(frozen=True)
 class ModelState:
-    """A served version and what it has done."""
+    """A served version and its load."""
 
     version: int
     sha256: str  # of its model.onnx
@@ -85,14 +82,14 @@ class ModelState:
 
 @dataclass(frozen=True)
 class ServerState:
-    """A server that runs and answers rightly."""
+    """A server that runs and answers correctly."""
 
     server: Server
     uptime_seconds: float
     models: dict[str, ModelState]
 
     def record(self) -> dict[str, Any]:
-        """The state as JSON has it."""
+        """Return the state as values for JSON."""
         return {
             "pid": self.server.pid,
             "http": self.server.http_url,
@@ -151,9 +148,9 @@ def _ms(microseconds: float | None) -> str:
 
 
 def status(paths: Paths) -> ServerState:
-    """What the recorded server is and does, after it answered its golden sets just now.
+    """Replay the golden sets on the recorded server, and return its state.
 
-    Raises ServerError when there is none or it is dead, CheckFailedError when it answers wrongly.
+    Raises ServerError if there is no server or it is dead, CheckFailedError if it answers wrongly.
     """
     server = living(paths)
     counted = loads(server.metrics_url)
@@ -166,9 +163,10 @@ def status(paths: Paths) -> ServerState:
 
 
 def _answering(paths: Paths, server: Server) -> Release:
-    """The version that answers, and rightly over both protocols; CheckFailedError if it does not.
+    """Return the version that answers; CheckFailedError unless it is correct on both protocols.
 
-    Not the one that is recorded: a promotion loads the next one before it writes that down.
+    The server is asked, since the record may be late: a promotion loads a version before it records
+    it.
     """
     while True:
         with (
@@ -178,7 +176,7 @@ def _answering(paths: Paths, server: Server) -> Release:
             version = served_version(grpc)
             release = load_release(paths, version)
             agreements = {client: replay_golden(client, release.golden) for client in (http, grpc)}
-            is_promoted = served_version(grpc) != version  # which takes longer than to ask again
+            is_promoted = served_version(grpc) != version  # asked again: the replay takes longer
         if is_promoted:
             continue
         for client, agreement in agreements.items():
@@ -188,7 +186,7 @@ def _answering(paths: Paths, server: Server) -> Release:
 
 
 def living(paths: Paths) -> Server:
-    """The recorded server, which is ready; ServerError says why it is not."""
+    """Return the recorded server; raise ServerError with the reason unless it is ready."""
     server = recorded(paths)
     if server is None:
         said = last_words(paths)
@@ -211,7 +209,7 @@ def living(paths: Paths) -> Server:
 
 
 def last_words(paths: Paths) -> str:
-    """The error that ended the last detached server; empty when none did."""
+    """Return the error that ended the last detached server; empty if it ended without one."""
     if not paths.supervisor_log.exists():
         return ""
     log = paths.supervisor_log.read_text(errors="replace")
@@ -220,9 +218,9 @@ def last_words(paths: Paths) -> str:
 
 
 def logs(paths: Paths, count: int) -> list[str]:
-    """The last lines of the supervisor's log, then those of the server's.
+    """Return the last `count` lines of the supervisor's log, then those of the server's log.
 
-    Raises ServerError when no server has written any.
+    Raises ServerError if there is no log.
     """
     written = [log for log in (paths.supervisor_log, paths.server_log) if log.exists()]
     if not written:
@@ -232,7 +230,7 @@ def logs(paths: Paths, count: int) -> list[str]:
 
 
 def follow(paths: Paths) -> Iterator[str]:
-    """The lines that come to the server's log from now on, until the server is gone."""
+    """Yield each new line of the server's log, until the server has ended."""
     with paths.server_log.open(errors="replace") as log:
         log.seek(0, 2)
         while True:
@@ -242,6 +240,6 @@ def follow(paths: Paths) -> Iterator[str]:
                 continue
             if recorded(paths) is None:
                 return
-            if paths.server_log.stat().st_size < log.tell():  # begun anew
+            if paths.server_log.stat().st_size < log.tell():  # truncated by bound_log
                 log.seek(0)
             time.sleep(POLL_SECONDS)

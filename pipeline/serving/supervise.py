@@ -1,6 +1,7 @@
-"""The server that `pipeline serve` keeps: in the foreground or detached, restarted, stopped.
+"""Supervisor of the server that `pipeline serve` runs, in the foreground or detached.
 
-Whether a running server still answers rightly: a canary asks it every second.
+A canary asks the running server every second whether it still answers correctly; a server that
+dies or answers wrongly is started again.
 """
 
 import contextlib
@@ -40,24 +41,24 @@ from pipeline.serving.serve import Server, bound_log, drain, is_alive, recorded,
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import ports
 
-RESTART = signal.SIGUSR1  # asks a supervisor to start its server anew
-YOUNG_SECONDS = 10.0  # a server that dies before has not shown that it can live
+RESTART = signal.SIGUSR1  # asks a supervisor to restart its server
+YOUNG_SECONDS = 10.0  # a server that ends before this age counts as an early death
 Child = subprocess.Popen[bytes]
 
 
 class _Asked:
-    """What the signals that this process got have asked for."""
+    """Requests that this process received as signals: to restart the server, or to end."""
 
     def __init__(self) -> None:
         self.to_restart = False
         self.to_end = False
-        # Ctrl-C is named too, since a shell's background job ignores it.
+        # SIGINT (Ctrl-C) is set explicitly, because a shell's background job ignores it.
         ending = dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self._end)
         self.handlers = {**ending, RESTART: self._restart}
 
     def _end(self, number: int, frame: object) -> None:
         self.to_end = number != signal.SIGINT
-        for other in self.handlers:  # what follows is bounded, and is not to be interrupted
+        for other in self.handlers:  # the shutdown has deadlines and must not be interrupted
             if other != RESTART:
                 signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -72,10 +73,10 @@ def serve_repository(
     on_ready: Callable[[Server], None],
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve the repository until Ctrl-C (KeyboardInterrupt) or SIGTERM (it returns).
+    """Serve the repository until Ctrl-C (raises KeyboardInterrupt) or SIGTERM (returns).
 
-    A server that dies or answers wrongly is started anew. Raises what the first start failed
-    with, and ServerError when that many later ones failed in a row.
+    A server that dies or answers wrongly is started again. If the first start fails, raises its
+    error; if `config.failed_starts` later starts fail in a row, raises ServerError.
     """
     asked = _Asked()
     taken = "another 'pipeline serve' runs here: stop it with 'pipeline serve stop'"
@@ -85,7 +86,7 @@ def serve_repository(
         try:
             _lives(paths, config, on_ready, report, asked)
         except KeyboardInterrupt:
-            paths.supervisor_log.unlink(missing_ok=True)  # it ended as it should: no last words
+            paths.supervisor_log.unlink(missing_ok=True)  # ended normally: no last error to report
             if not asked.to_end:
                 raise
         finally:
@@ -99,7 +100,7 @@ def _lives(
     report: Callable[[str], None],
     asked: _Asked,
 ) -> None:
-    """One server after the other."""
+    """Run one server after the other, until a signal or too many failed starts."""
     restarts, failed, early, why = 0, 0, 0, ""
     proven: set[str] = set()
     while True:
@@ -138,7 +139,7 @@ def _life(
     asked: _Asked,
     report: Callable[[str], None],
 ) -> str:
-    """Watch a server until it has to be started anew, and why; drained if it can be."""
+    """Watch a server until it must be restarted; return why. A restart on request drains it."""
     canary = Canary(paths, server, selected_releases(paths, config.profile))
     seconds = config.stop_seconds - END_SECONDS
     try:
@@ -147,7 +148,7 @@ def _life(
         )
         if asked.to_restart:
             drain(server, seconds, report)
-        else:  # nothing to be waited for
+        else:  # there is nothing to wait for
             clear(server.id, server.runtime)
         return why
     except KeyboardInterrupt:
@@ -158,9 +159,9 @@ def _life(
 
 
 def detach(paths: Paths, config: ServeConfig) -> Server:
-    """Start `pipeline serve` in a session of its own; return once its server is ready.
+    """Start `pipeline serve` in a new process session; return once its server is ready.
 
-    Raises what that command failed with.
+    Raises the error that the command failed with.
     """
     with end_by_sigterm(), locked(paths.exported / ".serve.lock"):
         refuse_second(paths)
@@ -171,7 +172,7 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
         log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         streams = [(os.POSIX_SPAWN_DUP2, log, stream) for stream in (1, 2)]
         silence = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-        try:  # no Popen, which would be answerable for its end
+        try:  # not Popen, which would have to wait for its end
             pid = os.posix_spawn(
                 sys.executable, command, os.environ, file_actions=silence + streams, setsid=True
             )
@@ -179,7 +180,7 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
             os.close(log)
         try:
             return _await_ready(paths, config, pid)
-        except BaseException:  # Ctrl-C and SIGTERM too: what is not ready is not left behind
+        except BaseException:  # also Ctrl-C and SIGTERM: leave no unready server behind
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGTERM)
                 os.waitpid(pid, 0)
@@ -187,7 +188,7 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
 
 
 def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
-    # The command has a deadline of its own; this one only guards against a hang of its Python.
+    # The command has its own deadline; this one only guards against a hang of its process.
     for _ in poll(config.start_seconds + 30):
         ended, code = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -203,21 +204,21 @@ def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
 
 
 def _lock(paths: Paths) -> Path:
-    """Return the file that a supervisor holds locked as long as it lives."""
+    """Return the file that a supervisor keeps locked while it runs."""
     return paths.exported / ".supervisor.lock"
 
 
 def _is_supervised(paths: Paths, server: Server) -> bool:
-    """Whether the recorded supervisor runs: that very process, which also has our lock open.
+    """Return whether the recorded supervisor runs and has our lock file open.
 
-    A pid and a start time alone may be another process's, after a restart of the machine say, and
-    what they name here is sent signals.
+    PID and start time alone may match another process, for example after a reboot, and that process
+    would receive our signals.
     """
     if not is_alive(server.supervisor_pid, server.supervisor_start_time):
         return False
-    # Not psutil's open_files(): one file that cannot be looked at would hide all of them, and a
-    # server that runs would be taken for a dead one and killed.
-    with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
+    # Not psutil's open_files(): one file that cannot be read would hide all others, and a running
+    # server would be considered dead and killed.
+    with contextlib.suppress(OSError):  # the process just ended, or belongs to another user
         for opened in Path(f"/proc/{server.supervisor_pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 if opened.samefile(_lock(paths)):
@@ -226,7 +227,7 @@ def _is_supervised(paths: Paths, server: Server) -> bool:
 
 
 def refuse_second(paths: Paths) -> None:
-    """Raise PipelineError when our server runs already; clear what a dead one left."""
+    """Raise PipelineError if our server already runs; remove what a dead server left."""
     server = recorded(paths)
     if server is None:
         return
@@ -239,21 +240,21 @@ def refuse_second(paths: Paths) -> None:
 
 
 def clear_dead(paths: Paths, server: Server) -> None:
-    """Remove what is left of a server whose supervisor was killed."""
+    """Remove everything that is left of a server whose supervisor was killed."""
     clear(server.id, server.runtime)
     paths.server.unlink(missing_ok=True)
 
 
 def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Server:
-    """Have our server drained and started anew; return it once it is ready.
+    """Drain and restart our server; return it once it is ready.
 
-    Raises ServerError when there is none, or it does not come back, and what is wrong with the
-    repository: then the server goes on as it is.
+    Raises ServerError if there is no server or it does not come back. Raises the repository's error
+    if it cannot be served; then the server keeps running unchanged.
     """
     before = recorded(paths)
     if before is None or not _is_supervised(paths, before):
         raise ServerError("no server of ours is running: 'pipeline serve' starts one")
-    # What it would not start with is no reason to stop what runs.
+    # Check first: with a repository that cannot be served, the running server must not stop.
     selected_releases(paths, before.profile)
     require_loadable(paths.repository)
     os.kill(before.supervisor_pid, RESTART)
@@ -268,7 +269,7 @@ def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Se
 
 
 def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
-    """Stop the recorded server and say what was done; ServerError when there is none."""
+    """Stop the recorded server and describe what was done; ServerError if there is none."""
     server = recorded(paths)
     if server is None:
         raise ServerError("no server of ours is running")
@@ -285,15 +286,16 @@ def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
     return f"killed the server (pid {server.pid}): it did not stop in {seconds:g} s"
 
 
-MISSES = 3  # in a row, after which a server is taken for dead
+MISSES = 3  # in a row, after which a server is considered dead
 CANARY_TIMEOUT = 1.0  # seconds
-LONGEST_PAUSE = 8.0  # seconds before a start
+LONGEST_PAUSE = 8.0  # seconds before a restart
 
 
 def pause_after(failed_starts: int, early_deaths: int) -> float:
-    """Seconds to wait before the next start: none after a single mishap, then ever more.
+    """Return the seconds to wait before the next start, which grow with each failure in a row.
 
-    `failed_starts` and `early_deaths`, of servers that had just become ready, are in a row.
+    `failed_starts` counts starts that failed in a row, and `early_deaths` servers in a row that
+    ended soon after they became ready; the first early death costs no wait.
     """
     after_failures = 2.0 ** (failed_starts - 1) if failed_starts else 0.0
     after_deaths = min(4.0, max(0.0, early_deaths - 1.0))
@@ -301,28 +303,27 @@ def pause_after(failed_starts: int, early_deaths: int) -> float:
 
 
 class Canary:
-    """Questions with known answers to each model of a server, over gRPC and HTTP in turn."""
+    """Requests with known answers to each model of a server, alternately over gRPC and HTTP."""
 
     def __init__(self, paths: Paths, server: Server, releases: Mapping[str, Release]) -> None:
         self.paths, self.server = paths, server
         self.known = {name: (r.version, r.golden) for name, r in releases.items()}
         urls = (server.grpc_url, server.http_url)
-        # Not asked again: a miss is what it is there to see.
+        # No retries: the canary must see every miss.
         self.clients = {
             name: [Client(url, name, CANARY_TIMEOUT, retries=0) for url in urls]
             for name in releases
         }
         self.asked = 0
         self.misses = 0  # in a row
-        self.answered = 0  # requests of everybody, when a late answer was last looked into
+        self.answered = 0  # requests of all clients, counted at the last late answer
 
     def ask(self) -> str | None:
-        """Ask each model about one image; what is wrong with the server, or None.
+        """Ask each model about one image; return what is wrong with the server, or None.
 
-        A question without an answer is a miss, and the third in a row is the server's end, the
-        first where a process that Triton started has died. A late
-        answer is none where others are answered meanwhile: a server must not be stopped for
-        having much to do.
+        A request without an answer is a miss. The server is considered dead at the third miss in a
+        row, or at the first if a process that Triton started has died. A late answer is not a miss
+        if other requests were answered since the last late one: a busy server must not be stopped.
         """
         self.asked += 1
         for name, clients in self.clients.items():
@@ -339,7 +340,7 @@ class Canary:
                     if self.answered > before:
                         continue
                 self.misses += 1
-                what = str(error).split(": ")[0]  # without the advice: the supervisor follows it
+                what = str(error).split(": ")[0]  # without the advice, meant for users
                 return f"{name} gives no answer ({what})" if self.misses >= MISSES else None
             else:
                 if wrong:
@@ -348,7 +349,7 @@ class Canary:
         return None
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections of all clients."""
         for clients in self.clients.values():
             for client in clients:
                 client.close()
@@ -357,7 +358,7 @@ class Canary:
         version, golden = self.known[name]
         one = golden.only(self.asked % len(golden.images))
         outputs, answered = client.infer(one.images)
-        if int(answered) != version:  # promoted meanwhile: from now on it is asked that one's own
+        if int(answered) != version:  # a promotion happened: use the new version's golden set
             release = load_release(self.paths.named(name), int(answered))
             self.known[name] = release.version, release.golden
             return None
@@ -372,9 +373,9 @@ def watch_server(
     is_asked: Callable[[], bool],
     seconds: float,
 ) -> str:
-    """Why the server has to be started anew: it died, answers wrongly, or somebody asked for it.
+    """Watch a server; return why it must be restarted: it died, answers wrongly, or on request.
 
-    Asks the canary every `seconds`, and again at once after a miss; keeps the log in bounds.
+    Runs the canary every `seconds`, and immediately after a miss; bounds the log's size.
     """
     due = time.monotonic()
     while not is_asked():

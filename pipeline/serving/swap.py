@@ -1,9 +1,10 @@
-"""Promote and roll back under a running server: nobody gets an answer of an unproven version.
+"""Promotion and rollback on a running server: no client gets an answer of an unchecked version.
 
-Triton sends requests that name no version to the highest that is ready, and a load is the switch.
-So the candidate is first loaded under a name of its own and answers its golden set there. A kill
-in between leaves a config that selects one version and a server that answers with another, or a
-candidate that nobody asks: `pipeline versions list` shows it, the same promotion again ends it.
+Triton sends requests that name no version to the highest ready version, so loading a version makes
+it the served one. The candidate is therefore first loaded under a separate name, where it answers
+its golden set. If the process is killed halfway, the config may select one version while the
+server answers with another, or a candidate that no client asks may stay loaded: `pipeline versions
+list` shows it, and repeating the promotion completes it.
 """
 
 import contextlib
@@ -26,31 +27,32 @@ from pipeline.serving.process import handle_signals
 from pipeline.serving.ready import served_version
 from pipeline.serving.serve import Server, recorded, write_record
 
-LOAD_SECONDS = 60.0  # in which Triton has loaded a model
+LOAD_SECONDS = 60.0  # timeout of a load
 ANSWER_SECONDS = 10.0
 
 Report = Callable[[str], None]
 
 
 def promote(paths: Paths, version: int, report: Report = lambda line: None) -> Promotion:
-    """Select a version; where our server runs, it answers with it from now on.
+    """Select a version; if our server runs, serve that version from now on.
 
-    Raises PipelineError when there is none, CorruptError when a file changed, CheckFailedError when
-    a config states another digest or the candidate is not loaded or answers wrongly, and
-    ServerError when the server gives no answer: what was served goes on being served.
+    Raises PipelineError if there is no such version, CorruptError if a file changed,
+    CheckFailedError if a config states another digest or if the candidate is not loaded or answers
+    wrongly, and ServerError if the server gives no answer. After an error, the version that was
+    served before is still served.
     """
     with locked(paths.lock):
         return _promote(paths, version, report)
 
 
 def rollback(paths: Paths, report: Report = lambda line: None) -> Promotion:
-    """Promote the version that was selected before. Twice is there and back again."""
+    """Promote the previously selected version; a second rollback undoes the first."""
     with locked(paths.lock):
         return _promote(paths, rollback_target(paths), report)
 
 
 def served(paths: Paths) -> int | None:
-    """The version that our server answers with at this moment; None where none answers."""
+    """Return the version that our server answers with now; None if no server answers."""
     server = serving(paths)
     if server is None:
         return None
@@ -65,7 +67,7 @@ def _promote(paths: Paths, version: int, report: Report) -> Promotion:
     release = check_release(paths, version)
     server = serving(paths)
     if server is None:
-        from pipeline.export.runtime import onnx_predictor  # a server's answers need it not
+        from pipeline.export.runtime import onnx_predictor  # not needed if a server answers
 
         agreement = compare_golden(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
         require(agreement, f"version {version} answers wrongly", REPACKAGE)
@@ -83,11 +85,11 @@ def _promote(paths: Paths, version: int, report: Report) -> Promotion:
 
 
 def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before: int) -> None:
-    """Select the version and load it; on any failure, back to what was selected and served."""
+    """Select and load the version; on failure, restore what was selected and served before."""
     contents = {}
     for path in config_pbtxt.config_files(paths.packaged):
         contents[path], config = path.read_bytes(), config_pbtxt.read(path)
-        if config_pbtxt.selected(config) != [before]:  # a kill left it so, and another is served
+        if config_pbtxt.selected(config) != [before]:  # left by a kill; another version is served
             config_pbtxt.select(config, before)
             contents[path] = config_pbtxt.to_text(config).encode()
     what = f"{paths.name} version {release.version}"
@@ -109,7 +111,7 @@ def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before
 
 
 def _record(paths: Paths, server: Server, version: int) -> None:
-    """Tell `status` and the supervisor, unless the server was started anew meanwhile."""
+    """Record the version for `status` and the supervisor, unless the server was restarted."""
     now = recorded(paths)
     if now and now.id == server.id:
         write_record(paths, replace(now, models={**now.models, paths.name: version}))
@@ -117,7 +119,7 @@ def _record(paths: Paths, server: Server, version: int) -> None:
 
 @contextlib.contextmanager
 def _unbroken() -> Iterator[None]:
-    """Let Ctrl-C wait until the block, which has deadlines, is through."""
+    """Delay Ctrl-C until the end of the block; its steps have deadlines."""
     pending: list[int] = []
     with handle_signals({signal.SIGINT: lambda number, frame: pending.append(number)}):
         yield

@@ -1,4 +1,4 @@
-"""Which tritonserver can run here, how it is started, and what its log says when it fails."""
+"""The tritonserver that can run here: how to find and start it, and why it failed, by its log."""
 
 import os
 import platform
@@ -22,13 +22,13 @@ BACKENDS = Path(__file__).parent / "backend"
 REQUIREMENTS = BACKENDS / "requirements.txt"
 RESTRICTED = "model-repository,shared-memory,trace,logging"
 KEY_HEADER = "triton-admin-key"
-# A minute's latencies as quantiles: which, and how exact in rank.
+# Quantiles of the last minute's latencies, each with the allowed error of its rank.
 SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.99:0.001")
-DOCKER_SECONDS = 5.0  # in which Docker's engine has to answer
-EXIT_SECONDS = 1  # for connections that stay open, after everything accepted was answered
-# A path as the wheel's server can use it. Its python backend starts a model by a shell, unquoted
-# (stub_launcher.cc: bash -c " exec STUB MODEL ..."), the Python in there takes file names for
-# ASCII, and PATH and LD_LIBRARY_PATH are cut at colons and semicolons.
+DOCKER_SECONDS = 5.0  # within which Docker's engine must answer
+EXIT_SECONDS = 1  # wait for open connections, after all accepted requests were answered
+# A path that the wheel's server can use. Its python backend starts a model through a shell, without
+# quotes (stub_launcher.cc: bash -c " exec STUB MODEL ..."), the Python in it reads file names as
+# ASCII, and PATH and LD_LIBRARY_PATH are split at colons and semicolons.
 _PLAIN = re.compile(r"[A-Za-z0-9_./@+=~-]+")
 
 
@@ -38,8 +38,8 @@ class ServerRuntime:
 
     kind: str  # path, wheel or docker
     program: tuple[str, ...]
-    environment: dict[str, str]  # on top of ours
-    python: Path | None = None  # of the server's environment, where we bring the backend
+    environment: dict[str, str]  # variables added to ours
+    python: Path | None = None  # of the server's environment, if we provide the backend
 
     def __str__(self) -> str:
         said = {
@@ -51,9 +51,9 @@ class ServerRuntime:
 
 
 def find(paths: Paths, wanted: str) -> ServerRuntime:
-    """The runtime that is `wanted`, or the first that this machine has.
+    """Return the runtime of the `wanted` kind; for "auto", the first that this machine has.
 
-    Raises PipelineError saying what is missing and how to mend it.
+    Raises PipelineError with what is missing and how to fix it.
     """
     finders = {"path": _on_path, "wheel": _in_wheel, "docker": _in_docker}
     kinds = list(finders) if wanted == "auto" else [wanted]
@@ -84,7 +84,7 @@ def _on_path(paths: Paths) -> ServerRuntime | str:
 
 
 def fits_wheel() -> bool:
-    """Whether the wheel's tritonserver is for this kind of machine."""
+    """Return whether the wheel's tritonserver runs on this kind of machine."""
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
@@ -107,7 +107,7 @@ def _in_wheel(paths: Paths) -> ServerRuntime | str:
             ".venv-triton && make .venv-triton'"
         )
     site = found[0].parent.parent
-    # A numpy with which the wheel's Triton answers wrongly, and with HTTP 200.
+    # With numpy 2 the wheel's Triton answers wrongly, and with HTTP 200.
     numpys = [path.stem.removeprefix("numpy-") for path in site.glob("numpy-*.dist-info")]
     numpy = numpys[0] if numpys else "1."
     if site.parent.name in ("python3.11", "python3.12") and not numpy.startswith("1."):
@@ -116,7 +116,7 @@ def _in_wheel(paths: Paths) -> ServerRuntime | str:
             "tritonserver answers wrongly: build it anew with 'rm -r .venv-triton && make "
             ".venv-triton'"
         )
-    # The stub is linked against libpython: that of the environment's own Python, not another.
+    # The stub is linked against libpython; it must be that of the environment's own Python.
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     libraries = os.pathsep.join([folder, str(site.absolute() / "nvidia_pytriton.libs")])
@@ -144,7 +144,7 @@ def _in_docker(paths: Paths) -> ServerRuntime | str:
 
 
 def remove_container(name: str) -> None:
-    """Kill and remove a container of ours: it outlives the command that began it."""
+    """Kill and remove one of our containers: it outlives the command that started it."""
     program = shutil.which("docker")
     if program:
         subprocess.run([program, "rm", "--force", name], capture_output=True, check=False)
@@ -159,9 +159,9 @@ def scratch_parent() -> Path:
 def plain_paths(
     runtime: ServerRuntime, repository: Path, scratch: Path
 ) -> tuple[ServerRuntime, Path]:
-    """Return the runtime and the repository by plain paths; links in `scratch` stand in for others.
+    """Return the runtime and the repository with plain paths, by links in `scratch` if needed.
 
-    Only the wheel's server needs them.
+    Only the wheel's server needs plain paths.
     """
     repository = repository.resolve()
     if runtime.python is None:
@@ -182,7 +182,7 @@ def plain_paths(
 
 
 def _plain(path: Path, link: Path) -> Path:
-    """Return `path`, or `link` made to lead there if the path is not plain."""
+    """Return `path` if it is plain; else create `link` to it and return that."""
     if _PLAIN.fullmatch(str(path)):
         return path
     link.symlink_to(path)
@@ -190,7 +190,7 @@ def _plain(path: Path, link: Path) -> Path:
 
 
 def lay_out_backends(runtime: ServerRuntime, folder: Path) -> None:
-    """Fill `folder` with the python backend, the stub of its Python, and our onnxruntime."""
+    """Copy the python backend, the stub for its Python and our onnxruntime into `folder`."""
     server = Path(runtime.program[0]).parent.parent
     version = server.parent.parent.parent.name.removeprefix("python")
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
@@ -212,9 +212,9 @@ def command(
     admin_key: str,
     backends: Path,
 ) -> list[str]:
-    """The command line that starts this runtime on `repository`, an absolute path."""
+    """Return the command line that starts this runtime on `repository`, an absolute path."""
     inside = runtime.kind == "docker"
-    host = "0.0.0.0" if inside else config.host  # a container's own; -p below decides
+    host = "0.0.0.0" if inside else config.host  # inside the container; -p below limits it
     arguments = [
         f"--model-repository={'/models' if inside else repository}",
         "--model-control-mode=explicit",
@@ -237,7 +237,7 @@ def command(
         return [*runtime.program, *arguments]
     published = [f"-p={config.host}:{port}:{port}" for port in ports(config).values()]
     source = f"source={repository}"
-    if re.search('[,"]', source):  # --mount is read as a line of CSV, and -v is cut at colons
+    if re.search('[,"]', source):  # --mount is parsed as a line of CSV, and -v is split at colons
         source = '"{}"'.format(source.replace('"', '""'))
     mount = f"--mount=type=bind,{source},target=/models,readonly"
     name = f"--name={server_id}"
@@ -245,14 +245,14 @@ def command(
 
 
 def ports(config: ServeConfig) -> dict[str, int]:
-    """The port of each of Triton's services."""
+    """Return the port of each of Triton's services, by name."""
     return {"http": config.http_port, "grpc": config.grpc_port, "metrics": config.metrics_port}
 
 
 def environment(runtime: ServerRuntime) -> dict[str, str]:
-    """Our environment without what would lead the server's Python astray, plus the runtime's.
+    """Return our environment variables plus the runtime's, without those that affect Python.
 
-    The stub takes the packages of the first python3 on the PATH, and of nothing else.
+    The stub uses only the packages of the first python3 on the PATH.
     """
     inherited = {
         key: v for key, v in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL"))
@@ -263,16 +263,16 @@ def environment(runtime: ServerRuntime) -> dict[str, str]:
 
 
 _ERROR = re.compile(r"^E\d{4} \S+ +\d+ [\w.]+:\d+\] (.*)$", re.MULTILINE)
-# Lines that only repeat that something failed, or that say it of everything at once.
+# Lines that only repeat that something failed, without a reason.
 _VAGUE = ("failed to load all models", "CudaDriverHelper has not been initialized")
-# It names the model, the version and the reason; what comes before it is a part of it.
+# Starts the line that names model, version and reason; earlier errors are part of that reason.
 _VERDICT = "failed to load '"
-# Docker's own reason, after which it only points to its help.
+# Docker's own reason; its later lines only refer to its help.
 _NO_ENGINE = "Cannot connect to the Docker daemon"
 
 
 def cause(log: str) -> str:
-    """The error in tritonserver's log that explains the others, in a line."""
+    """Return, in one line, the error in tritonserver's log that explains the other errors."""
     if crash := re.search(r"^Signal \((\d+)\) received", log, re.MULTILINE):
         number = int(crash[1])
         is_known = number in signal.valid_signals()
