@@ -1,6 +1,6 @@
-"""A model that answers zeros: what a server and its Python backend cost when nothing is computed.
+"""A model that only answers zeros, to measure the cost of a server and its Python backend.
 
-The benchmark serves it beside a real model, as model.py of `backend: "python"`.
+The benchmark serves it next to a real model, as model.py of `backend: "python"`.
 """
 
 import json
@@ -11,14 +11,14 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """Zeros of the shape that the config promises, one row for each image."""
+    """A model whose output is zeros of the config's shape, one row for each image."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read which output to fill."""
+        """Read the output's name and dims from the config."""
         (self._output,) = json.loads(args["model_config"])["output"]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """An answer of zeros to each request."""
+        """Answer each request with zeros."""
         name, dims = self._output["name"], self._output["dims"]
         answers = []
         for request in requests:

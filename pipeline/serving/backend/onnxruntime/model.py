@@ -1,9 +1,9 @@
-"""Triton's `onnxruntime` backend in Python, for a server that has no native one.
+"""Triton's `onnxruntime` backend in Python, for a server without the native one.
 
-Triton runs this file in one process per model instance (a "python-based backend"), so an unchanged
-`backend: "onnxruntime"` repository loads, and what the native backend refuses is refused in its
-words: see ort_settings.py for what it can be told, ort_checks.py for what it checks. Arrays cross
-over as DLPack, both ways: beside numpy 2, Triton 24.10's `as_numpy` and `Tensor` hand over wrong
+Triton runs this file in one process per model instance (a "python-based backend"), so a repository
+with `backend: "onnxruntime"` loads unchanged, and what the native backend refuses is refused with
+the same messages: see ort_settings.py for its settings, ort_checks.py for its checks. Arrays are
+passed as DLPack in both directions: with numpy 2, Triton 24.10's `as_numpy` and `Tensor` pass wrong
 numbers without an error.
 """
 
@@ -20,9 +20,9 @@ import ort_checks
 import triton_python_backend_utils as pb_utils
 from ort_settings import Config, LoadError, open_session, providers, run_options
 
-onnxruntime.disable_telemetry_events()  # nothing of a user's leaves the machine
+onnxruntime.disable_telemetry_events()  # no data of a user leaves the machine
 
-MESSAGE_LENGTH = 500  # characters of an error that a client gets to see
+MESSAGE_LENGTH = 500  # characters of an error that a client receives, at most
 
 Columns = dict[str, list[np.ndarray]]  # each input's arrays, one for each request
 
@@ -31,33 +31,33 @@ set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class TritonPythonModel:
-    """One instance of one version of a model. Triton prescribes the four public methods."""
+    """One instance of a model's version. Triton defines the four public methods."""
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
-        """The config with what it leaves open filled in, or a refusal as in `initialize`.
+        """Fill in what the config leaves open; raise LoadError as `initialize` would.
 
-        Better here than there: in Triton 24.10 a model that fails as late as in `initialize` can
-        hang the server for 20 seconds, or end it.
+        Checks belong here: in Triton 24.10, a model that fails in `initialize` can hang the server
+        for 20 seconds, or crash it.
         """
         try:
             in_one_line(ort_checks.complete_config, auto_complete_model_config.as_dict())
         except LoadError as error:
-            error.__traceback__ = None  # else Triton appends our file and line to the message
-            raise  # bare: any other way out of here begins a new traceback
+            error.__traceback__ = None  # or Triton appends our file and line to the message
+            raise  # without an argument: any other form starts a new traceback
         return auto_complete_model_config
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the model, or refuse it as the native backend does."""
+        """Open the model, or refuse it with LoadError as the native backend does."""
         try:
             in_one_line(self._open, json.loads(args["model_config"]), args)
         except LoadError as error:
             error.__traceback__ = None  # as above
             raise
-        gc.freeze()  # what was imported stays: no need to look through it again and again
+        gc.freeze()  # imported modules stay: the collector need not scan them again
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """An answer to each request. Those of one shape run as one batch."""
+        """Answer each request; requests of the same shape run as one batch."""
         alike = self._alike(requests)
         return self._answers(alike) if alike else self._sorted_out(requests)
 
@@ -73,30 +73,30 @@ class TritonPythonModel:
         self._batching = config["max_batch_size"] > 0
         self._outputs = [output["name"] for output in config["output"]]
         self._input = config["input"][0]["name"] if len(config["input"]) == 1 else None
-        # A scalar has one dim in the config, which Triton cannot do without, and none in the model.
+        # A scalar has one dim in the config, because Triton requires one, and none in the model.
         tensors = [*self._session.get_inputs(), *self._session.get_outputs()]
         self._scalars = {tensor.name for tensor in tensors if not tensor.shape}
         self._dims = {output["name"]: output["dims"] for output in config["output"]}
 
     def _alike(self, requests: list[Any]) -> Columns | None:
-        """The usual case at the least cost: one input, in batches, all of one shape; else None."""
+        """Return the columns in the usual, fast case (one batched input, one shape), else None."""
         if not (self._batching and self._input):
             return None
         try:
             arrays = [np.from_dlpack(request.inputs()[0]) for request in requests]
-        except Exception:  # whose fault it is comes out when they are sorted
+        except Exception:  # _sorted_out finds which request caused it
             return None
         is_alike = len({array.shape[1:] for array in arrays}) == 1
         return {self._input: arrays} if is_alike else None
 
     def _sorted_out(self, requests: list[Any]) -> list[Any]:
-        """An answer to each request, of any inputs and shapes; what fails, fails alone."""
+        """Answer requests of any inputs and shapes; one that fails does not affect the others."""
         answers: list[Any] = [None] * len(requests)
         groups: dict[Any, tuple[list[int], Columns]] = {}
         for index, request in enumerate(requests):
             try:
                 feeds = {tensor.name(): _from_triton(tensor) for tensor in request.inputs()}
-            except Exception as error:  # whatever it is, the other requests go on
+            except Exception as error:  # of any kind: the other requests continue
                 answers[index] = refusal(error)
                 continue
             shapes = frozenset((name, array.shape[1:]) for name, array in feeds.items())
@@ -113,10 +113,10 @@ class TritonPythonModel:
         count = len(next(iter(columns.values())))
         try:
             return self._run(columns)
-        except Exception as error:  # a client gets one line, and the server goes on
+        except Exception as error:  # a client gets one line, and the server continues
             if count == 1:
                 return [refusal(error)]
-        # Alone, each shows whether it was to blame.
+        # Run each request alone, to find those that fail.
         every = (
             {name: [arrays[index]] for name, arrays in columns.items()} for index in range(count)
         )
@@ -133,13 +133,13 @@ class TritonPythonModel:
         sizes = [len(array) for array in next(iter(columns.values()))]
         if len(sizes) > 1 and any(len(array) != sum(sizes) for array in arrays):
             raise ValueError(f"the model does not answer a batch of {sum(sizes)} with as many rows")
-        # A response for each request, from arrays that hold the rows of all; lean, it counts.
+        # A response for each request, from arrays with the rows of all; this code must be fast.
         outputs = []
         for name, array in zip(self._outputs, arrays, strict=True):
             whole = array.reshape(self._dims[name]) if name in self._scalars else array
             to_triton = pb_utils.Tensor if array.dtype.hasobject else _to_triton
             outputs.append((name, whole, to_triton))
-        respond = pb_utils.InferenceResponse  # Triton drops the outputs that nobody asked for
+        respond = pb_utils.InferenceResponse  # Triton drops outputs that were not requested
         if len(sizes) == 1:
             return [respond([to_triton(name, array) for name, array, to_triton in outputs])]
         answers, end = [], 0
@@ -151,7 +151,7 @@ class TritonPythonModel:
 
 
 def _from_triton(tensor: Any) -> np.ndarray:
-    """The tensor as an array that shares its memory; strings, which DLPack lacks, as a copy."""
+    """Return the tensor as an array that shares its memory; strings, not in DLPack, as a copy."""
     try:
         return np.from_dlpack(tensor)
     except Exception:
@@ -162,23 +162,23 @@ def _from_triton(tensor: Any) -> np.ndarray:
 
 
 def _to_triton(name: str, array: np.ndarray) -> Any:
-    """The array as Triton's tensor, sharing its memory."""
+    """Return the array as Triton's tensor that shares its memory."""
     capsule = array.__dlpack__()
     tensor = pb_utils.Tensor.from_dlpack(name, capsule)
-    # Triton marks the capsule as taken in a word of its own. With any word but DLPack's, numpy
-    # complains when the capsule goes, and numpy 1.26 crashes.
+    # Triton marks the capsule as used with its own name. With any name but DLPack's, numpy reports
+    # an error when the capsule is deleted, and numpy 1.26 crashes.
     set_capsule_name(capsule, b"used_dltensor")
     return tensor
 
 
 def refusal(error: Exception) -> Any:
-    """The response that tells a client why there is no answer."""
+    """Log the error; return the response that tells the client why there is no answer."""
     pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line(error)))
 
 
 def one_line(error: Exception) -> str:
-    """The error in the native backend's form, its files without their folders."""
+    """Return the error in the native backend's form, with file names without folders."""
     text = re.sub(r"\[ONNXRuntimeError\] : (\d+) : \w+ : ", r"onnx runtime error \1: ", str(error))
     text = text.replace(pb_utils.get_model_dir() + "/", "")
     text = re.sub(r"(?<![\w./])/(?:[^\s/'\":]+/)+", "", text)
@@ -186,7 +186,7 @@ def one_line(error: Exception) -> str:
 
 
 def in_one_line(step: Callable[..., None], config: Config, *more: Any) -> None:
-    """Take a step of loading; whatever goes wrong leaves as a LoadError."""
+    """Run a step of loading; raise every error as LoadError."""
     try:
         step(config, *more)
     except Exception as error:

@@ -1,10 +1,10 @@
-"""What a config leaves open is filled in, and one that does not describe its model is refused."""
+"""Checks that a config describes its model, and defaults for what the config leaves open."""
 
 import numpy as np
 import onnxruntime
 from ort_settings import CPU, Config, LoadError, open_session, providers, require_present
 
-DEFAULT_MAX_BATCH_SIZE = 4  # what Triton fills in where the config leaves it open
+DEFAULT_MAX_BATCH_SIZE = 4  # Triton's default
 DATA_TYPES = {  # ONNX Runtime's names to Triton's
     **{f"tensor(int{bits})": f"TYPE_INT{bits}" for bits in (8, 16, 32, 64)},
     **{f"tensor(uint{bits})": f"TYPE_UINT{bits}" for bits in (8, 16, 32, 64)},
@@ -13,7 +13,7 @@ DATA_TYPES = {  # ONNX Runtime's names to Triton's
     "tensor(double)": "TYPE_FP64",
     "tensor(bool)": "TYPE_BOOL",
 }
-# DLPack knows no strings, and Triton's own way of handing them over needs an older numpy.
+# DLPack has no strings, and Triton's own conversion of strings needs numpy 1.
 if np.lib.NumpyVersion(np.__version__) < "2.0.0":
     DATA_TYPES["tensor(string)"] = "TYPE_STRING"
 
@@ -29,7 +29,7 @@ def _shape_of(node: onnxruntime.NodeArg) -> list[int]:
 
 
 def check_config(config: Config, session: onnxruntime.InferenceSession) -> None:
-    """Refuse a config that does not describe the model."""
+    """Raise LoadError unless the config describes the model."""
     for feature in ("sequence_batching", "batch_input", "batch_output"):
         if config.get(feature):
             raise LoadError(f"the python-based backend does not support {feature}")
@@ -79,7 +79,7 @@ def _check_dims(role: str, spec: Config, provided: list[int], is_batched: bool) 
         return
     full = [-1, *dims] if is_batched else [*dims]
     if len(full) != len(provided) or any(
-        # An output must be the model's own, -1 included; an input may be narrower.
+        # An output's dim must equal the model's, -1 included; an input's dim may be more specific.
         ours != theirs and (role == "output" or theirs != -1)
         for ours, theirs in zip(full, provided, strict=True)
     ):
@@ -99,7 +99,7 @@ def _spelled(shape: list[int]) -> str:
 
 
 def complete_config(config: Config) -> None:
-    """Complete the config, and refuse it before any instance starts."""
+    """Complete the config; raise LoadError, before any instance starts, if it is wrong."""
     kinds = {group.get("kind") for group in config.get("instance_group", [])}
     require_present(providers(config, "GPU" if "KIND_GPU" in kinds else "CPU", "0"))
     session = open_session(config, [CPU])
@@ -125,5 +125,5 @@ def _described(node: onnxruntime.NodeArg, batch_dims: int) -> Config:
     spec = {"name": node.name, "data_type": _data_type(node)}
     if dims:
         return {**spec, "dims": dims}
-    # Triton wants at least one dim. In a batch the reshape takes it away again; a scalar is one.
+    # Triton requires at least one dim. In a batch, reshape removes it; otherwise it is a scalar's.
     return {**spec, "dims": [1], **({"reshape": {"shape": []}} if batch_dims else {})}

@@ -1,4 +1,4 @@
-"""What a model's config tells ONNX Runtime, as the native backend reads it; and the session."""
+"""ONNX Runtime's settings from a model's config, as the native backend reads it; the session."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 SWITCHES = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
-CUDA_WORDS = {  # parameters that CUDA's provider takes, numbers in its words; the first is usual
+CUDA_WORDS = {  # parameters of CUDA's provider: its words by their numbers; default first
     "cudnn_conv_algo_search": {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"},
     "arena_extend_strategy": {"0": "kNextPowerOfTwo", "1": "kSameAsRequested"},
 }
@@ -44,13 +44,13 @@ TENSORRT_TEXTS = {
     "trt_ep_context_file_path",
 }
 
-Config = dict[str, Any]  # config.pbtxt as Triton's JSON
+Config = dict[str, Any]  # config.pbtxt in Triton's JSON form
 Provider = tuple[str, dict[str, str]]  # an execution provider's name and options
 CPU: Provider = ("CPUExecutionProvider", {})
 
 
 class LoadError(Exception):
-    """Why a model cannot be loaded, in one line that a client may see."""
+    """A model cannot be loaded; the message is one line that a client may see."""
 
 
 def _parameter(config: Config, name: str, default: str = "") -> str:
@@ -70,7 +70,7 @@ def _switch(value: str) -> bool:
 
 
 def session_options(config: Config) -> onnxruntime.SessionOptions:
-    """The config's parameters and graph level as ONNX Runtime's options."""
+    """Return the config's parameters and graph level as ONNX Runtime's session options."""
     mode = _number(_parameter(config, "execution_mode", "0"))
     if mode not in (0, 1):
         raise LoadError(
@@ -96,7 +96,7 @@ def session_options(config: Config) -> onnxruntime.SessionOptions:
 
 
 def run_options(config: Config) -> onnxruntime.RunOptions | None:
-    """What each run is told; None where the config has nothing to say."""
+    """Return the options of each run; None if the config has none."""
     key = "memory.enable_memory_arena_shrinkage"
     if key not in config.get("parameters", {}):
         return None
@@ -106,7 +106,7 @@ def run_options(config: Config) -> onnxruntime.RunOptions | None:
 
 
 def providers(config: Config, kind: str, device: str) -> list[Provider]:
-    """The execution providers that the config asks for, preferred first."""
+    """Return the execution providers that the config asks for, preferred first, the CPU last."""
     accelerators = config.get("optimization", {}).get("execution_accelerators", {})
     chosen: list[Provider] = []
     if kind in ("GPU", "AUTO"):
@@ -123,7 +123,7 @@ def providers(config: Config, kind: str, device: str) -> list[Provider]:
                 options |= {name: value for name, value in asked.items() if value}
             else:
                 raise _unknown(accelerator)
-        if "parameters" in config:  # four of them prevail over the accelerator's own, set or not
+        if "parameters" in config:  # these four override the accelerator's, even if not set
             options |= {
                 name: _parameter(config, name, usual) for name, usual in CUDA_VALUES.items()
             }
@@ -145,7 +145,7 @@ def _unknown(accelerator: Config) -> LoadError:
 
 
 def _tensorrt(asked: dict[str, str]) -> dict[str, str]:
-    """TensorRT's options, under ONNX Runtime's names; its Python takes True and False only."""
+    """Return TensorRT's options by ONNX Runtime's names; its Python accepts only True, False."""
     options = {}
     for key, value in asked.items():
         name = TENSORRT_RENAMED.get(key, key)
@@ -167,14 +167,14 @@ def _tensorrt(asked: dict[str, str]) -> dict[str, str]:
 
 
 def require_present(chosen: list[Provider]) -> None:
-    """Raise where ONNX Runtime was built without a provider; it would go on without."""
+    """Raise LoadError if a provider is missing; ONNX Runtime itself would continue without."""
     for name, _ in chosen:
         if name not in onnxruntime.get_available_providers():
             raise LoadError(f"ONNX Runtime has no {name} here")
 
 
 def open_session(config: Config, chosen: list[Provider]) -> onnxruntime.InferenceSession:
-    """The model's session, on the chosen providers: all of them, or none at all."""
+    """Open the model's session; raise LoadError unless all chosen providers start."""
     folder = pb_utils.get_model_dir()
     path = os.path.join(folder, config.get("default_model_filename") or "model.onnx")
     if os.path.isdir(path):
@@ -183,7 +183,7 @@ def open_session(config: Config, chosen: list[Provider]) -> onnxruntime.Inferenc
         raise LoadError(f"unable to find '{os.path.relpath(path, os.path.dirname(folder))}'")
     require_present(chosen)
     options = session_options(config)
-    # Without fallback: else a GPU that fails later is replaced by the CPU without a word.
+    # Without fallback: or the CPU silently replaces a GPU that fails later.
     session = onnxruntime.InferenceSession(path, options, chosen, enable_fallback=0)
     for name, _ in chosen:
         if name not in session.get_providers():  # ONNX Runtime itself only warns
