@@ -1,8 +1,8 @@
 """Speed of recipes, runtimes and servers, and the comparison of two measurements.
 
 Read `timing.py` first (windows and percentiles), then `inference.py`, `serving.py` and
-`training.py`, one for each thing that is measured; `load.py` asks a server as hard as it can.
-It measures, and leaves what a figure tells a reader to `tools/` and `report`.
+`training.py`, one for each thing that is measured; `load.py` puts a server under full load.
+This room only measures; `tools/` and `report` present the numbers.
 """
 
 from typing import TYPE_CHECKING

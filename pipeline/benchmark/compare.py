@@ -1,16 +1,17 @@
-"""Two measurements of a benchmark against each other: what got slower, or less accurate.
+"""Comparison of two measurements of a benchmark: which rows became slower or less accurate.
 
-A row is slower where the median of its rounds has fallen by more than 10 % and by more than the
-rounds of both measurements are spread, each round being a part of the yardstick's same round.
+A row is slower if the median of its rounds has fallen by more than 10 % and by more than the spread
+of the rounds in both measurements. Each round is first divided by the yardstick's same round, since
+a machine's speed differs from day to day.
 
-Machines are not as fast today as yesterday, which the yardstick takes out. What else a machine does
-only ever slows a round down, so the faster half of them counts; and no difference counts that
-others may have made who took more of the machine in one measurement than in the other. Where one
-request is asked at a time, the fastest answers are compared as well: they tell most on a busy
-machine.
+Other load on the machine can only slow a round down, so only the faster half of the rounds counts.
+A difference that other processes may have caused, by using more of the machine in one measurement
+than in the other, does not count. With one request at a time, the fastest answers are compared as
+well: they are the most reliable number on a busy machine.
 
-A machine that is slow for minutes slows all rounds of a row alike, which no noise within the
-measurement shows: what seems slower is measured once more, and counts where it is slower again.
+A machine that is slow for minutes slows all rounds of a row equally, which the noise within a
+measurement cannot show. Rows that seem slower are therefore measured once more, and count only if
+they are slower again.
 """
 
 import json
@@ -24,35 +25,36 @@ from typing import Any
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.text import Lines
 
-YARDSTICKS = ("yardstick", "no-op")  # the first that is there; records of old have the second
-BESIDE = (*YARDSTICKS, "ONNX Runtime")  # rows beside those of the model: they tell nothing of it
+YARDSTICKS = ("yardstick", "no-op")  # the first one present; old records have the second
+BESIDE = (*YARDSTICKS, "ONNX Runtime")  # rows that are not the model's own
 LEAST_ROUNDS = 3
 FIX = "it must be what 'pipeline benchmark --json' printed, or wrote, for the same --what"
 UNSOUND = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-SLOWER = 0.10  # of a row's speed, that counts
-LESS_ACCURATE = 0.0005  # of the images, as a fraction
-# How many spreads a row must lie apart, by how many rounds count. Simulated with rounds that a busy
-# machine slows down now and then: once in a hundred comparisons of fifty rows at most.
+SLOWER = 0.10  # smallest loss that counts, as a fraction of a row's speed
+LESS_ACCURATE = 0.0005  # smallest loss that counts, as a fraction of the images
+# How many spreads a row must have changed by, for each number of rounds that count. From simulated
+# rounds that a busy machine sometimes slows down: at most one false alarm in a hundred comparisons
+# of fifty rows.
 SPREADS = {2: 2.5, 3: 1.4, 4: 1.0}
-# How much slower something may get for each part of the machine that others take more: twice that,
-# since threads that wait for each other wait for the last of them.
+# How much slower a row may get per additional fraction of the machine that other processes use:
+# twice that fraction, since threads that wait for each other wait for the slowest one.
 SHARED = 2.0
 
 
 @dataclass(frozen=True)
 class RowChange:
-    """What became of one row."""
+    """The change of one row between two measurements."""
 
     row: str
     what: str  # speed, latency (of the fastest answers) or accuracy
-    before: float  # as parts of the yardstick's, larger is faster; accuracy 0 to 1
+    before: float  # relative to the yardstick, larger is faster; accuracy 0 to 1
     after: float
     noise: float  # what a change must exceed, in the units of `change`
     verdict: str  # worse, better, same
 
     @property
     def change(self) -> float:
-        """Of speeds as a fraction, of accuracies in fractions of the images."""
+        """The change: of a speed relative to before, of an accuracy as a fraction of the images."""
         return self.after - self.before if self.what == "accuracy" else self.after / self.before - 1
 
     def __str__(self) -> str:
@@ -62,12 +64,12 @@ class RowChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows that both measurements have, and those that only one has."""
+    """Changes of the rows that both measurements have, and names of rows that only one has."""
 
     changes: tuple[RowChange, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
-    of_model: int  # speeds that were compared of the model itself, not of what ran beside it
+    of_model: int  # number of compared speeds that are the model's own
 
     @property
     def worse(self) -> list[RowChange]:
@@ -75,17 +77,17 @@ class Comparison:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether something seems slower: of the same images, accuracies leave no doubt."""
+        """Whether some row seems slower; accuracies need no second measurement."""
         return any(change.what != "accuracy" for change in self.worse)
 
     @property
     def seen(self) -> float:
-        """The change of speed or latency that would have been seen in the median row."""
+        """The smallest change of speed or latency that is detected in the median row."""
         noises = [change.noise for change in self.changes if change.what != "accuracy"]
         return max(SLOWER, statistics.median(noises)) if noises else SLOWER
 
     def record(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """Return the result as values for JSON."""
         changes = [{**asdict(change), "change": change.change} for change in self.changes]
         return {**asdict(self), "changes": changes, "seen": self.seen}
 
@@ -105,7 +107,7 @@ class Comparison:
 def read_measurements(file: Path, kinds: Sequence[str], name: str) -> dict[str, dict[str, Any]]:
     """Read the records in a benchmark's JSON, by what was measured.
 
-    Raises PipelineError unless there is one of each of `kinds`, of the model of that name.
+    Raises PipelineError unless there is a record of each of `kinds`, of the model `name`.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -118,7 +120,7 @@ def read_measurements(file: Path, kinds: Sequence[str], name: str) -> dict[str, 
         record = content.get(what) if content.get("what") == "all" else content
         if not isinstance(record, dict) or record.get("what") != what:
             raise PipelineError(f"{file} has no measurement of {what}: {FIX}")
-        compare_records(record, record)  # what can be held against itself has all that is needed
+        compare_records(record, record)  # a record that can be compared with itself is complete
         if record.get("name") != name:
             raise PipelineError(
                 f"{file} is a measurement of the model {record.get('name')}, and {name} would be "
@@ -131,7 +133,7 @@ def read_measurements(file: Path, kinds: Sequence[str], name: str) -> dict[str, 
 def compare_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
     """Compare two records of one kind of benchmark.
 
-    Raises PipelineError for what is no record of a benchmark.
+    Raises PipelineError if one is not a valid record of a benchmark.
     """
     try:
         names = {_name(row): row["name"] for row in before["rows"]}
@@ -146,9 +148,10 @@ def compare_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comp
 
 
 def confirmed(first: Comparison, second: Comparison) -> Comparison:
-    """The second measurement held against the same as the first, with what both found slower.
+    """Return the second comparison, where a row is slower only if it is in both comparisons.
 
-    Of what lay beyond the noise in the first, being slower again than is allowed is enough.
+    Both compare with the same earlier measurement. A row that was slower beyond the noise in the
+    first needs only exceed SLOWER in the second.
     """
     doubted = {(change.row, change.what) for change in first.worse}
     changes = []
@@ -163,9 +166,9 @@ def confirmed(first: Comparison, second: Comparison) -> Comparison:
 
 
 def require_no_worse(comparison: Comparison) -> None:
-    """Raise CheckFailedError where something got worse beyond noise and threshold.
+    """Raise CheckFailedError if a row became worse beyond noise and threshold.
 
-    Raises PipelineError where nothing of the model was compared.
+    Raises PipelineError if no row of the model was compared.
     """
     if worse := comparison.worse:
         raise CheckFailedError(
@@ -180,7 +183,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _missing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the one record has and the other one lacks."""
+    """Return the rows and accuracies that the first record has and the second lacks."""
     there = {_name(row) for row in theirs["rows"]}
     scored = theirs.get("scores", {})
     return (
@@ -190,24 +193,24 @@ def _missing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, .
 
 
 def _rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
-    """Logarithms of the faster half of each row's rounds, as parts of the yardstick's."""
+    """Return logarithms of the faster half of each row's rounds, relative to the yardstick."""
     rounds = {}
     for row in record["rows"]:
-        # An open loop's rate was asked for; fastest answers tell where one is asked at a time.
+        # An open loop's rate is a setting; fastest answers mean something without concurrency only.
         if what == "speed" and not row.get("rate"):
             rounds[_name(row)] = [math.log(speed) for speed in row["images_per_second"]["rounds"]]
         elif what == "latency" and row["concurrency"] == 1 and "fastest_ms" in row:
             rounds[_name(row)] = [-math.log(ms) for ms in row["fastest_ms"]["rounds"]]
     yardsticks = [name for start in YARDSTICKS for name in rounds if name.startswith(start)]
     if not yardsticks and what == "latency":
-        return {}  # a record of old has none
+        return {}  # an old record has no latencies of its yardstick
     yardstick = rounds.pop(yardsticks[0])
-    if what == "latency":  # of a core that nobody else had: no round differs from another
+    if what == "latency":  # measured on an undisturbed core: equal in all rounds
         yardstick = [statistics.median(yardstick)] * len(yardstick)
     for name, own in rounds.items():
         if not LEAST_ROUNDS <= len(own) <= len(yardstick):
             raise ValueError(f"{len(own)} rounds tell nothing of noise")
-        # A row that settled early has fewer rounds than the yardstick.
+        # A row that settled early has fewer rounds than the yardstick has.
         parts = [ours - theirs for ours, theirs in zip(own, yardstick, strict=False)]
         if not all(map(math.isfinite, parts)):
             raise ValueError("a speed is no number")
@@ -216,29 +219,29 @@ def _rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
 
 
 def _slower(before: Mapping[str, Any], after: Mapping[str, Any], what: str) -> Iterator[RowChange]:
-    """The change of each row that both have, by medians of its rounds and their spread."""
+    """Yield the change of each row in both records, by median and spread of its rounds."""
     olds, news = _rounds(before, what), _rounds(after, what)
     others = [
         {_name(row): row.get("others", 0.0) for row in one["rows"]} for one in (before, after)
     ]
-    spreads = {  # from the slowest to the fastest, in both measurements
+    spreads = {  # from the slowest to the fastest round, added over both measurements
         row: sum(rounds[row][-1] - rounds[row][0] for rounds in (olds, news))
         for row in olds
         if row in news
     }
-    # A few rounds tell little of a row's own noise: it is no less than what is usual.
+    # A few rounds tell little about a row's own noise: use at least the median row's.
     usual = statistics.median(spreads.values()) if spreads else 0.0
     for row, spread in spreads.items():
         fewest = min(len(olds[row]), len(news[row]), max(SPREADS))
         shared = SHARED * abs(others[1][row] - others[0][row])
         noise = math.expm1(SPREADS[fewest] * max(spread, usual)) + shared
         old, new = (math.exp(statistics.median(rounds[row])) for rounds in (olds, news))
-        limit = max(SLOWER, noise if new > old else noise / (1 + noise))  # half is as far as twice
+        limit = max(SLOWER, noise if new > old else noise / (1 + noise))  # half is as far as double
         yield RowChange(row, what, old, new, noise, _verdict(new / old - 1, limit))
 
 
 def _less_accurate(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[RowChange]:
-    """The change of each accuracy that both have, without noise: it is of the same images."""
+    """Yield the change of each accuracy in both records; without noise, as images are equal."""
     news = after.get("scores", {})
     for name, score in before.get("scores", {}).items():
         if name in news:

@@ -1,7 +1,7 @@
-"""How fast an export is in this machine's runtimes: eager PyTorch, and ONNX Runtime's variants.
+"""Speed of an export in this machine's runtimes: eager PyTorch and ONNX Runtime, per precision.
 
-All take turns, window by window, with a yardstick that no change of ours can move: two measurements
-of different days are compared as parts of it.
+All runtimes take turns, window by window, with a yardstick that does not depend on this package's
+code: measurements of different days are compared relative to it.
 """
 
 import functools
@@ -19,13 +19,13 @@ from pipeline.core.files import check_digest, read_json, write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import PRECISIONS, Paths
 
-BESIDE = 4  # cells from one window of the yardstick to the next
+BESIDE = 4  # cells between two windows of the yardstick
 VALIDATE = "run 'pipeline validate' first"
 
 
 @dataclass(frozen=True)
 class InferBenchmark:
-    """How long to measure: every cell has a window in every round."""
+    """Settings of the measurement: every cell gets a window in every round."""
 
     until: Until = UNTIL
     seconds: float = 0.5  # of each window, after its warm-up
@@ -38,16 +38,16 @@ SHORT = InferBenchmark(Until(least=3, most=3), seconds=0.25, batches=(1, 64))
 
 @dataclass(frozen=True)
 class Inference:
-    """What the measurement found."""
+    """The result of the measurement."""
 
     name: str
     sha256: str  # of the export's model.onnx
     config: InferBenchmark
     rows: tuple[TimedRow, ...]
-    classes: np.ndarray | None = None  # int64 (N,): what eager PyTorch says of the test split
+    classes: np.ndarray | None = None  # int64 (N,): eager PyTorch's classes of the test split
 
     def record(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """Return the result as values for JSON."""
         return {
             "what": "infer",
             **machine(),
@@ -66,7 +66,7 @@ def benchmark_inference(
 ) -> Inference:
     """Measure the export `paths.name` in every runtime, in turns; write inference.json.
 
-    Raises CheckFailedError when an answer was wrong, CorruptError when a file is not what was
+    Raises CheckFailedError if an answer was wrong, CorruptError if a file is not the one that was
     exported and validated.
     """
     manifest = read_json(paths.manifest, EXPORT)
@@ -114,7 +114,7 @@ def benchmark_inference(
 def _measure(
     asks: dict[str, Ask], config: InferBenchmark, report: Callable[[str], None]
 ) -> dict[tuple[str, int], list[Window]]:
-    """Windows by a runtime's name and images a batch; of the yardstick by its places in a round."""
+    """Measure windows by runtime and batch size, or by place in a round for the yardstick."""
     cells: dict[tuple[str, int], Callable[[], Window]] = {}
     for batch in config.batches:
         for name, ask in asks.items():

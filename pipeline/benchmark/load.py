@@ -1,12 +1,13 @@
-"""Ask a server as hard as it can answer, at a cost that stays small next to its own.
+"""Load on a server in closed and open loops, at a client cost that is small next to the server's.
 
-Requests are built once and sent as bytes; answers are kept as bytes and read when the time is up.
+Requests are built once and sent as bytes; answers are kept as bytes and read after the time is up.
 
-Open loop: requests come when they come, whether or not those before them were answered.
+A closed loop waits for an answer before it sends the next request. While a server stalls, it
+receives fewer requests, and only one slow request shows the stall.
 
-A closed loop waits for an answer before it asks again, so a server that stalls is asked less while
-it does, and one slow request is all that shows. Here arrivals are drawn beforehand, as of many
-people who know nothing of each other (Poisson), and a latency counts from when its request was due.
+In an open loop, requests are sent at given times, whether or not earlier ones were answered. The
+times are drawn beforehand, as for many independent clients (a Poisson process), and a latency
+counts from when its request was due.
 """
 
 # Shape letters: N images, B batch, K classes.
@@ -35,15 +36,15 @@ from pipeline.repository import config_pbtxt
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT = 30.0  # seconds for one answer
 POLL = 0.01  # seconds
-CONNECTIONS = 64  # over HTTP; a request that finds none waits, and its latency counts on
-Done = Callable[[bytes | None], None]  # takes the answer, or None for none
-Send = Callable[[int, Done], None]  # begins request number so, and returns at once
+CONNECTIONS = 64  # over HTTP; the wait for a free one is part of a request's latency
+Done = Callable[[bytes | None], None]  # takes the answer, or None if there is none
+Send = Callable[[int, Done], None]  # starts request number int, and returns without waiting
 _PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Requests of one size, ready to be sent, and the classes that their answers must have."""
+    """Requests of one batch size, ready to send, and the classes that their answers must have."""
 
     way: str  # grpc or http
     batch: int
@@ -58,7 +59,7 @@ def questions(
     classes: Sequence[np.ndarray],
     way: str = "grpc",
 ) -> Questions:
-    """Requests to a served model for each of the batches (B, ...), whose classes are known."""
+    """Build a request to a served model for each batch (B, ...), with its known classes (B,)."""
     requests = tuple(_WAYS[way].request(config, images) for images in batches)
     dtype = config_pbtxt.dtype(config.output[0])
     return Questions(way, len(batches[0]), requests, tuple(classes), dtype)
@@ -74,7 +75,7 @@ def _request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
 
 
 def keep_asking(address: str, asked: Questions, concurrency: int, seconds: float) -> Window:
-    """Keep so many requests under way for so long, each answer held to the classes of its own."""
+    """Measure a closed loop of `concurrency` requests for `seconds`, checking every class."""
     begin = time.perf_counter() + warm_up(seconds)
     latencies, answers, failed = _WAYS[asked.way].ask(
         address, asked.requests, concurrency, begin, begin + seconds
@@ -83,7 +84,7 @@ def keep_asking(address: str, asked: Questions, concurrency: int, seconds: float
 
 
 def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
-    """How many images in answers to requests of that turn are not of their class."""
+    """Count the images whose answer has a wrong class; a turn selects the request's classes."""
     wrong = 0
     for turn, answer in answers:
         classes = asked.classes[turn % len(asked.classes)]
@@ -91,7 +92,7 @@ def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
             content = _WAYS[asked.way].content(answer)
             outputs = np.frombuffer(content, asked.dtype).reshape(len(classes), -1)
             wrong += wrong_classes(outputs, classes)
-        except (DecodeError, ValueError):  # not one output, or not a row for each image
+        except (DecodeError, ValueError):  # not exactly one output, or not one row per image
             wrong += len(classes)
     return wrong
 
@@ -132,7 +133,7 @@ def _content(answer: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class ModelCounters:
-    """What Triton has counted of a model since it was loaded."""
+    """Triton's counters of a model since it was loaded."""
 
     images: int
     executions: int
@@ -140,7 +141,7 @@ class ModelCounters:
     nanoseconds: dict[str, int]  # by part
 
     def since(self, earlier: "ModelCounters") -> dict[str, float]:
-        """Microseconds a request spent in each part since then, and the mean batch formed."""
+        """Return microseconds per request in each part since `earlier`, and the mean batch size."""
         requests = max(1, self.requests - earlier.requests)
         executions = max(1, self.executions - earlier.executions)
         parts = {
@@ -151,7 +152,7 @@ class ModelCounters:
 
 
 class ServerLoad:
-    """The side of a running server that is not for clients: its counters and its models."""
+    """Access to a running server for a benchmark: its addresses, counters and model loading."""
 
     def __init__(self, http: str, grpc: str, admin_key: str, key_header: str) -> None:
         self.addresses = {"http": http, "grpc": grpc}
@@ -172,7 +173,7 @@ class ServerLoad:
             raise ServerError(f"the server does not load {name}: {error.message()}") from error
 
     def counters(self, name: str) -> ModelCounters:
-        """What Triton has counted of a model."""
+        """Return Triton's counters of a model."""
         try:
             answer = self._client.get_inference_statistics(name, client_timeout=TIMEOUT)
         except InferenceServerException as error:
@@ -186,20 +187,20 @@ class ServerLoad:
         return ModelCounters(stats.inference_count, stats.execution_count, requests, parts)
 
     def measure(self, name: str, asked: Questions, concurrency: int, seconds: float) -> Window:
-        """A window of load on the model, with what the server says of its own part."""
+        """Measure a window of a closed loop on the model, with the server's own times."""
         address = self.addresses[asked.way]
         ask = functools.partial(keep_asking, address, asked, concurrency)
         return self.counted(name, lambda: answered(ask, seconds))
 
     def counted(self, name: str, measure: Callable[[], Window]) -> Window:
-        """What `measure` finds of the model, with what the server says of its own part."""
+        """Call `measure` and add the server's own times of the model to its window."""
         before = self.counters(name)
         window = measure()
         return replace(window, split=self.counters(name).since(before))
 
 
 class Clock(Protocol):
-    """Time in seconds, and a way to let it pass."""
+    """Time in seconds, and waiting until a given time."""
 
     def now(self) -> float: ...
     def wait(self, until: float) -> None: ...
@@ -218,28 +219,28 @@ class SystemClock:
 
 @dataclass
 class Sent:
-    """What became of the requests, in the order in which they were due."""
+    """The requests of an open loop, in the order in which they were due."""
 
-    start: float  # of the clock
+    start: float  # seconds of the clock
     due: np.ndarray  # float64, seconds of the clock
-    begun: np.ndarray  # when each was sent
-    ended: np.ndarray  # when each was answered; infinite: never
+    begun: np.ndarray  # when each was sent, likewise
+    ended: np.ndarray  # when each was answered, likewise; infinite if never
     answers: list[bytes | None] = field(default_factory=list)
 
     @property
     def latencies(self) -> np.ndarray:
-        """Seconds from when a request was due to its answer, of those that were answered."""
+        """Seconds from a request's due time to its answer, for the answered requests."""
         latencies: np.ndarray = (self.ended - self.due)[np.isfinite(self.ended)]
         return latencies
 
     @property
     def late(self) -> np.ndarray:
-        """Seconds by which the client itself was late."""
+        """Seconds by which the client sent each request too late."""
         late: np.ndarray = self.begun - self.due
         return late
 
     def after(self, begin: float) -> "Sent":
-        """Those that were due from then on."""
+        """Return only the requests that were due from `begin` on."""
         first = int(np.searchsorted(self.due, begin))
         return Sent(
             begin, self.due[first:], self.begun[first:], self.ended[first:], self.answers[first:]
@@ -247,14 +248,17 @@ class Sent:
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> np.ndarray:
-    """When requests are due, float64 seconds from 0, so many a second in the mean."""
+    """Draw due times, float64 seconds from 0 on, of `rate` requests per second on average."""
     rng = np.random.default_rng(seed)
     count = rng.poisson(rate * seconds)
     return np.sort(rng.uniform(0, seconds, count))
 
 
 def drive(send: Send, times: np.ndarray, clock: Clock, patience: float) -> Sent:
-    """Send each request when it is due, counted from now, and wait for the last answer."""
+    """Send each request at its time, in seconds from now, and wait for all answers.
+
+    Stops waiting `patience` seconds after the last request.
+    """
     count = len(times)
     start = clock.now()
     sent = Sent(start, start + times, np.zeros(count), np.full(count, np.inf), [None] * count)
@@ -286,7 +290,7 @@ def open_loop(
     seed: int,
     clock: Clock = SystemClock(),
 ) -> Window:
-    """A window of requests that come so many a second, each answer held to its classes."""
+    """Measure an open loop of `rate` requests per second, checking the class of every answer."""
     before = warm_up(seconds)
     times = arrivals(rate, before + seconds, seed)
     with _WAYS[asked.way].sender(address, asked.requests) as send:
@@ -325,7 +329,7 @@ def _over_http(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a protocol says it."""
+    """The functions of one protocol."""
 
     request: Callable[[config_pbtxt.ModelConfig, np.ndarray], bytes]
     ask: Callable[[str, tuple[bytes, ...], int, float, float], Found]  # in a closed loop

@@ -1,7 +1,7 @@
-"""Load over HTTP/1.1: requests made once, sent as bytes by a thread for each connection.
+"""Load over HTTP/1.1: requests are built once and sent as bytes, by one thread per connection.
 
-For large requests: what the client spends on each is a tenth of what a gRPC library spends, and on
-a machine that client and server share it is the server that should be measured.
+Meant for large requests: this client spends a tenth of the time that a gRPC library spends on each,
+and on a machine that client and server share, only the server should be measured.
 """
 
 # Shape letters: B batch.
@@ -29,9 +29,9 @@ _OK = b"HTTP/1.1 200 "
 
 
 def request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
-    """A request for the first output of a batch (B, ...), its arrays as bytes after the JSON.
+    """Build a request for the first output of a batch (B, ...), with the array as binary data.
 
-    KServe's protocol, version 2, with Triton's extension for binary data.
+    Follows KServe's protocol, version 2, with Triton's extension for binary data.
     """
     array = np.ascontiguousarray(images)
     tensor = {
@@ -53,7 +53,7 @@ def request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
 def ask_all(
     address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
 ) -> Found:
-    """Keep so many requests under way until `end`; latencies count from `begin` on."""
+    """Keep `concurrency` requests in progress until `end`; record latencies from `begin` on."""
 
     def caller(turn: int) -> Found:
         latencies: list[float] = []
@@ -61,7 +61,7 @@ def ask_all(
         failed = 0
         while (now := time.perf_counter()) < end:
             try:
-                # Silent past the window's end by what a stall may take.
+                # Allow silence until 30 s after the window's end, for a server that stalls.
                 patience = max(0.0, end - time.perf_counter()) + 30.0
                 with _connect(address, patience) as connection:
                     while now < end:
@@ -83,7 +83,7 @@ def ask_all(
 
 
 class Pool:
-    """Connections that requests are sent over as they come; those beyond its size wait."""
+    """A pool of connections for an open loop; requests that find none free wait."""
 
     def __init__(self, address: str, size: int, silence: float) -> None:
         self._address, self._silence = address, silence
@@ -91,7 +91,7 @@ class Pool:
         self._workers = ThreadPoolExecutor(size)
 
     def send(self, request: bytes, done: Callable[[bytes | None], None]) -> None:
-        """Begin a request; `done` gets its answer, or None where there is none."""
+        """Start a request; `done` receives the answer, or None if there is none."""
         self._workers.submit(self._ask, request, done)
 
     def _ask(self, request: bytes, done: Callable[[bytes | None], None]) -> None:
@@ -112,14 +112,14 @@ class Pool:
         self._idle.put(connection)
 
     def close(self) -> None:
-        """Wait for what is under way, and close the connections."""
+        """Wait for the requests in progress, and close the connections."""
         self._workers.shutdown()
         while not self._idle.empty():
             self._idle.get().close()
 
 
 def _connect(address: str, silence: float) -> socket.socket:
-    """A connection to host:port that may be silent for so many seconds."""
+    """Connect to host:port, with a timeout of `silence` seconds for each operation."""
     host, _, port = address.rpartition(":")
     connection = socket.create_connection((host, int(port)), silence)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -127,7 +127,7 @@ def _connect(address: str, silence: float) -> socket.socket:
 
 
 def _answer(connection: socket.socket) -> bytes:
-    """The next answer, head and body. Raises ValueError for one that is not OK, or no answer."""
+    """Return the next answer, head and body; raise ValueError if it is not OK or incomplete."""
     answer = b""
     while b"\r\n\r\n" not in answer:
         answer += _more(connection, answer)
@@ -148,7 +148,7 @@ def _more(connection: socket.socket, answer: bytes) -> bytes:
 
 
 def content(answer: bytes) -> bytes:
-    """The bytes of an answer's output. Raises ValueError where they cannot be found."""
+    """Return the bytes of an answer's output; raise ValueError if they cannot be found."""
     header = _HEADER.search(answer)
     if not header:
         raise ValueError("an answer without binary data")

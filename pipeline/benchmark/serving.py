@@ -1,7 +1,8 @@
-"""How fast a packaged model is served, next to what its server and its runtime could do at most.
+"""Speed of a packaged model on a server, next to the limits of the server and the runtime.
 
-The model is served from a repository for the occasion, with a model that computes nothing and the
-model under its throughput profile; scored on the whole test split; and asked in every way in turns.
+A temporary server runs three models: the packaged one, a no-op model that computes nothing, and the
+packaged one under its throughput profile. They are scored on the whole test split, then measured in
+turns over each protocol, at several batch sizes and concurrencies.
 """
 
 import functools
@@ -36,25 +37,25 @@ from pipeline.serving.tritonserver import KEY_HEADER
 
 WAYS = ("grpc", "http")
 NOOP = "no-op"
-PROFILE = "throughput"  # which large requests are meant for
+PROFILE = "throughput"  # the profile for large requests
 MANY = 64  # images in a large request
-# Images a request, requests at once. One after the other, large ones show what computing costs.
+# Images per request, concurrency. Large requests without concurrency show the cost of computing.
 ASKED = ((1, 1), (1, 8), (1, 32), (8, 8), (MANY, 1))
-SHARE = 0.5  # of the closed loop's rate, that arrives in the open one unless told
-BESIDE = 6  # cells from one window of the yardstick to the next
-LEAST_ARRIVALS = 20  # in a window of an open loop, in the mean: hardly ever is there none
+SHARE = 0.5  # default rate of the open loop, as a fraction of the closed loop's
+BESIDE = 6  # cells between two windows of the yardstick
+LEAST_ARRIVALS = 20  # mean in a window of an open loop, so that a window is hardly ever empty
 Report = Callable[[str], None]
-Configs = dict[str, config_pbtxt.ModelConfig]  # of all models that are asked, by name
+Configs = dict[str, config_pbtxt.ModelConfig]  # of all measured models, by name
 
 
 @dataclass(frozen=True)
 class ServeBenchmark:
-    """How long to measure: every cell has a window in every round."""
+    """Settings of the measurement: every cell gets a window in every round."""
 
     until: Until = timing.UNTIL
     seconds: float = 1.0  # of each window, after its warm-up
-    open_seconds: float = 3.0  # of each window with an open loop; longer where few arrive
-    rate: float | None = None  # requests a second in it; None: half of what the closed loop did
+    open_seconds: float = 3.0  # of each window of an open loop; longer at a low rate
+    rate: float | None = None  # requests per second in it; None: half of the closed loop's
     seed: int = 0  # of its arrivals
 
 
@@ -62,12 +63,15 @@ SHORT = ServeBenchmark(Until(least=3, most=3), seconds=0.3, open_seconds=1.0)
 
 
 def profiled(name: str) -> str:
-    """What the model is called that runs under the throughput profile."""
+    """Return the name of the model that runs under the throughput profile."""
     return f"{name}-{PROFILE}"
 
 
 def copy_packaged(paths: Paths, repository: Path) -> Paths:
-    """Copy the packaged model alone into a repository of its own."""
+    """Copy only the packaged model into the new `repository`; return its paths.
+
+    Raises PipelineError if there is no packaged model, or if it does not accept batches of MANY.
+    """
     if not (paths.packaged / "config.pbtxt").exists():
         raise PipelineError(f"no model at {paths.packaged}: run 'pipeline package' first")
     largest = config_pbtxt.read(paths.packaged / "config.pbtxt").max_batch_size
@@ -81,7 +85,7 @@ def copy_packaged(paths: Paths, repository: Path) -> Paths:
 
 
 def add_models(served: Paths) -> Configs:
-    """Add a model that computes nothing, and the model under its profile; all configs."""
+    """Add the no-op model, and the model under its profile; return the configs of all three."""
     own = config_pbtxt.read(served.packaged / "config.pbtxt")
     profile = config_pbtxt.read(config_pbtxt.profile_file(served.packaged, PROFILE))
     profile.name = profiled(served.name)
@@ -104,13 +108,13 @@ def add_models(served: Paths) -> Configs:
 
 
 def threads_of(message: config_pbtxt.ModelConfig) -> int:
-    """How many threads compute for a model: those of a session, times the sessions."""
+    """Return how many threads compute for a model: threads per session times sessions."""
     of_session = int(config_pbtxt.parameter(message, "intra_op_thread_count") or 0)
     return of_session * sum(int(group.count) for group in message.instance_group)
 
 
 class Cell(NamedTuple):
-    """One way to ask: whom, how many images a request, how many requests at once."""
+    """One measured setup: the model, the way, images per request and concurrency."""
 
     name: str
     way: str  # grpc, http or in process
@@ -120,7 +124,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Serving:
-    """What the measurement found."""
+    """The result of the measurement."""
 
     name: str
     version: int
@@ -130,7 +134,7 @@ class Serving:
     rows: tuple[TimedRow, ...]
 
     def ratios(self) -> dict[str, dict[str, Any]]:
-        """The two that say what serving costs: see `ratio`."""
+        """Return the two ratios that show the cost of serving: see `timing.ratio`."""
         rows = {(row.name, row.way, row.batch, row.concurrency): row for row in self.rows}
         single, noop = (rows[name, "grpc", 1, 32] for name in (self.name, NOOP))
         many = rows[profiled(self.name), "http", MANY, 8]
@@ -140,7 +144,7 @@ class Serving:
         }
 
     def record(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """Return the result as values for JSON."""
         pairs = self.ratios()
         return {
             "what": "serve",
@@ -156,7 +160,7 @@ class Serving:
         }
 
     def ratio_lines(self) -> list[str]:
-        """The ratios in words."""
+        """Return the two ratios as lines of text."""
         meanings = (
             "single images, 32 at once, next to a model that computes nothing",
             f"batches of {MANY} under the {PROFILE} profile, next to ONNX Runtime in process, "
@@ -169,7 +173,7 @@ class Serving:
 
 
 def cells(name: str) -> list[Cell]:
-    """What is measured, in the order of a round: what is compared stands side by side."""
+    """Return the cells in the order of a round, those to be compared next to each other."""
     of_both = [
         Cell(model, way, batch, concurrency)
         for batch, concurrency in ASKED
@@ -189,8 +193,8 @@ def benchmark_serving(
 ) -> Serving:
     """Serve the selected version next to a no-op model, measure both, write serving.json.
 
-    `reference` is what eager PyTorch says of the test split, where that is known already.
-    Raises CheckFailedError when an answer was wrong or missing.
+    `reference` holds eager PyTorch's classes of the test split (N,), if already known.
+    Raises CheckFailedError if an answer was wrong or missing.
     """
     with tempfile.TemporaryDirectory(prefix="handwriting-benchmark-") as scratch:
         served = copy_packaged(paths, Path(scratch) / "models")
@@ -224,11 +228,11 @@ def score_served(
     reference: np.ndarray | None = None,
     report: Report = lambda line: None,
 ) -> dict[tuple[str, str], Score]:
-    """Put the whole test split to the served models; scores by name and protocol.
+    """Score the served models on the whole test split; return scores by name and protocol.
 
-    Both ways, and under the profile over HTTP alone; without the memory, which only grows later.
-    Held against what eager PyTorch says, or against `reference` where it has said it already.
-    Where the export or its data are not here any more, says so and scores nothing.
+    Over both protocols, but under the profile only over HTTP. Peak memory is left at 0, since it
+    still grows. Classes are compared with eager PyTorch's, or with `reference` (N,) if given. If
+    the export or its data are missing, reports it and returns no scores.
     """
     exported = replace(paths, name=str(release.manifest["name"]))
     try:
@@ -245,7 +249,7 @@ def score_served(
     for way, url in (("grpc", server.grpc_url), ("http", server.http_url)):
         for name in names:
             if name == NOOP or (name, way) == (profiled(paths.name), "grpc"):
-                continue  # it has no answers, or no row
+                continue  # a no-op has no accuracy; the other has no row
             report(f"{name} over {way}: the test split")
             with Client(url, name) as client:
                 accuracy, classes = workers.scored(triton_predictor(client), images, labels)
@@ -254,12 +258,12 @@ def score_served(
 
 
 def served_bytes(server: Server, name: str) -> int:
-    """The most memory that tritonserver and a model's stubs have had, what they share in each."""
+    """Return the peak bytes of tritonserver and a model's stubs; shared memory counts in each."""
     total = 0
     for pid in processes_of(server.id):
         try:
             is_of_model = any(f"/{name}/" in part for part in psutil.Process(pid).cmdline())
-        except psutil.Error:  # it ended while we looked
+        except psutil.Error:  # the process just ended
             continue
         total += peak_bytes(pid) if pid == server.pid or is_of_model else 0
     return total
@@ -267,7 +271,7 @@ def served_bytes(server: Server, name: str) -> int:
 
 @dataclass(frozen=True)
 class _Bench:
-    """A server with all the models on it, and how long to measure."""
+    """A server with all models loaded, and the settings of the measurement."""
 
     asked: load.ServerLoad
     name: str  # of the packaged model
@@ -277,11 +281,11 @@ class _Bench:
 
     @property
     def threads(self) -> int:
-        """How many threads compute under the profile, and in process."""
+        """The number of threads that compute under the profile, and in process."""
         return threads_of(self.configs[profiled(self.name)])
 
     def rows(self, report: Report) -> tuple[TimedRow, ...]:
-        """A row for each cell, the yardstick's first and those with an open loop last."""
+        """Measure a row for each cell, with the yardstick's first and the open loops' last."""
         measures: dict[Cell, Callable[[], Window]] = {}
         group: dict[Cell, tuple[int, int]] = {}
         for cell in cells(self.name):
@@ -299,7 +303,7 @@ class _Bench:
         return (*rows, *self._open_rows(rows, report))
 
     def _measure(self, cell: Cell) -> Callable[[], Window]:
-        """What measures one window of a cell."""
+        """Return the function that measures one window of a cell."""
         seconds = self.config.seconds
         if cell.name == RUNTIME:
             predictor = onnx_predictor(self.release.onnx, self.threads)
@@ -311,20 +315,20 @@ class _Bench:
 
     def _questions(self, cell: Cell) -> load.Questions:
         images, classes = workers.sure_batches(self.release.golden, cell.batch)
-        if cell.name == NOOP:  # zeros: the first class is the largest
+        if cell.name == NOOP:  # it answers zeros, whose argmax is class 0
             classes = [np.zeros_like(of_batch) for of_batch in classes]
         return load.questions(self.configs[cell.name], images, classes, cell.way)
 
     def _open_rows(self, closed: list[TimedRow], report: Report) -> list[TimedRow]:
-        """Single images as they come, over either protocol."""
-        timing.require_answers(closed)  # of whose speeds the rates are made
+        """Measure open loops of single images, one per protocol."""
+        timing.require_answers(closed)  # the rates are computed from their speeds
         rates = {
             row.way: self.config.rate or SHARE * row.speed
             for row in closed
             if (row.name, row.batch, row.concurrency) == (self.name, 1, 32)
         }
         report("open loop: " + ", ".join(f"{way} {rate:,.0f}/s" for way, rate in rates.items()))
-        seeds = itertools.count(self.config.seed)  # another one for each window
+        seeds = itertools.count(self.config.seed)  # a new seed for each window
         measures = {
             way: functools.partial(
                 self._open, self._questions(Cell(self.name, way, 1, 0)), rate, seeds
@@ -338,7 +342,7 @@ class _Bench:
         ]
 
     def _open(self, asked: load.Questions, rate: float, seeds: Iterator[int]) -> Window:
-        """Measure a window of an open loop, long enough for requests to arrive."""
+        """Measure a window of an open loop, long enough for LEAST_ARRIVALS requests on average."""
         seconds = max(self.config.open_seconds, LEAST_ARRIVALS / rate)
         address = self.asked.addresses[asked.way]
         return self.asked.counted(

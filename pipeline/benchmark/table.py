@@ -1,4 +1,4 @@
-"""Rows of a benchmark for people: as tables of text, and as CSV in perf_analyzer's columns."""
+"""Output of a benchmark's rows: as tables of text, and as CSV with perf_analyzer's columns."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from pipeline.core.text import Lines, columns
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
 MEBIBYTE = 1 << 20
-WIDEST = 28  # columns of what a row is called: of a longer name the middle is left out
+WIDEST = 28  # columns of a row's name; the middle of a longer name is left out
 ASKED = ("batch", "asking")
 SPEED = ("images/s", "least", "most", "accuracy", "differ", "MiB")
 LATENCY = tuple(f"p{part} ms" for part in PERCENTILES)
@@ -20,7 +20,7 @@ SPLIT = ("formed", "queue us", "input us", "infer us", "output us")
 
 
 def tables(rows: Sequence[TimedRow]) -> str:
-    """Format speeds, latencies and the server's part of each row, and what not to trust.
+    """Format speeds, latencies and the server's part of each row, and remarks on doubtful rows.
 
     No line is wider than 100 columns.
     """
@@ -49,7 +49,7 @@ def tables(rows: Sequence[TimedRow]) -> str:
 
 
 def _asked(row: TimedRow) -> list[str]:
-    """What a row is called, its images a request, and how many requests at once or a second."""
+    """Return a row's name, images per request, and concurrency or requests per second."""
     name = f"{row.name}, {row.way}" if row.way in ("grpc", "http") else row.name
     if len(name) > WIDEST:
         name = f"{name[: WIDEST // 2]}...{name[3 - WIDEST // 2 :]}"
@@ -57,7 +57,7 @@ def _asked(row: TimedRow) -> list[str]:
 
 
 def _remarks(rows: Sequence[TimedRow]) -> list[str]:
-    """What to know before one believes the rows."""
+    """Return remarks on rows that are not reliable."""
     restless = [", ".join(_asked(row)) for row in rows if not row.is_settled]
     remarks = []
     if restless:
@@ -67,7 +67,7 @@ def _remarks(rows: Sequence[TimedRow]) -> list[str]:
         )
     for row in rows:
         if row.is_behind:
-            # In the highest percentile that so many requests allow to claim.
+            # At the highest percentile for which there are enough requests.
             late = [f" by {ms:.1f} ms ({part})" for part, ms in row.late_ms().items()][-1:]
             remarks.append(
                 f"the client of {', '.join(_asked(row))} fell behind{''.join(late)}: its figures "
@@ -77,7 +77,7 @@ def _remarks(rows: Sequence[TimedRow]) -> list[str]:
     return [*remarks, f"others took up to {others:.0%} of the machine's cores meanwhile"]
 
 
-# perf_analyzer's names, where it has one; what it measures and we do not is left out.
+# perf_analyzer's column names where it has one, without the columns that we do not measure.
 CSV = (
     *("Model", "Way", "Batch", "Concurrency", "Request Rate", "Inferences/Second"),
     *("Server Queue", "Server Compute Input", "Server Compute Infer", "Server Compute Output"),
@@ -87,7 +87,7 @@ CSV = (
 
 
 def require_place(file: Path) -> None:
-    """Raise PipelineError where the CSV could not be written after minutes of measuring."""
+    """Raise PipelineError unless the CSV can be written; call it before minutes of measuring."""
     try:
         if file.is_dir():
             raise IsADirectoryError(0, "a folder lies there")
@@ -101,7 +101,7 @@ def require_place(file: Path) -> None:
 
 
 def csv_of(rows: Sequence[TimedRow]) -> str:
-    """The rows as CSV, in perf_analyzer's columns and units: microseconds."""
+    """Return the rows as CSV, in perf_analyzer's columns and units (microseconds)."""
     text = io.StringIO()
     written = csv.writer(text, lineterminator="\n")
     written.writerow(CSV)

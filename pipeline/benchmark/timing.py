@@ -1,9 +1,8 @@
-"""Latency and throughput of whatever answers batches of images: windows, and what they add up to.
+"""Latency and throughput of a predictor or server: windows, and the rows they are combined into.
 
-A window is a stretch of time in which one thing is measured. Two things are compared by taking
-turns, window by window, so that whatever else a machine does meets both.
-
-Rounds of windows: everything that is compared takes turns, until its speed has settled.
+A window is an interval of time in which one thing is measured. Things to compare take turns, window
+by window, so that other load on the machine affects all of them. Rounds of windows are repeated
+until the speeds have settled.
 """
 
 # Shape letters: N images, B batch, K classes.
@@ -21,26 +20,26 @@ from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import Predictor
 from pipeline.core.machine import others_seconds
 
-WARM_UP = 0.3  # seconds before a window that do not count, at most
+WARM_UP = 0.3  # seconds before a window that are not counted, at most
 PERCENTILES = (50, 90, 95, 99)
-BEYOND = 10  # requests slower than a percentile, at least, for it to be claimed
-WITHIN = 0.10  # of their mean, that the last windows may lie apart, as perf_analyzer has it
+BEYOND = 10  # a percentile is stated only if at least this many requests are slower
+WITHIN = 0.10  # distance from their mean at which the last windows agree, as in perf_analyzer
 LAST = 3  # windows that must agree
-BEHIND = 0.25  # of the latency, that the client of an open loop may make itself
+BEHIND = 0.25  # fraction of the latency that an open loop's client itself may cause
 
 
 @dataclass(frozen=True)
 class Window:
-    """What was answered in one stretch of time, warm-up left out."""
+    """The answers of one interval of time; its warm-up is left out where not mentioned."""
 
     seconds: float
     batch: int  # images a request
     latencies: np.ndarray  # float64, seconds; one for each request that was answered
-    wrong: int = 0  # images whose class was not theirs, warm-up included
+    wrong: int = 0  # images whose class was wrong, warm-up included
     failed: int = 0  # requests without an answer, warm-up included
-    split: dict[str, float] = field(default_factory=dict)  # what the server says of its part
-    late: np.ndarray = field(default_factory=lambda: np.zeros(0))  # seconds; open loop: see there
-    others: float = 0.0  # part of the machine's cores that went to others meanwhile
+    split: dict[str, float] = field(default_factory=dict)  # the server's own times
+    late: np.ndarray = field(default_factory=lambda: np.zeros(0))  # seconds, see Sent.late
+    others: float = 0.0  # fraction of the machine's cores that other processes used meanwhile
 
     @property
     def images_per_second(self) -> float:
@@ -48,12 +47,12 @@ class Window:
 
     @property
     def fastest_ms(self) -> float:
-        """The third fastest answer: nobody disturbed it, however busy the machine was."""
+        """The third fastest answer, which other load hardly disturbs even on a busy machine."""
         return float(np.sort(self.latencies)[:3][-1] * 1e3) if len(self.latencies) else np.nan
 
 
 def join_windows(windows: Sequence[Window]) -> Window:
-    """Windows of the same requests as one."""
+    """Join windows of the same requests into one."""
     return replace(
         windows[0],
         seconds=sum(window.seconds for window in windows),
@@ -66,12 +65,12 @@ def join_windows(windows: Sequence[Window]) -> Window:
 
 
 def warm_up(seconds: float) -> float:
-    """How long a window of so many seconds is warmed up for."""
+    """Return the seconds of warm-up for a window of `seconds`."""
     return min(WARM_UP, seconds / 2)
 
 
 def is_settled(speeds: Sequence[float], within: float = WITHIN) -> bool:
-    """Whether the last windows lie so near to their mean."""
+    """Return whether the last LAST windows lie within a fraction `within` of their mean."""
     last = speeds[-LAST:]
     mean = statistics.mean(last)
     return len(last) == LAST and all(abs(speed - mean) <= within * mean for speed in last)
@@ -79,7 +78,7 @@ def is_settled(speeds: Sequence[float], within: float = WITHIN) -> bool:
 
 @dataclass(frozen=True)
 class Score:
-    """What is answered to the test split, and what it takes."""
+    """The accuracy on the test split, and the memory it takes."""
 
     images: int
     accuracy: float  # fraction of images, 0 to 1
@@ -89,19 +88,19 @@ class Score:
 
 @dataclass(frozen=True)
 class TimedRow:
-    """One way to ask, over all its windows."""
+    """One measured setup, over all its windows."""
 
     name: str
     way: str  # grpc, http or in process
     batch: int
-    concurrency: int  # 0: in an open loop, as many as are under way
+    concurrency: int  # 0: an open loop, without a limit
     windows: tuple[Window, ...]
-    rate: float = 0.0  # of an open loop: requests a second
+    rate: float = 0.0  # of an open loop: requests per second
     score: Score | None = None
 
     @property
     def speed(self) -> float:
-        """The median of the windows' images a second."""
+        """The median of the windows' images per second."""
         return statistics.median(self.speeds)
 
     @property
@@ -113,22 +112,22 @@ class TimedRow:
         return join_windows(self.windows)
 
     def latency_ms(self) -> dict[str, float]:
-        """Percentiles over the requests of all windows, where enough lie beyond to claim one."""
+        """Return percentiles over the requests of all windows, if enough requests are slower."""
         return _percentiles(self.joined.latencies)
 
     def late_ms(self) -> dict[str, float]:
-        """By how much an open loop's client itself was late."""
+        """Return percentiles of how late an open loop's client sent its requests."""
         return _percentiles(self.joined.late)
 
     @property
     def is_behind(self) -> bool:
-        """Whether the client of an open loop was late by so much that it, too, was measured."""
+        """Whether an open loop's client was so late that its own delay was measured too."""
         late, latencies = self.joined.late, self.joined.latencies
         return bool(len(late)) and bool(late.mean() > BEHIND * latencies.mean())
 
     @property
     def others(self) -> float:
-        """The part of the machine's cores that went to others, in the median window."""
+        """The fraction of the machine's cores that other processes used, as a median of windows."""
         return statistics.median(window.others for window in self.windows)
 
     @property
@@ -136,7 +135,7 @@ class TimedRow:
         return is_settled(self.speeds)
 
     def split(self) -> dict[str, float]:
-        """The median over the windows of each part that the server states."""
+        """Return the median over the windows of each of the server's own times."""
         rounds = self._split_rounds()
         return {name: statistics.median(values) for name, values in rounds.items()}
 
@@ -145,7 +144,7 @@ class TimedRow:
         return {name: [part[name] for part in parts] for name in (parts[0] if parts else {})}
 
     def record(self) -> dict[str, Any]:
-        """The row as JSON has it."""
+        """Return the row as values for JSON."""
         joined = self.joined
         speeds = {"median": self.speed, "min": min(self.speeds), "max": max(self.speeds)}
         open_loop = {"rate": self.rate, "late_ms": self.late_ms(), "behind": self.is_behind}
@@ -167,13 +166,13 @@ class TimedRow:
 
 
 def _percentiles(seconds: np.ndarray) -> dict[str, float]:
-    """Percentiles in milliseconds, those beyond which enough lie."""
+    """Return percentiles in milliseconds, those with enough slower requests."""
     parts = [part for part in PERCENTILES if len(seconds) * (100 - part) >= 100 * BEYOND]
     return {f"p{part}": float(np.percentile(seconds, part) * 1e3) for part in parts}
 
 
 def require_answers(rows: Sequence[TimedRow]) -> None:
-    """Raise CheckFailedError where an answer was wrong or missing: its speed tells nothing then."""
+    """Raise CheckFailedError if an answer was wrong or missing: its speed means nothing then."""
     bad = [
         f"{row.name}, {row.batch} images a request, {row.concurrency or 'so many'} at once: "
         f"{row.joined.wrong} wrong, {row.joined.failed} failed"
@@ -185,7 +184,7 @@ def require_answers(rows: Sequence[TimedRow]) -> None:
 
 
 def ratio(row: TimedRow, of: TimedRow) -> dict[str, Any]:
-    """The row's speed as a part of the other's: of medians, and of each pair of windows."""
+    """Return the row's speed divided by the other's: of medians, and of each pair of windows."""
     pairs = [ours / theirs for ours, theirs in zip(row.speeds, of.speeds, strict=True)]
     return {
         "median_of_pairs": statistics.median(pairs),
@@ -196,7 +195,7 @@ def ratio(row: TimedRow, of: TimedRow) -> dict[str, Any]:
 
 
 def answered(measure: Callable[[float], Window], seconds: float) -> Window:
-    """A window with an answer in it, however busy the machine is: as long as that takes."""
+    """Measure a window with at least one answer or failure; double its length until it has."""
     while True:
         window = measure(seconds)
         if len(window.latencies) or window.wrong or window.failed:
@@ -205,7 +204,7 @@ def answered(measure: Callable[[float], Window], seconds: float) -> Window:
 
 
 def wrong_classes(outputs: np.ndarray, classes: np.ndarray) -> int:
-    """How many rows (B, K) of outputs are not of the classes (B,) that they should be."""
+    """Count the rows of outputs (B, K) whose class is not that of `classes` (B,)."""
     if outputs.shape[:1] != classes.shape:
         return len(classes)
     return int((outputs.argmax(axis=1) != classes).sum())
@@ -218,7 +217,7 @@ def closed_loop(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Window:
-    """Ask one batch (B, ...) after the other, round and round, each answer held to its classes."""
+    """Ask the batches (B, ...) one after the other in a cycle, and check every class."""
     latencies, outputs = [], []
     now, turn = clock(), 0
     begin = now + warm_up(seconds)
@@ -233,15 +232,15 @@ def closed_loop(
     return Window(seconds, len(batches[0]), np.array(latencies), wrong)
 
 
-QUIET = 0.08  # of the cores, that others may take in a window before it is measured again
-AGAIN = 0.15  # of the windows, that may be measured again
+QUIET = 0.08  # fraction of the cores; if other processes use more, a window is measured again
+AGAIN = 0.15  # fraction of the windows that may be measured again
 Key = TypeVar("Key", bound=Hashable)
 Measure = Callable[[], Window]
 
 
 @dataclass(frozen=True)
 class Until:
-    """When to stop: each thing has settled after `least` windows, or has had `most`."""
+    """When to stop: after `least` windows once the speed has settled, or after `most`."""
 
     least: int
     most: int
@@ -257,11 +256,11 @@ def take_turns(
     until: Until,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[Key, list[Window]]:
-    """Windows of each, in rounds; every other round goes backwards.
+    """Measure windows of each key, in rounds; every other round runs backwards.
 
-    A group goes on until all in it have settled, so that they have the same rounds. What is in no
-    group is a yardstick, and measured for as long as anything is. Windows that others disturbed are
-    measured again, within limits; their wrong answers count all the same.
+    A group continues until all its keys have settled, so that they have the same rounds. A key
+    without a group is a yardstick, and is measured in every round. Windows that other processes
+    disturbed are measured again, within limits; their wrong answers still count.
     """
     windows: dict[Key, list[Window]] = {key: [] for key in measures}
     spare = round(AGAIN * until.least * len(measures))
@@ -289,7 +288,7 @@ def take_turns(
 
 
 def _watched(measure: Measure) -> Window:
-    """A window, with the part of the machine that others took meanwhile."""
+    """Measure a window and the fraction of the cores that other processes used meanwhile."""
     start, before = time.perf_counter(), others_seconds()
     window = measure()
     taken = others_seconds() - before

@@ -1,4 +1,4 @@
-"""How good the recipes are, and how long they take beside a yardstick in the same run."""
+"""Accuracy of the recipes, and their training time relative to a yardstick in the same run."""
 
 import math
 import statistics
@@ -28,22 +28,22 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass(frozen=True)
 class SeedTrial:
-    """One run of a recipe, between two pieces of the yardstick."""
+    """One run of a recipe, between two runs of the yardstick."""
 
     seed: int
     test_accuracy: float  # fraction of images, 0 to 1
     seconds: float  # in the training loop
-    yardstick_seconds: float  # all of baseline's epochs, extrapolated from the pieces beside it
+    yardstick_seconds: float  # for all of baseline's epochs, extrapolated from both yardstick runs
 
     @property
     def share(self) -> float:
-        """The recipe's time as a part of the yardstick's."""
+        """The recipe's time as a fraction of the yardstick's."""
         return self.seconds / self.yardstick_seconds
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """What a recipe is worth over its seeds."""
+    """A recipe's accuracy and time over its seeds."""
 
     recipe: str
     parameters: int
@@ -56,7 +56,7 @@ class TrainingRow:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation over seeds; 0 for a single one."""
+        """The standard deviation of the accuracy over seeds; 0 for a single seed."""
         accuracies = [trial.test_accuracy for trial in self.trials]
         return statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
 
@@ -72,7 +72,7 @@ class TrainingRow:
         return statistics.median(trial.share for trial in self.trials)
 
     def record(self) -> dict[str, Any]:
-        """The row as JSON has it, every seed with it."""
+        """Return the row as values for JSON, with every seed's trial."""
         keys = ("accuracy", "deviation", "half_width", "share")
         return {**asdict(self), **{key: getattr(self, key) for key in keys}}
 
@@ -84,15 +84,15 @@ class TrainingRow:
 
 
 def count_multiply_adds(recipe: str) -> int:
-    """Multiply-adds of one image in the convolutions and linear layers of a recipe's network."""
+    """Count the multiply-adds of one image in the network's convolutions and linear layers."""
     model = build(RECIPES[recipe], 10).eval()
-    with FlopCounterMode(display=False) as counter:  # which counts two for each
+    with FlopCounterMode(display=False) as counter:  # it counts two per multiply-add
         model(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
     return int(counter.get_total_flops()) // 2
 
 
 def _yardstick_seconds(train_split: Split, validation: Split) -> float:
-    """Seconds that baseline's epochs would take, from a piece of one."""
+    """Estimate the seconds of all of baseline's epochs, from a fraction of one epoch."""
     settings = replace(RECIPES[YARDSTICK], epochs=YARDSTICK_EPOCHS)
     placement = choose_placement("cpu")
     _, last = train(TrainConfig(YARDSTICK, settings), train_split, validation, placement)
@@ -107,12 +107,12 @@ def benchmark_training(
     report: Callable[[str], None] = lambda line: None,
     on_step: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> list[TrainingRow]:
-    """Train each recipe with its seeds on MNIST, on the CPU, each as a run of its own.
+    """Train each recipe with its seeds on MNIST, on the CPU, each as a separate run.
 
-    With `resume`, trials that an earlier call finished stand, and one that it began goes on.
+    With `resume`, keeps trials that an earlier call finished and continues one that it began.
     """
     for name in recipes:
-        recipe_named(name)  # all of them, before minutes are spent on the first
+        recipe_named(name)  # check all names before spending minutes on the first recipe
     train_split, validation = (
         load_split("mnist", paths.data("mnist"), name) for name in ("train", "validation")
     )

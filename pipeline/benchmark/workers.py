@@ -1,5 +1,8 @@
-"""Runtimes in processes of their own, so that threads do not disturb each other and peak memory is
-each one's own; and the yardstick beside them, which no change of ours can move."""
+"""Runtimes in separate processes, and the yardstick that measures the machine's speed.
+
+Separate processes keep the runtimes' threads from disturbing each other, and give each its own peak
+memory. The yardstick does not depend on this package's code.
+"""
 
 # Shape letters: N images, B batch, K classes.
 
@@ -44,7 +47,7 @@ class LocalRuntime:
 
 
 def yardstick(seconds: float) -> Window:
-    """A window of matrix products in numpy, on one thread: what this machine can do just now."""
+    """Measure a window of numpy matrix products on one thread: the machine's current speed."""
     matrix = np.random.default_rng(0).random((SIDE, SIDE), np.float32)
     outputs = np.eye(1, SIDE, dtype=np.float32)
 
@@ -58,7 +61,7 @@ def yardstick(seconds: float) -> Window:
 
 
 def yardstick_row(windows: list[list[Window]]) -> TimedRow:
-    """The yardstick's row, from the windows that it had at each place of a round."""
+    """Join the yardstick's windows, given by place in a round, into a row with one window a round."""
     rounds = zip(*windows, strict=True)
     return TimedRow(YARDSTICK, "numpy", 1, 1, tuple(join_windows(of_round) for of_round in rounds))
 
@@ -68,7 +71,7 @@ Ask = Callable[..., Any]
 
 @contextmanager
 def worker(paths: Paths, runtime: LocalRuntime, manifest: Mapping[str, Any]) -> Iterator[Ask]:
-    """A process with the runtime in it, as a function that asks it."""
+    """Start a process that holds the runtime; yield a function that sends it a question."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     arguments = (theirs, paths, runtime, dict(manifest))
@@ -97,7 +100,7 @@ def worker(paths: Paths, runtime: LocalRuntime, manifest: Mapping[str, Any]) -> 
 def _work(
     connection: Connection, paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]
 ) -> None:
-    """Answer questions until the asking process hangs up."""
+    """Answer questions until the asking process closes the connection."""
     os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
     load = functools.cache(functools.partial(_predictor, paths, runtime, manifest))
     while True:
@@ -122,7 +125,7 @@ def _work(
 
 
 def _predictor(paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]) -> Predictor:
-    """The runtime's predictor; torch is loaded for eager PyTorch alone, whose memory it is."""
+    """Return the runtime's predictor; import torch only for eager PyTorch, as it takes memory."""
     if runtime.name == EAGER:
         import torch
 
@@ -139,7 +142,7 @@ def _predictor(paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]) ->
 def scored_images(
     paths: Paths, manifest: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images (N, ...) that an export is proven on, and their classes where they are known."""
+    """Return the images (N, ...) that an export is validated on, and their classes if known."""
     if manifest.get("module"):
         check_digest(paths.images, manifest.get("images_sha256"), EXPORT)
         sample = read_sample(paths.images)
@@ -152,14 +155,17 @@ def scored_images(
 def scored(
     predictor: Predictor, images: np.ndarray, labels: np.ndarray | None, batch: int = 64
 ) -> tuple[float, np.ndarray]:
-    """The accuracy on images (N, ...), and the class of each (N,); unknown classes are its own."""
+    """Return the accuracy on images (N, ...) and the predicted classes (N,).
+
+    Without `labels` the predictions count as correct, so the accuracy is 1.
+    """
     outputs = predict(predictor, images, batch)
     classes = outputs.argmax(axis=1)
     return score(outputs, classes if labels is None else labels).accuracy, classes
 
 
 def sure_batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Batches of the golden set's images whose class no rounding can change, and their classes."""
+    """Return batches of golden images whose class no rounding can change, and their classes."""
     is_sure = margins(golden.outputs) > 2 * golden.bounds
     images, classes = golden.images[is_sure], golden.outputs[is_sure].argmax(axis=1)
     if not len(images):
