@@ -61,7 +61,7 @@ def yardstick(seconds: float) -> Window:
 
 
 def yardstick_row(windows: list[list[Window]]) -> TimedRow:
-    """Join the yardstick's windows, given by place in a round, into a row with one window a round."""
+    """Join the yardstick's windows, given by place in a round, into one window per round."""
     rounds = zip(*windows, strict=True)
     return TimedRow(YARDSTICK, "numpy", 1, 1, tuple(join_windows(of_round) for of_round in rounds))
 

@@ -1,7 +1,7 @@
-"""The report of a run: one self-contained HTML page of whatever the run and its export have.
+"""The report of a run: one self-contained HTML page with all results of the run and its export.
 
-Read `page.py` first; each section has a module that gathers what it shows, and `figures.py` draws.
-Reads records that other rooms wrote, and measures nothing itself.
+Read `page.py` first; each section has a module that collects its content, and `figures.py` draws.
+This room reads records that other rooms wrote, and measures nothing itself.
 """
 
 from typing import TYPE_CHECKING

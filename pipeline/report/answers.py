@@ -1,4 +1,4 @@
-"""What a run's predictions show: its mistakes, how sure they were, how well each class is told."""
+"""The report's section on a run's predictions: mistakes, calibration and scores of each class."""
 
 # Shape letters: N images, K classes.
 
@@ -25,14 +25,14 @@ from pipeline.images.read import png
 from pipeline.report import figures
 from pipeline.training.records import Predictions
 
-MISTAKES = 50  # shown, at most
-CONFUSIONS = 10  # named, at most
-SHADES = 5  # of a cell in the confusion matrix
+MISTAKES = 50  # most mistakes shown
+CONFUSIONS = 10  # most confusions named
+SHADES = 5  # shades of a cell in the confusion matrix
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A test image that was taken for something else."""
+    """A test image with a wrong predicted class."""
 
     index: int  # in the test split
     truth: str
@@ -44,38 +44,38 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Refused:
-    """How many of the test images the model is not sure of, the threshold being what it is."""
+    """Fractions of the test images that are refused, as the model is too unsure about them."""
 
-    min_probability: float
+    min_probability: float  # the threshold, 0 to 1
     right: float  # fraction of the right answers, 0 to 1
-    wrong: float | None  # and of the wrong ones, where there are any
+    wrong: float | None  # fraction of the wrong answers; None if there are none
     all: float
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the run's predictions show."""
+    """Contents of the section on the run's predictions."""
 
     images: int
     wrong: int
     interval: tuple[float, float]  # of the accuracy, 95 %
-    matrix: tuple[tuple[tuple[int, int], ...], ...]  # (count, shade 0 to SHADES) by truth, said
-    confusions: tuple[tuple[str, str, int], ...]  # truth, said, how often; the most frequent
+    matrix: tuple[tuple[tuple[int, int], ...], ...]  # (count, shade 0 to SHADES) by truth, answer
+    confusions: tuple[tuple[str, str, int], ...]  # truth, prediction, count; the most frequent
     mistakes: tuple[Mistake, ...]
     scores: tuple[ClassScore, ...]
     figures: tuple[Markup, ...]
-    refused: Refused | None  # of runs of old nothing is known
+    refused: Refused | None  # None for old runs, which recorded no threshold
 
 
 def answers(predictions: Predictions, summary: Mapping[str, Any], test: Split | None) -> Answers:
-    """What the predictions show; with pictures where there is a `test` split to take them from."""
+    """Collect the section on the predictions, with pictures of the mistakes if `test` is given."""
     outputs, labels = predictions.log_probabilities, predictions.labels
     classes = [str(name) for name in summary["classes"]]
     counts = confusion(outputs, labels)
     images, right = len(labels), int(counts.trace())
     before = reliability(predictions.untempered(summary["temperature"]), labels)
     after = reliability(outputs, labels)
-    wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes alone
+    wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes only
     shades = np.ceil(SHADES * np.sqrt(wrong / max(1, wrong.max()))).astype(int)
     order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
     cells = [divmod(int(cell), len(classes)) for cell in order]
@@ -127,5 +127,5 @@ def _refused(
 
 
 def picture(image: np.ndarray) -> str:
-    """An image, uint8 (1, 28, 28), as a data: URL."""
+    """Return an image, uint8 (1, 28, 28), as a data: URL of a PNG."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"

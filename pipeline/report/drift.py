@@ -1,4 +1,4 @@
-"""What the last look at a prediction log shows: each check, and then against now."""
+"""The report's section on drift: each check of the last prediction log, and its figures."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ AGAIN = "run 'pipeline drift LOG' again"
 
 @dataclass(frozen=True)
 class Watched:
-    """A prediction log that was held against the model's reference profile."""
+    """A prediction log that was compared with the model's reference profile."""
 
     sha256: str  # of the model file
     versions: tuple[str, ...]
@@ -34,9 +34,9 @@ class Watched:
 
 
 def watched(paths: Paths) -> Watched | None:
-    """What `pipeline drift` found last, or None where it never looked.
+    """Return the last result of `pipeline drift`, or None if it never ran.
 
-    Raises CorruptError for a record that is none of ours.
+    Raises CorruptError if the file is not a valid record of drift.
     """
     if not paths.drift.exists():
         return None

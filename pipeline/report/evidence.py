@@ -1,4 +1,4 @@
-"""What the proof of a run's export shows: each file's verdict, and the images it is hardest on."""
+"""The report's section on the export's validation: each file's verdict and its worst images."""
 
 # Shape letters: N rows (images, then probes), M images.
 
@@ -19,19 +19,19 @@ from pipeline.report import figures
 from pipeline.report.answers import picture
 from pipeline.validation.card import variant_rows
 
-WORST = 8  # images shown of each variant, at most
+WORST = 8  # most images shown for each variant
 VALIDATE = "run 'pipeline validate' again"
 
 
 @dataclass(frozen=True)
 class WorstImage:
-    """A test image on which a file's error is large for the margin that there is."""
+    """A test image on which a file's error is large compared with the margin."""
 
     index: int  # in the test split
     truth: str
-    reference: str  # what the module says of it in float64
+    reference: str  # the reference's class
     said: str
-    margin: float  # in float64, nats
+    margin: float  # of the reference, nats
     error: float
     picture: str | None  # a data: URL
 
@@ -46,12 +46,12 @@ class WorstImage:
 
 @dataclass(frozen=True)
 class EvidenceSection:
-    """What the proof shows."""
+    """Contents of the section on the validation."""
 
     images: int
     probes: int
-    threads: tuple[int, ...]  # of the speeds in `rows`
-    rows: list[dict[str, Any]]  # a file each, as the model card has them
+    threads: tuple[int, ...]  # thread counts of the speeds in `rows`
+    rows: list[dict[str, Any]]  # one per file, as in the model card
     figure: Markup
     worst: tuple[tuple[str, tuple[WorstImage, ...]], ...]  # by precision
 
@@ -59,10 +59,10 @@ class EvidenceSection:
 def read_evidence(
     paths: Paths, manifest: Mapping[str, Any], test: Split | None
 ) -> EvidenceSection | None:
-    """What the proof of an export shows, or None where there is none yet.
+    """Read the section on an export's validation, or return None if it is not validated yet.
 
-    With pictures where `test` is the split that it was proven on. Raises CorruptError when the
-    proof is about other bytes than the manifest, or cannot be read.
+    Includes pictures if `test` is the split that the export was validated on. Raises CorruptError
+    if the validation cannot be read, or is of other files than those in the manifest.
     """
     if paths.validation.name not in manifest["files"]:
         return None
@@ -109,7 +109,7 @@ def _evidence(
 def _worst_images(
     precision: str, arrays: Mapping[str, np.ndarray], classes: Sequence[str], test: Split | None
 ) -> tuple[WorstImage, ...]:
-    """The images whose error is the largest for their margin, the worst first."""
+    """Return the images with the largest ratio of error to margin, the worst first."""
     labels = arrays["labels"]
     margins = arrays["margins"][: len(labels)]
     errors = arrays[f"errors_{precision}"][: len(labels)].astype(np.float64)  # (M,)

@@ -1,4 +1,4 @@
-"""Drawings as SVG to stand inside a page: they take its colours and fonts, light or dark."""
+"""Figures as SVG elements inside a page, with the page's colours (light or dark) and fonts."""
 
 import io
 import re
@@ -16,7 +16,7 @@ from pipeline.core.evaluate import Bin, wilson_interval
 
 SIZE = (5.2, 3.1)  # inches; a page scales it
 MARGIN_BINS = 60
-# Matplotlib wants colours it knows; the SVG gets the page's variables in their place.
+# Placeholder colours for Matplotlib; in the SVG the page's CSS variables replace them.
 INK, MUTED, GRID, ACCENT, SECOND = ("#010203", "#010204", "#010205", "#010206", "#010207")
 _VARIABLES = {
     INK: "var(--ink)",
@@ -44,12 +44,12 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-Line = Mapping[str, Any]  # of metrics.jsonl
+Line = Mapping[str, Any]  # a line of metrics.jsonl
 
 
 @rc_context(STYLE)
 def loss_curve(lines: Sequence[Line]) -> str:
-    """The training loss over the epochs, and its running mean."""
+    """Draw the training loss over the epochs, and its running mean."""
     epochs = [line["epoch"] for line in lines]
     losses = [line["loss"] for line in lines]
     figure, axes = _axes("epoch", "training loss (nats)")
@@ -63,7 +63,7 @@ def loss_curve(lines: Sequence[Line]) -> str:
 
 @rc_context(STYLE)
 def accuracy_curve(lines: Sequence[Line]) -> str:
-    """The validation accuracy in percent after each epoch."""
+    """Draw the validation accuracy in percent after each epoch."""
     measured = [line for line in lines if "validation_accuracy" in line]
     epochs = [line["epoch"] for line in measured]
     percent = [100 * line["validation_accuracy"] for line in measured]
@@ -82,7 +82,7 @@ def accuracy_curve(lines: Sequence[Line]) -> str:
 
 @rc_context(STYLE)
 def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
-    """How often right against how sure, before and after the temperature was fitted."""
+    """Draw accuracy over mean probability, before and after the temperature was fitted."""
     figure, axes = _axes("how sure (mean probability)", "how often right")
     axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="honest")
     sure, right = _points(before)
@@ -98,7 +98,7 @@ def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
 
 @rc_context(STYLE)
 def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
-    """How many images the predictor was how sure about, before and after the temperature."""
+    """Draw the number of images over mean probability, before and after the temperature."""
     figure, axes = _axes("how sure (mean probability)", "images")
     for bins, colour, label in ((before, SECOND, "before"), (after, ACCENT, "after")):
         sure, counts = _points(bins)[0], [b.images for b in bins]
@@ -112,7 +112,7 @@ def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
 
 @rc_context(STYLE)
 def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> str:
-    """How many images have how large a margin, and where the largest error of each file lies."""
+    """Draw a histogram of the images' margins, and a line at the largest error of each file."""
     positive = [margin for margin in margins if margin > 0] or [1.0]
     low, high = min(positive) / 1.1, max(positive) * 1.1
     step = (high / low) ** (1 / MARGIN_BINS)
@@ -133,7 +133,7 @@ def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> 
 
 @rc_context(STYLE)
 def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[float]) -> str:
-    """How often each class was answered, in percent, by the reference and by a log."""
+    """Draw the percentage of answers with each class, in the reference profile and in a log."""
     figure, axes = _axes("class", "answers (%)")
     places = range(len(classes))
     for rates, shift, colour, label in (
@@ -152,7 +152,10 @@ def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[fl
 def below_chart(
     what: str, edges: Sequence[float], before: Sequence[int], now: Sequence[int]
 ) -> str:
-    """The share of images below each value, from counts in bins, by the reference and by a log."""
+    """Draw the percentage of images below each value, in the reference profile and a log.
+
+    The counts are those of the bins between `edges`.
+    """
     figure, axes = _axes(what, "images below it (%)")
     for counts, colour, dashes, label in (
         (before, MUTED, "--", "reference"),
@@ -168,7 +171,7 @@ def below_chart(
 
 
 def _near_one(axes: Axes) -> None:
-    """Stretch the axis towards 1, where most answers are."""
+    """Stretch the x axis towards 1, where most answers are."""
     least = 1e-6
     stretch = (
         lambda values: -np.log10(np.maximum(1 - values, least)),
@@ -212,7 +215,7 @@ def _points(bins: Sequence[Bin]) -> tuple[list[float], list[float]]:
 
 
 def _smooth(values: Sequence[float]) -> Iterable[float]:
-    """A running mean that reaches back over a twelfth of the values or so."""
+    """Yield a running mean over about a twelfth of the values."""
     weight, mean, total = 1 - 1 / max(1.0, len(values) / 12), 0.0, 0.0
     for value in values:
         mean, total = weight * mean + value, weight * total + 1
@@ -220,9 +223,9 @@ def _smooth(values: Sequence[float]) -> Iterable[float]:
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an `<svg>` element whose bytes depend on nothing but what it shows.
+    """Return the figure as an `<svg>` element whose bytes depend only on its content.
 
-    Ids are salted with `name`, so that figures in one page do not share any.
+    IDs are salted with `name`, so that figures in one page share no ID.
     """
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
@@ -231,7 +234,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = buffer.getvalue()
     width, height = (72 * inches for inches in figure.get_size_inches())
     body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r"<style.*?</style>", "", body)  # it would be the whole page's
+    body = re.sub(r"<style.*?</style>", "", body)  # it would apply to the whole page
     body = re.sub(r'<g id="[^"]*"', "<g", body)
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     body = re.sub(r"font-family: [^;\"]*", "", body)
@@ -240,7 +243,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body.strip()}'
 
 
-WIDTH, ROW, REST = 5.8, 0.19, 0.9  # inches: of a figure, of a row, of what is no row
+WIDTH, ROW, REST = 5.8, 0.19, 0.9  # inches: of a figure, of a row, of the rest of a figure's height
 MARKS = {"p50": ("o", 5.0), "p90": ("|", 7.0), "p95": ("|", 7.0), "p99": ("D", 4.0)}
 
 
@@ -250,9 +253,9 @@ def throughput(
     speeds: Sequence[Mapping[str, float]],
     ceilings: Sequence[float | None],
 ) -> str:
-    """Images a second: the median as a bar, least to most as a whisker, the ceiling as a mark.
+    """Draw images per second: median (bar), least to most (whisker) and ceiling (mark) per row.
 
-    The ceiling is what a model does that computes nothing, asked the same way.
+    The ceiling is the speed of a model that computes nothing, measured in the same way.
     """
     figure, axes = _rows(labels, "images a second")
     places = range(len(labels))
@@ -272,9 +275,9 @@ def throughput(
 def latencies(
     labels: Sequence[str], percentiles: Sequence[Mapping[str, float]], is_open: Sequence[bool]
 ) -> str:
-    """Each row's percentiles in milliseconds on a line, an open loop's in another colour.
+    """Draw each row's percentiles in milliseconds on a line, in another colour for open loops.
 
-    A row without any is left out.
+    Rows without percentiles are left out.
     """
     shown = [row for row in zip(labels, percentiles, is_open, strict=True) if row[1]]
     figure, axes = _rows([label for label, _, _ in shown], "latency (ms)")
@@ -292,7 +295,7 @@ def latencies(
 
 
 def _rows(labels: Sequence[str], x: str) -> tuple[Figure, Axes]:
-    """Axes with a row for each label, the first on top, and a logarithmic scale."""
+    """Create axes with a row for each label, the first on top, and a logarithmic x scale."""
     figure, axes = _axes(x, "", (WIDTH, REST + ROW * len(labels)))
     _logarithmic(axes, "x")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained page of whatever the run and its export have."""
+"""The report of a run: one self-contained page with all results of the run and its export."""
 
 # Shape letters: N images, K classes.
 
@@ -28,12 +28,12 @@ from pipeline.training.run import recorded_config
 from pipeline.validation.agreement import Table, read_agreement
 from pipeline.validation.card import percent
 
-DIGITS, DRAWS = 8, 6  # in the grid of distorted digits
+DIGITS, DRAWS = 8, 6  # rows and columns of the distorted digits
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a section lacks, and the command that makes it."""
+    """A section's replacement: what is missing, and the command that makes it."""
 
     text: str
     command: str = ""
@@ -41,7 +41,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Distorted:
-    """A training image and what the recipe's distortion made of it, as data: URLs."""
+    """A training image and random distortions of it by the recipe, as data: URLs."""
 
     label: str
     original: str
@@ -50,30 +50,30 @@ class Distorted:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows. Where a part is a Note, it says what would make it."""
+    """The template's content. A part that is missing is a Note with the command that makes it."""
 
     run: str
     name: str
     summary: Mapping[str, Any]
     curves: tuple[Markup, ...] | Note
     answers: Answers | Note
-    pictures: Note | None  # why mistakes have none
+    pictures: Note | None  # why mistakes have no pictures
     distorted: tuple[Distorted, ...] | Note
     evidence: EvidenceSection | Note
     proof: Table | Note
     watched: Watched | Note
     speeds: Speeds | Note
-    settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's own where it differs
+    settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's value if it differs
     digests: tuple[tuple[str, str], ...]  # SHA-256, path under the project's root
-    export: Note | None  # why digests lack an export's
-    then: str  # the command that the chain lacks after this report
+    export: Note | None  # why the export's digests are missing
+    then: str  # the next command after this report
 
 
 def write_page(paths: Paths) -> Page:
-    """Write the report of a finished run to `runs/<run>/report.html`; return what it shows.
+    """Write the report of a finished run to `runs/<run>/report.html`; return its content.
 
-    Raises PipelineError when there is no finished run, and CorruptError when a file of the run or
-    of its export is not what was recorded.
+    Raises PipelineError if there is no finished run, and CorruptError if a file of the run or of
+    its export does not match its record.
     """
     page = collect(paths)
     write_bytes(paths.page, render(page).encode())
@@ -81,7 +81,7 @@ def write_page(paths: Paths) -> Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML; the same page gives the same text."""
+    """Render the page as HTML; equal pages give equal text."""
     environment = Environment(
         loader=PackageLoader("pipeline.report", "."),
         autoescape=True,
@@ -95,7 +95,7 @@ def render(page: Page) -> str:
 
 
 def collect(paths: Paths) -> Page:
-    """Everything that the run and its export have to show."""
+    """Collect the page's content from the files of the run and its export."""
     train_command = f"pipeline train --run {paths.run}"
     if not paths.run_folder.exists():
         raise PipelineError(
@@ -141,7 +141,7 @@ def collect(paths: Paths) -> Page:
 
 
 def _split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:
-    """The split, or why there is none here; a cached file that changed is an error all the same."""
+    """Load the split, or return a Note why it is missing; CorruptError if a cached file changed."""
     try:
         return load_split(config.dataset, paths.data(config.dataset), name)
     except CorruptError:
@@ -151,7 +151,7 @@ def _split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:
 
 
 def _manifest(paths: Paths, summary: Mapping[str, Any]) -> dict[str, Any] | Note:
-    """The manifest of this run's export."""
+    """Read the manifest of this run's export, or return a Note if there is none."""
     again = f"pipeline export --run {paths.run}"
     again += "" if paths.name == paths.run else f" --name {paths.name}"
     if not paths.manifest.exists():
@@ -163,7 +163,7 @@ def _manifest(paths: Paths, summary: Mapping[str, Any]) -> dict[str, Any] | Note
 
 
 def _then(paths: Paths) -> str:
-    """The command that the chain lacks after an export."""
+    """Return the next command after the export, by the files that are still missing."""
     if not paths.validation.exists():
         return f"pipeline validate{_named(paths)}"
     if not paths.packaged.exists():
@@ -180,7 +180,7 @@ def _named(paths: Paths) -> str:
 def _of_export(
     paths: Paths, manifest: Mapping[str, Any], test: Split | None
 ) -> tuple[EvidenceSection | Note, Table | Note, Watched | Note, Speeds | Note]:
-    """The export's evidence, its agreement on a server, its drift and its speeds."""
+    """Read the export's evidence, agreement, drift and speeds, or a Note for each missing one."""
     named, model = _named(paths), manifest["files"].get(paths.onnx.name)
     evidence = read_evidence(paths, manifest, test) or Note(
         "The exported files have not been held against their module yet",
@@ -220,7 +220,7 @@ def _curves(paths: Paths, train_command: str) -> tuple[Markup, ...] | Note:
 
 
 def _distorted(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
-    """The first image of some classes, distorted as in training."""
+    """Distort the first image of up to DIGITS classes as in training."""
     if not config.settings.distorts:
         return Note("This recipe distorts nothing: the network saw each training image as it is")
     present = np.unique(train.labels)[:DIGITS]
@@ -235,7 +235,7 @@ def _distorted(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Not
 
 
 def _settings(config: TrainConfig) -> tuple[tuple[str, str, str], ...]:
-    """The name of each setting, its value, and the recipe's own where that is another."""
+    """Return each setting's name and value, and the recipe's own value if it differs."""
 
     def plain(value: object) -> str:
         return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

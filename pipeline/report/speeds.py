@@ -1,4 +1,4 @@
-"""What the report shows of a benchmark: how fast an export is in its runtimes and on a server."""
+"""The report's section on speed: the export's benchmark in its runtimes and on a server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class SpeedCells:
     name: str
     way: str
     batch: int
-    asking: str  # how many at once, or how many arrive
+    asking: str  # concurrency, or the rate of an open loop
     cells: tuple[str, ...]
 
 
@@ -40,17 +40,17 @@ HEADERS = (
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured of the export that the report is of."""
+    """Contents of the section on the export's speed."""
 
     headers: tuple[str, ...]
     rows: tuple[SpeedCells, ...]
     figures: tuple[Markup, ...]
-    measured: tuple[tuple[str, str], ...]  # what, and when and on what
+    measured: tuple[tuple[str, str], ...]  # what was measured; the date and the machine
     remarks: tuple[str, ...]
 
 
 def speeds(paths: Paths, digest: str) -> Speeds | None:
-    """What was measured of the model.onnx with this digest; None where nothing was."""
+    """Read the measurements of the model.onnx with this digest; None if there are none."""
     files = {"in process": paths.inference, "served": paths.serving}
     records = {what: read_json(file, AGAIN) for what, file in files.items() if file.exists()}
     known = {what: record for what, record in records.items() if record.get("sha256") == digest}
@@ -59,7 +59,7 @@ def speeds(paths: Paths, digest: str) -> Speeds | None:
     if not shown:
         return None
     ours = [row for row in shown if row["name"] != CEILING]
-    ceilings = {  # how fast a model is that computes nothing, asked the same way
+    ceilings = {  # images per second of the no-op model, measured in the same way
         (row["way"], row["batch"], row["concurrency"]): row["images_per_second"]["median"]
         for row in shown
         if row["name"] == CEILING
@@ -94,7 +94,7 @@ def _asking(row: Mapping[str, Any]) -> str:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """What a figure calls the row."""
+    """Return the row's label in a figure."""
     way = WAYS.get(row["way"], "")
     profile = f", {row['name'].rpartition('-')[2]}" if row["name"].endswith("-throughput") else ""
     whom = f"{way}{profile}" if way else row["name"]
