@@ -196,7 +196,7 @@ def _rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
     """Return logarithms of the faster half of each row's rounds, relative to the yardstick."""
     rounds = {}
     for row in record["rows"]:
-        # An open loop's rate is a setting; fastest answers mean something without concurrency only.
+        # An open loop's rate is a setting; fastest answers are useful only without concurrency.
         if what == "speed" and not row.get("rate"):
             rounds[_name(row)] = [math.log(speed) for speed in row["images_per_second"]["rounds"]]
         elif what == "latency" and row["concurrency"] == 1 and "fastest_ms" in row:

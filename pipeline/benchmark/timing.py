@@ -30,10 +30,10 @@ BEHIND = 0.25  # fraction of the latency that an open loop's client itself may c
 
 @dataclass(frozen=True)
 class Window:
-    """The answers of one interval of time; its warm-up is left out where not mentioned."""
+    """The answers of one interval of time, without its warm-up unless a field says otherwise."""
 
     seconds: float
-    batch: int  # images a request
+    batch: int  # images per request
     latencies: np.ndarray  # float64, seconds; one for each request that was answered
     wrong: int = 0  # images whose class was wrong, warm-up included
     failed: int = 0  # requests without an answer, warm-up included
@@ -195,7 +195,7 @@ def ratio(row: TimedRow, of: TimedRow) -> dict[str, Any]:
 
 
 def answered(measure: Callable[[float], Window], seconds: float) -> Window:
-    """Measure a window with at least one answer or failure; double its length until it has."""
+    """Measure a window; double its length until it has at least one answer or failure."""
     while True:
         window = measure(seconds)
         if len(window.latencies) or window.wrong or window.failed:

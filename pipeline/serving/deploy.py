@@ -185,7 +185,7 @@ def _values(
         "name": paths.name,
         "version": packaged.version,
         "sha256": packaged.sha256,
-        "slug": slug,  # the name as Kubernetes and Compose allow names
+        "slug": slug,  # the name in the characters that Kubernetes and Compose allow
         "service": service,
         "selector": f'job="{service}",model="{paths.name}"',  # of the model's Prometheus series
         "queue_metric": f"{service.replace('-', '_')}_queue_time_us",

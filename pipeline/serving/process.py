@@ -161,7 +161,7 @@ def launched(
 
 def processes_of(server_id: str) -> list[int]:
     """Return the PIDs of the server's processes: tritonserver, its stubs, or docker's command."""
-    import psutil  # slow to import; 'pipeline query' needs none of it
+    import psutil  # slow to import, and 'pipeline query' does not need it
 
     # The environment of another user's process is None, and that of a dead process is empty.
     return [
