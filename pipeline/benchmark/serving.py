@@ -1,8 +1,8 @@
 """Speed of a packaged model on a server, next to the limits of the server and the runtime.
 
 A temporary server runs three models: the packaged one, a no-op model that computes nothing, and the
-packaged one under its throughput profile. The first and last are scored on the whole test split, then
-all are measured in turns, over both protocols and at several batch sizes and concurrencies.
+packaged one under its throughput profile. The first and the last are scored on the whole test
+split; then all take turns, over both protocols and at several batch sizes and concurrencies.
 """
 
 import functools
