@@ -1,8 +1,8 @@
-"""A run, or any module of PyTorch, as ONNX files with a manifest of what they were made of.
+"""Export of a run, or of any PyTorch module, to ONNX files with a manifest of their origin.
 
 Read `export.py` first, then `subject.py` (what is exported) and `policy.py` (what a graph may
-contain); `runtime.py` is an ONNX file as a predictor. `targets.py` and `runtime.py` do without
-torch. Knows nothing of whether a file is right: that is `validation`.
+contain); `runtime.py` makes a predictor of an ONNX file. `targets.py` and `runtime.py` do not
+import torch. This room does not check whether a file's answers are correct: `validation` does.
 """
 
 from typing import TYPE_CHECKING

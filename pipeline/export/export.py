@@ -1,6 +1,7 @@
-"""A module through torch.export to ONNX files, with a manifest of what they were made of.
+"""Export of a module through torch.export to ONNX files, with a manifest of their origin.
 
-An ONNX file that somebody hands in: read, made one file if asked for, held to the policy.
+Also reads an ONNX file from another tool: merges its data into one file if asked, and checks it
+against the graph policy.
 """
 
 import io
@@ -41,7 +42,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX file that was written, not yet proven."""
+    """An ONNX file that was written and is not validated yet."""
 
     precision: str
     path: Path
@@ -52,20 +53,20 @@ class Exported:
 
 
 def export_program(model: nn.Module, images: TensorSpec) -> torch.export.ExportedProgram:
-    """The graph of `model`, in the mode that it is in, for any number of images.
+    """Trace `model` in its current mode with torch.export, for any number of images.
 
-    Nodes lose the traces that name source files of this machine. Raises CheckFailedError when
-    torch.export cannot trace the module, or only for a fixed batch.
+    Stack traces, which name source files of this machine, are removed from the nodes. Raises
+    CheckFailedError when torch.export cannot trace the module, or only for a fixed batch size.
     """
-    # Two images, not one: torch.export takes a dimension of size 1 to be fixed.
+    # Two images, not one: torch.export treats a dimension of size 1 as fixed.
     example = torch.zeros(2, *images.shape, dtype=getattr(torch, images.dtype))
     batch = ({0: torch.export.Dim(graph.BATCH)},)
     try:
         with warnings.catch_warnings():
-            # Raised inside torch's own export code; nothing that a user could mend.
+            # Raised inside torch's own export code; a user cannot fix it.
             warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
             program = torch.export.export(model, (example,), dynamic_shapes=batch)
-    except Exception as error:  # its tracer has a dozen kinds, and passes on the module's own
+    except Exception as error:  # the tracer has a dozen types, and passes on the module's own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckFailedError(
             f"torch.export cannot trace {type(model).__name__} for any number of images "
@@ -79,11 +80,11 @@ def export_program(model: nn.Module, images: TensorSpec) -> torch.export.Exporte
 def to_onnx(
     program: torch.export.ExportedProgram, wanted: graph.Signature, metadata: dict[str, str]
 ) -> bytes:
-    """`program` as the bytes of one ONNX file that obeys the graph policy and the signature.
+    """Convert `program` to the bytes of one ONNX file.
 
-    Raises CheckFailedError when the exporter made anything else.
+    Raises CheckFailedError unless it obeys the graph policy and has the wanted signature.
     """
-    # The exporter only remarks that torchvision is missing, which we do without.
+    # The exporter only warns that torchvision is missing, which we do not need.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
@@ -93,7 +94,7 @@ def to_onnx(
             opset_version=wanted.opset,
             input_names=[wanted.images.name],
             output_names=[wanted.outputs.name],
-            # Said again, or the axis would be called after one of torch's symbols.
+            # Repeated here, or the axis would be named after one of torch's symbols.
             dynamic_shapes=({0: torch.export.Dim(graph.BATCH)},),
             verbose=False,
         )
@@ -105,7 +106,7 @@ def to_onnx(
 
 
 def check_onnx(content: bytes, wanted: graph.Signature, name: str = "the exported graph") -> None:
-    """Raise CheckFailedError unless `content` has the wanted signature, and the graph policy."""
+    """Raise CheckFailedError unless `content` obeys the policy and has the wanted signature."""
     model = graph.parse(content, name)
     check_policy(model, name)
     found = graph.read_signature(model, name)
@@ -114,7 +115,7 @@ def check_onnx(content: bytes, wanted: graph.Signature, name: str = "the exporte
 
 
 def source_commit(root: Path) -> str | None:
-    """The commit that the code at `root` is at, or None where there is no git."""
+    """Return the git commit of the code at `root`, or None without git or a repository."""
     git = shutil.which("git")
     if not git:
         return None
@@ -124,7 +125,7 @@ def source_commit(root: Path) -> str | None:
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of what made an export."""
+    """Return the versions of the libraries that make an export."""
     return {
         "torch": torch.__version__,
         "onnx": onnx.__version__,
@@ -140,8 +141,8 @@ def export_run(
 ) -> list[Exported]:
     """Export the finished run to `exported/<name>/`: model.pt2, model.onnx, manifest.json.
 
-    Other precisions are made of model.onnx and lie beside it. What an earlier export left there
-    is void and goes first: its proof is about other bytes.
+    Other precisions are made from model.onnx and lie next to it. The files of an earlier export
+    are removed first: its validation is about other bytes.
     """
     subject = subject_of_run(paths)
     sample = exported_sample(paths, subject.origin) if "int8" in precisions else None
@@ -156,9 +157,10 @@ def export_module(
     precisions: Sequence[str] = ("fp32",),
     report: Say = lambda line: None,
 ) -> list[Exported]:
-    """Export anybody's module as `export_run` does a run, with a copy of the images to prove it on.
+    """Export any module as `export_run` exports a run.
 
-    The images are those of `sample`, which only int8 and a module that is no run's need.
+    `sample` is needed only for int8 and for a third-party module; for the latter, its images are
+    copied into the export, to validate it on.
     """
     if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
         raise PipelineError(f"no precision {unknown[0]!r}: there are {', '.join(PRECISIONS)}")
@@ -176,7 +178,10 @@ def make_files(
     calibration: np.ndarray,
     report: Say = lambda line: None,
 ) -> tuple[torch.export.ExportedProgram, dict[str, bytes]]:
-    """Export a module: its program, and its ONNX files by precision; int8 needs images (M, ...)."""
+    """Export a module: return its program, and its ONNX files by precision.
+
+    int8 needs calibration images (M, ...).
+    """
     report("torch.export")
     program = export_program(subject.model, subject.images)
     report("torch.onnx.export")
@@ -194,12 +199,12 @@ def make_files(
 
 
 def signature_of(subject: Subject, config: ExportConfig) -> graph.Signature:
-    """The signature that a file of the subject has in the dialect of `config`."""
+    """Return the signature of the subject's ONNX file in the dialect of `config`."""
     return graph.Signature(subject.images, subject.outputs, config.opset, config.ir_version)
 
 
 def metadata_of(subject: Subject) -> dict[str, str]:
-    """What a file says of itself to whoever reads it without us."""
+    """Return the metadata that describes a file to readers without this package."""
     shape = ", ".join(map(str, subject.images.shape))
     classes = len(subject.classes)
     record = {
@@ -224,11 +229,11 @@ def write_export(
     contents: dict[str, bytes],
     program: bytes | None,
 ) -> list[Exported]:
-    """Put ONNX files (by precision) with their manifest in place of what lay there before."""
+    """Replace the export with ONNX files (by precision) and their manifest."""
     variants = [paths.variant(precision) for precision in PRECISIONS]
     agreement = [paths.variant_agreement(precision) for precision in PRECISIONS]
     stale = [*proof_files(paths), *agreement, *variants, paths.program, paths.images]
-    for path in (paths.manifest, *stale):  # the manifest's word first
+    for path in (paths.manifest, *stale):  # the manifest first
         remove(path)
     files = {}
     if program:
@@ -264,19 +269,19 @@ def write_export(
 
 
 def proof_files(paths: Paths) -> list[Path]:
-    """The files that the proof of an export adds to it, and the folder of one that failed."""
+    """Return the files that validation adds to an export, and the folder of a failed one."""
     golden = [paths.variant_golden(precision) for precision in PRECISIONS]
     profiles = [paths.variant_profile(precision) for precision in PRECISIONS]
     return [paths.validation, paths.evidence, paths.card, *golden, *profiles, paths.failed]
 
 
 def export_config(manifest: Mapping[str, Any]) -> ExportConfig:
-    """The ONNX dialect that a manifest states."""
+    """Return the ONNX dialect (opset, IR version) that a manifest states."""
     return ExportConfig(manifest["opset"], manifest["ir_version"])
 
 
 def handed_in(path: Path, scrub: bool = False) -> bytes:
-    """The bytes of an ONNX file; with `scrub`, of a copy in one file without source paths.
+    """Read an ONNX file from another tool; with `scrub`, make it one file without source paths.
 
     Raises PipelineError when it cannot be read and CheckFailedError when it breaks the policy.
     """
@@ -290,15 +295,16 @@ def handed_in(path: Path, scrub: bool = False) -> bytes:
     model = graph.parse(content, str(path))
     check_policy(model, str(path))
     model.DiscardUnknownFields()
-    if model.ByteSize() != len(content):  # fields we do not know, or twice: then the last counts
+    if model.ByteSize() != len(content):  # unknown fields, or repeated ones: the last is used
         raise CheckFailedError(f"{path} holds bytes outside of its graph: {SCRUB}")
     return content
 
 
 def matching_signature(content: bytes, images: TensorSpec, outputs: TensorSpec) -> graph.Signature:
-    """The signature of an ONNX file that somebody handed in, if it is that of its module.
+    """Return the signature of an ONNX file from another tool; it must match its module's.
 
-    The tensors and the batch axis may have other names. Raises CheckFailedError otherwise.
+    The names of the tensors and of the batch axis may differ. Raises CheckFailedError when a type
+    or shape differs.
     """
     model = graph.parse(content, "the file")
     found = graph.read_signature(model, "the file", batch=None)

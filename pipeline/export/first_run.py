@@ -1,7 +1,7 @@
-"""The first run of an ONNX file that something else exported: bounded, in a process of its own.
+"""First run of an ONNX file from another tool, in a separate process with limits.
 
-The graph policy tells sizes and work from the graph. What it cannot tell (an operator that is slow
-on such numbers, a batch size with work of its own, a crash of ONNX Runtime) ends that process only.
+The graph policy computes sizes and work from the graph. What it cannot see (an operator that is
+slow on some numbers, extra work at one batch size, a crash of ONNX Runtime) ends that process only.
 Run as `python -m pipeline.export.first_run BYTES SECONDS`, with the file on standard input.
 """
 
@@ -19,29 +19,29 @@ import onnxruntime
 
 from pipeline.core.errors import CheckFailedError
 
-# A core that does 5 G multiply-adds a second takes 40 for two images of the most work allowed.
+# A core that does 5 G multiply-adds a second takes 40 s for two images of the most work allowed.
 SECONDS = 60.0
-# Of address space: a sound file of 470 MB takes 1.6 GiB, and all values of two images at most 4.
+# Bytes of address space: a valid file of 470 MB takes 1.6 GiB, all values of two images at most 4.
 MEMORY = 8 * 1024**3
-# Two images, as the policy tells them, then the batches that a server may form, while that goes
-# quickly: a file may do more work at one of them.
+# Two images, as in the policy, then the batch sizes that a server may form, until QUICK seconds
+# have passed: a file may do more work at one of these sizes.
 BATCHES = (2, *range(1, 257))
 QUICK = 3.0  # seconds, loading included
-REFUSED = 3  # the status of the process when ONNX Runtime says no: its words are on standard output
-# ONNX Runtime's names of types, where numpy has others.
+REFUSED = 3  # the exit status when ONNX Runtime refuses the file; its message is on standard output
+# ONNX Runtime's names of types, where numpy's differ.
 NUMPY = {"float": "float32", "double": "float64"}
 
 
 def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = MEMORY) -> None:
-    """Load an ONNX file and run it in a process that may take so many seconds and bytes.
+    """Load an ONNX file and run it in a process limited to `seconds` and `memory` bytes.
 
-    Raises CheckFailedError when that is not enough, when ONNX Runtime refuses the file, and when it
+    Raises CheckFailedError when it needs more, when ONNX Runtime refuses the file, and when it
     crashes.
     """
     command = [sys.executable, "-m", "pipeline.export.first_run", str(memory), str(seconds)]
-    # numpy's threads take address space, the more the more cores there are.
+    # numpy's threads take address space, more of it on more cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as file:  # a pipe would be fed 512 bytes at a time
+    with tempfile.TemporaryFile() as file:  # a pipe would be written 512 bytes at a time
         file.write(content)
         file.seek(0)
         try:
@@ -64,7 +64,7 @@ def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = ME
 
 
 def _limit(kind: int, most: int) -> None:
-    """Limit what this process may take, further than it is limited already."""
+    """Lower a resource limit of this process to `most`; never raise it."""
     hard = resource.getrlimit(kind)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space
@@ -72,13 +72,13 @@ def _limit(kind: int, most: int) -> None:
 
 
 def _main(memory: int, seconds: float) -> int:
-    """Run the file on standard input; return the status of the process.
+    """Run the file on standard input; return the exit status of the process.
 
-    It answers batches in which every second image is blank.
+    Every second image of a batch is blank.
     """
     _limit(resource.RLIMIT_AS, memory)
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_CPU, int(seconds) + 1)  # where whoever started it was killed
+    _limit(resource.RLIMIT_CPU, int(seconds) + 1)  # in case the parent process was killed
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
@@ -97,7 +97,7 @@ def _main(memory: int, seconds: float) -> int:
     except MemoryError:
         print(f"it takes more than {memory:,} bytes of memory")
         return REFUSED
-    except Exception as error:  # whatever a file that was made to break it makes it raise
+    except Exception as error:  # a malicious file may make it raise anything
         print(" ".join(str(error).split()) or type(error).__name__)
         return REFUSED
     return 0

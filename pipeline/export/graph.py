@@ -1,4 +1,4 @@
-"""An ONNX graph as bytes: reading it, its signature, and what is scrubbed from it."""
+"""ONNX graphs as bytes: reading them, their signature, and scrubbing source paths."""
 
 import errno
 import os
@@ -21,11 +21,11 @@ from pipeline.export.sizes import BITS, STANDARD, raw_bytes
 
 BATCH = "batch"  # the name of dimension 0, on the input and on the output
 MAX_BYTES = 512 * 1024 * 1024
-# A node that PyTorch exported brings 40 with its attributes, names and metadata.
+# A node exported by PyTorch has 40, with its attributes, names and metadata.
 MAX_PARTS = 1_000_000
-# Text that shows whose machine a model comes from: a traceback, a path of a person or a system, a
-# file of code or weights. Exporters call nodes `/layer1/layer1.0/conv1/Conv` and parameters
-# `model/conv1/weight`, so a slash alone says nothing. Nothing in it looks back over what it has
+# Text that shows which machine a model comes from: a traceback, a user's or system path, a file
+# of code or weights. Exporters call nodes `/layer1/layer1.0/conv1/Conv` and parameters
+# `model/conv1/weight`, so a slash alone is no sign. No part of the pattern rescans what it has
 # read: a name of a megabyte must not take minutes.
 SOURCE_PATH = re.compile(
     r"""
@@ -51,7 +51,7 @@ SOURCE_PATH = re.compile(
 
 @dataclass(frozen=True)
 class Signature:
-    """What goes in and what comes out; shapes without the batch."""
+    """The input and output tensors of a graph (shapes without the batch axis) and its dialect."""
 
     images: TensorSpec
     outputs: TensorSpec
@@ -64,7 +64,10 @@ class Signature:
 
 
 def parse(content: bytes, name: str) -> onnx.ModelProto:
-    """The model in `content`; CorruptError names the file when it is none."""
+    """Parse `content` as an ONNX model; `name` stands for the file in messages.
+
+    Raises CorruptError when it is not a valid ONNX file and CheckFailedError when it is too large.
+    """
     if len(content) > MAX_BYTES:
         raise CheckFailedError(f"{name} is larger than {MAX_BYTES} bytes")
     try:
@@ -81,9 +84,9 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
 
 
 def message_parts(message: Message) -> Iterator[Any]:
-    """A message and all messages that it is made of, those of attributes and their graphs too."""
+    """Yield a message and all messages in it, including those in attributes and their graphs."""
     yield message
-    if isinstance(message, TensorProto):  # whose data would be copied
+    if isinstance(message, TensorProto):  # ListFields would copy its data
         yield from (*message.external_data, *message.metadata_props)
         return
     for field, value in message.ListFields():
@@ -93,7 +96,10 @@ def message_parts(message: Message) -> Iterator[Any]:
 
 
 def _batch_axis(value: ValueInfoProto, name: str, wanted: str | None, images: str) -> str:
-    """The name of dimension 0; CheckFailedError unless it is `wanted`, or has any where None is."""
+    """Return the name of dimension 0.
+
+    Raises CheckFailedError unless it is `wanted`, or any name where `wanted` is None.
+    """
     dims = value.type.tensor_type.shape.dim
     axis = dims[0].dim_param if dims else ""
     if axis and wanted in (None, axis):
@@ -122,10 +128,10 @@ def _spec(value: ValueInfoProto, name: str) -> TensorSpec:
 
 
 def read_signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> Signature:
-    """The signature of an image classifier: one tensor in, one out, the batch axis named.
+    """Read the signature of an image classifier: one input, one output, a named batch axis.
 
-    The axis is called `batch`, or anything where that is None, and the same on both. Raises
-    CheckFailedError for a graph of any other form.
+    The axis has the name `batch`, or any name if `batch` is None, and the same name on the input
+    and the output. Raises CheckFailedError for a graph of any other form.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
@@ -140,15 +146,15 @@ def read_signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH)
 
 
 def shows_source(text: str) -> bool:
-    """Whether a text shows a source path, or would without the NULs in it."""
+    """Tell whether a text shows a source path, ignoring NUL characters."""
     return bool(SOURCE_PATH.search(text.replace("\0", "")))
 
 
 def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> bytes:
-    """The bytes of `model` without the exporter's traces, with our metadata: the same each time.
+    """Return the bytes of `model` with our metadata, without the exporter's; deterministic.
 
-    Names that show a source path get others. The domains of operators that no node uses go too
-    (quantization leaves a dozen), and so does the right to override an initializer.
+    Names that show a source path are replaced. Imports of operator domains that no node uses are
+    removed (quantization leaves a dozen), and initializers are no longer overridable inputs.
     """
     model.ir_version = ir_version
     model.DiscardUnknownFields()
@@ -159,7 +165,7 @@ def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> 
     for value in overridable(model):
         model.graph.input.remove(value)
     _rename(model)
-    model.graph.name = model.graph.name or "graph"  # which the checker demands
+    model.graph.name = model.graph.name or "graph"  # the checker requires a name
     used = STANDARD | {part.domain for part in found if isinstance(part, onnx.NodeProto)}
     opsets = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]
@@ -170,14 +176,17 @@ def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> 
 
 
 def overridable(model: onnx.ModelProto) -> list[ValueInfoProto]:
-    """The inputs that have an initializer: before IR 4 a constant, since then a mere default."""
+    """Return the inputs that have an initializer which a client may override.
+
+    From IR version 4 on an initializer is only the default of such an input; before, a constant.
+    """
     stored = {tensor.name for tensor in model.graph.initializer}
     stored |= {tensor.values.name for tensor in model.graph.sparse_initializer}
     return [v for v in model.graph.input if v.name in stored] if model.ir_version >= 4 else []
 
 
 def texts(message: Message) -> Iterator[tuple[Any, str, str]]:
-    """Every text in `message` and its parts: the part, the field, what it says.
+    """Yield every text in `message` and its parts: the part, the field and the text.
 
     A text that is not UTF-8 comes as bytes.
     """
@@ -196,12 +205,12 @@ def _text_fields(descriptor: Any) -> list[str]:
 
 
 def public_names(model: onnx.ModelProto) -> set[str]:
-    """The names that clients use, which cannot be changed without them."""
+    """Return the names that clients use (inputs and outputs), which must not be changed."""
     return {value.name for value in (*model.graph.input, *model.graph.output)}
 
 
 def _rename(model: onnx.ModelProto) -> None:
-    """Give every name that shows a source path another one, the same wherever it stands."""
+    """Replace every name that shows a source path, the same way wherever it occurs."""
     every, public = list(texts(model)), public_names(model)
     names = dict.fromkeys(text for _, _, text in every)
     fresh = (name for number in count() if (name := f"renamed_{number}") not in names)
@@ -209,7 +218,7 @@ def _rename(model: onnx.ModelProto) -> None:
     for part, field, text in every:
         if text not in names:
             continue
-        if isinstance(part, (onnx.ModelProto, onnx.GraphProto)):  # nothing refers to it
+        if isinstance(part, (onnx.ModelProto, onnx.GraphProto)):  # nothing refers to its text
             part.ClearField(field)
         elif isinstance(getattr(part, field), str):
             setattr(part, field, names[text])
@@ -218,10 +227,10 @@ def _rename(model: onnx.ModelProto) -> None:
 
 
 def inlined(path: Path) -> onnx.ModelProto:
-    """The model in the file `path`, with the data that lies in files beside it taken in.
+    """Read the model in the file `path` and include the data of its external files.
 
-    A tensor may name nothing but a plain file in the folder of `path`: whoever made the model
-    chose the name, and must not make us read anything else. Raises CheckFailedError otherwise.
+    A tensor may name only a regular file in the folder of `path`: the author of the model chose
+    the name, and must not make us read anything else. Raises CheckFailedError otherwise.
     """
     content = read_onnx(path)
     model = parse(content, str(path))
@@ -239,7 +248,7 @@ def inlined(path: Path) -> onnx.ModelProto:
 
 
 def _open_regular(path: Path, flags: int = 0) -> BinaryIO:
-    """The file `path` itself, open; OSError when it is no regular file."""
+    """Open the file `path`; raise OSError when it is not a regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would wait
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -248,17 +257,17 @@ def _open_regular(path: Path, flags: int = 0) -> BinaryIO:
 
 
 def read_onnx(path: Path) -> bytes:
-    """The bytes of the ONNX file at `path`; PipelineError when it is no file that can be read."""
+    """Read the bytes of the ONNX file at `path`; raise PipelineError when that fails."""
     try:
         file = _open_regular(path)
     except OSError as error:
         raise PipelineError(f"cannot read {path}: {error.strerror}") from error
     with file:
-        return file.read(MAX_BYTES + 1)  # of which `parse` says that it is too large
+        return file.read(MAX_BYTES + 1)  # one byte more, so that `parse` refuses it as too large
 
 
 def _external(tensor: TensorProto, path: Path) -> bytes:
-    """The data of `tensor` from the file beside `path` that it names."""
+    """Read the data of `tensor` from the file that it names, next to `path`."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     said = f"{path}: the data of {tensor.name} lies in '{location}', "
@@ -282,7 +291,7 @@ def _external(tensor: TensorProto, path: Path) -> bytes:
 
 
 def _span(entries: dict[str, str], size: int, said: str) -> tuple[int, int]:
-    """Where in a file of `size` bytes the data lies: offset and length."""
+    """Return the offset and length of the data in a file of `size` bytes."""
     offset = entries.get("offset", "0")
     if not re.fullmatch("[0-9]{1,18}", offset):
         raise CheckFailedError(f"{said}at '{offset}', which is no offset")
@@ -295,10 +304,10 @@ def _span(entries: dict[str, str], size: int, said: str) -> tuple[int, int]:
 
 
 def is_external(tensor: TensorProto) -> bool:
-    """Whether `tensor` says that its data, or some, is in another file."""
+    """Tell whether `tensor` declares that its data, or a part, is in another file."""
     return tensor.data_location == TensorProto.EXTERNAL or len(tensor.external_data) > 0
 
 
 def metadata(model: onnx.ModelProto) -> dict[str, str]:
-    """What the file says of itself, as `scrub` wrote it."""
+    """Return the metadata of the file, as `scrub` wrote it."""
     return {entry.key: entry.value for entry in model.metadata_props}

@@ -1,4 +1,4 @@
-"""What we allow in an ONNX graph: more than a checker asks, since a server will load it."""
+"""Policy for ONNX graphs: stricter than onnx's checker, since a server will load them."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,30 +13,30 @@ from pipeline.export import graph
 from pipeline.export.sizes import STANDARD, is_whole, too_large
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
-# ONNX Runtime on a CPU skips a Dropout that was left in training mode; other runtimes obey it.
+# ONNX Runtime on a CPU skips a Dropout that was left in training mode; other runtimes apply it.
 RANDOM = frozenset(
     {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
     | {"RandomUniform", "RandomUniformLike"}
 )
 SCRUB = "'--scrub' leaves them out of a copy"
 FOLDERS = ("home", "Users", "root")
-# What a person's path has in whatever encoding, and numbers have by chance once in 10^13 bytes.
+# Parts of user paths in two encodings; random numbers match one by chance once in 10^13 bytes.
 MARKS = tuple(
     mark.encode(encoding).strip(b"\0")
     for mark in (*map("/{}/".format, FOLDERS), "\\Users\\", "file://", "site-packages")
     for encoding in ("utf-8", "utf-16-le")
 )
 MAX_NODES = 30_000  # a large transformer has 5,000 nodes, 20,000 once it is quantized
-SHOWN = 20  # things of a kind in a message
+SHOWN = 20  # items of one kind in a message
 
 
 def check_policy(model: onnx.ModelProto, name: str) -> None:
-    """Refuse what the checker lets pass and a server should never load.
+    """Refuse what onnx's checker accepts but a server should never load.
 
-    One file, one version of the standard domain and nothing else, no functions, no control flow,
-    nothing random or in training mode, nothing a client may override, no value and no computation
-    that is larger than its file without being small, no source paths. Raises CheckFailedError with
-    everything that is wrong.
+    Allowed is one file with one version of the standard domain. Not allowed are other domains,
+    functions, control flow, anything random or in training mode, weights that a client may
+    override, values or computations beyond the limits in `sizes.py`, and source paths. Raises
+    CheckFailedError with everything that is wrong.
     """
     found = list(graph.message_parts(model))
     nodes = [part for part in found if isinstance(part, NodeProto)]
@@ -57,7 +57,7 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
         raise CheckFailedError(f"{name} breaks the graph policy: {_listed(wrong, '; ', 9999)}")
     try:
         onnx.checker.check_model(model, full_check=True)
-    # The last where the checker quotes a name that is no text.
+    # UnicodeDecodeError when the checker quotes a name that is not UTF-8.
     except (ValidationError, InferenceError, UnicodeDecodeError) as error:
         raise CheckFailedError(f"{name} is no valid ONNX model: {error}") from error
 
@@ -67,16 +67,16 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _listed(things: list[str], separator: str = ", ", longest: int = 200) -> str:
-    """Join the first of `things`, cut where they are too long to be read, and count the others."""
+    """Join the first SHOWN of `things`, each cut at `longest` characters, and count the rest."""
     shown = [t if len(t) <= longest else f"{t[:longest]}..." for t in things[:SHOWN]]
     more = len(things) - len(shown)
     return separator.join([*shown, f"and {more:,} more"] if more else shown)
 
 
 def _dialect(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
-    """Yield what leaves open which operators the file means, or which values.
+    """Yield what makes the meaning of the file's operators or values ambiguous.
 
-    The checker follows the first import of a domain and ONNX Runtime 1.31 the last.
+    For a domain imported twice, the checker uses the first import and ONNX Runtime 1.31 the last.
     """
     versions: dict[str, list[int]] = {}
     for entry in model.opset_import:
@@ -132,7 +132,7 @@ def _sources(model: onnx.ModelProto, found: list[Any]) -> Iterator[str]:
 
 
 def _place(part: Any, field: str, text: str) -> str:
-    """Where a text stands, in words."""
+    """Describe where a text stands, for a message."""
     if isinstance(part, onnx.StringStringEntryProto):
         return f"metadata '{part.key}'"
     if isinstance(part, (onnx.ModelProto, onnx.GraphProto)):
@@ -141,9 +141,9 @@ def _place(part: Any, field: str, text: str) -> str:
 
 
 def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]:
-    """Yield what shows a source path and cannot be left out, since the graph computes with it."""
+    """Yield source paths in data that the graph computes with, which cannot be removed."""
     for tensor in tensors:
-        # A copy; small numbers are written as the bytes that letters are.
+        # A copy; small numbers are serialized as single bytes, as letters are.
         numbers = TensorProto(int32_data=tensor.int32_data, int64_data=tensor.int64_data)
         raw = tensor.raw_data or numbers.SerializeToString()
         where = f"in the data of {tensor.name or 'a nameless tensor'}"
@@ -159,6 +159,6 @@ def _hidden(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]
 
 
 def _path_in(content: bytes) -> str:
-    """Return the text of `content` if it shows a source path, as UTF-16 or UTF-32 too."""
+    """Return the text of `content` if it shows a source path, also in UTF-16 or UTF-32."""
     text = content.replace(b"\0", b"").decode(errors="replace")
     return text[:200] if graph.shows_source(text) else ""

@@ -1,4 +1,4 @@
-"""An ONNX file as a predictor in ONNX Runtime, on the provider that was asked for and no other."""
+"""Predictors that run an ONNX file in ONNX Runtime, on the requested provider and no other."""
 
 import contextlib
 import io
@@ -12,9 +12,9 @@ import onnxruntime
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import Predictor
 
-onnxruntime.disable_telemetry_events()  # nothing of a user's leaves the machine
+onnxruntime.disable_telemetry_events()  # no data of a user may leave the machine
 
-# What ONNX Runtime raises; its common base is no public name.
+# What ONNX Runtime raises; their common base class is not public.
 RUNTIME_ERRORS = (
     onnxruntime.capi.onnxruntime_pybind11_state.Fail,
     onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
@@ -34,21 +34,23 @@ PROVIDERS: dict[str, list[Any]] = {
 
 
 def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> Predictor:
-    """A predictor that runs the ONNX model in `content`; 0 threads: all cores.
+    """Return a predictor that runs the ONNX model in `content`; 0 threads means all cores.
 
-    Raises PipelineError when the provider (cpu, cuda or tensorrt) is not to be had, and
-    CheckFailedError when a node would run elsewhere, or when ONNX Runtime refuses the model or,
-    later, an input.
+    Raises PipelineError when the provider (cpu, cuda or tensorrt) is not available, and
+    CheckFailedError when a node would run on another provider, or when ONNX Runtime refuses the
+    model. The predictor raises CheckFailedError when ONNX Runtime refuses an input.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # fatal; errors reach us as exceptions, and fallbacks are asked
+    options.log_severity_level = (
+        4  # fatal; errors come as exceptions, and fallbacks are checked below
+    )
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # TensorRT has no option of its own for it
-        onnxruntime.set_default_logger_severity(4)  # what it says of fallbacks, we ask for
+        onnxruntime.set_default_logger_severity(4)  # fallbacks are checked below
         with contextlib.redirect_stdout(io.StringIO()) as lacking:  # standard output is for results
-            onnxruntime.preload_dlls()  # the CUDA libraries that torch brought along
+            onnxruntime.preload_dlls()  # the CUDA libraries that were installed with torch
     try:
         session = onnxruntime.InferenceSession(content, options, PROVIDERS[provider])
     except RUNTIME_ERRORS as error:
@@ -78,9 +80,10 @@ def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> P
 def require_provider(
     provider: str, loaded: Iterable[str], placed: Iterable[tuple[str, str]], lacking: str = ""
 ) -> None:
-    """Raise unless the provider was loaded and has every node: none may fall back unseen.
+    """Raise unless the provider was loaded and runs every node: no node may fall back silently.
 
-    PipelineError when the machine lacks it, CheckFailedError naming the nodes that fell back.
+    Raises PipelineError when the provider was not loaded, and CheckFailedError with the names of
+    the nodes that fell back. `placed` has the provider and the description of each node.
     """
     wanted = PROVIDERS[provider][0][0] if provider != "cpu" else _CPU
     if wanted not in loaded:

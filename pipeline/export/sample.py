@@ -1,4 +1,4 @@
-"""Images that somebody hands in to prove a module on. Needs numpy only."""
+"""User-supplied images to validate a third-party module on. Needs numpy only."""
 
 # Shape letters: N images, M calibration images.
 
@@ -18,19 +18,20 @@ DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "flo
 
 @dataclass(frozen=True)
 class Sample:
-    """Images to prove a module on."""
+    """Images to validate a module on, with optional labels."""
 
     images: np.ndarray  # (N, ...), as the module takes them
-    labels: np.ndarray | None  # int64 (N,): the true classes, where somebody knows them
-    calibration: np.ndarray  # (M, ...): other images of the kind, or the same; for int8
+    labels: np.ndarray | None  # int64 (N,): the true classes, if known
+    calibration: np.ndarray  # (M, ...): similar images, or the same; for int8
 
 
 def read_sample(
     images: Path, labels: Path | None = None, calibration: Path | None = None
 ) -> Sample:
-    """Somebody's images, with labels if there are any: .npz or .npy files, nothing unpickled.
+    """Read the user's images, with labels if given, from .npz or .npy files, without unpickling.
 
-    An .npz has `images`, and may have `labels` and `calibration`.
+    An .npz has `images`, and may have `labels` and `calibration`; labels may also be a text file
+    of whole numbers. Raises PipelineError when a file cannot be read or its arrays do not fit.
     """
     given = _arrays(images, "images")
     taken = given["images"]
@@ -69,7 +70,7 @@ def _labels(path: Path) -> np.ndarray:
 
 
 def _arrays(path: Path, wanted: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name; the only array of a file is the one that is wanted."""
+    """Read the arrays of a file by name; a file's only array gets the name `wanted`."""
     try:
         size = path.stat().st_size
         if size > MAX_SAMPLE_BYTES:
@@ -92,7 +93,7 @@ def _arrays(path: Path, wanted: str) -> dict[str, np.ndarray]:
 
 
 def pack_sample(sample: Sample, count: int) -> bytes:
-    """The sample as the bytes of an .npz file, with `count` of its calibration images."""
+    """Return the sample as the bytes of an .npz file, with the first `count` calibration images."""
     arrays = {"images": sample.images}
     if sample.labels is not None:
         arrays["labels"] = sample.labels
@@ -104,7 +105,7 @@ def pack_sample(sample: Sample, count: int) -> bytes:
 
 
 def require_labels(sample: Sample, classes: Sequence[str]) -> None:
-    """Raise PipelineError when a label is of no class."""
+    """Raise PipelineError when a label is not the index of a class."""
     labels = sample.labels
     if labels is not None and (labels.min() < 0 or labels.max() >= len(classes)):
         found = f"{labels.min()} to {labels.max()}"

@@ -1,9 +1,9 @@
-"""How large the values of an ONNX graph are, and how much work: told from the graph alone.
+"""Sizes of the values in an ONNX graph, and its work, computed without running the graph.
 
-onnx's own inference of a whole graph is no gate: with `data_prop` it computes what shapes are
-made of and allocates as it goes (30 nodes that double a list take it 100 GiB), and without it
-cannot tell what most shapes are. So we go node by node, each asked about only after its inputs
-were told and found small, and compute short lists of numbers ourselves.
+onnx's own shape inference of a whole graph is not safe enough: with `data_prop` it computes the
+numbers that shapes are made of and allocates without limit (30 nodes that double a list take it
+100 GiB); without `data_prop` it leaves most shapes unknown. So we infer node by node, each only
+after its inputs are known to be small, and compute short lists of numbers ourselves.
 """
 
 import math
@@ -17,36 +17,36 @@ import onnx
 from onnx import NodeProto, TensorProto, TypeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-# Some shapes depend on the batch. Two, not one, which would broadcast; and many, since a graph may
-# compute more for each image the more there are.
+# Batch sizes to compute the sizes for: two, since a batch of one would broadcast, and many, since
+# the work for each image may grow with the batch size.
 IMAGES, MANY = 2, 256
-# Of one value for two images, and as much an image for many. VGG's largest layer takes 13 MiB an
-# image, and its largest weights, made of int8 as they are needed, 392 MiB: the one known classifier
-# that is too large for us.
+# Bytes of one value for two images; the same for each image of a larger batch. VGG's largest layer
+# takes 13 MiB an image. Its largest weights, dequantized from int8 when needed, take 392 MiB: it is
+# the only known classifier that is too large here.
 MAX_VALUE = 256 * 1024 * 1024
-# Of all values for two images, as if none were ever freed, or many small bombs made a large one.
+# Bytes of all values for two images, as if none were freed: many medium values must not pass.
 MAX_TOTAL = 4 * 1024 * 1024 * 1024
-MAX_RANK = 16  # a shape of a million ones is a bomb to whoever passes it on
-# Of multiply-adds for two images. VGG19 takes 20 G an image, the largest classifiers whose weights
+MAX_RANK = 16  # a shape of a million ones would slow all code that handles it
+# Multiply-adds for two images. VGG19 takes 20 G an image, the largest classifiers whose weights
 # fit into one file (ViT-B/8, EfficientNet-B8) 65 G. A core does 5 to 50 G a second.
 MAX_WORK = IMAGES * 100_000_000_000
-# Of so little it does not matter whether it grows with the number of images, or faster.
+# Multiply-adds; less work than this may grow faster than the number of images.
 LITTLE_WORK = 100_000_000
-# Multiply-adds that reading or writing one element weighs: ONNX Runtime does 20 G of the ones and
-# 0.3 G of the others a second on one core, from 0.03 (Softplus) to 3 (Identity).
+# Multiply-adds that reading or writing one element counts as: on one core, ONNX Runtime does 20 G
+# multiply-adds a second, and reads or writes 0.3 G elements (Softplus 0.03 G, Identity 3 G).
 ELEMENT = 16
 STANDARD = frozenset({"", "ai.onnx"})  # the names of the standard domain
-SHORT = 1024  # what a shape may be computed from: more numbers than any rank
-FOLDS = 5_000  # nodes that compute what shapes are made of; each takes a millisecond here
-# What computes shapes, and never needs more memory than its inputs and outputs take.
+SHORT = 1024  # numbers that a shape may be computed from: more than any rank
+FOLDS = 5_000  # evaluations of nodes that compute shapes; each takes a millisecond
+# Operators that compute shapes and need no more memory than their inputs and outputs.
 FOLDED = frozenset(
     {"Add", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand"}
     | {"Floor", "Gather", "Identity", "Max", "Min", "Mul", "Neg", "ReduceProd", "Reshape"}
     | {"Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
 )
-# onnx 1.23 infers nothing for these two, whose output is as large as their input.
+# onnx 1.23 infers no shape for these two; their output has the shape of their input.
 AS_LARGE_AS_ITS_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
-# Bits of what is packed in raw data; everything else takes whole bytes, as in numpy.
+# Bits of the types that are packed in raw data; all others take whole bytes, as in numpy.
 PACKED = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 PACKED |= {"FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
 BITS = {
@@ -57,7 +57,7 @@ BITS = {
 
 
 def count(dims: Iterable[int]) -> int | None:
-    """How many elements a tensor of these dimensions has; None when it cannot be a shape."""
+    """Return the number of elements of a tensor with these dimensions, or None if invalid."""
     dims = list(dims)
     if len(dims) > MAX_RANK or any(dim < 0 for dim in dims):
         return None
@@ -65,7 +65,10 @@ def count(dims: Iterable[int]) -> int | None:
 
 
 def raw_bytes(tensor: TensorProto) -> int | None:
-    """How many bytes the raw data of `tensor` has by its dims and type; None where it has none."""
+    """Return the number of bytes of `tensor`'s raw data, from its dims and type.
+
+    None for strings, an unknown type or invalid dims.
+    """
     elements = count(tensor.dims)
     bits = BITS.get(tensor.data_type)
     if elements is None or bits is None or tensor.data_type == TensorProto.STRING:
@@ -74,7 +77,7 @@ def raw_bytes(tensor: TensorProto) -> int | None:
 
 
 def is_whole(tensor: TensorProto) -> bool:
-    """Whether `tensor` holds as much as its dims claim, neither less nor more."""
+    """Tell whether `tensor` holds exactly as much data as its dims declare."""
     elements = count(tensor.dims)
     if elements is None or tensor.data_type not in BITS:
         return False
@@ -89,7 +92,7 @@ def is_whole(tensor: TensorProto) -> bool:
 
 
 def dims_of(told: TypeProto) -> list[int] | None:
-    """The dimensions of a type; None unless it is a tensor's and every one of them is a number."""
+    """Return the dimensions of a tensor type, or None unless every one of them is a number."""
     dims = told.tensor_type.shape.dim
     if not told.tensor_type.HasField("shape") or not all(d.HasField("dim_value") for d in dims):
         return None
@@ -97,10 +100,10 @@ def dims_of(told: TypeProto) -> list[int] | None:
 
 
 def too_large(model: onnx.ModelProto) -> list[str]:
-    """What is wrong with the sizes of the values that `model` computes, and its work, in words.
+    """List the problems with the sizes of the values that `model` computes, and with its work.
 
-    A value that follows from a wrong one, or from a node that cannot be, goes unmentioned; all of
-    them where the opset is missing or ambiguous, which the policy refuses.
+    Values computed from a refused value or node are not listed. The list is empty where the opset
+    is missing or ambiguous: the policy refuses that elsewhere.
     """
     if sum(entry.domain in STANDARD for entry in model.opset_import) != 1:
         return []
@@ -111,7 +114,7 @@ def too_large(model: onnx.ModelProto) -> list[str]:
 
 
 def _told(model: onnx.ModelProto, images: int, most_work: int) -> tuple[int, list[str]]:
-    """The multiply-adds for so many images, and what is wrong with the sizes or with them."""
+    """Return the multiply-adds for `images` images, and the problems with sizes and work."""
     values = _Values(model, images)
     for node in model.graph.node:
         if all(name in values.types for name in node.input if name):
@@ -133,7 +136,7 @@ def _told(model: onnx.ModelProto, images: int, most_work: int) -> tuple[int, lis
 
 
 class _Values:
-    """What is known of the values of a graph so far: their types, and the short ones themselves."""
+    """Values of a graph that are known so far: their types, and the contents of short ones."""
 
     def __init__(self, model: onnx.ModelProto, images: int) -> None:
         self.largest = MAX_VALUE // IMAGES * images  # bytes
@@ -158,7 +161,7 @@ class _Values:
             self._take(sparse.values.name, told, "a sparse initializer")
 
     def add(self, node: NodeProto) -> None:
-        """Tell the sizes of what `node` computes, and what it is where that is short."""
+        """Add the types of the outputs of `node`, its work, and the contents of short outputs."""
         stored = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
         outputs = [name for name in node.output if name]
         if not outputs:
@@ -178,7 +181,7 @@ class _Values:
             self._fold(node)
 
     def compare(self, value: onnx.ValueInfoProto) -> None:
-        """Note a declared shape that contradicts the one that we found: runtimes may trust it."""
+        """Note a declared shape that contradicts the inferred one: runtimes may trust it."""
         if value.name not in self.types or not value.type.tensor_type.HasField("shape"):
             return
         declared = value.type.tensor_type.shape.dim
@@ -190,7 +193,7 @@ class _Values:
             self.wrong.append(f"{value.name} is declared as another size than it has: {found}")
 
     def _hold(self, name: str, tensor: TensorProto) -> None:
-        """Know a stored tensor; it takes no more than the file, which has a cap of its own."""
+        """Add a stored tensor; its size is not checked here, because that of the file is limited."""
         if tensor.data_location == TensorProto.EXTERNAL or not is_whole(tensor):
             return
         self.types[name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
@@ -216,11 +219,11 @@ class _Values:
         return math.prod(self._dims(name)) if name in self.types else math.inf
 
     def _dims(self, name: str) -> list[int]:
-        """The dimensions of a value; none where an input is left out."""
+        """Return the dimensions of a value; [] for an optional input that is left out."""
         return dims_of(self.types[name]) or [] if name else []
 
     def _alone(self, node: NodeProto) -> onnx.ModelProto:
-        """A model of this node only, that takes what the node takes."""
+        """Return a model of this node only, with the inputs of the node."""
         names = dict.fromkeys(name for name in node.input if name)
         return helper.make_model(
             helper.make_graph(
@@ -237,7 +240,7 @@ class _Values:
         if node.op_type in AS_LARGE_AS_ITS_INPUT and node.input and node.output:
             return {node.output[0]: self.types[node.input[0]]}
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-            return {}  # the policy refuses it, and inference doubles its work at each level
+            return {}  # the policy refuses subgraphs; inference would double its work at each level
         try:
             inferred = onnx.shape_inference.infer_shapes(self._alone(node))
         except onnx.shape_inference.InferenceError:
@@ -245,7 +248,7 @@ class _Values:
         return {value.name: value.type for value in inferred.graph.output}
 
     def _fold(self, node: NodeProto) -> None:
-        """Know what `node` answers where that is short, and what it takes is known."""
+        """Add the contents of the short outputs of `node`, where its inputs are known."""
         results: list[Any] = []
         if node.op_type == "Size":
             results = [np.array(math.prod(self._dims(node.input[0])), np.int64)]
@@ -259,7 +262,7 @@ class _Values:
             and all(not name or name in self.short for name in node.input)
         ):
             self.folds += 1
-            # The reference checks little, and fails on a wrong node in whatever way numpy does.
+            # onnx's evaluator checks little: on an invalid node it raises whatever numpy raises.
             with warnings.catch_warnings(), np.errstate(all="ignore"), suppress(Exception):
                 warnings.simplefilter("ignore")
                 results = list(ReferenceEvaluator(self._alone(node)).run(None, {}))
@@ -269,9 +272,9 @@ class _Values:
 
 
 def multiply_adds(node: NodeProto, inputs: list[list[int]], outputs: list[list[int]]) -> int:
-    """How many multiply-adds `node` takes at most, by the dimensions of what goes in and out.
+    """Return how many multiply-adds `node` takes at most, from its input and output dimensions.
 
-    An element that is only looked at weighs ELEMENT of them.
+    Reading or writing one element counts as ELEMENT multiply-adds.
     """
     first, out = inputs[0] if inputs else [], math.prod(outputs[0])
     elements = sum(map(math.prod, (*inputs, *outputs)))
@@ -296,7 +299,7 @@ def multiply_adds(node: NodeProto, inputs: list[list[int]], outputs: list[list[i
             work = math.prod(_labelled(node, inputs).values())
         case "RNN" | "GRU" | "LSTM":
             work = math.prod(first[:2]) * (math.prod(dims(1)) + math.prod(dims(2)))
-        case "Attention":  # each query with each key, of the past too, and each weight with a value
+        case "Attention":  # each query with each key (past keys too), each weight with a value
             keys = sum(dims(1)[-2:-1]) + sum(dims(4)[-2:-1])
             work = (math.prod(first) + out) * keys
         case "Det":
@@ -319,7 +322,7 @@ def multiply_adds(node: NodeProto, inputs: list[list[int]], outputs: list[list[i
 
 
 def _labelled(node: NodeProto, inputs: list[list[int]]) -> dict[str, int]:
-    """How far each index of an Einsum runs; those of an ellipsis are counted from its end."""
+    """Return the size of each index of an Einsum; an ellipsis's are numbered from its end."""
     equation = next((a.s for a in node.attribute if a.name == "equation"), b"")
     terms = equation.decode(errors="replace").partition("->")[0].split(",")
     runs: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What is exported and proven: the network of a run, or anybody's module with images of theirs."""
+"""Subjects of an export and its validation: a run's network, or a third-party module."""
 
 # Shape letters: N images, K classes.
 
@@ -28,7 +28,7 @@ EXPORT = "run 'pipeline export' again"
 
 @dataclass(frozen=True)
 class Subject:
-    """A module in evaluation mode on the CPU, and what there is to say of it."""
+    """A module in evaluation mode on the CPU, with its signature, classes and origin."""
 
     model: nn.Module
     images: TensorSpec
@@ -36,11 +36,11 @@ class Subject:
     kind: str  # what the outputs are: log_probabilities, probabilities or logits
     classes: tuple[str, ...]
     weights_sha256: str
-    origin: dict[str, Any]  # what the manifest says of where it comes from
+    origin: dict[str, Any]  # where it comes from, for the manifest
 
 
 def subject_of_run(paths: Paths) -> Subject:
-    """The network of a finished run."""
+    """Return the network of a finished run as a subject."""
     checkpoint = load_checkpoint(paths)
     summary = checkpoint.summary
     metrics = ("test_accuracy", "test_loss", "validation_accuracy", "train_seconds")
@@ -64,9 +64,9 @@ def subject_of_run(paths: Paths) -> Subject:
 def subject_of_module(
     module: str, sample: Sample, root: Path, classes: Sequence[str] = ()
 ) -> Subject:
-    """Anybody's module, `package.module:factory`; its signature is that of the sample.
+    """Load a third-party module, `package.module:factory`; the sample sets its input signature.
 
-    Raises PipelineError when it is no image classifier of one tensor in and one out.
+    Raises PipelineError when it is not an image classifier with one input and one output tensor.
     """
     model = build_module(module, root)
     if weights_digest(build_module(module, root)) != weights_digest(model):
@@ -105,7 +105,7 @@ def subject_of_module(
 
 
 def kind_of(outputs: np.ndarray) -> str:
-    """What outputs (N, K) of a classifier are: log_probabilities, probabilities or logits."""
+    """Return the kind of outputs (N, K): log_probabilities, probabilities or logits."""
     values = outputs.astype(np.float64)
     if (values >= 0).all() and np.allclose(values.sum(axis=1), 1, atol=1e-3):
         return "probabilities"
@@ -114,9 +114,9 @@ def kind_of(outputs: np.ndarray) -> str:
 
 
 def build_module(module: str, root: Path) -> nn.Module:
-    """What `package.module:factory` makes, in evaluation mode; looked for under `root` as well.
+    """Build `package.module:factory` in evaluation mode on the CPU; `root` is searched as well.
 
-    The factory may also be a module itself. Raises PipelineError when there is none.
+    The factory may also be a module itself. Raises PipelineError when it gives no module.
     """
     package, _, name = module.partition(":")
     if not package or not name:
@@ -127,7 +127,7 @@ def build_module(module: str, root: Path) -> nn.Module:
     try:
         made = getattr(importlib.import_module(package), name)
         model = made if isinstance(made, nn.Module) else made()
-    except Exception as error:  # whatever somebody's code raises: it is theirs, and named
+    except Exception as error:  # third-party code may raise anything; the message names it
         message = f"cannot make a module with {module}: {type(error).__name__}: {error}"
         raise PipelineError(f"{message} (--debug shows where)") from error
     if not isinstance(model, nn.Module):
@@ -136,7 +136,7 @@ def build_module(module: str, root: Path) -> nn.Module:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """One SHA-256 over a module's parameters and buffers, by name."""
+    """Return one SHA-256 over a module's parameters and buffers, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
@@ -146,9 +146,9 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def exported_subject(paths: Paths, manifest: dict[str, Any]) -> Subject:
-    """The module that an export was made of, as its manifest says; its weights are the same.
+    """Return the module that an export was made from, according to its manifest.
 
-    Raises CheckFailedError when it has other weights by now.
+    Raises CheckFailedError when its weights have changed since.
     """
     if module := manifest.get("module"):
         sample = exported_sample(paths, manifest)
@@ -165,7 +165,7 @@ def exported_subject(paths: Paths, manifest: dict[str, Any]) -> Subject:
 
 
 def exported_sample(paths: Paths, manifest: dict[str, Any]) -> Sample:
-    """The images that an export is proven on: the run's test split, or what was handed in."""
+    """Return the images to validate an export on: the run's test split, or the user's sample."""
     if manifest.get("module"):
         check_digest(paths.images, manifest.get("images_sha256"), EXPORT)
         return read_sample(paths.images)

@@ -1,4 +1,4 @@
-"""Which Triton release loads which ONNX file, and what to export for it. Imports nothing heavy."""
+"""ONNX dialects that each Triton release loads, and what to export. Imports nothing heavy."""
 
 import re
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +10,7 @@ from pipeline.core.text import Lines
 
 @dataclass(frozen=True)
 class Target:
-    """Triton releases, first to last, and the newest ONNX that the ONNX Runtime in them loads."""
+    """A span of Triton releases, and the newest ONNX that their ONNX Runtime loads."""
 
     first: str  # YY.MM, which sorts as text
     last: str
@@ -20,11 +20,11 @@ class Target:
 
     @property
     def releases(self) -> str:
-        """The releases in words; of a single one its own name."""
+        """The releases in words: first-last, or the name of a single one."""
         return self.first if self.first == self.last else f"{self.first}-{self.last}"
 
 
-# Read in each release's build file; IR and opset were tried on the wheels of that ONNX Runtime.
+# From each release's build file; IR and opset were tested on the wheels of that ONNX Runtime.
 SPANS = (
     Target("23.09", "24.02", "1.16", 9, 19),
     Target("24.03", "24.04", "1.17", 9, 20),
@@ -38,15 +38,18 @@ SPANS = (
     Target("26.07", "26.07", "1.27", 13, 26),
 )
 OLDEST, NEWEST = SPANS[0].first, SPANS[-1].last
-# What torch 2.13's exporter writes without converting between versions; tried one by one.
+# What torch 2.13's exporter writes without converting between versions; tested one by one.
 OPSETS = range(18, 26)
-# The IR that ONNX released with each opset, from onnx.helper.VERSION_TABLE of onnx 1.23; opsets
-# below stay at the default's, which every release here loads.
+# The IR that ONNX released with each opset, from onnx.helper.VERSION_TABLE of onnx 1.23; lower
+# opsets get the default IR, which every release here loads.
 _IR_VERSIONS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 
 
 def span(release: str) -> Target:
-    """The span of a release `YY.MM`; PipelineError says which are known when it is in none."""
+    """Return the span of a release `YY.MM`.
+
+    Raises PipelineError, which names the known releases, when it is in no span.
+    """
     known = f"releases {OLDEST} to {NEWEST} are known"
     written = re.fullmatch(r"[0-9]{2}\.([0-9]{2})", release)
     if not written or not 1 <= int(written[1]) <= 12:
@@ -62,23 +65,23 @@ def span(release: str) -> Target:
 
 
 def target(release: str) -> Target:
-    """What Triton `release`, written YY.MM, loads; PipelineError when that is not known."""
+    """Return what Triton `release` (YY.MM) loads; raise PipelineError when it is unknown."""
     return replace(span(release), first=release, last=release)
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The ONNX dialect: what every Triton since 23.09 loads."""
+    """An ONNX dialect; by default one that every Triton since 23.09 loads."""
 
     opset: int = 18
     ir_version: int = 9
 
 
 def onnx_dialect(release: str | None = None, opset: int | None = None) -> ExportConfig:
-    """The ONNX to export: the newest for a release, or the default, or that of `opset`.
+    """Return the ONNX dialect to export: that of `opset`, else the release's newest or the default.
 
-    Raises PipelineError for a release that is not known, and for an opset that our exporter does
-    not write or that the release does not load.
+    Raises PipelineError for an unknown release, and for an opset that our exporter does not write
+    or that the release does not load.
     """
     if opset is not None and opset not in OPSETS:
         raise PipelineError(
@@ -103,7 +106,7 @@ def _written(opset: int) -> ExportConfig:
 
 
 def loaded_by(opset: int, ir_version: int) -> Target | None:
-    """The oldest release known that loads such a file; None where not even the newest does."""
+    """Return the oldest known release that loads such a file, or None if no known one does."""
     for candidate in SPANS:
         if opset <= candidate.opset and ir_version <= candidate.ir_version:
             return replace(candidate, last=candidate.first)
@@ -111,12 +114,12 @@ def loaded_by(opset: int, ir_version: int) -> Target | None:
 
 
 def records() -> list[dict[str, Any]]:
-    """Each span, with the opset and IR that we export for it, as JSON would have it."""
+    """Return each span, with the opset and IR that we export for it, as JSON-ready values."""
     return [{**asdict(span), "export": asdict(onnx_dialect(span.last))} for span in SPANS]
 
 
 def listing() -> str:
-    """The table of Triton releases for people: what each loads, and what we export for it."""
+    """Return a printable table of Triton releases: what each loads, and what we export for it."""
     lines = [f"{'Triton':<13} {'ONNX Runtime':<13} {'loads up to':<16} exported for it"]
     for row in SPANS:
         ours = onnx_dialect(row.last)

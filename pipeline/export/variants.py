@@ -17,14 +17,14 @@ from pipeline.export import graph
 
 CALIBRATION_IMAGES = 1024
 CALIBRATED = "calibration_images"  # the key in an int8 file's metadata
-_BATCH = 64  # images a calibration step
-# Everything between two convolutions as well, so that numbers stay 8 bits wide on the way. Not
-# batch normalization: what is not fused into a convolution has few weights and loses most.
+_BATCH = 64  # images in a calibration step
+# Operators between two convolutions as well, so that numbers stay 8 bits wide between them. Not
+# batch normalization: one that is not fused into a convolution has few weights and loses most.
 _QUANTIZED = ("Conv", "Gemm", "MatMul", "MaxPool", "AveragePool", "Relu", "Concat", "Reshape")
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has no types
-    """Calibration images, batch after batch, as ONNX Runtime's calibrator asks for them."""
+    """Calibration images in batches, as ONNX Runtime's calibrator requests them."""
 
     def __init__(self, name: str, images: np.ndarray) -> None:
         starts = range(0, len(images), _BATCH)
@@ -35,9 +35,9 @@ class _Images(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime has 
 
 
 def to_fp16(content: bytes, ir_version: int) -> bytes:
-    """The ONNX model in `content` with weights and arithmetic in float16, its signature unchanged.
+    """Convert the weights and arithmetic of an ONNX model to float16; keep its signature.
 
-    Meant for GPUs: a CPU computes in float32 between roundings.
+    Meant for GPUs: a CPU computes in float32 and rounds in between.
     """
     model = graph.parse(content, "the fp32 file")
     metadata = graph.metadata(model)
@@ -47,7 +47,7 @@ def to_fp16(content: bytes, ir_version: int) -> bytes:
 
 
 def _sort(part: onnx.GraphProto) -> None:
-    """Put each node behind those that it takes from: the converter appends its casts at the end."""
+    """Sort nodes after those that they depend on: the converter appends its casts at the end."""
     made = {name for node in part.node for name in node.output}
     waiting, ordered = list(part.node), []
     while waiting:
@@ -62,10 +62,11 @@ def _sort(part: onnx.GraphProto) -> None:
 
 
 def to_int8(content: bytes, ir_version: int, images: np.ndarray) -> bytes:
-    """The ONNX model in `content`, statically quantized to 8 bits (QDQ), its signature unchanged.
+    """Quantize an ONNX model statically to 8 bits (QDQ); keep its signature.
 
-    Activations get the ranges that `images` (N, ...) bring about. Weights are quantized per
-    channel and to 7 bits (reduce_range): on a CPU without VNNI, 8 bits by 8 bits can overflow.
+    The ranges of activations are measured on `images` (N, ...). Weights are quantized per channel
+    and to 7 bits (reduce_range): on a CPU without VNNI, 8 bits by 8 bits can overflow. Raises
+    CheckFailedError when there are no images.
     """
     if not len(images):
         raise CheckFailedError("int8 needs images to be calibrated on, and there are none")
@@ -92,7 +93,7 @@ def to_int8(content: bytes, ir_version: int, images: np.ndarray) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantizer's remarks, which it makes on the root logger."""
+    """Silence the quantizer's messages, which it logs to the root logger."""
     root = logging.getLogger()
     before = root.level
     root.setLevel(logging.ERROR)
