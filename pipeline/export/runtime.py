@@ -42,9 +42,7 @@ def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> P
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = (
-        4  # fatal; errors come as exceptions, and fallbacks are checked below
-    )
+    options.log_severity_level = 4  # fatal only: errors are raised, fallbacks are checked below
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # TensorRT has no option of its own for it

@@ -193,7 +193,7 @@ class _Values:
             self.wrong.append(f"{value.name} is declared as another size than it has: {found}")
 
     def _hold(self, name: str, tensor: TensorProto) -> None:
-        """Add a stored tensor; its size is not checked here, because that of the file is limited."""
+        """Add a stored tensor; its size needs no check, because that of the file is limited."""
         if tensor.data_location == TensorProto.EXTERNAL or not is_whole(tensor):
             return
         self.types[name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)

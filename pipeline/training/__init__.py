@@ -1,8 +1,8 @@
-"""A network trained by a recipe: from the splits of a data set to a run with its records.
+"""Training of a network by a recipe: from the splits of a data set to a run with its records.
 
 Read `loop.py` first, where the five lines of a training step are, then `recipes.py` and
-`networks.py`; `run.py` is what the command calls. An interrupted run resumes exactly or not at all
-(`checkpoint.py`). Knows nothing of ONNX, Triton or servers.
+`networks.py`; the command calls `run.py`. An interrupted run resumes exactly or not at all
+(`checkpoint.py`). This room knows nothing of ONNX, Triton or servers.
 """
 
 from typing import TYPE_CHECKING

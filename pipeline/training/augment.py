@@ -1,4 +1,4 @@
-"""Distorted copies of a batch, made where the batch lies: turned, sheared, shifted, bent."""
+"""Random distortion of a batch on its own device: rotated, sheared, shifted, bent."""
 
 # Shape letters: B batch, H height, W width, S side of the elastic grid.
 
@@ -11,16 +11,15 @@ from torch.nn import functional
 
 from pipeline.training.recipes import Recipe
 
-ELASTIC_SIDE = 5  # points on a side of the coarse grid that elastic distortion bends
+ELASTIC_SIDE = 5  # points on each side of the coarse grid of elastic distortion
 
 
 def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
-    """Images (B, 1, H, W), each distorted at random as far as the recipe says; 0 stays paper.
+    """Distort each image (B, 1, H, W) at random, within the recipe's limits; 0 stays paper.
 
-    `strength` (0 to 1) is how much of that; mirroring is done or not.
-
-    Draws from torch's global generator of the images' device. Returns them as they are when the
-    recipe distorts nothing, otherwise as float32 from 0 to 255.
+    `strength` (0 to 1) scales all distortions except mirroring. Draws from torch's global generator
+    of the images' device. Returns the images unchanged when the recipe distorts nothing, otherwise
+    as float32 from 0 to 255.
     """
     if not recipe.distorts:
         return images
@@ -31,7 +30,7 @@ def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
         thick = functional.max_pool2d(images, 3, 1, 1)
         thin = -functional.max_pool2d(-images, 3, 1, 1)
         images = torch.lerp(images, torch.where(amount > 0, thick, thin), amount.abs())
-    # Random affine maps in the units of `affine_grid`, where the image is 2 wide.
+    # Random affine maps in the units of `affine_grid`, where the image is 2 units wide.
     draw = (torch.rand(6, count, device=device) * 2 - 1) * strength  # -1 to 1
     turn, shear = draw[0] * recipe.rotate, draw[1] * recipe.shear
     across, up = torch.exp(draw[2:4] * recipe.stretch)
@@ -53,10 +52,11 @@ def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
 
 @cache
 def _basis(high: int, wide: int, device: torch.device) -> Tensor:
-    """What the displacement of each pixel is a sum of, (3 + S^2, H W), so that one product does it.
+    """Return a basis (3 + S^2, H W) whose weighted sum gives each pixel's place in one product.
 
-    Its coordinates as `grid_sample` has them, one, and a bump for each point of the coarse grid
-    (Simard et al. 2003 smooth random displacements with a Gaussian; these are bicubic).
+    It has the pixel coordinates in the units of `grid_sample`, the constant one, and a bump for
+    each point of the coarse grid (Simard et al. 2003 smooth random displacements with a Gaussian;
+    these are bicubic).
     """
     across, down = ((2 * torch.arange(side) + 1) / side - 1 for side in (wide, high))
     ones = torch.ones(high, wide)
@@ -67,7 +67,7 @@ def _basis(high: int, wide: int, device: torch.device) -> Tensor:
 
 
 def examples(images: np.ndarray, recipe: Recipe, draws: int) -> np.ndarray:
-    """What the recipe makes of uint8 images (N, 1, H, W): uint8 (N, draws, 1, H, W)."""
+    """Return distorted copies, uint8 (N, draws, 1, H, W), of uint8 images (N, 1, H, W)."""
     torch.manual_seed(0)
     repeated = torch.from_numpy(images).repeat_interleave(draws, dim=0)  # (N * draws, 1, H, W)
     distorted = augment(repeated, recipe).round().to(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Weights with their config, and the state that a run resumes from, as safetensors with digests."""
+"""Weights with their config, and the state to resume a run from, as safetensors with digests."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ START_OVER = "run 'pipeline train' without --resume to start over"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run is worth, and what it was made of."""
+    """Metrics of a finished run, and what produced it."""
 
     run: str
     recipe: str
@@ -45,15 +45,15 @@ class Summary:
     uncalibrated_error: float  # test_calibration_error before
     weights_sha256: str
     data_sha256: dict[str, str]
-    predictions_sha256: str = ""  # this and the next three: runs of old did not keep them
-    min_probability: float | None = None  # below it an answer is not sure; fitted on validation
+    predictions_sha256: str = ""  # older runs lack this field and the next three
+    min_probability: float | None = None  # a lower answer is unsure; fitted on validation
     python: str = ""
     system: str = ""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network, and the record of how it came to be."""
+    """A trained network, with the config and the summary of its run."""
 
     model: Network  # in evaluation mode, on the CPU
     config: TrainConfig
@@ -63,7 +63,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a run needs to go on as if it had never stopped."""
+    """Everything that a run needs to continue exactly where it stopped."""
 
     step: int  # optimizer steps done
     seconds: float  # of training so far
@@ -72,7 +72,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class _Latest:
-    """What `latest.json` points at."""
+    """Content of `latest.json`: the newest checkpoint file and its digest."""
 
     file: str
     sha256: str
@@ -94,14 +94,14 @@ def save_weights(
 ) -> str:
     """Write the weights with their config; return the file's SHA-256.
 
-    The bytes depend on nothing but the weights, the config and the classes.
+    The bytes depend only on the weights, the config and the classes.
     """
     record = json.dumps({"config": config.record(), "classes": classes}, sort_keys=True)
     return _write(paths.weights, model.state_dict(), record)
 
 
 def load_checkpoint(paths: Paths) -> Checkpoint:
-    """The finished run's network.
+    """Load the network of the finished run.
 
     Raises PipelineError when the run is missing or unfinished, and CorruptError when the weights
     are not the bytes that training wrote.
@@ -122,7 +122,7 @@ def load_checkpoint(paths: Paths) -> Checkpoint:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state, one flat tensor dictionary."""
+    """Return the optimizer's state as one flat dictionary of tensors."""
     states = optimizer.state_dict()["state"]
     return {
         f"optimizer.{index}.{key}": value
@@ -132,7 +132,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give `optimizer` back the state that `optimizer_tensors` took."""
+    """Restore the state of `optimizer` from the result of `optimizer_tensors`."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -140,16 +140,16 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
             _, index, key = name.split(".", 2)
             like = parameters[int(index)]
             if value.shape == like.shape:
-                # In the parameter's memory layout: a fused step goes through both as they lie.
+                # In the parameter's memory layout: a fused step reads both in memory order.
                 value = torch.empty_like(like, dtype=value.dtype).copy_(value)
             states.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
 def save_state(paths: Paths, state: RunState, identity: dict[str, Any]) -> None:
-    """Write the state under a name of its own, then point `latest.json` at it.
+    """Write the state to a new file, point `latest.json` at it, and delete older files.
 
-    `identity` is what must be the same for a resume to be exact.
+    `identity` has all settings that must be the same for an exact resume.
     """
     record = {"step": state.step, "seconds": state.seconds, "identity": identity}
     file = paths.checkpoint / f"step-{state.step:07d}.safetensors"
@@ -161,9 +161,10 @@ def save_state(paths: Paths, state: RunState, identity: dict[str, Any]) -> None:
 
 
 def load_state(paths: Paths, identity: dict[str, Any]) -> RunState | None:
-    """The state to resume from, or None when nothing was saved yet.
+    """Load the state to resume from, or return None when nothing was saved yet.
 
-    Raises PipelineError when another identity saved it, and CorruptError when its bytes changed.
+    Raises PipelineError when it was saved under another identity, and CorruptError when its bytes
+    changed.
     """
     pointer_file = paths.checkpoint / "latest.json"
     if not pointer_file.exists():

@@ -1,6 +1,6 @@
-"""The one place that decides where things run, how precisely, and how many processes share it.
+"""Placement of training: the device, its precision, and the processes that share the work.
 
-Several processes that train one network, as torchrun starts them: all go on, or none.
+Several processes (started by torchrun) may train one network: all continue, or none.
 """
 
 import contextlib
@@ -18,24 +18,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core.errors import LostError, PipelineError
 
-# mallopt's parameters and what they are set to: freed memory stays with the process.
+# mallopt's parameters and their values: freed memory stays with the process.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
 _KEEP = {_MMAP_THRESHOLD: 1 << 30, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 1 << 26}  # bytes
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A device, how training computes on it, and this process's place among those that share it."""
+    """A device, the precision of training on it, and this process's rank among those of the job."""
 
     device: torch.device
     description: str
-    precision: torch.dtype = torch.float32  # of a forward pass in training; weights are float32
+    precision: torch.dtype = torch.float32  # of the forward pass in training; weights are float32
     rank: int = 0
     processes: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Placement:
 
 
 class _Precise(nn.Module):
-    """A network whose forward pass runs in a lower precision where torch holds that to be safe."""
+    """A network whose forward pass runs in a lower precision where torch's autocast allows it."""
 
     def __init__(self, network: nn.Module, device: torch.device, precision: torch.dtype) -> None:
         super().__init__()
@@ -57,11 +57,11 @@ class _Precise(nn.Module):
 
 
 def prepare_network(network: nn.Module, placement: Placement, compiled: bool = False) -> nn.Module:
-    """`network`, moved to its device in place, as a training loop calls it there.
+    """Move `network` to its device in place and return the module that the training loop calls.
 
-    In channels_last, under autocast where the precision is lower, compiled if asked for, and with
-    gradients averaged over all processes. Statistics of batch normalization stay each process's
-    own; the first one's are kept.
+    It runs in channels_last, under autocast if the precision is lower, compiled if `compiled`, and
+    with gradients averaged over all processes. Each process has its own statistics of batch
+    normalization; those of the first are kept.
     """
     device = placement.device
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub
@@ -72,17 +72,17 @@ def prepare_network(network: nn.Module, placement: Placement, compiled: bool = F
         model.compile()
     if placement.processes > 1:
         with warnings.catch_warnings():
-            # The name that torch 2.13 wants instead is unknown to the versions before it.
+            # Earlier versions of torch do not have the new name that torch 2.13 asks for.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             model = DistributedDataParallel(model, broadcast_buffers=False)
     return model
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what torch frees instead of giving it back after each batch.
+    """Let the C library keep memory that torch frees, instead of returning it after each batch.
 
-    Otherwise the kernel hands out and clears the same pages at every step: a quarter of a small
-    network's time. Does nothing where there is no glibc.
+    Otherwise the kernel allocates and clears the same pages at every step, which takes a quarter of
+    a small network's time. Does nothing without glibc.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
@@ -98,9 +98,9 @@ def _missing_cuda() -> str:
 
 
 def choose_placement(wanted: str) -> Placement:
-    """The placement for `wanted`: auto, cpu or cuda; torchrun's variables say which process it is.
+    """Choose the placement for `wanted` (auto, cpu or cuda); torchrun's variables give the rank.
 
-    Raises PipelineError when CUDA is demanded and missing: a GPU is never silently left out.
+    Raises PipelineError when CUDA is requested and missing: there is no silent fallback to the CPU.
     """
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     shared = f" in each of {processes} processes" if processes > 1 else ""
@@ -110,8 +110,8 @@ def choose_placement(wanted: str) -> Placement:
         # Off, so that a GPU's answers differ from a CPU's by rounding only.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-        # bfloat16 has float32's range: no gradient underflows, so none has to be scaled. A GPU
-        # without it trains in float32.
+        # bfloat16 has float32's range: gradients do not underflow, so no loss scaling is needed.
+        # A GPU without it trains in float32.
         has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
         precision = torch.bfloat16 if has_bfloat16 else torch.float32
         kind = f"{torch.cuda.get_device_name(device)}; {str(precision).removeprefix('torch.')}"
@@ -128,7 +128,7 @@ def choose_placement(wanted: str) -> Placement:
     return Placement(torch.device("cpu"), description, rank=rank, processes=processes)
 
 
-# A process that writes a checkpoint or scores a split lets the others wait, but not for ever.
+# While a process writes a checkpoint or scores a split the others wait, at most this long.
 PATIENCE = timedelta(minutes=10)
 
 
@@ -137,9 +137,9 @@ _SIGNS = ("gloo", "connection", "nccl", "process group", "timed out", "store")
 
 @contextlib.contextmanager
 def process_group(placement: Placement) -> Iterator[None]:
-    """Join the job's other processes, if it has any, and leave them in order.
+    """Join the job's process group, if it has several processes, and leave it at the end.
 
-    Raises LostError when one of them is lost.
+    Raises LostError when another process of the job is lost.
     """
     if placement.processes == 1:
         yield
@@ -163,7 +163,7 @@ def process_group(placement: Placement) -> Iterator[None]:
 
 
 def agreed(placement: Placement, loss: float, must_stop: bool) -> tuple[float, bool]:
-    """The mean loss of all processes, and whether any of them was told to stop: the same in all."""
+    """Return the mean loss of all processes, and whether any must stop: equal in all of them."""
     if placement.processes == 1:
         return loss, must_stop
     votes = torch.tensor([loss, float(must_stop)], dtype=torch.float64, device=placement.device)

@@ -1,6 +1,6 @@
-"""The training loop of the learner's note: five lines a step, and what they need around them."""
+"""Training loop: five lines a step, with the batches, schedule and averaging around them."""
 
-# Shape letters: B batch, M things that are no digits, N images, K classes.
+# Shape letters: B batch, M non-digits, N images, K classes.
 
 import contextlib
 import math
@@ -24,22 +24,22 @@ from pipeline.training.networks import Network, build, eager_predictor
 from pipeline.training.outliers import Outliers
 from pipeline.training.recipes import Recipe, TrainConfig
 
-EPOCH_STRIDE = 1_000_003  # between the seeds of two runs: more than a run has steps
-FOLLOW_EVERY = 4  # steps, at which averaged weights follow
-FORESEEN = 0.02  # of a run, before which nobody knows how long it takes
+EPOCH_STRIDE = 1_000_003  # distance between the seeds of two runs: more than a run has steps
+FOLLOW_EVERY = 4  # steps between two updates of the averaged weights
+FORESEEN = 0.02  # fraction of a run after which its remaining time can be estimated
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a training run stands."""
+    """Progress of a training run."""
 
-    epoch: float  # passes done, in parts
+    epoch: float  # passes done, with fractions
     epochs: float
     step: int
     loss: float  # of the latest batch, in nats
     lr: float
     images_per_second: float
-    seconds: float  # of training so far, with all that it prepares; evaluation is not counted
+    seconds: float  # of training so far, preparation included; evaluation is not counted
     validation_accuracy: float | None = None  # 0 to 1, where it was measured
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class TrainingProgress:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the parameters of `model`."""
+    """Return the recipe's optimizer over the parameters of `model`."""
     parameters, lr, decay = model.parameters(), recipe.lr, recipe.weight_decay
     betas = (recipe.beta1, recipe.beta2)
     if recipe.optimizer == "adadelta":
@@ -63,10 +63,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of `step`: a function of the step alone, so that a resume is exact."""
+    """Return the learning rate of `step`; it depends on the step only, so a resume is exact."""
     if recipe.schedule == "decay":
         return recipe.lr * recipe.gamma ** (step // steps_per_epoch)
-    # One cycle (Smith 2018, arXiv:1708.07120): up in a line, then down along a cosine.
+    # One cycle (Smith 2018, arXiv:1708.07120): linear up, then down along a cosine.
     done, warm_up = (step + 0.5) / steps, recipe.warm_up
     if done < warm_up:
         return recipe.lr * (0.04 + 0.96 * done / warm_up)
@@ -74,15 +74,15 @@ def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -
 
 
 def distortion(recipe: Recipe, step: int, steps: int) -> float:
-    """How much of the recipe's distortion the images of `step` get, 1 to 0."""
+    """Return the strength of the recipe's distortion at `step`, from 1 (full) to 0 (none)."""
     left = 1 - step / steps
     return min(1.0, left / recipe.fade) if recipe.fade else 1.0
 
 
 class Batches:
-    """The batch of any step: a function of the seed and the step, whatever came before.
+    """Batches by step: each depends only on the seed and the step, not on earlier batches.
 
-    Of a batch that several processes share, each has its own part.
+    Several processes share a batch: each has its own part.
     """
 
     def __init__(self, split: Split, recipe: Recipe, seed: int, placement: Placement) -> None:
@@ -102,10 +102,10 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 1, 28, 28), distorted if the recipe says so, and labels (B,).
+        """Return images (B, 1, 28, 28), distorted if the recipe distorts, and labels (B,).
 
-        With things that are no digits after them, and probabilities (B, K) instead of labels, where
-        the recipe has such.
+        If the recipe has outliers, M non-digits follow the digits, and probabilities (B + M, K)
+        replace the labels.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
@@ -115,7 +115,7 @@ class Batches:
         rank, processes = self.placement.rank, self.placement.processes
         batch = self._order[position * self.size : (position + 1) * self.size][rank::processes]
         batch = batch.to(self.labels.device)
-        # For distortion and for dropout: another draw in each process.
+        # For distortion and dropout: each process draws other random numbers.
         torch.manual_seed((self.seed * EPOCH_STRIDE + step) * processes + rank)
         images, labels = self.images[batch], self.labels[batch]
         strength = distortion(self.recipe, step, self.steps)
@@ -126,12 +126,12 @@ class Batches:
         written = self.outliers.written(count - len(painted))
         images = augment(torch.cat([images, written]), self.recipe, strength)
         certain = functional.one_hot(labels, self.classes).float()
-        unknown = certain.new_full((count, self.classes), 1 / self.classes)  # it could be any
+        unknown = certain.new_full((count, self.classes), 1 / self.classes)  # equally likely
         return torch.cat([images, painted]), torch.cat([certain, unknown])
 
 
 class Learner:
-    """What changes while a network learns, and goes into a checkpoint: weights, average, state."""
+    """State that changes in training and goes into a checkpoint: weights, average, optimizer."""
 
     def __init__(self, config: TrainConfig, classes: int, placement: Placement) -> None:
         recipe = config.settings
@@ -146,13 +146,13 @@ class Learner:
 
     @property
     def best(self) -> Network:
-        """What to judge by: the average, once there is one."""
+        """The network to evaluate: the average, once it has been updated."""
         if self.average and self.average.n_averaged:
             return cast(Network, self.average.module)
         return self.network
 
     def snapshot(self, step: int, seconds: float) -> RunState:
-        """The state of the run after `step` optimizer steps."""
+        """Return the state of the run after `step` optimizer steps and `seconds` of training."""
         tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
         if self.average:
             averaged = self.average.state_dict()
@@ -160,7 +160,7 @@ class Learner:
         return RunState(step, seconds, {**tensors, **optimizer_tensors(self.optimizer)})
 
     def restore(self, state: RunState) -> None:
-        """Go on from `state` as if the run had never stopped."""
+        """Restore `state`, so that the run continues exactly where it stopped."""
         for name, module in (("model", self.network), ("average", self.average)):
             if module:
                 module.load_state_dict(
@@ -180,10 +180,10 @@ def train(
     is_stopped: Callable[[], bool] = lambda: False,
     save_every: int = 0,
 ) -> tuple[Network, TrainingProgress]:
-    """A network trained on `train_split`, and where the run ended.
+    """Train a network on `train_split`; return it with the last progress.
 
-    Continues from `state` exactly; hands a new state to `save` after each epoch, after each
-    `save_every` steps if that is not 0, and when `is_stopped` says so, then raises
+    Continues exactly from `state`. Calls `save` with a new state after each epoch, and after every
+    `save_every` steps unless that is 0. When `is_stopped` returns true, saves and raises
     KeyboardInterrupt. Raises PipelineError when the loss is not finite.
     """
     recipe, clock = config.settings, _Clock(state.seconds if state else 0.0)
@@ -235,7 +235,7 @@ def _accuracy(network: Network, split: Split, placement: Placement) -> float:
 def _progress(
     done: int, batches: Batches, loss: float, lr: float, seconds: float
 ) -> TrainingProgress:
-    """Where the run stands after `done` steps; PipelineError when its loss is not finite."""
+    """Return the progress after `done` steps; raise PipelineError when the loss is not finite."""
     if not math.isfinite(loss):
         raise PipelineError(
             f"the loss is {loss} at step {done} of {batches.steps} with learning rate {lr:.3g}: "
@@ -253,7 +253,7 @@ def _progress(
 
 
 class _Clock:
-    """Seconds of training, without the pauses for evaluation and for writing."""
+    """Clock of training time, without the pauses for evaluation and writing."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._start = time.perf_counter() - seconds

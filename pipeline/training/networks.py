@@ -1,4 +1,4 @@
-"""The networks: uint8 images in, log-probabilities out, and nothing left for a client to do."""
+"""Networks with all preprocessing inside: uint8 images in, log-probabilities out."""
 
 # Shape letters: B batch, C channels, H height, W width, K classes.
 
@@ -13,12 +13,12 @@ from torch.nn import functional
 from pipeline.core.evaluate import Predictor
 from pipeline.training.recipes import Recipe
 
-# Of MNIST's training pixels, scaled to 0..1. They live in the model, so no client needs them.
+# Of MNIST's training pixels, scaled to 0..1. They are part of the model: no client needs them.
 MEAN, STD = 0.1307, 0.3081
 
 
 class Network(nn.Module):
-    """What every network of ours shares: the signature, with all preprocessing inside.
+    """Base class of the networks: one signature, with all preprocessing inside.
 
     Subclasses define `features` and `classifier`, or their own `logits`. The temperature is 1.0
     until it is fitted. The computation runs in the dtype of the buffers, so `.double()` makes a
@@ -50,9 +50,10 @@ class Network(nn.Module):
 
 
 class DigitNorm(nn.BatchNorm2d):
-    """Batch normalization by the digits of a batch, behind which `outliers` times as many follow.
+    """Batch normalization by the digits of a batch only, not by the non-digits after them.
 
-    What is no digit varies so much that statistics of everything would fit neither.
+    `outliers` is the number of non-digits per digit. Non-digits vary so much that common statistics
+    would fit neither.
     """
 
     def __init__(self, channels: int, momentum: float, outliers: float) -> None:
@@ -70,11 +71,11 @@ class DigitNorm(nn.BatchNorm2d):
 
 
 class _ByDigits(torch.autograd.Function):
-    """Rows (B, C, H, W) normalized by the first `count` of them, with all gradients.
+    """Normalization of rows (B, C, H, W) by the first `count` of them, with all gradients.
 
-    Through their statistics too: else what is no digit would drag them along without end. What is
-    `running`, two statistics (C,) and a momentum, follows them. Written out, since autograd's own
-    way, operation by operation, takes twice as long.
+    Gradients also flow through their statistics: otherwise the non-digits would shift these without
+    limit. `running` (two statistics (C,) and a momentum) is updated from them. The backward pass is
+    written by hand, since autograd's takes twice as long.
     """
 
     @staticmethod
@@ -98,7 +99,7 @@ class _ByDigits(torch.autograd.Function):
             *(False, ctx.eps, [True, True, True]),
         )
         digits = x[: ctx.count]
-        each = weight * scale / (digits.numel() / len(weight))  # (C,): what one pixel has a part of
+        each = weight * scale / (digits.numel() / len(weight))  # (C,): the share of one pixel
         slope = each * of_weight * scale
         shift = (each * of_bias - slope * mean).view(-1, 1, 1)
         of_x[: ctx.count].sub_(torch.addcmul(shift, digits, slope.view(-1, 1, 1)))
@@ -108,8 +109,8 @@ class _ByDigits(torch.autograd.Function):
 class Cnn(Network):
     """A small CNN that shrinks the image early: four convolutions, then maximum and mean.
 
-    Padded, it sees the border as well as the middle, at more than twice the cost. Trained beside
-    things that are none of its classes, it has a score for those as well, see `shared`.
+    With `padded`, it sees the border as well as the middle, at more than twice the cost. If trained
+    with outliers (images of none of its classes), it has one more score for them: see `shared`.
     """
 
     features: nn.Sequential
@@ -136,7 +137,7 @@ class Cnn(Network):
             nn.Conv2d(1, a, 5, stride=2, padding=2 * pad),  # (B, a, 12, 12); padded 14
             nn.ReLU(),
             nn.Conv2d(a, b, 3, padding=pad, bias=False),  # (B, b, 10, 10); 14
-            nn.MaxPool2d(2),  # (B, b, 5, 5); 7; before the normalization, which is cheaper so
+            nn.MaxPool2d(2),  # (B, b, 5, 5); 7; before the normalization: cheaper
             *normalized(b),
             nn.Dropout(dropout),
             nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5); 7
@@ -152,26 +153,26 @@ class Cnn(Network):
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)
         x = torch.cat([self.maximum(x), self.mean_pool(x)], dim=1)  # (B, 2 d, 1, 1)
-        # The channels last: so is the gradient then, and the pools need not copy it.
+        # Channels last: then the gradient is too, and the pools need not copy it.
         x = x.permute(0, 2, 3, 1).flatten(1)  # (B, 2 d)
         scores: Tensor = self.classifier(self.dropout(x))
         return shared(scores) if self.knows_none else scores  # (B, K)
 
 
 def shared(scores: Tensor) -> Tensor:
-    """Logarithms (B, K) of the probabilities of K classes, from scores (B, K + 1).
+    """Return log-probabilities (B, K) of K classes, from scores (B, K + 1).
 
-    The last score is that of none of them. What is none could be any: each gets an equal part.
+    The last score is for none of the classes; its probability is shared equally among all K.
     """
     logs = torch.log_softmax(scores, dim=1)
     classes = logs[:, :-1]
     part = logs[:, -1:] - math.log(classes.shape[1])
-    # The same as logaddexp, which in ONNX would be the logarithm of a sum that may vanish.
+    # The same as logaddexp, which in ONNX would be the logarithm of a sum that may be 0.
     return classes + functional.softplus(part - classes)
 
 
 class ClassicCnn(Network):
-    """The two-convolution network of PyTorch's MNIST example, the field's yardstick.
+    """The two-convolution network of PyTorch's MNIST example, used as the baseline.
 
     https://github.com/pytorch/examples/blob/main/mnist/main.py
     """
@@ -193,7 +194,7 @@ class ClassicCnn(Network):
 
 
 class RecordCnn(Network):
-    """The network of the 0.76-second record: https://github.com/tuomaso/train_mnist_fast."""
+    """The network of a 0.76-second training record: https://github.com/tuomaso/train_mnist_fast."""
 
     def __init__(self, channels: tuple[int, ...], classes: int) -> None:
         super().__init__()
@@ -226,7 +227,7 @@ class Net(Network):
 
 
 def build(recipe: Recipe, classes: int) -> Network:
-    """The recipe's network with random weights, drawn from torch's global generator."""
+    """Build the recipe's network with random weights from torch's global generator."""
     if recipe.network == "cnn":
         settings = (recipe.norm_momentum, recipe.padded, recipe.dropout, recipe.outliers)
         return Cnn(recipe.channels, classes, *settings)
@@ -235,7 +236,7 @@ def build(recipe: Recipe, classes: int) -> Network:
 
 
 def eager_predictor(model: nn.Module, device: torch.device | None = None) -> Predictor:
-    """A predictor that runs `model`, in the mode that it is in, on `device`."""
+    """Return a predictor that runs `model` in its current mode on `device` (default: the CPU)."""
     place = device or torch.device("cpu")
     model.to(place)
 

@@ -1,14 +1,13 @@
-"""Things that are no digits, made for training beside the digits of a batch: nothing to be sure of.
+"""Generated non-digits that train next to the digits of a batch, so that a model is unsure of them.
 
-They come from torch's global generator. What a model is measured with is made in another way, by
-`nondigits.py`.
+They are drawn with torch's global generator. The non-digits that a model is measured on are made
+in another way, by `tools/nondigits.py`.
 
-Letters and signs as a pen draws them: the strokes of each, and of each with serifs.
-
-Left out are those that a digit looks like in many a hand: b g I l O o q S s Z z.
+The module also has the pen strokes of letters and signs, each with and without serifs. Letters
+that many people write like a digit are left out: b g I l O o q S s Z z.
 """
 
-# Shape letters: M things, B digits, H height, W width, S strokes, P points of a stroke,
+# Shape letters: M non-digits, B digits, H height, W width, S strokes, P points of a stroke,
 # N pixels near a point, in a row; V ways to write a letter.
 
 import re
@@ -19,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 SIDE, HALF = 28, 14  # pixels
-SPOT = 5  # pixels, and 2, of half the width that a spot of ink has at least; a narrower may be a 1
-POINTS = 18  # of a stroke
-NEAR = 3  # pixels about a point of a stroke that it may ink
-STOCK, PIECE = 4096, 128  # things of a kind; so many drawings are made at a time
-# How each digit may be turned and be none. 4: along its diagonal, 2: left to right, 1: upside down.
-# A 2 mirrored is nearly a 5, a 6 turned twice is a 9; 0 and 1 stay too much what they are.
+SPOT = 5  # a full-ink spot's least half width is SPOT + 2 pixels; a narrower one may look like a 1
+POINTS = 18  # points of a stroke
+NEAR = 3  # pixels: how far from a point of a stroke its ink may reach
+STOCK, PIECE = 4096, 128  # images of each kind in stock, and how many are drawn at a time
+# How each digit may be turned or mirrored to become a non-digit, as a sum of 4: transpose,
+# 2: mirror left to right, 1: mirror top to bottom. A 2 mirrored is nearly a 5, a 6 turned by 180
+# degrees is a 9; 0 and 1 change too little.
 TURNS: dict[int, tuple[int, ...]] = {
     2: (4, 5, 6, 7),
     3: (2, 3, 4, 5, 6, 7),
@@ -35,43 +35,43 @@ TURNS: dict[int, tuple[int, ...]] = {
     8: (5, 6),
     9: (1, 2, 4, 5, 6, 7),
 }
-STROKES = 12  # of one letter at most
-GRID = 10  # of the grid that letters lie on: x to the right, y down
+STROKES = 12  # of one letter, at most
+GRID = 10  # points on each side of the letters' grid; x to the right, y down
 
 
 class Outliers:
-    """A stock of things to show beside digits: a function of those digits and of the seed."""
+    """A stock of non-digits to train with; it depends only on the given digits and the seed."""
 
     def __init__(self, digits: Tensor, labels: Tensor, seed: int) -> None:
         letters, strokes, self._painted = _drawings(seed, digits.device)
         torch.manual_seed(seed)
         mixed = STOCK // 6
         turned = _turned(digits, labels, STOCK - 3 * mixed)
-        # Halves of two digits, each where the other half belongs.
+        # Halves of two digits, each in the place of the other half.
         first, second = _some(digits, mixed), _some(digits, mixed)
         across = torch.cat([first[..., HALF:], second[..., :HALF]], dim=-1)
         down = torch.cat([first[..., HALF:, :], second[..., :HALF, :]], dim=-2)
         cut = torch.where(_coin(mixed, digits.device), across, down)
-        # Two digits side by side, squeezed into the place of one.
+        # Two digits next to each other, squeezed into the width of one.
         pairs = torch.cat([_some(digits, mixed)[..., ::2], _some(digits, mixed)[..., 1::2]], dim=-1)
-        # A digit written over another that lies on its side; 0 and 1 would still leave a digit.
+        # A digit written over another, transposed one; with a 0 or 1 it may still be a digit.
         wide = (labels > 1).float() + 1e-9
         first, second = torch.multinomial(wide, 2 * mixed, replacement=True).view(2, -1)
         over = torch.maximum(digits[first], digits[second].mT)
         self._written = torch.cat([letters, strokes, turned, cut, pairs, over])
 
     def written(self, count: int) -> Tensor:
-        """Things of strokes (M, 1, H, W); a quarter are letters, a quarter digits spoiled."""
+        """Draw non-digits of strokes (M, 1, H, W): a quarter letters, a quarter altered digits."""
         return _some(self._written, count)
 
     def painted(self, count: int) -> Tensor:
-        """Filled shapes, clouds and plain paper (M, 1, H, W)."""
+        """Draw filled shapes, clouds and plain paper (M, 1, H, W)."""
         return _some(self._painted, count)
 
 
 @cache
 def _drawings(seed: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Letters, twice as many things of strokes, and filled shapes, uint8 (M, 1, H, W) each."""
+    """Return letters, twice as many stroke drawings, and filled shapes: uint8 (M, 1, H, W) each."""
     torch.manual_seed(seed)
     kinds = ((_letters, STOCK), (_strokes, 2 * STOCK), (_filled, STOCK))
     drawn = [torch.cat([make(PIECE, device) for _ in range(n // PIECE)]) for make, n in kinds]
@@ -79,7 +79,7 @@ def _drawings(seed: int, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Digits turned and mirrored so that they are none."""
+    """Return `count` digits turned or mirrored so that they are no longer digits."""
     ways = _ways(labels.device)[labels]  # (B, 8): 1 where allowed
     chosen = torch.multinomial(ways.sum(dim=1) + 1e-9, count, replacement=True)
     way = torch.multinomial(ways[chosen] + 1e-9, 1).view(-1, 1, 1, 1)  # (M, 1, 1, 1)
@@ -91,7 +91,7 @@ def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
 
 @cache
 def _ways(device: torch.device) -> Tensor:
-    """Which turns (10, 8) are allowed of each digit."""
+    """Return which turns are allowed for each digit: 1 or 0, (10, 8)."""
     ways = torch.zeros(10, 8)
     for digit, turns in TURNS.items():
         ways[digit, list(turns)] = 1
@@ -103,11 +103,11 @@ def _some(things: Tensor, count: int) -> Tensor:
 
 
 def _letters(count: int, device: torch.device) -> Tensor:
-    """Letters from an unsteady hand, narrow or wide, upright or slanted; some with serifs."""
+    """Draw letters with an unsteady hand: narrow or wide, upright or slanted, some with serifs."""
     every = torch.tensor(ways(), device=device)  # (V, S, 3, 2)
     chosen = torch.randint(len(every), (count,), device=device)
     points = every[chosen]  # (M, S, 3, 2)
-    # Strokes that meet keep meeting: what moves is the point of the grid.
+    # Moving the points of the grid keeps strokes that meet together.
     moves = torch.randn(count, GRID * GRID, 2, device=device) * 0.3
     places = (points.round().clamp(0, GRID - 1) @ points.new_tensor([1.0, GRID])).long()
     points = points + moves.gather(1, places.view(count, -1, 1).expand(-1, -1, 2)).view_as(points)
@@ -119,16 +119,19 @@ def _letters(count: int, device: torch.device) -> Tensor:
 
 
 def _strokes(count: int, device: torch.device) -> Tensor:
-    """Strokes between the points of a jittered lattice, or one long line; some mirrored; 0 to 1."""
+    """Draw strokes between the points of a jittered lattice, or one long line; some mirrored.
+
+    The ink is 0 to 1.
+    """
     is_walk, is_line = _coin(count, device), _coin(count, device, 0.8)
-    # A walk is of a pen that wanders: at each point it turns, a little or right round.
+    # A walk is the path of a wandering pen: at each point it turns, by a little or by a lot.
     unsteady, bias = 1.2 + 1.3 * _share(count, 1, device=device), _spread(count, 1, device=device)
     turns = unsteady * torch.randn(count, STROKES + 2, device=device) + 1.2 * bias
     heading = turns.cumsum(dim=1)
     length = torch.exp(0.4 * torch.randn(count, STROKES + 2, device=device))
     steps = torch.stack([heading.sin(), heading.cos()], dim=-1) * length[..., None]
     walks = _along(steps.cumsum(dim=1)[:, :, None])
-    curls = _along(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)  # between any points
+    curls = _along(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)  # between random points
     segments = _segments(count, device)
     first, second, third = (
         torch.where(is_line, torch.where(is_walk, walk, curl), segment)
@@ -146,18 +149,18 @@ def _strokes(count: int, device: torch.device) -> Tensor:
 
 
 def _inked(strokes: Tensor, contrast: Tensor) -> Tensor:
-    """Strokes (M, S, 1, 3, 2) as ink (M, 1, H, W), each thing's of one width and size.
+    """Draw strokes (M, S, 1, 3, 2) as ink (M, 1, H, W), 0 to 1, with one width and size an image.
 
-    By the `contrast` (M, 1), 0 to 1, they are thinner where they run level.
+    Horizontal parts are thinner, by the `contrast` (M, 1), 0 to 1.
     """
     count, device = len(strokes), strokes.device
-    first, second, third = strokes.unbind(dim=3)  # it begins, bends towards, ends
+    first, second, third = strokes.unbind(dim=3)  # begins at, bends towards, ends at
     along = torch.linspace(0, 1, POINTS, device=device)[:, None]  # (P, 1)
     paths = (1 - along) ** 2 * first + 2 * along * (1 - along) * second + along**2 * third
     ways = 2 * (1 - along) * (second - first) + 2 * along * (third - second)  # (M, S, P, 2)
     length = ways.norm(dim=-1).flatten(1)  # (M, S P)
     level = ways[..., 1].abs().flatten(1) / length.clamp(min=1e-6)
-    paths = paths.flatten(1, 2)  # (M, P, 2), of all strokes; about the middle of mass:
+    paths = paths.flatten(1, 2)  # (M, P, 2), of all strokes; next, centred on their mass:
     least, most = paths.amin(dim=1, keepdim=True), paths.amax(dim=1, keepdim=True)
     half = ((most - least) / 2).amax(dim=2, keepdim=True).clamp(min=0.1)  # of the longer side
     mass = length / length.sum(dim=1, keepdim=True)
@@ -168,11 +171,11 @@ def _inked(strokes: Tensor, contrast: Tensor) -> Tensor:
 
 
 def _away(paths: Tensor, width: Tensor) -> Tensor:
-    """How far each pixel (M, 1, H, W) is from discs, about points (M, P, 2) of radius (M, P).
+    """Return each pixel's distance (M, 1, H, W) from discs around points (M, P, 2), radius (M, P).
 
-    0 is on the rim, below it inside; pixels that are farther than NEAR from any are 1 away.
+    In pixels: 0 is on the rim, below 0 inside; 1 for pixels farther than NEAR from every point.
     """
-    side = SIDE + 2 * NEAR  # with a margin, where whatever is outside lands
+    side = SIDE + 2 * NEAR  # with a margin, which takes what is outside of the image
     near = torch.arange(-NEAR, NEAR + 1, device=paths.device)  # (N,)
     places = paths + (SIDE - 1) / 2  # (M, P, 2), counted from the middle of the first pixel
     pixels = places.round()[..., None] + near  # (M, P, 2, N): rows, and columns
@@ -187,9 +190,9 @@ def _away(paths: Tensor, width: Tensor) -> Tensor:
 
 
 def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where strokes begin, what they bend towards, and where they end: (M, S, 1, 2) each.
+    """Return where strokes begin, what they bend towards, and where they end: (M, S, 1, 2) each.
 
-    Half of them begin where the one before ends, and half are straight.
+    Half of them begin where the previous one ends, and half are straight.
     """
     shape = (count, STROKES, 1, 2)
     begin, end = (
@@ -201,19 +204,19 @@ def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _along(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of strokes without a corner: a quadratic spline along points (M, S + 2, 1, 2)."""
+    """Return the same for strokes without corners: a quadratic spline along (M, S + 2, 1, 2)."""
     halfway = (points[:, 1:] + points[:, :-1]) / 2  # (M, S + 1, 1, 2)
     return halfway[:, :-1], points[:, 1:-1], halfway[:, 1:]
 
 
 def _filled(count: int, device: torch.device) -> Tensor:
-    """Boxes, ellipses and blobs of cloudy gray, on paper or all over it, some the other way round.
+    """Draw boxes, ellipses and blobs of cloudy gray, on paper or all over it; some inverted.
 
-    Some are without clouds, some are nothing but one gray level, and some are spots of full ink.
+    Some are without clouds, some have one gray level only, and some are spots of full ink.
     """
     middle, size = _spread(2, count, 1, device=device) * 4, _share(2, count, 1, device=device) * 14
     x, y = (_pixels(device).T[:, None] - middle) / (size + 2)  # (M, H W) each
-    corner = 2 + 6 * _share(count, 1, device=device)  # 2 is an ellipse; more is nearly a box
+    corner = 2 + 6 * _share(count, 1, device=device)  # exponent: 2 is an ellipse, 8 nearly a box
     spot = (x.abs() ** corner + y.abs() ** corner < 1).view(-1, 1, SIDE, SIDE)
     blob = _clouds(count, 4, device) > 0.5
     everywhere = _coin(count, device, 0.2)
@@ -227,7 +230,7 @@ def _filled(count: int, device: torch.device) -> Tensor:
 
 
 def _clouds(count: int, grain: int, device: torch.device) -> Tensor:
-    """Smooth noise (M, 1, H, W) from 0 to 1, of as many grains on a side."""
+    """Return smooth noise (M, 1, H, W) from 0 to 1, with `grain` grains on each side."""
     coarse = torch.rand(count, 1, grain, grain, device=device)
     return functional.interpolate(coarse, (SIDE, SIDE), mode="bilinear")
 
@@ -246,19 +249,19 @@ def _spread(*shape: int, device: torch.device) -> Tensor:
 
 @cache
 def _pixels(device: torch.device) -> Tensor:
-    """The pixels' coordinates (H W, 2), counted from the middle of the image."""
+    """Return the pixels' coordinates (H W, 2), from the middle of the image."""
     place = torch.arange(SIDE, device=device) - (SIDE - 1) / 2
     return torch.cartesian_prod(place, place)
 
 
-TOP, BOTTOM = 0, 8  # where serifs may be
+TOP, BOTTOM = 0, 8  # the y of serifs
 
 
 SERIF = 1.2  # from its middle to its end
 
 
-# A point is two figures, x and y. A line leads to the next after "-", a curve after "(", which
-# bends towards the point in brackets. Blanks lift the pen.
+# Strokes of letters. A point is two figures, x and y. "-" draws a line to the next point; "(point)"
+# a curve to the next point that bends towards the one in brackets. A blank lifts the pen.
 WAYS = (
     *("08-30-68 15-55", "08-30-68 16-56", "00-08 00-30(60)62(64)34-04 34(64)66(68)38-08"),  # A A B
     *("62(60)40(00)04(08)48(68)66", "00-08 00-20(60)64(68)28-08"),  # C D
@@ -279,7 +282,7 @@ WAYS = (
     *("00-08 03(00)30(60)63-68", "00-08 02(00)30(60)62(65)35(05)03"),  # n p
     *("00-08 04(00)40(50)51", "20-26(28)48(58)57 02-52", "30-38 02-62"),  # r t
     *("00-05(08)28(58)55 50-58", "00-34 60-08", "20-26(28)08"),  # u y J
-    # Signs and small drawings, which nobody reads for a digit either.
+    # Signs and small drawings that do not look like digits.
     *("04-64 31-37", "03-63 05-65", "20-28 40-48 03-63 05-65"),  # + = #
     *("02(00)30(60)62(63)44(34)35 38-38", "68-12(10)30(50)42-15(08)28(58)64"),  # ? &
     "01(00)10(20)21(22)12(02)01 60-08 47(46)56(66)67(68)58(48)47",  # %
@@ -296,13 +299,13 @@ Stroke = tuple[Point, Point, Point]  # where it begins, what it bends towards, w
 
 
 def ways() -> list[list[Stroke]]:
-    """The STROKES of each way to write a letter, then of each with serifs, from 0 to 9.
+    """Return STROKES strokes for each way to write a letter, then for each with serifs.
 
-    Where a letter has fewer, the rest of them are a point of it.
+    Coordinates are 0 to 9. A letter with fewer strokes is padded with copies of its first point.
     """
     plain, with_serifs = [_read_strokes(way) for way in WAYS], []
     for strokes in plain:
-        # A dash across each place at the top or the bottom where just one stroke ends.
+        # A dash at each place at the top or the bottom where exactly one stroke ends.
         ends = [point for stroke in strokes for point in (stroke[0], stroke[2])]
         serifs = [
             ((x - SERIF, y), (x, y), (x + SERIF, y))

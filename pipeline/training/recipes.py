@@ -1,4 +1,4 @@
-"""Recipes: how each network is trained. Imports nothing heavy."""
+"""Recipes for the training of each network. Imports nothing heavy."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.core.errors import PipelineError, require_choice
 from pipeline.core.paths import FOLDER
 
-# Fields that are a part of something: 0 to 1, and only all images may be mirrored.
+# Fields that are a fraction: 0 to below 1; `mirror` may be 1.
 SHARES = ["label_smoothing", "average", "warm_up", "beta1", "beta2", "dropout", "fade", "stroke"]
 SHARES += ["outliers", "mirror"]
 LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels each network takes
@@ -16,34 +16,34 @@ LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels ea
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: the network and everything that shapes its weights but seed and data."""
+    """How to train: the network and everything that decides its weights but seed and data."""
 
-    network: str = "cnn"  # cnn, classic, record or net: see model.py
+    network: str = "cnn"  # cnn, classic, record or net: see networks.py
     channels: tuple[int, ...] = (16, 24, 32, 48)  # of each convolution, or hidden layer (net)
-    padded: bool = False  # whether the cnn's convolutions see the image's border as its middle
+    padded: bool = False  # cnn: pad, to see the image's border like its middle
     epochs: float = 1.0  # passes over the training split; the last may be partial
     batch_size: int = 128
     optimizer: str = "adamw"  # adamw, adadelta or sgd
     lr: float = 0.015  # the peak of the schedule
-    beta1: float = 0.9  # of adamw: how much of the mean gradient a step keeps
-    beta2: float = 0.99  # and of the mean squared gradient
+    beta1: float = 0.9  # of adamw: decay of the mean gradient
+    beta2: float = 0.99  # of adamw: decay of the mean squared gradient
     schedule: str = "one-cycle"  # one-cycle, or decay: by gamma after each epoch
-    warm_up: float = 0.25  # of the steps, in which one-cycle climbs to its peak
+    warm_up: float = 0.25  # fraction of the steps in which one-cycle rises to its peak
     gamma: float = 0.7
     weight_decay: float = 0.02
     label_smoothing: float = 0.0  # 0 to 1
-    dropout: float = 0.0  # of the cnn, after its second convolution and before its classifier
+    dropout: float = 0.0  # cnn: after its second convolution and before its classifier
     norm_momentum: float = 0.2  # of batch normalization; a short run needs more
-    average: float = 0.0  # decay a step of the averaged weights, kept from half-way on; 0: none
-    mirror: float = 0.0  # how probably an image is mirrored, left to right
-    rotate: float = 0.0  # radians; this and the next four: how far an image is distorted at most
+    average: float = 0.0  # decay per step of averaged weights, from half-way on; 0: off
+    mirror: float = 0.0  # probability that an image is mirrored, left to right
+    rotate: float = 0.0  # radians; this and the next four: most distortion of an image
     stretch: float = 0.0  # in each direction, as a logarithm
     shear: float = 0.0  # as a tangent
     shift: float = 0.0  # of half the image's side
     elastic: float = 0.0  # of half the image's side
-    fade: float = 0.0  # of the steps, the last ones, over which the distortion fades
-    stroke: float = 0.0  # how much strokes are thickened or thinned; 1 is a pixel on each side
-    outliers: float = 0.0  # things that are no digits in each batch, as a part of its digits
+    fade: float = 0.0  # fraction of the steps, at the end, over which distortion fades
+    stroke: float = 0.0  # most thickening or thinning; 1 is a pixel on each side
+    outliers: float = 0.0  # non-digits in each batch, as a fraction of its digits
 
     def __post_init__(self) -> None:
         require_choice("network", self.network, tuple(LAYERS))
@@ -69,7 +69,7 @@ class Recipe:
 
     @property
     def distorts(self) -> bool:
-        """Whether training sees each image distorted, another way every time."""
+        """Whether training distorts each image, differently every time."""
         distortions = (self.mirror, self.rotate, self.stretch, self.shear, self.shift)
         return any((*distortions, self.elastic, self.stroke))
 
@@ -93,7 +93,7 @@ RECIPES = {
         fade=0.25,
         outliers=0.35,
     ),
-    # Minutes, for a little more: `make best`.
+    # Takes minutes, for a little more accuracy: `make best`.
     "best": Recipe(
         channels=(24, 48, 96, 160),
         epochs=20,
@@ -109,7 +109,7 @@ RECIPES = {
         shift=0.07,
         elastic=0.08,
     ),
-    # The classic MNIST example: two convolutions, dropout, Adadelta. The yardstick.
+    # The classic MNIST example: two convolutions, dropout, Adadelta. The baseline.
     "baseline": Recipe(
         network="classic",
         channels=(32, 64),
@@ -145,8 +145,8 @@ RECIPES = {
     ),
 }
 DEFAULT_RECIPE = "standard"
-# What another kind of pictures wants of a recipe that distorts its images. Clothes are not written:
-# they neither lean nor bend, but they may be mirrored, and take a wider network longer to tell.
+# Changes for other data sets to the recipes that distort images. Clothes are not handwriting: they
+# neither slant nor bend, but may be mirrored, and need a wider network and a longer training.
 FOR_DATASET: dict[str, dict[str, Any]] = {
     "fashion-mnist": {
         "channels": (24, 48, 96, 128),
@@ -162,14 +162,14 @@ FOR_DATASET: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: a recipe, and what else decides its weights bit for bit."""
+    """Settings of one training run: a recipe, and what else decides its weights bit for bit."""
 
     recipe: str = DEFAULT_RECIPE
     settings: Recipe = RECIPES[DEFAULT_RECIPE]
     dataset: str = "mnist"
     seed: int = 0
     device: str = "auto"  # auto, cpu or cuda; device.py decides
-    compiled: bool = False  # by torch.compile, which pays on a GPU in a long run
+    compiled: bool = False  # by torch.compile, which is worth it on a GPU in a long run
 
     def __post_init__(self) -> None:
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
@@ -183,38 +183,41 @@ class TrainConfig:
 
     @classmethod
     def of(cls, name: str, dataset: str = "mnist", seed: int = 0, **changes: Any) -> "TrainConfig":
-        """Return the run of the recipe called `name`, with some of its fields changed."""
+        """Return the config for the recipe called `name`, with some of its fields changed."""
         return cls(name, recipe(name, dataset, **changes), dataset, seed)
 
     def record(self) -> dict[str, Any]:
-        """This run as JSON would have it."""
+        """Return this config as JSON-ready values."""
         record = asdict(self)
         record["settings"]["channels"] = list(self.settings.channels)
         return record
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "TrainConfig":
-        """The run that `record` describes; ValueError if it describes none."""
+        """Return the config that `record` describes; raise ValueError if it is not valid."""
         import msgspec  # slow to import, and --help has no use for it
 
         return msgspec.convert(record, cls)
 
 
 def recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
-    """The recipe called `name` for a data set, with some fields changed; None changes nothing."""
+    """Return the recipe called `name` for a data set, with some fields changed.
+
+    A change to None is ignored. Raises PipelineError when there is no such recipe.
+    """
     require_choice("recipe", name, tuple(RECIPES))
     of_dataset = FOR_DATASET.get(dataset, {}) if RECIPES[name].distorts else {}
-    if dataset != "mnist":  # what is none of other classes, nobody knows
+    if dataset != "mnist":  # there are no outliers for other classes
         of_dataset = {**of_dataset, "outliers": 0.0}
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(RECIPES[name], **{**of_dataset, **given})
 
 
-MIN_STEPS = 200  # of a training on few pictures
+MIN_STEPS = 200  # steps of a training on few pictures
 
 
 def enough_epochs(recipe: Recipe, dataset: str, folder: Path) -> float:
-    """The recipe's epochs, or as many as make 200 steps of a small folder of pictures."""
+    """Return the recipe's epochs, or more for a small folder of pictures: at least 200 steps."""
     if not dataset.startswith(FOLDER):
         return recipe.epochs
     from pipeline.data.splits import find_dataset  # loads numpy, which --help has no use for

@@ -1,6 +1,6 @@
-"""What a run writes while it trains: its curve, its checkpoints, TensorBoard's events.
+"""Records of a run: its curve, its checkpoints, TensorBoard's events.
 
-What a finished run said of every test image, kept so that nobody needs a second look.
+Also the predictions of a finished run for every test image, so that none is evaluated again.
 """
 
 # Shape letters: N images, K classes.
@@ -26,14 +26,14 @@ from pipeline.training.loop import TrainingProgress
 from pipeline.training.recipes import TrainConfig
 
 CURVE_POINTS = 200  # of the training loss that a run keeps, at most
-BOARD_STEPS = 10  # between two points that TensorBoard gets
+BOARD_STEPS = 10  # steps between two points in TensorBoard
 
 
 class Records:
-    """The files of a run that trains, and the state from which it goes on.
+    """Writer of a training run's files, with the state to resume from.
 
-    Raises PipelineError when the state was saved by a run of another `identity`, and CorruptError
-    when its bytes changed.
+    Raises PipelineError when the state was saved under another `identity`, and CorruptError when
+    its bytes changed.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Records:
         self.state = load_state(paths, identity) if resume else None
         files = [paths.summary, paths.weights, paths.predictions, paths.page, paths.run_config]
         files += [paths.metrics, paths.board]
-        if not resume and paths.summary.exists():  # a finished run, whose claim to be it goes first
+        if not resume and paths.summary.exists():  # a finished run; its summary is moved first
             remove(paths.previous)
             paths.previous.mkdir()
             for path in filter(Path.exists, files):
@@ -59,7 +59,7 @@ class Records:
             for path in (*files, paths.checkpoint):
                 remove(path)
         for folder in (paths.run_folder, paths.checkpoint):
-            for half_written in folder.glob(".*.tmp"):  # by a run that was killed
+            for half_written in folder.glob(".*.tmp"):  # left by a run that was killed
                 remove(half_written)
         write_json(paths.run_config, config.record())
         step = self.state.step if self.state else 0
@@ -74,10 +74,10 @@ class Records:
             self.board = SummaryWriter(paths.board, purge_step=step + 1 if step else None)
 
     def progress(self, progress: TrainingProgress) -> None:
-        """Show where the run stands, and keep it where it is a point of the curve."""
+        """Report the progress, and record it if it is a point of the curve."""
         accuracy, step, board = progress.validation_accuracy, progress.step, self.board
         is_scored = accuracy is not None
-        # Which losses are kept is a function of the step, so that a resume is exact.
+        # Which losses are kept depends only on the step, so that a resume is exact.
         steps = round(progress.epochs * step / progress.epoch)
         if is_scored or step % math.ceil(steps / CURVE_POINTS) == 0:
             fields = asdict(progress).items()
@@ -96,12 +96,12 @@ class Records:
             self.on_step(progress)
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint, and the curve first: a resume keeps its points up to its step."""
+        """Write the curve, then a checkpoint: a resume keeps the curve up to the checkpoint."""
         self._write_history()
         save_state(self.paths, state, self.identity)
 
     def close(self) -> None:
-        """The run is done: nothing has to be resumed any more."""
+        """Remove the checkpoints of the finished run, and close TensorBoard's file."""
         remove(self.paths.checkpoint)
         if self.board:
             self.board.close()
@@ -113,20 +113,20 @@ class Records:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The final network's answers to the test split, in its order."""
+    """The final network's answers to the test split, in the split's order."""
 
     log_probabilities: np.ndarray  # float32 (N, K), after the temperature
     labels: np.ndarray  # int64 (N,)
 
     def untempered(self, temperature: float) -> np.ndarray:
-        """Log-probabilities (N, K) as they were before the network got its temperature."""
+        """Return the log-probabilities (N, K) from before the temperature was applied."""
         return tempered(self.log_probabilities, 1 / temperature)
 
 
 def save_predictions(paths: Paths, outputs: np.ndarray, labels: np.ndarray) -> str:
     """Write log-probabilities (N, K) with labels (N,); return the file's SHA-256.
 
-    The bytes depend on nothing but the values.
+    The bytes depend only on the values.
     """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, log_probabilities=outputs.astype(np.float32), labels=labels)
@@ -134,7 +134,7 @@ def save_predictions(paths: Paths, outputs: np.ndarray, labels: np.ndarray) -> s
 
 
 def load_predictions(paths: Paths, digest: str) -> Predictions:
-    """The run's predictions, whose SHA-256 is `digest`; nothing in them is unpickled.
+    """Load the run's predictions, whose SHA-256 must be `digest`, without unpickling.
 
     Raises PipelineError when the file is missing and CorruptError when its bytes changed.
     """

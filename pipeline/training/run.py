@@ -1,4 +1,4 @@
-"""A run in its folder: its records, its resume, and the one look at the test split."""
+"""Training of a run in its folder: records, resume, and one evaluation on the test split."""
 
 import contextlib
 import platform
@@ -26,7 +26,10 @@ from pipeline.training.records import Records, save_predictions
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came: the first one lets the step end, the second is at once."""
+    """Defer Ctrl-C and SIGTERM; yield a function that tells whether one came.
+
+    The first lets the step end; the second raises KeyboardInterrupt immediately.
+    """
     stopped = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -53,8 +56,8 @@ def train_run(
 ) -> checkpoint.Summary:
     """Train into `runs/<run>/` and score the result on the test split, which is read once.
 
-    With `resume`, a finished run is returned as it is and an interrupted one goes on exactly. Of
-    several processes the first one alone writes; all return the same.
+    With `resume`, a finished run is returned unchanged and an interrupted one continues exactly. Of
+    several processes, only the first writes; all return the same summary.
     """
     if resume and paths.summary.exists():
         return _finished(paths, config)
@@ -90,7 +93,7 @@ def train_run(
 def _conclude(
     paths: Paths, config: TrainConfig, placement: Placement, model: Network, last: TrainingProgress
 ) -> None:
-    """Fit the temperature, score on the test split, write the weights, say last that it is done."""
+    """Fit the temperature, score on the test split, write the weights, and the summary last."""
     folder = paths.data(config.dataset)
     predictor = eager_predictor(model, placement.device)
     validation = load_split(config.dataset, folder, "validation")
@@ -131,14 +134,14 @@ def _conclude(
 
 
 def recorded_config(paths: Paths) -> TrainConfig | None:
-    """What the run in this folder was begun with; None where there is none."""
+    """Return the config that the run in this folder was started with, or None without a run."""
     if not paths.run_config.exists():
         return None
     return read_record(paths.run_config, TrainConfig, checkpoint.START_OVER)
 
 
 def run_identity(paths: Paths, config: TrainConfig, placement: Placement) -> dict[str, Any]:
-    """What decides the weights bit for bit: a resume under another one is refused."""
+    """Return all that decides the weights bit for bit; a resume under another one is refused."""
     return {
         **config.record()["settings"],
         "recipe": config.recipe,
