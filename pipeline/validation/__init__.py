@@ -1,8 +1,8 @@
-"""Whether files and servers answer as the module that was trained: evidence, and its reasons.
+"""Validation of files and servers: whether they answer as their module does, with evidence.
 
 Read `compare.py` first (a file against its module in float64), then `export.py`, `repository.py`
-and `servers.py`: the validation of an export, of a repository, of running servers. The last of
-them does without torch. Knows nothing of how a model was trained.
+and `servers.py`: the validation of an export, of a repository, and of running servers. The last
+one does not import torch. This room knows nothing of how a model was trained.
 """
 
 from typing import TYPE_CHECKING

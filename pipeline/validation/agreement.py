@@ -1,4 +1,4 @@
-"""The table of agreement: how the predictors of one model answer the same images."""
+"""Agreement table: how the predictors of one model answer the same images."""
 
 # Shape letters: N images, K classes.
 
@@ -15,22 +15,22 @@ from pipeline.core.paths import Paths
 from pipeline.core.text import Lines, columns
 from pipeline.repository.release import Limits
 
-TABLE_BATCH = 64  # images a request in the agreement table
+TABLE_BATCH = 64  # images in a request
 
 
 @dataclass(frozen=True)
 class AgreementRow:
-    """One predictor in the table of agreement, beside the reference in its first row."""
+    """One predictor in the agreement table; all rows are compared with the first."""
 
     name: str
     accuracy: float  # fraction of images, 0 to 1
-    differing: int  # images whose class differs from the reference's
-    max_abs_diff: float | None  # from the reference's log-probabilities; None: not finite
-    images_per_second: float | None  # in batches of 64, one after the other; None: of old
+    differing: int  # images whose class differs from the first row's
+    max_abs_diff: float | None  # from the first row's log-probabilities; None: not finite
+    images_per_second: float | None  # in batches of 64, one after the other; None: recorded
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The row as the printed table has it."""
+        """The row's cells in the printed table."""
         apart = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
         speed = "recorded" if self.images_per_second is None else f"{self.images_per_second:,.0f}"
         return self.name, f"{self.accuracy:.2%}", str(self.differing), apart, speed
@@ -38,7 +38,7 @@ class AgreementRow:
 
 @dataclass(frozen=True)
 class Table:
-    """How the predictors of one model agree on the same images."""
+    """Agreement of the predictors of one model on the same images."""
 
     name: str
     version: int
@@ -57,11 +57,14 @@ class Table:
 def agree(
     predictors: Mapping[str, Predictor], images: np.ndarray, labels: np.ndarray
 ) -> tuple[AgreementRow, ...]:
-    """A row for each predictor on images (N, ...), judged by the answers of the first."""
+    """Compare predictors on images (N, ...) with the first of them; return a row for each.
+
+    Raises CheckFailedError when outputs cannot be compared with those of the first.
+    """
     rows: list[AgreementRow] = []
     reference = None
     for name, predictor in predictors.items():
-        predictor(images[:TABLE_BATCH])  # the first call of a runtime is not its speed
+        predictor(images[:TABLE_BATCH])  # warm up: the first call of a runtime is slower
         start = time.perf_counter()
         outputs = predict(predictor, images, TABLE_BATCH)
         seconds = time.perf_counter() - start
@@ -84,7 +87,7 @@ def agree(
 
 
 def require_agreement(table: Table, limits: Limits) -> None:
-    """Raise CheckFailedError when a row lies too far from the first."""
+    """Raise CheckFailedError when a row differs from the first by more than the limits."""
     wrong = [
         f"{row.name}: {row.differing} differing classes, largest difference {row.max_abs_diff}"
         for row in table.rows
@@ -100,5 +103,5 @@ def require_agreement(table: Table, limits: Limits) -> None:
 
 
 def read_agreement(paths: Paths) -> Table:
-    """The table that the last proof of a model wrote."""
+    """Read the agreement table that the last validation of a model wrote."""
     return read_record(paths.agreement, Table, "run 'pipeline validate exported/model_repository'")

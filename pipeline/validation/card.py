@@ -1,4 +1,4 @@
-"""The model card of an export, from its manifest and its proof, and nothing else."""
+"""Model card of an export, made from its manifest and its validation record only."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from pipeline.core.signature import pictures_of
 from pipeline.validation.compare import rounded
 
 HUB = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist"}
-MOST_CLASSES = 100  # that a card names
+MOST_CLASSES = 100  # that a card lists
 
 
 def model_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
-    """The card in Hugging Face's layout; the same records give the same text."""
+    """Return the card in Hugging Face's layout; the same records give the same text."""
     environment = Environment(
         loader=PackageLoader("pipeline.validation", "."),
         undefined=StrictUndefined,
@@ -24,7 +24,7 @@ def model_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> st
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    # Anybody's text is a literal of YAML, and of Python, as JSON writes it.
+    # JSON writes any text so that it is also a literal of YAML and of Python.
     environment.filters |= {"code": _code, "percent": percent, "literal": json.dumps}
     training = manifest.get("training")
     dataset = training["dataset"] if training else FOLDER
@@ -33,19 +33,19 @@ def model_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> st
         validation=validation,
         training=training,
         is_given=manifest.get("is_given", False),
-        # As the Hugging Face Hub calls it, or we; a local folder has no name.
+        # Its name on the Hugging Face Hub, or ours; a local folder has no name.
         dataset=None if dataset.startswith(FOLDER) else HUB.get(dataset, dataset),
         pictures=pictures_of(dataset) if training else "arrays",
         rows=variant_rows(validation),
         wrong=round(validation["images"] * (1 - validation["variants"][0]["accuracy"])),
         classes=[_code(name) for name in manifest["classes"][:MOST_CLASSES]],
-        # The card cannot name its own digest.
+        # The card cannot contain its own digest.
         files={n: d for n, d in manifest["files"].items() if n != Paths().card.name},
     )
 
 
 def variant_rows(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The cells of a row for each file that was proven, by the name of their column."""
+    """Return the cells of a row for each validated file, by the name of their column."""
     threads = [str(count) for count in validation["criterion"]["threads"]]
     return [
         {
@@ -66,7 +66,7 @@ def variant_rows(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def percent(fraction: float) -> str:
-    """A fraction, 0 to 1, in percent; never rounded to a certainty that it is not."""
+    """Format a fraction, 0 to 1, in percent; only 0 and 1 are shown as 0 % and 100 %."""
     if 0 < fraction < 0.00005:
         return "< 0.01 %"
     if 0.99995 < fraction < 1:
@@ -79,7 +79,7 @@ def _known(value: float | None, words: Callable[[float], str], lack: str = "unkn
 
 
 def _code(text: str) -> str:
-    """Anybody's text as inline code that Markdown does not read, also in a cell of a table."""
+    """Format any text as inline code, safe in Markdown and in a cell of a table."""
     plain = re.sub(r"\s+", " ", text).replace("|", "\\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
     return f"{fence} {plain} {fence}" if "`" in plain or not plain.strip() else f"`{plain}`"

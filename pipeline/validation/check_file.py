@@ -1,9 +1,9 @@
-"""A file on trial: everything that it is held against, and why it does not pass.
+"""Check of one exported file: what it is compared with, and why it fails.
 
-What a proof that failed leaves behind: its record, and the worst rows to look at and replay.
+A failed validation leaves its record, and the worst rows to look at and replay.
 """
 
-# Shape letters: N rows (images, then probes), N rows, M labelled images.
+# Shape letters: N rows (images, then probes), M labelled images.
 
 import io
 from collections.abc import Callable, Mapping
@@ -29,13 +29,13 @@ from pipeline.validation import compare
 from pipeline.validation.explain import between, diagnose, from_weights
 from pipeline.validation.reference import reference_predictor, steady_answers
 
-WORST = 10  # rows of a file that failed, which are kept
+WORST = 10  # rows that are kept of a failed file
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class FileTrial:
-    """What the files of one export are held against."""
+    """What the files of one export are compared with."""
 
     paths: Paths
     subject: Subject
@@ -44,7 +44,7 @@ class FileTrial:
     criterion: compare.Criterion
     provider: str
     report: Say
-    options: str  # of the command that put these files on trial
+    options: str  # of the command that checks these files
 
 
 def trial_of(
@@ -56,7 +56,10 @@ def trial_of(
     report: Say,
     options: str,
 ) -> FileTrial:
-    """The trial of an export's files: its module has answered every image and probe."""
+    """Prepare the check of an export's files: let its module answer every image and probe.
+
+    Raises CheckFailedError when its answers are not finite, not steady, or not stable in float32.
+    """
     rows = np.concatenate([sample.images, compare.probe_images(sample.images)])
     report(f"the module in float64 on {len(rows):,} images")
     reference = reference_of(subject, rows, sample, criterion)
@@ -72,9 +75,10 @@ def trial_of(
 def reference_of(
     subject: Subject, rows: np.ndarray, sample: Sample, criterion: compare.Criterion
 ) -> compare.Reference:
-    """Ask the module about rows (N, ...) in float64 and in eager float32, twice each.
+    """Run the module on rows (N, ...) in float64 and in eager float32, twice each.
 
-    In the same batches: a module that mixes its rows must not widen its own bounds by it.
+    Both use the same batches: a module that mixes its rows must not widen its own bounds that way.
+    Without labels, the reference's own classes take their place.
     """
     double, single = reference_predictor(subject.model), eager_predictor(subject.model)
     outputs = steady_answers(double, rows, criterion, "in float64")
@@ -87,9 +91,10 @@ def reference_of(
 def predictors_of(
     content: bytes, criterion: compare.Criterion, provider: str, is_ours: bool = False
 ) -> dict[int, Predictor]:
-    """The file in ONNX Runtime, with each number of threads; after a first run unless it is ours.
+    """Return predictors of the file in ONNX Runtime, by number of threads.
 
-    Ours is what its module exports to, byte for byte.
+    Unless `is_ours`, a limited first run comes before. Ours is a file that equals the export of its
+    module, byte for byte.
     """
     if not is_ours:
         require_first_run(content)
@@ -99,9 +104,10 @@ def predictors_of(
 def try_file(
     trial: FileTrial, precision: str, content: bytes, made: Mapping[str, bytes]
 ) -> tuple[compare.Verdict, compare.Held]:
-    """The file's verdict; CheckFailedError with the reasons in words, and findings, if it fails.
+    """Check a file; return its verdict and all its runs.
 
-    `made` is what its module exports to, by precision; empty where something else made the file.
+    `made` has the files that its module exports to, by precision; it is empty for a file from
+    another tool. Raises CheckFailedError with the reasons, and writes the findings, if it fails.
     """
     predictors = predictors_of(
         content, trial.criterion, trial.provider, is_ours=made.get(precision) == content
@@ -115,7 +121,7 @@ def try_file(
     found = graph.parse(content, "the file")
     if precision in made and made[precision] != content:
         problems.append("the file is not what its module exports to, byte for byte")
-    # What differs in some values only is a weight of the module's: none of it was fused.
+    # A tensor that differs in some values only is a weight of the module that was not fused.
     if precision == "fp32" and not made and from_weights(weights, found, few=0):
         problems.append("the file has other weights than its module")
     if not problems:
@@ -131,9 +137,9 @@ def try_file(
 
 
 def _failure(trial: FileTrial, verdict: compare.Verdict, held: compare.Held) -> CheckFailedError:
-    """Write the record and the worst rows, as pictures and as arrays; return what to raise.
+    """Write the record and the worst rows, as pictures and as arrays; return the error to raise.
 
-    In a lower precision the rows that changed class come first: errors alone are no fault there.
+    In a lower precision, flips come first: larger errors alone are not a failure there.
     """
     paths, reference = trial.paths, trial.reference
     remove(paths.failed)
@@ -177,7 +183,7 @@ def _failure(trial: FileTrial, verdict: compare.Verdict, held: compare.Held) -> 
 
 
 def record_of(trial: FileTrial) -> dict[str, Any]:
-    """What validation.json says beside the files."""
+    """Return the fields of validation.json that all files share."""
     reference = trial.reference
     images = len(reference.labels)
     return {

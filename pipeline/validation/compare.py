@@ -1,9 +1,9 @@
-"""An exported file held against its module in float64, image by image. Needs numpy only.
+"""Comparison of an exported file with its module in float64, image by image. Needs numpy only.
 
-Images that no data set has: what a proof asks beside them, and what a graph has to refuse.
+Also makes images that no data set has: probes, and images that a graph must refuse.
 """
 
-# Shape letters: N rows (images, then probes), M labelled images, K classes, N images.
+# Shape letters: N rows (images, then probes), M labelled images, K classes, R rows of a run.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,32 +14,32 @@ import numpy as np
 from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import Predictor, judge, margins, mcnemar, predict
 
-LISTED = 1000  # flips
-SETTLED = 0.1  # of the rows beyond their bound: then the rest of the runs is spared
-SPEED_BATCH = 64  # images a call where images per second are told
-COPIED = 8  # rows that are asked in batches of copies
-_ULP = 2**-23  # a unit in the last place of float32, of a number between 1 and 2
+LISTED = 1000  # flips that a verdict lists
+SETTLED = 0.1  # share of the rows beyond their bound at which the remaining runs are skipped
+SPEED_BATCH = 64  # images in a call when images per second are measured
+COPIED = 8  # rows that are also run in batches of copies
+_ULP = 2**-23  # a unit in the last place of float32, for numbers from 1 to 2
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """When an exported file says what its module says. Set before anything is measured."""
+    """Limits within which an exported file agrees with its module; set before any measurement."""
 
-    batch_sizes: tuple[int, ...] = (1, 2, 3, 7, 64, 65, 256)  # of all rows
-    largest_batch: int = 256  # every size up to it is tried on one batch; `package` allows no more
+    batch_sizes: tuple[int, ...] = (1, 2, 3, 7, 64, 65, 256)  # each for all rows
+    largest_batch: int = 256  # each size up to it is run on one batch; `package` allows no more
     threads: tuple[int, ...] = (1, 2)
-    # The least error that a row is granted: 8 units in the last place of float32, of the row's
-    # largest output. Twice that, or twice eager PyTorch's own error, is the row's bound.
+    # The least error that is allowed for in a row: 8 units in the last place of float32, of the
+    # row's largest output. A row's bound is twice that, or twice eager PyTorch's own error.
     floor: float = 2**-20
-    ratio: float = 8.0  # of the largest error to eager PyTorch's, at most
-    # Eager PyTorch's largest error, as a share of the images' median margin. Sound networks are
-    # near a millionth; above this one, float32 does not compute the network.
+    ratio: float = 8.0  # at most: the largest error divided by eager PyTorch's largest
+    # Eager PyTorch's largest error, as a share of the images' median margin. In stable networks it
+    # is about a millionth; above this limit, float32 is not precise enough for the network.
     unstable: float = 1e-3
-    # Images whose class may change in float32, each within its bound of a tie; of fewer than 500
-    # images one in a hundred.
+    # Flips that are allowed in float32, each of an image whose margin is below its bound; of fewer
+    # than 500 images one in a hundred.
     ties: int = 5
-    # What accuracy a variant may lose against the reference, as a fraction.
+    # The accuracy that a variant may lose against the reference, as a fraction.
     lost_accuracy: tuple[tuple[str, float], ...] = (("fp16", 0.0002), ("int8", 0.001))
 
 
@@ -50,44 +50,44 @@ class Reference:
     outputs: np.ndarray  # float64 (N, K)
     eager: np.ndarray  # float32 (N, K)
     labels: np.ndarray  # int64 (M,): the true classes of the first M rows; the rest are probes
-    is_labelled: bool = True  # whether labels were given; else they are the reference's own
-    largest_bound: float = np.inf  # of any row in float32
+    is_labelled: bool = True  # whether labels were given; else they are the reference's classes
+    largest_bound: float = np.inf  # ceiling of the bound of any row in float32
 
     @property
     def errors(self) -> np.ndarray:
-        """Eager PyTorch's own error in each row, float64 (N,)."""
+        """Eager PyTorch's largest error in each row, float64 (N,)."""
         return judge(self.outputs, self.eager).errors
 
     def accuracy(self, outputs: np.ndarray) -> float:
-        """The fraction of the labelled rows that outputs (N, K) read rightly."""
+        """Return the fraction of the labelled rows that outputs (N, K) classify correctly."""
         return float(self.is_right(outputs).mean())
 
     def is_right(self, outputs: np.ndarray) -> np.ndarray:
-        """Whether each labelled row is read rightly, bool (M,)."""
+        """Tell for each labelled row whether it is classified correctly, bool (M,)."""
         return np.asarray(outputs[: len(self.labels)].argmax(axis=1) == self.labels)
 
 
 def bounds(outputs: np.ndarray, known_errors: np.ndarray, criterion: Criterion) -> np.ndarray:
-    """How far each row may lie from the reference's outputs (N, K), float64 (N,).
+    """Return each row's bound on the difference from the reference's outputs (N, K), float64 (N,).
 
-    Twice the larger of an error that is known of it and the floor, which grows with its outputs.
+    It is twice the larger of the row's known error and the floor, which grows with its outputs.
     """
     scale = np.maximum(1, np.abs(outputs).max(axis=1))
     return np.asarray(2 * np.maximum(known_errors, criterion.floor * scale))
 
 
 def ties(criterion: Criterion, images: int) -> int:
-    """Compute of how many images the class may change in float32: a few, and one in a hundred."""
+    """Return how many of `images` may change class in float32: `ties`, at most one in a hundred."""
     return min(criterion.ties, images // 100)
 
 
 def require_stable(reference: Reference, criterion: Criterion) -> Reference:
-    """Return the reference with a ceiling for its bounds, if float32 can compute the module.
+    """Return the reference with a ceiling for its bounds, if the module is stable in float32.
 
-    Twice the largest error that a stable module may have is the ceiling: without one, a module
-    that float32 cannot compute would excuse any file. Raises CheckFailedError when eager PyTorch's
-    largest error in float32 exceeds the criterion's share of the images' median margin, or changes
-    the class of more images than may tie.
+    The ceiling is twice the largest error that a stable module may have: without one, an unstable
+    module would excuse any file. Raises CheckFailedError when eager PyTorch's largest error in
+    float32 exceeds the criterion's share of the images' median margin, when it changes the class of
+    more images than `ties` allows, and when the median margin is 0.
     """
     images = len(reference.labels)
     margin = float(np.median(margins(reference.outputs[:images])))
@@ -117,29 +117,29 @@ class Flip:
     label: int  # the true class
     reference: int  # the class that the reference gives it
     said: int
-    margin: float  # by which the reference's class was ahead
+    margin: float  # of the reference's class over the next one
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far an exported file lies from its module, and whether that passes."""
+    """Result of comparing an exported file with its module."""
 
     precision: str
     images: int
-    probes: int  # blank, full, single pixel, checkerboard, noise: beside the images
-    batch_sizes: tuple[int, ...]  # of all rows
-    largest_batch: int  # every size up to it was tried
+    probes: int  # blank, full, single pixel, checkerboard, noise: in addition to the images
+    batch_sizes: tuple[int, ...]  # each for all rows
+    largest_batch: int  # every size up to it was run
     threads: tuple[int, ...]
     accuracy: float  # fraction of the images, 0 to 1
     lost_accuracy: float  # against the reference; negative when it is better
     flipped: int  # images whose class changed, allowed or not
-    flips: tuple[Flip, ...]  # the first thousand of them
-    mcnemar_p: float  # how probable so uneven a change is by chance
+    flips: tuple[Flip, ...]  # the first LISTED of them
+    mcnemar_p: float  # probability that a change at least as uneven happens by chance
     max_error: float | None  # against the reference, over all rows and runs; None: not finite
     mean_error: float | None  # of the rows' largest errors
     eager_error: float  # eager float32's largest
-    ratio: float | None  # of the two largest errors
-    safety_factor: float | None  # the images' smallest margin over the largest error
+    ratio: float | None  # of max_error to eager_error
+    safety_factor: float | None  # the images' smallest margin divided by max_error
     images_per_second: dict[str, float]  # by threads, in batches of 64
     problems: tuple[str, ...]  # in words; none means that it passed
 
@@ -163,17 +163,17 @@ class Verdict:
 
 
 def rounded(value: float) -> str:
-    """A ratio to two digits or so."""
+    """Format a ratio with two significant digits, or as a whole number from 10 on."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Rows that a file is asked in batches of one size, with a number of threads."""
+    """Rows to run through a file in batches of one size, with a number of threads."""
 
     size: int  # images a batch
     threads: int
-    rows: np.ndarray  # int64: which rows, at least one full batch
+    rows: np.ndarray  # int64: indices of the rows, at least one full batch
     is_whole: bool = False  # all rows
 
     def __str__(self) -> str:
@@ -182,11 +182,11 @@ class Run:
 
 
 def runs_of(criterion: Criterion, count: int) -> Iterator[Run]:
-    """List the runs over `count` rows: all of them at some sizes, one batch at every other size.
+    """Yield the runs over `count` rows: all rows at some sizes, one batch at every other size.
 
-    The single batches take the rows in turns. They need one number of threads: which kernel a
-    runtime chooses for a size does not depend on it. Some batches are of one image only, as
-    those of a load test are.
+    The single batches take the rows in turn. One number of threads is enough for them: which kernel
+    a runtime chooses for a size does not depend on it. Some batches are copies of one image, as in
+    a load test.
     """
     for threads in criterion.threads:
         for size in sorted(criterion.batch_sizes, reverse=True):
@@ -202,33 +202,33 @@ def runs_of(criterion: Criterion, count: int) -> Iterator[Run]:
 
 @dataclass
 class Held:
-    """All runs of one file over the rows, as they come in."""
+    """Results of one file's runs over the rows, collected run by run."""
 
     precision: str
     reference: Reference
     allowed: np.ndarray  # float64 (N,): the bound of each row
     errors: np.ndarray  # float64 (N,): the largest of any run
-    outputs: np.ndarray  # (N, K): each row in the run in which it was worst
-    own: np.ndarray | None = None  # (N, K): of the first run
+    outputs: np.ndarray  # (N, K): each row in the run where its error was largest
+    own: np.ndarray | None = None  # (N, K): outputs of the first run
     beyond: dict[str, np.ndarray] = field(default_factory=dict)  # run -> rows beyond their bound
     speeds: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
     def classes(self) -> np.ndarray:
-        """The class of each row (N,): of fp32 in its worst run, of others in the first."""
+        """The class of each row (N,): for fp32 in the row's worst run, else in the first run."""
         outputs = self.outputs if self.precision == "fp32" or self.own is None else self.own
         return np.asarray(outputs.argmax(axis=1))
 
     def add(self, run: Run, outputs: np.ndarray) -> None:
-        """Hold the outputs (R, K) of a run against the reference and the first run.
+        """Compare the outputs (R, K) of a run with the reference, and with the first run.
 
-        Raises CheckFailedError when they are not of eager PyTorch's shape and type.
+        Raises CheckFailedError when they do not have eager PyTorch's shape and type.
         """
         rows, dtype = run.rows, self.reference.eager.dtype.type
         judgement = judge(self.reference.outputs[rows], outputs, self.allowed[rows], dtype)
         self.own = outputs[: len(self.errors)] if self.own is None else self.own
-        # A row may stand in a run more than once: of equal indices numpy keeps the last.
+        # A row may occur more than once in a run: numpy keeps the last of equal indices.
         errors = judgement.errors
         worse = np.argsort(errors, kind="stable")
         worse = worse[errors[worse] > self.errors[rows[worse]]]
@@ -248,10 +248,11 @@ def hold(
     criterion: Criterion,
     say: Say = lambda line: None,
 ) -> tuple[Verdict, Held]:
-    """Compute the verdict on a file over rows (N, ...), from a candidate for each thread count.
+    """Compare a file with the reference on rows (N, ...); return the verdict and all its runs.
 
-    A row of fp32 is held against the reference, one of a lower precision against the file's own
-    first answer: in whatever batch and place, it has to be the same.
+    `candidates` has a predictor of the file for each number of threads. For fp32, each row must lie
+    within its bound of the reference. In a lower precision, it must lie within that bound of the
+    file's own first answer, in every batch and at every place in it.
     """
     known = bounds(reference.outputs, reference.errors, criterion)
     allowed = np.minimum(known, reference.largest_bound)
@@ -260,14 +261,14 @@ def hold(
         held.problems.append("the reference itself is not finite")
     for run in runs_of(criterion, len(rows)):
         if any(len(wrong) > SETTLED * len(rows) for wrong in held.beyond.values()):
-            break  # more runs could say nothing new
+            break  # more runs would show nothing new
         to = f"every batch size to {criterion.largest_batch}"
         say(f"{precision}: {run if run.is_whole else to}")
         candidate = candidates[run.threads]
         images = rows[run.rows] if run.is_whole else shifted(rows[run.rows])
         try:
             if run.is_whole and run.size == SPEED_BATCH:
-                candidate(images[: run.size])  # the first call of a runtime is not its speed
+                candidate(images[: run.size])  # warm up: the first call of a runtime is slower
             start = time.perf_counter()
             outputs = predict(candidate, images, run.size)
             seconds = time.perf_counter() - start
@@ -281,7 +282,7 @@ def hold(
 
 
 def shifted(images: np.ndarray) -> np.ndarray:
-    """Copy images (N, ...) to where no vector of a processor is aligned: one value further on."""
+    """Copy images (N, ...) to an unaligned address: one value after the start of an array."""
     moved = np.empty(images.size + 1, images.dtype)[1:].reshape(images.shape)
     moved[:] = images
     return moved
@@ -294,7 +295,7 @@ def _verdict(rows: np.ndarray, held: Held, criterion: Criterion) -> Verdict:
     changed, ahead = classes != expected, margins(reference.outputs)
     images, largest = len(reference.labels), float(held.errors.max())
     eager_error = float(reference.errors.max())
-    # An eager run without any error leaves nothing to divide by but rounding itself.
+    # If the eager error is 0, divide by the rounding error of float32 instead.
     least = _ULP * max(1.0, float(np.abs(reference.outputs).max()))
     ratio = largest / max(eager_error, least)
     lost = reference.accuracy(reference.outputs) - reference.accuracy(own)
@@ -331,7 +332,7 @@ def _verdict(rows: np.ndarray, held: Held, criterion: Criterion) -> Verdict:
 
 
 def _problems(held: Held, criterion: Criterion, ratio: float, lost: float) -> list[str]:
-    """Say what is wrong with a file, in words; `ratio` is of the errors, `lost` of accuracy."""
+    """List the problems of a file; `ratio` is that of the errors, `lost` the lost accuracy."""
     reference, precision, images = held.reference, held.precision, len(held.reference.labels)
     problems = []
     if held.beyond:
@@ -346,7 +347,7 @@ def _problems(held: Held, criterion: Criterion, ratio: float, lost: float) -> li
         count = f"{len(rows):,} of {len(held.errors):,} rows"
         problems.append(f"{count} lie beyond their bound ({where}): {why}")
     if precision == "fp32":
-        # Only a few may change class, each within its bound of a tie.
+        # Only a few images may change class, each with a margin below its bound.
         classes, expected = held.classes, reference.outputs.argmax(axis=1)
         changed = classes != expected
         wrong = changed & (margins(reference.outputs) >= held.allowed)
@@ -363,7 +364,7 @@ def _problems(held: Held, criterion: Criterion, ratio: float, lost: float) -> li
             times = f"{ratio:,.3g} times eager float32's, {criterion.ratio:g} times is allowed"
             problems.append(f"the largest error is {times}")
     may_lose = dict(criterion.lost_accuracy).get(precision, np.inf)
-    if lost > may_lose + 1e-9:  # a hair above, because accuracies are counts over counts
+    if lost > may_lose + 1e-9:  # a small tolerance, because accuracies are rounded fractions
         few = "" if images * may_lose >= 1 else "; so few images show no smaller loss, give more"
         problems.append(
             f"accuracy falls by {100 * lost:.2f} points against fp32 ({round(lost * images)} of "
@@ -373,9 +374,9 @@ def _problems(held: Held, criterion: Criterion, ratio: float, lost: float) -> li
 
 
 def probe_images(images: np.ndarray) -> np.ndarray:
-    """Images (20, ...) that no data set has, within the range of `images` (N, ...).
+    """Return probes (20, ...): images that no data set has, within the range of `images` (N, ...).
 
-    Blank, full, one single pixel, a checkerboard, and 16 of noise.
+    They are a blank, a full, a single-pixel and a checkerboard image, and 16 of noise.
     """
     shape, low, high = images.shape[1:], images.min(), images.max()
     if images.dtype == np.uint8:
@@ -391,10 +392,7 @@ def probe_images(images: np.ndarray) -> np.ndarray:
 
 
 def refusals(candidate: Predictor, images: np.ndarray) -> list[str]:
-    """Say what a graph that takes `images` (N, ...) should have refused and did not.
-
-    That is another type, rank or size.
-    """
+    """List the inputs of wrong type, rank or size that a graph for `images` (N, ...) accepts."""
     two = images[:2]
     other = np.float32 if two.dtype != np.float32 else np.float64
     wrong = {f"{other.__name__} instead of {two.dtype}": two.astype(other)}

@@ -1,6 +1,6 @@
-"""Why a file does not say what its module says, in words: each cause is tried and recognized.
+"""Explanations of why a file does not answer as its module does: known causes are tried in turn.
 
-Where the constants of an ONNX graph depart from what they should be, in words.
+Also lists where the constants of an ONNX graph differ from the expected ones.
 """
 
 # Shape letters: B batch, K classes.
@@ -14,11 +14,11 @@ from onnx import numpy_helper
 from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import Predictor, judge
 
-IMAGES = 64  # that are tried
-# A cause is recognized when its reversal takes away all but this share of the usual difference.
+IMAGES = 64  # images that the causes are tried on
+# A cause is recognized when reversing it leaves at most this share of the median difference.
 REMAINS = 0.02
-ROUNDING = 1e-5  # of the largest output: rows differ by this much for no cause of ours
-MOVED = 0.01  # of it, by which a row may differ between a batch of its own and a larger one
+ROUNDING = 1e-5  # of the largest output: smaller differences need no cause
+MOVED = 0.01  # of the median difference: how far a row alone may differ from it in a batch
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -28,7 +28,7 @@ def _log_softmax(outputs: np.ndarray) -> np.ndarray:
     return normalized
 
 
-# What would be right if the file did this to its images, or left this out of its answers.
+# Changes of the images that would make the file's answers the expected ones.
 PICTURES: dict[str, Change] = {
     "the ink is inverted: it answers rightly for negatives": (
         lambda images: (
@@ -49,7 +49,7 @@ def _softmax(outputs: np.ndarray) -> np.ndarray:
     return chances
 
 
-# What would make its answers the expected ones.
+# Changes of the file's answers that would make them the expected ones.
 ANSWERS: dict[str, Change] = {
     "the final log-softmax is missing": _log_softmax,
     "the final softmax is missing": _softmax,
@@ -58,7 +58,7 @@ ANSWERS: dict[str, Change] = {
     ),
     "it answers logarithms, not probabilities": lambda outputs: np.exp(np.minimum(outputs, 700)),
 }
-# What would make the expected answers its own.
+# Changes of the expected answers that would make them the file's.
 ADDED: dict[str, Change] = {
     "a softmax was added at its end": _softmax,
     "a log-softmax was added at its end": _log_softmax,
@@ -68,9 +68,9 @@ ADDED: dict[str, Change] = {
 def diagnose(
     candidate: Predictor, images: np.ndarray, expected: np.ndarray, classes: Sequence[str]
 ) -> list[str]:
-    """The causes that explain why answers to images (B, ...) are not as expected (B, K).
+    """Return the cause that explains why the answers to images (B, ...) are not as expected (B, K).
 
-    None when no cause that is known here explains it.
+    The list is empty when no known cause explains it.
     """
     images = images[:IMAGES]
     expected = expected[: len(images)]
@@ -99,9 +99,9 @@ def diagnose(
         best = min(causes, key=lambda what: causes[what])
         if causes[best] < REMAINS * usual:
             return [best]
-    # Which classes changed places, if that explains it.
+    # The classes that changed places, if that explains the difference.
     apart = np.abs(expected[:, :, np.newaxis] - outputs[:, np.newaxis]).mean(axis=0)  # (K, K)
-    order = apart.argmin(axis=1)  # where each class's answer stands
+    order = apart.argmin(axis=1)  # the column that has each class's answer
     moved = [index for index in range(len(order)) if order[index] != index]
     is_order = len(set(order)) == len(order)
     if not moved or not is_order or _apart(expected, outputs[:, order]) >= REMAINS * usual:
@@ -111,12 +111,12 @@ def diagnose(
 
 
 def _apart(expected: np.ndarray, outputs: np.ndarray) -> float:
-    """The median of the rows' largest differences."""
+    """Return the median of the rows' largest differences."""
     return float(np.median(judge(expected, outputs).errors))
 
 
 def _ask(candidate: Predictor, images: np.ndarray, like: np.ndarray) -> np.ndarray | None:
-    """The answers, if they are of the right shape and finite."""
+    """Return the answers, or None if they have the wrong shape or are not finite."""
     try:
         outputs = candidate(images)
     except CheckFailedError:
@@ -125,16 +125,16 @@ def _ask(candidate: Predictor, images: np.ndarray, like: np.ndarray) -> np.ndarr
     return outputs if is_whole else None
 
 
-FEW = 4  # values of a mean or a scale, which are told even where all of them changed
+FEW = 4  # values: so small a tensor is reported even if all of it changed
 
 
 def from_weights(
     weights: Mapping[str, np.ndarray], found: onnx.ModelProto, few: int = FEW
 ) -> list[str]:
-    """Where single constants of `found` depart from the module's weights of that name, in words.
+    """List where constants of `found` differ from the module's weights of the same name.
 
-    A tensor of more than `few` values of which half changed is passed over: an exporter may have
-    fused it. Zeros do not count, since they stay what they are then.
+    A tensor of more than `few` values is skipped if half of its nonzero values changed: an exporter
+    may have fused it, which leaves zeros as they are.
     """
     there = _constants(found)
     said = []
@@ -148,7 +148,7 @@ def from_weights(
 
 
 def between(made: onnx.ModelProto, found: onnx.ModelProto) -> list[str]:
-    """Where `found` departs from the graph that was `made`, in words."""
+    """List where the graph `found` differs from the expected graph `made`."""
     wanted, there = _constants(made), _constants(found)
     said = [_changed(name, wanted[name], there[name]) for name in wanted.keys() & there.keys()]
     gone, new = wanted.keys() - there.keys(), there.keys() - wanted.keys()

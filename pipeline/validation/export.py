@@ -1,4 +1,4 @@
-"""The proof of an export: each of its files, on the bytes that ship, against its module."""
+"""Validation of an export: each of its files, byte for byte as shipped, against its module."""
 
 # Shape letters: N rows (images, then probes), M labelled images.
 
@@ -38,11 +38,11 @@ CRITERION = Criterion()
 
 @dataclass(frozen=True)
 class Proof:
-    """An export whose files were all held against their module, and passed."""
+    """Result of a validation that passed: all files of an export agree with their module."""
 
     verdicts: tuple[Verdict, ...]  # fp32 first
     accuracy: float  # of eager float32, 0 to 1
-    is_labelled: bool  # whether that is against true classes; else against the reference's
+    is_labelled: bool  # whether accuracy is against true classes; else the reference's
     sha256: str  # of the fp32 file that ran
 
 
@@ -51,21 +51,21 @@ def validate_export(
     provider: str = "cpu",
     report: check_file.Say = lambda line: None,
 ) -> Proof:
-    """Run each exported file in ONNX Runtime and hold it against its module, image by image.
+    """Run each exported file in ONNX Runtime and compare it with its module, image by image.
 
-    Writes validation.json, golden sets, evidence.npz and a model card beside them. Raises
-    CheckFailedError when one disagrees, with the findings under `failed/`, and then no proof is
-    left.
+    Writes validation.json, golden sets, reference profiles, evidence.npz and a model card next to
+    them. Raises CheckFailedError when a file disagrees: then the findings are under `failed/`, and
+    the files of an earlier validation are gone.
     """
     manifest = check_manifest(paths.export, EXPORT)
     subject = exported_subject(paths, manifest)
     sample = exported_sample(paths, manifest)
     contents = _contents(paths, manifest)
     wanted = export.signature_of(subject, export.export_config(manifest))
-    if provider != "cpu":  # where there is none, an earlier proof stays what it is
+    if provider != "cpu":  # without the provider, an earlier validation stays
         export.check_onnx(contents["fp32"], wanted, str(paths.onnx))
         onnx_predictor(contents["fp32"], provider=provider)
-    # An earlier proof goes, the manifest's word first.
+    # Remove an earlier validation, its entries in the manifest first.
     proof = export.proof_files(paths)
     names = {path.name for path in proof}
     files = {name: digest for name, digest in manifest["files"].items() if name not in names}
@@ -76,8 +76,8 @@ def validate_export(
         export.check_onnx(content, wanted, str(paths.variant(precision)))
     named = "" if paths.name == MODEL_NAMES["mnist"] else f"--name {paths.name}"
     trial = check_file.trial_of(paths, subject, sample, CRITERION, provider, report, named)
-    # What exporting the module once more gives has to be the same bytes; where something else made
-    # the file, or other versions of the libraries did, nobody can tell.
+    # Exporting the module again must give the same bytes. That cannot be checked for a file from
+    # another tool; other versions of the libraries are refused.
     made: Mapping[str, bytes] = {}
     if not manifest.get("is_given"):
         here = export.library_versions()
@@ -104,9 +104,9 @@ def validate_onnx(
     report: check_file.Say = lambda line: None,
     options: str = "",
 ) -> Proof:
-    """Hold an ONNX file that something else exported against its module, as `validate_export` does.
+    """Compare an ONNX file from another tool with its module, as `validate_export` does.
 
-    When it passes, it becomes the export `exported/<name>/`, in place of what was there.
+    When it passes, it replaces the export `exported/<name>/`. Raises CheckFailedError otherwise.
     """
     found = export.matching_signature(content, subject.images, subject.outputs)
     origin = {**subject.origin, "is_given": True}
@@ -119,7 +119,10 @@ def validate_onnx(
 
 
 def replay_export(paths: Paths, sample: Sample, provider: str = "cpu") -> list[Verdict]:
-    """The verdict on each exported file over other images, the worst ones say. Writes nothing."""
+    """Return the verdict on each exported file over other images, such as the worst rows.
+
+    Writes nothing.
+    """
     manifest = check_manifest(paths.export, EXPORT)
     subject = exported_subject(paths, manifest)
     return replay(subject, _contents(paths, manifest), sample, provider)
@@ -131,7 +134,10 @@ def replay(
     sample: Sample,
     provider: str = "cpu",
 ) -> list[Verdict]:
-    """The verdict on files, by precision, over a few images of the subject. Writes nothing."""
+    """Return the verdict on files, by precision, over a few images of the subject.
+
+    Writes nothing. Raises PipelineError when the images do not fit the subject.
+    """
     given, wanted = sample.images, subject.images
     if (str(given.dtype), given.shape[1:]) != (wanted.dtype, wanted.shape):
         kind = f"{given.dtype} {given.shape[1:]}"
@@ -145,7 +151,7 @@ def replay(
 
 
 def _contents(paths: Paths, manifest: Mapping[str, Any]) -> dict[str, bytes]:
-    """The bytes of each exported file by precision, every one checked against its digest."""
+    """Read the bytes of each exported file, by precision, and check them against their digests."""
     files = manifest["files"]
     named = {precision: paths.variant(precision) for precision in manifest["precisions"]}
     return {p: check_digest(path, files.get(path.name), EXPORT) for p, path in named.items()}
@@ -156,14 +162,14 @@ def _keep(
     contents: Mapping[str, bytes],
     results: Mapping[str, tuple[Verdict, Held]],
 ) -> Proof:
-    """Write the proof beside the files and into their manifest."""
+    """Write the results of the validation next to the files, and into their manifest."""
     paths, reference, count = trial.paths, trial.reference, len(trial.reference.labels)
     manifest = read_json(paths.manifest, EXPORT)
     files, variants = dict(manifest["files"]), []
     images, outputs = trial.rows[:count], reference.outputs[:count]
-    allowed, golden = {}, {}  # how far a served row may lie from the reference, float64 (N,)
+    allowed, golden = {}, {}  # bound of each served row against the reference, float64 (N,)
     for precision, (_, held) in results.items():
-        # In lower precision twice its own proven error: other hardware rounds otherwise.
+        # In lower precision twice its own measured error: other hardware rounds differently.
         own = bounds(reference.outputs, held.errors, trial.criterion)
         allowed[precision] = bound = held.allowed if precision == "fp32" else own
         golden[precision] = choose_golden(images, reference.labels, outputs, bound[:count])
@@ -180,7 +186,7 @@ def _keep(
                 "size": len(contents[precision]),
                 "golden": path.name,
                 "golden_sha256": files[path.name],
-                # How far a served row may lie from eager float32, and how many may change class.
+                # The bound of a served row against eager float32, and how many rows may flip.
                 "allowed_error": float(allowed[precision].max() + reference.errors.max()),
                 "allowed_flips": verdict.flipped + trial.criterion.ties,
             }
@@ -199,10 +205,10 @@ def _keep(
 def _profile(
     paths: Paths, manifest: Mapping[str, Any], precision: str, given: np.ndarray
 ) -> ReferenceProfile:
-    """Make the reference profile of one file of an export, by ONNX Runtime of the bytes that ship.
+    """Make the reference profile of one exported file, by running its bytes in ONNX Runtime.
 
-    Of the validation split, which is neither what the network learned nor what it is scored on;
-    of the images (N, ...) that it was proven on where somebody else's module was exported.
+    The profile is of the validation split, which the network was neither trained nor scored on. For
+    a third-party module, it is of the images (N, ...) that it was validated on.
     """
     path, images, images_from = paths.variant(precision), given, "the images that it was proven on"
     digest = str(manifest["files"].get(path.name))
@@ -225,7 +231,7 @@ def _profile(
 
 
 def _evidence(trial: check_file.FileTrial, results: Mapping[str, tuple[Verdict, Held]]) -> bytes:
-    """What the report shows of each row, as the bytes of an .npz file."""
+    """Return what the report shows of each row, as the bytes of an .npz file."""
     reference = trial.reference
     arrays = {
         "labels": reference.labels,

@@ -1,4 +1,4 @@
-"""A module as the reference: in float64, and asked twice, since a reference must not waver."""
+"""Reference of a validation: a module in float64, run twice to check its steadiness."""
 
 # Shape letters: N rows, B batch, K classes.
 
@@ -16,14 +16,14 @@ from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import Predictor, judge
 from pipeline.validation.compare import Criterion, bounds, shifted
 
-BATCH = 64  # images a call
-CALLS = 16  # a round, at least
+BATCH = 64  # images in a call
+CALLS = 16  # calls in a round, at least
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Every operation in float64, also where a module says `.float()` or `dtype=torch.float32`."""
+    """Mode that runs every operation in float64, even `.float()` or `dtype=torch.float32`."""
 
     def __torch_dispatch__(
         self,
@@ -45,9 +45,10 @@ def _widened(value: Any) -> Any:
 
 
 def reference_predictor(model: nn.Module) -> Predictor:
-    """A predictor that runs a copy of `model` in float64, on the CPU.
+    """Return a predictor that runs a copy of `model` in float64, on the CPU.
 
-    Raises PipelineError when the module cannot be run so, or still answers in another type.
+    The predictor raises PipelineError when the module cannot run in float64, or still answers in
+    another type.
     """
     double = copy.deepcopy(model).double().cpu()
     double.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
@@ -74,14 +75,14 @@ def reference_predictor(model: nn.Module) -> Predictor:
 def steady_answers(
     predictor: Predictor, rows: np.ndarray, criterion: Criterion, what: str
 ) -> np.ndarray:
-    """Ask a module about rows (N, ...) twice and return its answers (N, K).
+    """Run a module twice on rows (N, ...) and return its first answers (N, K).
 
-    The batches of either round come in a random order and at random places in memory; the second
-    round runs on another number of threads. Raises CheckFailedError when a row's two answers differ
-    by more than float32 rounds: then the module keeps state, draws random numbers, or depends on
-    how it is run.
+    Both rounds use a random order of batches and random places in memory; the second round has
+    another number of threads. Raises CheckFailedError when a row's two answers differ by more than
+    float32 rounding: then the module keeps state, draws random numbers, or depends on how it is
+    run. Answers that are not finite are returned unchecked.
     """
-    # Few rows come in smaller batches: a module that counts its calls is called often enough.
+    # Few rows come in smaller batches, so that a module that counts its calls is called often.
     size = min(BATCH, max(1, len(rows) // CALLS))
     starts = range(0, len(rows), size)
     rng = np.random.default_rng(0)
@@ -99,7 +100,7 @@ def steady_answers(
         torch.set_num_threads(usual)
     first, second = rounds
     if not np.isfinite(first).all():
-        return first  # which its caller refuses, with the row
+        return first  # the caller refuses it and names the row
     between = judge(first, second, bounds(first, np.zeros(len(rows)), criterion))
     if between.is_beyond.any():
         row = int(between.errors.argmax())

@@ -1,4 +1,4 @@
-"""The proof of a repository: what its served models answer, against eager PyTorch."""
+"""Validation of a repository: the answers of its served models against eager PyTorch."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -24,12 +24,12 @@ def validate_repository(
     report: Callable[[str], None] = lambda line: None,
     only: str | None = None,
 ) -> list[Table]:
-    """Serve the repository for the occasion and put each model's whole test split to it.
+    """Start a temporary server of the repository and run each model's whole test split through it.
 
-    With `only`, just the model of that name is proven, with the variants of its export, and no
-    other one's record is touched.
-    One table a model: eager PyTorch, ONNX Runtime, Triton over HTTP and over gRPC. Writes
-    agreement.json beside each export; raises CheckFailedError when a row disagrees.
+    Returns a table for each model: eager PyTorch, ONNX Runtime, Triton over HTTP and over gRPC.
+    With `only`, validates just the model of that name and the variants of its export, and leaves
+    the records of the others unchanged. Writes agreement.json next to each export. Raises
+    PipelineError when there is no model `only`, and CheckFailedError when a row disagrees.
     """
     releases = selected_releases(paths)
     names = [n for n, r in releases.items() if only in (None, n, r.manifest["name"])]
@@ -68,7 +68,7 @@ def _table(paths: Paths, release: Release, http: Client, grpc: Client) -> Table:
         "Triton gRPC": triton_predictor(grpc),
     }
     labels = sample.labels
-    if labels is None:  # then accuracy is how often the reference's class is said
+    if labels is None:  # then accuracy is how often the class is eager PyTorch's
         labels = predict(predictors["eager PyTorch"], sample.images).argmax(axis=1)
     rows = agree(predictors, sample.images, labels)
     split = "given" if "module" in manifest else "test"

@@ -1,4 +1,4 @@
-"""A golden set put to a server three ways: image by image, in batches, by many at once."""
+"""Golden set rounds: a server is asked image by image, in batches, and concurrently."""
 
 # Shape letters: N images of the golden set, M answers to them, K classes.
 
@@ -14,18 +14,18 @@ from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.core.evaluate import Judgement, judge
 from pipeline.repository.golden import Golden
 
-THREADS = 16  # that ask at once, through one client
-SIZES = (2, 7)  # of batches of all images, beside the largest that the server takes
-LARGEST = 256  # images in a batch, whatever the server takes
+THREADS = 16  # threads of the concurrent round, which share one client
+SIZES = (2, 7)  # batch sizes for all images, in addition to the largest that the server takes
+LARGEST = 256  # images in a batch, even if the server takes more
 SEED = 0  # of the order and the sizes of the concurrent requests
-SMALL = 8  # images in most batches of the concurrent round: many meet in one batch of the server
-PATIENCE = 10  # timeouts that a whole round may take
-WORST = 5  # images that a round names
+SMALL = 8  # images, at most, in most concurrent requests: the server merges several into a batch
+PATIENCE = 10  # a whole round may take this many timeouts
+WORST = 5  # images that a round lists
 
 
 @dataclass(frozen=True)
 class WorstAnswer:
-    """The answer to an image that was the farthest off, for what the image allows."""
+    """The answer to an image with the largest ratio of error to bound."""
 
     index: int  # of the image in the golden set
     expected: int  # class
@@ -36,14 +36,14 @@ class WorstAnswer:
 
 @dataclass(frozen=True)
 class Round:
-    """What a server answered when it was asked the golden set in one way."""
+    """Result of asking a server the golden set in one mode."""
 
     mode: str  # single, batched or concurrent
     requests: int
     images: int  # answers; an image may be asked about more than once
-    differing: int  # answers whose class is another than the reference's
-    max_abs_diff: float | None  # None where an answer was not finite
-    max_ratio: float | None  # of a difference to what its image allows: 1 at most
+    differing: int  # answers with another class than the reference's, or not finite
+    max_abs_diff: float | None  # None: an answer was not finite
+    max_ratio: float | None  # of an error to its image's bound; at most 1 passes
     worst: tuple[WorstAnswer, ...]  # the largest ratio first
     versions: tuple[str, ...]  # of the model, that answered
     seconds: float
@@ -66,12 +66,12 @@ HEADER = ("", "requests", "answers", "differing", "max |diff|", "of allowed", ""
 
 
 def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
-    """For each way of asking, the images of each request, by their index below `count`.
+    """Plan the requests of each mode: the indices, below `count`, of the images in each request.
 
-    `largest` is the most images that the server takes at once; where that is one, nothing is
-    batched. Batches of every size up to it are asked, most sizes once, and some of one image only:
-    a model may be wrong at a single size, or on copies. The concurrent requests are shuffled, the
-    same each time.
+    `largest` is the server's largest batch; without batching (1 or less) there is no batched round.
+    There are batches of every size up to `largest`, most sizes once, and some of copies of one
+    image: a model may be wrong at a single size, or on copies. The concurrent requests are
+    shuffled, always in the same way.
     """
     largest = max(1, min(largest, LARGEST))
     single = [np.array([index]) for index in range(count)]
@@ -91,7 +91,7 @@ def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
 
 
 def _chunks(count: int, size: int, largest: int) -> list[np.ndarray]:
-    """All images in order in batches of `size`, at least one of them full."""
+    """Split all images, in order, into batches of `size`; at least one of them is full."""
     if size == 1 or size > largest:
         return []
     rows = np.resize(np.arange(count), max(count, size))
@@ -99,7 +99,7 @@ def _chunks(count: int, size: int, largest: int) -> list[np.ndarray]:
 
 
 def _mixed(rng: np.random.Generator, count: int, largest: int) -> list[np.ndarray]:
-    """All images in any order, in batches of any size up to `largest`."""
+    """Split all images, in random order, into batches of random sizes up to `largest`."""
     sizes = rng.integers(1, largest + 1, size=count)
     return [rows for rows in np.split(rng.permutation(count), np.cumsum(sizes)) if len(rows)]
 
@@ -108,10 +108,10 @@ _Answer = tuple[np.ndarray, np.ndarray, str]  # rows (R,), outputs (R, K), versi
 
 
 def ask_golden(client: Client, golden: Golden) -> list[Round]:
-    """Ask the golden set in each way, every answer held against its own image.
+    """Ask a server the golden set in each mode, and judge every answer by its own image.
 
-    Raises ServerError when a call takes longer than the client's timeout, or a round ten times
-    that.
+    Raises ServerError when a call takes longer than the client's timeout, or a round longer than
+    PATIENCE times that.
     """
     rounds = []
     for mode, requests in plans(len(golden.images), client.config().max_batch_size).items():
@@ -125,7 +125,7 @@ def ask_golden(client: Client, golden: Golden) -> list[Round]:
 def _answers(
     client: Client, golden: Golden, requests: Sequence[np.ndarray], threads: int
 ) -> list[_Answer]:
-    """The answer to each request, by `threads` that share the client and take turns."""
+    """Return the answer to each request, asked by `threads` threads that share the client."""
     deadline = time.monotonic() + PATIENCE * client.timeout
 
     def answer(rows: np.ndarray) -> _Answer:
@@ -140,11 +140,11 @@ def _answers(
     try:
         return list(pool.map(answer, requests))
     finally:
-        pool.shutdown(cancel_futures=True)  # once one has failed, no more is asked
+        pool.shutdown(cancel_futures=True)  # after a failure, no more requests start
 
 
 def _judged(mode: str, golden: Golden, answered: Sequence[_Answer], seconds: float) -> Round:
-    """Judge every answer by its own image, and name the images whose answers are the worst."""
+    """Judge every answer by its image's bound, and list the images with the worst answers."""
     rows = np.concatenate([asked for asked, _, _ in answered])  # (M,)
     try:
         judged = [
@@ -157,7 +157,7 @@ def _judged(mode: str, golden: Golden, answered: Sequence[_Answer], seconds: flo
         wanted = golden.outputs[rows]
         judgement = judge(wanted, np.full_like(wanted, np.nan), golden.bounds[rows])
         problems = [str(error)]
-    farthest: dict[int, int] = {}  # of each image the answer that is farthest off
+    farthest: dict[int, int] = {}  # image -> its answer with the largest ratio
     for answer in np.argsort(-judgement.ratios, kind="stable"):
         farthest.setdefault(int(rows[answer]), int(answer))
     is_finite = np.isfinite(judgement.errors)

@@ -1,6 +1,6 @@
-"""The proof of servers that run anywhere: a golden set replayed, and evidence of what they said.
+"""Validation of running servers, local or remote: a golden set is replayed, evidence is written.
 
-What a server is held against: a golden set, and what is known of the model that it is of.
+A server is compared with a yardstick: a golden set, and the known facts about its model.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ PROTOCOLS = ("http", "grpc")
 
 @dataclass(frozen=True)
 class Served:
-    """What a URL's server says of itself, and what it answered."""
+    """The server at one URL: its metadata, and the results of its rounds."""
 
     url: str
     server: dict[str, Any]  # name, version, extensions
     model: dict[str, Any]  # name, platform, backend, versions that are ready
-    version: str  # of the model, that answered; several with commas between
-    sha256: str | None  # of its file, as the config states it
+    version: str  # of the model, that answered; several are joined by commas
+    sha256: str | None  # of the model's file, as the config states it
     rounds: tuple[Round, ...]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """The server as JSON has it."""
+        """Return the server as JSON-ready values."""
         asked = [{**asdict(found), "passed": found.passed} for found in self.rounds]
         return {**asdict(self), "rounds": asked}
 
@@ -59,18 +59,18 @@ class Served:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """A golden set, and what its manifest says of the model; None is what nothing says."""
+    """A golden set, with its manifest's facts about the model; None where unknown."""
 
     file: Path
     golden: Golden
     golden_sha256: str
     sha256: str | None  # of the model's file
-    version: int | None  # that has to answer
-    classes: tuple[str, ...]  # empty: nothing says
+    version: int | None  # that must answer
+    classes: tuple[str, ...]  # empty: unknown
     release: Release | None
 
     def record(self) -> dict[str, Any]:
-        """The yardstick as JSON has it."""
+        """Return the yardstick as JSON-ready values."""
         return {
             "file": str(self.file),
             "sha256": self.golden_sha256,
@@ -84,7 +84,7 @@ class Yardstick:
         return f"{len(self.golden.images):,} golden images{of_model}"
 
     def misfit(self, config: config_pbtxt.ModelConfig) -> list[str]:
-        """Why a server of that config cannot be asked this golden set; nothing if it can."""
+        """List why this golden set does not fit a server with `config`; empty if it fits."""
         if len(config.input) != 1 or not config.output:
             return [f"takes {len(config.input)} tensors and gives {len(config.output)}"]
         golden, taken, given = self.golden, config.input[0], config.output[0]
@@ -102,7 +102,7 @@ class Yardstick:
         return problems
 
     def identity(self, versions: Sequence[str], stated: str | None) -> list[str]:
-        """What is wrong with the versions that answered, and with the digest that is stated."""
+        """List the problems with the versions that answered, and with the digest in the config."""
         problems = []
         if len(versions) > 1:
             problems.append(f"versions {' and '.join(versions)} answered in turn")
@@ -119,10 +119,11 @@ class Yardstick:
 
 
 def yardstick_of(paths: Paths, clients: Mapping[str, Client], file: Path | None) -> Yardstick:
-    """The golden set in `file`; without one that of the packaged version.
+    """Return the golden set in `file`, or else that of a packaged version.
 
-    Of a packaged version: the one that the repository's config selects, and where that selects
-    none, the one that the first client's server serves.
+    That is the version which the repository's config selects or, if it selects none, the one that
+    the first client's server serves. Raises PipelineError when a file cannot be read, and
+    CorruptError when it does not match its digest.
     """
     if file:
         return _of_file(file)
@@ -147,7 +148,7 @@ def _of_file(file: Path) -> Yardstick:
     except OSError as error:
         raise PipelineError(f"no golden set at {file}: {error.strerror}") from error
     digest, manifest = sha256(content), {}
-    with contextlib.suppress(OSError, ValueError):  # there is none of ours
+    with contextlib.suppress(OSError, ValueError):  # the folder may have no manifest of ours
         manifest = json.loads((file.parent / "manifest.json").read_bytes())
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         manifest = {"files": {}}
@@ -158,7 +159,7 @@ def _of_file(file: Path) -> Yardstick:
             "folder again, or the golden set alone"
         )
     is_its_own = file.name in files
-    # golden.npz is of model.onnx, golden.int8.npz of model.int8.onnx.
+    # golden.npz belongs to model.onnx, golden.int8.npz to model.int8.onnx.
     model = file.with_suffix(".onnx").name.replace("golden", "model", 1)
     return Yardstick(
         file=file,
@@ -172,7 +173,7 @@ def _of_file(file: Path) -> Yardstick:
 
 
 def stated_classes(config: config_pbtxt.ModelConfig) -> tuple[str, ...]:
-    """The class names that a config states; none where it states none that can be read."""
+    """Return the class names in a config, or () when it has none that can be read."""
     try:
         return tuple(map(str, json.loads(config_pbtxt.parameter(config, "classes") or "[]")))
     except (ValueError, TypeError):
@@ -180,7 +181,7 @@ def stated_classes(config: config_pbtxt.ModelConfig) -> tuple[str, ...]:
 
 
 def misnamed(names: Sequence[str], wanted: Sequence[str]) -> str:
-    """What is wrong with a server's names of the classes; empty if nothing is, or none are told."""
+    """Describe what is wrong with a server's class names; empty if they match or are unknown."""
     if not names or not wanted or list(names) == list(wanted):
         return ""
     if len(names) != len(wanted):
@@ -191,14 +192,14 @@ def misnamed(names: Sequence[str], wanted: Sequence[str]) -> str:
 
 @dataclass
 class ServerEvidence:
-    """What servers were asked, what they said, and whether that passes; grows as they answer."""
+    """Evidence of a server validation: questions, answers and problems; grows as servers answer."""
 
     name: str
     timeout: float  # seconds for a call
     measured: dict[str, Any]  # when, and on what
     yardstick: Yardstick | None = None
     servers: list[Served] = field(default_factory=list)
-    table: Table | None = None  # of the test split, where its files and the release are at hand
+    table: Table | None = None  # of the test split, if its files and the release are available
     problems: list[str] = field(default_factory=list)  # in words; none means that it passed
 
     @property
@@ -207,13 +208,13 @@ class ServerEvidence:
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """Over which the model was asked."""
+        """The protocols over which the model was asked."""
         asked = {served.url.partition(":")[0] for served in self.servers}
         return tuple(protocol for protocol in PROTOCOLS if protocol in asked)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What does not fail the proof, but limits what it says."""
+        """Limits of the evidence that are no failures."""
         said = [note for served in self.servers for note in served.notes]
         if len(self.protocols) == 1:
             (other,) = set(PROTOCOLS) - set(self.protocols)
@@ -224,9 +225,11 @@ class ServerEvidence:
         return tuple(dict.fromkeys(said))
 
     def record(self) -> dict[str, Any]:
-        """The evidence as JSON has it."""
+        """Return the evidence as JSON-ready values."""
         version = "unknown"
-        with contextlib.suppress(metadata.PackageNotFoundError):  # it runs from its sources
+        with contextlib.suppress(
+            metadata.PackageNotFoundError
+        ):  # not installed: it runs from its sources
             version = metadata.version("handwriting-pipeline")
         return {
             **self.measured,
@@ -258,16 +261,16 @@ def validate_servers(
     file: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> ServerEvidence:
-    """Put a golden set to running servers in every way, then the test split where it is at hand.
+    """Ask running servers a golden set in every mode, then the test split if it is available.
 
-    Needs neither torch nor the training data. Writes the evidence to `file` (default:
-    replay.json), also where it did not pass; `require_passed` is the gate. Raises PipelineError
-    when a server does not answer: then the evidence says so.
+    Needs neither torch nor the training data. Writes the evidence to `file` (default: replay.json),
+    even if it did not pass; call `require_passed` to check it. `timeout` is in seconds for a call.
+    Raises PipelineError when a server does not answer: then the evidence has the error.
     """
     file = file or paths.replay
     if file.suffix != ".json" or file.is_dir():
         raise PipelineError(f"evidence is a JSON file, {file} is not called so: name it FILE.json")
-    remove(file)  # the evidence of before, which must not outlive a proof that fails
+    remove(file)  # earlier evidence must not outlive a failed validation
     evidence = ServerEvidence(paths.name, timeout, machine())
     try:
         with contextlib.ExitStack() as stack:
@@ -294,7 +297,7 @@ def validate_servers(
 
 
 def require_passed(evidence: ServerEvidence) -> None:
-    """Raise CheckFailedError with what is wrong, if anything is."""
+    """Raise CheckFailedError with the problems unless the evidence passed."""
     if evidence.problems:
         raise CheckFailedError(
             Lines(
@@ -306,7 +309,7 @@ def require_passed(evidence: ServerEvidence) -> None:
 
 
 def _served(url: str, client: Client, yardstick: Yardstick) -> Served:
-    """Everything about one server."""
+    """Ask one server its metadata and the golden set, and collect its problems."""
     server, model = client.metadata(), client.metadata(of_model=True)
     config = client.config()
     misfit = yardstick.misfit(config)
@@ -349,7 +352,7 @@ def _served(url: str, client: Client, yardstick: Yardstick) -> Served:
 def _ask_test_split(
     evidence: ServerEvidence, paths: Paths, release: Release, clients: Mapping[str, Client]
 ) -> None:
-    """Add a table of the release's test split, if its files lie in the cache."""
+    """Add a table of the release's test split, if its files are in the data folder."""
     from pipeline.data.splits import scored_split
 
     training = release.manifest.get("training")
@@ -357,7 +360,7 @@ def _ask_test_split(
     if training is None or folder is None or not folder.is_dir():
         return
     split = scored_split(training, release.manifest["data_sha256"], folder)
-    from pipeline.export.runtime import onnx_predictor  # a golden set is replayed without it
+    from pipeline.export.runtime import onnx_predictor  # not needed to replay a golden set
 
     predictors: dict[str, Predictor] = {"ONNX Runtime": onnx_predictor(release.onnx)}
     predictors |= {url: triton_predictor(client) for url, client in clients.items()}
@@ -365,8 +368,8 @@ def _ask_test_split(
     count = len(split.labels)
     evidence.table = Table(paths.name, release.version, release.sha256, count, "test", rows)
     try:
-        # The first row is the same file: on other hardware it may round otherwise, but a class
-        # that differs is never called passed.
+        # The first row runs the same file: other hardware may round differently, but a mismatch
+        # of classes never passes.
         require_agreement(evidence.table, replace(release.limits, differing=0))
     except CheckFailedError as error:
         evidence.problems.append(str(error))
