@@ -227,9 +227,7 @@ class ServerEvidence:
     def record(self) -> dict[str, Any]:
         """Return the evidence as JSON-ready values."""
         version = "unknown"
-        with contextlib.suppress(
-            metadata.PackageNotFoundError
-        ):  # not installed: it runs from its sources
+        with contextlib.suppress(metadata.PackageNotFoundError):  # it runs from its sources
             version = metadata.version("handwriting-pipeline")
         return {
             **self.measured,
