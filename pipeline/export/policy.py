@@ -20,7 +20,7 @@ RANDOM = frozenset(
 )
 SCRUB = "'--scrub' leaves them out of a copy"
 FOLDERS = ("home", "Users", "root")
-# Parts of user paths in two encodings; random numbers match one by chance once in 10^13 bytes.
+# Parts of source paths in two encodings; random numbers match one by chance once in 10^13 bytes.
 MARKS = tuple(
     mark.encode(encoding).strip(b"\0")
     for mark in (*map("/{}/".format, FOLDERS), "\\Users\\", "file://", "site-packages")

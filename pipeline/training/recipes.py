@@ -25,8 +25,8 @@ class Recipe:
     batch_size: int = 128
     optimizer: str = "adamw"  # adamw, adadelta or sgd
     lr: float = 0.015  # the peak of the schedule
-    beta1: float = 0.9  # of adamw: decay of the mean gradient
-    beta2: float = 0.99  # of adamw: decay of the mean squared gradient
+    beta1: float = 0.9  # of adamw: decay rate of the mean gradient
+    beta2: float = 0.99  # of adamw: decay rate of the mean squared gradient
     schedule: str = "one-cycle"  # one-cycle, or decay: by gamma after each epoch
     warm_up: float = 0.25  # fraction of the steps in which one-cycle rises to its peak
     gamma: float = 0.7

@@ -26,7 +26,7 @@ class AgreementRow:
     accuracy: float  # fraction of images, 0 to 1
     differing: int  # images whose class differs from the first row's
     max_abs_diff: float | None  # from the first row's log-probabilities; None: not finite
-    images_per_second: float | None  # in batches of 64, one after the other; None: recorded
+    images_per_second: float | None  # in batches of 64, one after the other; None: recorded answers
 
     @property
     def cells(self) -> tuple[str, ...]:

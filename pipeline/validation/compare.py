@@ -30,7 +30,7 @@ class Criterion:
     largest_batch: int = 256  # each size up to it is run on one batch; `package` allows no more
     threads: tuple[int, ...] = (1, 2)
     # The least error that is allowed for in a row: 8 units in the last place of float32, of the
-    # row's largest output. A row's bound is twice that, or twice eager PyTorch's own error.
+    # row's largest output. A row's bound is twice the larger of that and eager's error.
     floor: float = 2**-20
     ratio: float = 8.0  # at most: the largest error divided by eager PyTorch's largest
     # Eager PyTorch's largest error, as a share of the images' median margin. In stable networks it
