@@ -1,8 +1,8 @@
-"""Data sets: which there are, where they come from, and their images as splits in memory.
+"""Data sets: the available ones, their sources, and their images as splits in memory.
 
-Read `catalog.py` for the list and `splits.py` for what training and proofs get; `fetch.py`,
+Read `catalog.py` for the list and `splits.py` for what training and validation get; `fetch.py`,
 `archives.py` and `folders.py` bring files into the cache and check their digests. Knows nothing of
-networks or recipes.
+networks or training recipes.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,7 @@
-"""Data sets of which only the downloads have a published digest: KMNIST, and the parts of EMNIST.
+"""Data sets whose publishers give digests of the downloads only: KMNIST and the parts of EMNIST.
 
-What is in them is checked, put upright, and recorded with its SHA-256 when it is first fetched.
+At the first fetch the content is checked, EMNIST's images are transposed to be upright, and the
+SHA-256 of each file is recorded.
 """
 
 import hashlib
@@ -30,8 +31,8 @@ from pipeline.data.splits import RECORD, fetch_command, read_idx, record_dataset
 
 # Shape letters: N images.
 
-MAX_BYTES = 2**28  # of a file once it is unpacked; EMNIST's largest has 188 million
-VALIDATION_PART = 12  # a twelfth of the training file validates, as in MNIST
+MAX_BYTES = 2**28  # of a file after decompression; EMNIST's largest has 188 million
+VALIDATION_PART = 12  # a twelfth of the training file is the validation split, as in MNIST
 
 Report = Callable[[str], None]
 
@@ -39,10 +40,10 @@ Report = Callable[[str], None]
 def fetch_archives(
     dataset: str, folder: Path, source: Path | None = None, report: Report = lambda line: None
 ) -> Path:
-    """`folder`, holding the data set as four IDX files and the record of their digests.
+    """Write the data set into `folder` as four IDX files with a record of digests; return `folder`.
 
-    They come from the folder `source` if given, else from the publisher's mirror. Raises
-    PipelineError when they cannot be had, and CorruptError when they are not as they must be.
+    The files come from the folder `source` if given, else from the publisher's mirror. Raises
+    PipelineError when a file is not available, and CorruptError when its content is wrong.
     """
     row = DATASETS[dataset]
     mend = fetch_command(dataset, "--from DIR")
@@ -79,7 +80,7 @@ def _is_cached(dataset: str, folder: Path, report: Report) -> bool:
 
 
 def _published(row: Dataset, name: str) -> str:
-    """What the publisher calls one of the four files."""
+    """Return the publisher's name for one of the four files."""
     if not row.emnist:
         return name
     return f"emnist-{row.emnist}-{name.replace('t10k', 'test')}"
@@ -88,7 +89,7 @@ def _published(row: Dataset, name: str) -> str:
 def _contents(
     row: Dataset, source: Path | None, mend: str, report: Report
 ) -> tuple[dict[str, bytes], bool]:
-    """The uncompressed content of each of the four files, and whether an MD5 spoke for it."""
+    """Return the uncompressed content of the four files, and whether their MD5 was checked."""
     if source is None:
         return _unpacked(row, lambda file: _from_mirror(row, file, mend, report), mend), True
     if not source.is_dir():
@@ -132,7 +133,10 @@ def _from_mirror(row: Dataset, file: Download, mend: str, report: Report) -> byt
 
 
 def _unpacked(row: Dataset, read: Callable[[Download], bytes], mend: str) -> dict[str, bytes]:
-    """The four files from downloads whose MD5 is right."""
+    """Read the downloads, check their MD5, and return the content of the four files.
+
+    Raises CorruptError when an MD5 is wrong or an archive cannot be unpacked.
+    """
     packed: dict[str, bytes] = {}
     for file in row.downloads:
         content = read(file)
@@ -167,7 +171,10 @@ def _gunzip(content: bytes, name: str, mend: str) -> bytes:
 
 
 def _arrays(row: Dataset, contents: Mapping[str, bytes], mend: str) -> dict[str, np.ndarray]:
-    """The four arrays: images (N, 28, 28) upright, labels (N,) from 0."""
+    """Return the four arrays, checked: upright images (N, 28, 28), labels (N,) from 0.
+
+    Raises CorruptError for wrong shapes, too few images, or labels out of range.
+    """
     arrays = {name: read_idx(contents[name], Path(_published(row, name)), mend) for name in NAMES}
     for images, labels in ((TRAIN_IMAGES, TRAIN_LABELS), (TEST_IMAGES, TEST_LABELS)):
         count = len(arrays[labels])

@@ -1,4 +1,4 @@
-"""Which data sets there are: their classes, their files, and where they can be had.
+"""Catalog of the data sets: their classes, their files, and their sources.
 
 Imports nothing heavy: the command line reads the names here.
 """
@@ -14,7 +14,7 @@ DEFAULT_DATASET = "mnist"
 
 @dataclass(frozen=True)
 class DataFile:
-    """One uncompressed IDX file as it must be."""
+    """Name, digest and length of one uncompressed IDX file."""
 
     name: str
     sha256: str
@@ -23,11 +23,11 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Download:
-    """A file that its publisher gives only an MD5 of, and no digest of what is in it."""
+    """A file to download, with its published MD5; its content has no published digest."""
 
     name: str
     md5: str
-    limit: int  # bytes that it may have
+    limit: int  # bytes that it has at most
 
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -37,10 +37,10 @@ NAMES = (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS)
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: its classes, its four files, and where they can be had.
+    """A data set: its classes, its four files, and their sources.
 
-    With `downloads`, the digests and lengths of the four files are recorded when they are first
-    fetched, and stand in `dataset.json` from then on.
+    With `downloads`, the digests and lengths of the four files are recorded in `dataset.json` at
+    the first fetch.
     """
 
     classes: tuple[str, ...]
@@ -51,19 +51,19 @@ class Dataset:
     mirrors: tuple[str, ...] = ()  # URLs of folders with <name>.gz, best first
     debian: Path | None = None  # the folder of a Debian package with <name>.gz
     npm: str | None = None  # a package with package/data/<name>
-    validation: int = 5_000  # images at the end of the training file that validate
+    validation: int = 5_000  # images at the end of the training file: the validation split
     downloads: tuple[Download, ...] = ()
     emnist: str = ""  # which part of EMNIST: its images are transposed
-    first_label: int = 0  # what the publisher's labels count from
+    first_label: int = 0  # the publisher's lowest label
 
     @property
     def files(self) -> tuple[DataFile, ...]:
-        """All four."""
+        """The four files."""
         return self.train_images, self.train_labels, self.test_images, self.test_labels
 
 
 def _mnist_files(*sha256s: str) -> tuple[DataFile, DataFile, DataFile, DataFile]:
-    """The four files of a data set that keeps to MNIST's names and sizes."""
+    """Return the four files of a data set that has MNIST's file names and sizes."""
     train_images, train_labels, test_images, test_labels = sha256s
     return (
         DataFile(TRAIN_IMAGES, train_images, 47_040_016),

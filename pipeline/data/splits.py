@@ -1,4 +1,4 @@
-"""Data sets: what their files must be, and their images and labels as splits in memory."""
+"""Splits in memory: images and labels, read from cached files whose digests are checked."""
 
 import math
 import shlex
@@ -17,13 +17,13 @@ from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Da
 
 # Shape letters: N images.
 
-RECORD = "dataset.json"  # beside the files of a set whose digests nobody publishes
+RECORD = "dataset.json"  # next to the files of a data set that has no published digests
 
 
 def find_dataset(name: str, folder: Path | None = None) -> Dataset:
-    """The data set called `name`; PipelineError lists them when there is none.
+    """Return the data set called `name`; raise PipelineError that lists them if there is no such one.
 
-    One whose digests nobody publishes is as `dataset.json` in `folder`, its cache, says.
+    A data set without published digests is read from `dataset.json` in `folder`, its cache.
     """
     if name not in DATASETS and not name.startswith(FOLDER):
         raise PipelineError(
@@ -49,7 +49,7 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
 
 
 def fetch_command(dataset: str, *options: str) -> str:
-    """The command that fetches the data set, to be quoted in a message."""
+    """Return the command that fetches the data set, for use in a message."""
     which = () if dataset == DEFAULT_DATASET else ("--dataset", shlex.quote(dataset))
     return f"run '{' '.join(('pipeline data fetch', *which, *options))}'"
 
@@ -64,7 +64,7 @@ def record_dataset(
 ) -> None:
     """Write the four uint8 arrays as IDX files, and `dataset.json` with their digests last.
 
-    A reader in between finds no record, and says that the set must be fetched.
+    A reader during the write finds no record, and reports that the data set must be fetched.
     """
     remove(folder / RECORD)
     files = {}
@@ -78,26 +78,26 @@ def record_dataset(
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels in memory, and the names of the classes."""
+    """Images and labels in memory, with the names of the classes."""
 
     images: np.ndarray  # uint8 (N, 1, 28, 28): 0 is paper, 255 is ink
     labels: np.ndarray  # int64 (N,)
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
-        """How many images."""
+        """Return the number of images."""
         return len(self.labels)
 
 
 def digests(dataset: str, folder: Path | None = None) -> dict[str, str]:
-    """The SHA-256 that each file of the data set must have, which is cached in `folder`."""
+    """Return the SHA-256 that each file of the data set must have; `folder` is its cache."""
     return {file.name: file.sha256 for file in find_dataset(dataset, folder).files}
 
 
 def verify(dataset: str, folder: Path) -> dict[str, str]:
-    """The SHA-256 of each cached file, all of them right.
+    """Check the length and digest of each cached file; return their SHA-256 by file name.
 
-    Raises PipelineError when a file is missing and CorruptError when one is not as it must be.
+    Raises PipelineError when a file is missing and CorruptError when its content is wrong.
     """
     for file in find_dataset(dataset, folder).files:
         cached(folder, file, fetch_command(dataset))
@@ -105,18 +105,19 @@ def verify(dataset: str, folder: Path) -> dict[str, str]:
 
 
 def cached(folder: Path, file: DataFile, mend: str) -> bytes:
-    """The bytes of a cached file, which have the right length and digest."""
+    """Read a cached file; raise CorruptError unless its length and digest are correct."""
     path = folder / file.name
-    if path.is_file() and path.stat().st_size != file.size:  # before so much is read
+    if path.is_file() and path.stat().st_size != file.size:  # before the file is read
         size = path.stat().st_size
         raise CorruptError(f"{path} has {size} bytes where {file.size} belong: {mend}")
     return check_digest(path, file.sha256, mend)
 
 
 def read_idx(content: bytes, path: Path, mend: str) -> np.ndarray:
-    """The array in an IDX file's content, of uint8; CorruptError names `path` and says `mend`.
+    """Parse an IDX file's content into a uint8 array; raise CorruptError if it is invalid.
 
-    Nothing is allocated before the header and the length of the content agree.
+    The message names `path` and ends with `mend`, what the user has to do. Nothing is allocated
+    before the header and the length of the content agree.
     """
 
     def corrupt(problem: str) -> CorruptError:
@@ -125,7 +126,7 @@ def read_idx(content: bytes, path: Path, mend: str) -> np.ndarray:
     if len(content) < 4 or content[:2] != b"\0\0":
         raise corrupt("it does not begin with the magic number")
     kind, dimensions = content[2:4]
-    if kind != 0x08:  # unsigned bytes, all that these data sets use
+    if kind != 0x08:  # unsigned bytes: these data sets use no other type
         raise corrupt(f"its values have type 0x{kind:02x}, not 0x08")
     start = 4 + 4 * dimensions
     if not 1 <= dimensions <= 4 or len(content) < start:
@@ -138,9 +139,10 @@ def read_idx(content: bytes, path: Path, mend: str) -> np.ndarray:
 
 
 def load_split(dataset: str, folder: Path, name: str) -> Split:
-    """The split `name` (train, validation or test) from the cached files in `folder`.
+    """Load the split `name` (train, validation or test) from the cached files in `folder`.
 
-    The digest is checked of the very bytes that become the split.
+    The digest is computed from the same bytes that become the split. Raises PipelineError when a
+    file is missing and CorruptError when its content is wrong.
     """
     wanted = find_dataset(dataset, folder)
     validation = wanted.validation
@@ -170,9 +172,9 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
 
 
 def scored_split(training: Mapping[str, Any], sha256s: Mapping[str, str], folder: Path) -> Split:
-    """The test split that a run was scored on, by what was recorded of the run and its data.
+    """Load the test split that a run was scored on, from its recorded data set and digests.
 
-    Raises PipelineError when the data set was fetched anew since, with other pictures.
+    Raises PipelineError when the data set has been fetched again since, with other pictures.
     """
     dataset = training["dataset"]
     if sha256s != digests(dataset, folder):
