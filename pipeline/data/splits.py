@@ -21,7 +21,7 @@ RECORD = "dataset.json"  # next to the files of a data set that has no published
 
 
 def find_dataset(name: str, folder: Path | None = None) -> Dataset:
-    """Return the data set called `name`; raise PipelineError that lists them if there is no such one.
+    """Return the data set called `name`; raise PipelineError that lists them if it is unknown.
 
     A data set without published digests is read from `dataset.json` in `folder`, its cache.
     """

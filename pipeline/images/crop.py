@@ -1,6 +1,6 @@
-"""A digit's ink as MNIST has it: one digit, 20 pixels high or wide, centred by its mass.
+"""Cropping as in MNIST: one digit, 20 pixels high or wide, centred by its mass.
 
-By the rules of RULES.md, in whole numbers.
+Follows the rules of RULES.md, in integer arithmetic.
 """
 
 # Shape letters: H height, W width.
@@ -10,17 +10,17 @@ import numpy as np
 from pipeline.core.signature import IMAGES
 from pipeline.images.ink import edge_of, slide
 
-DIGIT = 20  # pixels that the longer side of a digit has in MNIST
-FULL = 16  # so many pixels at least have the highest level
-THIN = 26  # twentieths of a pixel of MNIST: strokes thinner than that are made as wide as this
-SMALLEST = 40  # of the digit's mass: a part of less than one such share is a speck
-NEAR = 4  # a part is near when its distance is at most the digit's side by this
+DIGIT = 20  # pixels of the longer side of a digit in MNIST
+FULL = 16  # at least this many pixels get the highest level
+THIN = 26  # in 1/20 of an MNIST pixel: thinner strokes are widened to this width
+SMALLEST = 40  # a part with less than the digit's mass divided by this is a speck
+NEAR = 4  # a part is near if its distance is at most the digit's side divided by this
 
 
 def crop_digit(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
-    """The digit in ink levels (H, W) as uint8 (28, 28); zeros where ruled paper has none."""
+    """Crop the digit from ink levels (H, W): uint8 (28, 28), zeros if ruled paper has no digit."""
     mask = ink >= threshold
-    if is_ruled:  # without what its lines leave in the frame, where they run out of the picture
+    if is_ruled:  # drop what the lines leave in the frame, where they end at the picture's border
         edge = edge_of(mask)
         labels, count = label_parts(mask)
         reaches_in = np.bincount(labels[edge:-edge, edge:-edge].ravel(), minlength=count + 1) > 0
@@ -31,15 +31,15 @@ def crop_digit(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
     rows, columns = np.flatnonzero(kept.any(axis=1)), np.flatnonzero(kept.any(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     side = int(max(bottom - top, right - left))
-    edge = 2 * (side // DIGIT + 1)  # pixels of margin, enough for one of MNIST's and a thick stroke
+    edge = 2 * (side // DIGIT + 1)  # margin in pixels: one MNIST pixel and a thick stroke
     window = _window(kept, top - edge, bottom + edge, left - edge, right + edge)
     levels = _window(ink, top - edge, bottom + edge, left - edge, right + edge)
-    reach = max(1, side // DIGIT)  # how far the soft edge of a stroke goes
+    reach = max(1, side // DIGIT)  # width in pixels of the soft edge of a stroke
     levels = levels * _grown(window, reach)
-    # A stroke is about twice its area by its edge wide: in 1/20 of a pixel of MNIST.
+    # A stroke's width is about twice its area divided by its edge: in 1/20 of an MNIST pixel.
     edges = int((window[1:] != window[:-1]).sum() + (window[:, 1:] != window[:, :-1]).sum())
     width = 2 * int(window.sum()) * DIGIT * 20 // (edges * side)
-    # A hairline is made wide enough to survive the scaling.
+    # A hairline is widened so that it survives the scaling.
     grown = min(max(0, (THIN - width) * side // (2 * DIGIT * 20)), side // DIGIT)
     levels = _grown(levels, grown) if grown else levels
     side += 2 * grown
@@ -48,7 +48,7 @@ def crop_digit(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
 
 
 def _window(levels: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-    """A part of the levels (H, W), zero where it lies outside."""
+    """Cut a window out of the levels (H, W), with zeros where it lies outside."""
     part = levels[max(top, 0) : bottom, max(left, 0) : right]
     y, x = max(-top, 0), max(-left, 0)
     window = np.zeros((bottom - top, right - left), levels.dtype)
@@ -57,14 +57,14 @@ def _window(levels: np.ndarray, top: int, bottom: int, left: int, right: int) ->
 
 
 def _grown(levels: np.ndarray, by: int) -> np.ndarray:
-    """The highest level within `by` pixels in both directions (H, W)."""
+    """Return the highest level within `by` pixels of each pixel in both directions (H, W)."""
     wide = np.zeros([length + 2 * by for length in levels.shape], levels.dtype)
     wide[by:-by, by:-by] = levels
     return slide(wide, 2 * by + 1, np.maximum)
 
 
 def _kept(ink: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Which pixels (H, W) are the digit: the heaviest part, and what is near and no speck."""
+    """Return the digit's mask (H, W): its heaviest part, and near parts that are not specks."""
     labels, count = label_parts(mask)
     if count == 1:
         return mask
@@ -98,24 +98,26 @@ def _kept(ink: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def label_parts(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """The connected parts of a mask (H, W), numbered from 1 as they come, and how many there are.
+    """Return the labels (H, W) of the connected parts of a mask, from 1, and their count.
 
-    Pixels that touch at a corner are connected. Runs within rows are united with those above.
+    Pixels that touch at a corner are connected. Each run of pixels in a row is merged with the
+    runs that it touches in the row above. Parts are numbered in the order of their first runs.
     """
     height, width = mask.shape
     padded = np.zeros((height, width + 1), np.int8)
     padded[:, :-1] = mask
     steps = np.diff(padded.ravel(), prepend=np.int8(0))
-    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)  # in rows of W + 1
+    # Positions in rows of length W + 1.
+    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
     count = len(starts)
-    # A run touches those above that end after it begins, and begin before it ends.
+    # A run touches those runs above that end after it begins and begin before it ends.
     first = np.searchsorted(ends, starts - (width + 1))
     last = np.searchsorted(starts, ends - (width + 1), side="right")
     touching = np.maximum(last - first, 0)
     lower = np.repeat(np.arange(count), touching)
     upper = np.arange(touching.sum()) - np.repeat(np.cumsum(touching) - touching, touching)
     upper += np.repeat(first, touching)
-    roots = np.arange(count)  # of each run the first one that it is united with
+    roots = np.arange(count)  # for each run, the first run that it is merged with
     before = np.full(count, -1)
     while (roots != before).any():
         least = np.minimum(roots[lower], roots[upper])
@@ -130,26 +132,26 @@ def label_parts(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _scaled(levels: np.ndarray, box: tuple[int, int, int, int], side: int) -> np.ndarray:
-    """The digit in its box (top, left, height, width), made 20 of `side`, with a margin of 1."""
+    """Scale the digit in its box (top, left, height, width) by 20 / `side`, with a margin of 1."""
     top, left, height, width = box
-    if DIGIT - 2 <= side <= DIGIT + 1:  # it has MNIST's size
+    if DIGIT - 2 <= side <= DIGIT + 1:  # it already has MNIST's size
         margin = np.arange(-1, height + 1), np.arange(-1, width + 1)
         return levels[top + margin[0]][:, left + margin[1]].astype(np.float64)
     rows = _weights(levels.shape[0], top, height, side)
     columns = _weights(levels.shape[1], left, width, side)
-    # Floating point is exact for whole numbers below 2^53; / 4096, so that what follows is, too.
+    # Floats are exact for integers below 2^53; / 4096 keeps the sums that follow below that.
     scaled = np.maximum(rows @ levels.astype(np.float64) @ columns.T, 0)
     return np.asarray(scaled if side > DIGIT else np.floor(scaled / 4096))
 
 
 def _weights(length: int, start: int, extent: int, side: int) -> np.ndarray:
-    """How much each pixel counts in each of the scaled ones, (scaled, length)."""
+    """Return the weight of each pixel in each scaled pixel, (scaled, length)."""
     steps = np.arange(-(-extent * DIGIT // side) + 2)[:, np.newaxis] - 1
-    if side > DIGIT:  # the area that is covered, in 1/20
+    if side > DIGIT:  # the covered length, in 1/20 of a pixel
         begin, pixel = start * DIGIT + side * steps, DIGIT * np.arange(length)
         covered = np.minimum(begin + side, pixel + DIGIT) - np.maximum(begin, pixel)
         return np.asarray(np.maximum(covered, 0), np.float64)
-    # Catmull and Rom's cubic, times 2 * 40^3, of the distance in 1/40.
+    # Catmull-Rom cubic, times 2 * 40^3, of the distance in 1/40 of a pixel.
     t = np.abs(2 * start * DIGIT + side * (2 * steps + 1) - 40 * np.arange(length) - 20)
     near = 3 * t**3 - 200 * t**2 + 128000
     far = -(t**3) + 200 * t**2 - 12800 * t + 256000
@@ -157,9 +159,9 @@ def _weights(length: int, start: int, extent: int, side: int) -> np.ndarray:
 
 
 def _centred(levels: np.ndarray) -> np.ndarray:
-    """The digit's levels (H, W) on 28 x 28 as uint8, its centre of mass in the middle as in MNIST.
+    """Place the digit's levels (H, W) in uint8 (28, 28), its centre of mass in the middle.
 
-    At least 16 pixels are 255.
+    This is MNIST's placement. At least 16 pixels are 255.
     """
     ordered = np.sort(levels.ravel())
     full = int(ordered[-min(FULL, len(ordered))]) or int(ordered[-1])
@@ -170,9 +172,9 @@ def _centred(levels: np.ndarray) -> np.ndarray:
     for axis, side in enumerate(canvas.shape):
         mass = digit.sum(axis=1 - axis, dtype=np.int64)
         total, moment = int(mass.sum()), int((mass * np.arange(len(mass))).sum())
-        # Every digit of MNIST has its centre at 13.5 or more and below 14.5.
+        # Every MNIST digit has its centre of mass in [13.5, 14.5).
         start = -(-((side - 1) * total - 2 * moment) // (2 * total))
-        start = min(max(start, 0), side - len(mass))  # whole, even where it is lopsided
+        start = min(max(start, 0), side - len(mass))  # inside, even if the digit is lopsided
         place.append(slice(start, start + len(mass)))
     canvas[tuple(place)] = digit
-    return canvas[1:-1, 1:-1]  # only faint margins can be lost
+    return canvas[1:-1, 1:-1]  # only faint margins can be cut off

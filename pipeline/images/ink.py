@@ -1,8 +1,8 @@
-"""What in a picture is ink: polarity, paper, noise and ruled lines, by the rules of RULES.md.
+"""Detection of ink in a picture: polarity, paper, noise and ruled lines, by the rules of RULES.md.
 
-Whole numbers only, so that another language gets the very same levels.
+Integer arithmetic only, so that an implementation in another language gets the same levels.
 
-The lines of ruled and squared paper, found and taken out of ink levels, in whole numbers.
+The lines of ruled and squared paper are found in the ink levels and erased.
 """
 
 # Shape letters: H height, W width, S slopes, C columns of strips. Gray levels go from 0 to 255.
@@ -11,26 +11,26 @@ from collections.abc import Callable
 
 import numpy as np
 
-THUMBNAIL = 160  # pixels at most on a side of what the paper is estimated from
-STROKE = 4  # the thumbnail's longer side by this: ink wider than that is taken for paper
-NOISE = 2  # deviations of the paper's levels that are taken off
-MIN_DISTANCE = 5  # deviations above the paper at which ink may begin
-FAINT = 5  # on flat paper ink begins at its highest level by this
-MAX_NOISE = 3  # a picture with more is smoothed
-SMOOTHINGS = 3  # times at most
-MIN_CONTRAST = 16  # gray levels between paper and ink; below, the paper is blank
-OF_LINES = 2  # on ruled paper the ink has at least the lines' level by this
-STRIP = 16  # pixels that a strip is wide; a line is looked for in each
-FEWEST_STRIPS = 8  # a narrower picture is not searched
-FEWEST_LINES = 3  # paper is ruled from so many parallel lines on
-SURE, POSSIBLE = 7, 5  # of ten strips that a line crosses; a digit hides some
-STEEPEST = 14  # a line rises by at most the picture's width by this on each half
-HIT = 4096  # what a strip counts that a line crosses; more than there are columns
-RIDGE = 5  # levels that a line stands out from what is beside it, at least
+THUMBNAIL = 160  # longest side in pixels of the thumbnail from which the paper is estimated
+STROKE = 4  # ink wider than the thumbnail's longer side divided by this counts as paper
+NOISE = 2  # standard deviations of the paper's levels that are subtracted
+MIN_DISTANCE = 5  # standard deviations above the paper: the lowest level of ink
+FAINT = 5  # on flat paper ink begins at its highest level divided by this
+MAX_NOISE = 3  # a picture with a higher standard deviation is smoothed
+SMOOTHINGS = 3  # passes of smoothing at most
+MIN_CONTRAST = 16  # gray levels between paper and ink; with less, the paper is blank
+OF_LINES = 2  # on ruled paper ink has at least the lines' level divided by this
+STRIP = 16  # width of a strip in pixels; a line is searched in each strip
+FEWEST_STRIPS = 8  # a picture with fewer strips is not searched for lines
+FEWEST_LINES = 3  # paper with at least this many parallel lines is ruled
+SURE, POSSIBLE = 7, 5  # strips of ten in which a line is found; a digit hides some
+STEEPEST = 14  # on each half a line rises by at most the picture's width divided by this
+HIT = 4096  # score of a strip that a line crosses; more than the number of columns
+RIDGE = 5  # at least this many levels between a line and the pixels next to it
 
 
 def reduced(levels: np.ndarray, factor: int) -> np.ndarray:
-    """Levels (H, W) with `factor` pixels made one in each direction: their mean, rounded."""
+    """Reduce levels (H, W): each square of `factor` x `factor` pixels becomes its rounded mean."""
     if factor == 1:
         return levels.astype(np.int32)
     starts = [np.arange(0, length, factor) for length in levels.shape]
@@ -45,7 +45,7 @@ def reduced(levels: np.ndarray, factor: int) -> np.ndarray:
 
 
 def frame(levels: np.ndarray) -> np.ndarray:
-    """The levels along the picture's border (n,), where paper is to be expected."""
+    """Return the levels along the picture's border (n,), which is most likely paper."""
     height, width = levels.shape
     edge = edge_of(levels)
     if 2 * edge >= min(height, width):
@@ -56,22 +56,22 @@ def frame(levels: np.ndarray) -> np.ndarray:
 
 
 def edge_of(levels: np.ndarray) -> int:
-    """How many pixels of the border, on each side of a picture (H, W), are its frame."""
+    """Return the width in pixels of the frame of a picture (H, W)."""
     height, width = levels.shape
     side: int = min(height, width)
     return max(1, side // 14)
 
 
 def middle(levels: np.ndarray) -> int:
-    """The lower median of levels 0 to 255: the first that half of them do not exceed."""
+    """Return the lower median of levels 0 to 255: the first that half of them do not exceed."""
     below = np.cumsum(np.bincount(levels.ravel()))
     return int(np.searchsorted(below, (below[-1] + 1) // 2))
 
 
 def find_ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
-    """How far each pixel (H, W) stands out from the paper, and from which level on it is ink.
+    """Return ink levels (H, W), the threshold from which a level is ink, and if paper is ruled.
 
-    That level is 0 where there is no ink at all. Last, whether the paper is ruled.
+    An ink level is a pixel's distance from the paper. The threshold is 0 if there is no ink.
     """
     border = frame(gray)
     paper = middle(border)
@@ -85,7 +85,7 @@ def find_ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
     for _ in range(SMOOTHINGS):
         if _noise(raised, middle(raised)) <= MAX_NOISE:
             break
-        # The mean of the 3 x 3 pixels around each, the border's pixels going on outside.
+        # The mean of the 3 x 3 pixels around each; the border's pixels are repeated outside.
         wide = np.pad(raised, 1, mode="edge")
         rows = wide[:-2] + wide[1:-1] + wide[2:]
         raised = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4) // 9
@@ -100,20 +100,23 @@ def find_ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
 
 
 def _noise(raised: np.ndarray, level: int) -> int:
-    """The standard deviation of the paper's levels: 3/2 of the median distance."""
+    """Estimate the standard deviation of the paper's levels: 3/2 of the median distance."""
     return 3 * middle(np.abs(raised - level)) // 2
 
 
 def _cubes(distance: np.ndarray) -> int:
-    """The sum of cubes: ink is rare and far from the paper, so its sign is that of the ink."""
+    """Return the sum of cubes, which has the ink's sign: ink is rare and far from the paper."""
     return int((distance.astype(np.int64) ** 3).sum())
 
 
 def _raised(gray: np.ndarray) -> np.ndarray:
-    """The distance of each pixel (H, W) from uneven paper, on the side where the ink is."""
+    """Return each pixel's distance (H, W) from uneven paper, in the direction of the ink.
+
+    The direction is brighter or darker than the paper; a pixel in the other direction gets 0.
+    """
     factor = -(-max(gray.shape) // THUMBNAIL)
     small = reduced(gray, factor)
-    # The mean (H, W) of the square around each pixel, a half of the longer side wide.
+    # The mean (H, W) of the square around each pixel; its side is half the longer side.
     half = max(1, max(small.shape) // 4)
     sums, counts = small.astype(np.int64), np.ones(small.shape, np.int64)
     for axis, length in enumerate(small.shape):
@@ -126,15 +129,15 @@ def _raised(gray: np.ndarray) -> np.ndarray:
         bright = _enlarged(_paper(small), factor, gray.shape)
         return np.asarray(np.maximum(gray - bright, 0))
     paper = np.maximum(255 - _enlarged(_paper(255 - small), factor, gray.shape), 1)
-    # Of light that falls on it, paper and ink reflect shares: the same in the shadow.
+    # Paper and ink reflect a share of the light, which stays the same in a shadow.
     return np.asarray((np.maximum(paper - gray, 0) * 255 + paper // 2) // paper)
 
 
 def _paper(small: np.ndarray) -> np.ndarray:
-    """The level of the paper under each pixel (H, W), where ink is brighter than paper.
+    """Return the paper's level under each pixel (H, W), for ink that is brighter than paper.
 
-    It is an opening: the level to which a square can rise from below without cutting the surface
-    of the levels. A stroke is narrower than the square, so it does not lift it.
+    It is a morphological opening by a square: the minimum over each square, then the maximum of
+    those. A stroke is narrower than the square, so it does not change the result.
     """
     side = max(3, max(small.shape) // STROKE)
     levels = _continued(_continued(small, side - 1).T, side - 1).T
@@ -142,7 +145,7 @@ def _paper(small: np.ndarray) -> np.ndarray:
 
 
 def _continued(levels: np.ndarray, by: int) -> np.ndarray:
-    """Levels (H, W) with `by` more columns on both sides, that go on as the levels rise or fall."""
+    """Extrapolate levels (H, W) by `by` columns on both sides, reflected at the border's level."""
     last = levels.shape[1] - 1
     steps = np.arange(1, by + 1)
     before = 2 * levels[:, :1] - levels[:, np.minimum(steps[::-1], last)]
@@ -153,7 +156,7 @@ def _continued(levels: np.ndarray, by: int) -> np.ndarray:
 def slide(
     levels: np.ndarray, side: int, extreme: Callable[[np.ndarray, np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """The extreme of each square of `side` pixels that lies within levels (H, W)."""
+    """Return the extreme (minimum or maximum) of each `side` x `side` square in levels (H, W)."""
     for _ in (0, 1):
         done = 1
         found = levels
@@ -166,12 +169,12 @@ def slide(
 
 
 def _enlarged(small: np.ndarray, factor: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The levels (H, W) between those of a thumbnail, linearly, rounded to the nearest."""
+    """Enlarge a thumbnail to `shape` (H, W) by linear interpolation, rounded to the nearest."""
     if factor == 1:
         return small
     levels = small
     for axis in (0, 1):
-        place = 2 * np.arange(shape[axis]) + 1 - factor  # in halves of a thumbnail's pixel
+        place = 2 * np.arange(shape[axis]) + 1 - factor  # in halves of a picture's pixel
         first = place // (2 * factor)
         part = place - 2 * factor * first
         if axis == 0:
@@ -185,7 +188,7 @@ def _enlarged(small: np.ndarray, factor: int, shape: tuple[int, ...]) -> np.ndar
 
 
 def _otsu(raised: np.ndarray, distance: int) -> int:
-    """The level that best parts ink from what is fainter, of the levels above `distance`."""
+    """Return Otsu's threshold of the levels from `distance` on: it separates ink from fainter."""
     counts = np.bincount(raised.ravel(), minlength=256)
     counts[:distance] = 0
     below = np.cumsum(counts)
@@ -204,7 +207,10 @@ def _otsu(raised: np.ndarray, distance: int) -> int:
 
 
 def without_lines(levels: np.ndarray, noise: int) -> tuple[np.ndarray, int]:
-    """Ink levels (H, W) without lines that cross the whole picture, and the lines' level or 0."""
+    """Erase lines that cross the whole picture (H, W); return the ink levels and the lines' level.
+
+    The lines' level is 0 if there are no lines.
+    """
     across, first = _without_rows(levels, noise)
     upright, second = _without_rows(across.T, noise)
     return upright.T, max(first, second)
@@ -225,7 +231,10 @@ def _without_rows(levels: np.ndarray, noise: int) -> tuple[np.ndarray, int]:
 
 
 def _lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
-    """Slope and middle row of each line, the surest first."""
+    """Return slope and middle row of each line, the surest first; empty if few lines are sure.
+
+    The slope is how many rows the line falls from the middle column to the last.
+    """
     height, width = levels.shape
     beside = np.maximum(levels[: -2 * gap], levels[2 * gap :]) + ridge
     is_ridge = np.zeros(levels.shape, bool)
@@ -247,7 +256,7 @@ def _lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
     rows = np.arange(steepest, steepest + height)
     for strip in range(strips):
         scores += hits[:, strip][rows + shifts[:, strip, np.newaxis]]
-    # Where the scores are highest, one for each line; none where too few lines are sure.
+    # Take the highest score for each line; return no lines if too few are sure.
     lines: list[tuple[int, int]] = []
     sure = 0
     while True:
@@ -261,7 +270,7 @@ def _lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
 
 
 def _erase(levels: np.ndarray, rows: np.ndarray, gap: int) -> int:
-    """Take a line out, whose row in each column is given (W,), but what crosses it; its level."""
+    """Erase a line, keep ink that crosses it, return its level; `rows` (W,): its row per column."""
     height, width = levels.shape
     band = rows + np.arange(1 - gap, gap)[:, np.newaxis]  # (2 gap - 1, W)
     columns = np.arange(width)
@@ -280,7 +289,7 @@ def _erase(levels: np.ndarray, rows: np.ndarray, gap: int) -> int:
 
 
 def _spread(levels: np.ndarray) -> np.ndarray:
-    """The highest of each level and its two neighbours (W,)."""
+    """Return the highest of each level and its two neighbours (W,)."""
     spread = levels.copy()
     spread[1:] = np.maximum(spread[1:], levels[:-1])
     spread[:-1] = np.maximum(spread[:-1], levels[1:])

@@ -1,4 +1,4 @@
-"""The pictures that somebody named on the command line, and each as the model takes it."""
+"""Pictures named on the command line, and their conversion to the model's input."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from pipeline.images.read import MAX_FILE_BYTES, Picture, prepare_picture, read_
 STANDARD_INPUT = "-"
 _GIVE = "'-' takes a picture there, or the names of pictures, one a line"
 MAX_NAME_BYTES = 2**16
-# How the formats of images.FORMATS begin; a list of file names does not begin so.
+# The first bytes of the formats in images.FORMATS; a list of file names does not match.
 _PICTURE = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|P[1-6]\s+(#|\d+\s+\d)",
     re.DOTALL,
@@ -28,15 +28,15 @@ _UNDECIDED = re.compile(rb"(BM|RIFF|P[1-6]\s).{0,12}$", re.DOTALL)
 
 @dataclass(frozen=True)
 class Source:
-    """A picture to ask about: a file, or the bytes of one; or why there is none."""
+    """A picture to classify: a file or its bytes; or the reason why there is no picture."""
 
     name: str
-    content: bytes | np.ndarray | None = None  # None: what lies in the file of that name
+    content: bytes | np.ndarray | None = None  # None: the content of the file called `name`
     error: str | None = None
 
 
 def sources(names: Iterable[str], standard_input: BinaryIO | None = None) -> Iterator[Source]:
-    """The pictures in files, in folders (all below, sorted by name) and named on standard input."""
+    """Yield pictures from files, folders (recursive, sorted by name) and standard input."""
     for name in names:
         if name == STANDARD_INPUT and standard_input:
             yield from _from_input(standard_input)
@@ -47,7 +47,7 @@ def sources(names: Iterable[str], standard_input: BinaryIO | None = None) -> Ite
 
 
 def _from_input(stream: BinaryIO) -> Iterator[Source]:
-    """The picture that a stream holds, or those whose names are its lines."""
+    """Yield the picture that a stream holds, or the pictures whose names are its lines."""
     is_empty = True
     try:
         head = stream.readline(MAX_NAME_BYTES)
@@ -70,7 +70,7 @@ def _from_input(stream: BinaryIO) -> Iterator[Source]:
 
 
 def _in_folder(folder: str) -> Iterator[Source]:
-    """Every file below a folder that is not hidden; each folder once, so that links end."""
+    """Yield every file below a folder that is not hidden; visit each folder once (link cycles)."""
     is_empty, visited = True, set[tuple[int, int]]()
     waiting = [folder]
     while waiting:
@@ -99,37 +99,37 @@ def _in_folder(folder: str) -> Iterator[Source]:
 
 
 def text_of(name: str) -> str:
-    """A file's name, or a message with one, as UTF-8 can have it, which names need not be."""
+    """Escape what is not UTF-8 in a file's name, or in a message that contains one."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def is_picture(head: bytes) -> bool:
-    """Whether a file that begins so is of a format that is read here."""
+    """Return whether a file that begins with `head` has one of the supported formats."""
     return bool(_PICTURE.match(head))
 
 
 def read_source(
     source: Source, read: Callable[[Picture, str], np.ndarray] = read_picture
 ) -> np.ndarray | str:
-    """What `read` makes of a source, gray levels (H, W) unless told, or why there is none."""
+    """Return what `read` makes of a source (default: gray levels (H, W)), or the error message."""
     if source.error:
         return source.error
     try:
         return read(Path(source.name) if source.content is None else source.content, source.name)
-    except (PipelineError, OSError) as error:  # the system's: no rights to the folder it is in
+    except (PipelineError, OSError) as error:  # an OSError: no permission for its folder
         return str(error)
 
 
 def look(batch: list[Source], pictures: str) -> list[np.ndarray | str]:
-    """The image in each source as a model takes it, or why there is none.
+    """Return each source's image as the model takes it, or the error message.
 
-    Processes do this side by side.
+    Processes run it in parallel.
     """
     return [read_source(source, partial(prepare_picture, pictures=pictures)) for source in batch]
 
 
 def draw_image(image: np.ndarray, is_unicode: bool) -> str:
-    """An image (C, H, W) in characters, two rows of pixels in a line."""
+    """Draw an image (C, H, W) in characters, two rows of pixels in a line."""
     levels = image.astype(np.float64).mean(axis=0)  # (H, W)
     levels = np.pad(levels, ((0, len(levels) % 2), (0, 0))) / max(levels.max(), 1)  # 0 to 1
     upper, lower = levels[::2], levels[1::2]

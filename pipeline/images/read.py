@@ -1,7 +1,7 @@
-"""An image file of any size, as the model takes it: uint8, 28 x 28, made as MNIST was made.
+"""Reading of an image file of any size as the model's input: uint8, 28 x 28, as in MNIST.
 
-Polarity is found, the paper made even, noise dropped; what is left is cropped to the ink, fitted
-into 20 x 20 and centred by its mass. Everything from gray levels on is in `prepare`.
+Polarity is detected, the paper made even and noise removed; the rest is cropped to the ink, fitted
+into 20 x 20 and centred by its mass. `prepare` does all of this from gray levels on.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from pipeline.core.signature import IMAGES
 from pipeline.images.crop import crop_digit
 from pipeline.images.ink import find_ink, frame, middle, reduced
 
-# Shape letters: H height, W width, of the image at hand. Gray levels go from 0 to 255.
+# Shape letters: H height, W width, of the current image. Gray levels go from 0 to 255.
 
 Picture = Path | bytes | Image.Image | np.ndarray  # a file, its content, or its pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # PPM is Pillow's word for PNM
-_CHANNELS = ((), (2,), (3,), (4,))  # of an array after H and W: gray, with alpha, RGB, with alpha
+_CHANNELS = ((), (2,), (3,), (4,))  # array axes after H and W: gray, gray with alpha, RGB, RGBA
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 640  # pixels; a larger image is first reduced to this
-# Why a picture is refused, in the same words wherever it comes in.
+# Why a picture is refused: the same message for every input path.
 BLANK = "{name} shows no ink on its paper: try another"
 LARGE = "{name} is larger than {allowed} bytes: reduce it"
 TOO_MANY_PIXELS = "{name} has {width} x {height} pixels, {allowed} are allowed: reduce it"
@@ -36,17 +36,17 @@ UNREADABLE = "{name} cannot be read as an image ({reason}): give a whole {format
 
 
 class BlankError(PipelineError):
-    """A picture that shows nothing."""
+    """Error for a picture that shows nothing."""
 
 
 def prepare_picture(
     source: Picture, name: str = "the image", pictures: str = "digit"
 ) -> np.ndarray:
-    """Make the image uint8 (1, 28, 28) that a model is asked about, of a picture in any form.
+    """Convert a picture in any form to the model's input, uint8 (1, 28, 28).
 
-    Every way in (files, clients, the page, scoring, folders of pictures) goes through here, so that
-    each of them refuses the same pictures in the same words. Raises PipelineError for a picture
-    that cannot be read or is too large, and BlankError for one that shows nothing.
+    Every input path (files, clients, the page, scoring, folders of pictures) calls this function,
+    so all of them refuse the same pictures with the same messages. Raises PipelineError for a
+    picture that cannot be read or is too large, and BlankError for one that shows nothing.
     """
     name = str(source) if isinstance(source, Path) else name
     image = fit(read_picture(source, name), pictures)
@@ -56,10 +56,10 @@ def prepare_picture(
 
 
 def read_picture(source: Picture, name: str) -> np.ndarray:
-    """Read the gray levels uint8 (H, W) of a picture, which are not all the same.
+    """Read the gray levels uint8 (H, W) of a picture; raise BlankError if all are equal.
 
-    Raises PipelineError as `prepare_picture` does: whatever the model is, there is nothing to ask
-    about one even level.
+    A picture of one even level shows nothing to any model. Raises PipelineError as
+    `prepare_picture` does.
     """
     gray = read_gray(source, name)
     if not np.ptp(gray):
@@ -68,16 +68,19 @@ def read_picture(source: Picture, name: str) -> np.ndarray:
 
 
 def read_image(source: Picture, name: str = "the image", pictures: str = "digit") -> np.ndarray:
-    """The image in a picture as uint8 (1, 28, 28), by the rules alone.
+    """Convert a picture to uint8 (1, 28, 28) by the rules, without a check for blank ones.
 
     A `digit` has 0 for paper and 255 for ink, zeros if it is blank; a `whole` picture has its
-    gray levels. `name` is what messages call an image that comes as bytes.
+    gray levels. `name` is the name in messages of an image that is given as bytes.
     """
     return fit(read_gray(source, name), pictures)
 
 
 def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
-    """The gray levels uint8 (H, W) in a picture, upright and without alpha."""
+    """Read the gray levels uint8 (H, W) of a picture, upright and without alpha.
+
+    Raises PipelineError for a picture that cannot be read or is too large.
+    """
     if isinstance(source, Path):
         name, source = str(source), _read_file(source)
     if isinstance(source, bytes) and len(source) > MAX_FILE_BYTES:
@@ -88,10 +91,10 @@ def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
             warnings.simplefilter("ignore")
             with _opened(source) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS:  # by the header, before they are decoded
+                if width * height > MAX_PIXELS:  # from the header, before decoding
                     sizes = {"width": width, "height": height, "allowed": MAX_PIXELS}
                     raise PipelineError(TOO_MANY_PIXELS.format(name=name, **sizes))
-                if isinstance(source, bytes):  # a large JPEG is decoded at a half, a quarter ...
+                if isinstance(source, bytes):  # a large JPEG is decoded at 1/2, 1/4, ... size
                     image.draft("L", (WORK_SIDE, WORK_SIDE))
                 return _upright(_gray(image), image)
     except _DECODING_ERRORS as error:
@@ -119,7 +122,7 @@ def _opened(
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
     if not isinstance(source, np.ndarray):
-        return contextlib.nullcontext(source)  # the caller's own: not ours to close
+        return contextlib.nullcontext(source)  # the caller closes it
     if source.ndim not in (2, 3) or source.shape[2:] not in _CHANNELS or not source.size:
         raise PipelineError(
             f"an array of shape {list(source.shape)} is no picture: give gray levels (H, W) or "
@@ -133,7 +136,7 @@ def _opened(
 
 
 def _gray(image: Image.Image) -> np.ndarray:
-    """The gray levels uint8 (H, W) of an image in any of Pillow's modes."""
+    """Return the gray levels uint8 (H, W) of an image in any of Pillow's modes."""
     if image.mode[0] in "IF":  # 16 or 32 bits, of any range
         levels = np.nan_to_num(np.asarray(image, np.float32))
         levels = levels - levels.min()
@@ -145,19 +148,19 @@ def _gray(image: Image.Image) -> np.ndarray:
     mass = int(alpha.sum(dtype=np.int64))
     if mass == 255 * alpha.size:
         return np.asarray(levels, np.uint8)
-    if 2 * mass > 255 * alpha.size:  # the paper is in it: the rest is paper
+    if 2 * mass > 255 * alpha.size:  # mostly opaque: its paper is opaque, too
         paper = np.uint16(middle(levels[alpha > 127]))
-    else:  # only ink is in the picture: the paper is what the ink stands out from
+    else:  # only ink is opaque: the paper is black or white, in contrast to it
         paper = np.uint16(0 if np.vdot(levels.astype(np.int64), alpha) > 127 * mass else 255)
     # At most 255 * 255 + 127, which 16 bits hold.
     return np.asarray((levels * alpha + paper * (255 - alpha) + 127) // 255, np.uint8)
 
 
 def _upright(gray: np.ndarray, image: Image.Image) -> np.ndarray:
-    """The picture as the camera was held; ImageOps.exif_transpose stumbles over damaged EXIF."""
+    """Turn a picture upright by its EXIF; ImageOps.exif_transpose fails on damaged EXIF."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except (*_DECODING_ERRORS, struct.error):  # damaged EXIF spoils no picture
+    except (*_DECODING_ERRORS, struct.error):  # a picture with damaged EXIF is used as it is
         return gray
     return gray if turn is None else np.asarray(Image.fromarray(gray).transpose(turn))
 
@@ -171,9 +174,9 @@ _UPRIGHT: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow raises for content that it cannot decode, found by feeding it damaged files.
+# What Pillow raises for content that it cannot decode, determined with damaged files.
 _DECODING_ERRORS = (
-    OSError,  # UnidentifiedImageError is one
+    OSError,  # includes UnidentifiedImageError
     SyntaxError,
     TypeError,  # from numbers of the wrong kind in a TIFF's tags
     ValueError,
@@ -182,10 +185,10 @@ _DECODING_ERRORS = (
 
 
 def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
-    """Gray levels uint8 (H, W) as uint8 (1, 28, 28), in the way that the model was trained on.
+    """Fit gray levels uint8 (H, W) to uint8 (1, 28, 28), as for the model's training.
 
-    A `digit` is prepared. A `whole` picture is fitted in; 28 x 28 come back unchanged, and what it
-    is too narrow or too low for gets the level of its border.
+    A `digit` is prepared. A `whole` picture is scaled to fit; 28 x 28 stays unchanged, and margins
+    of a narrow or low picture get the level of its border.
     """
     if pictures != "whole":
         return prepare(gray)
@@ -201,7 +204,7 @@ def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
 
 
 def prepare(gray: np.ndarray) -> np.ndarray:
-    """Gray levels uint8 (H, W) as the model takes them: uint8 (1, 28, 28), zeros without ink."""
+    """Prepare gray levels uint8 (H, W) as the model's input: uint8 (1, 28, 28), zeros if blank."""
     if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
         raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
     levels, threshold, is_ruled = find_ink(reduced(gray, -(-max(gray.shape) // WORK_SIDE)))
@@ -211,7 +214,7 @@ def prepare(gray: np.ndarray) -> np.ndarray:
 
 
 def png(image: np.ndarray) -> bytes:
-    """An image, uint8 (1, H, W) or (3, H, W), as the bytes of a PNG."""
+    """Encode an image, uint8 (1, H, W) or (3, H, W), as the bytes of a PNG."""
     buffer = io.BytesIO()
     pixels = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
     Image.fromarray(pixels).save(buffer, format="PNG")
@@ -219,7 +222,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def pictured(image: np.ndarray) -> np.ndarray | None:
-    """What a model takes, of any type, as a picture uint8 (1 or 3, H, W); None if it is none."""
+    """Convert a model input of any type to a picture uint8 (1 or 3, H, W); None if impossible."""
     if image.ndim == 2:
         image = image[np.newaxis]
     if image.ndim != 3 or len(image) not in (1, 3):

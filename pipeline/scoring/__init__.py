@@ -1,8 +1,8 @@
-"""Millions of images classified offline: a source in, Parquet out, resumed where it stopped.
+"""Offline classification of millions of images: a source in, Parquet out, resumable.
 
 Read `job.py` first, then `source.py`, which cuts a source into shards, and `worker.py`, which
-answers one. Ray and pyarrow are known here only. No server is asked: the selected release of a
-repository runs in process.
+classifies a shard. Only this package uses Ray and pyarrow. It needs no server: the selected release
+of a repository runs in process.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""A Ray of one's own on this machine, quiet and on loopback, or somebody's cluster."""
+"""Connection to Ray: a local instance, quiet and on loopback, or an existing cluster."""
 
 import contextlib
 import importlib
@@ -14,25 +14,25 @@ from typing import Any
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.core.files import locked, remove
 
-STORE_BYTES = 256 * 2**20  # of the object store, through which images go where a GPU scores them
+STORE_BYTES = 256 * 2**20  # of the object store, through which images reach the workers on GPUs
 SCRATCH = f"pipeline-ray-{os.getuid() if hasattr(os, 'getuid') else 0}"
-MAX_SCRATCH_BYTES = 48  # of a path; Ray puts sockets below it, whose paths may have 107
+MAX_SCRATCH_BYTES = 48  # of a path; Ray puts sockets below it, whose paths have 107 at most
 CONNECT_SECONDS = 10
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves the machine
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data's own actors make it warn of what does no harm
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data's own actors cause harmless warnings
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # as Ray asks for in a warning
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # requested by a warning of Ray
 }
-# Without it Ray listens on every interface, whatever address it is given (services.py,
-# resolve_ip_for_localhost); the name speaks of systems where loopback is the default.
+# Without it Ray listens on every interface, whatever its address argument is (services.py,
+# resolve_ip_for_localhost); the name refers to systems where loopback is the default.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def load(address: str | None) -> None:
-    """Import Ray, with what it reads of the environment while that happens.
+    """Import Ray, after setting the environment variables that it reads on import.
 
-    Raises ModuleNotFoundError where it is not installed.
+    Raises ModuleNotFoundError if Ray is not installed.
     """
     os.environ |= QUIET
     if not address:
@@ -46,10 +46,10 @@ def load(address: str | None) -> None:
 
 @contextlib.contextmanager
 def connected(address: str | None, cpus: int) -> Iterator[None]:
-    """Connect to Ray until the end of the block: the cluster at `address`, or a Ray of our own.
+    """Connect to Ray until the end of the block: the cluster at `address`, or a local instance.
 
-    Our own has so many CPUs. A Ray that this process is connected to already is used and stays.
-    Raises ServerError where there is no cluster at `address`.
+    The local instance has `cpus` CPUs. An existing connection of this process is used, and is not
+    closed. Raises ServerError if there is no cluster at `address`.
     """
     load(address)
     import ray
@@ -84,7 +84,7 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Discard what Ray's C++ prints about its log level; failures come as exceptions."""
+    """Discard what Ray's C++ code prints about its log level; failures are raised as exceptions."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -97,12 +97,12 @@ def _silent_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """A folder for Ray's sockets and logs; those that killed processes left behind are removed."""
+    """Make a folder for Ray's sockets and logs, and remove those left by killed processes."""
     parent = Path(tempfile.gettempdir())
     if len(os.fsencode(parent)) + len(SCRATCH) > MAX_SCRATCH_BYTES:
         parent = Path("/tmp")
     with contextlib.ExitStack() as stack:
-        with locked(parent / f"{SCRATCH}.lock"):  # so that nobody takes a new one for a left one
+        with locked(parent / f"{SCRATCH}.lock"):  # so that no other process removes a new folder
             for left in parent.glob(f"{SCRATCH}-*"):
                 held = left / "held"
                 with contextlib.suppress(PipelineError), locked(held, busy="held"):

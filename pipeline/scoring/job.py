@@ -1,4 +1,4 @@
-"""Offline classification of millions on Ray Data: a source in, Parquet out, resumable."""
+"""Offline classification of millions of images on Ray Data, from a source to Parquet, resumable."""
 
 import os
 import pickle
@@ -32,18 +32,18 @@ from pipeline.scoring.worker import (
 
 @dataclass(frozen=True)
 class Scored:
-    """What a job did."""
+    """Result of a job."""
 
     output: str
     images: int
     scored: int
-    rejected: int  # showed no image; _rejected/ says why
+    rejected: int  # without a result; _rejected/ has the reasons
     unsure: int  # of those scored
-    repeated: int  # ids that more than one of those scored has
-    resumed: int  # that an earlier start of the job had answered
-    workers: int  # 0: all was there
-    start_seconds: float  # for Ray and the workers' sessions
-    seconds: float  # from the first shard's beginning to the last one's end
+    repeated: int  # ids that more than one scored image has
+    resumed: int  # done by an earlier run of the job
+    workers: int  # 0: all results existed already
+    start_seconds: float  # start of Ray and of the workers' sessions
+    seconds: float  # from the start of the first shard to the end of the last one
     images_per_second: float | None
     name: str
     version: str
@@ -63,7 +63,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a job is."""
+    """Progress of a job."""
 
     done: int
     images: int
@@ -85,10 +85,10 @@ def score_source(
     columns: Columns,
     report: Report = lambda progress: None,
 ) -> Scored:
-    """Classify every image of a source into the folder `output`, or go on where it stopped.
+    """Classify every image of a source into the folder `output`, or resume an interrupted job.
 
-    Raises PipelineError for what is no source, for a folder that holds another job, and while
-    another process is at it.
+    Raises PipelineError for an invalid source, for a folder that holds another job, and while
+    another process writes into it.
     """
     model = selected_model(paths)
     folder = Folder(Path(os.path.abspath(output)))
@@ -103,7 +103,7 @@ def score_source(
         try:
             whole = cut(place, model.shape, model.pictures, config.rows, folder.unpacked, columns)
             found_columns = whole.columns or Columns()
-            job = {  # what must be the same when a job is resumed
+            job = {  # these values must be unchanged when a job is resumed
                 "source": whole.path,
                 "source_digest": whole.digest,
                 "images": whole.rows,
@@ -153,16 +153,16 @@ def score_source(
 
 @dataclass
 class _Run:
-    """What was measured while workers were at it; times in seconds since 1970."""
+    """Measurements of a run of the workers; times in seconds since 1970."""
 
     workers: int = 0
     begun: float = 0.0
-    first: float = 0.0  # when the first shard was begun
-    last: float = 0.0  # when the last one ended
+    first: float = 0.0  # start of the first shard
+    last: float = 0.0  # end of the last one
 
 
 def _survey(folder: Folder, whole: Cut) -> tuple[list[Shard], Counts]:
-    """The shards that have no whole files yet, and what became of the others."""
+    """Return the shards whose files are missing or incomplete, and the counts of the others."""
     missing, counts = [], Counts()
     for shard in whole.shards:
         found = finished(folder, shard.index, shard.rows)
@@ -181,7 +181,7 @@ def _run(
     config: ScoreConfig,
     report: Report,
 ) -> _Run:
-    """Score the missing shards, a worker for each core or GPU."""
+    """Score the missing shards, with one worker for each core or GPU by default."""
     begun = time.time()
     with connected(config.address, config.workers or cores()):
         ran = _Run(min(_workers(config), len(missing)), begun)
@@ -198,8 +198,11 @@ def _run(
 
 
 def _workers(config: ScoreConfig) -> int:
-    """One for each core or GPU of the cluster: the one place that decides."""
-    import ray  # not before `connected` has set what it reads
+    """Return the number of workers: by default one for each core or GPU of the cluster.
+
+    No other function decides it. Raises PipelineError if the cluster has no such device.
+    """
+    import ray  # only after `connected` has set the variables that it reads
 
     kind = "CPU" if config.provider == "cpu" else "GPU"
     there = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
@@ -216,10 +219,11 @@ def _stream(
     config: ScoreConfig,
     workers: int,
 ) -> Iterator[dict[str, Any]]:
-    """What was written of each shard, as the workers come to it.
+    """Yield the worker's report on each shard, in the order of completion.
 
-    On CPUs Ray Data fuses the two steps, and a worker reads what it scores; for GPUs tasks on the
-    CPUs read, and the images wait in the bounded object store.
+    On CPUs Ray Data fuses the two steps, so a worker reads the images that it scores. For GPUs,
+    tasks on the CPUs read, and the images wait in the bounded object store. Raises PipelineError
+    when Ray fails.
     """
     from ray import data as ray_data
     from ray.exceptions import RayError, UserCodeException
@@ -239,7 +243,7 @@ def _stream(
     )
     try:
         yield from written.iter_rows()
-    except UserCodeException:  # a bug of ours
+    except UserCodeException:  # a bug in this code
         raise
     except RayError as error:
         last = str(error).strip().rpartition("\n")[2]

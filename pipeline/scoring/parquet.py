@@ -1,4 +1,4 @@
-"""Images out of Parquet: which column they are in, which rows to read at once, what each shows."""
+"""Reading of images from Parquet: their column, the pieces to read, the image in each row."""
 
 # Shape letters: N images, C channels, H height, W width.
 
@@ -16,36 +16,36 @@ from pyarrow import parquet as pq
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.images.inputs import Source, look, text_of
 
-NAMES, ID = ("image", "images"), "id"  # of columns, where nobody names them
-NO_ID = "its id is null"  # the reason of a row whose id is its number
-ROWS_AT_ONCE = 256  # of arrays: what fits into a core's cache is quicker
-# Of a column at once. Without it, or with pre_buffer, Arrow reads a row group's column whole.
+NAMES, ID = ("image", "images"), "id"  # names of columns that are used by default
+NO_ID = "its id is null"  # reason for rejecting a row without an id
+ROWS_AT_ONCE = 256  # of arrays: faster when they fit into a core's cache
+# Read at once of a column. Without it, or with pre_buffer, Arrow reads a row group's column whole.
 BUFFER_BYTES = 2**20
-LARGE_GROUP = 16  # pieces that a large row group is cut into, each of which reads over those before
-WHOLE_GROUP = 2  # times the rows asked for: up to there a row group is one piece
-MAX_PIECE = 8  # times the rows asked for
+LARGE_GROUP = 16  # pieces of a large row group; reading one also reads those before it
+WHOLE_GROUP = 2  # times the requested rows: up to this size a row group is one piece
+MAX_PIECE = 8  # times the requested rows
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where images and their names are; None: not named yet, or there is no such column."""
+    """Names of the columns of images and ids; None: not chosen yet, or no such column."""
 
     image: str | None = None
     id: str | None = None
-    root: str | None = None  # where a row is named by its file as well: the folder of the files
+    root: str | None = None  # the folder of the files, if ids include the file's name
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Images as a model takes them, each with its id; those with a reason are none."""
+    """Images as a model takes them, with their ids; a row with a reason has no image."""
 
     ids: np.ndarray  # int64, uint64 or str (N,)
-    images: np.ndarray  # uint8 (N, C, H, W), zeros where there is none
-    reasons: np.ndarray  # str (N,): why there is no image; empty where there is one
+    images: np.ndarray  # uint8 (N, C, H, W), zeros where there is no image
+    reasons: np.ndarray  # str (N,): why there is no image; empty if there is an image
 
 
 def rows_of(ids: np.ndarray, found: Sequence[np.ndarray | str], shape: tuple[int, ...]) -> Rows:
-    """Rows of what was found for each id: an image (C, H, W), or why there is none."""
+    """Return rows of these results: for each id an image (C, H, W), or why there is no image."""
     images = np.zeros((len(ids), *shape), np.uint8)
     reasons = np.full(len(ids), "", object)
     for index, one in enumerate(found):
@@ -66,7 +66,11 @@ def _open(path: Path) -> pq.ParquetFile:
 def choose_columns(
     root: Path, files: Iterable[Path], shape: tuple[int, ...], pictures: str, wanted: Columns
 ) -> Columns:
-    """The columns to read of the files below `root`, which every file must have alike."""
+    """Choose the columns to read from the files below `root`.
+
+    Raises PipelineError when a column does not exist, is ambiguous, or does not have the same type
+    in every file.
+    """
     paths = list(files)
     with _open(paths[0]) as first:
         schema = first.schema_arrow
@@ -127,14 +131,14 @@ def _is_image(kind: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _is_bytes(kind: Any) -> bool:
-    """Whether a column holds files, as they are or beside their path as `datasets` keeps them."""
+    """Return whether a column holds files: bytes, or a struct with bytes, as in `datasets`."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _depth(kind: Any) -> int:
-    """How many lists lie in each other; 0 for no list."""
+    """Return the number of nested lists; 0 if the type is not a list."""
     if isinstance(kind, pa.BaseExtensionType):
         return _depth(kind.storage_type)
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -145,17 +149,17 @@ Piece = tuple[str, int, int, int, tuple[int, ...]]  # path, rows, first row, row
 
 
 def pieces(files: Iterable[Path], rows: int) -> Iterator[Piece]:
-    """The files in pieces of about so many rows: row groups together, or part of a large one."""
+    """Yield the files in pieces of about `rows` rows: several row groups, or part of a large one."""
     for path in files:
         with _open(path) as file:
             metadata = file.metadata
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        start, waiting, held = 0, list[int](), 0  # `held` rows are in the groups that wait
+        start, waiting, held = 0, list[int](), 0  # the waiting groups have `held` rows
         for group, size in enumerate(sizes):
             if waiting and held + size > rows:
                 yield str(path), held, start, 0, tuple(waiting)
                 start, waiting, held = start + held, [], 0
-            if size <= WHOLE_GROUP * rows:  # rather a larger piece than one read over
+            if size <= WHOLE_GROUP * rows:  # a larger piece is better than reading rows twice
                 waiting, held = [*waiting, group], held + size
                 continue
             step = max(rows, min(MAX_PIECE * rows, -(-size // LARGE_GROUP)))
@@ -174,7 +178,10 @@ def read_piece(
     pictures: str,
     columns: Columns,
 ) -> Rows:
-    """The rows of a piece: in these row groups, by `span` = (left out, to read, first number)."""
+    """Read the rows of a piece: in these row groups, by `span` = (skip, count, first number).
+
+    Raises CorruptError when the file cannot be read.
+    """
     skip, count, first = span
     names = [name for name in (columns.image, columns.id) if name]
     parts, row = list[Rows](), 0
@@ -221,7 +228,7 @@ def _rows(
 def _ids(
     path: Path, batch: Any, numbers: np.ndarray, columns: Columns
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ids (N,) of a batch, and which of them are null and became the row's number."""
+    """Return the ids (N,) of a batch, and the mask of null ids, replaced by the row's number."""
     missing = np.zeros(len(batch), bool)
     if columns.id is None:
         if columns.root is None:
@@ -239,7 +246,7 @@ def _ids(
 
 
 def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The pixels of all rows, uint8 (N * C * H * W,), if every row is as it should be."""
+    """Return the pixels of all rows, uint8 (N * C * H * W,), or None if any row is invalid."""
     depth = _depth(column.type)
     # An image may be flat, or without axes of size 1.
     lengths = (math.prod(shape),) if depth == 1 else shape[max(0, len(shape) - depth) :]
@@ -261,7 +268,7 @@ def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _one(value: Any, shape: tuple[int, ...]) -> np.ndarray | str:
-    """One image, or why it is none."""
+    """Convert one value to an image (C, H, W), or return why it is not a valid image."""
     if value is None:
         return "its image is null"
     try:

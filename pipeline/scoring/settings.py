@@ -13,14 +13,14 @@ _ROWS = {"help": "Images in each file of answers, which is what a kill can cost 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How many images are classified offline, and how."""
+    """Settings of offline classification."""
 
     top: int = field(default=3, metadata={"help": ""})
     provider: str = field(default="cpu", metadata=_PROVIDER)
     workers: int | None = field(default=None, metadata=_WORKERS)
     address: str | None = field(default=None, metadata=_ADDRESS)
     rows: int = field(default=8192, metadata=_ROWS)
-    batch_size: int = 64  # images that ONNX Runtime gets at once; more fall out of a core's cache
+    batch_size: int = 64  # images in one call of ONNX Runtime; more exceed a core's cache
 
     def __post_init__(self) -> None:
         require_choice("provider", self.provider, PROVIDERS)

@@ -22,40 +22,40 @@ from pipeline.images.inputs import Source, is_picture, look, sources, text_of
 from pipeline.scoring import parquet
 from pipeline.scoring.parquet import Columns, Rows
 
-HEAD_BYTES = 64  # which say what a file is
-PICTURES_A_SHARD = 512  # at most: to read a picture takes far longer than to read an array
+HEAD_BYTES = 64  # enough to recognize a file's format
+PICTURES_A_SHARD = 512  # at most: reading a picture takes far longer than reading an array
 KINDS = "Parquet (a file or a folder), IDX (also .gz), .npy of uint8, or a folder of pictures"
 _IDX, _NPY, _GZIP, _PARQUET = b"\0\0\x08", b"\x93NUMPY", b"\x1f\x8b", b"PAR1"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some images of a source: one worker reads them, and one file gets their answers."""
+    """Some images of a source, read by one worker, with their results in one file."""
 
     index: int
     path: str
     rows: int
-    start: int  # the number of its first image in the file
-    offset: int = 0  # of an array: the byte where it begins; of Parquet: rows left out in front
-    groups: tuple[int, ...] = ()  # of Parquet
-    names: tuple[str, ...] = ()  # of pictures
+    start: int  # index of its first image in the file
+    offset: int = 0  # arrays: its first byte in the file; Parquet: rows to skip
+    groups: tuple[int, ...] = ()  # Parquet: row groups
+    names: tuple[str, ...] = ()  # pictures: their files
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A source with its shards, which are the same whenever it is cut again."""
+    """A source with its shards; cutting it again gives the same shards."""
 
     path: str
     kind: str  # arrays, pictures or parquet
     digest: str  # of the names, sizes and times of its files
     shape: tuple[int, ...]  # (C, H, W) of an image
-    pictures: str  # how a picture becomes one: see config.pictures_of
+    pictures: str  # how a picture is converted to an image: see signature.pictures_of
     shards: tuple[Shard, ...]
-    columns: Columns | None = None  # of Parquet
+    columns: Columns | None = None  # Parquet only
 
     @property
     def rows(self) -> int:
-        """How many images there are, good ones and bad ones."""
+        """Number of images, valid and invalid."""
         return sum(shard.rows for shard in self.shards)
 
 
@@ -67,16 +67,17 @@ def cut(
     unpacked: Path,
     wanted: Columns,
 ) -> Cut:
-    """The source at `path` in shards of about so many rows, for a model that takes (C, H, W).
+    """Cut the source at `path` into shards of about `rows` rows, for a model that takes `shape`.
 
-    What is compressed as a whole is unpacked into the file `unpacked`. `wanted` names columns of
-    Parquet. Raises PipelineError for what is no source, and CorruptError for a cut file.
+    `shape` is (C, H, W). A gzipped file is decompressed into the file `unpacked`. `wanted` names
+    columns of Parquet. Raises PipelineError for an invalid source, and CorruptError for a
+    truncated file.
     """
     if not path.exists():
         raise PipelineError(f"no {path}: check the name")
     found = list(sources([str(path)])) if path.is_dir() else []
     for source in found:
-        if source.error:  # such as a folder that cannot be read
+        if source.error:  # for example, a folder that cannot be read
             raise PipelineError(source.error)
     below = [Path(source.name) for source in found]
     files = _parquet_files(path, below)
@@ -101,7 +102,10 @@ def cut(
 
 
 def read_shard(source: Cut, shard: Shard) -> Rows:
-    """The images of a shard, and why some of them are none."""
+    """Read the images of a shard, with the reasons where there is no valid image.
+
+    Raises CorruptError when a file of arrays or Parquet cannot be read.
+    """
     if source.columns:
         return parquet.read_piece(
             Path(shard.path),
@@ -121,13 +125,13 @@ def read_shard(source: Cut, shard: Shard) -> Rows:
 
 
 def _digest(path: Path, files: Iterable[Path]) -> str:
-    """One SHA-256 that changes when a file comes, goes, or is written anew."""
+    """Return one SHA-256 that changes when a file is added, removed, or written again."""
     lines = []
     for file in files:
         name = file.name if file == path else str(file.relative_to(path))
         try:
             status = file.stat()
-        except OSError:  # such as a link to nowhere, which is rejected when it is read
+        except OSError:  # for example, a broken link, which is rejected when it is read
             lines.append(f"{name}\n")
         else:
             lines.append(f"{name} {status.st_size} {status.st_mtime_ns}\n")
@@ -135,9 +139,9 @@ def _digest(path: Path, files: Iterable[Path]) -> str:
 
 
 def _parquet_files(path: Path, below: list[Path]) -> list[Path]:
-    """The Parquet files at `path`; as its other readers do, none that begin with '.' or '_'.
+    """List the Parquet files at `path`; skip names that begin with '.' or '_', as other readers do.
 
-    Raises PipelineError when there is something else to score beside them.
+    Raises PipelineError when the folder also holds other files that can be scored.
     """
     if not path.is_dir():
         return [path] if _begins(path, _PARQUET) else []
@@ -172,12 +176,15 @@ def _pictures(files: list[Path], rows: int) -> Iterator[Shard]:
 
 
 def _plain(path: Path, unpacked: Path) -> Path:
-    """The file itself, or what it holds when it is compressed."""
+    """Return the file itself, or, if it is gzipped, the file of its decompressed content.
+
+    Raises CorruptError when it cannot be decompressed.
+    """
     if not _begins(path, _GZIP):
         return path
 
     def unpack(temporary: Path) -> None:
-        # Here, since BadGzipFile is an OSError, which to write_with is one of the disk.
+        # Caught here, since BadGzipFile is an OSError, which write_with takes for a disk error.
         try:
             with gzip.open(path) as packed, temporary.open("wb") as file:
                 shutil.copyfileobj(packed, file, 2**20)
@@ -189,7 +196,10 @@ def _plain(path: Path, unpacked: Path) -> Path:
 
 
 def _arrays(file: Path, path: Path, shape: tuple[int, ...], rows: int) -> Iterator[Shard]:
-    """The shards of a file of arrays; `path` is what the user calls it."""
+    """Yield the shards of a file of arrays; `path` is the user's name for it.
+
+    Raises PipelineError for arrays of another shape, and CorruptError for a truncated file.
+    """
     with file.open("rb") as opened:
         stated = _npy_shape(opened, path) if _begins(file, _NPY) else _idx_shape(opened, path)
         offset = opened.tell()
@@ -224,7 +234,10 @@ def _idx_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
 
 
 def _npy_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
-    """The shape in the header of a .npy; the file stands at its first value then."""
+    """Read the shape from the header of a .npy, up to the position of the first value.
+
+    Raises CorruptError for an unreadable header, and PipelineError for another type or order.
+    """
     try:
         is_first = np.lib.format.read_magic(file) == (1, 0)
         read = (

@@ -1,6 +1,6 @@
-"""What becomes of scored images: answers as Parquet, shard by shard, and the job they are of.
+"""Work of Ray's workers on a shard: read the images, classify them, write the answers as Parquet.
 
-What Ray's workers do: read the images of a shard, answer them, and write that.
+Also the job's folder: its record, and the counts in the files of its shards.
 """
 
 # Shape letters: N images, C channels, H height, W width, K classes.
@@ -30,28 +30,32 @@ from pipeline.scoring.parquet import NO_ID, Rows
 from pipeline.scoring.settings import ScoreConfig
 from pipeline.scoring.source import Cut, read_shard
 
-COUNTS = ("rejected", "unsure")  # in the metadata of a file of answers
-HASHES_AT_ONCE = 2**24  # of ids, in memory: 128 MiB
+COUNTS = ("rejected", "unsure")  # keys in the metadata of a file of answers
+HASHES_AT_ONCE = 2**24  # of ids in memory: 128 MiB
 REJECTED = pa.schema([("id", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """The version of a packaged model that its config selects, and how to read its outputs."""
+    """The version of a packaged model that its config selects, and the kind of its outputs."""
 
     name: str
     version: str
-    path: str  # of its file, which workers read
-    digest: str  # SHA-256 of that
+    path: str  # the model's file, which workers read
+    digest: str  # SHA-256 of that file
     classes: tuple[str, ...]
-    kind: str  # of its outputs: see triton.kind
-    pictures: str  # how a picture becomes what it takes: see config.pictures_of
+    kind: str  # of its outputs: see config_pbtxt.kind
+    pictures: str  # how a picture is converted to its input: see signature.pictures_of
     shape: tuple[int, ...]  # (C, H, W)
     min_probability: float  # below it an answer is not sure
 
 
 def selected_model(paths: Paths) -> ScoringModel:
-    """The packaged model's selected version, its files and digests checked."""
+    """Check the files and digests of the packaged model's selected version; return it.
+
+    Raises PipelineError when a check fails, or when the model does not take batches of uint8 images
+    of one size.
+    """
     path = paths.packaged / config_pbtxt.CONFIG
     config = config_pbtxt.read(path)
     release = check_release(paths, require_selected(path, config))
@@ -78,7 +82,7 @@ def selected_model(paths: Paths) -> ScoringModel:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images of a shard, or of all, became what."""
+    """Counts of scored, rejected and unsure images, of a shard or of all."""
 
     scored: int = 0
     rejected: int = 0
@@ -86,7 +90,7 @@ class Counts:
 
     @property
     def images(self) -> int:
-        """All of them."""
+        """Number of all images."""
         return self.scored + self.rejected
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -97,7 +101,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a job writes. Names that begin with '_' or '.' are none of the result's to readers."""
+    """The files of a job. Readers of the result skip names that begin with '_' or '.'."""
 
     path: Path
 
@@ -125,9 +129,10 @@ class Folder:
 
 
 def begin(folder: Folder, record: Mapping[str, Any]) -> None:
-    """Say which job the folder holds, or that it goes on; the caller holds the lock.
+    """Record the job in its folder, or check that the folder holds this job.
 
-    Raises PipelineError when the folder holds another job, or anything else.
+    The caller holds the lock. Raises PipelineError when the folder holds another job or any other
+    files.
     """
     for below in (folder.path, folder.rejected_folder):
         clear_temporary(below)
@@ -147,7 +152,7 @@ def begin(folder: Folder, record: Mapping[str, Any]) -> None:
 
 
 def finished(folder: Folder, index: int, rows: int) -> Counts | None:
-    """What became of a shard of so many rows, by its files; None where they are not whole."""
+    """Read the counts of a shard of `rows` rows from its files; None if they are incomplete."""
     try:
         metadata = pq.read_metadata(folder.part(index))
         stated = {name: int(metadata.metadata[name.encode()]) for name in COUNTS}
@@ -160,10 +165,10 @@ def finished(folder: Folder, index: int, rows: int) -> Counts | None:
 
 
 def repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
-    """Count the ids that more than one of the `rows` answers in these parts has, by 64-bit hashes.
+    """Count the ids that occur more than once in these parts' `rows` answers, by 64-bit hashes.
 
-    Many answers are read several times, each time for another share of the ids, so that the memory
-    stays bounded.
+    If there are many answers, the parts are read several times, each time for another share of the
+    ids, so that memory stays bounded.
     """
     repeated, passes = 0, -(-rows // HASHES_AT_ONCE)
     for turn in range(passes):
@@ -173,19 +178,19 @@ def repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
             shares.append(hashes[(hashes >> np.uint64(40)) % np.uint64(passes) == turn])
         hashes = np.sort(np.concatenate(shares))
         same = np.append(hashes[1:] == hashes[:-1], False)
-        repeated += int(np.count_nonzero(same[:-1] & ~same[1:]))  # where the equal ones end
+        repeated += int(np.count_nonzero(same[:-1] & ~same[1:]))  # ends of runs of equal hashes
     return repeated
 
 
 def _hashes(part: Path) -> np.ndarray:
-    """A number (N,) for each id of a part; a whole number has one of its own."""
+    """Return a 64-bit hash (N,) of each id of a part; different integers have different hashes."""
     with pq.ParquetFile(part) as file:
         ids = file.read(["id"])["id"]
     if pa.types.is_integer(ids.type):
         numbers = ids.to_numpy().astype(np.uint64)
     else:
         numbers = np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids)).astype(np.uint64)
-    # Times an odd number, so that the high bits vary as well.
+    # Multiply by an odd number, so that the high bits vary as well.
     mixed: np.ndarray = numbers * np.uint64(0x9E3779B97F4A7C15)
     return mixed
 
@@ -193,7 +198,7 @@ def _hashes(part: Path) -> np.ndarray:
 def score_rows(
     rows: Rows, model: ScoringModel, predictor: Predictor, config: ScoreConfig
 ) -> tuple[pa.Table, pa.Table, Counts]:
-    """The answers, what was rejected, and how many there are of each."""
+    """Classify the rows; return the tables of answers and of rejected rows, and their counts."""
     reasons = rows.reasons.copy()
     asked = np.flatnonzero(reasons == "")
     images = rows.images if len(asked) == len(rows.images) else rows.images[asked]
@@ -205,7 +210,7 @@ def score_rows(
     reasons[asked[~whole]] = "the model's answer is not finite"
     table, unsure = _answers(rows.ids[asked[whole]], outputs[whole], model, config.top)
     bad = np.flatnonzero(reasons != "")
-    ids = [  # a row without an id has its number
+    ids = [  # a row without an id gets its number
         f"row {key}" if reason == NO_ID and not isinstance(key, str) else str(key)
         for key, reason in zip(rows.ids[bad], reasons[bad], strict=True)
     ]
@@ -216,9 +221,9 @@ def score_rows(
 def _answers(
     ids: np.ndarray, outputs: np.ndarray, model: ScoringModel, top: int
 ) -> tuple[pa.Table, int]:
-    """A row for each output (K,), and how many of them are not sure."""
+    """Return a table with a row for each output (K,), and the number of unsure rows."""
     count, classes = outputs.shape
-    # Where the config names fewer classes than there are, the others go by their number.
+    # If the config names too few classes, the others are called by their index.
     named = {**{index: str(index) for index in range(classes)}, **dict(enumerate(model.classes))}
     labels = pa.array([named[index] for index in range(classes)], pa.string())
     best = min(top, classes)
@@ -247,7 +252,7 @@ def _answers(
 
 
 def write(folder: Folder, index: int, table: pa.Table, rejected: pa.Table, counts: Counts) -> None:
-    """Write the files of a shard; that of its answers comes last and says that all is there."""
+    """Write the files of a shard; the file of answers is last and marks the shard as complete."""
     if len(rejected):
         write_with(folder.rejected(index), functools.partial(pq.write_table, rejected))
     said = {name: str(getattr(counts, name)) for name in COUNTS}
@@ -257,7 +262,7 @@ def write(folder: Folder, index: int, table: pa.Table, rejected: pa.Table, count
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads shards; what Ray carries about are arrays of one length."""
+    """Reader of shards; Ray passes its result on as arrays of one length."""
 
     source: Cut
 
@@ -278,7 +283,7 @@ class Reader:
 
 
 class Scorer:
-    """A worker: a session of one thread, which answers shards and writes them."""
+    """A worker: a session with one thread, which classifies shards and writes the answers."""
 
     def __init__(self, model: ScoringModel, folder: Folder, config: ScoreConfig) -> None:
         self.model, self.folder, self.config = model, folder, config
@@ -290,7 +295,7 @@ class Scorer:
             self.predictor = error
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write the answers to a shard; return how many images it had and when."""
+        """Write the answers to a shard; return the number of its images and the times."""
         if "failed" in batch:
             return batch
         if isinstance(self.predictor, PipelineError):
@@ -306,9 +311,9 @@ class Scorer:
 
 
 def _failed(error: PipelineError | OSError, path: str) -> dict[str, np.ndarray]:
-    """An error of the user's as a row: as an exception it would come back as Ray's own.
+    """Return an error for the user as a row: Ray would wrap an exception in one of its own.
 
-    `path` is what was read or written, for an error of the system's that does not name it.
+    `path` is what was read or written, used for an OSError that does not name its file.
     """
     if isinstance(error, OSError):
         said = f"{error.filename or path} fails a worker ({error.strerror or error})"
