@@ -1,1 +1,1 @@
-"""What measures, renders and proves around the package: `make` calls it."""
+"""Tools around the package that measure, render and validate; `make` calls them."""

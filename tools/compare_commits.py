@@ -50,7 +50,7 @@ STAGES = (
     "score digits --output scored",
     "doctor",
 )
-# Stages whose values tell of the machine and of the moment: only their keys are compared.
+# Stages whose values depend on the machine and the time: only their keys are compared.
 KEYS_ONLY = ("serve", "serve status", "serve stop", "doctor")
 # Parts of a key whose values differ from run to run. The digests are of records with times in them.
 CHANGING = re.compile(
@@ -61,7 +61,7 @@ CHANGING = re.compile(
 CHANGING_TEXT = re.compile(r"\d{4}-\d\d-\d\dT[\d:.+Z-]+|(?<=127\.0\.0\.1:)\d+|0x[0-9a-f]{6,}")
 EXACT = {".onnx", ".npz", ".pbtxt", ".safetensors", ".txt", ".png", ".pt2", ".parquet"}
 
-# What a commit does, in sections; in each, a value under every name.
+# The behaviour of a commit in sections, each with values by their names.
 Facts = dict[str, object]
 Behaviour = dict[str, Facts]
 
@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def behaviour(commit: str) -> Behaviour:
-    """Everything that is compared of one commit."""
+    """Return everything that is compared, for one commit."""
     with worktree(commit) as source, tempfile.TemporaryDirectory(prefix="chain-") as folder:
         root = Path(folder)
         for name in (".venv-triton", "data"):

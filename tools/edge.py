@@ -1,4 +1,4 @@
-"""What the command lines of tools have in common: arguments, progress, and exit statuses."""
+"""Common parts of the tools' command lines: arguments, progress, and exit statuses."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from pipeline.core.paths import Paths
 
 
 def run_tool(main: Callable[[list[str]], None]) -> None:
-    """Run a tool on the arguments of this process; tell a PipelineError in one line and exit."""
+    """Run a tool on this process's arguments; print a PipelineError in one line and exit."""
     try:
         main(sys.argv[1:])
     except PipelineError as failure:
@@ -19,7 +19,7 @@ def run_tool(main: Callable[[list[str]], None]) -> None:
 
 
 def result_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser of the file of a result, and of the name of the model that is measured."""
+    """Return a parser for the file of a result and the name of the measured model."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("result", type=Path)
     parser.add_argument("--name", default=Paths.name)
@@ -27,5 +27,5 @@ def result_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def print_now(line: str) -> None:
-    """Print a line of progress at once."""
+    """Print a line of progress immediately."""
     print(line, flush=True)

@@ -1,4 +1,4 @@
-"""A gateway on a port of its own, a client that plays Triton's part, and hostile pictures."""
+"""A gateway on a free port, a client that stands in for Triton, and hostile pictures."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ WAIT_SECONDS = 20.0
 
 
 class Player:
-    """Answers as AsyncClient does, as it is told to."""
+    """A stand-in for AsyncClient, with answers and failures that a test sets."""
 
     version = "1"
     failure: PipelineError | None = None  # raised instead of an answer
@@ -67,7 +67,7 @@ class Player:
 
 @dataclass
 class Reply:
-    """What came back over HTTP."""
+    """Response of the gateway over HTTP."""
 
     status: int
     headers: Mapping[str, str]
@@ -82,7 +82,7 @@ class Reply:
 
 @dataclass
 class Served:
-    """A gateway that listens."""
+    """A running gateway."""
 
     port: int
     gateway: Gateway
@@ -109,7 +109,7 @@ class Served:
         return self.ask("POST", "/classify", body, named)
 
     def raw(self, text: bytes) -> bytes:
-        """What comes back for these bytes, until the connection is closed or says no more."""
+        """Send these bytes; return what is received until the gateway closes the connection."""
         with socket.create_connection(("127.0.0.1", self.port), WAIT_SECONDS) as connection:
             connection.sendall(text)
             connection.shutdown(socket.SHUT_WR)
@@ -120,9 +120,9 @@ class Served:
 
 
 def connected(port: int, client: str, begun: bytes = b"") -> socket.socket:
-    """A connection that never waits, from an address of its own, with some bytes sent."""
+    """Open a non-blocking connection from the address `client`, and send the bytes `begun`."""
     connection = socket.socket()
-    # As little as there is for what is not read, and nothing left behind by closing.
+    # The smallest buffer for unread bytes; closing resets the connection and leaves nothing behind.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.settimeout(WAIT_SECONDS)
@@ -135,7 +135,7 @@ def connected(port: int, client: str, begun: bytes = b"") -> socket.socket:
 
 @contextlib.contextmanager
 def served(link: Link, config: GatewayConfig, log: PredictionLog | None = None) -> Iterator[Served]:
-    """The gateway in a thread, on a free port."""
+    """Run the gateway in a thread, on a free port, until the end of the block."""
     gateway = Gateway(link, config, log)
     with webserver.listening(config) as listener:
         server = uvicorn.Server(webserver.uvicorn_config(gateway))
@@ -148,7 +148,7 @@ def served(link: Link, config: GatewayConfig, log: PredictionLog | None = None) 
 
 
 def until(condition: Any) -> None:
-    """Return once it is so."""
+    """Wait until the condition is true; AssertionError after WAIT_SECONDS."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
@@ -156,7 +156,7 @@ def until(condition: Any) -> None:
 
 
 def player(monkeypatch: pytest.MonkeyPatch) -> type[Player]:
-    """A class of its own for a test, that every link then takes for AsyncClient."""
+    """Make a Player class for one test, which every link then uses as AsyncClient."""
 
     class OneTest(Player):
         gate = threading.Event()
@@ -167,7 +167,7 @@ def player(monkeypatch: pytest.MonkeyPatch) -> type[Player]:
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (200, 200), mode: str = "L") -> bytes:
-    """A seven, drawn."""
+    """Draw a seven; return the content of its file."""
     image = Image.new(mode, size, "white")
     points = [(0.25 * size[0], 0.2 * size[1]), (0.75 * size[0], 0.2 * size[1])]
     points.append((0.45 * size[0], 0.8 * size[1]))
@@ -176,13 +176,13 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (200, 200), mode: str = "
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """Encode an image as a file of that kind."""
+    """Encode an image as the content of a file of format `kind`."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-# Pictures that say little and ask for much.
+# Small files that are expensive to decode.
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
@@ -191,7 +191,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, *before: bytes, colour: int = 0, rows: int = 0) -> bytes:
-    """A PNG that says to be so large, and has some rows of zeros."""
+    """Make a PNG whose header states this size, with `rows` rows of zeros as its data."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
     data = zlib.compress(bytes(rows * (1 + width * {0: 1, 2: 3, 6: 4}[colour])), 9)
     parts = [header, *before, chunk(b"IDAT", data), chunk(b"IEND", b"")]
@@ -199,7 +199,7 @@ def png(width: int, height: int, *before: bytes, colour: int = 0, rows: int = 0)
 
 
 def jpeg(width: int, height: int) -> bytes:
-    """A real JPEG whose header says that it is so large."""
+    """Make a valid JPEG whose header is changed to state this size."""
     content = bytearray(encoded(Image.new("L", (16, 16)), "JPEG"))
     frame = content.index(b"\xff\xc0")
     content[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
@@ -207,7 +207,7 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def webp(kind: bytes, width: int, height: int) -> bytes:
-    """The first chunk of a WebP that says to be so large, and nothing behind it."""
+    """Make a WebP with only a first chunk, which states this size."""
     if kind == b"VP8X":
         data = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     elif kind == b"VP8L":
@@ -219,20 +219,20 @@ def webp(kind: bytes, width: int, height: int) -> bytes:
 
 
 def many_scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again, each a walk over all of it."""
+    """Make a progressive JPEG whose last scan is repeated; decoding each visits every pixel."""
     content = encoded(picture_of(800, 800), "JPEG", progressive=True)
     last = content.rindex(b"\xff\xda")
     return content[:last] + content[last:-2] * count + content[-2:]
 
 
 def picture_of(width: int, height: int) -> Image.Image:
-    """Make an image of that size with something in it."""
+    """Make an image of this size that shows a seven."""
     return Image.open(io.BytesIO(picture("PNG", (width, height))))
 
 
 @functools.cache
 def bombs() -> dict[str, bytes]:
-    """Twelve pictures of a few kilobytes that would cost far more than that."""
+    """Make twelve small pictures that are expensive to decode, by their descriptions."""
     text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(900_000), 9))
     profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(60_000_000), 9))
     return {
@@ -254,7 +254,7 @@ def bombs() -> dict[str, bytes]:
 
 
 GET = b"GET /page.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-# What a client sends to hold a connection, and what it then goes on sending.
+# What a client sends first to hold a connection, and what it sends repeatedly after that.
 HOLDING = {
     "says nothing": (b"", b""),
     "never ends a head": (b"GET / HTTP/1.1\r\nX: ", b"x"),
@@ -265,7 +265,7 @@ HOLDING = {
     "never reads": (GET * 2000, GET),
 }
 
-# Requests that come from elsewhere: their headers, and the status that refuses them.
+# Requests from foreign pages or hosts: their headers, and the status that refuses them.
 OURS = b"Host: 127.0.0.1\r\n"
 ATTEMPTS = {
     "a rebound name": (b"Host: evil.example\r\n", 421),

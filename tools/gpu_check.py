@@ -40,10 +40,10 @@ def gpu_check(
     result: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Run the tests marked gpu, a short training twice, an export and its validation; keep it all.
+    """Run the gpu tests, a short training twice, an export and its validation; write the result.
 
     Raises PipelineError without a name or a GPU, and CheckFailedError when a test fails or is
-    skipped, or a training does not learn.
+    skipped, or when a training does not reach LEAST_ACCURACY.
     """
     if not signed_off_by.strip():
         raise PipelineError("somebody must answer for the check: make gpu-check SIGNED='your name'")
@@ -64,7 +64,7 @@ def gpu_check(
 
 
 def run_gpu_tests() -> int:
-    """How many tests marked gpu passed: all of them."""
+    """Run the tests marked gpu; return their number, or raise CheckFailedError unless all pass."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={result}"]
@@ -77,7 +77,7 @@ def run_gpu_tests() -> int:
 
 
 def passed(result: Path) -> int:
-    """How many tests a JUnit file counts; CheckFailedError unless there are some and all passed."""
+    """Return the number of tests in a JUnit file; raise CheckFailedError unless all passed."""
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     for suite in ElementTree.parse(result).iter("testsuite"):
         for key in counts:
@@ -90,10 +90,13 @@ def passed(result: Path) -> int:
 def train_twice(
     paths: Paths, device: str, report: Callable[[str], None], config: TrainConfig | None = None
 ) -> tuple[Summary, Summary]:
-    """Runs of the quick recipe on `device`, as it is and compiled."""
+    """Train the quick recipe on `device`, plain and compiled; return both summaries.
+
+    Raises CheckFailedError when a test accuracy is below LEAST_ACCURACY.
+    """
     asked = replace(config or TrainConfig("quick", RECIPES["quick"]), device=device)
     summaries = []
-    for compiled in (True, False):  # the plain one last: it is the one that is exported
+    for compiled in (True, False):  # the plain run last, since it is exported
         done = train_run(replace(paths, run=NAME), replace(asked, compiled=compiled), report=report)
         if done.test_accuracy < LEAST_ACCURACY:
             raise CheckFailedError(
@@ -107,16 +110,16 @@ def train_twice(
 def checked_export(
     paths: Paths, plain: Summary, compiled: Summary, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What to record, once what was trained is exported and ONNX Runtime agrees with it."""
+    """Export and validate the trained network with ONNX Runtime; return the fields to record."""
     of_check = replace(paths, run=NAME, name=NAME)
     export_run(of_check, report=report)
     is_cuda = plain.device.startswith("cuda")
-    # The proof of the CPU is the one that is kept; ONNX Runtime on the GPU has to pass it as well.
+    # The validation on the CPU is kept; ONNX Runtime on the GPU has to pass it as well.
     on_gpu = validate_export(of_check, provider="cuda", report=report) if is_cuda else None
     proof = validate_export(of_check, report=report)
     capability = torch.cuda.get_device_capability() if is_cuda else ()
     return {
-        "device": plain.device,  # as device.py describes it, precision and TF32 included
+        "device": plain.device,  # as device.py describes it, with precision and TF32
         "capability": ".".join(map(str, capability)),
         "torch": plain.torch,
         "cuda": torch.version.cuda,
@@ -124,7 +127,7 @@ def checked_export(
         "train_seconds": plain.train_seconds,
         "compiled_test_accuracy": compiled.test_accuracy,  # the same through torch.compile
         "compiled_train_seconds": compiled.train_seconds,  # compilation included
-        # Of ONNX Runtime against the network in float64: on the CPU, and on CUDA with TF32 off.
+        # ONNX Runtime's errors against the reference: on the CPU, and on CUDA without TF32.
         "max_error": proof.verdicts[0].max_error,
         "max_error_on_gpu": on_gpu.verdicts[0].max_error if on_gpu else None,
         "weights_sha256": plain.weights_sha256,
@@ -132,7 +135,7 @@ def checked_export(
 
 
 def main(arguments: list[str]) -> None:
-    """Check, keep the result, and let the pages say it."""
+    """Run the check, keep the result, and render it into the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--signed-off-by", required=True, help="who ran it and answers for it")

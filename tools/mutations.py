@@ -1,4 +1,4 @@
-"""A model repository mutated in many ways: each a case with what Triton makes of it, and why."""
+"""Mutations of a model repository: cases, each with its expected result in Triton, and why."""
 
 import os
 import shutil
@@ -14,13 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from pipeline.core.files import sha256
 from pipeline.repository.lint.text import Finding
 
-# What a case is expected to be, and what a server here makes of it:
+# The expected result of a case, and the outcomes of a local server that match it:
 REFUSED = "refused"  # by Triton or its backend
-WRONG = "wrong"  # it loads, and serves what was not meant, or unsafely
+WRONG = "wrong"  # it loads, but serves something unintended, or is unsafe
 NATIVE = "native"  # refused where there is a GPU or the native backend, whose source is cited
-SILENT = "answers wrongly"  # it loads, and only a request tells
-LOADS = "loads"  # and is right, maybe with a warning
-UNTRIED = "loads natively"  # and is right; our own backend may not run it beside numpy 2
+SILENT = "answers wrongly"  # it loads, and only a request shows the fault
+LOADS = "loads"  # and is correct, maybe with a warning
+UNTRIED = "loads natively"  # and is correct; this project's backend may not run it with numpy 2
 ON_A_SERVER = {
     REFUSED: ("refused", "hangs", "ends"),
     WRONG: ("loads",),
@@ -73,7 +73,7 @@ def graph(
     outputs: Sequence[Any] | None = None,
     inputs: Sequence[Any] | None = None,
 ) -> onnx.ModelProto:
-    """Images (batch, 1, 2, 2) of bytes to their four scores."""
+    """Make a model from images (batch, 1, 2, 2) of bytes to their four pixels as scores."""
     usual = [
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["floats"], ["scores"]),
@@ -91,7 +91,7 @@ def graph(
 
 
 def write_model(folder: Path) -> None:
-    """A small model as `package` would lay it out, called as its folder."""
+    """Write a small model with the layout of `package`, named after its folder."""
     (folder / "1").mkdir(parents=True)
     (folder / "warmup").mkdir()
     onnx.save(graph(), folder / "1" / "model.onnx")
@@ -102,18 +102,18 @@ def write_model(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to change a repository."""
+    """A mutation of a repository, with its expected result."""
 
     name: str
     expected: str
     mutate: Callable[[Path], None]
-    rule: str = ""  # of lint, which says so; empty where only a server tells, or nothing is wrong
+    rule: str = ""  # the lint rule that reports it; empty if lint reports nothing
     why: str = ""
-    source: str = ""  # where Triton decides it
+    source: str = ""  # where Triton's code decides it
 
 
 def static_fault(one: Case, findings: Sequence[Finding]) -> str:
-    """Where lint does not say of a case what it should; empty when it does."""
+    """Return how lint's findings on a case differ from the expected ones; empty if they match."""
     said = {level: {f.rule for f in findings if f.level == level} for level in ("error", "warning")}
     is_error = one.expected in (REFUSED, WRONG, NATIVE) and one.rule
     if is_error:
@@ -129,7 +129,7 @@ Change = Callable[[Path], None]
 
 
 def case(expected: str, rule: str = "", source: str = "") -> Callable[[Change], Change]:
-    """Add a function to the cases: its name is the case's, its docstring says why."""
+    """Add a function to the cases: its name is the case's name, its docstring the reason."""
 
     def add(change: Change) -> Change:
         why = (change.__doc__ or "").strip()
@@ -140,7 +140,7 @@ def case(expected: str, rule: str = "", source: str = "") -> Callable[[Change], 
 
 
 def edit(folder: Path, old: str, new: str, file: str = "config.pbtxt") -> None:
-    """Change a model's config, as somebody with an editor would."""
+    """Change a model's config, as a user with an editor would."""
     text = (folder / file).read_text()
     assert old in text, old
     (folder / file).write_text(text.replace(old, new))
@@ -158,7 +158,7 @@ def save(folder: Path, model: onnx.ModelProto, version: str = "1") -> None:
 
 
 def bare(folder: Path, text: str = "", model: onnx.ModelProto | None = None) -> None:
-    """Leave nothing of the model but its graph and a config of one's own."""
+    """Remove everything of the model but its graph, and write another config."""
     for name in ("warmup", "labels.txt", "config.pbtxt"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -476,7 +476,7 @@ def rows_of_a_batch_added_up(folder: Path) -> None:
 
 
 def external(folder: Path, location: str, size: int) -> None:
-    """The model, with a weight in a file of its own."""
+    """Make the model with a weight in a separate file."""
     nodes = [
         helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["floats"], ["flat"]),
@@ -797,7 +797,7 @@ GPU = "count: 1\n  kind: KIND_GPU"
 
 
 def accelerated(folder: Path, name: str, parameters: str) -> None:
-    """Ask for an accelerator of GPUs."""
+    """Request a GPU accelerator in the config."""
     edit(folder, "count: 1\n  kind: KIND_CPU", GPU)
     append(
         folder,
@@ -1211,7 +1211,7 @@ def digest_of_a_version_that_went(folder: Path) -> None:
 
 
 def build(repository: Path, cases: Sequence[Case] = CASES) -> None:
-    """A repository with a model for each case, called as the case."""
+    """Write a repository with a model for each case, named after the case."""
     for one in cases:
         write_model(repository / one.name)
         one.mutate(repository / one.name)

@@ -1,7 +1,7 @@
-"""Pictures of things that are no digits, made by seed, for a model to be asked about.
+"""Pictures of things that are not digits, generated from a seed, to test what a model refuses.
 
-Nothing of this is trained on: what training sees is made in another way, by `outliers.py`, which
-draws its letters with strokes and knows no font. What is held back no choice of it was made by.
+They are not used in training: `outliers.py` makes the outliers for training in another way, and
+draws letters with strokes, without fonts. The kinds held back had no influence on it.
 """
 
 # Shape letters: N images, P points of a pen's path.
@@ -18,11 +18,11 @@ from pipeline.core.signature import IMAGES
 from pipeline.data.splits import load_split
 from pipeline.images.read import prepare
 
-EACH = 1000  # images of a kind; of letters as many as there are
+EACH = 1000  # images of a kind, except letters, all of which are used
 SIDE = 140  # pixels of the paper that letters and scribbles are drawn on
-POINTS, SWINGS = 300, 8  # of a scribble; how many swings make one
+POINTS, SWINGS = 300, 8  # of a scribble: points of its path, and its sine waves
 INK_ON_PAPER = (20, 235)  # gray levels
-# Written by hand these may be just what a digit is: 1, 0, 5, 2, 6, 9.
+# Handwritten, these may look the same as a digit: 1, 0, 5, 2, 6, 9.
 LOOKALIKES = frozenset("IlOoSsZzbgq")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 SIGNS = "+=?&@#$%*~<>"
@@ -36,17 +36,17 @@ FONTS_HELD_BACK = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", PILLOWS
 
 @dataclass(frozen=True)
 class Kind:
-    """Things of one kind, as a model gets them."""
+    """Images of one kind of thing, as a model gets them."""
 
     name: str
     images: np.ndarray  # uint8 (N, 1, 28, 28)
-    is_counted: bool = True  # among what has to be refused; not what may look like a digit
+    is_counted: bool = True  # has to be refused; False for lookalikes of digits
 
 
 def kinds(clothes: Path, seed: int = 0) -> list[Kind]:
-    """Every kind; the clothes of Fashion-MNIST's test split from its cache in `clothes`."""
+    """Make the images of every kind; `clothes` is the folder of Fashion-MNIST's cache."""
     rng = np.random.default_rng(seed)
-    worn = load_split("fashion-mnist", clothes, "test").images  # first: it may not be there
+    worn = load_split("fashion-mnist", clothes, "test").images  # first: it may be missing
     (others, similar), (held_back, also) = letters(FONTS), letters(FONTS_HELD_BACK)
     return [
         Kind("clothes (Fashion-MNIST)", worn),
@@ -74,9 +74,9 @@ def _each(
 
 
 def letters(fonts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Letters of fonts as pictures of digits are prepared, (N, 1, 28, 28).
+    """Draw the letters of fonts, prepared as pictures of digits are, (N, 1, 28, 28).
 
-    The second are those that may be digits.
+    The second array has the letters that may be digits.
     """
     drawn: dict[bool, list[np.ndarray]] = {False: [], True: []}
     for name in fonts:
@@ -87,7 +87,7 @@ def letters(fonts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def signs(fonts: tuple[str, ...]) -> np.ndarray:
-    """Signs of fonts as pictures of digits are prepared, (N, 1, 28, 28)."""
+    """Draw the signs of fonts, prepared as pictures of digits are, (N, 1, 28, 28)."""
     drawn = [_letter(sign, font) for font in map(_font, fonts) for sign in SIGNS]
     return np.stack([prepare(picture) for picture in drawn])
 
@@ -101,7 +101,7 @@ def _font(name: str) -> ImageFont.FreeTypeFont:
 
 
 def _font_folder() -> Path:
-    """Where matplotlib, which nothing here needs to import, has its fonts."""
+    """Return the folder of matplotlib's fonts, without importing matplotlib."""
     found = importlib.util.find_spec("matplotlib")
     assert found
     assert found.origin
@@ -116,7 +116,7 @@ def _letter(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
 
 
 def scribble(rng: np.random.Generator) -> np.ndarray:
-    """The path of a pen that swings back and forth and does not stop, uint8 (1, 28, 28)."""
+    """Draw a scribble, the path of a pen that swings without stopping, uint8 (1, 28, 28)."""
     time = np.linspace(0, rng.uniform(3, 6), POINTS)
     swings = rng.normal(size=(SWINGS, 2, 1)) / np.arange(1, SWINGS + 1)[:, None, None] ** 0.5
     phases = rng.uniform(0, 2 * np.pi, (SWINGS, 2, 1))
@@ -127,7 +127,7 @@ def scribble(rng: np.random.Generator) -> np.ndarray:
 
 
 def zigzag(rng: np.random.Generator) -> np.ndarray:
-    """A pen that crosses something out: back and forth, and along, uint8 (1, 28, 28)."""
+    """Draw a zigzag, as of a pen that crosses something out, uint8 (1, 28, 28)."""
     corners = int(rng.integers(6, 15))
     along = np.linspace(-1, 1, corners) * rng.uniform(0.3, 1) + rng.normal(0, 0.15, corners)
     across = np.where(np.arange(corners) % 2, 1, -1) * rng.uniform(0.4, 1, corners)
@@ -138,7 +138,7 @@ def zigzag(rng: np.random.Generator) -> np.ndarray:
 
 
 def _drawn(path: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A path (2, P) from -1 to 1, drawn with some pen, as pictures of digits are prepared."""
+    """Draw a path (2, P) from -1 to 1 with a random pen, prepared as pictures of digits are."""
     ink, paper = INK_ON_PAPER
     canvas = Image.new("L", (SIDE, SIDE), paper)
     line = [(x, y) for x, y in (path * 0.38 * SIDE + SIDE / 2).T]
@@ -147,17 +147,17 @@ def _drawn(path: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def uniform(rng: np.random.Generator) -> np.ndarray:
-    """Noise of every gray level alike, uint8 (1, 28, 28)."""
+    """Make noise, uniform over all gray levels, uint8 (1, 28, 28)."""
     return rng.integers(0, 256, IMAGES.shape, np.uint8)
 
 
 def gaussian(rng: np.random.Generator) -> np.ndarray:
-    """Noise about a gray level of its own, as much of it as there is room."""
+    """Make Gaussian noise of random mean and deviation, clipped to uint8 (1, 28, 28)."""
     level, deviation = rng.uniform(30, 225), rng.uniform(15, 80)
     return rng.normal(level, deviation, IMAGES.shape).clip(0, 255).astype(np.uint8)
 
 
 def blank(rng: np.random.Generator) -> np.ndarray:
-    """Paper of one level, more or less: white is 0, as ink is what the model sees."""
+    """Make paper of one level with little noise, uint8 (1, 28, 28); white paper is 0."""
     level, deviation = rng.choice([0.0, rng.uniform(0, 255)]), rng.uniform(0, 4)
     return rng.normal(level, deviation, IMAGES.shape).clip(0, 255).astype(np.uint8)

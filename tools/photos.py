@@ -1,7 +1,7 @@
-"""Test digits as the pictures that people have: under seeded conditions, as files' contents.
+"""Test digits as realistic pictures under seeded conditions, as the contents of files.
 
-Real digits of MNIST are drawn large, with a pen, onto paper, under light, into a camera; paper,
-lines, light and lenses come from a random generator.
+Real MNIST digits are drawn large with a pen on paper, lit, and photographed; paper, lines, light
+and lenses come from a random generator.
 """
 
 # Shape letters: H height and W width of a picture. Coverage is how much of a pixel is ink, 0 to 1.
@@ -18,7 +18,7 @@ Shape = tuple[int, int]  # H, W
 
 
 def _smooth(rng: Rng, shape: Shape, cells: int) -> np.ndarray:
-    """Noise (H, W) of standard deviation about 1 whose bumps are a `cells`-th of the picture."""
+    """Make noise (H, W) of standard deviation about 1, with `cells` bumps on the longer side."""
     rows = max(2, round(cells * shape[0] / max(shape)))
     columns = max(2, round(cells * shape[1] / max(shape)))
     coarse = Image.fromarray(rng.standard_normal((rows, columns), np.float32))
@@ -26,21 +26,21 @@ def _smooth(rng: Rng, shape: Shape, cells: int) -> np.ndarray:
 
 
 def _plane(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates y (H, 1) and x (1, W) from -0.5 to 0.5."""
+    """Return coordinates y (H, 1) and x (1, W) from -0.5 to 0.5."""
     y = np.linspace(-0.5, 0.5, shape[0], dtype=np.float32)[:, np.newaxis]
     x = np.linspace(-0.5, 0.5, shape[1], dtype=np.float32)[np.newaxis]
     return y, x
 
 
 def texture(rng: Rng, shape: Shape, strength: float) -> np.ndarray:
-    """Paper's own unevenness (H, W), from grains to clouds."""
+    """Make the unevenness (H, W) of paper, at fine to coarse scales."""
     cells = (max(shape) // 2, max(shape) // 8, 12)
     layers = [_smooth(rng, shape, count) for count in cells]
     return strength * (0.6 * layers[0] + 0.5 * layers[1] + 0.6 * layers[2])
 
 
 def gradient(rng: Rng, shape: Shape) -> np.ndarray:
-    """Light from one side, and a lens that is darker at its corners."""
+    """Make light (H, W) from one side, with corners darkened by the lens."""
     y, x = _plane(shape)
     angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.6)
     across = x * float(np.cos(angle)) + y * float(np.sin(angle))
@@ -49,7 +49,7 @@ def gradient(rng: Rng, shape: Shape) -> np.ndarray:
 
 
 def shadow(rng: Rng, shape: Shape) -> np.ndarray:
-    """The shadow of a hand or a phone: a soft edge through the picture."""
+    """Make light (H, W) with the shadow of a hand or phone: a soft edge through the picture."""
     y, x = _plane(shape)
     angle, place = rng.uniform(0, 2 * np.pi), rng.uniform(-0.25, 0.25)
     bend = rng.uniform(-1, 1)
@@ -61,7 +61,7 @@ def shadow(rng: Rng, shape: Shape) -> np.ndarray:
 
 
 def glare(rng: Rng, shape: Shape) -> np.ndarray:
-    """A lamp's bright spot on a shiny board."""
+    """Make light (H, W) with a lamp's bright spot on a shiny board."""
     y, x = _plane(shape)
     at_y, at_x = rng.uniform(-0.5, 0.5, 2)
     spot = np.exp(-((x - at_x) ** 2 + (y - at_y) ** 2) / rng.uniform(0.01, 0.05))
@@ -70,7 +70,7 @@ def glare(rng: Rng, shape: Shape) -> np.ndarray:
 
 
 def crumpled(rng: Rng, shape: Shape) -> np.ndarray:
-    """Folded paper: facets that take the light differently."""
+    """Make the light (H, W) on folded paper: facets of different brightness."""
     y, x = _plane(shape)
     lit = np.ones(shape, np.float32)
     for _ in range(int(rng.integers(2, 6))):
@@ -81,7 +81,7 @@ def crumpled(rng: Rng, shape: Shape) -> np.ndarray:
 
 
 def ruled(rng: Rng, shape: Shape, upright: bool = False) -> np.ndarray:
-    """Lines across the picture: how dark (H, W), 0 to 1."""
+    """Make the darkness (H, W) of lines across the picture, 0 to 1."""
     y, x = _plane(shape)
     high = max(shape)
     tilt = float(np.tan(np.radians(rng.uniform(-2.5, 2.5))))
@@ -94,7 +94,7 @@ def ruled(rng: Rng, shape: Shape, upright: bool = False) -> np.ndarray:
 
 
 def squared(rng: Rng, shape: Shape) -> np.ndarray:
-    """Squared paper: how dark (H, W), 0 to 1."""
+    """Make the darkness (H, W) of the lines of squared paper, 0 to 1."""
     state = rng.integers(2**31)
     across = ruled(np.random.default_rng(state), shape)
     upright = ruled(np.random.default_rng(state), shape, upright=True)
@@ -102,7 +102,7 @@ def squared(rng: Rng, shape: Shape) -> np.ndarray:
 
 
 def seen_askew(image: Image.Image, by: float, rng: Rng) -> Image.Image:
-    """The picture from a camera that was not held straight above it."""
+    """Distort the picture as by a camera that is not straight above it."""
     width, height = image.size
     corners = np.array(((0, 0), (width, 0), (width, height), (0, height)), np.float64)
     inward = np.array(((1, 1), (-1, 1), (-1, -1), (1, -1))) * (width, height)
@@ -117,7 +117,7 @@ def seen_askew(image: Image.Image, by: float, rng: Rng) -> Image.Image:
 
 
 def turned(image: Image.Image, degrees: float) -> Image.Image:
-    """The picture turned, and cut so that no corner is empty."""
+    """Turn the picture, and crop it so that no corner is empty."""
     width, height = image.size
     sine = abs(np.sin(np.radians(degrees)))
     edge_x, edge_y = round(height * sine / 2) + 1, round(width * sine / 2) + 1
@@ -127,7 +127,7 @@ def turned(image: Image.Image, degrees: float) -> Image.Image:
 
 
 def thinned(ink: np.ndarray) -> np.ndarray:
-    """The skeleton of ink, bool (H, W): strokes one pixel wide (Zhang and Suen 1984)."""
+    """Return the skeleton of ink, bool (H, W): strokes one pixel wide (Zhang and Suen 1984)."""
     ink = np.pad(ink, 1)
     while True:
         before = ink.sum()
@@ -148,26 +148,26 @@ def thinned(ink: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scene:
-    """How a digit is written, on what, and how a picture is taken of it."""
+    """Conditions of a picture: pen, paper, light and camera."""
 
     shape: tuple[int, int] = (360, 480)  # H, W
-    share: tuple[float, float] = (0.3, 0.65)  # of the shorter side that the digit is high
+    share: tuple[float, float] = (0.3, 0.65)  # the digit's height by the picture's shorter side
     pen: str = "own"  # the digit's own stroke, or thick, or hair
-    turn: float = 4.0  # degrees, at most, that the digit is turned
+    turn: float = 4.0  # largest turn of the digit, in degrees
     paper: tuple[int, int, int] = (236, 232, 222)
     ink: tuple[int, int, int] = (38, 40, 58)
     opacity: tuple[float, float] = (0.8, 1.0)  # of the ink
     texture: float = 0.01  # of the paper, as a fraction of its level
     lines: Callable[[Rng, tuple[int, int]], np.ndarray] | None = None  # darkness (H, W), 0 to 1
     lighting: Callable[[Rng, tuple[int, int]], np.ndarray] | None = None  # factor (H, W)
-    perspective: float = 0.0  # of each side that a corner may be off
-    camera: float = 0.0  # degrees, at most, that the picture is turned
+    perspective: float = 0.0  # largest shift of a corner, as a fraction of each side
+    camera: float = 0.0  # largest turn of the picture, in degrees
     blur: tuple[float, float] = (0.0, 0.8)  # radius in pixels
     noise: float = 2.0  # standard deviation in gray levels
     quality: int = 88  # of the JPEG; 0 for a PNG
     orientation: int = 1  # EXIF
     mode: str = "RGB"
-    enlarged: int = 1  # how many pixels the camera makes of one, in each direction
+    enlarged: int = 1  # enlargement by the camera, in each direction
 
 
 def _jittered(colour: tuple[int, int, int], rng: Rng, by: float = 12) -> np.ndarray:
@@ -175,7 +175,7 @@ def _jittered(colour: tuple[int, int, int], rng: Rng, by: float = 12) -> np.ndar
 
 
 def glyph(digit: np.ndarray, side: float, pen: str, rng: Rng) -> np.ndarray:
-    """The coverage of a digit (28, 28) drawn `side` pixels high, with sharp edges."""
+    """Draw a digit (28, 28) `side` pixels high with sharp edges; return its coverage."""
     length = max(8, round(side * 28 / 20))
     fine = 168 if pen == "hair" else length
     large = Image.fromarray(digit).resize((fine, fine), Image.Resampling.BICUBIC)
@@ -193,7 +193,7 @@ def glyph(digit: np.ndarray, side: float, pen: str, rng: Rng) -> np.ndarray:
 
 
 def _hairline(thin: np.ndarray, length: int, width: int) -> np.ndarray:
-    """A skeleton as a line about `width` pixels wide in a picture of `length` pixels."""
+    """Draw a skeleton as a line about `width` pixels wide, in a square of `length` pixels."""
     large = np.asarray(
         Image.fromarray((thin * 255).astype(np.uint8)).resize((length, length)), np.float32
     )
@@ -206,14 +206,14 @@ def _hairline(thin: np.ndarray, length: int, width: int) -> np.ndarray:
 
 
 def drawn(digit: np.ndarray, scene: Scene, rng: Rng) -> np.ndarray:
-    """The coverage (H, W) of a digit somewhere in the picture."""
+    """Draw a digit at a random place in the picture; return its coverage (H, W)."""
     height, width = scene.shape
     side = rng.uniform(*scene.share) * min(scene.shape)
     coverage = glyph(digit, side, scene.pen, rng)
     picture = Image.fromarray((coverage * 255).astype(np.uint8))
     picture = picture.rotate(rng.uniform(-scene.turn, scene.turn), Image.Resampling.BICUBIC)
     room_x, room_y = width - picture.width, height - picture.height
-    edge = scene.perspective + scene.camera / 60  # what a camera may cut off
+    edge = scene.perspective + scene.camera / 60  # a margin that the camera may cut off
     x, y = (round(rng.uniform(edge, 1 - edge) * room) for room in (room_x, room_y))
     canvas = Image.new("L", (width, height))
     canvas.paste(picture, (x, y))
@@ -221,7 +221,7 @@ def drawn(digit: np.ndarray, scene: Scene, rng: Rng) -> np.ndarray:
 
 
 def photo(digit: np.ndarray, scene: Scene, rng: Rng) -> bytes:
-    """The file's content of a picture of a digit, uint8 (28, 28), in a scene."""
+    """Make a picture of a digit, uint8 (28, 28), in a scene; return the content of its file."""
     coverage = drawn(digit, scene, rng)[..., np.newaxis] * rng.uniform(*scene.opacity)
     paper = np.ones((*scene.shape, 1), np.float32)
     if scene.texture:
@@ -237,7 +237,7 @@ def photo(digit: np.ndarray, scene: Scene, rng: Rng) -> bytes:
 
 
 def _taken(picture: np.ndarray, scene: Scene, rng: Rng) -> bytes:
-    """What a camera makes of the levels (H, W, 3)."""
+    """Photograph the levels (H, W, 3) with the scene's camera; return the content of the file."""
     image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
     if scene.perspective:
         image = seen_askew(image, scene.perspective, rng)
@@ -337,7 +337,7 @@ HELD_BACK = ("crumpled", "whiteboard", "pencil on squares")
 
 
 def pictures(condition: str, digits: np.ndarray, seed: int = 0) -> Iterator[bytes]:
-    """Digits, uint8 (N, 1, 28, 28), as files' contents under a condition; always the same."""
+    """Yield digits, uint8 (N, 1, 28, 28), as contents of files under a condition, by seed."""
     number = list(SCENES).index(condition)
     for index, digit in enumerate(digits):
         rng = np.random.default_rng((seed, number, index))
@@ -348,7 +348,7 @@ def pictures(condition: str, digits: np.ndarray, seed: int = 0) -> Iterator[byte
 
 
 def _cut_out(digit: np.ndarray, scene: Scene, rng: Rng) -> bytes:
-    """A PNG of ink alone; what is not ink is transparent."""
+    """Make a PNG of the ink alone; other pixels are transparent."""
     coverage = drawn(digit, scene, rng) * 255
     levels = np.empty((*scene.shape, 4), np.uint8)
     levels[..., :3] = _jittered(scene.ink, rng)

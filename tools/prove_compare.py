@@ -1,10 +1,10 @@
-"""Measure again and again: the same must be the same, and what was made worse must be found.
+"""Measure repeatedly: comparisons find no change in the same code, and find planted regressions.
 
 prove_compare.py RESULT TIMES
 
-Each measurement is a process of its own; PROVE_WITH in the environment is a command that starts it
-(nice -n -5, say, or a lock). What was found lies in exported/compare/ until the sources change, and
-a proof that was stopped goes on there.
+Each measurement is a separate process; PROVE_WITH in the environment is a command that starts it
+(for example nice -n -5, or a lock). Results are kept in exported/compare/ until the sources change,
+and a run that was interrupted resumes from them.
 """
 
 import json
@@ -29,8 +29,8 @@ from pipeline.serving import tritonserver
 from tools.provenance import sources_digest, write_figure
 from tools.readme import render_pages
 
-SHARE = 0.2  # of what the backend takes, that it sleeps as well
-ATTEMPTS = 3  # at a slowdown on a machine whose own speed stays as it is
+SHARE = 0.2  # the slowed backend sleeps for this share of its time in addition
+ATTEMPTS = 3  # to measure the slowdown while the machine's own speed is constant
 MEND = "remove it"
 SLOW = f"""
 import time
@@ -51,7 +51,7 @@ Record = dict[str, Any]
 
 
 def slowed(arguments: list[str]) -> None:
-    """The command line, with a backend that takes a fifth longer."""
+    """Run the command line with a backend that takes a fifth longer."""
     with tempfile.TemporaryDirectory() as folder:
         backends = Path(folder) / "backend"
         shutil.copytree(tritonserver.BACKENDS, backends)
@@ -62,7 +62,7 @@ def slowed(arguments: list[str]) -> None:
 
 
 def measured(root: Path, *options: str, how: tuple[str, ...] = ("-m", "pipeline")) -> Record:
-    """What a benchmark in a process of its own prints, and its exit status."""
+    """Run a benchmark in a separate process; return its record and its exit status."""
     prefix = shlex.split(os.environ.get("PROVE_WITH", ""))
     command = [*prefix, sys.executable, *how, "--json", "--root", str(root), "benchmark", *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -71,24 +71,24 @@ def measured(root: Path, *options: str, how: tuple[str, ...] = ("-m", "pipeline"
 
 
 def kept(record: Record, file: Path) -> Path:
-    """The record in a file, for the next one to be held against."""
+    """Write the record to a file, for comparison with the next one; return the file."""
     file.write_text(json.dumps(record))
     return file
 
 
 def worse(record: Record) -> list[Record]:
-    """The rows that got worse."""
+    """Return the rows that got worse."""
     changes = [change for one in record["compared"] for change in one["changes"]]
     return [change for change in changes if change["verdict"] == "worse"]
 
 
 def seen(record: Record) -> list[float]:
-    """The change that each comparison could have seen."""
+    """Return the smallest change that each comparison could detect."""
     return [one["seen"] for one in record["compared"]]
 
 
 def damaged(root: Path) -> None:
-    """Weaken a class in the weights of a project's run, as if it had been trained so; export it."""
+    """Weaken a class in the weights of a project's run, as if trained that way; export it."""
     paths = Paths(root)
     with safe_open(paths.weights, "numpy") as file:
         weights = {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118
@@ -104,7 +104,7 @@ def damaged(root: Path) -> None:
 
 
 def copy_of(project: Path, root: Path) -> Path:
-    """A project with the run and the export, and with links to data and environments."""
+    """Copy a project's run and export to `root`, with a link to its data; return `root`."""
     for part in ("runs/handwriting", "exported/handwriting"):
         shutil.copytree(project / part, root / part)
     (root / "data").symlink_to((project / "data").resolve())
@@ -112,9 +112,9 @@ def copy_of(project: Path, root: Path) -> Path:
 
 
 def slowdown(folder: Path) -> Record:
-    """A backend that takes a fifth longer, found or not.
+    """Measure a backend that takes a fifth longer; return whether the comparison finds it.
 
-    Where the no-op beside it became slower as well, the machine changed meanwhile: once more.
+    If the no-op model became slower as well, the machine's speed changed: measure again.
     """
     how = (str(Path(__file__)), "slowed")
     for attempt in range(1, ATTEMPTS + 1):
@@ -128,7 +128,7 @@ def slowdown(folder: Path) -> Record:
 
 
 def loss(folder: Path) -> Record:
-    """Weights that are worse, found or not."""
+    """Measure damaged weights; return whether the comparison finds them."""
     root = copy_of(Path(), folder / "project")
     before = kept(measured(root, "--what", "infer", "--short"), folder / "right.json")
     damaged(root)
@@ -139,7 +139,10 @@ def loss(folder: Path) -> Record:
 
 
 def same(folder: Path, times: int, found: list[Record]) -> Iterator[list[Record]]:
-    """The same measured so often in a row, each held against the one before; as they come."""
+    """Measure the same code until there are `times` results; yield them after each.
+
+    Each measurement is compared with the one before.
+    """
     before = kept(measured(Path(), "--what", "all", "--short"), folder / "0.json")
     for turn in range(len(found) + 1, times + 1):
         after = measured(Path(), "--what", "all", "--short", "--compare", str(before))
@@ -150,7 +153,7 @@ def same(folder: Path, times: int, found: list[Record]) -> Iterator[list[Record]
 
 
 def prove(parts: Path, folder: Path, times: int) -> Record:
-    """Everything that is not among the parts yet, and then all of them."""
+    """Measure the parts that have no result yet; return all results."""
     for name, find in (("slowdown", slowdown), ("loss", loss)):
         if not (parts / f"{name}.json").exists():
             write_json(parts / f"{name}.json", find(folder))
@@ -166,7 +169,7 @@ def prove(parts: Path, folder: Path, times: int) -> Record:
 
 
 def main(result: Path, times: int) -> None:
-    """Plant a slowdown and a loss, measure the same so often, and write what was found."""
+    """Plant a slowdown and a loss, measure the same code `times` times, and write the result."""
     parts = Path("exported") / "compare" / sources_digest("compare")[:12]
     with tempfile.TemporaryDirectory(prefix="handwriting-compare-") as folder:
         found = prove(parts, Path(folder), times)

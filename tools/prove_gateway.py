@@ -1,4 +1,4 @@
-"""Ask the gateway in every wrong way, far too much, and from everywhere; then see it answer.
+"""Attack the gateway with invalid requests, overload and foreign origins; check its answers.
 
 prove_gateway.py RESULT REQUESTS PICTURES USERS SECONDS
 """
@@ -37,20 +37,20 @@ from tools.provenance import write_figure
 from tools.readme import render_pages
 
 HANG_SECONDS = 60.0
-CHECK_EVERY = 500  # hostile requests, between two that must be answered rightly
+CHECK_EVERY = 500  # hostile requests between two checks for a correct answer
 BOMB_BYTES = 20 * 2**20
-MAY_GROW = 200 * 2**20  # bytes, under many users: what they may send at once, and its decoding
+MAY_GROW = 200 * 2**20  # bytes, under many users: their concurrent requests, and decoding them
 KINDS = ("PNG", "JPEG", "WEBP")
 LOCKOUTS = {"unread": "never reads", "trickled": "never ends a body"}
-ATTACKER = "127.0.0.2"  # the others have 127.0.0.1
-ATTACKS = 512  # connections that it wants, all that there are
+ATTACKER = "127.0.0.2"  # other clients have 127.0.0.1
+ATTACKS = 512  # connections that it tries to hold: all that the gateway has
 OTHERS = 4
-AGAIN_SECONDS = 0.2  # after which it sends more, and connects again where it was cut off
+AGAIN_SECONDS = 0.2  # interval at which it sends more, and replaces closed connections
 
 
 @dataclass
 class Gateway:
-    """A gateway in a process of its own, and pictures whose answers are known."""
+    """A gateway in a separate process, and pictures with their expected labels."""
 
     pid: int
     port: int
@@ -62,14 +62,14 @@ class Gateway:
         return f"http://127.0.0.1:{self.port}/classify"
 
     def memory(self, name: str = "VmRSS") -> int:
-        """Bytes that it holds; VmHWM: the most that it held until now."""
+        """Return the bytes of memory that it holds; with VmHWM, the peak until now."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return 1024 * int(line.split()[1])
         raise AssertionError("the gateway has gone")
 
     def send(self, content: bytes, client: str = "127.0.0.1") -> tuple[int, dict[str, Any]]:
-        """The status and the record that come back for a picture, if one does."""
+        """Send a picture; return the status and the record of the response, {} without a body."""
         connection = http.client.HTTPConnection(
             "127.0.0.1", self.port, timeout=HANG_SECONDS, source_address=(client, 0)
         )
@@ -80,16 +80,16 @@ class Gateway:
         return answer.status, record
 
     def answers(self, client: str) -> bool:
-        """Whether a client of that address is answered."""
+        """Return whether a client with this address gets an answer."""
         try:
             return self.send(self.pictures[0], client)[0] == 200
         except (ConnectionError, http.client.HTTPException):
             return False
 
     def raw(self, text: bytes) -> int:
-        """The status that comes back for these bytes; 0 where the connection is just closed."""
+        """Send these bytes; return the status, or 0 if the connection is closed without one."""
         with socket.create_connection(("127.0.0.1", self.port), HANG_SECONDS) as connection:
-            # Closed at once, so that this machine's ports are not used up.
+            # Closed with a reset, so that this machine's ports are not used up.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(text)
@@ -99,7 +99,7 @@ class Gateway:
         return 0
 
     def check(self, number: int) -> None:
-        """Hold one answer against what is known."""
+        """Check one answer against the expected label."""
         index = number % len(self.pictures)
         status, record = self.send(self.pictures[index])
         assert (status, record.get("label")) == (200, self.labels[index]), (status, record)
@@ -107,7 +107,7 @@ class Gateway:
 
 @contextlib.contextmanager
 def running() -> Iterator[Gateway]:
-    """The real command before a real server, with 60 test digits as pictures."""
+    """Run the real command with a real server, with 60 test digits as pictures."""
     images = load_split("mnist", Paths().data("mnist"), "test").images[:60]
     pictures = [
         encoded(Image.fromarray(np.kron(image[0], np.ones((4, 4), np.uint8))), KINDS[number % 3])
@@ -132,7 +132,7 @@ def running() -> Iterator[Gateway]:
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """A picture, or a request, that something has happened to."""
+    """Mutate the bytes of a picture or a request at random places."""
     changed = bytearray(content)
     for _ in range(rng.randint(1, 8)):
         place = rng.randrange(len(changed) + 1)
@@ -154,7 +154,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 def request(content: bytes, rng: random.Random) -> bytes:
-    """A request that nearly is one."""
+    """Make a request that is almost valid, or valid."""
 
     def usual(value: bytes, *others: bytes) -> bytes:
         return value if rng.random() < 0.85 else rng.choice(others)
@@ -183,7 +183,7 @@ def request(content: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(gateway: Gateway, requests: int) -> Counter[int]:
-    """What becomes of so many requests that nearly are some."""
+    """Send almost valid requests; return the count of each status."""
     statuses: Counter[int] = Counter()
     rng = random.Random(0)
     for number in range(requests):
@@ -196,7 +196,7 @@ def fuzz(gateway: Gateway, requests: int) -> Counter[int]:
 
 
 def mutate(gateway: Gateway, pictures: int) -> Counter[int]:
-    """What becomes of so many pictures that something has happened to."""
+    """Send mutated pictures; return the count of each status."""
     statuses: Counter[int] = Counter()
     rng = random.Random(1)
     for number in range(pictures):
@@ -210,8 +210,8 @@ def mutate(gateway: Gateway, pictures: int) -> Counter[int]:
 
 
 def blow(gateway: Gateway) -> int:
-    """The bytes that the dearest of twelve bombs costs, each refused."""
-    Path(f"/proc/{gateway.pid}/clear_refs").write_text("5")  # the peak is now what it holds
+    """Send twelve decompression bombs, all refused; return the growth in bytes of peak memory."""
+    Path(f"/proc/{gateway.pid}/clear_refs").write_text("5")  # resets the peak to the current memory
     before = gateway.memory("VmHWM")
     for name, content in bombs().items():
         status, record = gateway.send(content)
@@ -221,7 +221,7 @@ def blow(gateway: Gateway) -> int:
 
 
 def trespass(gateway: Gateway) -> int:
-    """How many attempts from elsewhere were refused: all of them."""
+    """Check that every attempt from a foreign page or host is refused; return their number."""
     content = gateway.pictures[0]
     length = f"Content-Length: {len(content)}\r\n\r\n".encode()
     for attempt, (headers, status) in ATTEMPTS.items():
@@ -231,7 +231,10 @@ def trespass(gateway: Gateway) -> int:
 
 
 async def crowd(gateway: Gateway, users: int, seconds: float) -> dict[str, Any]:
-    """Many users at once who do not wait: who is accepted is answered rightly."""
+    """Send requests of many concurrent users; count correct, wrong and refused answers.
+
+    Users do not wait between requests, except after a refusal.
+    """
     counts: Counter[str] = Counter()
     before, most = gateway.memory(), 0
     end = time.monotonic() + seconds
@@ -268,7 +271,7 @@ async def crowd(gateway: Gateway, users: int, seconds: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def attacked(gateway: Gateway, how: str) -> Iterator[threading.Event]:
-    """A client that holds all connections it gets; once the event is set, it replaces lost ones."""
+    """Run a client that holds all connections it gets; after the event, it replaces lost ones."""
     begun, more = HOLDING[how]
     connections: list[socket.socket] = []
     again, ended = threading.Event(), threading.Event()
@@ -304,7 +307,11 @@ def attacked(gateway: Gateway, how: str) -> Iterator[threading.Event]:
 
 
 def lock_out(gateway: Gateway, how: str, seconds: float) -> dict[str, Any]:
-    """When a client that holds all it can may connect again; what others get while it goes on."""
+    """Measure a lock-out: seconds until the attacker gets an answer again, and others' answers.
+
+    The attacker holds all connections that it can. The other clients send requests while it
+    replaces its lost connections.
+    """
     counts: Counter[str] = Counter()
     waits = []
 
@@ -338,7 +345,7 @@ def lock_out(gateway: Gateway, how: str, seconds: float) -> dict[str, Any]:
 
 
 def prove(requests: int, pictures: int, users: int, seconds: float) -> dict[str, Any]:
-    """All of it, as a record; AssertionError where something is not as it must be."""
+    """Run all checks; return the record, or raise AssertionError if a check fails."""
     with running() as gateway:
         bomb_bytes = blow(gateway)
         attempts = trespass(gateway)
@@ -372,7 +379,7 @@ def prove(requests: int, pictures: int, users: int, seconds: float) -> dict[str,
 
 
 def main(result: Path, *counts: int) -> None:
-    """Prove it, and write the record."""
+    """Run the checks and write the record."""
     requests, pictures, users, seconds = counts
     record = prove(requests, pictures, users, seconds)
     record |= machine()

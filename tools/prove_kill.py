@@ -1,4 +1,4 @@
-"""Kill a served model's stub, server and supervisor, and drain it, while clients ask it.
+"""Kill a served model's stub, server and supervisor, and drain it, while clients send requests.
 
 prove_kill.py RESULT KILLS DRAINS
 """
@@ -27,23 +27,23 @@ from tools.provenance import write_figure
 from tools.readme import render_pages
 from tools.traffic import PAUSE_SECONDS, Running, Tally, Traffic, expected, lost, traffic
 
-WITHIN = 10.0  # seconds, for right answers to come again and for a drain to be done
+WITHIN = 10.0  # seconds until correct answers return, and for a drain
 HANG_SECONDS = 60.0
 KINDS = ("stub", "server", "supervisor")
-BETWEEN = 100  # requests of each client between two mishaps
+BETWEEN = 100  # requests of each client between two kills or drains
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill, and when each client had right answers again."""
+    """A kill: its kind and its time."""
 
     kind: str
-    at: float  # by the monotonic clock
+    at: float  # monotonic clock, seconds
 
 
 @contextmanager
 def project() -> Iterator[Paths]:
-    """A copy of what is packaged here, to be served on its own."""
+    """Copy the packaged repository of this project, to be served separately."""
     here = Paths()
     with tempfile.TemporaryDirectory(prefix="prove-kill-") as folder:
         paths = Paths(Path(folder))
@@ -53,20 +53,20 @@ def project() -> Iterator[Paths]:
 
 
 def ask_of(paths: Paths) -> Traffic:
-    """What the clients ask: test images, single and five at a time."""
+    """Return the clients' requests: test images, one or five at a time."""
     (version,) = config_pbtxt.selected(config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG))
     images = load_split("mnist", Paths().data("mnist"), "test").images[:1000]
     return Traffic("", paths.name, images, expected(paths, [version], images), 1e-3, timeout=5.0)
 
 
 def leftovers(ids: set[str]) -> list[str]:
-    """Processes and shared memory of these servers."""
+    """List the processes and shared memory of these servers."""
     found = [str(path) for one in ids for path in Path("/dev/shm").glob(f"*{one}*")]
     return found + [f"process {pid}" for one in ids for pid in serve.processes_of(one)]
 
 
 def await_another(paths: Paths, before: serve.Server) -> None:
-    """Until a server other than `before` is ready."""
+    """Wait until a server other than `before` is ready."""
     deadline = time.monotonic() + HANG_SECONDS
     while True:
         now = serve.recorded(paths)
@@ -77,7 +77,7 @@ def await_another(paths: Paths, before: serve.Server) -> None:
 
 
 def kill(paths: Paths, config: ServeConfig, kind: str, ids: set[str]) -> Kill:
-    """Kill one part of the server, and wait until there is a whole one again."""
+    """Kill one part of the server, and wait until a complete server runs again."""
     server = serve.recorded(paths)
     assert server
     ids.add(server.id)
@@ -92,14 +92,14 @@ def kill(paths: Paths, config: ServeConfig, kind: str, ids: set[str]) -> Kill:
     if kind == "supervisor":
         while serve.is_alive(server.supervisor_pid, server.supervisor_start_time):
             time.sleep(process.POLL_SECONDS)
-        supervise.detach(paths, config)  # clears what is left
+        supervise.detach(paths, config)  # cleans up the rest
     else:
         await_another(paths, server)
     return Kill(kind, at)
 
 
 def outage(tally: Tally, begin: float, end: float) -> float:
-    """Seconds from `begin` until every client had right answers again; 0 without a failure."""
+    """Return seconds from `begin` until all clients had correct answers; 0 without a failure."""
     longest = 0.0
     for client in {event.client for event in tally.events}:
         own = [event for event in tally.events if event.client == client]
@@ -112,7 +112,10 @@ def outage(tally: Tally, begin: float, end: float) -> float:
 
 
 def drain(paths: Paths, config: ServeConfig, running: Running, ids: set[str]) -> float:
-    """Stop the server under load, with an idle connection open, and start it again; seconds."""
+    """Stop and restart the server under load, with an idle connection; return the stop's time.
+
+    The time is in seconds.
+    """
     server = serve.recorded(paths)
     assert server
     ids.add(server.id)
@@ -129,7 +132,7 @@ def drain(paths: Paths, config: ServeConfig, running: Running, ids: set[str]) ->
 
 
 def main(result: Path, kills: int, drains: int) -> None:
-    """Kill and drain so often, and write what came of it."""
+    """Kill and drain this often, and write the result."""
     ids: set[str] = set()
     with project() as paths:
         config = serve.with_free_ports(ServeConfig())

@@ -1,9 +1,9 @@
-"""Mutate a model repository in every way that we know, and hold lint against a real Triton.
+"""Mutate a model repository in every known way, and compare lint with a real Triton.
 
     python -m tools.prove_lint tools/results/lint.json
 
-Then hold it against ONNX Runtime itself, on the models of ONNX's own tests. Exits with 1 where
-lint, static and live together, misses what Triton refuses, or refuses what loads and is right.
+Then compare it with ONNX Runtime itself, on the models of ONNX's own tests. Exits with 1 if lint
+(static and live together) misses what Triton refuses, or refuses what loads and is correct.
 """
 
 import os
@@ -40,7 +40,7 @@ RUNTIME_TYPES = {
 
 
 def row(case: Case, findings: list[Finding], trial: LiveTrial, repository: Path) -> dict[str, Any]:
-    """One line of the table. A case is as expected when lint and the server are."""
+    """Return one row of the table; its fault is empty if lint and the server are as expected."""
     errors = [f for f in findings if f.level == "error"]
     told = [f for f in findings if f.rule == case.rule] or errors or findings
     fault = static_fault(case, findings)
@@ -61,7 +61,7 @@ def row(case: Case, findings: list[Finding], trial: LiveTrial, repository: Path)
 
 
 def table() -> list[dict[str, Any]]:
-    """All cases, in a repository of their own."""
+    """Run all cases in a temporary repository; return the rows of the table."""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"
         build(repository)
@@ -74,11 +74,11 @@ def table() -> list[dict[str, Any]]:
 
 
 def corpus() -> dict[str, int]:
-    """What lint says of the models of ONNX's own tests, and what ONNX Runtime does with them."""
+    """Count what lint and ONNX Runtime accept and refuse of the models of ONNX's own tests."""
     onnxruntime.set_default_logger_severity(4)
     counts = {"sound": 0, "refused_though_sound": 0, "not_servable": 0, "and_by_lint": 0}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the reference implementations in some tests
+        warnings.simplefilter("ignore")  # from the reference implementations in some tests
         models = [case.model for case in collect_testcases(None) if case.model]
     with tempfile.TemporaryDirectory() as folder:
         for number, model in enumerate(models):
@@ -94,15 +94,16 @@ def corpus() -> dict[str, int]:
 
 
 def describe(model: onnx.ModelProto, place: Path) -> bool:
-    """Write the config that ONNX Runtime's view of the model asks for; False when it has none.
+    """Write the config for a model as ONNX Runtime sees it; return False if there is none.
 
-    Nor is there one where Triton has no word for a tensor: a sequence, a map, an empty tensor.
+    There is none if ONNX Runtime does not load the model, or if Triton has no type for a tensor: a
+    sequence, a map, an empty tensor.
     """
     try:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), providers=["CPUExecutionProvider"]
         )
-    except Exception:  # whatever it is, Triton would meet it as well
+    except Exception:  # any error: Triton would get it as well
         return False
     names = {f"tensor({onnx_name})": name for onnx_name, name in RUNTIME_TYPES.items()}
     text = 'backend: "onnxruntime"\n'
@@ -117,7 +118,7 @@ def describe(model: onnx.ModelProto, place: Path) -> bool:
 
 
 def main() -> None:
-    """Hold every case against lint and a server, and keep the table."""
+    """Check every case with lint and a server, and keep the table."""
     os.umask(0o022)
     rows = table()
     for one in rows:

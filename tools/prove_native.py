@@ -23,13 +23,13 @@ from tools.edge import print_now, result_parser, run_tool
 from tools.provenance import write_figure
 from tools.readme import RESULTS, render_pages
 
-START_SECONDS = 300.0  # of a container whose image was never started before
+START_SECONDS = 300.0  # for a container whose image has never been started
 COMMANDS = {"docker": "make prove-native"}
 Say = Callable[[str], None]
 
 
 def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """What docker says; PipelineError where there is none."""
+    """Run docker with these arguments; raise PipelineError if it is not installed."""
     program = shutil.which("docker")
     if not program:
         raise PipelineError(
@@ -39,7 +39,10 @@ def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def image_digest(report: Say) -> str:
-    """The digest of NVIDIA's image, which is pulled where it is not here yet."""
+    """Return the digest of NVIDIA's image, pulled if it is missing.
+
+    Raises PipelineError when docker cannot be used or the image cannot be pulled.
+    """
     running = docker("info")
     if running.returncode:
         raise PipelineError(f"docker cannot be used here: {_last_line(running.stderr)}")
@@ -59,7 +62,7 @@ def _last_line(text: str) -> str:
 
 
 def served(paths: Paths, kind: str, report: Say) -> tuple[str, ServerEvidence]:
-    """The runtime in words, and what it answered over both protocols."""
+    """Serve and validate over both protocols; return the runtime in words, and the evidence."""
     config = with_free_ports(ServeConfig(runtime=kind, start_seconds=START_SECONDS))
     runtime = tritonserver.find(paths, kind)
     with (
@@ -72,13 +75,13 @@ def served(paths: Paths, kind: str, report: Say) -> tuple[str, ServerEvidence]:
 
 
 def prove(paths: Paths, kind: str, result: Path, report: Say) -> ServerEvidence:
-    """Prove a runtime, and keep the evidence whether it passed or not.
+    """Validate a runtime, and keep the evidence whether it passed or not.
 
-    Raises PipelineError before anything is touched where the runtime cannot run.
+    Raises PipelineError, before any file is changed, if the runtime cannot run.
     """
     digest = image_digest(report) if kind == "docker" else None
     tritonserver.find(paths, kind)
-    result.unlink(missing_ok=True)  # what it says is about to be found out anew
+    result.unlink(missing_ok=True)  # the old result is about to be replaced
     runtime, evidence = served(paths, kind, report)
     record: dict[str, Any] = {
         "command": COMMANDS.get(kind, f"python -m tools.prove_native --runtime {kind}"),
@@ -93,7 +96,7 @@ def prove(paths: Paths, kind: str, result: Path, report: Say) -> ServerEvidence:
 
 
 def main(arguments: list[str]) -> None:
-    """Prove, keep the result, and let the pages say it."""
+    """Validate, keep the result, and render it into the pages."""
     parser = result_parser(__doc__)
     parser.add_argument("--root", type=Path, default=Paths.root)
     parser.add_argument("--runtime", choices=["docker", "path", "wheel"], default="docker")

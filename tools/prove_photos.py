@@ -31,7 +31,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Condition:
-    """What a model scored on pictures of one kind, or of several."""
+    """Scores of a model on pictures of one condition, or of several."""
 
     name: str
     images: int
@@ -42,18 +42,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class Photos:
-    """What the measurement found."""
+    """Result of the measurement."""
 
     name: str
     sha256: str  # of the model.onnx
     digits: int  # of each condition
     rows: tuple[Condition, ...]
-    tuned: Condition  # of the conditions that the rules were made with
-    held_back: Condition  # of those that they were not
+    tuned: Condition  # of the conditions that the rules were tuned on
+    held_back: Condition  # of the conditions that they were not tuned on
     total: Condition
 
     def record(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """Return the result as a JSON object."""
         fields = asdict(self)
         config = {"digits": fields.pop("digits"), "seed": SEED}
         names = {"held_back_names": HELD_BACK}

@@ -1,4 +1,4 @@
-"""Kill training again and again, inside its writes too, and see that it always comes out the same.
+"""Kill training repeatedly, also while it writes, and check that the weights are always the same.
 
 Run by `make prove-resume`, a hundred times; by the tests, once.
 """
@@ -28,31 +28,31 @@ from tools.readme import render_pages
 
 TRAIN = ["train", "--recipe", "quick", "--save-every", "2"]
 EPOCHS = 0.25
-KILLS_A_RUN = 5  # then it may finish, and is compared
+KILLS_A_RUN = 5  # then the run may finish, and is compared
 HANG_SECONDS = 300.0
-LOOK_SECONDS = 0.0002  # between two looks for a file that is being written
+LOOK_SECONDS = 0.0002  # interval of the checks for a file that is being written
 
 
 @dataclass
 class Outcome:
-    """What became of the kills."""
+    """Results of the kills."""
 
     kills: int = 0
     inside_a_write: int = 0  # a half-written file was left behind
-    with_checkpoint: int = 0  # one had been saved by then
-    loadable: int = 0  # it can be resumed from; where none was saved, nothing is in the way
-    runs: int = 0  # runs that were killed, resumed, and came to their end
-    identical_runs: int = 0  # whose weights are those of the run that was never killed
+    with_checkpoint: int = 0  # a checkpoint had been saved by then
+    loadable: int = 0  # the checkpoint can be resumed from, or none was saved
+    runs: int = 0  # runs that were killed, resumed and finished
+    identical_runs: int = 0  # with the same weights as the run that was never killed
     damage: str = ""
 
     @property
     def is_perfect(self) -> bool:
-        """Whether every kill left a state to go on from, and every run the same weights."""
+        """Whether every kill left a resumable state, and every run made the same weights."""
         return self.loadable == self.kills and self.identical_runs == self.runs > 0
 
 
 def start(root: Path, epochs: float, *options: str) -> "subprocess.Popen[bytes]":
-    """A training process of its own."""
+    """Start training in a separate process."""
     command = [sys.executable, "-m", "pipeline", "--root", str(root), "-q", *TRAIN, *options]
     command += ["--epochs", str(epochs)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -60,15 +60,15 @@ def start(root: Path, epochs: float, *options: str) -> "subprocess.Popen[bytes]"
 
 
 def half_written(folder: Path) -> set[Path]:
-    """The temporary files below `folder`."""
+    """List the temporary files below `folder`."""
     try:
         return set(folder.glob("**/.*.tmp"))
-    except FileNotFoundError:  # a run that starts over removes the folder while we look
+    except FileNotFoundError:  # a run that starts over removes the folder meanwhile
         return set()
 
 
 def wait_for_a_write(process: "subprocess.Popen[bytes]", folder: Path, skip: int) -> None:
-    """Until a file is being written: the first one after `skip` others were seen."""
+    """Wait until a file is being written, the first one after `skip` others; or until the end."""
     old, seen = half_written(folder), set[Path]()
     deadline = time.monotonic() + HANG_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
@@ -81,7 +81,7 @@ def wait_for_a_write(process: "subprocess.Popen[bytes]", folder: Path, skip: int
 def kill_once(
     paths: Paths, epochs: float, rng: random.Random, inside: bool, seconds: float
 ) -> bool:
-    """Start or resume the run and kill it; whether it was killed before it came to its end."""
+    """Start or resume the run and kill it; return whether it was killed before it finished."""
     process = start(paths.root, epochs, "--run", paths.run, "--resume")
     if inside:
         wait_for_a_write(process, paths.run_folder, rng.randrange(20))
@@ -93,7 +93,7 @@ def kill_once(
 
 
 def what_is_wrong(paths: Paths) -> str:
-    """Why what the kill left behind cannot be resumed from; empty where it can."""
+    """Return why the state after a kill cannot be resumed from; empty if it can."""
     config = recorded_config(paths)
     if config is None:
         return ""  # killed before it wrote anything
@@ -112,9 +112,10 @@ def prove(
     report: Callable[[str], object] = lambda line: None,
     epochs: float = EPOCHS,
 ) -> Outcome:
-    """Kill a run `kills` times, at least `inside` times while it writes, and compare what it makes.
+    """Kill a run `kills` times, aiming at `inside` kills during writes; compare its weights.
 
-    `root` has the data set. Times are drawn from `seed`; where a kill lands is the machine's.
+    `root` has the data set. The times are drawn from `seed`; the state at a kill depends on the
+    machine.
     """
     rng = random.Random(seed)
     paths = Paths(root, run="killed")
@@ -148,14 +149,14 @@ def prove(
 
 
 def main(result: Path, kills: int, inside: int) -> None:
-    """Prove it on the real MNIST in a folder of its own, and keep the result."""
+    """Run the check on the real MNIST in a temporary folder, and keep the result."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "data").mkdir()
         (root / "data" / "mnist").symlink_to(Path("data/mnist").resolve())
-        load_split("mnist", root / "data" / "mnist", "test")  # or say how to fetch it
+        load_split("mnist", root / "data" / "mnist", "test")  # its error says how to fetch it
         outcome = prove(root, kills, inside, report=lambda line: print(line, flush=True))
     write_figure("resume", result, {"command": "make prove-resume", **machine(), **asdict(outcome)})
     render_pages()

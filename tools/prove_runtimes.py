@@ -1,6 +1,6 @@
-"""Run what we export on the ONNX Runtimes inside older Tritons, and hold it against eager PyTorch.
+"""Run exported files on the ONNX Runtimes inside older Tritons, and compare with eager PyTorch.
 
-Run by `make prove-runtimes`. Each ONNX Runtime has an environment of its own, which is made once.
+Run by `make prove-runtimes`. Each ONNX Runtime has a separate environment, which is made once.
 """
 
 import json
@@ -37,7 +37,7 @@ class Runtime:
     """An ONNX Runtime to try, with a Triton release that holds it."""
 
     onnxruntime: str
-    numpy: str  # each was built for numpy 1 or 2
+    numpy: str  # each ONNX Runtime was built for numpy 1 or 2
     release: str
 
     @property
@@ -55,12 +55,12 @@ RUNTIMES = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one ONNX Runtime made of one file."""
+    """Result of one ONNX Runtime with one file."""
 
-    onnxruntime: str  # as imported, like the next
+    onnxruntime: str  # the imported version, as for numpy
     numpy: str
-    releases: str  # of Triton, that hold this ONNX Runtime
-    file: str  # default, or the release that it was exported for
+    releases: str  # Triton releases with this ONNX Runtime
+    file: str  # "default", or the release for which it was exported
     opset: int
     ir_version: int
     images: int
@@ -76,12 +76,15 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether the answers are eager PyTorch's; a number that is none agrees with nothing."""
+        """Whether the answers agree with eager PyTorch's; NaN never agrees."""
         return self.differing == 0 and self.max_abs_diff <= MAX_ABS_DIFF
 
 
 def environment(runtime: Runtime) -> Path:
-    """The Python of the runtime's environment, which is built unless it is there already."""
+    """Return the Python of the runtime's environment, which is built if it does not exist.
+
+    Raises PipelineError when the packages cannot be installed.
+    """
     folder = ENVIRONMENTS / runtime.onnxruntime
     python, stamp = folder / "bin" / "python", folder / "done"
     wanted = " ".join(runtime.packages)
@@ -100,18 +103,21 @@ def environment(runtime: Runtime) -> Path:
 
 
 def onnx_files(subject: Subject, dialects: set[ExportConfig]) -> dict[ExportConfig, bytes]:
-    """The network as an ONNX file of each dialect."""
+    """Export the network as an ONNX file of each dialect."""
     program = export_program(subject.model, subject.images)
     return {config: to_onnx(program, signature_of(subject, config), {}) for config in dialects}
 
 
 def run_file(python: Path, content: bytes, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
-    """Log-probabilities (N, K) of images (N, ...) under another Python, and what it imported."""
+    """Run a file in another Python on images (N, ...); return (N, K), and the imported versions.
+
+    The outputs are log-probabilities. Raises CheckFailedError when the file does not run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("model.onnx", "images.npy", "outputs.npy")]
         files[0].write_bytes(content)
         np.save(files[1], images)
-        # Isolated: nothing of this environment leaks into that one.
+        # Isolated (-I): nothing of this environment leaks into that one.
         command = [str(python), "-I", str(RUNNER), *map(str, files)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -127,7 +133,10 @@ def prove(
     runtimes: tuple[Runtime, ...] = RUNTIMES,
     report: Callable[[str], object] = lambda line: None,
 ) -> list[Row]:
-    """Two rows for each runtime, on images (N, 1, 28, 28): the default file, the release's own."""
+    """Run each runtime on images (N, 1, 28, 28) with two files; return a row for each.
+
+    The files are the default one and the one exported for the runtime's Triton release.
+    """
     reference = predict(eager_predictor(subject.model), images)
     newest = {runtime.release: onnx_dialect(runtime.release) for runtime in runtimes}
     contents = onnx_files(subject, {onnx_dialect(), *newest.values()})
@@ -167,14 +176,14 @@ def _row(
 
 
 def require(rows: list[Row]) -> None:
-    """Raise CheckFailedError with every row that does not agree."""
+    """Raise CheckFailedError that lists the rows that do not agree, unless all agree."""
     wrong = [str(row) for row in rows if not row.agrees]
     if wrong:
         raise CheckFailedError(f"answers differ from eager PyTorch's: {'; '.join(wrong)}")
 
 
 def main(result: Path, run: str = Paths.run) -> None:
-    """Prove a finished run on its test images, and keep the result if all agree."""
+    """Check a finished run on its test images, and keep the result if all runtimes agree."""
     paths = Paths(run=run)
     subject = subject_of_run(paths)
     training = subject.origin["training"]

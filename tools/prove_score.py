@@ -1,4 +1,4 @@
-"""Score a million images, killed twice on the way, and hold it against a run left alone.
+"""Score a million images with two kills on the way, and compare with an uninterrupted run.
 
 prove_score.py RESULT IMAGES
 """
@@ -30,16 +30,16 @@ from pipeline.scoring.cluster import SCRATCH
 from tools.provenance import write_figure
 from tools.readme import render_pages
 
-CHUNK = 10_000  # images written at once
-SAMPLE = 60_000  # images that ONNX Runtime gets in process, before and after
+CHUNK = 10_000  # images in one write
+SAMPLE = 60_000  # images for ONNX Runtime in process, before and after
 BATCHES = (64, 256, 1024)
-FEWER = 10  # how many times fewer images the memory is held against
-LEAST = 0.7  # of the rate in process
-MAY_GROW = 0.1  # of the peak with fewer images
+FEWER = 10  # factor of fewer images in the run that gives the reference for memory
+LEAST = 0.7  # smallest rate, as a fraction of the rate in process
+MAY_GROW = 0.1  # growth of the peak, as a fraction of the peak with fewer images
 
 
 def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each image (N, 28, 28) moved by up to two pixels in each direction."""
+    """Shift each image (N, 28, 28) by up to two pixels in each direction."""
     moves = rng.integers(-2, 3, (len(images), 2))
     found = np.empty_like(images)
     for move in np.unique(moves, axis=0):
@@ -49,7 +49,7 @@ def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_source(path: Path, images: int) -> None:
-    """So many digits of MNIST's test split as .npy, each shifted a little."""
+    """Write this many digits of MNIST's test split as .npy, each shifted by up to two pixels."""
     digits = load_split("mnist", Path("data/mnist"), "test").images[:, 0]
     rng = np.random.default_rng(0)
     stored = np.lib.format.open_memmap(path, "w+", np.uint8, (images, 28, 28))
@@ -59,18 +59,18 @@ def write_source(path: Path, images: int) -> None:
 
 
 def tree(pid: int) -> set[int]:
-    """A process and all below it."""
+    """Return a process and all its descendants."""
     found = {pid}
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             found |= {one for child in path.read_text().split() for one in tree(int(child))}
-        except OSError:  # it ended while we looked
+        except OSError:  # it ended meanwhile
             continue
     return found
 
 
 def memory(pid: int) -> int:
-    """Bytes that the processes of a tree hold, what they share counted once (PSS)."""
+    """Return the bytes of memory of a process tree, with shared memory counted once (PSS)."""
     total = 0
     for one in tree(pid):
         try:
@@ -83,7 +83,7 @@ def memory(pid: int) -> int:
 
 @contextmanager
 def scoring(source: Path, output: Path) -> Iterator["subprocess.Popen[str]"]:
-    """The command, in a process of its own."""
+    """Run the command in a separate process, killed at the end of the block."""
     command = [sys.executable, "-m", "pipeline", "--json", "score", str(source)]
     process = subprocess.Popen(
         [*command, "--output", str(output)], stdout=subprocess.PIPE, text=True
@@ -95,7 +95,7 @@ def scoring(source: Path, output: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def kill(process: "subprocess.Popen[str]") -> None:
-    """SIGKILL to a process and to all below it, if it runs."""
+    """Send SIGKILL to a process and its descendants, if it runs."""
     if process.poll() is None:
         for pid in tree(process.pid):
             try:
@@ -106,7 +106,7 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 
 def whole(source: Path, output: Path) -> tuple[dict[str, Any], int]:
-    """What an uninterrupted run reports, and the most memory that its processes held."""
+    """Run without interruption; return the record, and the peak bytes of its processes' memory."""
     peak = [0]
     with scoring(source, output) as process:
         ended = threading.Event()
@@ -126,7 +126,7 @@ def whole(source: Path, output: Path) -> tuple[dict[str, Any], int]:
 
 
 def interrupt(source: Path, output: Path, parts: int) -> int:
-    """Kill a run, and all its processes, once so many files are there; return how many were."""
+    """Kill a run and its processes once it has written `parts` files; return their number."""
     with scoring(source, output) as process:
         while len(list(output.glob("part-*"))) < parts:
             assert process.poll() is None, "it ended before it was killed"
@@ -137,7 +137,7 @@ def interrupt(source: Path, output: Path, parts: int) -> int:
 
 
 def in_process(onnx: bytes, images: np.ndarray) -> dict[str, float]:
-    """Images/s of ONNX Runtime in this process with a thread for each core, by how it is asked."""
+    """Measure ONNX Runtime in this process, on all cores: images/s by sessions and batch size."""
     found = {}
     for batch in BATCHES:
         predictor = onnx_predictor(onnx, cores())
@@ -156,7 +156,7 @@ def in_process(onnx: bytes, images: np.ndarray) -> dict[str, float]:
 
 
 def digest(output: Path) -> dict[str, Any]:
-    """Row count, ids, and one SHA-256 of all answers in the order of their ids."""
+    """Return row count, a check of the ids, models, and one SHA-256 of all answers by id."""
     table = pq.read_table(output).sort_by("id").combine_chunks()
     ids = table["id"].to_pylist()
     top = table["top"].combine_chunks().flatten()
@@ -174,7 +174,7 @@ def digest(output: Path) -> dict[str, Any]:
 
 
 def prove(folder: Path, images: int) -> dict[str, Any]:
-    """What was measured and compared, in a folder that goes afterwards."""
+    """Measure and compare all runs in a temporary folder; return the record."""
     source, small = folder / "many.npy", folder / "few.npy"
     write_source(source, images)
     write_source(small, images // FEWER)
@@ -211,7 +211,7 @@ def prove(folder: Path, images: int) -> dict[str, Any]:
 
 
 def main(result: Path, images: int) -> None:
-    """Prove it, and write what was found."""
+    """Run the comparison, check it, and write the result."""
     with tempfile.TemporaryDirectory() as folder:
         found = prove(Path(folder), images)
     record = {"command": "make prove-score", **machine(), **found}

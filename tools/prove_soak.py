@@ -1,4 +1,4 @@
-"""Ask a served model very often, and see that its server keeps its size.
+"""Send many requests to a served model, and check that its server does not grow.
 
 prove_soak.py RESULT REQUESTS
 """
@@ -17,13 +17,13 @@ from tools.readme import render_pages
 from tools.traffic import traffic
 
 MAY_GROW = 5 * 1024 * 1024  # bytes
-WARM = 0.1  # of the requests, before it is first looked at
+WARM = 0.1  # fraction of the requests before the first measurement
 HANG_SECONDS = 1200.0
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a server's processes hold, all together."""
+    """Resources of all processes of a server together."""
 
     memory_bytes: int  # resident: the private part, and the shared memory that was touched
     descriptors: int
@@ -32,7 +32,7 @@ class Size:
 
 
 def size(server: serve.Server) -> Size:
-    """What the server's processes, tritonserver and its stubs, hold now."""
+    """Measure the resources that tritonserver and its stubs hold now."""
     pids = serve.processes_of(server.id)
     status = [dict(_fields(pid)) for pid in pids]
     return Size(
@@ -50,7 +50,7 @@ def _fields(pid: int) -> Iterable[tuple[str, str]]:
 
 
 def main(result: Path, requests: int) -> None:
-    """Ask so often, and write how the server's size changed."""
+    """Send this many requests, and write how the server's size changed."""
     with project() as paths:
         server = supervise.detach(paths, serve.with_free_ports(ServeConfig()))
         try:

@@ -1,4 +1,4 @@
-"""Promote and roll back under load, again and again, and see that nobody gets a wrong answer.
+"""Promote and roll back repeatedly under load, and check that no client gets a wrong answer.
 
 Run by `make prove-swap`, a hundred times; by the tests, twice.
 """
@@ -33,15 +33,15 @@ TRAIN = ["train", "--recipe", "quick", "--epochs", "0.125"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the promotions and of the requests meanwhile."""
+    """Results of the promotions, and of the requests during them."""
 
-    promotes: int  # and rollbacks, one after the other
-    clients: tuple[str, ...]  # what each speaks
+    promotes: int  # promotions and rollbacks, in turn
+    clients: tuple[str, ...]  # the protocol of each
     requests: int
-    wrong: int  # another image's answer, another version's, or none of ours
+    wrong: int  # the answer of another image or version, or an unknown one
     failed: int
     by_version: dict[int, int]  # right answers
-    versions_apart: float  # the least that two versions' answers to one image differ by
+    versions_apart: float  # smallest difference of two versions' answers to one image
     tolerance: float
     seconds: float
     slowest_request_seconds: float
@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def is_perfect(self) -> bool:
-        """Whether every answer was right, both versions answered, and a mix-up would have shown."""
+        """Whether all answers were correct, both versions answered, and a mix-up is detectable."""
         return (
             self.wrong == self.failed == 0
             and len(self.by_version) == 2
@@ -67,9 +67,9 @@ def prove(
     report: Callable[[str], object] = lambda line: None,
     pause: float = 0.0,
 ) -> Outcome:
-    """Change between the two versions until both numbers are reached, under four clients.
+    """Switch between two versions under four clients until both numbers are reached.
 
-    Each rests for `pause` seconds after a request.
+    The numbers are `promotes` and `requests`. Each client waits `pause` seconds after a request.
     """
     numbers = [one.version for one in list_versions(paths).versions]
     outputs = expected(paths, numbers, images)
@@ -80,7 +80,7 @@ def prove(
     with traffic(urls, ask) as running:
         while len(seconds) < promotes or running.requests < requests:
             seconds.append(_change(paths, numbers))
-            running.await_more(1)  # each client has asked the version that answers by now
+            running.await_more(1)  # each client has sent a request to the current version by now
             report(f"{len(seconds)} changes, {running.requests:,} requests")
         tally = running.stop()
     return Outcome(
@@ -100,7 +100,7 @@ def prove(
 
 
 def _change(paths: Paths, numbers: list[int]) -> float:
-    """Promote the version that is not served, or roll back to it, in turn; how long it took."""
+    """Promote the version that is not served, or roll back to it, in turn; return the seconds."""
     begin = time.monotonic()
     before = swap.served(paths)
     (other,) = set(numbers) - {before}
@@ -110,7 +110,7 @@ def _change(paths: Paths, numbers: list[int]) -> float:
 
 
 def make_two_versions(root: Path, report: Callable[[str], object]) -> Paths:
-    """Two small networks, trained from two seeds, as the versions of one model."""
+    """Train two small networks from two seeds, and package them as versions of one model."""
     for seed in ("0", "1"):
         run = ["--run", f"seed-{seed}"]
         for command in (
@@ -127,7 +127,7 @@ def make_two_versions(root: Path, report: Callable[[str], object]) -> Paths:
 
 @contextlib.contextmanager
 def serving(paths: Paths) -> Iterator[Server]:
-    """The repository on a server of its own."""
+    """Serve the repository on a separate server until the end of the block."""
     server = supervise.detach(paths, with_free_ports(ServeConfig()))
     try:
         yield server
@@ -136,7 +136,7 @@ def serving(paths: Paths) -> Iterator[Server]:
 
 
 def main(result: Path, promotes: int, requests: int) -> None:
-    """Prove it with two trained networks in a folder of their own, and keep the result."""
+    """Run the check with two trained networks in a temporary folder, and keep the result."""
 
     def say(line: str) -> None:
         print(line, flush=True)

@@ -25,39 +25,39 @@ EXPORT = "run 'pipeline export' again"
 
 @dataclass(frozen=True)
 class Row:
-    """Images of one kind, and how many of them the model is not sure of."""
+    """Counts for one kind: images, and those of which the model is not sure."""
 
     name: str
     images: int
     refused: int
-    is_counted: bool = True  # among what is to be refused
+    is_counted: bool = True  # has to be refused
 
     @property
     def share(self) -> float:
-        """The fraction refused, 0 to 1; of no images none."""
+        """The fraction refused, 0 to 1; 0 without images."""
         return self.refused / max(1, self.images)
 
 
 @dataclass(frozen=True)
 class Unsure:
-    """What a model is not sure of."""
+    """Result: what a model is not sure of, by kind."""
 
     name: str
-    sha256: str  # of the model.onnx that was asked
-    min_probability: float  # below it the likeliest class is no answer
-    rows: tuple[Row, ...]  # things that are no digits
-    digits: Row  # all of the test split, right or wrong
-    right: Row  # those of them that are read rightly
+    sha256: str  # of the measured model.onnx
+    min_probability: float  # below it the model refuses to answer
+    rows: tuple[Row, ...]  # things that are not digits
+    digits: Row  # the whole test split
+    right: Row  # the digits that are classified correctly
     wrong: Row
 
     @property
     def share(self) -> float:
-        """The fraction refused of what is no digit, each kind counting as much as any other."""
+        """The fraction refused of what is not a digit, with equal weight for each counted kind."""
         counted = [row.share for row in self.rows if row.is_counted]
         return sum(counted) / len(counted)
 
     def record(self) -> dict[str, Any]:
-        """The result as JSON would have it, with when and where it was measured."""
+        """Return the result as a JSON object, with time and machine of the measurement."""
         return {**asdict(self), "share": self.share, **machine()}
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Unsure:
 
 
 def measure_unsure(paths: Paths) -> Unsure:
-    """What the exported model, run by ONNX Runtime, is not sure of.
+    """Measure what the exported model, run by ONNX Runtime, is not sure of.
 
     Raises PipelineError for a model that was not trained on MNIST, or without a threshold.
     """

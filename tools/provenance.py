@@ -1,7 +1,7 @@
-"""The figures that the README quotes: which sources decide each, and whether it is as measured.
+"""Provenance of the figures in the README: the sources that decide each, and its content's digest.
 
-A figure has the digest of its sources and of its own content. The second shows a number that was
-changed by mistake; it is no seal, since whoever edits a file can write a new digest as well.
+A figure has the digests of its sources and of its own content. The second reveals a number that was
+changed by mistake; it is not a signature, since an editor of the file can write a new digest too.
 """
 
 import ast
@@ -15,7 +15,7 @@ from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import read_json, sha256, write_json
 from pipeline.training.recipes import RECIPES
 
-PACKAGE = Path(__file__).parent.parent / "pipeline"  # which the sources are relative to
+PACKAGE = Path(__file__).parent.parent / "pipeline"  # the sources are relative to it
 MEASURE = "measure it with 'make figures'"
 NETWORK = "training/augment training/outliers training/networks training/loop"
 BACKEND = " ".join(
@@ -28,7 +28,7 @@ LINT = " ".join(
     f"repository/lint/{name}"
     for name in ("check", "text", "graph", "files", "config", "backend", "tensors")
 )
-# What decides the figures, as modules of the package: a change of one of these makes them stale.
+# The modules that decide each figure: a change of one of them makes the figure stale.
 _MODULES = {
     "agreement": f"training/recipes {NETWORK} training/run export/export validation/agreement "
     f"repository/golden repository/release repository/profiles {SERVER}",
@@ -60,9 +60,9 @@ _MODULE_PATH = re.compile(r"\bpipeline(\.\w+)+")
 
 
 def sources_digest(figure: str, *settings: object) -> str:
-    """Return one SHA-256 of the code that decides a figure, and of settings that do.
+    """Return one SHA-256 of the code and the settings that decide a figure.
 
-    Code that only moves, within a file or to another one of these sources, keeps its digest.
+    Moving code within a file, or to another one of these sources, does not change the digest.
     """
     texts = {text for name in SOURCES[figure] for text in statements((PACKAGE / name).read_text())}
     return sha256(repr((sorted(texts), settings)).encode())
@@ -71,8 +71,8 @@ def sources_digest(figure: str, *settings: object) -> str:
 def statements(source: str) -> list[str]:
     """Return the syntax of each top-level statement as text, the same on every Python from 3.11.
 
-    Left out is what does not decide a measurement: layout, comments, imports, docstrings, and the
-    paths of our modules.
+    What does not decide a measurement is left out: layout, comments, imports, docstrings, and the
+    paths of this project's modules.
     """
     tree = ast.parse(source)
     modules = {
@@ -89,14 +89,14 @@ def statements(source: str) -> list[str]:
 
 
 def _syntax(value: object, modules: set[str]) -> str:
-    """Return a node, a list of nodes or a value as text; nothing for what is left out."""
+    """Return a node, a list of nodes or a value as text; an empty one for what is left out."""
     match value:
         case None | ast.Import() | ast.ImportFrom() | ast.expr_context():
             return ""
         case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Expr(value=ast.Constant(value=str())):
             return ""
         case ast.Attribute(value=ast.Name(id=name)) if name in modules:
-            return f"Name(id={value.attr!r})"  # as it is where it is imported by its own name
+            return f"Name(id={value.attr!r})"  # the same as when it is imported by its own name
         case ast.JoinedStr(values=parts):
             # Python 3.12 has empty strings in format specifications, others do not.
             texts = [text for part in parts if (text := _syntax(part, modules)) != "''"]
@@ -118,7 +118,7 @@ def _syntax(value: object, modules: set[str]) -> str:
 
 
 def recipe_digest(recipe: str) -> str:
-    """The same of a row of the training table: other recipes may change."""
+    """Return the digest of a row of the training table, which does not depend on other recipes."""
     return sources_digest("training", RECIPES.get(recipe))
 
 
@@ -147,13 +147,13 @@ def read_figure(file: Path) -> dict[str, Any]:
 
 
 def _content_digest(figure: Mapping[str, Any]) -> str:
-    """One SHA-256 over what a figure says, however its file is indented."""
+    """Return one SHA-256 of a figure's content, independent of its file's indentation."""
     content = {k: v for k, v in figure.items() if k not in ("schema", "content_sha256")}
     return sha256(json.dumps(content).encode())
 
 
 def stale(figures: Path) -> list[str]:
-    """The figures, and rows of the training table, that were measured on other sources."""
+    """List the figures, and rows of the training table, that were measured on other sources."""
     found = []
     for path in sorted(figures.glob("*.json")):
         record = read_figure(path)

@@ -22,7 +22,7 @@ from pipeline.core.machine import machine
 from tools.edge import run_tool
 from tools.provenance import MEASURE, read_figure, recipe_digest, write_figure
 
-PAGES = (Path("README.md"), Path("docs/results.md"))  # which have blocks of results
+PAGES = (Path("README.md"), Path("docs/results.md"))  # the pages that have blocks of results
 PROSE_WIDTH = 116  # of a line, in characters
 RESULTS = Path("tools/results")
 NOT_VERIFIED = (
@@ -53,14 +53,14 @@ def keep_result(name: str, file: Path, command: str, record: Mapping[str, Any]) 
 
 
 def agreement_figure(agreement: Path, summary: Path) -> dict[str, Any]:
-    """Read how a model's runtimes agreed, and what is quoted of the summary of its run."""
+    """Read the agreement of a model's runtimes, and the quoted fields of its run's summary."""
     proof, training = read_json(agreement, MEASURE), read_json(summary, MEASURE)
     keys = ("recipe", "parameters", "test_accuracy", "train_seconds", "device")
     return {**proof, "training": {key: training[key] for key in keys}}
 
 
 def training_figure(rows: Sequence[dict[str, Any]], figure: Path) -> dict[str, Any]:
-    """Put measured rows among those of a figure, whose rows of other recipes stay as they were."""
+    """Merge measured rows into a figure; its rows of other recipes stay unchanged."""
     measured = {
         row["recipe"]: {**row, **machine(), "sources_sha256": recipe_digest(row["recipe"])}
         for row in rows
@@ -71,7 +71,7 @@ def training_figure(rows: Sequence[dict[str, Any]], figure: Path) -> dict[str, A
 
 
 def main(arguments: list[str]) -> None:
-    """Keep a result, where there is one, and render the pages."""
+    """Keep a result, if one is given, and render the pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
 
 
 def block(name: str, figures: Path) -> str:
-    """Render a block of a page from its result, or say that nothing was proven yet."""
+    """Render a block of a page from its result, or state that there is no measurement yet."""
     if name not in BLOCKS:
         raise PipelineError(f"a page asks for figures {name!r}, which nothing renders")
     figure = figures / f"{name}.json"
@@ -126,12 +126,12 @@ def wrap(text: str) -> str:
 
 
 def rendered(page: str, figures: Path) -> str:
-    """`page` with every figures block rendered again from its JSON."""
+    """Return `page` with every figures block rendered again from its JSON."""
     return _BLOCK.sub(lambda match: f"{match[1]}{wrap(block(match[2], figures))}\n{match[3]}", page)
 
 
 def render_pages(root: Path = Path(), figures: Path = RESULTS) -> list[Path]:
-    """Write the results into the pages below `root` that are there; return those pages."""
+    """Write the results into the existing pages below `root`; return those pages."""
     pages = [root / page for page in PAGES if (root / page).exists()]
     for page in pages:
         write_bytes(page, rendered(page.read_text(), figures).encode())

@@ -1,6 +1,6 @@
-"""The answers of an ONNX file under whatever ONNX Runtime this Python has: see prove_runtimes.py.
+"""Answers of an ONNX file in the ONNX Runtime of this Python environment: see prove_runtimes.py.
 
-Imports nothing of ours: it runs in environments that have numpy and onnxruntime only.
+Imports nothing of this project: it runs in environments with only numpy and onnxruntime.
 """
 
 import json
@@ -13,7 +13,7 @@ BATCH = 64
 
 
 def main(model: str, images_file: str, outputs_file: str) -> None:
-    """Write what the model says of each image, and print the versions that were imported."""
+    """Write the model's outputs for each image, and print the versions of the imported packages."""
     images = np.load(images_file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

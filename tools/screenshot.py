@@ -1,4 +1,4 @@
-"""Take the README's picture: the page in a browser, a digit drawn on it, answered by the server.
+"""Take the README's picture: the page in a browser, with a drawn digit and the server's answer.
 
 screenshot.py FILE; run in a project that has a packaged model.
 """

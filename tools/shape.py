@@ -20,8 +20,8 @@ from pathlib import Path
 ONCE = 9.0  # helpers called once, in 1,000 lines of files, at most
 MEDIAN, TENTH = 12, 32  # lines of functions: the median and 90th percentile stay below
 TWICE = 5  # public names that are defined in two modules, at most
-SHOWN = 20  # offenders that are named
-# What moved from the package to tools/, and is counted with it.
+SHOWN = 20  # offenders that are listed at most
+# Modules that moved from the package to tools/, and are counted with it.
 MOVED = (
     *("edge", "gpu_check", "nondigits", "photos"),
     *("prove_photos", "prove_unsure", "provenance", "readme"),
@@ -35,13 +35,13 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Shape:
-    """What was counted in the modules of a package."""
+    """Counts over the modules of a package."""
 
     code: int  # lines without blank ones, comments and docstrings
     lines: int  # of the files
     once: tuple[str, ...]  # functions used once, in their own module: FILE:LINE NAME
     functions: tuple[tuple[int, str], ...]  # lines of each, and FILE:LINE NAME; shortest first
-    twice: dict[str, tuple[str, ...]]  # the modules of each public name that several define
+    twice: dict[str, tuple[str, ...]]  # the modules of each public name that is defined in several
 
     @property
     def once_per_thousand(self) -> float:
@@ -65,7 +65,7 @@ class Shape:
 
 
 def measure(root: Path) -> Shape:
-    """Count in all modules under a package's folder."""
+    """Count over all modules below a package's folder."""
     texts = {path: path.read_text() for path in sorted(root.rglob("*.py"))}
     trees = {path: ast.parse(text) for path, text in texts.items()}
     used = {path: used_names(tree) for path, tree in trees.items()}
@@ -148,7 +148,7 @@ def _listed(offenders: Sequence[str]) -> str:
 
 
 def main(root: Path = Path()) -> int:
-    """Print the shape of the project in `root`; return 1 where a limit is exceeded."""
+    """Print the shape of the project in `root`; return 1 if a limit is exceeded."""
     shape = measure(root / "pipeline")
     moved = sum(code_lines((root / "tools" / f"{name}.py").read_text()) for name in MOVED)
     print(shape)

@@ -1,4 +1,4 @@
-"""Clients in processes of their own that hold every answer against its own image's."""
+"""Clients in separate processes that check every answer against the expected one."""
 
 # Shape letters: N images, B batch, K classes.
 
@@ -16,44 +16,44 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 from pipeline.repository.release import load_release
 
-HANG_SECONDS = 60.0  # in which a client has started or come to its end
+HANG_SECONDS = 60.0  # within which a client has started or ended
 PAUSE_SECONDS = 0.05  # after a failure
-KEPT = 100  # of the right answers, one in so many becomes an event
-SIZES = (1, 1, 1, 1, 1, 1, 1, 5)  # images a request, in turn: single ones mostly
+KEPT = 100  # one in this many correct answers becomes an event
+SIZES = (1, 1, 1, 1, 1, 1, 1, 5)  # images per request, in turn: mostly single ones
 
 _spawn = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one client asks, and what it must hear."""
+    """Requests of one client, and the expected answers."""
 
     url: str
     name: str
     images: np.ndarray  # (N, ...)
     outputs_by_version: Mapping[int, np.ndarray]  # (N, K) each; no other version may answer
-    tolerance: float  # for each of an answer's numbers
+    tolerance: float  # for each number of an answer
     timeout: float = 10.0  # seconds for a request
-    sizes: tuple[int, ...] = SIZES  # none above the model's largest batch
+    sizes: tuple[int, ...] = SIZES  # at most the model's largest batch
     seed: int = 0
-    pause: float = 0.0  # seconds after a request: the machine has other things to do as well
+    pause: float = 0.0  # seconds after a request, to leave the machine time for other work
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of one request."""
+    """Result of one request."""
 
-    sent: float  # by the monotonic clock, which all processes share
+    sent: float  # monotonic clock, shared by all processes; seconds
     answered: float
     kind: str  # right, wrong or failed
     message: str  # the version that answered, or why it is wrong or failed
     url: str
-    client: int  # which of them
+    client: int  # the client's seed, different for each
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of all requests. Events: all that were not right, and some that were."""
+    """Results of all requests. Events: all requests with wrong or no answers, and some others."""
 
     requests: int = 0
     right: int = 0
@@ -77,19 +77,19 @@ class Tally:
 
     @property
     def problems(self) -> list[Event]:
-        """The requests that were not answered rightly."""
+        """The requests without a correct answer."""
         return [event for event in self.events if event.kind != "right"]
 
 
-# What a request ends with that no server has accepted.
+# Parts of the errors of requests that no server has accepted.
 REFUSALS = ("has unloaded", "Connection refused")
 
 
 def lost(tally: Tally) -> list[Event]:
-    """The requests that a server may have accepted and did not answer.
+    """List the requests that a server may have accepted and did not answer.
 
-    Each client has one connection while all goes well, so that only its first failure after a
-    right answer can be such a request; the later ones came with connections of their own.
+    A client keeps one connection as long as requests succeed, so only its first failure after a
+    correct answer can be such a request; each later one used a new connection.
     """
     found = []
     for client in {event.client for event in tally.events}:
@@ -106,14 +106,14 @@ def lost(tally: Tally) -> list[Event]:
 
 
 def expected(paths: Paths, versions: Sequence[int], images: np.ndarray) -> dict[int, np.ndarray]:
-    """What each packaged version says of images (N, ...), by ONNX Runtime in this process."""
-    from pipeline.export.runtime import onnx_predictor  # the clients need none
+    """Return each packaged version's outputs for images (N, ...), by ONNX Runtime in process."""
+    from pipeline.export.runtime import onnx_predictor  # the clients do not need it
 
     return {n: onnx_predictor(load_release(paths, n).onnx)(images) for n in versions}
 
 
 def judge(ask: Traffic, rows: slice, outputs: np.ndarray, version: str) -> str:
-    """What is wrong with the outputs (B, K) of `version` for these images; empty: nothing."""
+    """Return what is wrong with the outputs (B, K) of `version` for these images, or ''."""
     known = ask.outputs_by_version.get(int(version) if version.isdigit() else -1)
     if known is None:
         return f"version {version!r} answered"
@@ -121,13 +121,13 @@ def judge(ask: Traffic, rows: slice, outputs: np.ndarray, version: str) -> str:
     if outputs.shape != expected.shape:
         return f"version {version} answered {outputs.shape} instead of {expected.shape}"
     apart = float(np.abs(outputs - expected).max())
-    if not apart <= ask.tolerance:  # so written, NaN is wrong
+    if not apart <= ask.tolerance:  # written this way, NaN is wrong
         return f"version {version} is off by {apart:.3g} for the images from {rows.start}"
     return ""
 
 
 class _Tallied:
-    """One client's counts while it runs."""
+    """Counts of one client while it runs."""
 
     def __init__(self, ask: Traffic) -> None:
         self.url, self.client = ask.url, ask.seed
@@ -144,7 +144,7 @@ class _Tallied:
         if is_right:
             self.slowest = max(self.slowest, answered - sent)
             self.by_version[int(message)] = self.by_version.get(int(message), 0) + 1
-        # The first right answer after another tells when it was over.
+        # The first correct answer after a failure shows when the outage ended.
         if not is_right or not self.was_right or self.counts["right"] % KEPT == 0:
             self.events.append(Event(sent, answered, kind, message, self.url, self.client))
         self.was_right = is_right
@@ -161,7 +161,7 @@ class _Tallied:
 
 
 def _client(ask: Traffic, counter: Any, stop: Any, results: Any) -> None:
-    """Ask until told to stop; go on, with a new connection, whatever goes wrong."""
+    """Send requests until stopped; after any failure continue with a new connection."""
     rng = np.random.default_rng(ask.seed)
     tallied, client, turn = _Tallied(ask), None, 0
     while not stop.is_set():
@@ -190,11 +190,11 @@ def _client(ask: Traffic, counter: Any, stop: Any, results: Any) -> None:
 
 
 class Running:
-    """Clients that ask until they are stopped."""
+    """Clients that send requests until they are stopped."""
 
     def __init__(self, asks: Sequence[Traffic]) -> None:
         self._stop, self._results = _spawn.Event(), _spawn.Queue()
-        # Each has one writer: no lock.
+        # No lock, since each has one writer.
         self._counters = [_spawn.Value("l", 0, lock=False) for _ in asks]
         self._processes = [
             _spawn.Process(target=_client, args=(ask, counter, self._stop, self._results))
@@ -206,11 +206,14 @@ class Running:
 
     @property
     def requests(self) -> int:
-        """How many requests have come to an end so far."""
+        """Number of requests finished so far."""
         return sum(counter.value for counter in self._counters)
 
     def await_more(self, requests: int, seconds: float = HANG_SECONDS) -> None:
-        """Until each client has so many more requests behind it."""
+        """Wait until each client has finished this many more requests.
+
+        Raises AssertionError when a client died, or after `seconds`.
+        """
         aims = [counter.value + requests for counter in self._counters]
         deadline = time.monotonic() + seconds
         while any(c.value < aim for c, aim in zip(self._counters, aims, strict=True)):
@@ -219,7 +222,7 @@ class Running:
             time.sleep(0.01)
 
     def stop(self) -> Tally:
-        """Let each client end its request; what became of all of them."""
+        """Stop the clients after their current requests; return the results of all requests."""
         if self._tally is None:
             self._stop.set()
             tallies = [self._results.get(timeout=HANG_SECONDS) for _ in self._processes]
@@ -229,7 +232,7 @@ class Running:
         return self._tally
 
     def kill(self) -> None:
-        """End what still runs."""
+        """Kill the clients that still run."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -237,9 +240,9 @@ class Running:
 
 @contextlib.contextmanager
 def traffic(urls: Sequence[str], ask: Traffic) -> Iterator[Running]:
-    """A client for each URL, all asking what `ask` says, each with a seed of its own.
+    """Run a client for each URL, with the requests of `ask` and a different seed for each.
 
-    The block begins once each has had its first answer.
+    The block begins after each client's first request has finished.
     """
     running = Running([replace(ask, url=url, seed=ask.seed + n) for n, url in enumerate(urls)])
     try:

@@ -131,7 +131,7 @@ def _is_image(kind: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _is_bytes(kind: Any) -> bool:
-    """Return whether a column holds files: bytes, or a struct with bytes, as in `datasets`."""
+    """Return whether a column holds files: bytes, or bytes and path as in `datasets`."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
@@ -149,7 +149,7 @@ Piece = tuple[str, int, int, int, tuple[int, ...]]  # path, rows, first row, row
 
 
 def pieces(files: Iterable[Path], rows: int) -> Iterator[Piece]:
-    """Yield the files in pieces of about `rows` rows: several row groups, or part of a large one."""
+    """Yield the files in pieces of about `rows` rows: row groups, or parts of a large one."""
     for path in files:
         with _open(path) as file:
             metadata = file.metadata
