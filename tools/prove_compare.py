@@ -112,7 +112,7 @@ def copy_of(project: Path, root: Path) -> Path:
 
 
 def slowdown(folder: Path) -> Record:
-    """Measure a backend that takes a fifth longer; return whether the comparison finds it.
+    """Measure a backend that takes a fifth longer; return the result of the comparison.
 
     If the no-op model became slower as well, the machine's speed changed: measure again.
     """
@@ -128,7 +128,7 @@ def slowdown(folder: Path) -> Record:
 
 
 def loss(folder: Path) -> Record:
-    """Measure damaged weights; return whether the comparison finds them."""
+    """Measure damaged weights; return the result of the comparison."""
     root = copy_of(Path(), folder / "project")
     before = kept(measured(root, "--what", "infer", "--short"), folder / "right.json")
     damaged(root)

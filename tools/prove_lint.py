@@ -94,10 +94,10 @@ def corpus() -> dict[str, int]:
 
 
 def describe(model: onnx.ModelProto, place: Path) -> bool:
-    """Write the config for a model as ONNX Runtime sees it; return False if there is none.
+    """Write the config for a model as ONNX Runtime sees it; return False if that is impossible.
 
-    There is none if ONNX Runtime does not load the model, or if Triton has no type for a tensor: a
-    sequence, a map, an empty tensor.
+    It is impossible if ONNX Runtime does not load the model, or if Triton has no type for a tensor:
+    a sequence, a map, an empty tensor.
     """
     try:
         session = onnxruntime.InferenceSession(

@@ -69,9 +69,10 @@ def middle(levels: np.ndarray) -> int:
 
 
 def find_ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
-    """Return ink levels (H, W), the threshold from which a level is ink, and if paper is ruled.
+    """Return ink levels (H, W), the threshold of ink, and whether the paper is ruled.
 
-    An ink level is a pixel's distance from the paper. The threshold is 0 if there is no ink.
+    An ink level is a pixel's distance from the paper; from the threshold on it is ink. The
+    threshold is 0 if there is no ink.
     """
     border = frame(gray)
     paper = middle(border)

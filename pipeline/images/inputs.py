@@ -70,7 +70,7 @@ def _from_input(stream: BinaryIO) -> Iterator[Source]:
 
 
 def _in_folder(folder: str) -> Iterator[Source]:
-    """Yield every file below a folder that is not hidden; visit each folder once (link cycles)."""
+    """Yield every file below a folder that is not hidden; each folder once, so that links end."""
     is_empty, visited = True, set[tuple[int, int]]()
     waiting = [folder]
     while waiting:
@@ -99,7 +99,7 @@ def _in_folder(folder: str) -> Iterator[Source]:
 
 
 def text_of(name: str) -> str:
-    """Escape what is not UTF-8 in a file's name, or in a message that contains one."""
+    """Escape bytes that are not UTF-8 in a file's name, or in a message with one."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

@@ -19,7 +19,7 @@ from pipeline.images.inputs import Source, look, text_of
 NAMES, ID = ("image", "images"), "id"  # names of columns that are used by default
 NO_ID = "its id is null"  # reason for rejecting a row without an id
 ROWS_AT_ONCE = 256  # of arrays: faster when they fit into a core's cache
-# Read at once of a column. Without it, or with pre_buffer, Arrow reads a row group's column whole.
+# Of one read of a column. Without it, or with pre_buffer, Arrow reads a row group's whole column.
 BUFFER_BYTES = 2**20
 LARGE_GROUP = 16  # pieces of a large row group; reading one also reads those before it
 WHOLE_GROUP = 2  # times the requested rows: up to this size a row group is one piece
