@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.training.run import train_run as train_run
     from pipeline.validation.export import validate_export as validate_export
 
-# gRPC reads it when it is loaded; without it, it prints a line for each failed handshake.
+# gRPC reads this when it is imported; without it, gRPC prints a line for each failed handshake.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 __getattr__ = lazily(

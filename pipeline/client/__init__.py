@@ -1,8 +1,8 @@
-"""A client of a served model over HTTP and gRPC, for programs, commands and the gateway.
+"""Clients of a served model over HTTP and gRPC, for programs, commands and the gateway.
 
 Read `client.py` first, then `calls.py`, the protocol-independent logic that the synchronous and the
-asynchronous client share; `faults.py` says what can go wrong. Installs with
-`client-requirements.txt` alone: it knows neither torch nor ONNX Runtime, nor how a server starts.
+asynchronous client share; `faults.py` lists what can go wrong. Needs only what
+`client-requirements.txt` installs: it imports neither torch nor ONNX Runtime, and starts no server.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""A client of one served model, over HTTP or gRPC, with or without TLS."""
+"""The synchronous client of one served model, over HTTP or gRPC, with or without TLS."""
 
 # Shape letters: N images, K classes.
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class _Http:
-    """Connections that threads take and give back."""
+    """A pool of HTTP connections: a thread takes one for each exchange and returns it."""
 
     def __init__(
         self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
@@ -78,58 +78,58 @@ class Client(BaseClient):
     """A client of one served model, over HTTP or gRPC, that threads may share.
 
     `url` is http, https, grpc or grpcs://HOST:PORT. Every failure is a PipelineError that says
-    what was tried and how to mend it, a ServerError when there was no answer. `timeout` is for a
-    whole call: all requests that it takes, and all retries. What may pass (a refused or lost
-    connection, a server with too much to do) is tried again up to `retries` times, after pauses
-    of random length; that is safe because an inference changes nothing on the server, so that
-    asked twice is as good as asked once. No proxy is used. Close it when you are done.
-    What it answers goes into `prediction_log`, a file's path, if you name one.
+    what was tried and how to fix it; it is a ServerError if there was no answer. `timeout`, in
+    seconds, is for a whole call: all its requests and all retries. After a temporary fault (a
+    refused or lost connection, a server with too much to do) a request is repeated up to `retries`
+    times, after pauses of random length; that is safe because an inference changes nothing on the
+    server. No proxy is used. Close the client after use. Its predictions are appended to
+    `prediction_log`, a file's path, if it is given.
     """
 
     _wires = (_Http, _Grpc)
 
     def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
-        """A prediction for each image: one or many, in order.
+        """Return a prediction for each image, in order; `images` may be one image or many.
 
-        An image is a file's path or bytes, an image of Pillow, or an array: of the model's shape
-        it is taken as it is (0 for paper, 255 for ink), any other is a picture, (H, W) or
-        (H, W, 3), and is prepared, which takes of the timeout as well. Raises PipelineError for a
-        picture where the model says that it takes arrays only.
+        An image is a file's path or bytes, a Pillow image, or an array. An array of the model's
+        shape is sent unchanged (0 for paper, 255 for ink); any other array is a picture, (H, W) or
+        (H, W, 3), and is prepared first, which counts towards the timeout. Raises PipelineError
+        for a picture if the model takes arrays only.
         """
         return self._run(self._ask_predictions(images, top, self._deadline()))
 
     def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
-        """Log-probabilities (N, K) of images (N, ...), and the version that answered last.
+        """Return log-probabilities (N, K) of images (N, ...), and the version that answered last.
 
-        Asks as often as the server's largest batch needs, within one timeout.
+        Sends as many requests as the server's largest batch size requires, within one timeout.
         """
         return self._run(self._ask_outputs(images, self._deadline(timeout)))
 
     def config(self) -> config_pbtxt.ModelConfig:
-        """The served model's configuration, asked for once."""
+        """Return the served model's configuration, which is requested once."""
         return self._run(self._ask_config(self._deadline()))
 
     def pictures(self) -> str:
-        """How pictures become the served model's images: see signature.pictures_of."""
+        """Return how pictures become the served model's images: see signature.pictures_of."""
         return config_pbtxt.pictures(self.config())
 
     def metadata(self, of_model: bool = False) -> dict[str, Any]:
-        """What the server says of itself, or of the model: name, version or versions, and more."""
+        """Return metadata of the server, or of the model: name, version or versions, and more."""
         return self._run(self._ask_metadata(of_model, self._deadline()))
 
     def server_name(self) -> str:
-        """What the server calls itself: the `--id` that it was started with."""
+        """Return the server's name: the `--id` that it was started with."""
         return str(self.metadata().get("name"))
 
     def labels(self, image: np.ndarray) -> tuple[str, ...]:
-        """What the server calls each class when it is asked to classify an image.
+        """Return the name that the server gives each class when it classifies an image.
 
-        The names come from its label file; a class without one is called by its number.
+        The names come from its label file; a class without a name there has its number.
         """
         return self._run(self._ask_labels(image, self._deadline()))
 
     def close(self) -> None:
-        """Close its connections; a further call opens new ones."""
+        """Close the connections; a further call opens new ones."""
         self._wire.close()
 
     def __enter__(self) -> Self:
@@ -139,11 +139,11 @@ class Client(BaseClient):
         self.close()
 
     def _call(self, call: wire.Call) -> Message:
-        """The answer to a call of any kind."""
+        """Return the answer to a call of any kind."""
         return self._run(self._ask(call, self._deadline()))
 
     def _run(self, steps: Steps[T]) -> T:
-        """Do what the steps ask for, one after the other."""
+        """Execute the steps one after the other, and return their result."""
         result: Any = None
         while True:
             try:

@@ -1,6 +1,7 @@
-"""HTTP to one server with a deadline that nothing outlasts: no name, no handshake, no trickle.
+"""HTTP to one server with a deadline that includes name lookup, handshake and slow answers.
 
-Python's own client waits anew for each packet, and for a name's address without any end.
+Python's own client restarts its timeout with each packet, and waits for a name's address without
+limit.
 """
 
 import contextlib
@@ -23,13 +24,13 @@ Address = tuple[Any, ...]
 
 
 class _Timed:
-    """What http.client needs of a socket; every wait ends at one deadline."""
+    """The part of a socket that http.client uses; every wait ends at one deadline."""
 
     def __init__(self, connected: socket.socket, end: float) -> None:
         self.socket, self.end = connected, end
 
     def arm(self) -> socket.socket:
-        """The socket, which now waits no longer than the time that is left."""
+        """Return the socket with its timeout set to the time that is left."""
         self.socket.settimeout(_left(self.end))
         return self.socket
 
@@ -63,7 +64,7 @@ class HttpConnection:
         self._timed: _Timed | None = None
 
     def exchange(self, request: HttpRequest, seconds: float) -> HttpAnswer | Fault:
-        """The answer to a request, or why there is none; after a Fault the connection is closed."""
+        """Send a request; return the answer, or a Fault, after which the connection is closed."""
         end = time.monotonic() + seconds
         try:
             if self._timed is None:
@@ -75,7 +76,7 @@ class HttpConnection:
             body = response.read(MAX_ANSWER_BYTES + 1)
             if len(body) > MAX_ANSWER_BYTES:
                 raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
-            if response.length:  # what it announced and did not send
+            if response.length:  # bytes that were announced and not sent
                 raise http.client.IncompleteRead(body, response.length)
             headers = {name.lower(): value for name, value in response.getheaders()}
             if response.will_close:
@@ -83,23 +84,23 @@ class HttpConnection:
             return HttpAnswer(response.status, headers, body)
         except (OSError, http.client.HTTPException, ValueError) as error:
             fault = of_connection(error, is_connected=self._timed is not None)
-        except BaseException:  # Ctrl-C: half an answer may wait on this connection
+        except BaseException:  # Ctrl-C: half an answer may be left on this connection
             self.close()
             raise
         self.close()
         return fault
 
     def is_stale(self) -> bool:
-        """Whether the server has closed the connection, or says something unasked."""
+        """Return whether the server has closed the connection or sent unexpected data."""
         if self._timed is None:
             return False
         try:
             return bool(select.select([self._timed.socket], [], [], 0)[0])
-        except (OSError, ValueError):  # more open files than select() knows
+        except (OSError, ValueError):  # more open files than select() supports
             return True
 
     def close(self) -> None:
-        """Close it; the next request connects anew."""
+        """Close the connection; the next request opens another."""
         self._library.close()
         if self._timed:
             self._timed.close()
@@ -117,7 +118,7 @@ def _left(end: float) -> float:
 
 
 def _connected(target: Endpoint, context: ssl.SSLContext | None, end: float) -> socket.socket:
-    """A connection to the first of the host's addresses that takes one, with TLS if need be."""
+    """Connect to the first of the host's addresses that accepts, with TLS if `context` is given."""
     refused: OSError = OSError("the host's name has no address")
     for family, address in _addresses(target, end):
         candidate = socket.socket(family, socket.SOCK_STREAM)
@@ -146,7 +147,7 @@ def _connected(target: Endpoint, context: ssl.SSLContext | None, end: float) -> 
 
 
 def _addresses(target: Endpoint, end: float) -> list[tuple[int, Address]]:
-    """The host's addresses; a name is looked up aside, since nothing can end such a wait."""
+    """Return the host's addresses; look a name up in a thread, as a lookup has no timeout."""
     with contextlib.suppress(ValueError):
         version = ipaddress.ip_address(target.host).version
         return [(socket.AF_INET if version == 4 else socket.AF_INET6, (target.host, target.port))]

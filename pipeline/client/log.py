@@ -1,10 +1,8 @@
-"""A log of predictions, for whoever watches a model live: never an image, never a file's name.
+"""The prediction log, for monitoring a served model: it holds no images and no file names.
 
-A line of JSON for each image: `schema`, `time` (UTC), `name`, `version`, `sha256` of the model's
-file, `class`, `probability`, `sure` (by the model's own threshold) and `ink`, the mean of the
-pixels that the model got over 255.
-
-What a prediction log holds, read line by line.
+Each line is a JSON object for one image: `schema`, `time` (UTC), `name`, `version`, `sha256` of the
+model's file, `class`, `probability`, `sure` (by the model's own threshold) and `ink`, the mean of
+the pixels that the model received, divided by 255.
 """
 
 # Shape letters: N images.
@@ -32,31 +30,31 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.files import SCHEMA
 from pipeline.repository.reference_profile import ink_of
 
-MAX_BYTES = 64 * 1024 * 1024  # about 300,000 predictions; then it becomes FILE.1, the old one goes
+MAX_BYTES = 64 * 1024 * 1024  # about 300,000 predictions; then it replaces the older FILE.1
 LINES_AT_ONCE = 1000
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _logger = logging.getLogger(__name__)
 
 
 def older(path: Path) -> Path:
-    """Where a log's earlier lines went when it was full."""
+    """Return the path of a log's older lines, which moved there when it was full."""
     return path.with_name(f"{path.name}.1")
 
 
 class PredictionLog:
-    """A file that predictions are appended to, by any number of threads and processes.
+    """A file to which any number of threads and processes append predictions.
 
-    What cannot be written is lost and changes no answer: it is said once, as a warning of
-    Python's logging, counted in `lost`, and stated in the log once that can be written again.
+    Predictions that cannot be written are lost, and no answer changes: Python's logging warns once,
+    `lost` counts them, and the log states their number as soon as it can be written again.
     """
 
     def __init__(self, path: Path | str, max_bytes: int = MAX_BYTES) -> None:
-        """Raise PipelineError for a file that cannot be written, or that others may read."""
+        """Raise PipelineError if the file cannot be written, or if other users may access it."""
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         self.path, self.max_bytes = Path(path), max_bytes
-        self.lost = 0  # predictions, since we began
-        self._unsaid = 0  # of those, how many the log does not know of
+        self.lost = 0  # predictions, in total
+        self._unsaid = 0  # of those, how many the log does not state yet
         self._lock = threading.Lock()
         try:
             with self._opened() as descriptor:
@@ -72,7 +70,7 @@ class PredictionLog:
             raise PipelineError(f"others may read or write the prediction log: chmod 600 '{path}'")
 
     def add(self, name: str, images: np.ndarray, predictions: Sequence[Prediction]) -> None:
-        """Append what model `name` said of images (N, ...) as it got them. Never raises OSError."""
+        """Append model `name`'s predictions for its input images (N, ...); never raise OSError."""
         inks = ink_of(images)
         lines = [
             _line(
@@ -111,21 +109,21 @@ class PredictionLog:
             self._unsaid = 0
 
     def _write(self, content: bytes) -> None:
-        """Append all of it or nothing, in one write; OSError where that cannot be."""
+        """Append all of `content` or nothing, in one write; raise OSError if that fails."""
         while True:
             with self._opened() as descriptor:
                 size = os.fstat(descriptor).st_size
                 if size > 0 and size + len(content) > self.max_bytes:  # it is full
-                    os.replace(self.path, older(self.path))  # the lock is held: nobody else does
+                    os.replace(self.path, older(self.path))  # safe: the lock is held
                     continue
                 if os.write(descriptor, content) < len(content):
-                    os.ftruncate(descriptor, size)  # the disk is full: half a line helps nobody
+                    os.ftruncate(descriptor, size)  # the disk is full: leave no half line
                     raise OSError(errno.ENOSPC, "no space left for a whole batch")
                 return
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
-        """The file that lies at the path now, locked against other writers."""
+        """Yield a descriptor of the file now at the path, locked against other writers."""
         while True:
             descriptor = os.open(self.path, _FLAGS, 0o600)
             try:
@@ -137,7 +135,7 @@ class PredictionLog:
                     except FileNotFoundError:
                         is_there = False
                     if not is_there:
-                        continue  # another writer has just put it away
+                        continue  # another writer has just moved it
                 yield descriptor
                 return
             finally:
@@ -145,7 +143,7 @@ class PredictionLog:
 
 
 def opened(log: PredictionLog | Path | str | None) -> PredictionLog | None:
-    """The log that is meant: one that several may share, one at a path, or none."""
+    """Return a log: `log` itself, which may be shared, the log at a path, or None."""
     return log if log is None or isinstance(log, PredictionLog) else PredictionLog(log)
 
 
@@ -156,7 +154,7 @@ def _line(**fields: str | float | None) -> bytes:
 
 
 class Entry(NamedTuple):
-    """One prediction."""
+    """One logged prediction."""
 
     time: str  # UTC, as 2026-11-23T18:30:00Z
     label: str
@@ -166,7 +164,7 @@ class Entry(NamedTuple):
 
 
 class LoggedModel(NamedTuple):
-    """Which model a line is about."""
+    """The model that a line is about."""
 
     name: str
     version: str
@@ -178,19 +176,20 @@ class LoggedModel(NamedTuple):
 
 @dataclass
 class Logged:
-    """The predictions of one model file in a log, and how many other lines there are."""
+    """The predictions of one model file in a log, and the numbers of other lines."""
 
     entries: list[Entry] = field(default_factory=list)
     versions: set[str] = field(default_factory=set)  # under which the model file was served
     others: Counter[LoggedModel] = field(default_factory=Counter)  # predictions of other models
     unreadable: int = 0  # lines
-    lost: int = 0  # predictions that the log says it lacks
+    lost: int = 0  # predictions that the log states as lost
 
 
 def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) -> Logged:
-    """The predictions of model `name` with that digest; older lines, `FILE.1`, come first.
+    """Return the predictions of model `name` with that digest; older lines, `FILE.1`, come first.
 
-    Raises PipelineError where there is no such log, or none of it can be read.
+    Lines before `since` are left out. Raises PipelineError if there is no such log, or if no line
+    of it can be read.
     """
     logged, wanted = Logged(), (name, sha256)
     start = "" if since is None else since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,4 +1,4 @@
-"""Ask a served model about files, many at a time, and predictors that ask a server."""
+"""Queries of a served model: about many files, and as a predictor."""
 
 import contextlib
 import queue
@@ -20,27 +20,27 @@ from pipeline.core.machine import cores
 from pipeline.images.inputs import Source, look, read_source
 
 FILES_AT_ONCE = 64
-# So many come first, and are read here: the first answer does not wait for others, and a few
-# pictures need no processes, which take a second to start.
+# Sizes of the first batches, which this process reads: the first answer does not wait for others,
+# and a few pictures need no further processes, which take a second to start.
 FIRST_BATCHES = (1, 8, FILES_AT_ONCE)
-UNDER_WAY = 6  # batches that are being read, or wait to be asked about
+UNDER_WAY = 6  # batches that are being read, or wait to be sent
 LINGER = 0.02  # seconds that a batch waits for one more name
 NOT_SURE = "not sure"
-Seen = list[np.ndarray | str]  # of each picture the image as it is asked, or why there is none
+Seen = list[np.ndarray | str]  # for each picture, its image or the reason why there is none
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one picture: a prediction, or why there is none."""
+    """The result for one picture: a prediction, or the reason why there is none."""
 
     file: str
     prediction: Prediction | None
     error: str | None = None
-    image: np.ndarray | None = field(default=None, compare=False, repr=False)  # as it was asked
-    is_picture: bool = True  # False: a folder, or standard input, that gave none
+    image: np.ndarray | None = field(default=None, compare=False, repr=False)  # as it was sent
+    is_picture: bool = True  # False: a folder, or standard input, without pictures
 
     def record(self) -> dict[str, Any]:
-        """The answer as one line of JSON has it."""
+        """Return the answer as a JSON object, for one line of output."""
         return {"file": self.file, **(self.prediction.record() if self.prediction else {})}
 
     def __str__(self) -> str:
@@ -55,12 +55,12 @@ class Answer:
 
 @dataclass
 class Count:
-    """How many pictures got which answer so far."""
+    """The numbers of pictures so far, by the kind of their answer."""
 
     answered: int = 0
     unsure: int = 0  # of those answered
     failed: int = 0  # pictures without an answer
-    empty: int = 0  # folders and the like that gave no picture
+    empty: int = 0  # folders, or standard input, without pictures
 
     def add(self, answer: Answer) -> None:
         self.empty += not answer.is_picture
@@ -84,18 +84,18 @@ def ask_files(
     min_confidence: float | None = None,
     workers: int | None = None,
 ) -> Generator[Answer, None, None]:
-    """An answer for each picture, in order; one that cannot be read does not stop the others.
+    """Yield an answer for each picture, in order; an unreadable one does not stop the others.
 
-    At most a few batches are in memory. `min_confidence` takes the place of the model's own
-    threshold. Connects when there is something to ask, so that what cannot be read is named in
-    any case. Once the first batches are answered, `workers` processes read ahead; close the
-    iterator and they end at once.
+    At most a few batches are in memory. `min_confidence` replaces the model's own threshold.
+    Connects only when there is an image to send, so that unreadable pictures are reported even
+    without a server. After the first batches, `workers` processes (default: one per core) read
+    ahead; closing the iterator ends them immediately.
     """
     with contextlib.ExitStack() as stack:
         names = _Names(sources)
         client: Client | None = None
         while (client is None or names.is_starting) and (batch := names.take(wait=True)):
-            seen = [read_source(source) for source in batch]  # gray levels, or why there are none
+            seen = [read_source(source) for source in batch]  # gray levels, or an error
             if client is None and any(isinstance(gray, np.ndarray) for gray in seen):
                 client = stack.enter_context(connect())
                 pictures = client.pictures()
@@ -118,7 +118,7 @@ def ask_files(
 
 
 def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], Seen]]:
-    """Every batch with what it shows, in order, while the next few are being read."""
+    """Yield every batch with its images, in order, while the next few are being read."""
     under_way: deque[tuple[list[Source], Future[Seen]]] = deque()
     while True:
         while len(under_way) < UNDER_WAY and (batch := names.take(wait=not under_way)):
@@ -153,13 +153,13 @@ def _answers(
 
 
 class _Names:
-    """Sources that a thread takes from their iterator, so that slow ones hold up no answer."""
+    """Batches of sources that a thread takes from an iterator: a slow one delays no answer."""
 
     def __init__(self, sources: Iterable[Source]) -> None:
         self._queue: queue.Queue[Source | BaseException | None] = queue.Queue(4 * FILES_AT_ONCE)
         self._end: BaseException | bool = False
         self._sizes = list(FIRST_BATCHES)
-        # A daemon: nothing ends a wait for standard input.
+        # A daemon thread, since nothing can interrupt a wait for standard input.
         threading.Thread(target=self._fill, args=(sources,), daemon=True).start()
 
     @property
@@ -168,7 +168,7 @@ class _Names:
         return bool(self._sizes)
 
     def take(self, wait: bool) -> list[Source]:
-        """The next batch; nothing at the end, or where none is at hand and we need not wait."""
+        """Return the next batch; empty at the end, or if none is ready and `wait` is false."""
         size = self._sizes.pop(0) if self._sizes else FILES_AT_ONCE
         batch: list[Source] = []
         while not self._end and len(batch) < size:
@@ -188,14 +188,14 @@ class _Names:
         try:
             for source in sources:
                 self._queue.put(source)
-        except BaseException as error:  # the thread that takes raises it
+        except BaseException as error:  # take() raises it
             self._queue.put(error)
         else:
             self._queue.put(None)
 
 
 class _Readers:
-    """Processes that read pictures; Ctrl-C is for us, and they end with us, whatever they read."""
+    """Processes that read pictures; Ctrl-C reaches only the main process, which ends them."""
 
     def __init__(self, pictures: str, workers: int) -> None:
         self._pictures = pictures
@@ -203,7 +203,7 @@ class _Readers:
 
     def submit(self, batch: list[Source]) -> Future[Seen]:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:  # a process that starts here inherits this
+        try:  # a process that starts here inherits the signal mask
             return self._pool.submit(look, batch, self._pictures)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -216,13 +216,13 @@ class _Readers:
         self._pool.shutdown(wait=False, cancel_futures=True)
         if not any(exception):
             return
-        # Python would wait at its end for what is being read. From 3.14 on: terminate_workers().
+        # At exit Python would wait for these processes. From 3.14 on: terminate_workers().
         for process in list((processes or {}).values()):
             process.terminate()
-        # And the pool waits for no rest of what one of them was about to send.
+        # The pool must not wait for the rest of a result that a process was sending.
         results._writer.close()  # type: ignore[attr-defined]
 
 
 def triton_predictor(client: Client) -> Callable[[np.ndarray], np.ndarray]:
-    """A predictor that asks a served model."""
+    """Return a predictor that asks a served model."""
     return lambda images: client.infer(images)[0]

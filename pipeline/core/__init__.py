@@ -1,8 +1,8 @@
-"""What every room stands on: errors and their exit codes, paths, files, the model's signature.
+"""The basis of every room: errors and their exit codes, paths, files, the model's signature.
 
-Read `signature.py` and `paths.py` first; `errors.py` has one class for each way to fail. A room is
-below all others here: it knows no stage of the pipeline, no runtime and no server, and needs numpy
-only.
+Read `signature.py` and `paths.py` first; `errors.py` has one class for each kind of failure. This
+room is below all others: it knows no stage of the pipeline, no runtime and no server, and needs
+numpy only.
 """
 
 from typing import TYPE_CHECKING

@@ -1,36 +1,36 @@
-"""What can go wrong for a user: each kind of error carries its exit code."""
+"""Errors for the user, each kind with its exit code."""
 
 
 class PipelineError(Exception):
-    """A failure that its message explains: what, where, and how to mend it."""
+    """A failure that its message explains: what is wrong, where, and how to fix it."""
 
     exit_code = 1
 
 
 class LostError(PipelineError):
-    """Another process of the same job ended, so that this one cannot go on."""
+    """A failure because another process of the same job ended: this one cannot continue."""
 
 
 class CheckFailedError(PipelineError):
-    """A gate closed: not validated, parity, accuracy, graph policy, lint, a wrong answer."""
+    """A failed check: validation, parity, accuracy, graph policy, lint, or a wrong answer."""
 
     exit_code = 3
 
 
 class CorruptError(PipelineError):
-    """Bytes that do not match their digest, or that cannot be read as what they should be."""
+    """Bytes that do not match their digest, or cannot be read in the expected format."""
 
     exit_code = 4
 
 
 class ServerError(PipelineError):
-    """No server, it died, or it gave no answer in time."""
+    """A server that is not there, has died, or did not answer in time."""
 
     exit_code = 5
 
 
 class SlowError(ServerError):
-    """No answer in time, from a server that may only have too much to do."""
+    """A timeout of a server that may only have too much to do."""
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

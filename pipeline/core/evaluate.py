@@ -1,4 +1,4 @@
-"""How good a predictor is, and how far two lie apart. Needs numpy only."""
+"""Metrics of a predictor, and the comparison of two. Needs numpy only."""
 
 # Shape letters: N images, K classes.
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from pipeline.core.errors import CheckFailedError
 
-REFUSED = 0.0075  # of the validation images, where the threshold of being sure is fitted
-# uint8 (B, 1, 28, 28) -> float32 (B, K): PyTorch, ONNX Runtime and a Triton client are all one.
+REFUSED = 0.0075  # share of the validation images below the fitted minimum probability
+# uint8 (B, 1, 28, 28) -> float32 (B, K): eager PyTorch, ONNX Runtime or a Triton client.
 Predictor = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a predictor scored against labels."""
+    """The scores of a predictor against labels."""
 
     images: int
     accuracy: float  # fraction of images, 0 to 1
@@ -26,32 +26,33 @@ class Metrics:
 
 
 class Judgement(NamedTuple):
-    """How answers to images lie against a reference's, one entry an image."""
+    """The comparison of answers with a reference's, one entry per image."""
 
-    errors: np.ndarray  # float64 (N,): the largest difference of any output; infinite: not finite
-    bounds: np.ndarray  # float64 (N,): how large it may be
-    classes: np.ndarray  # int64 (N,): the likeliest class of the answer
-    expected: np.ndarray  # int64 (N,): that of the reference
+    errors: np.ndarray  # float64 (N,): largest difference of any output; inf if one is not finite
+    bounds: np.ndarray  # float64 (N,): largest allowed error
+    classes: np.ndarray  # int64 (N,): likeliest class of the answer
+    expected: np.ndarray  # int64 (N,): likeliest class of the reference
 
     @property
     def is_beyond(self) -> np.ndarray:
-        """Whether each answer lies beyond its bound, bool (N,)."""
+        """Whether each error exceeds its bound, bool (N,)."""
         return np.asarray(self.errors > self.bounds)
 
     @property
     def is_changed(self) -> np.ndarray:
-        """Whether each answer is of another class than the reference's, bool (N,)."""
+        """Whether each answer is a flip: its class is not the reference's, bool (N,)."""
         return np.asarray(self.classes != self.expected)
 
     @property
     def ratios(self) -> np.ndarray:
-        """The share of its bound that each error takes, float64 (N,): 1 at most where it passes."""
+        """Each error divided by its bound, float64 (N,): at most 1 if the answer passes."""
         return np.asarray(self.errors / self.bounds)
 
     def problems(self, images: Sequence[int] | np.ndarray) -> list[str]:
-        """Say what is wrong with the answers to `images` (N,), which their bounds tell; or nothing.
+        """Return what is wrong with the answers, one sentence per problem; empty if nothing.
 
-        No class may change, and no answer may lie beyond its bound.
+        `images` (N,) are the images' numbers. No class may change, and no error may exceed its
+        bound.
         """
         changed, beyond = int(self.is_changed.sum()), int(self.is_beyond.sum())
         problems = [f"{changed} of {len(images)} answers are of another class"] if changed else []
@@ -66,7 +67,7 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True)
 class Bin:
-    """The images about which a predictor was about equally sure."""
+    """A confidence bin: images whose likeliest class is about equally probable."""
 
     images: int
     confidence: float  # mean probability of the likeliest class, 0 to 1
@@ -75,22 +76,22 @@ class Bin:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How well one class is told from the others; None where there is nothing to count."""
+    """The scores of one class; None if there is nothing to count."""
 
     support: int  # images of the class
-    precision: float | None  # of those said to be of it, the fraction that are
-    recall: float | None  # of those that are of it, the fraction said to be
-    f1: float | None  # harmonic mean of the two
+    precision: float | None  # fraction of the images predicted as this class that are of it
+    recall: float | None  # fraction of the images of this class that are predicted as it
+    f1: float | None  # harmonic mean of precision and recall
 
 
 def predict(predictor: Predictor, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Log-probabilities (N, K) of `images` (N, ...), asked for in batches of `batch_size`."""
+    """Return log-probabilities (N, K) of `images` (N, ...), predicted in batches."""
     starts = range(0, len(images), batch_size)
     return np.concatenate([predictor(images[start : start + batch_size]) for start in starts])
 
 
 def score(outputs: np.ndarray, labels: np.ndarray) -> Metrics:
-    """Metrics of log-probabilities (N, K) against labels (N,)."""
+    """Return the metrics of log-probabilities (N, K) against labels (N,)."""
     correct = outputs.argmax(axis=1) == labels
     likelihood = outputs[np.arange(len(labels)), labels]
     return Metrics(len(labels), float(correct.mean()), float(-likelihood.mean(dtype=np.float64)))
@@ -99,14 +100,14 @@ def score(outputs: np.ndarray, labels: np.ndarray) -> Metrics:
 def evaluate(
     predictor: Predictor, images: np.ndarray, labels: np.ndarray, batch_size: int = 256
 ) -> Metrics:
-    """Metrics of `predictor` on images (N, ...) with labels (N,)."""
+    """Return the metrics of `predictor` on images (N, ...) with labels (N,)."""
     return score(predict(predictor, images, batch_size), labels)
 
 
 def tempered(outputs: np.ndarray, temperature: float) -> np.ndarray:
-    """Log-probabilities (N, K) as the same network gives them at another temperature.
+    """Return the log-probabilities (N, K) that the same network gives at another temperature.
 
-    Guo et al. 2017, arXiv:1706.04599.
+    Source: Guo et al. 2017, arXiv:1706.04599.
     """
     scaled: np.ndarray = outputs.astype(np.float64) / temperature
     scaled -= scaled.max(axis=1, keepdims=True)
@@ -115,9 +116,9 @@ def tempered(outputs: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature, 1/4 to 4, at which log-probabilities (N, K) fit labels (N,) best.
+    """Return the temperature, 1/4 to 4, at which log-probabilities (N, K) best fit labels (N,).
 
-    Least negative log-likelihood, found by golden section on its logarithm.
+    Minimizes the negative log-likelihood by a golden-section search on the temperature's logarithm.
     """
     low, high = np.log(0.25), np.log(4.0)
     golden = (np.sqrt(5) - 1) / 2
@@ -129,33 +130,34 @@ def fit_temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_min_probability(outputs: np.ndarray, share: float = REFUSED) -> float:
-    """The probability that the likeliest class of all but a `share` of rows (N, K) reaches.
+    """Return the probability that the likeliest class reaches in all but a `share` of rows (N, K).
 
-    Rounded down, so that whoever is at it is not below it.
+    Rounded down, so that a row with exactly this probability is not below it.
     """
     likeliest = np.sort(np.exp(outputs.max(axis=1).astype(np.float64)))
     return math.floor(float(likeliest[int(share * len(likeliest))]) * 1e6) / 1e6
 
 
 def is_refused(outputs: np.ndarray, min_probability: float) -> np.ndarray:
-    """Whether the likeliest class of each row (N, K) is less probable than that, bool (N,)."""
+    """Return whether each row's (N, K) likeliest class is below `min_probability`, bool (N,)."""
     below: np.ndarray = np.exp(outputs.max(axis=1)) < min_probability
     return below
 
 
 def calibration_error(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error of log-probabilities (N, K): 0 when confidence is accuracy.
+    """Return the expected calibration error of log-probabilities (N, K).
 
-    Images are binned by the probability of their likeliest class (Naeini et al. 2015).
+    It is 0 if confidence equals accuracy. Images are binned by the probability of their likeliest
+    class (Naeini et al. 2015).
     """
     filled = reliability(outputs, labels, bins)
     return sum(abs(b.accuracy - b.confidence) * b.images for b in filled) / len(labels)
 
 
 def reliability(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[Bin, ...]:
-    """How sure log-probabilities (N, K) are and how often right, in bins of equal width.
+    """Return the confidence and accuracy of log-probabilities (N, K), in bins of equal width.
 
-    Bins without images are left out.
+    Bins without images are omitted.
     """
     confidence = np.exp(outputs.max(axis=1))
     correct = outputs.argmax(axis=1) == labels
@@ -169,14 +171,14 @@ def reliability(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> tupl
 
 
 def confusion(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many images of each class (row) were said to be of each class (column), int64 (K, K)."""
+    """Count the images of each class (row) predicted as each class (column), int64 (K, K)."""
     classes = outputs.shape[1]
     cells = labels * classes + outputs.argmax(axis=1)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def class_scores(counts: np.ndarray) -> tuple[ClassScore, ...]:
-    """What each class scored, from a confusion matrix (K, K)."""
+    """Return each class's scores from a confusion matrix (K, K)."""
     return tuple(
         ClassScore(
             support=int(counts[index].sum()),
@@ -193,18 +195,18 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def worst_mistakes(outputs: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices (at most `count`,) of the wrong answers, that with the least probable truth first."""
+    """Return at most `count` indices of wrong answers, the least probable true class first."""
     likelihood = outputs[np.arange(len(labels)), labels]  # (N,)
     wrong = np.flatnonzero(outputs.argmax(axis=1) != labels)
     return wrong[np.argsort(likelihood[wrong], kind="stable")][:count]
 
 
 def wilson_interval(correct: int, images: int) -> tuple[float, float]:
-    """Where the true fraction lies with 95 % confidence, when `correct` of `images` are right.
+    """Return the 95 % confidence interval of the accuracy if `correct` of `images` are correct.
 
-    Wilson 1927: sound near 0 and 1 as well, where our accuracies are.
+    Wilson 1927: also reliable near 0 and 1, where our accuracies are.
     """
-    z = 1.959964  # of a normal distribution, two-sided 95 %
+    z = 1.959964  # quantile of the normal distribution, two-sided 95 %
     share = correct / images
     centre = share + z * z / (2 * images)
     half = z * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
@@ -213,16 +215,17 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
 
 
 def margins(outputs: np.ndarray) -> np.ndarray:
-    """How far the likeliest class of each row (N, K) is ahead of the next, float64 (N,)."""
+    """Return each row's (N, K) margin: its highest minus its second output, float64 (N,)."""
     second, first = np.partition(outputs.astype(np.float64), -2, axis=1)[:, -2:].T
     ahead: np.ndarray = first - second
     return ahead
 
 
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> float:
-    """How probable so uneven a split is, if two predictors were equally often right; 0 to 1.
+    """Return the p-value, 0 to 1, of the hypothesis that two predictors are equally accurate.
 
-    From whether each was right on each image, bool (N,). Exact and two-sided (McNemar 1947).
+    The arguments, bool (N,), say on which images each was correct. Exact and two-sided (McNemar
+    1947).
     """
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
@@ -237,9 +240,9 @@ def judge(
     bounds: np.ndarray | float = np.inf,
     dtype: type[np.generic] = np.floating,
 ) -> Judgement:
-    """Judge log-probabilities (N, K) against a reference's, each row by its bound (N,).
+    """Compare log-probabilities (N, K) with a reference's, each row against its bound (N,).
 
-    Raises CheckFailedError when they are of another shape or not of the type `dtype`.
+    Raises CheckFailedError if their shape is not the reference's or their type is not `dtype`.
     """
     if outputs.shape != reference.shape or not np.issubdtype(outputs.dtype, dtype):
         raise CheckFailedError(

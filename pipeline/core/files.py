@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, digests, locks, JSON records, manifests."""
+"""Atomic writes, digests, locks, JSON records, manifests: a file is complete or absent."""
 
 import contextlib
 import hashlib
@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
 
 T = TypeVar("T")
-SCHEMA = 1  # of every JSON that this project writes
+SCHEMA = 1  # schema version of every JSON file that this project writes
 
 
 def sha256(content: bytes | Path) -> str:
-    """The SHA-256 of bytes or of a file, in hexadecimal."""
+    """Return the SHA-256 of bytes or of a file, in hexadecimal."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     with content.open("rb") as file:
@@ -45,7 +45,7 @@ def _cannot_write(path: Path, error: OSError) -> PipelineError:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its content, if it exists."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -58,17 +58,17 @@ def remove(path: Path) -> None:
 def clear_temporary(folder: Path, name: str = "*") -> None:
     """Remove the temporary files and folders that killed writers of `name` left in a folder.
 
-    The caller holds the lock of all who write there.
+    The caller must hold the lock that all writers to the folder share.
     """
     for left in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
         remove(left)
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> str:
-    """Let `write` fill a temporary file, put it in place of `path`, and return its SHA-256.
+    """Let `write` fill a temporary file, rename it to `path`, and return its SHA-256.
 
-    A reader sees the old file or the whole new one, also after a kill or a power cut. Raises
-    PipelineError when it cannot be written and CorruptError when it reads back differently.
+    A reader sees the old file or the complete new one, even after a kill or a power cut. Raises
+    PipelineError if it cannot be written and CorruptError if it reads back differently.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -82,7 +82,7 @@ def write_with(path: Path, write: Callable[[Path], object]) -> str:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # where nothing can be written, nothing is left
+        with contextlib.suppress(OSError):  # if nothing could be written, nothing remains
             temporary.unlink(missing_ok=True)
     if sha256(path) != digest:
         raise CorruptError(f"{path} does not read back as it was written: check the disk")
@@ -101,9 +101,9 @@ def write_json(path: Path, record: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """The record in `path`; `mend` says which command makes it anew.
+    """Return the record in `path`; `mend` says which command makes it again.
 
-    Raises PipelineError when it is missing and CorruptError when it is no record of ours.
+    Raises PipelineError if it is missing and CorruptError if it is not a valid record.
     """
     try:
         text = path.read_bytes()
@@ -119,10 +119,10 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
 
 
 def read_record(path: Path, kind: type[T], mend: str) -> T:
-    """Read the record in `path` back as the dataclass `kind`, each field's type checked.
+    """Read the record in `path` as the dataclass `kind`, checking each field's type.
 
-    Raises PipelineError when it is missing and CorruptError, which names the field, when a value
-    is missing or of another type. What `kind` has no field for is ignored.
+    Raises PipelineError if the file is missing and CorruptError, which names the field, if a value
+    is missing or has another type. Values that `kind` has no field for are ignored.
     """
     import msgspec  # not installed with the client alone, and slow to import
 
@@ -133,7 +133,7 @@ def read_record(path: Path, kind: type[T], mend: str) -> T:
 
 
 def check_digest(path: Path, expected: object, mend: str) -> bytes:
-    """The bytes of `path`, whose SHA-256 is `expected`; CorruptError names the file otherwise."""
+    """Return the bytes of `path`; raise CorruptError unless their SHA-256 is `expected`."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -148,7 +148,7 @@ def check_digest(path: Path, expected: object, mend: str) -> bytes:
 
 
 def check_manifest(folder: Path, mend: str) -> dict[str, Any]:
-    """The manifest of `folder`, after every file that it lists was checked against its digest."""
+    """Return the manifest of `folder` after checking each file in it against its digest."""
     manifest = read_json(folder / "manifest.json", mend)
     files = manifest.get("files")
     if not isinstance(files, dict):
@@ -161,10 +161,9 @@ def check_manifest(folder: Path, mend: str) -> dict[str, Any]:
 
 
 def refuse_shared(folder: Path, below: Iterable[Path]) -> None:
-    """Raise CheckFailedError when anybody may change what is in `folder` and the folders `below`.
+    """Raise CheckFailedError if `folder` or anything in the folders `below` is world-writable.
 
-    That is what the world may write to, and links, whose ends lie who knows where. `folder`
-    itself may be reached by a link.
+    Links are refused too, since they may lead anywhere; only `folder` itself may be one.
     """
     tops = list(below)
     walks = itertools.chain.from_iterable(map(os.walk, tops))
@@ -172,7 +171,7 @@ def refuse_shared(folder: Path, below: Iterable[Path]) -> None:
     for path in (folder, *tops, *inside):
         try:
             mode = path.stat().st_mode if path == folder else path.lstat().st_mode
-        except FileNotFoundError:  # it went while we looked, as somebody's temporary files do
+        except FileNotFoundError:  # removed meanwhile, like another process's temporary file
             continue
         if stat.S_ISLNK(mode):
             raise CheckFailedError(
@@ -187,7 +186,7 @@ def refuse_shared(folder: Path, below: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` at the end, complete or not at all."""
+    """Yield a temporary folder next to `path`; rename it to `path` at the end unless it fails."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -205,9 +204,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str = "") -> Iterator[None]:
-    """Hold an exclusive lock on `path`, which ends with the process whatever happens to it.
+    """Hold an exclusive lock on `path`, which is released however the process ends.
 
-    Waits for whoever holds it, or raises PipelineError that says `busy`, where that is given.
+    Waits for the current holder, or raises PipelineError with the message `busy` if it is given.
     """
     from filelock import FileLock, Timeout  # as msgspec in read_record
 

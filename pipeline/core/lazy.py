@@ -1,4 +1,4 @@
-"""Names that a room hands out, each loaded when it is first asked for (PEP 562)."""
+"""Lazy loading of a room's public names, each at its first use (PEP 562)."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazily(room: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a room's `__getattr__`, which takes each name in `homes` from its module there."""
+    """Return a room's `__getattr__`, which imports each name in `homes` from its module."""
 
     def load(name: str) -> Any:
         if name not in homes:

@@ -1,7 +1,4 @@
-"""When and on what a figure was measured; how many cores there are.
-
-What processes take of this machine: how much memory at most, and how much of its cores.
-"""
+"""The machine: its description for measurements, its cores, and what processes use of it."""
 
 import contextlib
 import os
@@ -14,7 +11,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """When and on what a figure was measured."""
+    """Return the time and a description of the machine, to store with a measurement."""
     models = []
     with contextlib.suppress(OSError):
         models = re.findall(r"^model name\s*: *(.*?) *$", Path("/proc/cpuinfo").read_text(), re.M)
@@ -30,16 +27,17 @@ def machine() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # macOS has none
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def peak_bytes(pid: int | None = None) -> int:
-    """The most memory that a process has had, this one unless told; 0 for one that is gone.
+    """Return the peak memory of process `pid` (default: this one), in bytes; 0 if it has ended.
 
-    What it shares with others counts in full. getrusage would count this process's parent in.
+    Shared memory counts in full. getrusage is only the fallback, because it may include the memory
+    of this process's parent.
     """
     try:
         status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
@@ -50,16 +48,16 @@ def peak_bytes(pid: int | None = None) -> int:
 
 
 def others_seconds() -> float:
-    """Seconds of the cores that went to anybody but this process and those it started.
+    """Return the core seconds used by all processes except this one and its descendants.
 
-    Counts up from an unknown time.
+    The count starts at an unknown time, so that only differences have a meaning.
     """
     import psutil  # slow to import, and few commands measure
 
     times, own = psutil.cpu_times(), psutil.Process()
     taken = sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
     for process in (own, *own.children(recursive=True)):
-        with contextlib.suppress(psutil.Error):  # it ended while we looked
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
             used = process.cpu_times()
             taken -= used.user + used.system
     return float(taken)

@@ -1,4 +1,4 @@
-"""Where each artifact lies: no other module spells a file name."""
+"""The path of each artifact: no other module spells a file name."""
 
 import re
 import unicodedata
@@ -8,20 +8,20 @@ from pathlib import Path
 from pipeline.core.errors import PipelineError
 
 MODEL_NAMES = {"mnist": "handwriting"}
-FOLDER = "folder:"  # stands before the path of a folder of pictures, where a data set is named
-# Under runs/ or exported/.
+FOLDER = "folder:"  # prefix of a data set's name that is the path of a folder of pictures
+# Names with a fixed meaning under runs/ or exported/.
 TAKEN = ("handwriting", "model_repository", "failed", "deploy")
 NAME_RULE = "up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def is_name(value: str) -> bool:
-    """Whether a model, a run or a cached data set can be called so."""
+    """Return whether `value` is a valid name for a model, a run or a cached data set."""
     return _NAME.fullmatch(value) is not None
 
 
 def require_printable(path: Path) -> None:
-    """Raise PipelineError if the absolute path has characters that would garble what is printed.
+    """Raise PipelineError if the absolute path has characters that would garble printed text.
 
     Those are control characters, line breaks, and bytes that are not UTF-8.
     """
@@ -36,22 +36,25 @@ def require_printable(path: Path) -> None:
 
 
 def data_name(dataset: str) -> str:
-    """What a data set's cache is called; the set `folder:PATH` is called as its folder."""
+    """Return the name of a data set's cache: for `folder:PATH`, the folder's name."""
     return Path(dataset).name if dataset.startswith(FOLDER) else dataset
 
 
 def model_name(dataset: str) -> str:
-    """What a model of the data set is called, unless it has a name of its own."""
+    """Return the default name of a model of the data set."""
     return MODEL_NAMES.get(dataset) or data_name(dataset)
 
 
 def packaged_name(name: str, precision: str) -> str:
-    """What a variant is called in a model repository: fp32 as the model, the others beside it."""
+    """Return a variant's name in a model repository: `name` for fp32, else `name-precision`."""
     return name if precision == "fp32" else f"{name}-{precision}"
 
 
 class _Below:
-    """An attribute of `Paths`: a path below one of its folders, `{name}` being the model's name."""
+    """An attribute of `Paths`: a path below one of its folders.
+
+    `{name}` and `{run}` in it stand for the model's and the run's name.
+    """
 
     def __init__(self, folder: str, path: str) -> None:
         self.folder, self.path = folder, path
@@ -63,12 +66,12 @@ class _Below:
 
 @dataclass(frozen=True)
 class Paths:
-    """Where each artifact of one model lies under the project's root."""
+    """The paths of all artifacts of one model under the project's root."""
 
     root: Path = Path()
     name: str = "handwriting"
     run: str = "handwriting"
-    repository_folder: Path | None = None  # a model repository that lies elsewhere
+    repository_folder: Path | None = None  # a model repository at another place
 
     def __post_init__(self) -> None:
         for value in (self.name, self.run):
@@ -106,7 +109,7 @@ class Paths:
     manifest = _Below("export", "manifest.json")
 
     packaged = _Below("repository", "{name}")
-    lock = _Below("exported", ".{name}.lock")  # held by whoever changes the packaged model
+    lock = _Below("exported", ".{name}.lock")  # held while the packaged model is changed
     server = _Below("exported", "server.json")
     server_log = _Below("exported", "server.log")
     supervisor_log = _Below("exported", "supervisor.log")
@@ -117,7 +120,7 @@ class Paths:
         return self.repository_folder or self.exported / "model_repository"
 
     def named(self, name: str) -> "Paths":
-        """The paths of another model of the same project."""
+        """Return the paths of another model of the same project."""
         return replace(self, name=name)
 
     def data(self, dataset: str) -> Path:

@@ -1,4 +1,4 @@
-"""The model's signature: what goes in, what comes out. Imports nothing heavy."""
+"""The model's signature: its input and output tensors. Imports nothing heavy."""
 
 import unicodedata
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ MNIST_CLASSES = tuple("0123456789")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, type and shape (without the batch) of a tensor that crosses the model's border."""
+    """The name, type and shape (without the batch) of an input or output of the model."""
 
     name: str
     dtype: str
@@ -20,7 +20,7 @@ class TensorSpec:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "TensorSpec":
-        """The tensor that a manifest describes."""
+        """Return the tensor that a manifest's record describes."""
         return cls(record["name"], record["dtype"], tuple(record["shape"]))
 
 
@@ -29,20 +29,20 @@ IMAGES = TensorSpec("images", "uint8", (1, 28, 28))
 
 
 def is_label(name: str) -> bool:
-    """Tell whether `name` can be a class: Triton keeps each in one line of a text file in UTF-8."""
+    """Return whether `name` can be a class: Triton keeps each as a line of a UTF-8 text file."""
     categories = {unicodedata.category(letter) for letter in name}
     return bool(name) and categories.isdisjoint({"Cc", "Cs", "Zl", "Zp"})
 
 
 def log_probabilities(classes: int) -> TensorSpec:
-    """The output: natural logarithms of probabilities, one for each class."""
+    """Return the output tensor: natural logarithms of probabilities, one for each class."""
     return TensorSpec("log_probabilities", "float32", (classes,))
 
 
 def pictures_of(dataset: str) -> str:
-    """How pictures become a model's images: `digit` for MNIST, `whole` for any other data set.
+    """Return how pictures become a model's images: `digit` for MNIST, `whole` for other data sets.
 
-    A digit is cleaned, cropped and centred as MNIST was made. A whole picture keeps its gray
-    levels and what stands where: one of 28 x 28 pixels is taken as it is.
+    A digit is cleaned, cropped and centred in the way MNIST was made. A whole picture keeps its
+    gray levels and positions: one of 28 x 28 pixels is used unchanged.
     """
     return "digit" if dataset == "mnist" else "whole"

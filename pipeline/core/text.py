@@ -1,18 +1,18 @@
-"""Text for people: what comes from elsewhere is escaped, and lines are put together here."""
+"""Text for people: escaping of untrusted text, text of several lines, tables."""
 
 from collections.abc import Iterable, Sequence
 
 
 class Lines(str):
-    """Text of several lines: `Lines("title", *rows)`. Nothing else keeps a line break in `escape`.
+    """Text of several lines: `Lines("title", *rows)`; `escape` keeps line breaks only in these.
 
-    What is made of it by an f-string or `+` is an ordinary `str` again.
+    An f-string or `+` turns it into an ordinary `str` again.
     """
 
     __slots__ = ()
 
     def __new__(cls, *lines: object) -> "Lines":
-        """Put `lines` together, each of them escaped."""
+        """Join `lines`, each of them escaped."""
         return super().__new__(cls, "\n".join(map(escape, lines)))
 
     def __str__(self) -> "Lines":
@@ -25,12 +25,12 @@ class Lines(str):
 
 
 def escape(text: object) -> str:
-    r"""Return `text` as one line of printable characters; `Lines` stay as they are.
+    r"""Return `text` as one line of printable characters; `Lines` are returned unchanged.
 
     A name in a file, a folder or an answer may hold anything: a line feed that forges a line, an
-    ESC or BEL that a terminal obeys, a mark that turns the direction of writing, a byte that is
-    not text. These become `\n`, `\x1b`, `\x07`, `\u202e`, `\udcff`. A backslash is left alone:
-    what is printed is to be read, not to be parsed.
+    ESC or BEL that a terminal obeys, a mark that reverses the direction of writing, a byte that is
+    not text. These become `\n`, `\x1b`, `\x07`, `\u202e`, `\udcff`. A backslash is not escaped:
+    printed text is for reading, not for parsing.
     """
     text = str(text)
     if isinstance(text, Lines) or text.isprintable():
@@ -39,14 +39,15 @@ def escape(text: object) -> str:
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
-    """Lay rows out under their header, the first column to the left and the others to the right.
+    """Format rows as a table under their header: first column left-aligned, the others right.
 
-    A cell is never wrapped: what a foreign name says must not begin a line.
+    A cell is never wrapped: untrusted text must not begin a line.
     """
     from tabulate import tabulate  # not installed with the client alone
 
     text = tabulate(
-        [header, *([escape(cell) for cell in row] for row in rows)],  # `headers` are spaced wider
+        # Not as `headers`, which tabulate spaces wider.
+        [header, *([escape(cell) for cell in row] for row in rows)],
         tablefmt="plain",
         colalign=("left", *("right",) * (len(header) - 1)),
         disable_numparse=True,
