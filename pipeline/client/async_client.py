@@ -1,4 +1,4 @@
-"""The same client for programs that await."""
+"""The asynchronous client of one served model, for programs that use asyncio."""
 
 # Shape letters: N images, K classes.
 
@@ -35,7 +35,7 @@ class _Http:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ssl=self._context or True),
-                timeout=aiohttp.ClientTimeout(total=None),  # ours is around each exchange
+                timeout=aiohttp.ClientTimeout(total=None),  # our own is around each exchange
             )
         try:
             async with self._session.request(
@@ -64,12 +64,12 @@ class _Http:
 
 
 def _fault(error: aiohttp.ClientError) -> Fault:
-    """The fault behind an error of aiohttp, which wraps those of the socket."""
+    """Return the fault of an error of aiohttp, which wraps the socket's errors."""
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return Fault("unnamed", str(error.os_error), error)
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return of_connection(error.certificate_error, is_connected=False)
-    if isinstance(error, aiohttp.ClientConnectorError):  # with those of TLS
+    if isinstance(error, aiohttp.ClientConnectorError):  # includes TLS errors
         return of_connection(error.os_error, is_connected=False)
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return Fault("lost", str(error) or "it closed the connection", error)
@@ -103,32 +103,32 @@ class _Grpc:
 class AsyncClient(BaseClient):
     """A client of one served model, over HTTP or gRPC, that tasks of one event loop may share.
 
-    Like `Client` in everything else: see there for URLs, errors, the deadline and retries.
+    Otherwise it is like `Client`: see there for URLs, errors, the deadline and retries.
     """
 
     _wires = (_Http, _Grpc)
     _loop: asyncio.AbstractEventLoop | None = None
 
     async def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
-        """A prediction for each image, one or many: see `Client.classify`."""
+        """Return a prediction for each image, one or many: see `Client.classify`."""
         return await self._run(self._ask_predictions(images, top, self._deadline()))
 
     async def infer(
         self, images: np.ndarray, timeout: float | None = None
     ) -> tuple[np.ndarray, str]:
-        """Log-probabilities (N, K) of images (N, ...), and the version that answered last."""
+        """Return log-probabilities (N, K) of images (N, ...), and the last answer's version."""
         return await self._run(self._ask_outputs(images, self._deadline(timeout)))
 
     async def config(self) -> config_pbtxt.ModelConfig:
-        """The served model's configuration, asked for once."""
+        """Return the served model's configuration, which is requested once."""
         return await self._run(self._ask_config(self._deadline()))
 
     async def metadata(self, of_model: bool = False) -> dict[str, Any]:
-        """What the server says of itself, or of the model: name, version or versions, and more."""
+        """Return metadata of the server, or of the model: name, version or versions, and more."""
         return await self._run(self._ask_metadata(of_model, self._deadline()))
 
     async def close(self) -> None:
-        """Close its connections; a further call opens new ones."""
+        """Close the connections; a further call opens new ones."""
         await self._wire.close()
         self._loop = None
 
@@ -139,7 +139,7 @@ class AsyncClient(BaseClient):
         await self.close()
 
     async def _run(self, steps: Steps[T]) -> T:
-        """Do what the steps ask for, one after the other."""
+        """Execute the steps one after the other, and return their result."""
         loop = asyncio.get_running_loop()
         if self._loop not in (None, loop):
             raise PipelineError("this client is another event loop's: make one in each")

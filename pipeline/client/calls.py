@@ -1,8 +1,8 @@
-"""What a client does, step by step, without a connection: splits, retries, deadline, meaning.
+"""Protocol-independent request logic: batching, retries, deadlines, predictions.
 
-Methods that give `Steps` are generators: they yield what is to be done next (send a call, wait,
-work on pictures) and are sent what came of it. So the client that blocks and the client that awaits
-are this one, with another hand at the wire.
+Methods that return `Steps` are generators: they yield the next step (send a call, wait, process
+pictures) and are sent its result. The synchronous and the asynchronous client execute the same
+steps, each over its own connections.
 """
 
 # Shape letters: N images, K classes.
@@ -37,15 +37,15 @@ from pipeline.core.errors import PipelineError, SlowError
 from pipeline.repository import config_pbtxt
 
 TIMEOUT = 10.0  # seconds for a whole call
-LONGEST = 86_400  # seconds, a day: what no system takes for infinite, or too much
+LONGEST = 86_400  # seconds, a day: small enough that no system rejects it or treats it as infinite
 RETRIES = 3
-FIRST_PAUSE = 0.1  # seconds before the first retry, about; each further one is twice as long
+FIRST_PAUSE = 0.1  # seconds before the first retry, on average; doubled for each further retry
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """Send the call; the answer is its message or a Fault, after `seconds` at the latest."""
+    """A step: send the call; its result, within `seconds`, is the answer's message or a Fault."""
 
     call: wire.Call
     seconds: float
@@ -53,14 +53,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Pause:
-    """Wait."""
+    """A step: wait."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Work:
-    """Do what takes a while and needs no connection."""
+    """A step: run a function that may take a while and needs no connection."""
 
     do: Callable[[], Any]
 
@@ -69,7 +69,7 @@ Steps = Generator[Attempt | Pause | Work, Any, T]
 
 
 class Deadline:
-    """The end of a whole call, whatever it consists of."""
+    """The deadline of a whole call, with all its requests and retries."""
 
     def __init__(self, timeout: float) -> None:
         if not 0 < timeout <= LONGEST:
@@ -81,14 +81,14 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """The seconds that are left; below 0 after the deadline."""
         return self._end - time.monotonic()
 
 
 class BaseClient:
-    """What the client that blocks and the client that awaits share: all but the wire."""
+    """The logic that the synchronous and the asynchronous client share: all but the connections."""
 
-    _wires: tuple[Any, Any]  # what opens connections, over HTTP and over gRPC
+    _wires: tuple[Any, Any]  # the classes that open connections, over HTTP and over gRPC
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class BaseClient:
     ) -> None:
         self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
         self._log, self._version, self._retries = opened(prediction_log), str(version), retries
-        self._deadline()  # refuses nonsense
+        self._deadline()  # raises PipelineError for an invalid timeout
         if retries < 0:
             raise PipelineError(f"retries must be 0 or more, got {retries}")
         if self._version and not self._version.isdecimal():
@@ -112,7 +112,7 @@ class BaseClient:
                 f"a version is a whole number, got {version!r}: leave it out for the one served"
             )
         self._config: config_pbtxt.ModelConfig | None = None
-        self._undescribed: set[str] = set()  # versions of which a config said nothing
+        self._undescribed: set[str] = set()  # versions whose digest the config does not state
         require_usable(self.endpoint, certificates, headers or {})
         wire_class = self._wires[self.endpoint.is_grpc]
         self._wire = wire_class(self.endpoint, certificates, dict(headers or {}))
@@ -121,14 +121,14 @@ class BaseClient:
         return Deadline(self.timeout if timeout is None else timeout)
 
     def _ask(self, call: wire.Call, deadline: Deadline) -> Steps[Message]:
-        """The answer to a call; what may pass is tried again, if asking twice does no harm."""
+        """Return the answer to a call; after a temporary fault, repeat the call if that is safe."""
         for times in range(1, self._retries + 2):
             left = deadline.left
             answer = (yield Attempt(call, left)) if left > 0 else Fault("slow", "no time left")
             if not isinstance(answer, Fault):
                 return answer  # type: ignore[no-any-return]
             if answer.kind in ("unreached", "lost", "unloaded", "unknown"):
-                self._config = None  # what comes back may be another
+                self._config = None  # the server may come back with another model
             pause = max(answer.pause, FIRST_PAUSE * 2 ** (times - 1) * random.uniform(0.5, 1.5))
             may_retry = call.may_repeat and answer.kind in PASSING and times <= self._retries
             if not may_retry or pause >= deadline.left:
@@ -137,7 +137,7 @@ class BaseClient:
         raise self._failed(answer, deadline, times) from answer.error
 
     def _ask_config(self, deadline: Deadline) -> Steps[config_pbtxt.ModelConfig]:
-        """The served model's configuration, asked for once."""
+        """Return the served model's configuration, which is requested once."""
         config = self._config
         if config is None:
             request = service_pb2.ModelConfigRequest(name=self.name, version=self._version)
@@ -149,7 +149,7 @@ class BaseClient:
         return config
 
     def _ask_metadata(self, of_model: bool, deadline: Deadline) -> Steps[dict[str, Any]]:
-        """What the server says of itself, or of the model."""
+        """Return metadata of the server, or of the model."""
         call = wire.Call("ServerMetadata", service_pb2.ServerMetadataRequest())
         if of_model:
             request = service_pb2.ModelMetadataRequest(name=self.name, version=self._version)
@@ -160,7 +160,7 @@ class BaseClient:
     def _ask_predictions(
         self, images: Image | Iterable[Image], top: int, deadline: Deadline
     ) -> Steps[list[Prediction]]:
-        """A prediction for each image; no more are prepared at once than a request takes."""
+        """Return a prediction for each image; prepare only one request's images at a time."""
         given = listed(images)
         if not given:
             return []
@@ -183,12 +183,12 @@ class BaseClient:
     def _predictions(
         self, answers: list[tuple[np.ndarray, str]], top: int, deadline: Deadline
     ) -> Steps[list[Prediction]]:
-        """What the outputs of each batch say."""
+        """Convert the outputs of each batch to predictions."""
         predictions = []
         for outputs, version in answers:
             config = yield from self._ask_config(deadline)
             if config_pbtxt.digest(config, version) is None and version not in self._undescribed:
-                self._config = None  # the one at hand may be older than this version
+                self._config = None  # the known config may be older than this version
                 config = yield from self._ask_config(deadline)
                 if config_pbtxt.digest(config, version) is None:
                     self._undescribed.add(version)
@@ -200,12 +200,12 @@ class BaseClient:
         return predictions
 
     def _logged(self, images: np.ndarray, predictions: list[Prediction]) -> Steps[None]:
-        """Write them to the prediction log, if there is one."""
+        """Append the predictions to the prediction log, if there is one."""
         if log := self._log:
             yield Work(lambda: log.add(self.name, images, predictions))
 
     def _ask_outputs(self, images: np.ndarray, deadline: Deadline) -> Steps[tuple[np.ndarray, str]]:
-        """Outputs (N, K) of images (N, ...), and the version that answered last."""
+        """Return outputs (N, K) of images (N, ...), and the version that answered last."""
         try:
             images = np.asarray(images)
         except ValueError as error:
@@ -222,7 +222,7 @@ class BaseClient:
         return np.concatenate([outputs for outputs, _ in answers]), answers[-1][1]
 
     def _ask_labels(self, image: np.ndarray, deadline: Deadline) -> Steps[tuple[str, ...]]:
-        """What the server calls each class when it is asked to classify an image."""
+        """Return the name that the server gives each class when it classifies an image."""
         config = yield from self._one_tensor(deadline)
         count = int(config.output[0].dims[-1])
         answer, _ = yield from self._infer(image[np.newaxis], deadline, count)
@@ -247,7 +247,7 @@ class BaseClient:
         return outputs, str(answer.model_version)
 
     def _one_tensor(self, deadline: Deadline) -> Steps[config_pbtxt.ModelConfig]:
-        """The config of a model that can be asked here."""
+        """Return the model's config; raise PipelineError unless it takes exactly one tensor."""
         config = yield from self._ask_config(deadline)
         if len(config.input) != 1 or not config.output:
             raise PipelineError(
@@ -269,7 +269,7 @@ class BaseClient:
 def _ready(
     pictures: list[Image], start: int, config: config_pbtxt.ModelConfig, deadline: Deadline
 ) -> np.ndarray:
-    """A batch of pictures from `start` on as the model takes them, if there is time for that."""
+    """Prepare the batch of pictures from `start` on; raise SlowError if the time is up."""
     arrays = []
     for picture in pictures[start : start + max(1, config.max_batch_size)]:
         arrays.append(prepared(picture, config))
@@ -282,5 +282,5 @@ def _ready(
 
 
 def _is_of_classes(outputs: np.ndarray) -> bool:
-    """Whether outputs (N, ...) say something of classes, (N, K)."""
+    """Return whether outputs (N, ...) are one value per class, (N, K)."""
     return outputs.ndim == 2 and outputs.shape[1] > 0

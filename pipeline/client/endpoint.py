@@ -1,7 +1,4 @@
-"""Where a server listens, and the certificates that a secure connection to it needs.
-
-What both clients need of gRPC.
-"""
+"""A server's address, the certificates of a secure connection, and the gRPC channel."""
 
 import re
 import ssl
@@ -16,21 +13,21 @@ import grpc
 
 from pipeline.core.errors import PipelineError
 
-# Triton's own, but for https: Triton has no TLS over HTTP, so that is a proxy before it.
+# Triton's default ports, except https: Triton's HTTP has no TLS, so a proxy in front provides it.
 _PORTS = {"http": 8000, "grpc": 8001, "https": 443, "grpcs": 8001}
 _WRITE = "write http://HOST:8000 or grpc://HOST:8001, with TLS https://HOST or grpcs://HOST:8001"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens, and for which protocol."""
+    """The protocol and the address of a server."""
 
     protocol: str  # http, https, grpc or grpcs
     address: str  # host:port
 
     @property
     def host(self) -> str:
-        """The host, an IPv6 address without its brackets."""
+        """The host; an IPv6 address is without brackets."""
         return self.address.rpartition(":")[0].strip("[]")
 
     @property
@@ -50,7 +47,7 @@ class Endpoint:
 
 
 def endpoint(url: str) -> Endpoint:
-    """The endpoint that `url` names: http, https, grpc or grpcs://HOST:PORT."""
+    """Parse `url`: http, https, grpc or grpcs://HOST:PORT; raise PipelineError if not valid."""
     if not url.isprintable() or " " in url:
         raise PipelineError(f"{url!r} has a blank or a control character in it: {_WRITE}")
     try:
@@ -58,7 +55,7 @@ def endpoint(url: str) -> Endpoint:
         port = parts.port
     except ValueError as error:
         raise PipelineError(f"{url!r} has no valid port or host: {error}") from error
-    if "@" in parts.netloc or parts.query or parts.fragment:  # not repeated: it may be a password
+    if "@" in parts.netloc or parts.query or parts.fragment:  # not shown: may be a password
         raise PipelineError(
             f"the URL of a server has no user, password or query; keys go into `headers`: {_WRITE}"
         )
@@ -72,17 +69,17 @@ def endpoint(url: str) -> Endpoint:
 
 @dataclass(frozen=True)
 class Certificates:
-    """Files in PEM for https:// and grpcs://.
+    """PEM files for https:// and grpcs://.
 
-    Without `ca` a server is trusted whose certificate the usual authorities have signed.
+    Without `ca`, a server's certificate must be signed by one of the default authorities.
     """
 
-    ca: Path | str | None = None  # who signed the server's certificate
+    ca: Path | str | None = None  # the authority that signed the server's certificate
     certificate: Path | str | None = None  # the client's own, for a server that asks for one
-    key: Path | str | None = None  # that belongs to it
+    key: Path | str | None = None  # the private key of `certificate`
 
     def context(self) -> ssl.SSLContext:
-        """What Python needs for a secure connection; PipelineError names a file that is wrong."""
+        """Return Python's TLS context; raise PipelineError, which names it, for an invalid file."""
         if (self.certificate is None) != (self.key is None):
             raise PipelineError("a client's certificate and its key go together: give both")
         try:
@@ -106,9 +103,9 @@ class Certificates:
 def require_usable(
     target: Endpoint, certificates: Certificates, headers: Mapping[str, str]
 ) -> None:
-    """Raise PipelineError for certificates or headers that the endpoint has no use for."""
+    """Raise PipelineError for certificates or headers that the endpoint cannot use."""
     for name, value in headers.items():
-        # What gRPC takes, which is stricter than HTTP.
+        # gRPC's rules, which are stricter than HTTP's.
         is_text = isinstance(name, str) and isinstance(value, str)
         if not (
             is_text
@@ -130,18 +127,18 @@ def require_usable(
 OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # A server that comes back is noticed soon: gRPC by itself waits for up to two minutes.
+    # Notice soon that a server is back: gRPC's default is to wait for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
-    # Clients do not share a connection, nor the pause after one has failed.
+    # Clients share neither a connection nor the pause after a failed one.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),  # as over HTTP: a server is asked directly
-    ("grpc.enable_retries", 0),  # ours are inside the deadline, and counted
+    ("grpc.enable_http_proxy", 0),  # no proxy, as over HTTP
+    ("grpc.enable_retries", 0),  # our own retries are within the deadline, and counted
 ]
 
 
 class GrpcChannel:
-    """One channel of gRPC, opened when it is asked for; `library` is grpc or grpc.aio."""
+    """A gRPC channel, opened at its first use; `library` is grpc or grpc.aio."""
 
     def __init__(
         self, library: Any, target: Endpoint, certificates: Certificates, headers: dict[str, str]
@@ -150,13 +147,13 @@ class GrpcChannel:
         self.metadata = tuple((name.lower(), value) for name, value in headers.items())
         self._credentials, self._channel = None, None
         if target.is_secure:
-            certificates.context()  # raises where they are not sound
+            certificates.context()  # raises PipelineError if they are not valid
             files = (certificates.ca, certificates.key, certificates.certificate)
             contents = (Path(file).read_bytes() if file else None for file in files)
             self._credentials = grpc.ssl_channel_credentials(*contents)
 
     def open(self) -> Any:
-        """The channel, which threads share."""
+        """Return the channel, which threads share; open it if there is none."""
         with self._lock:
             if self._channel is None and self._credentials:
                 self._channel = self._library.secure_channel(
@@ -167,7 +164,7 @@ class GrpcChannel:
             return self._channel
 
     def take(self) -> Any:
-        """The channel for whoever closes it, or None; the next request opens another."""
+        """Return the channel, or None, for the caller to close; the next request opens another."""
         with self._lock:
             channel, self._channel = self._channel, None
         return channel

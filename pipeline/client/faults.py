@@ -1,4 +1,4 @@
-"""What can go wrong between a client and a server: known by its kind, explained to a user."""
+"""Faults between a client and a server: their kinds, and how they are explained to a user."""
 
 import json
 import re
@@ -16,23 +16,23 @@ from pipeline.core.text import escape
 Kind = Literal[
     "slow",  # no answer before the deadline
     "unnamed",  # the host's name has no address
-    "insecure",  # no TLS connection came about
+    "insecure",  # the TLS connection failed
     "unreached",  # nothing accepted the request
     "lost",  # the connection ended before the answer
     "busy",  # the server has too much to do
     "unloaded",  # the server has no version of the model now
-    "died",  # the process of the model did
-    "alien",  # what answers is no Triton
+    "died",  # the model's process died
+    "alien",  # the answer is not Triton's
     "large",  # too much for one request
     "restricted",
     "unknown",  # no such model, or no such version of it
     "refused",
 ]
-# These may be over in a moment.
-# A server that starts anew has no model for a moment.
+# Temporary kinds, after which a request may be repeated. "unknown" is one of them because a server
+# that restarts has no model for a moment.
 PASSING: frozenset[Kind] = frozenset({"unreached", "lost", "busy", "unloaded", "unknown"})
-_LONGEST = 300  # characters of a server's own words that are passed on
-# Parts of what Triton says, in lower case.
+_LONGEST = 300  # characters of a server's own message that are passed on
+# Parts of Triton's messages, in lower case.
 _SAID: tuple[tuple[str, Kind], ...] = (
     ("has no available versions", "unloaded"),
     ("restricted", "restricted"),
@@ -42,7 +42,7 @@ _SAID: tuple[tuple[str, Kind], ...] = (
     ("exceeds maximum queue size", "busy"),
     ("larger than max", "large"),
 )
-# Parts of what gRPC says of a connection that it could not make, in lower case.
+# Parts of gRPC's messages about a failed connection, in lower case.
 _CONNECTING: tuple[tuple[str, Kind], ...] = (
     ("errors resolving", "unnamed"),
     ("dns resolution failed", "unnamed"),
@@ -62,22 +62,22 @@ _CONNECTING: tuple[tuple[str, Kind], ...] = (
     ("goaway", "lost"),
     ("failed to connect", "unreached"),
 )
-# What gRPC puts before the reason for which it has no connection.
+# The text that gRPC puts before the reason of a failed connection.
 _CONNECTED = re.compile(r"^failed to connect to all addresses; last error: [A-Z_]+: \S+:\d+: ")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a request has no answer."""
+    """The reason why a request has no answer."""
 
     kind: Kind
     reason: str
     error: BaseException | None = None
-    pause: float = 0.0  # seconds after which the server wants to be asked again
+    pause: float = 0.0  # seconds to wait before a retry, as the server asks
 
 
 def of_grpc(code: str, details: str, error: BaseException) -> Fault:
-    """The fault behind a gRPC status, by the name of its code."""
+    """Return the fault of a gRPC status: the name of its code, and its message."""
     said = details.lower()
     kind = next((kind for part, kind in _SAID if part in said), None)
     if code == "DEADLINE_EXCEEDED":
@@ -92,7 +92,7 @@ def of_grpc(code: str, details: str, error: BaseException) -> Fault:
     return Fault(kind or "refused", reason, error)
 
 
-# What an HTTP status means where Triton does not say more.
+# The kind of an HTTP status, unless Triton's message says more.
 _STATUSES: dict[int, Kind] = {
     **dict.fromkeys((429, 502, 503, 504), "busy"),
     **dict.fromkeys((401, 403), "restricted"),
@@ -101,7 +101,7 @@ _STATUSES: dict[int, Kind] = {
 
 
 def of_http(status: int, body: bytes, headers: Mapping[str, str]) -> Fault:
-    """The fault behind an HTTP status that is not 200; the headers' names are in lower case."""
+    """Return the fault of an HTTP status that is not 200; header names are in lower case."""
     retry_after = headers.get("retry-after")
     pause = float(retry_after) if retry_after and retry_after.isdigit() else 0.0
     if 300 <= status < 400:
@@ -111,14 +111,14 @@ def of_http(status: int, body: bytes, headers: Mapping[str, str]) -> Fault:
         answer = json.loads(body)
     except (ValueError, RecursionError):
         answer = None
-    error = answer.get("error") if isinstance(answer, dict) else None  # as Triton says it
+    error = answer.get("error") if isinstance(answer, dict) else None  # Triton's message
     words = _short(error) if isinstance(error, str) else ""
     kind = next((kind for part, kind in _SAID if part in words.lower()), None)
     kind = kind or _STATUSES.get(status) or ("refused" if words else "alien")
     return Fault(kind, f"{words} (status {status})" if words else f"status {status}", pause=pause)
 
 
-# What a socket, TLS or http.client raises, the first that fits.
+# The kinds of the exceptions of sockets, TLS and http.client; the first match counts.
 _RAISED: tuple[tuple[tuple[type[Exception], ...], Kind], ...] = (
     ((TimeoutError,), "slow"),
     ((ssl.SSLError,), "insecure"),
@@ -130,7 +130,7 @@ _RAISED: tuple[tuple[tuple[type[Exception], ...], Kind], ...] = (
 
 
 def of_connection(error: BaseException, is_connected: bool) -> Fault:
-    """The fault behind what a socket or the reading of an answer from it raised."""
+    """Return the fault of an exception from a socket, or from reading an answer from it."""
     reason = _short(str(error)) or type(error).__name__
     otherwise: Kind = "lost" if is_connected else "unreached"
     kind = next((kind for types, kind in _RAISED if isinstance(error, types)), otherwise)
@@ -142,12 +142,13 @@ def of_connection(error: BaseException, is_connected: bool) -> Fault:
 def explained(
     fault: Fault, where: Endpoint, *, name: str, version: str, timeout: float, times: int
 ) -> PipelineError:
-    """The error that tells a user what was tried, and how to mend it.
+    """Return the error that tells a user what was tried, and how to fix it.
 
-    Asked was model `name`, `times` times; an empty version is whichever the server chooses.
+    The request was about model `name` and was sent `times` times; an empty version means the one
+    that the server chooses.
     """
     reason = fault.reason
-    # The way to ask with TLS where there was none, and without where there was.
+    # Suggest TLS if the request was without it, and no TLS if it was with it.
     other = f"where it speaks TLS, write {where.protocol}s://{where.address}"
     if where.is_secure:
         other = f"where it speaks without TLS, write {where.protocol[:-1]}://{where.address}"
@@ -212,6 +213,6 @@ _REFUSED: dict[str, str] = {
 
 
 def _short(text: str) -> str:
-    """The text in one line, and not too much of it."""
+    """Return the text as one line, cut after 300 characters."""
     line = escape(" ".join(text.split()))
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

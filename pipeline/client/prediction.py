@@ -1,4 +1,4 @@
-"""From pictures to what a model takes, and from its outputs to predictions."""
+"""Conversion of pictures to a model's inputs, and of its outputs to predictions."""
 
 # Shape letters: N images, H height, W width, K classes.
 
@@ -19,7 +19,7 @@ Image = Picture | str  # a string is the path of a file
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image."""
+    """The model's prediction for one image."""
 
     label: str
     probability: float  # of that label, 0 to 1
@@ -29,7 +29,7 @@ class Prediction:
     is_sure: bool = True  # its probability is at or above the model's threshold
 
     def record(self) -> dict[str, Any]:
-        """The prediction as JSON has it."""
+        """Return the prediction as a JSON object."""
         record = asdict(self)
         record["sure"] = record.pop("is_sure")
         return record
@@ -42,10 +42,10 @@ def predicted(
     version: str,
     top: int,
 ) -> Prediction:
-    """What a row of outputs (K,) says."""
+    """Return the prediction that a row of outputs (K,) stands for, with its `top` best labels."""
     chances = probabilities(row, config_pbtxt.kind(config))
     order = np.argsort(-row)[: max(1, top)]
-    # Where the config names fewer classes than there are, the others go by their number.
+    # Classes that the config does not name are called by their number.
     names = {index: str(index) for index in range(len(row))} | dict(enumerate(classes))
     ranked = tuple((names[int(index)], float(chances[index])) for index in order)
     is_sure = ranked[0][1] >= config_pbtxt.min_probability(config)
@@ -53,7 +53,7 @@ def predicted(
 
 
 def probabilities(row: np.ndarray, kind: str) -> np.ndarray:
-    """The probabilities (..., K) in a row or rows of outputs (..., K) of that kind."""
+    """Convert one or more rows of outputs (..., K) of that kind to probabilities (..., K)."""
     values = row.astype(np.float64)
     if kind == "probabilities":
         return values
@@ -63,17 +63,17 @@ def probabilities(row: np.ndarray, kind: str) -> np.ndarray:
 
 
 def listed(images: Image | Iterable[Image]) -> list[Image]:
-    """One picture or many, as a list; an array may be either, which the model's shape decides."""
+    """Return one picture or many as a list; an array is one item, which `singles` may split."""
     if isinstance(images, str | bytes | Path | np.ndarray) or not isinstance(images, Iterable):
         return [images]
     return list(images)
 
 
 def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
-    """A picture, or each array of the model's shape that an array holds; none is prepared yet.
+    """Split an array of images of the model's shape; return anything else as a list of one.
 
-    Raises PipelineError for a picture where the model says that it takes arrays only, and for an
-    array of images that are flat, or have no channels.
+    No picture is prepared yet. Raises PipelineError for a picture if the model takes arrays only,
+    and for an array of images that are flat or have no channels.
     """
     shape, pictures = tuple(config.input[0].dims), config_pbtxt.pictures(config)  # -1: any size
     if isinstance(image, np.ndarray):
@@ -102,7 +102,7 @@ def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
 
 
 def prepared(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
-    """What the model takes, of one of the `singles`."""
+    """Convert one of the `singles` to the model's input; raise PipelineError if it does not fit."""
     pictures = config_pbtxt.pictures(config)
     shape = tuple(config.input[0].dims)
     if isinstance(image, np.ndarray) and (pictures == "arrays" or is_of(image.shape, shape)):
@@ -114,14 +114,14 @@ def prepared(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
 
 
 def is_of(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a shape is the wanted one, in which -1 is any size."""
+    """Return whether a shape is the wanted one, in which -1 stands for any size."""
     return len(shape) == len(wanted) and all(
         want in (-1, size) for size, want in zip(shape, wanted, strict=True)
     )
 
 
 def require_fit(images: np.ndarray, config: config_pbtxt.ModelConfig) -> None:
-    """Raise PipelineError for images (N, ...) that the model cannot take, before they are sent."""
+    """Raise PipelineError unless the model takes images (N, ...) of this type and shape."""
     tensor = config.input[0]
     wanted, got = list(tensor.dims), list(images.shape[1 if config.max_batch_size else 0 :])
     dtype = config_pbtxt.type_name(tensor)
@@ -129,7 +129,7 @@ def require_fit(images: np.ndarray, config: config_pbtxt.ModelConfig) -> None:
         mend = f"images.astype(np.{dtype})"
         if dtype == "uint8":
             is_float = images.dtype.kind == "f" and images.size > 0
-            is_share = is_float and 0 <= images.min() <= images.max() <= 1  # as torch has pixels
+            is_share = is_float and 0 <= images.min() <= images.max() <= 1  # pixels as in torch
             scale = "(255 * images).round()" if is_share else "images"
             mend = f"give pixels from 0 for paper to 255 for ink, {scale}.astype(np.uint8)"
         raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {mend}")

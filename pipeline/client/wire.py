@@ -1,4 +1,4 @@
-"""Requests and answers as both protocols have them: gRPC's messages, and the same over HTTP."""
+"""Requests and answers in both protocols: gRPC's messages, and their form over HTTP."""
 
 # Shape letters: N images, K classes.
 
@@ -21,7 +21,7 @@ from pipeline.repository import config_pbtxt
 SERVICE = "inference.GRPCInferenceService"
 MAX_ANSWER_BYTES = 256 * 2**20
 _LENGTH = "Inference-Header-Content-Length"  # of the JSON before the tensors
-# What comes of reading an answer that is none of Triton's.
+# The exceptions of reading an answer that is not Triton's.
 _UNREADABLE = (
     *(ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError),
     *(DecodeError, json_format.ParseError),
@@ -30,21 +30,21 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class Call:
-    """A method of Triton's service with its request; the answer is a message as well."""
+    """A method of Triton's service with its request message; the answer is a message too."""
 
     method: str
     request: Message
-    may_repeat: bool = True  # asked twice is as good as asked once
+    may_repeat: bool = True  # repeating the request does no harm
 
     @property
     def path(self) -> str:
-        """Where gRPC has the method."""
+        """The method's path in gRPC."""
         return f"/{SERVICE}/{self.method}"
 
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """The same over HTTP."""
+    """A request over HTTP."""
 
     verb: str
     path: str
@@ -54,7 +54,7 @@ class HttpRequest:
 
 @dataclass(frozen=True)
 class HttpAnswer:
-    """What an HTTP server answered; the headers' names are in lower case."""
+    """An answer over HTTP; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -68,9 +68,10 @@ def infer(
     images: np.ndarray,
     class_count: int = 0,
 ) -> Call:
-    """An inference on images (N, ...); with a class count, for its labels instead of numbers.
+    """Return the call of an inference on images (N, ...).
 
-    It may be repeated: a model without state answers the same, and nothing else changes.
+    With `class_count`, the server answers with that many labels instead of numbers. The call may be
+    repeated: a model without state gives the same answer, and nothing else changes.
     """
     request = service_pb2.ModelInferRequest(model_name=name, model_version=version)
     request.inputs.add(
@@ -86,7 +87,7 @@ def infer(
 
 
 def to_http(call: Call, headers: Mapping[str, str]) -> HttpRequest:
-    """The call as HTTP has it, with further headers; only what a client asks."""
+    """Convert a call to an HTTP request with further headers; only for the calls of a client."""
     request: Any = call.request
     if call.method == "ServerMetadata":
         return HttpRequest("GET", "/v2", headers)
@@ -123,7 +124,7 @@ def _answer_to(call: Call) -> type[Message]:
 
 
 def from_grpc(call: Call, content: bytes) -> Message | Fault:
-    """The message in an answer over gRPC."""
+    """Return the message in an answer over gRPC, or a Fault if it cannot be read."""
     try:
         return _answer_to(call).FromString(content)
     except DecodeError as error:
@@ -131,7 +132,7 @@ def from_grpc(call: Call, content: bytes) -> Message | Fault:
 
 
 def from_http(call: Call, answer: HttpAnswer) -> Message | Fault:
-    """The message in an answer over HTTP."""
+    """Return the message in an answer over HTTP, or the Fault of its status or content."""
     headers = answer.headers
     if answer.status != 200:
         return of_http(answer.status, answer.body, headers)
@@ -158,7 +159,7 @@ def from_http(call: Call, answer: HttpAnswer) -> Message | Fault:
 
 
 def read_outputs(answer: Any, name: str, images: int) -> np.ndarray | Fault:
-    """The output of that name, a row for each image."""
+    """Return the output of that name, one row per image, or a Fault if it cannot be read."""
     try:
         index = [output.name for output in answer.outputs].index(name)
         tensor, content = answer.outputs[index], answer.raw_output_contents[index]
@@ -179,6 +180,6 @@ def read_outputs(answer: Any, name: str, images: int) -> np.ndarray | Fault:
 
 
 def alien(error: Exception) -> Fault:
-    """The fault of an answer that cannot be read."""
+    """Return the fault of an answer that cannot be read."""
     reason = " ".join(str(error).split())[:200]
     return Fault("alien", reason or type(error).__name__, error)
