@@ -1,8 +1,8 @@
-"""The page to draw on, and the gateway behind it that asks Triton.
+"""The page to draw on, and the gateway between it and Triton.
 
-Read `gateway.py` first, then `guard.py` and `limits.py`, which hold off other sites, large pictures
-and crowds; `page/` is what the browser gets. Only this room knows starlette. It trusts nothing that
-comes in, and never gives Triton's own port away.
+Read `gateway.py` first, then `guard.py` and `limits.py`, which refuse requests from other sites,
+too large pictures and too many requests; `page/` is what the browser gets. Only this room uses
+starlette. It trusts no input, and never reveals Triton's own port.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The gateway behind the page: a picture in over HTTP, Triton's answer out."""
+"""The gateway behind the page: it receives a picture over HTTP and returns Triton's answer."""
 
 import asyncio
 import base64
@@ -35,12 +35,12 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 RETRY = {"retry-after": "1"}  # s
-READY_SECONDS = 1.0  # for so long an answer to /readyz holds: probes must not be a load
+READY_SECONDS = 1.0  # how long an answer to /readyz is reused, so that probes are not a load
 
 
 @dataclass
 class Ticket:
-    """The bytes of one request, then its place; held until nothing works for it any more."""
+    """What one request holds of the room, its bytes and then a place, until all its work ends."""
 
     room: Room
     client: str
@@ -49,7 +49,7 @@ class Ticket:
     job: "Future[np.ndarray] | None" = None  # a thread that has begun cannot be stopped
 
     async def read_body(self, request: Request) -> bytes:
-        """The body, refused as soon as it is too long or there is no room for it."""
+        """Return the body; raise RefusedError as soon as it is too long or there is no room."""
         too_long = LARGE.format(name="the picture", allowed=MAX_BYTES)
         if stated_length(request.headers) > MAX_BYTES:  # before a byte of it is read
             raise RefusedError(413, too_long)
@@ -63,12 +63,12 @@ class Ticket:
         return bytes(content)
 
     def enter(self) -> None:
-        """Take a place, or raise FullError."""
+        """Take a place; raise FullError if the client may not have one."""
         self.room.enter(self.client)
         self.has_place = True
 
     def leave(self) -> None:
-        """Give all of it back once the thread that works for it has ended, if there is one."""
+        """Release everything once the thread that works for the request, if any, has ended."""
         if self.job and not self.job.done():
             loop = asyncio.get_running_loop()
             self.job.add_done_callback(lambda job: loop.call_soon_threadsafe(self.leave))
@@ -79,7 +79,7 @@ class Ticket:
 
 
 class Gateway:
-    """Answers requests of one page about one model."""
+    """The request handlers of one page about one model."""
 
     def __init__(
         self, link: Link, config: GatewayConfig = GatewayConfig(), log: PredictionLog | None = None
@@ -92,15 +92,15 @@ class Gateway:
         self._probed, self._readiness = -math.inf, dict[str, Any]()
 
     def app(self) -> Guard:
-        """The ASGI application."""
+        """Return the ASGI application."""
         routes = [
             Route("/classify", self.classify, methods=["POST"]),
-            # That this process answers, whatever Triton does.
+            # Shows that this process answers, independent of Triton.
             Route("/healthz", JSONResponse({"status": "ok"}), methods=["GET"]),
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
         ]
-        for file in sorted(PAGE.iterdir()):  # held in memory
+        for file in sorted(PAGE.iterdir()):  # kept in memory
             if file.suffix in TYPES:
                 path = "/" if file.name == "index.html" else f"/{file.name}"
                 page = Response(file.read_bytes(), media_type=TYPES[file.suffix])
@@ -118,7 +118,7 @@ class Gateway:
         self._pool.shutdown(cancel_futures=True)
 
     async def readyz(self, request: Request) -> Response:
-        """Whether Triton is there and the model answers; and which model that is."""
+        """Answer whether Triton and the model are ready (503 if not), and which model it is."""
         async with self._probing:  # at most one probe at a time, and one a second
             if time.monotonic() - self._probed >= READY_SECONDS:
                 self._readiness = await self._probe()
@@ -142,11 +142,11 @@ class Gateway:
         }
 
     async def metrics(self, request: Request) -> Response:
-        """What was counted, for Prometheus."""
+        """Answer with the metrics for Prometheus."""
         return Response(self.counters.text(), media_type=self.counters.media_type)
 
     async def classify(self, request: Request) -> Response:
-        """What the model says of the picture in the body."""
+        """Answer with the model's prediction for the picture in the body."""
         start = time.monotonic()
         ticket = Ticket(self.room, client_of(request.client.host if request.client else "::"))
         try:
@@ -186,7 +186,7 @@ class Gateway:
 
 
 def _read(content: bytes, pictures: str) -> np.ndarray:
-    """The picture as the model takes it; RefusedError where it cannot be read or shows nothing."""
+    """Convert a picture to the model's input; raise RefusedError if it is unreadable or blank."""
     check_picture(content)
     try:
         return prepare_picture(content, "the picture", pictures)
@@ -196,9 +196,9 @@ def _read(content: bytes, pictures: str) -> np.ndarray:
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):  # for the counters only: nobody reads it any more
+    if isinstance(error, ClientDisconnect):  # only for the counters: the client is gone
         return Response(status_code=499)
-    if isinstance(error, HTTPException):  # a path or a method that there is not
+    if isinstance(error, HTTPException):  # an unknown path or method
         text = f"{error.detail}: GET / for the page, POST a picture to /classify"
         return JSONResponse({"error": text}, error.status_code, error.headers)
     status = error.status if isinstance(error, RefusedError) else 503

@@ -1,7 +1,4 @@
-"""Who may ask the gateway: no page of another site, and none behind a rebound name.
-
-What the gateway counts of itself, for Prometheus.
-"""
+"""Protection from other sites' pages and from DNS rebinding, and the counters for Prometheus."""
 
 import contextlib
 import ipaddress
@@ -24,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.web.limits import MAX_BYTES, RefusedError, Room
 
-# No inline script or style, nothing from elsewhere, in nobody's frame.
+# No inline script or style, nothing from other sites, no embedding in a frame.
 HEADERS = {
     "content-security-policy": (
         "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -40,20 +37,22 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def host_names(bound: str, allowed: tuple[str, ...] = ()) -> frozenset[str]:
-    """The names under which a gateway that listens on `bound` lets itself be asked."""
+    """Return the host names, in lower case, that a gateway which listens on `bound` accepts."""
     return frozenset(name.lower() for name in (*LOOPBACK, bound, *allowed))
 
 
 def check_host(host: str | None, names: frozenset[str]) -> None:
-    """Refuse a Host that is not ours: a page whose name was made to point here sends its own.
+    """Raise RefusedError unless the Host header is one of `names`.
 
-    Where we listen on every address, any address will do: only names can be rebound.
+    This stops DNS rebinding: a page whose own name was made to point here sends that name. If the
+    gateway listens on every address (0.0.0.0 or ::), any IP address is accepted, since only names
+    can be rebound.
     """
     name = None
     if host and not any(letter in host for letter in "/\\@?# \t,"):
         with contextlib.suppress(ValueError):
             parts = urlsplit(f"//{host}")
-            _ = parts.port  # ValueError where it is no number
+            _ = parts.port  # ValueError if it is not a number
             name = parts.hostname
     if name is None:
         raise RefusedError(400, "the Host header names no host: write HOST or HOST:PORT")
@@ -66,7 +65,7 @@ def check_host(host: str | None, names: frozenset[str]) -> None:
 
 
 def stated_length(headers: Mapping[str, str]) -> int:
-    """How many bytes the body has by its own word; 0 where it says nothing."""
+    """Return the body's length in bytes as its header states it; 0 if there is no valid one."""
     length = headers.get("content-length", "0")[:20]
     return int(length) if length.isdecimal() else 0
 
@@ -75,7 +74,7 @@ _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class RequestCounters:
-    """Requests by path and status, how long they took, and what is under way."""
+    """Prometheus metrics: requests by path and status, their duration, and what is under way."""
 
     media_type = CONTENT_TYPE_LATEST
 
@@ -105,12 +104,12 @@ class RequestCounters:
         self._seconds.labels(path).observe(seconds)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """Return all metrics in Prometheus's text format."""
         return bytes(generate_latest(self._registry))
 
 
 class Guard:
-    """An application that only those reach who may, each answer with our headers and counted."""
+    """A wrapper of an application: it refuses requests, adds our headers, and counts answers."""
 
     def __init__(
         self, app: ASGIApp, names: frozenset[str], counters: RequestCounters, paths: set[str]
@@ -119,12 +118,12 @@ class Guard:
         self._counters, self._paths = counters, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or hand the application's life cycle on."""
+        """Answer one request, or pass the application's lifespan events on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         start, status, headers = time.monotonic(), 0, Headers(scope=scope)
-        # A body that is too long to be read to its end only to be dropped.
+        # A body too long to be read to its end after an error: the connection is closed instead.
         is_endless = "transfer-encoding" in headers or stated_length(headers) > MAX_BYTES
 
         async def sent(message: Message) -> None:
@@ -151,7 +150,7 @@ class Guard:
 
 
 def _check_origin(headers: Mapping[str, str]) -> None:
-    """Refuse what a browser sends for a page of another site; programs send no Origin."""
+    """Raise RefusedError for a request from a page of another site; programs send no Origin."""
     site = headers.get("sec-fetch-site")
     if site not in (None, "same-origin", "none"):
         raise RefusedError(403, f"requests from another site's page ({site}) are not answered")

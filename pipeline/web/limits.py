@@ -1,4 +1,4 @@
-"""What the gateway accepts of a picture, and how much of everything at once."""
+"""The gateway's limits: on one picture, and on all requests that are under way."""
 
 import io
 import ipaddress
@@ -13,18 +13,18 @@ from pipeline.core.errors import PipelineError
 from pipeline.images.read import TOO_MANY_PIXELS, UNREADABLE
 
 MAX_BYTES = 10 * 2**20  # of one picture
-# Telephones make JPEGs of up to 24.5 million pixels; 8.9 are a page's scan, or a 4K screenshot.
+# Phones make JPEGs of up to 24.5 million pixels; 8.9 million are a scanned page or 4K screenshot.
 MAX_PIXELS = {"JPEG": 24_500_000, "PNG": 8_900_000, "WEBP": 8_900_000}
-MAX_SCANS = 64  # of a JPEG, each of which decodes the whole picture again; cameras write about ten
-MAX_TEXT_BYTES = 2**20  # that a PNG's compressed texts may have together
+MAX_SCANS = 64  # of a JPEG; each decodes the whole picture again, and cameras write about ten
+MAX_TEXT_BYTES = 2**20  # of a PNG's compressed texts, in total
 _FORMATS = "PNG, JPEG or WebP"
 
-# Pillow's own limit lets a PNG's texts grow to 64 MiB before the first pixel is read.
+# By default, Pillow lets a PNG's texts grow to 64 MiB before the first pixel is read.
 PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
 
 
 class RefusedError(PipelineError):
-    """A request that is not answered: `status` says why to a program, the message to a person."""
+    """A refused request: `status` gives the reason to programs, the message to people."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class RefusedError(PipelineError):
 
 
 class FullError(RefusedError):
-    """There is too much to do at the moment: asking again later helps."""
+    """A request refused because there is too much to do; a later one may succeed."""
 
     def __init__(self, message: str) -> None:
         super().__init__(503, message)
@@ -42,9 +42,10 @@ _BEGINNINGS = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": r
 
 
 def check_picture(content: bytes) -> None:
-    """Refuse what is no picture, or one that would cost too much, before a pixel is decoded.
+    """Raise RefusedError for invalid or too costly pictures, before a pixel is decoded.
 
-    Raises RefusedError: 400 for nothing or a damaged header, 415 for another kind, 413 for a size.
+    Its status is 400 for an empty body or a damaged header, 415 for another format, and 413 for
+    too many pixels or scans.
     """
     if not content:
         raise RefusedError(400, f"the request has no body: send a {_FORMATS} picture")
@@ -69,14 +70,14 @@ def _unreadable(reason: str) -> str:
 
 
 def _size(content: bytes, kind: str) -> tuple[int, int]:
-    """Width and height of the canvas, from the header alone."""
+    """Return the canvas's width and height in pixels, from the header alone."""
     try:
         if kind != "WEBP":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sizes that are refused anyway
+                warnings.simplefilter("ignore")  # about sizes that are refused anyway
                 with Image.open(io.BytesIO(content), formats=(kind,)) as image:
                     return image.size
-        # Pillow makes room for a WebP's pixels as soon as it opens one; its first chunk tells.
+        # Pillow allocates a WebP's pixels when it opens it: take the size from the first chunk.
         chunk, data = content[12:16], content[20:30]
         if len(data) == 10 and chunk == b"VP8X":
             return _number(data[4:7]) + 1, _number(data[7:10]) + 1
@@ -97,7 +98,7 @@ def _number(data: bytes) -> int:
 
 
 def client_of(host: str) -> str:
-    """Return the name to count a client by: its address, for IPv6 the /64 network it has whole."""
+    """Return the name to count a client by: its address, or for IPv6 its whole /64 network."""
     address = ipaddress.ip_address(host)
     if isinstance(address, ipaddress.IPv4Address) or address.ipv4_mapped:
         return host
@@ -107,15 +108,15 @@ def client_of(host: str) -> str:
 def is_fair(wanted: int, *, mine: int, held: int, limit: int) -> bool:
     """Return whether a client that holds `mine` of the `held` may hold `wanted` more of `limit`.
 
-    It may hold as much as is left free: one client alone half of `limit`, n clients 1 / (n + 1)
-    each. However many take their full share, the same share is left for the next client.
+    It may hold as much as it leaves free: one client alone gets half of `limit`, n clients get
+    1 / (n + 1) each. If all of them take their full share, the same share is left for the next.
     """
     return mine + wanted <= limit - held
 
 
 @dataclass
 class Room:
-    """How many requests may be under way at once, and how many bytes their bodies may have."""
+    """The requests under way and the bytes of their bodies, both limited and shared fairly."""
 
     requests: int = 64
     bytes: int = 64 * 2**20
@@ -123,25 +124,25 @@ class Room:
     held: Counter[str] = field(default_factory=Counter)  # bytes by client
 
     def enter(self, client: str) -> None:
-        """Take a place for a client; FullError where that is not fair."""
+        """Take a place for a client; raise FullError if that exceeds its fair share."""
         mine, held = self.taken[client], self.taken.total()
         if not is_fair(1, mine=mine, held=held, limit=self.requests):
             raise FullError("too many requests are under way already: ask again")
         self.taken[client] += 1
 
     def leave(self, client: str) -> None:
-        """Give a client's place back."""
+        """Release a client's place."""
         self.taken[client] -= 1
         self.taken += Counter()  # forgets clients that hold nothing
 
     def hold(self, client: str, count: int) -> None:
-        """Make room for `count` more bytes of a client; FullError where that is not fair."""
+        """Hold `count` more bytes for a client; raise FullError if that exceeds its fair share."""
         mine, held = self.held[client], self.held.total()
         if not is_fair(count, mine=mine, held=held, limit=self.bytes):
             raise FullError("too many large pictures are under way already: ask again")
         self.held[client] += count
 
     def release(self, client: str, count: int) -> None:
-        """Give a client's bytes back."""
+        """Release `count` bytes of a client."""
         self.held[client] -= count
         self.held += Counter()

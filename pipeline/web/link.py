@@ -1,4 +1,4 @@
-"""The gateway's way to Triton: to the server that runs now, and to the next when that has gone."""
+"""The gateway's connection to Triton: to the server that runs now, and later to its successor."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +15,7 @@ from pipeline.repository.running import recorded, serving
 
 
 def finder(paths: Paths, url: str | None) -> Callable[[], str]:
-    """A function that says where the server is: at `url`, or where server.json says by then."""
+    """Return a function that returns the server's URL: `url`, or server.json's at that time."""
     if url:
         return lambda: url
 
@@ -41,30 +41,30 @@ class _Connection:
 
 
 class Link:
-    """Asks the server that `find` names about one model, whichever server that is by now."""
+    """A connection about one model to the server whose URL `find` returns at each request."""
 
     def __init__(self, find: Callable[[], str], name: str, timeout: float) -> None:
         self.name = name
         self._find, self._timeout = find, timeout
         self._current: _Connection | None = None
-        self._version = ""  # that answered last
+        self._version = ""  # of the last answer
 
     async def config(self) -> config_pbtxt.ModelConfig:
-        """The served model's configuration."""
+        """Return the served model's configuration."""
         async with self._connection() as client:
             return await client.config()
 
     async def ask(self, image: np.ndarray, top: int) -> Prediction:
-        """What the model says of an image, uint8 (1, 28, 28)."""
+        """Return the prediction for an image, uint8 (1, 28, 28), with its `top` best labels."""
         async with self._connection() as client:
             (prediction,) = await client.classify([image], top=top)
         if self._version not in ("", prediction.version):
-            self._retire(self._current)  # its config may be that of the version before
+            self._retire(self._current)  # its config may be the previous version's
         self._version = prediction.version
         return prediction
 
     async def close(self) -> None:
-        """Close the connection that is open, if one is."""
+        """Close the open connection, if there is one."""
         connection, self._current = self._current, None
         if connection:
             await connection.client.close()
@@ -90,7 +90,7 @@ class Link:
                 await connection.client.close()
 
     def _retire(self, connection: _Connection | None) -> None:
-        """Let the next request open a connection anew; whoever uses this one closes it."""
+        """Make the next request open another connection; the last user of this one closes it."""
         if connection:
             connection.is_retired = True
             if self._current is connection:

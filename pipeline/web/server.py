@@ -1,7 +1,4 @@
-"""The gateway on a socket, until Ctrl-C.
-
-A connection to the gateway: a fair share for each client, and a deadline for each wait.
-"""
+"""The gateway's server: a fair share of connections for each client, a deadline for each wait."""
 
 import asyncio
 import contextlib
@@ -22,18 +19,18 @@ from pipeline.web.limits import client_of, is_fair
 from pipeline.web.link import Link, finder
 from pipeline.web.settings import GatewayConfig
 
-IDLE_SECONDS = 15  # after which a connection that asks nothing is closed
+IDLE_SECONDS = 15  # after which a connection without requests is closed
 HEADER_BYTES = 32 * 1024  # of one request
-END_SECONDS = 5  # in which answers under way may end
-BACKLOG = 64  # connections that asyncio accepts before it lets us refuse any of them
-QUEUE = 1024  # that wait in the system to be accepted; beyond, a client tries again after 1 s
-MAX_CONNECTIONS = 512  # at once: below the 1024 files that a process usually may open
-MAX_REFUSED = 128  # further ones that may read why they are refused; others are just closed
+END_SECONDS = 5  # for answers under way to end when the server stops
+BACKLOG = 64  # connections that asyncio accepts before we can refuse any of them
+QUEUE = 1024  # connections that the system keeps until we accept; further clients retry after 1 s
+MAX_CONNECTIONS = 512  # open together: below the 1024 files that a process may usually open
+MAX_REFUSED = 128  # further connections that may read why they are refused; others are just closed
 REQUEST_SECONDS = 15.0  # from a request's first byte, or from connecting, to its last header
 ANSWER_SECONDS = 10.0  # for a client to read an answer that the system cannot buffer
-REFUSED_SECONDS = 1.0  # in which a refused client may read why
+REFUSED_SECONDS = 1.0  # for a refused client to read why
 READ_BYTES = 16 * 1024  # at a time: parsing them must not keep the other clients waiting
-SEND_BYTES = 64 * 1024  # that the system buffers; without a limit it is up to 4 MiB a client
+SEND_BYTES = 64 * 1024  # that the system buffers; without a limit, up to 4 MiB per client
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n"
     b"connection: close\r\n\r\n"
@@ -49,8 +46,8 @@ def serve_page(
 ) -> None:
     """Serve the page and its gateway until Ctrl-C (KeyboardInterrupt) or SIGTERM.
 
-    `started` is told the page's address once it is served. Raises PipelineError for a port that
-    is taken or an address that is none of ours.
+    `started` is called with the page's address once it is served. Raises PipelineError if the port
+    is taken or the address is not one of this machine's.
     """
     gateway = Gateway(Link(finder(paths, url), paths.name, config.timeout), config, log)
     with listening(config) as listener:
@@ -70,14 +67,14 @@ def serve_page(
 
 
 def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
-    """How uvicorn serves a gateway."""
+    """Return uvicorn's configuration for a gateway."""
     return uvicorn.Config(
         gateway.app(),
         http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
-        log_level="error",  # not a line for each request that is none
+        log_level="error",  # no line for each invalid request
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -90,7 +87,7 @@ def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
 
 @contextlib.contextmanager
 def listening(config: GatewayConfig) -> Iterator[socket.socket]:
-    """A socket that listens where the config says; port 0 takes a free one."""
+    """Yield a socket bound to the config's host and port; port 0 takes a free one."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -105,22 +102,22 @@ def listening(config: GatewayConfig) -> Iterator[socket.socket]:
 
 
 def address(config: GatewayConfig, listener: socket.socket) -> str:
-    """Where a browser on this machine finds the page."""
+    """Return the page's URL for a browser on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     port = listener.getsockname()[1]
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """Uvicorn's connection, which by itself waits forever for requests and for its reader."""
+    """Uvicorn's connection with deadlines: its own waits forever for requests and for readers."""
 
-    _patience: asyncio.TimerHandle | None = None  # with a request, or a refused client
-    _unread: asyncio.TimerHandle | None = None  # runs while the client does not read its answer
+    _patience: asyncio.TimerHandle | None = None  # deadline of a request, or of a refused client
+    _unread: asyncio.TimerHandle | None = None  # deadline of the client to read its answer
     _is_refused = False
     _owner = ""  # as client_of names it
 
     def connection_made(self, transport: Any) -> None:
-        """Take it, or answer 503 where its client has its share already."""
+        """Accept the connection, or answer 503 if its client has its share already."""
         super().connection_made(transport)
         self._buffer = bytearray(READ_BYTES)
         self._owner = client_of(self.client[0] if self.client else "::")
@@ -138,15 +135,15 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self._refuse()
 
     def get_buffer(self, sizehint: int) -> bytearray:
-        """Return where the next bytes go."""
+        """Return the buffer for the next bytes."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take the bytes that have come."""
+        """Process the `nbytes` bytes that have arrived."""
         self.data_received(bytes(self._buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
-        """Read on; a request that comes drop by drop gets no more time for each drop."""
+        """Process the data; a request that arrives byte by byte gets no more time for each byte."""
         if not self._is_refused:
             super().data_received(data)
             self._watch()
@@ -157,13 +154,13 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._unread = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on with the next answer: the client has read this one."""
+        """Cancel the deadline: the client has read its answer."""
         if self._unread is not None:
             self._unread.cancel()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer 400 to what is not HTTP, and drop what had begun as a request."""
+        """Answer 400 to data that is not HTTP, and drop a request that had begun."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.waiting_for_100_continue = False
@@ -179,20 +176,20 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._refuse()
 
     def shutdown(self) -> None:
-        """Close when the answer under way is sent; uvicorn calls it when the server ends."""
+        """Close when the answer under way is sent; uvicorn calls this when the server ends."""
         if self._is_refused:
             self.transport.abort()
         else:
             super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Cancel the deadlines of the closed connection."""
         self._stop_watching()
         self.resume_writing()
         super().connection_lost(exc)
 
     def _refuse(self) -> None:
-        """Close once the client had time to read why; closed at once, it could lose the answer."""
+        """Close after the client had time to read why; an immediate close could lose the answer."""
         self._stop_watching()
         self._is_refused = True
         with contextlib.suppress(OSError):  # the client has closed it already
@@ -206,7 +203,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         return [c for c in self.connections if isinstance(c, Connection) and c is not self]
 
     def _watch(self) -> None:
-        """Give a request that has not wholly come the time it has; one that has, none to keep."""
+        """Start the deadline of an incomplete request; cancel it once the request is complete."""
         if self._is_refused:
             return
         if self.cycle is not None and not self.cycle.response_complete:
@@ -221,10 +218,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
 
 class _Flow(FlowControl):
-    """Flow control that reads no more while a whole request waits for its answer.
+    """Flow control that stops reading while a complete request waits for its answer.
 
-    Uvicorn's reads on each time that the application asks for a body: a client that pipelines POST
-    requests makes it buffer as much as it sends.
+    Uvicorn's own continues to read each time the application asks for a body, so that a client that
+    pipelines POST requests makes it buffer everything that the client sends.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -232,7 +229,7 @@ class _Flow(FlowControl):
         self._connection = connection
 
     def resume_reading(self) -> None:
-        """Read on, unless a whole request waits for its answer."""
+        """Continue to read, unless a complete request waits for its answer."""
         cycle = self._connection.cycle
         if cycle is None or cycle.more_body or cycle.response_complete:
             super().resume_reading()

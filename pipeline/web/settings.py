@@ -13,14 +13,14 @@ _NAME = {
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """How much the gateway takes on, and from whom."""
+    """The gateway's settings: where it listens, which host names it accepts, and its limits."""
 
     host: str = field(default="127.0.0.1", metadata={"help": "Where to listen."})
     port: int = field(default=8080, metadata={"help": "auto or 0: a free one."})
     allow_hosts: tuple[str, ...] = field(default=(), metadata=_NAME)
-    # For a whole request, its upload included.
+    # For a whole request, including its upload.
     timeout: float = field(default=10.0, metadata={"help": "Seconds for an answer."})
-    # Of one client half; one more is refused with 503.
+    # Half of them for one client alone; further requests are refused with 503.
     requests: int = field(default=64, metadata={"help": "How many may be under way at once."})
     decoders: int = 2  # threads
 
