@@ -1,4 +1,4 @@
-"""The command that measures: recipes, an export in its runtimes, and a served model."""
+"""The benchmark command: recipes, an export in its runtimes, and a served model."""
 
 import functools
 import math
@@ -17,13 +17,13 @@ from pipeline.core.text import Lines
 
 KINDS = ("train", "infer", "serve", "all")  # all: infer and serve
 SPEED = ("infer", "serve", "all")
-# Which kinds use an option that not all of them do.
+# The kinds that use an option, for options that not all kinds use.
 USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("name", "short", "csv", "compare"), SPEED),
     "rate": ("serve", "all"),
     **dict.fromkeys(("recipes", "seeds", "resume"), ("train",)),
 }
-MOST_A_SECOND = 1_000_000  # requests, which are drawn before they are sent
+MOST_A_SECOND = 1_000_000  # requests; their times are drawn before the first is sent
 
 
 @click.command(cls=Command)
@@ -93,7 +93,7 @@ def benchmark_command(
 
 
 def _require_used(what: str) -> None:
-    """Refuse an option on the command line that this kind of benchmark would leave out."""
+    """Raise UsageError for an option on the command line that this kind of benchmark ignores."""
     context = click.get_current_context()
     for option, kinds in USED_BY.items():
         is_given = context.get_parameter_source(option) is ParameterSource.COMMANDLINE
@@ -111,7 +111,7 @@ def _measure_speed(
     csv: Path | None,
     compare: Path | None,
 ) -> None:
-    """Measure each kind, and hold it against an earlier measurement; slower ones once more."""
+    """Measure each kind and compare it with an earlier measurement; repeat what seems slower."""
     from pipeline.benchmark.compare import (
         compare_records,
         confirmed,
@@ -153,7 +153,7 @@ def _measure_speed(
 def _measure(
     settings: Settings, paths: Paths, kinds: tuple[str, ...], *, short: bool, rate: float | None
 ) -> dict[str, Any]:
-    """The result of each kind, in the order in which one needs the other."""
+    """Return the result of each kind: infer first, since serve compares with its classes."""
     results: dict[str, Any] = {}
     if "infer" in kinds:
         from pipeline.benchmark import inference

@@ -1,4 +1,4 @@
-"""What every command shares: its options, how it speaks, and how errors become exit codes."""
+"""The common part of all commands: options, output, and how errors become exit codes."""
 
 import contextlib
 import difflib
@@ -33,41 +33,41 @@ from pipeline.core.text import Lines, escape
 from pipeline.data.catalog import DATASETS, DEFAULT_DATASET
 
 BUG, INTERRUPTED = 70, 130
-# A path of the user's that cannot be used as it is.
+# Errors of a path, named by the user, that cannot be used.
 UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what of it is somebody's
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or the user's quota on it
 TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
 
 
 def echo(text: object, *, err: bool = False, nl: bool = True) -> None:
-    """Print `text` with what is foreign in it escaped; only `Lines` have line breaks."""
+    """Print `text` with unprintable characters escaped; only `Lines` have line breaks."""
     click.echo(escape(text), err=err, nl=nl)
 
 
 @dataclass
 class Settings:
-    """What the options that all commands accept were set to."""
+    """The values of the options that all commands accept."""
 
     root: Path = Path()
     json: bool = False
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
-    # Of the processes that torchrun starts, the first one speaks for all.
+    # Of the processes that torchrun starts, only the first one prints.
     silent: bool = field(default_factory=lambda: os.environ.get("RANK", "0") != "0")
     updated: float = field(default_factory=time.monotonic)  # when progress was last shown
 
     def say(self, line: object) -> None:
-        """A line of progress, on standard error."""
+        """Print a line of progress on standard error."""
         if not (self.quiet or self.silent):
             self.clear()
             echo(line, err=True)
 
     def update(self, line: object) -> None:
-        """Progress that the next line replaces; into a file or a pipe, a line now and then."""
+        """Print progress that the next line replaces; to a file or a pipe, a line every 10 s."""
         is_terminal, now = sys.stderr.isatty(), time.monotonic()
         pause = TERMINAL_SECONDS if is_terminal else LOG_SECONDS
         if self.quiet or self.silent or now - self.updated < pause:
@@ -77,7 +77,7 @@ class Settings:
         echo(line, err=True, nl=not is_terminal)
 
     def result(self, record: Mapping[str, Any], text: object, then: str = "") -> None:
-        """The result on standard output: one JSON object, or text and what to type next."""
+        """Print the result on standard output: one JSON object, or text and the next command."""
         if self.silent:
             return
         self.clear()
@@ -89,7 +89,7 @@ class Settings:
             echo(f"next: {then}")
 
     def clear(self) -> None:
-        """Take away a line of progress that nothing followed."""
+        """Erase the line of progress that a terminal shows."""
         if sys.stderr.isatty():
             click.echo("\r\x1b[K", err=True, nl=False)
 
@@ -100,7 +100,7 @@ def _store(context: click.Context, parameter: click.Parameter, value: Any) -> No
 
 
 def _load_config(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
-    """Take defaults from a TOML file: a table for each command, the options as its keys."""
+    """Read defaults from a TOML file: one table per command, with its options as keys."""
     if value is None:
         return
     try:
@@ -114,7 +114,7 @@ def _load_config(context: click.Context, parameter: click.Parameter, value: Path
 
 
 def _check_tables(tables: Mapping[str, Any], command: click.Command, file: Path) -> None:
-    """Refuse a key that no command or option has: a typo must not be silently left out."""
+    """Raise PipelineError for a key that no command or option has, so that no typo is ignored."""
     options = {parameter.name for parameter in command.params}
     commands = command.commands if isinstance(command, click.Group) else {}
     for key, value in tables.items():
@@ -128,9 +128,10 @@ def _check_tables(tables: Mapping[str, Any], command: click.Command, file: Path)
 def settings_options(
     settings: type, **types: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add an option for each field of a settings class that has a help text.
+    """Return a decorator that adds an option for each field of a settings class with a help text.
 
-    Its default and its choices are the field's; `types` has those that its type does not tell.
+    An option's default and choices are the field's; `types` gives option types, by the field's
+    name, that its own type does not tell.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,7 +178,7 @@ class Command(click.Command):
         add("--debug", is_flag=True, help="Show the traceback of an error as well.")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As Click's, but for an error where the value is empty, as $UNSET is."""
+        """Parse as Click does, but raise BadParameter for an empty value, as from $UNSET."""
         given, _, order = self.make_parser(ctx).parse_args(list(args))
         for parameter in order:
             value = given.get(str(parameter.name))
@@ -187,7 +188,7 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """Commands whose errors become exit codes here and nowhere else."""
+    """A group of commands; the only place where errors become exit codes."""
 
     command_class = Command
 
@@ -196,32 +197,32 @@ class Group(Command, click.Group):
         try:
             return super().main(*args, **{"obj": Settings(), **kwargs})
         except Exception as error:
-            # Click lets through what it does not know: whatever it is, it is ours.
+            # Click passes on exceptions that it does not know: any of these is a bug of ours.
             _echo_traceback(error)
             add = "the lines above, the command, and what 'pipeline --version' prints"
             echo(f"This is a bug of ours. Please report it with {add}.", err=True)
             sys.exit(BUG)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """As Click's, with our errors as Click's."""
+        """Make the context as Click does, with our errors turned into Click's."""
         with _exit_codes():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """As Click's, with our errors as Click's."""
+        """Run the command as Click does, with our errors turned into Click's."""
         with _exit_codes(ctx):
             return super().invoke(ctx)
 
 
 def _echo_traceback(error: BaseException) -> None:
-    """Print a traceback, indented: a line of an error's message must not look like one of ours."""
+    """Print a traceback, indented, so that no line of a message in it looks like one of ours."""
     lines = "".join(traceback.format_exception(error)).splitlines()
     echo(Lines(*(f"  {line}" for line in lines)), err=True)
 
 
 @contextlib.contextmanager
 def _exit_codes(context: click.Context | None = None) -> Iterator[None]:
-    """Turn errors of the user's into Click's, with their exit codes and what is foreign escaped."""
+    """Turn the user's errors into Click's, with their exit codes and escaped messages."""
     settings = context.ensure_object(Settings) if context else Settings()
     try:
         yield
@@ -238,7 +239,7 @@ def _exit_codes(context: click.Context | None = None) -> Iterator[None]:
         is_ours = isinstance(error, PipelineError)
         exit_code = error.exit_code if isinstance(error, PipelineError) else 1
         if settings.silent and is_ours and not isinstance(error, LostError):
-            sys.exit(exit_code)  # the first process says it
+            sys.exit(exit_code)  # the first process prints it
         if settings.debug:
             _echo_traceback(error)
         failure = click.ClickException(escape(message))
@@ -250,7 +251,7 @@ def _exit_codes(context: click.Context | None = None) -> Iterator[None]:
 
 
 def _message_of(error: PipelineError | OSError | ModuleNotFoundError) -> str | None:
-    """What to tell the user of an error; None for a bug of ours."""
+    """Return the message that explains an error to the user; None if it is a bug of ours."""
     if isinstance(error, PipelineError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
@@ -268,14 +269,14 @@ def _message_of(error: PipelineError | OSError | ModuleNotFoundError) -> str | N
         return None
     try:
         sys.stdout.flush()
-    except OSError:  # let go what the disk did not take, or Python tries once more when it ends
+    except OSError:  # drop what the disk did not take, or Python tries again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     what = f"cannot write {error.filename}" if error.filename else "cannot write"
     return f"{what} ({error.strerror}): make room, or write elsewhere"
 
 
 class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
-    """One of the data sets, or `folder:` and a path, which becomes absolute."""
+    """The type of a data set's name: one of the catalog, or `folder:` and a path, made absolute."""
 
     name = "dataset"
 
@@ -308,7 +309,7 @@ class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes
 
 
 class UrlType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
-    """The URL of a server, as a client takes it."""
+    """The type of a server's URL, as a client accepts it."""
 
     name = "url"
 
@@ -337,14 +338,14 @@ prediction_log_option = click.option(
 
 
 def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
-    """The paths of a model; a run is called as its model unless it has a name of its own."""
+    """Return the paths of a model; its run has the same name unless `run` is given."""
     require_printable(settings.root)
     named = MODEL_NAMES["mnist"] if name is None else name
     return Paths(settings.root, name=named, run=run or named)
 
 
 def name_of_run(paths: Paths) -> str:
-    """The model name that goes with the run's data set."""
+    """Return the name of the model of the run's data set."""
     if not paths.run_config.exists():
         return paths.name
     dataset = str(read_json(paths.run_config, "run 'pipeline train' again").get("dataset"))
@@ -352,5 +353,5 @@ def name_of_run(paths: Paths) -> str:
 
 
 def named(paths: Paths) -> str:
-    """The option that a next command needs to speak of the same model."""
+    """Return the --name option that a next command needs for the same model, or nothing."""
     return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"

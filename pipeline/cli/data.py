@@ -50,7 +50,7 @@ def fetch_data_command(settings: Settings, dataset: str, source: Path | None) ->
         context = click.get_current_context()
         if context.get_parameter_source("source") == ParameterSource.COMMANDLINE:
             raise click.UsageError("folder:PATH says where the pictures are: leave out --from")
-        source = None  # which the environment names for other sets
+        source = None  # the environment's is for other data sets
     folder = fetch_data(dataset, cache, source, settings.say, settings.update)
     record = {"dataset": dataset, "folder": str(folder)}
     settings.result(record, f"{dataset} is in {folder}", f"pipeline train{_option(dataset)}")

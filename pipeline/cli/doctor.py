@@ -1,4 +1,4 @@
-"""The command that looks at the machine."""
+"""The doctor command, which examines the machine."""
 
 import click
 
@@ -22,7 +22,7 @@ def doctor_command(settings: Settings) -> None:
     settings.say("looking; a server is started for a moment")
     try:
         from pipeline.doctor.checks import examine
-    except Exception as error:  # whatever a library raises that does not fit the others
+    except Exception as error:  # whatever a library raises that does not fit other packages
         examined = packages.alone(error)
     else:
         examined = examine(paths_of(settings))

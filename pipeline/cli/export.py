@@ -1,4 +1,4 @@
-"""The commands that export and package, and the options that name anybody's module."""
+"""The commands that export and package, and the options for a third-party module."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ file_type = click.Path(path_type=Path, dir_okay=False)
 
 
 def module_options(command: Any) -> Any:
-    """The options that name anybody's module, and the images to prove it on."""
+    """Add the options that name a third-party module, and the images to validate it on."""
     for option in (
         click.option("--classes", help="Their names: a,b,c or a file with one a line."),
         click.option("--labels", type=file_type, help="The images' classes (.npy, .npz or text)."),
@@ -110,7 +110,7 @@ def export_command(
 
 
 def named_paths(settings: Settings, name: str | None) -> Paths:
-    """The paths of what is exported from anybody's module, which has to have a name."""
+    """Return the paths for a third-party module's export; raise UsageError without a name."""
     if not name:
         raise click.UsageError("--module needs a --name for what it exports")
     if name in TAKEN:
@@ -119,8 +119,7 @@ def named_paths(settings: Settings, name: str | None) -> Paths:
 
 
 def sample_of(images: Path | None, labels: Path | None, calibration: Path | None) -> "Sample":
-    """The images that were handed in, with what belongs to them."""
-
+    """Read the user's images, with their labels and the calibration images if given."""
     from pipeline.export.sample import read_sample
 
     if not images:
@@ -131,7 +130,7 @@ def sample_of(images: Path | None, labels: Path | None, calibration: Path | None
 
 
 def class_names(classes: str | None) -> Sequence[str]:
-    """The classes that are named on the command line or in a file; none where none are."""
+    """Return the class names from the command line or a file; empty if none are given."""
     if not classes:
         return ()
     if Path(classes).is_file():
@@ -223,7 +222,7 @@ def package_command(
 def _deploy(
     settings: Settings, paths: Paths, kind: str | None, release: str | None, others: Iterable[str]
 ) -> None:
-    """Write the deployment of what is packaged; options of packaging have no place there."""
+    """Write the deployment of the packaged model; raise UsageError for options of packaging."""
     if not kind:
         raise click.UsageError("--target-triton goes with --deploy (and with 'pipeline export')")
     source = click.get_current_context().get_parameter_source

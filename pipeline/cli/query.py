@@ -1,4 +1,4 @@
-"""The command that asks a served model."""
+"""The query command, which asks a served model."""
 
 import contextlib
 import io
@@ -105,7 +105,7 @@ def query_command(
     if show and settings.json:
         raise click.UsageError("--show draws, --json does not: choose one")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # for files whose names are no text in it
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that its encoding lacks
     paths = paths_of(settings, name)
     log, certificates = opened(prediction_log), Certificates(ca, certificate, key)
 
@@ -139,7 +139,7 @@ def query_command(
     if count.total > 1:
         settings.say(count)
     if count.empty:
-        raise click.exceptions.Exit(PipelineError.exit_code)  # its own line has said it
+        raise click.exceptions.Exit(PipelineError.exit_code)  # a line above says why
 
 
 def _echo(settings: Settings, answer: "Answer", show: bool) -> None:
@@ -155,10 +155,10 @@ def _echo(settings: Settings, answer: "Answer", show: bool) -> None:
 
 
 def _standard_input() -> BinaryIO:
-    """A stream of its own: Python cannot end while a thread waits in the shared one."""
+    """Open another stream on standard input: Python cannot end while a thread reads sys.stdin."""
     try:
         return open(sys.stdin.fileno(), "rb", closefd=False)
-    except io.UnsupportedOperation:  # somebody who calls us gave us a stream of his own
+    except io.UnsupportedOperation:  # a caller replaced sys.stdin by its own stream
         return sys.stdin.buffer
     except (AttributeError, OSError, ValueError) as error:
         raise PipelineError("'-' reads standard input, which is closed") from error

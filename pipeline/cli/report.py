@@ -1,4 +1,4 @@
-"""The commands that report on a run, and that hold a prediction log against its model's profile."""
+"""The report of a run, and the check of a prediction log against its model's reference profile."""
 
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -50,7 +50,7 @@ def report_command(settings: Settings, run: str | None, name: str | None, table:
 
 
 def _reported(paths: Paths, run: str | None, name: str | None) -> Paths:
-    """The run that goes with the model, where only the model is given, or the other way round."""
+    """Return the paths with the model's run if only the model is given, or the run's model."""
     if run:
         return paths if name else replace(paths, name=name_of_run(paths))
     if not paths.manifest.exists():
@@ -63,7 +63,7 @@ file_type = click.Path(path_type=Path, dir_okay=False)
 
 
 class TimeType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
-    """A time as ISO 8601 has it; UTC where it does not say."""
+    """The type of a time in ISO 8601; UTC unless it names an offset."""
 
     name = "time"
 

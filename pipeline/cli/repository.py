@@ -1,7 +1,4 @@
-"""The commands around the versions of a packaged model.
-
-The commands about a model repository as a whole.
-"""
+"""The commands for the versions of a packaged model, and for a whole model repository."""
 
 import shlex
 from dataclasses import asdict

@@ -13,7 +13,7 @@ from pipeline.scoring.settings import ScoreConfig
 
 
 def reading(output: Path) -> str:
-    """The command that shows the first answers."""
+    """Return the shell command that shows the first answers."""
     code = f"import pyarrow.parquet as p; print(p.read_table({str(output)!r}).slice(0, 9))"
     return f"python -c {shlex.quote(code)}"
 

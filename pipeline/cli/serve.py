@@ -1,4 +1,4 @@
-"""The commands around a running server."""
+"""The commands that serve, and that manage a running server."""
 
 import shlex
 import time
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _is_free(context: click.Context, parameter: click.Parameter, value: str | None) -> bool:
-    """Whether free ports are to be taken: one number cannot say where three services listen."""
+    """Return whether to take free ports; raise BadParameter for a number: three are needed."""
     if value not in (None, "auto", "0"):
         raise click.BadParameter(
             f"{value!r} is one port and a server takes three: choose them with --http-port, "
@@ -73,7 +73,7 @@ def serve(context: click.Context, /, port: bool, detach: bool, **changes: Any) -
 
 
 def echo_server(settings: Settings, server: "Server") -> None:
-    """Say where a server answers, without its admin key, and how to ask its first model."""
+    """Print a server's addresses, without its admin key, and how to ask its first model."""
     from pipeline.repository import config_pbtxt
 
     record = {key: value for key, value in asdict(server).items() if key != "admin_key"}
@@ -117,9 +117,9 @@ def status_command(settings: Settings, watch: bool) -> None:
         try:
             state = status(paths)
             shown: tuple[dict[str, Any], object] = state.record(), state
-        except (ServerError, CheckFailedError) as error:  # it may come again
+        except (ServerError, CheckFailedError) as error:  # it may come back
             shown = {"error": str(error)}, error
-        click.clear()  # of a terminal; else it does nothing
+        click.clear()  # only a terminal; otherwise this does nothing
         settings.result(*shown)
         time.sleep(1.0)
     state = status(paths)

@@ -1,4 +1,4 @@
-"""The command that trains: a recipe, and an option for every field of it."""
+"""The train command: a recipe, and an option for every field of it."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -15,7 +15,7 @@ from pipeline.training.recipes import recipe as recipe_named
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for every field of a recipe; without one, the recipe's own value stands."""
+    """Add an option for every field of a recipe; the default is the recipe's own value."""
     default = RECIPES[DEFAULT_RECIPE]
     for field in reversed(fields(Recipe)):
         kind = {int: int, float: float, str: str, bool: bool}.get(field.type)
@@ -98,7 +98,7 @@ def train_command(
     deciding = ("recipe", "seed", "device", "compiled", *changes)
     if resume and all(source_of(name) == ParameterSource.DEFAULT for name in deciding):
         config = recorded_config(paths) or config
-    # Hundreds of short epochs need no line each.
+    # Hundreds of short epochs do not need one line each.
     on_epoch = settings.say if config.settings.epochs <= 50 else settings.update
     options = "" if paths.run == MODEL_NAMES["mnist"] else f" --run {paths.run}"
     try:

@@ -1,4 +1,4 @@
-"""The command that proves: an export, an ONNX file of others, a repository, running servers."""
+"""The validate command: an export, a third-party ONNX file, a repository, running servers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -123,7 +123,7 @@ def validate_command(
 
 
 def _paths_of(onnx: Path) -> Paths:
-    """The paths whose exported file `onnx` is."""
+    """Return the paths that the exported file `onnx` belongs to, or raise PipelineError."""
     folder = onnx.resolve().parent
     paths = Paths(folder.parent.parent, name=folder.name, run=folder.name)
     if onnx.resolve() not in [paths.variant(precision) for precision in PRECISIONS]:

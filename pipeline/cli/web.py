@@ -1,4 +1,4 @@
-"""The command that serves a page to draw on."""
+"""The web command, which serves a page to draw on."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pipeline.web.settings import GatewayConfig
 
 
 class PortType(click.IntRange):
-    """A port's number; `auto` means the same as 0."""
+    """The type of a port's number; `auto` means the same as 0."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return 0 if value == "auto" else super().convert(value, param, ctx)
