@@ -85,7 +85,7 @@ class ClassScore:
 
 
 def predict(predictor: Predictor, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Return log-probabilities (N, K) of `images` (N, ...), predicted in batches."""
+    """Return log-probabilities (N, K) of `images` (N, ...), in batches of `batch_size`."""
     starts = range(0, len(images), batch_size)
     return np.concatenate([predictor(images[start : start + batch_size]) for start in starts])
 

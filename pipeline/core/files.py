@@ -148,7 +148,7 @@ def check_digest(path: Path, expected: object, mend: str) -> bytes:
 
 
 def check_manifest(folder: Path, mend: str) -> dict[str, Any]:
-    """Return the manifest of `folder` after checking each file in it against its digest."""
+    """Return the manifest of `folder` after checking the digest of each file that it lists."""
     manifest = read_json(folder / "manifest.json", mend)
     files = manifest.get("files")
     if not isinstance(files, dict):
@@ -208,7 +208,7 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
 
     Waits for the current holder, or raises PipelineError with the message `busy` if it is given.
     """
-    from filelock import FileLock, Timeout  # as msgspec in read_record
+    from filelock import FileLock, Timeout  # not installed with the client alone
 
     lock = FileLock(path, timeout=0 if busy else -1)
     try:

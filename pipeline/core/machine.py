@@ -50,7 +50,8 @@ def peak_bytes(pid: int | None = None) -> int:
 def others_seconds() -> float:
     """Return the core seconds used by all processes except this one and its descendants.
 
-    The count starts at an unknown time, so that only differences have a meaning.
+    Time that a hypervisor took (steal) counts too. The count starts at an unknown time, so that
+    only differences have a meaning.
     """
     import psutil  # slow to import, and few commands measure
 
