@@ -35,9 +35,7 @@ class _Http:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ssl=self._context or True),
-                timeout=aiohttp.ClientTimeout(
-                    total=None
-                ),  # our own timeout is around each exchange
+                timeout=aiohttp.ClientTimeout(total=None),  # ours is around each exchange
             )
         try:
             async with self._session.request(
