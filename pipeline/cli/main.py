@@ -27,7 +27,7 @@ from pipeline.cli.web import web_command
 )
 @click.version_option(package_name="handwriting-pipeline", prog_name="pipeline")
 def main() -> None:
-    """Replaced by the text above."""
+    """Run a command; Click shows the help text above."""
 
 
 main.add_command(data_group)

@@ -19,7 +19,7 @@ def is_ahead(values: list[float], expected: int) -> bool:
 
 
 def problem_of(url: str, file: str, expected: str, letter: str) -> str:
-    """What is wrong with the answer of the model at `url` to an image's bytes, or nothing."""
+    """Say what is wrong with the answer of the model at `url` to an image's bytes, if anything."""
     place = urllib.parse.urlsplit(url)
     connection = http.client.HTTPConnection(place.netloc, timeout=SECONDS)
     # Closed, because an idle connection would hold up the server's end.
