@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.core.files import sha256
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Chain, flip_bit
 
 NAMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "exported/README.md")
 PAGES = [REPOSITORY / name for name in NAMES] + sorted((REPOSITORY / "docs").glob("*.md"))
@@ -116,3 +118,20 @@ def test_the_first_page_is_short_and_its_first_command_near_its_top() -> None:
 def test_no_line_of_prose_is_longer_than_120_characters(page: Path) -> None:
     prose = [line for line in CODE.sub("", page.read_text()).splitlines() if line[:1] != "|"]
     assert [line for line in prose if len(line) > 120] == []
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("model_signing", "openssl"))),
+    reason="no model_signing on the PATH: pip install model-signing pyopenssl",
+)
+def test_a_signed_version_is_verified_and_a_changed_one_is_not(chain: Chain) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "docs" / "signing.md").read_text(), re.S)
+    keys, sign, verify = (re.sub(r"^pip .*\n", "", block) for block in blocks)
+
+    def run(script: str) -> int:
+        command = ["bash", "-euo", "pipefail", "-c", script]
+        return subprocess.run(command, cwd=chain.root, capture_output=True, check=False).returncode
+
+    assert [run(keys), run(sign), run(verify)] == [0, 0, 0]
+    flip_bit(chain.paths.packaged / "1" / "model.onnx")
+    assert run(verify) == 1
