@@ -12,7 +12,7 @@ from pipeline.training.recipes import RECIPES
 from tests.conftest import Chain, error_line
 from tools import readme
 from tools.provenance import read_figure
-from tools.readme import PAGES, RESULTS, markdown, training_figure
+from tools.readme import PAGES, RESULTS, markdown, training_figure, wrap
 
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
@@ -54,7 +54,7 @@ def test_the_benchmark_trains_and_scores_and_its_rows_are_kept_among_the_others(
     readme.main(["training", "printed.json"])
     figure = read_figure(RESULTS / "training.json")
     assert figure["command"] == "make prove-training"
-    assert markdown("training", figure) in PAGES[0].read_text()
+    assert wrap(markdown("training", figure)) in PAGES[0].read_text()
     assert "| `quick` | 101,770 |" in markdown("training", figure)
     both = training_figure([{**row, "recipe": "best"}], RESULTS / "training.json")
     assert {kept["recipe"] for kept in both["rows"]} == {"best", "quick"}
