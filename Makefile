@@ -118,7 +118,7 @@ stop: ## stop a server that 'pipeline serve --detach' started
 TEST := PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest --no-loadscope-reorder
 test: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## every test, the real server included
 	@test ! -d /usr/share/datasets/fashion-mnist || $(PIPELINE) -q data fetch --dataset fashion-mnist > /dev/null
-	$(TEST) -n 4 $(PYTEST)
+	$(TEST) -n 3 $(PYTEST)
 
 coverage: ## every test, and the lines that none reaches
 	$(MAKE) test PYTEST='--cov --cov-report=term-missing:skip-covered --cov-fail-under=85'
