@@ -8,7 +8,7 @@ from pipeline.cli.command import Command, Settings, paths_of
 @click.command(cls=Command)
 @click.pass_obj
 def doctor_command(settings: Settings) -> None:
-    """Say what this machine has and lacks, and how to mend it.
+    """Say what this machine has and lacks, and how to fix it.
 
     Starts a server for a moment. Exits with 1 where training, exporting or serving would fail.
 

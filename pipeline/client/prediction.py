@@ -86,11 +86,11 @@ def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
         is_flat = image.ndim in (1, 2) and image.shape[-1] == math.prod(shape)
         has_no_channels = image.ndim == 3 and (1, *image.shape[1:]) == shape
         if min(shape) > 0 and (is_flat or has_no_channels):
-            mend = f"give array.reshape({', '.join(map(str, (-1, *shape)))})"
+            fix = f"give array.reshape({', '.join(map(str, (-1, *shape)))})"
             if image.ndim == 2:
-                mend += ", or Image.fromarray(array) if it is a picture after all"
+                fix += ", or Image.fromarray(array) if it is a picture after all"
             raise PipelineError(
-                f"an array of shape {list(image.shape)} is no picture but images: {mend}"
+                f"an array of shape {list(image.shape)} is no picture but images: {fix}"
             )
     elif pictures == "arrays":
         raise PipelineError(f"{config.name} takes arrays only: give some of shape {list(shape)}")
@@ -126,13 +126,13 @@ def require_fit(images: np.ndarray, config: config_pbtxt.ModelConfig) -> None:
     wanted, got = list(tensor.dims), list(images.shape[1 if config.max_batch_size else 0 :])
     dtype = config_pbtxt.type_name(tensor)
     if str(images.dtype) != dtype:
-        mend = f"images.astype(np.{dtype})"
+        fix = f"images.astype(np.{dtype})"
         if dtype == "uint8":
             is_float = images.dtype.kind == "f" and images.size > 0
             is_share = is_float and 0 <= images.min() <= images.max() <= 1  # pixels as in torch
             scale = "(255 * images).round()" if is_share else "images"
-            mend = f"give pixels from 0 for paper to 255 for ink, {scale}.astype(np.uint8)"
-        raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {mend}")
+            fix = f"give pixels from 0 for paper to 255 for ink, {scale}.astype(np.uint8)"
+        raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {fix}")
     if not is_of(tuple(got), tuple(wanted)):
         array = ", ".join(map(str, ["N", *wanted] if config.max_batch_size else wanted))
         raise PipelineError(

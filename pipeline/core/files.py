@@ -36,11 +36,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> PipelineError:
-    mend = "Free some space or choose another folder with --root"
+    fix = "Free some space or choose another folder with --root"
     if isinstance(error, IsADirectoryError):
-        mend = "Name a file, not a folder"
+        fix = "Name a file, not a folder"
     return PipelineError(
-        f"cannot write {path}: {error.strerror or error}; what was there before is intact. {mend}"
+        f"cannot write {path}: {error.strerror or error}; what was there before is intact. {fix}"
     )
 
 
@@ -100,25 +100,25 @@ def write_json(path: Path, record: Mapping[str, Any]) -> str:
     return write_bytes(path, (text + "\n").encode())
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """Return the record in `path`; `mend` says which command makes it again.
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Return the record in `path`; `fix` says which command makes it again.
 
     Raises PipelineError if it is missing and CorruptError if it is not a valid record.
     """
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise PipelineError(f"no {path}: {mend}") from error
+        raise PipelineError(f"no {path}: {fix}") from error
     try:
         record = json.loads(text)
     except ValueError as error:
-        raise CorruptError(f"{path} is not readable JSON ({error}): {mend}") from error
+        raise CorruptError(f"{path} is not readable JSON ({error}): {fix}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise CorruptError(f"{path} is not a record of schema {SCHEMA}: {mend}")
+        raise CorruptError(f"{path} is not a record of schema {SCHEMA}: {fix}")
     return record
 
 
-def read_record(path: Path, kind: type[T], mend: str) -> T:
+def read_record(path: Path, kind: type[T], fix: str) -> T:
     """Read the record in `path` as the dataclass `kind`, checking each field's type.
 
     Raises PipelineError if the file is missing and CorruptError, which names the field, if a value
@@ -127,36 +127,36 @@ def read_record(path: Path, kind: type[T], mend: str) -> T:
     import msgspec  # not installed with the client alone, and slow to import
 
     try:
-        return msgspec.convert(read_json(path, mend), kind)
+        return msgspec.convert(read_json(path, fix), kind)
     except msgspec.ValidationError as error:
-        raise CorruptError(f"{path} is damaged ({error}): {mend}") from error
+        raise CorruptError(f"{path} is damaged ({error}): {fix}") from error
 
 
-def check_digest(path: Path, expected: object, mend: str) -> bytes:
+def check_digest(path: Path, expected: object, fix: str) -> bytes:
     """Return the bytes of `path`; raise CorruptError unless their SHA-256 is `expected`."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise PipelineError(f"no {path}: {mend}") from error
+        raise PipelineError(f"no {path}: {fix}") from error
     actual = sha256(content)
     if actual != expected:
         raise CorruptError(
             f"{path} does not match its digest (recorded {str(expected)[:12]}, "
-            f"found {actual[:12]}): {mend}"
+            f"found {actual[:12]}): {fix}"
         )
     return content
 
 
-def check_manifest(folder: Path, mend: str) -> dict[str, Any]:
+def check_manifest(folder: Path, fix: str) -> dict[str, Any]:
     """Return the manifest of `folder` after checking the digest of each file that it lists."""
-    manifest = read_json(folder / "manifest.json", mend)
+    manifest = read_json(folder / "manifest.json", fix)
     files = manifest.get("files")
     if not isinstance(files, dict):
-        raise CorruptError(f"{folder / 'manifest.json'} lists no files: {mend}")
+        raise CorruptError(f"{folder / 'manifest.json'} lists no files: {fix}")
     for name, digest in files.items():
         if Path(name).name != name:
-            raise CorruptError(f"{folder / 'manifest.json'} names a file outside: {name!r}: {mend}")
-        check_digest(folder / name, digest, mend)
+            raise CorruptError(f"{folder / 'manifest.json'} names a file outside: {name!r}: {fix}")
+        check_digest(folder / name, digest, fix)
     return manifest
 
 

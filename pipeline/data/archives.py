@@ -46,12 +46,12 @@ def fetch_archives(
     PipelineError when a file is not available, and CorruptError when its content is wrong.
     """
     row = DATASETS[dataset]
-    mend = fetch_command(dataset, "--from DIR")
+    fix = fetch_command(dataset, "--from DIR")
     with locked(folder / ".lock"):
         if _is_cached(dataset, folder, report):
             return folder
-        contents, is_published = _contents(row, source, mend, report)
-        arrays = _arrays(row, contents, mend)
+        contents, is_published = _contents(row, source, fix, report)
+        arrays = _arrays(row, contents, fix)
         report(
             "the published MD5 is right"
             if is_published
@@ -87,37 +87,37 @@ def _published(row: Dataset, name: str) -> str:
 
 
 def _contents(
-    row: Dataset, source: Path | None, mend: str, report: Report
+    row: Dataset, source: Path | None, fix: str, report: Report
 ) -> tuple[dict[str, bytes], bool]:
     """Return the uncompressed content of the four files, and whether their MD5 was checked."""
     if source is None:
-        return _unpacked(row, lambda file: _from_mirror(row, file, mend, report), mend), True
+        return _unpacked(row, lambda file: _from_mirror(row, file, fix, report), fix), True
     if not source.is_dir():
         raise PipelineError(f"no folder {source}: give one that has the files of the set")
     if all((source / file.name).is_file() for file in row.downloads):
-        return _unpacked(row, lambda file: _read(source / file.name, file.limit, mend), mend), True
+        return _unpacked(row, lambda file: _read(source / file.name, file.limit, fix), fix), True
     contents = {}
     for name in NAMES:
         path = source / _published(row, name)
         if not path.is_file():
             path = path.with_name(f"{path.name}.gz")
         if not path.is_file():
-            raise PipelineError(f"{source} has neither {path.stem} nor {path.name}: {mend}")
-        content = _read(path, MAX_BYTES, mend)
+            raise PipelineError(f"{source} has neither {path.stem} nor {path.name}: {fix}")
+        content = _read(path, MAX_BYTES, fix)
         is_packed = content[:2] == b"\x1f\x8b"
-        contents[name] = _gunzip(content, str(path), mend) if is_packed else content
+        contents[name] = _gunzip(content, str(path), fix) if is_packed else content
     return contents, False
 
 
-def _read(path: Path, limit: int, mend: str) -> bytes:
+def _read(path: Path, limit: int, fix: str) -> bytes:
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise CorruptError(f"{path} has more than {limit} bytes: {mend}")
+        raise CorruptError(f"{path} has more than {limit} bytes: {fix}")
     return content
 
 
-def _from_mirror(row: Dataset, file: Download, mend: str, report: Report) -> bytes:
+def _from_mirror(row: Dataset, file: Download, fix: str, report: Report) -> bytes:
     for url in row.mirrors:
         report(f"downloading {url}{file.name}")
         try:
@@ -128,11 +128,11 @@ def _from_mirror(row: Dataset, file: Download, mend: str, report: Report) -> byt
     wanted = ", ".join(file.name for file in row.downloads)
     raise PipelineError(
         f"cannot get {file.name} from {', '.join(row.mirrors)}: put {wanted}, or {names}, into a "
-        f"folder DIR and {mend}"
+        f"folder DIR and {fix}"
     )
 
 
-def _unpacked(row: Dataset, read: Callable[[Download], bytes], mend: str) -> dict[str, bytes]:
+def _unpacked(row: Dataset, read: Callable[[Download], bytes], fix: str) -> dict[str, bytes]:
     """Read the downloads, check their MD5, and return the content of the four files.
 
     Raises CorruptError when an MD5 is wrong or an archive cannot be unpacked.
@@ -143,7 +143,7 @@ def _unpacked(row: Dataset, read: Callable[[Download], bytes], mend: str) -> dic
         found = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if found != file.md5:
             raise CorruptError(
-                f"{file.name} has MD5 {found}, {file.md5} is published: get it again and {mend}"
+                f"{file.name} has MD5 {found}, {file.md5} is published: get it again and {fix}"
             )
         packed[file.name] = content
     names = {name: f"{_published(row, name)}.gz" for name in NAMES}
@@ -155,42 +155,42 @@ def _unpacked(row: Dataset, read: Callable[[Download], bytes], mend: str) -> dic
                     with archive.open(f"gzip/{gz}") as member:
                         packed[gz] = member.read(MAX_BYTES)
         except (zipfile.BadZipFile, KeyError, OSError, zlib.error) as error:
-            raise CorruptError(f"the archive cannot be unpacked ({error}): {mend}") from error
-    return {name: _gunzip(packed[gz], gz, mend) for name, gz in names.items()}
+            raise CorruptError(f"the archive cannot be unpacked ({error}): {fix}") from error
+    return {name: _gunzip(packed[gz], gz, fix) for name, gz in names.items()}
 
 
-def _gunzip(content: bytes, name: str, mend: str) -> bytes:
+def _gunzip(content: bytes, name: str, fix: str) -> bytes:
     """Decompress gzip data; raise CorruptError if it exceeds the largest known file."""
     try:
         unpacked = gunzip(content, MAX_BYTES + 1)
     except UnusableError as error:
-        raise CorruptError(f"{name} {error}: {mend}") from error
+        raise CorruptError(f"{name} {error}: {fix}") from error
     if len(unpacked) > MAX_BYTES:
-        raise CorruptError(f"{name} unpacks to more than {MAX_BYTES} bytes: {mend}")
+        raise CorruptError(f"{name} unpacks to more than {MAX_BYTES} bytes: {fix}")
     return unpacked
 
 
-def _arrays(row: Dataset, contents: Mapping[str, bytes], mend: str) -> dict[str, np.ndarray]:
+def _arrays(row: Dataset, contents: Mapping[str, bytes], fix: str) -> dict[str, np.ndarray]:
     """Return the four arrays, checked: upright images (N, 28, 28), labels (N,) from 0.
 
     Raises CorruptError for wrong shapes, too few images, or labels out of range.
     """
-    arrays = {name: read_idx(contents[name], Path(_published(row, name)), mend) for name in NAMES}
+    arrays = {name: read_idx(contents[name], Path(_published(row, name)), fix) for name in NAMES}
     for images, labels in ((TRAIN_IMAGES, TRAIN_LABELS), (TEST_IMAGES, TEST_LABELS)):
         count = len(arrays[labels])
         if arrays[labels].ndim != 1 or arrays[images].shape != (count, *IMAGES.shape[1:]):
             raise CorruptError(
                 f"{_published(row, images)} and its labels do not belong together (shapes "
-                f"{arrays[images].shape} and {arrays[labels].shape}): {mend}"
+                f"{arrays[images].shape} and {arrays[labels].shape}): {fix}"
             )
         if count < 2:
-            raise CorruptError(f"{_published(row, images)} has {count} images: {mend}")
+            raise CorruptError(f"{_published(row, images)} has {count} images: {fix}")
         last = row.first_label + len(row.classes) - 1
         lowest, highest = int(arrays[labels].min()), int(arrays[labels].max())
         if lowest < row.first_label or highest > last:
             raise CorruptError(
                 f"{_published(row, labels)} has labels {lowest} to {highest}, where "
-                f"{row.first_label} to {last} belong: {mend}"
+                f"{row.first_label} to {last} belong: {fix}"
             )
         arrays[labels] = arrays[labels] - row.first_label
         if row.emnist:  # columns were written as rows

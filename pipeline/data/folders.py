@@ -52,7 +52,7 @@ class _Problems:
         more = [f"and {self.count - SHOWN} more"] if self.count > SHOWN else []
         raise PipelineError(
             Lines(
-                f"{folder} is no data set yet, mend this and fetch again:",
+                f"{folder} is no data set yet, fix this and fetch again:",
                 *(f"  {problem}" for problem in (*self.shown, *more)),
                 "It must have a folder for each class, with pictures in it; nothing was written",
             )

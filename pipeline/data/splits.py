@@ -32,19 +32,19 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
     row = DATASETS.get(name)
     if row and not row.downloads:
         return row
-    folder, mend = folder or Path("data") / data_name(name), fetch_command(name)
+    folder, fix = folder or Path("data") / data_name(name), fetch_command(name)
     path = folder / RECORD
-    record = read_json(path, mend)
+    record = read_json(path, fix)
     if record.get("source") != name:
         raise PipelineError(
             f"{folder} holds {record.get('source')}, not {name}, which is called alike: rename one "
-            f"of the two folders of pictures, or remove {folder} and {mend}"
+            f"of the two folders of pictures, or remove {folder} and {fix}"
         )
     try:
         a, b, c, d = (DataFile(file, **record["files"][file]) for file in NAMES)
         classes, validation = tuple(map(str, record["classes"])), int(record["validation"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{path} is no record of a data set: {mend}") from error
+        raise CorruptError(f"{path} is no record of a data set: {fix}") from error
     return Dataset(classes, a, b, c, d, validation=validation)
 
 
@@ -104,24 +104,24 @@ def verify(dataset: str, folder: Path) -> dict[str, str]:
     return digests(dataset, folder)
 
 
-def cached(folder: Path, file: DataFile, mend: str) -> bytes:
+def cached(folder: Path, file: DataFile, fix: str) -> bytes:
     """Read a cached file; raise CorruptError unless its length and digest are correct."""
     path = folder / file.name
     if path.is_file() and path.stat().st_size != file.size:  # before the file is read
         size = path.stat().st_size
-        raise CorruptError(f"{path} has {size} bytes where {file.size} belong: {mend}")
-    return check_digest(path, file.sha256, mend)
+        raise CorruptError(f"{path} has {size} bytes where {file.size} belong: {fix}")
+    return check_digest(path, file.sha256, fix)
 
 
-def read_idx(content: bytes, path: Path, mend: str) -> np.ndarray:
+def read_idx(content: bytes, path: Path, fix: str) -> np.ndarray:
     """Parse an IDX file's content into a uint8 array; raise CorruptError if it is invalid.
 
-    The message names `path` and ends with `mend`, what the user has to do. Nothing is allocated
+    The message names `path` and ends with `fix`, what the user has to do. Nothing is allocated
     before the header and the length of the content agree.
     """
 
     def corrupt(problem: str) -> CorruptError:
-        return CorruptError(f"{path} is not an IDX file of bytes ({problem}): {mend}")
+        return CorruptError(f"{path} is not an IDX file of bytes ({problem}): {fix}")
 
     if len(content) < 4 or content[:2] != b"\0\0":
         raise corrupt("it does not begin with the magic number")
@@ -151,20 +151,20 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
         "validation": (wanted.train_images, wanted.train_labels, slice(-validation, None)),
         "test": (wanted.test_images, wanted.test_labels, slice(None)),
     }[name]
-    mend = fetch_command(dataset)
+    fix = fetch_command(dataset)
     images, labels = (
-        read_idx(cached(folder, file, mend), folder / file.name, mend)
+        read_idx(cached(folder, file, fix), folder / file.name, fix)
         for file in (images_file, labels_file)
     )
     if images.shape != (len(labels), 28, 28) or labels.shape != (len(images),):
         raise CorruptError(
             f"{folder / images_file.name} and {labels_file.name} do not belong together "
-            f"(shapes {images.shape} and {labels.shape}): {mend}"
+            f"(shapes {images.shape} and {labels.shape}): {fix}"
         )
     if labels.max(initial=0) >= len(wanted.classes):
         raise CorruptError(
             f"{folder / labels_file.name} has label {labels.max()} "
-            f"of {len(wanted.classes)} classes: {mend}"
+            f"of {len(wanted.classes)} classes: {fix}"
         )
     # A copy of the part, so that the rest of the file does not stay in memory.
     images = images[part].copy()[:, np.newaxis]  # (N, 1, 28, 28)

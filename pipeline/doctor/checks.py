@@ -128,8 +128,8 @@ def _glibc(runtime: tritonserver.ServerRuntime) -> list[Check]:
         return []
     least = ".".join(map(str, GLIBC))
     if tuple(map(int, version.split(".")[:2])) < GLIBC:
-        mend = f"serve with Docker and {tritonserver.IMAGE}, or on a newer system"
-        return [Check("problem", "glibc", f"{version}, and the server needs {least}", mend)]
+        fix = f"serve with Docker and {tritonserver.IMAGE}, or on a newer system"
+        return [Check("problem", "glibc", f"{version}, and the server needs {least}", fix)]
     return [Check("ok", "glibc", f"{version} ({least} is needed)")]
 
 
@@ -195,8 +195,8 @@ def _ports(paths: Paths, config: ServeConfig) -> list[Check]:
     try:
         server = serving(paths)
     except CorruptError as error:
-        mend = f"rm {paths.server}  # once you have stopped what you started"
-        return [Check("problem", "ports", in_a_line(error), mend)]
+        fix = f"rm {paths.server}  # once you have stopped what you started"
+        return [Check("problem", "ports", in_a_line(error), fix)]
     if server:
         return [Check("ok", "ports", f"our server has its own (pid {server.pid})")]
     taken = []

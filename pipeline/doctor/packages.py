@@ -31,7 +31,7 @@ class Check:
     level: Level
     what: str
     found: str
-    mend: str = ""  # the command that fixes it
+    fix: str = ""  # the command that fixes it
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Examined:
         lines = []
         for check in self.checks:
             lines.append(f"{check.level:<8} {check.what:<{width}}  {check.found}")
-            if check.mend:
-                lines.append(f"{'':<8} {'':<{width}}  mend: {check.mend}")
+            if check.fix:
+                lines.append(f"{'':<8} {'':<{width}}  fix: {check.fix}")
         return Lines(*lines)
 
 
@@ -74,16 +74,16 @@ def require_sound(examined: Examined) -> None:
     if count := examined.count("problem"):
         raise PipelineError(
             f"{count} problem{'s' * (count > 1)}: the main job would fail here; each line above "
-            "that says 'mend' has the command for it"
+            "that says 'fix' has the command for it"
         )
 
 
-def looked(what: str, mend: str, look: Callable[[], list[Check]]) -> list[Check]:
+def looked(what: str, fix: str, look: Callable[[], list[Check]]) -> list[Check]:
     """Run a check; if it raises, return that as a problem, so that the other checks still run."""
     try:
         return look()
     except Exception as error:  # a damaged machine can cause any error
-        return [Check("problem", what, in_a_line(error), mend)]
+        return [Check("problem", what, in_a_line(error), fix)]
 
 
 def in_a_line(error: Exception) -> str:
@@ -112,8 +112,8 @@ def python() -> list[Check]:
     version = platform.python_version()
     first, last = (".".join(map(str, one)) for one in PYTHONS)
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-        mend = rebuild(f"PYTHON=python{last}")
-        return [Check("problem", "Python", f"{version}, and {first} to {last} is needed", mend)]
+        fix = rebuild(f"PYTHON=python{last}")
+        return [Check("problem", "Python", f"{version}, and {first} to {last} is needed", fix)]
     return [Check("ok", "Python", f"{version} in {sys.prefix}")]
 
 
@@ -152,9 +152,9 @@ def runtimes() -> list[Check]:
     found = [name for name in found if name not in ("onnxruntime-extensions", "onnxruntime-genai")]
     if len(found) > 1:
         both = " and ".join(found)
-        mend = f"{sys.executable} -m pip uninstall --yes {' '.join(found)} && {rebuild()}"
+        fix = f"{sys.executable} -m pip uninstall --yes {' '.join(found)} && {rebuild()}"
         said = f"{both} are both installed and overwrite each other's files"
-        return [Check("problem", "ONNX Runtime", said, mend)]
+        return [Check("problem", "ONNX Runtime", said, fix)]
     return [Check("ok", "ONNX Runtime", f"from {', '.join(found)}")] if found else []
 
 
@@ -195,8 +195,8 @@ def gpu(of_torch: Iterable[Check]) -> list[Check]:
     said = "; ".join(done.stdout.split("\n")).strip("; ") if done else ""
     found = said or f"{len(devices)}, of which the driver says nothing"
     if any("trains on the CPU" in check.found for check in of_torch):
-        mend = rebuild("TORCH_INDEX=URL") + "  # of torch's builds for your CUDA"
-        return [Check("warning", "GPU", f"{found}; torch does not use it", mend)]
+        fix = rebuild("TORCH_INDEX=URL") + "  # of torch's builds for your CUDA"
+        return [Check("warning", "GPU", f"{found}; torch does not use it", fix)]
     return [Check("ok", "GPU", found)]
 
 
@@ -214,8 +214,8 @@ def runtime(model: Path) -> list[Check]:
         elif name == "cpu":
             checks.append(Check("problem", what, failure, rebuild()))
         elif has_gpu:
-            mend = "install the CUDA and cuDNN that it names, or do without --provider"
-            checks.append(Check("warning", what, failure, mend))
+            fix = "install the CUDA and cuDNN that it names, or do without --provider"
+            checks.append(Check("warning", what, failure, fix))
         else:
             checks.append(Check("ok", what, "in the build, and there is no GPU"))
     return checks

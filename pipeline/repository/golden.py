@@ -116,12 +116,12 @@ def compare_golden(golden: Golden, candidate: Predictor, batch_sizes: tuple[int,
     return Agreement(len(golden.images), batch_sizes, known, differing, tuple(problems))
 
 
-def require(agreement: Agreement, what: str, mend: str) -> Agreement:
+def require(agreement: Agreement, what: str, fix: str) -> Agreement:
     """Return `agreement` if it passed; else raise CheckFailedError with its problems and a fix."""
     if agreement.passed:
         return agreement
     problems = (f"  {problem}" for problem in agreement.problems[:10])
-    raise CheckFailedError(Lines(f"{what}:", *problems, mend))
+    raise CheckFailedError(Lines(f"{what}:", *problems, fix))
 
 
 _ARRAYS = tuple(Golden.__dataclass_fields__)

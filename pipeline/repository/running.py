@@ -69,10 +69,10 @@ def recorded(paths: Paths) -> Server | None:
     """
     if not paths.server.exists():
         return None
-    mend = f"stop what you started and remove {paths.server}"
-    server = read_record(paths.server, Server, mend)
+    fix = f"stop what you started and remove {paths.server}"
+    server = read_record(paths.server, Server, fix)
     if not re.fullmatch(r"handwriting-[0-9a-f]{12}", server.id):
-        raise CorruptError(f"{paths.server} is damaged ({server.id!r} at `$.id`): {mend}")
+        raise CorruptError(f"{paths.server} is damaged ({server.id!r} at `$.id`): {fix}")
     return server if server.root == root(paths) else None
 
 

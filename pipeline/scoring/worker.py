@@ -136,18 +136,18 @@ def begin(folder: Folder, record: Mapping[str, Any]) -> None:
     """
     for below in (folder.path, folder.rejected_folder):
         clear_temporary(below)
-    mend = f"choose another --output, or remove {folder.path} to start anew"
+    fix = f"choose another --output, or remove {folder.path} to start anew"
     if not folder.job.exists():
         if set(folder.path.iterdir()) - {folder.lock, folder.unpacked}:
-            raise PipelineError(f"{folder.path} holds other files, and no job of ours: {mend}")
+            raise PipelineError(f"{folder.path} holds other files, and no job of ours: {fix}")
         write_json(folder.job, record)
         return
-    before = read_json(folder.job, mend)
+    before = read_json(folder.job, fix)
     for key, value in record.items():
         if before.get(key) != value:
             raise PipelineError(
                 f"{folder.path} holds the answers of another job, whose {key} is "
-                f"{before.get(key)} and not {value}: {mend}"
+                f"{before.get(key)} and not {value}: {fix}"
             )
 
 

@@ -48,7 +48,7 @@ def prove(
     server: Server,
     admin: Admin,
     release: Release,
-    mend: str,
+    fix: str,
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Return once the version, loaded under another name, answers its golden set correctly.
@@ -63,17 +63,17 @@ def prove(
     report(f"loading {what} as {name}")
     try:
         config, files = _files(paths, name, release, server.profile)
-        with loading(what, mend):
+        with loading(what, fix):
             admin.load_files(config, files)
         report(f"asking {name} the golden set")
-        require_golden(server, name, release, f"{what} answers wrongly", mend)
+        require_golden(server, name, release, f"{what} answers wrongly", fix)
     finally:
         with contextlib.suppress(PipelineError):
             admin.unload(name)
 
 
 @contextlib.contextmanager
-def loading(what: str, mend: str) -> Iterator[None]:
+def loading(what: str, fix: str) -> Iterator[None]:
     """Raise NotLoadedError with Triton's message if it refuses to load `what` in the block."""
     try:
         yield
@@ -81,7 +81,7 @@ def loading(what: str, mend: str) -> Iterator[None]:
         raise
     except PipelineError as error:
         said = str(error).strip().rstrip(";")
-        raise NotLoadedError(f"{what} is not loaded: {said}. {mend}") from error
+        raise NotLoadedError(f"{what} is not loaded: {said}. {fix}") from error
 
 
 def _files(
@@ -96,11 +96,11 @@ def _files(
     return config, {**files, f"{release.version}/{paths.onnx.name}": release.onnx}
 
 
-def require_golden(server: Server, name: str, release: Release, what: str, mend: str) -> None:
+def require_golden(server: Server, name: str, release: Release, what: str, fix: str) -> None:
     """Raise CheckFailedError unless this version answers, correctly and over both protocols."""
     for url in (server.http_url, server.grpc_url):
         with Client(url, name, ANSWER_SECONDS) as client:
-            require(replay_golden(client, release.golden), f"{what} over {url}", mend)
+            require(replay_golden(client, release.golden), f"{what} over {url}", fix)
             answering = served_version(client)
         if answering != release.version:
-            raise CheckFailedError(f"{what} over {url}: version {answering} answers. {mend}")
+            raise CheckFailedError(f"{what} over {url}: version {answering} answers. {fix}")

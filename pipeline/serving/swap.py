@@ -77,8 +77,8 @@ def _promote(paths: Paths, version: int, report: Report) -> Promotion:
     with Client(server.grpc_url, paths.name, ANSWER_SECONDS) as client:
         before = served_version(client)
     with Admin(server.grpc_url, server.admin_key, LOAD_SECONDS) as admin:
-        mend = f"What was served goes on being served; look at {release.folder}, or package again"
-        ready.prove(paths, server, admin, release, mend, report)
+        fix = f"What was served goes on being served; look at {release.folder}, or package again"
+        ready.prove(paths, server, admin, release, fix, report)
         with _unbroken():
             _switch(paths, server, admin, release, before)
     return Promotion(paths.name, version, release.sha256, before, is_served=True)
@@ -93,13 +93,13 @@ def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before
             config_pbtxt.select(config, before)
             contents[path] = config_pbtxt.to_text(config).encode()
     what = f"{paths.name} version {release.version}"
-    mend = f"Version {before} is served again"
+    fix = f"Version {before} is served again"
     try:
         select_version(paths, release)
         admin.load(paths.name)
         _record(paths, server, release.version)
         wrongly = f"{what} answers wrongly once it serves"
-        ready.require_golden(server, paths.name, release, wrongly, mend)
+        ready.require_golden(server, paths.name, release, wrongly, fix)
     except PipelineError as error:
         for path, content in contents.items():
             write_bytes(path, content)

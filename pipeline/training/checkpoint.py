@@ -108,8 +108,8 @@ def load_checkpoint(paths: Paths) -> Checkpoint:
     """
     if not paths.run_folder.exists():
         raise PipelineError(f"no run at {paths.run_folder}: run 'pipeline train' first")
-    mend = f"the run is not finished; finish it with 'pipeline train --run {paths.run} --resume'"
-    summary = read_record(paths.summary, Summary, mend)
+    fix = f"the run is not finished; finish it with 'pipeline train --run {paths.run} --resume'"
+    summary = read_record(paths.summary, Summary, fix)
     content = check_digest(paths.weights, summary.weights_sha256, RETRAIN)
     try:
         tensors, record = _unpack(content)

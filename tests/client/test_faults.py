@@ -1,6 +1,6 @@
 """What goes wrong between a client and a server, over each protocol, for both clients.
 
-Each fault ends in time, in an error of ours of the right kind that says how to mend it.
+Each fault ends in time, in an error of ours of the right kind that says how to fix it.
 """
 
 import asyncio

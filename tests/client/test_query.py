@@ -337,7 +337,7 @@ def test_where_only_asking_is_installed_the_rest_says_what_it_needs(tmp_path: Pa
 def test_where_only_asking_is_installed_doctor_removes_no_environment(tmp_path: Path) -> None:
     done = client_only("doctor", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "mend: make .venv  # in the project's folder" in done.stdout
+    assert "fix: make .venv  # in the project's folder" in done.stdout
     assert "rm -rf" not in done.stdout
 
 

@@ -83,7 +83,7 @@ def small(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> Dataset:
 @pytest.mark.parametrize("shape", [(0,), (5,), (3, 28, 28), (2, 3, 4, 5)])
 def test_an_idx_file_is_read_as_it_was_written(shape: tuple[int, ...]) -> None:
     array = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
-    read = read_idx(idx(array), Path("x"), "mend it")
+    read = read_idx(idx(array), Path("x"), "fix it")
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, array)
     assert read.flags.writeable  # torch.from_numpy warns of arrays that are not
@@ -109,9 +109,9 @@ def test_what_is_no_idx_file_is_named_with_the_problem_and_the_mending(
     content: bytes, problem: str
 ) -> None:
     with pytest.raises(CorruptError, match=problem) as caught:
-        read_idx(content, Path("some/file"), "mend it")
+        read_idx(content, Path("some/file"), "fix it")
     assert "some/file" in str(caught.value)
-    assert str(caught.value).endswith(": mend it")
+    assert str(caught.value).endswith(": fix it")
 
 
 @given(st.binary(max_size=64), st.integers(0, 5))
@@ -119,7 +119,7 @@ def test_what_is_no_idx_file_is_named_with_the_problem_and_the_mending(
 def test_any_bytes_are_an_array_or_a_corrupt_error(tail: bytes, dimensions: int) -> None:
     content = bytes([0, 0, 8, dimensions]) + tail
     try:
-        array = read_idx(content, Path("x"), "mend it")
+        array = read_idx(content, Path("x"), "fix it")
     except CorruptError:
         return
     assert array.size + 4 + 4 * array.ndim == len(content)

@@ -99,9 +99,9 @@ def test_problems_are_named_with_what_mends_them_and_exit_with_1(
     assert record["problems"] == len(problems)
     assert "libtorch.so is cut off" in problems["torch"]["found"]
     assert "no server environment at" in problems["tritonserver"]["found"]
-    assert problems["tritonserver"]["mend"] == "make .venv-triton"
-    assert problems["data"]["mend"] == "pipeline data fetch"
-    assert all(one["mend"] for one in problems.values())
+    assert problems["tritonserver"]["fix"] == "make .venv-triton"
+    assert problems["data"]["fix"] == "pipeline data fetch"
+    assert all(one["fix"] for one in problems.values())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_library_that_doctor_itself_needs_and_that_does_not_start_is_said_in_w
     assert "Traceback" not in done.stderr
     check = json.loads(done.stdout)["checks"][-1]
     assert "onnx is cut off" in check["found"]
-    assert check["mend"] == "rm -rf .venv && make .venv"
+    assert check["fix"] == "rm -rf .venv && make .venv"
 
 
 def test_what_a_look_stumbles_over_is_a_problem_and_the_others_still_look(
@@ -145,9 +145,9 @@ def test_what_a_look_stumbles_over_is_a_problem_and_the_others_still_look(
     assert (
         f"PermissionError: [Errno 13] Permission denied: '{python}'" in found["tritonserver"].found
     )
-    assert found["tritonserver"].mend == "rm -rf .venv-triton && make .venv-triton"
+    assert found["tritonserver"].fix == "rm -rf .venv-triton && make .venv-triton"
     assert "server.json is not readable JSON" in found["ports"].found
-    assert found["ports"].mend.startswith(f"rm {record}")
+    assert found["ports"].fix.startswith(f"rm {record}")
     assert only(doctor._disk(missing)).level == "ok"
 
 
@@ -164,7 +164,7 @@ def test_a_servers_environment_that_make_has_built_is_mended_by_building_it_anew
         python.symlink_to(tmp_path / "python3.9")  # which went when the system was upgraded
     check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
     assert f"lacks {lacking}" in check.found
-    assert check.mend == "rm -rf .venv-triton && make .venv-triton"
+    assert check.fix == "rm -rf .venv-triton && make .venv-triton"
 
 
 def put_docker(folder: Path, script: str) -> None:
@@ -180,17 +180,17 @@ def test_where_the_wheel_is_not_for_the_machine_its_environment_is_no_mend(
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr("platform.machine", lambda: machine)
     check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
-    assert check.mend == f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
+    assert check.fix == f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
     put_docker(tmp_path, "exit 1")
     check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
-    assert check.mend == "start Docker's engine"
+    assert check.fix == "start Docker's engine"
 
 
 def test_our_own_package_is_missed_with_what_brings_it_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packages, "DISTRIBUTION", "nobodys-package")
-    assert only(packages.packages()).mend == "rm -rf .venv && make .venv"
+    assert only(packages.packages()).fix == "rm -rf .venv && make .venv"
 
 
 def test_an_environment_is_removed_only_where_we_run_in_it(
@@ -212,7 +212,7 @@ def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers
     check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
     assert check.level == "problem"
     assert "numpy 2.1.0, with which this tritonserver answers wrongly" in check.found
-    assert check.mend == "rm -rf .venv-triton && make .venv-triton"
+    assert check.fix == "rm -rf .venv-triton && make .venv-triton"
 
 
 def test_a_missing_stub_is_a_problem(tmp_path: Path, servers: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_missing_stub_is_a_problem(tmp_path: Path, servers: Path) -> None:
     check = doctor._server(Paths(tmp_path), model)[-1]
     assert check.level == "problem"
     assert "the wheel has no stub for Python" in check.found
-    assert check.mend == "rm -rf .venv-triton && make .venv-triton"
+    assert check.fix == "rm -rf .venv-triton && make .venv-triton"
 
 
 @pytest.mark.parametrize(("script", "level"), [("exit 1", "problem"), ("echo 27.1", "ok")])
@@ -233,7 +233,7 @@ def test_docker_without_its_engine_is_a_problem(
     put_docker(tmp_path, script)
     check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
     assert check.level == level
-    assert level == "ok" or check.mend == "make .venv-triton"
+    assert level == "ok" or check.fix == "make .venv-triton"
 
 
 def test_two_runtimes_side_by_side_are_a_problem(planted: Path) -> None:
@@ -241,7 +241,7 @@ def test_two_runtimes_side_by_side_are_a_problem(planted: Path) -> None:
     check = only(packages.runtimes())
     assert check.level == "problem"
     assert "onnxruntime and onnxruntime-gpu are both installed" in check.found
-    assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in check.mend
+    assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in check.fix
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_packages_that_do_not_fit_are_a_problem(
     distribution(planted, name, version)
     check = only(packages.packages())
     assert (check.level, check.found) == ("problem", said)
-    assert "make .venv" in check.mend
+    assert "make .venv" in check.fix
 
 
 def test_a_runtime_that_does_not_start_is_a_problem(planted: Path, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_taken_port_is_a_problem(tmp_path: Path) -> None:
         check = only(doctor._ports(Paths(tmp_path), ServeConfig(grpc_port=port)))
     assert check.level == "problem"
     assert f"{port} (grpc): Address already in use" in check.found
-    assert check.mend == "pipeline serve --port auto"
+    assert check.fix == "pipeline serve --port auto"
 
 
 def test_cut_data_are_a_problem(empty: Chain) -> None:
@@ -350,7 +350,7 @@ def test_another_python_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 0))
     check = only(packages.python())
     assert check.level == "problem"
-    assert check.mend.endswith("PYTHON=python3.13")
+    assert check.fix.endswith("PYTHON=python3.13")
 
 
 def test_torch_is_not_imported_by_doctor_itself() -> None:

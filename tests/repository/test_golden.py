@@ -47,7 +47,7 @@ def says(outputs: np.ndarray) -> Predictor:
 def test_the_right_answers_pass_at_every_batch_size(golden: Golden) -> None:
     agreement = compare_golden(golden, says(golden.outputs.astype(np.float32)), (1, 2, 7))
     assert agreement.passed
-    assert require(agreement, "it", "mend") is agreement
+    assert require(agreement, "it", "fix") is agreement
     assert agreement.differing == 0
     assert agreement.max_abs_diff is not None
     assert agreement.max_abs_diff < 1e-5
@@ -71,7 +71,7 @@ def test_other_answers_do_not_pass(
     assert not agreement.passed
     assert re.search(said, "; ".join(agreement.problems))
     with pytest.raises(CheckFailedError, match="it is wrong"):
-        require(agreement, "it is wrong", "mend it")
+        require(agreement, "it is wrong", "fix it")
 
 
 def test_a_predictor_that_fails_does_not_pass(golden: Golden) -> None:

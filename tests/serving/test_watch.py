@@ -68,7 +68,7 @@ def test_the_third_question_in_a_row_without_an_answer_is_the_end(
     made: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(state, "loads", lambda url, seconds: {})
-    dead, late = ServerError("its process died: mend it"), SlowError("no answer in 1 s: is it?")
+    dead, late = ServerError("its process died: fix it"), SlowError("no answer in 1 s: is it?")
     canary = canary_of(made, dead, right(made, 2), late, dead, late)
     assert [canary.ask() for _ in range(5)] == [
         *(None, None, None, None),

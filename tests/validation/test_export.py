@@ -93,8 +93,8 @@ def test_validate_exits_3_on_a_broken_export_and_leaves_no_proof_but_findings(
     assert again.exit_code == 3
     assert "10 of 10 rows lie beyond their bound" in error_line(again)
     swap_onnx(chain, network)
-    mended = chain.run("validate", "--replay", str(paths.worst))
-    assert mended.exit_code == 0, mended.output
+    fixed = chain.run("validate", "--replay", str(paths.worst))
+    assert fixed.exit_code == 0, fixed.output
     assert not paths.validation.exists()
 
 

@@ -29,8 +29,8 @@ class Finding:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else str(self.file)
-        mend = f" ({self.fix})" if self.fix else ""
-        return f"{place}: {self.level}: {self.message}{mend}"
+        fix = f" ({self.fix})" if self.fix else ""
+        return f"{place}: {self.level}: {self.message}{fix}"
 
 
 @dataclass(frozen=True)
