@@ -69,7 +69,7 @@ def await_another(paths: Paths, before: serve.Server) -> None:
     """Wait until a server other than `before` is ready."""
     deadline = time.monotonic() + HANG_SECONDS
     while True:
-        now = serve.recorded(paths)
+        now = serve.load_server(paths)
         if now and now.id != before.id and now.is_ready:
             return
         assert time.monotonic() < deadline, "the server does not come back"
@@ -78,7 +78,7 @@ def await_another(paths: Paths, before: serve.Server) -> None:
 
 def kill(paths: Paths, config: ServeConfig, kind: str, ids: set[str]) -> Kill:
     """Kill one part of the server, and wait until a complete server runs again."""
-    server = serve.recorded(paths)
+    server = serve.load_server(paths)
     assert server
     ids.add(server.id)
     victims = {
@@ -116,7 +116,7 @@ def drain(paths: Paths, config: ServeConfig, running: Running, ids: set[str]) ->
 
     The time is in seconds.
     """
-    server = serve.recorded(paths)
+    server = serve.load_server(paths)
     assert server
     ids.add(server.id)
     idle = http.client.HTTPConnection("127.0.0.1", config.http_port)
@@ -146,7 +146,7 @@ def main(result: Path, kills: int, drains: int) -> None:
                 running.await_more(BETWEEN)
                 print(f"kill {number + 1} of {kills}: {kind}", flush=True)
             drains_from = time.monotonic()
-            ids.add(str(getattr(serve.recorded(paths), "id", server.id)))
+            ids.add(str(getattr(serve.load_server(paths), "id", server.id)))
             for number in range(drains):
                 drained.append(drain(paths, config, running, ids))
                 print(f"drain {number + 1} of {drains}: {drained[-1]:.1f} s", flush=True)

@@ -63,7 +63,7 @@ def main(result: Path, requests: int) -> None:
                     sizes.append((running.requests, size(server)))
                     print(*sizes[-1], flush=True)
                 tally = running.stop()
-            restarts = getattr(serve.recorded(paths), "restarts", None)
+            restarts = getattr(serve.load_server(paths), "restarts", None)
         finally:
             supervise.stop(paths)
     first, last = sizes[0][1], sizes[-1][1]

@@ -19,9 +19,8 @@ class Lines(str):
         return self  # str() would make it an ordinary str
 
     def __getnewargs__(self) -> tuple[str, ...]:  # type: ignore[override]  # str's has one
-        return tuple(
-            str.__str__(self).split("\n")
-        )  # for copies and pickles, which call __new__ again
+        # Copies and pickles call __new__ again.
+        return tuple(str.__str__(self).split("\n"))
 
 
 def escape(text: object) -> str:
@@ -36,6 +35,11 @@ def escape(text: object) -> str:
     if isinstance(text, Lines) or text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return a count with its noun, such as "1 error" or "3 errors"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:

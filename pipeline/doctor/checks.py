@@ -19,7 +19,7 @@ from pipeline.data.catalog import DEFAULT_DATASET
 from pipeline.data.splits import verify
 from pipeline.doctor import packages
 from pipeline.doctor.packages import Check, Examined, in_a_line, looked
-from pipeline.repository.running import serving
+from pipeline.repository.running import find_server
 from pipeline.serving import scratch as lint_live
 from pipeline.serving import tritonserver
 from pipeline.serving.settings import ServeConfig
@@ -193,7 +193,7 @@ def _shared_memory() -> list[Check]:
 
 def _ports(paths: Paths, config: ServeConfig) -> list[Check]:
     try:
-        server = serving(paths)
+        server = find_server(paths)
     except CorruptError as error:
         fix = f"rm {paths.server}  # once you have stopped what you started"
         return [Check("problem", "ports", in_a_line(error), fix)]

@@ -25,7 +25,7 @@ from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
-from pipeline.repository.reference_profile import ReferenceProfile, binned
+from pipeline.repository.reference_profile import ReferenceProfile, count_bins
 from pipeline.repository.release import find_profile
 
 LISTED = 3  # other models, or unknown classes, that a message names at most
@@ -187,10 +187,10 @@ def compare_log(
             "has not: the log or the profile is another model's"
         )
     classes = tuple(labels[label] for label in profile.classes)
-    confidence = binned(np.array([e.probability for e in entries]), profile.confidence_edges)
+    confidence = count_bins(np.array([e.probability for e in entries]), profile.confidence_edges)
     inks = [entry.ink for entry in entries if entry.ink is not None]
     has_ink = profile.ink_counts is not None and len(inks) == images
-    ink = binned(np.array(inks), profile.ink_edges) if has_ink else None
+    ink = count_bins(np.array(inks), profile.ink_edges) if has_ink else None
     unsure = sum(not entry.is_sure for entry in entries)
     shifts = _shifts(profile, (classes, confidence, ink, unsure), config)
     chances = holm({name: shift.p for name, (shift, _, _) in shifts.items()})

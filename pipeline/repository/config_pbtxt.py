@@ -46,9 +46,8 @@ def base_config(
     """
     for spec in (images, outputs):
         if spec.dtype not in _TYPES:
-            raise PipelineError(
-                f"{spec.name} is {spec.dtype}; only {', '.join(_TYPES)} are packaged"
-            )
+            types = ", ".join(_TYPES)
+            raise PipelineError(f"{spec.name} is {spec.dtype}, but only {types} can be packaged")
     message = ModelConfig(name=name, backend="onnxruntime", max_batch_size=config.max_batch_size)
     pixels = message.input.add(name=images.name, data_type=_TYPES[images.dtype], dims=images.shape)
     if len(images.shape) == 3:  # channels first; Triton has no format for other ranks
@@ -60,7 +59,7 @@ def base_config(
     return message
 
 
-def put(message: ModelConfig, field: str, value: Value) -> None:
+def set_field(message: ModelConfig, field: str, value: Value) -> None:
     """Set a field by its path in config.pbtxt.
 
     `cuda.KEY` and `tensorrt.KEY` set a parameter of that GPU accelerator; `model_warmup.batch_size`
@@ -130,15 +129,15 @@ def classes(message: ModelConfig) -> tuple[str, ...]:
     return tuple(map(str, range(message.output[0].dims[-1]))) if message.output else ()
 
 
-def commands(folder: Path, message: ModelConfig) -> list[str]:
+def find_commands(folder: Path, message: ModelConfig) -> list[str]:
     """Return what Triton's python backend would run as a command from this config and folder.
 
     The backend passes names to a shell without quotes, and prefers a stub in the model's folder to
     its own (StubLauncher::Launch in python_backend's stub_launcher.cc).
     """
     names = [message.default_model_filename, *(group.name for group in message.instance_group)]
-    odd = [repr(name) for name in names if not re.fullmatch(r"[\w./+~-]*", name, re.ASCII)]
-    return odd + ([str(folder / STUB)] if (folder / STUB).exists() else [])
+    unsafe = [repr(name) for name in names if not re.fullmatch(r"[\w./+~-]*", name, re.ASCII)]
+    return unsafe + ([str(folder / STUB)] if (folder / STUB).exists() else [])
 
 
 def pictures(message: ModelConfig) -> str:
@@ -154,7 +153,7 @@ def type_name(tensor: Any) -> str:
 def dtype(tensor: Any) -> str:
     """Return the numpy name of an input's or output's type; raise PipelineError if it has none."""
     if tensor.data_type not in _DTYPES:
-        raise PipelineError(f"{tensor.name} has a type that no image of ours has")
+        raise PipelineError(f"{tensor.name} is {type_name(tensor)}, which is not a numeric type")
     return _DTYPES[tensor.data_type]
 
 
@@ -211,18 +210,16 @@ def engine_folder(message: ModelConfig) -> str:
     There is one folder for each digest, because ONNX Runtime names an engine by the graph, not by
     the weights, and uses another version's engine without a warning (ONNX Runtime issue 6455).
     """
-    stated = digest(message, str(selected_version(message)))
-    return f"/tmp/tensorrt-{(stated or 'unknown')[:16]}"
+    return f"/tmp/tensorrt-{(digest(message, str(selected_version(message))) or 'unknown')[:16]}"
 
 
 def run_settings(message: ModelConfig) -> dict[str, Any]:
     """Return the settings that run the model, by field and parameter, without those of versions."""
     record: dict[str, Any] = json.loads(to_json(message))
     record.pop("version_policy", None)
-    for key, value in record.pop("parameters", {}).items():
-        if key not in (PREVIOUS, MIN_PROBABILITY, *version_parameters(message)):
-            record[key] = value
-    return record
+    ignored = (PREVIOUS, MIN_PROBABILITY, *version_parameters(message))
+    settings = record.pop("parameters", {}).items()
+    return record | {key: value for key, value in settings if key not in ignored}
 
 
 def to_json(message: ModelConfig) -> str:
@@ -240,11 +237,9 @@ def read(path: Path) -> ModelConfig:
     try:
         return text_format.Parse(path.read_text(), ModelConfig())
     except OSError as error:
-        raise PipelineError(f"no {path}: run 'pipeline package'") from error
+        raise PipelineError(f"{path} does not exist: run 'pipeline package'") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise PipelineError(
-            f"{path} does not parse: {error} Mend it there; 'pipeline lint' says what was meant"
-        ) from error
+        raise PipelineError(f"{path} does not parse: {error} See 'pipeline lint'") from error
 
 
 def config_files(packaged: Path) -> list[Path]:
@@ -263,8 +258,8 @@ def profile_file(packaged: Path, profile: str = "") -> Path:
     profiles = {path.stem: path for path in config_files(packaged)[:-1]}
     if profile not in profiles:
         raise PipelineError(
-            f"{packaged} has no profile {profile!r}, it has {', '.join(profiles) or 'none'}: "
-            "choose one of them, or package the model again with 'pipeline package'"
+            f"{packaged} has no profile {profile!r}; its profiles: {', '.join(profiles) or 'none'}"
+            ". Choose one of them, or run 'pipeline package' again"
         )
     return profiles[profile]
 

@@ -8,6 +8,7 @@ import zipfile
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib import format as npy
 
 from pipeline.core.errors import CheckFailedError, CorruptError
 from pipeline.core.evaluate import Predictor, judge, margins, predict
@@ -27,14 +28,13 @@ class Golden:
     outputs: np.ndarray  # float64 (N, K): the reference's answers
     bounds: np.ndarray  # float64 (N,): how far each output of a row may be from the reference
 
-    def only(self, row: int) -> "Golden":
-        """Return a golden set of the one image at `row`."""
-        one = slice(row, row + 1)
-        return Golden(self.images[one], self.labels[one], self.outputs[one], self.bounds[one])
+    def select(self, rows: np.ndarray | list[int]) -> "Golden":
+        """Return the golden set of these rows."""
+        return Golden(self.images[rows], self.labels[rows], self.outputs[rows], self.bounds[rows])
 
 
 @dataclass(frozen=True)
-class Agreement:
+class GoldenResult:
     """Result of the comparison of a predictor with a golden set."""
 
     images: int
@@ -46,6 +46,12 @@ class Agreement:
     @property
     def passed(self) -> bool:
         return not self.problems
+
+    def require_passed(self, what: str, fix: str) -> None:
+        """Raise CheckFailedError with the first ten problems and a fix unless it passed."""
+        if not self.passed:
+            problems = (f"  {problem}" for problem in self.problems[:10])
+            raise CheckFailedError(Lines(f"{what}:", *problems, fix))
 
     def __str__(self) -> str:
         sizes = ", ".join(map(str, self.batch_sizes))
@@ -71,20 +77,19 @@ def choose_golden(
     rows = np.flatnonzero(ahead > bounds)
     if not len(rows):
         raise CheckFailedError(
-            f"no golden set can be made: each of {len(labels):,} images may be off by more than "
-            "the margin between its classes, so that any answer would pass"
+            f"no image can be in the golden set: the bound of each of the {len(labels):,} images "
+            "exceeds its margin, so that a wrong class would pass"
         )
     present = np.unique(labels[rows])
-    if len(present) > MOST_CLASSES:
-        chosen = _ends(rows, ahead, GOLDEN_IMAGES)
-    else:
+    groups, share = [rows], GOLDEN_IMAGES
+    if len(present) <= MOST_CLASSES:
+        groups = [rows[labels[rows] == label] for label in present]
         share = max(2, GOLDEN_IMAGES // len(present))
-        groups = [_ends(rows[labels[rows] == label], ahead, share) for label in present]
-        chosen = np.concatenate(groups)
-    return Golden(images[chosen], labels[chosen], outputs[chosen], bounds[chosen])
+    chosen = np.concatenate([_take_ends(group, ahead, share) for group in groups])
+    return Golden(images, labels, outputs, bounds).select(chosen)
 
 
-def _ends(rows: np.ndarray, ahead: np.ndarray, count: int) -> np.ndarray:
+def _take_ends(rows: np.ndarray, ahead: np.ndarray, count: int) -> np.ndarray:
     """Return `count` of `rows`: half with the largest margins, then half with the smallest."""
     ranked = rows[np.argsort(-ahead[rows], kind="stable")]
     if len(ranked) <= count:
@@ -93,7 +98,9 @@ def _ends(rows: np.ndarray, ahead: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([ranked[: count - len(hardest)], hardest])
 
 
-def compare_golden(golden: Golden, candidate: Predictor, batch_sizes: tuple[int, ...]) -> Agreement:
+def compare_golden(
+    golden: Golden, candidate: Predictor, batch_sizes: tuple[int, ...]
+) -> GoldenResult:
     """Compare `candidate` with the golden set at each batch size.
 
     It passes if every row is within its bound and no class changes. A candidate that raises
@@ -110,18 +117,10 @@ def compare_golden(golden: Golden, candidate: Predictor, batch_sizes: tuple[int,
             continue
         largest = max(largest, float(judgement.errors.max()))
         differing = max(differing, int(judgement.is_changed.sum()))
-        found = judgement.problems(range(len(outputs)))
-        problems += [f"batch size {size}: {problem}" for problem in found]
-    known = largest if math.isfinite(largest) else None
-    return Agreement(len(golden.images), batch_sizes, known, differing, tuple(problems))
-
-
-def require(agreement: Agreement, what: str, fix: str) -> Agreement:
-    """Return `agreement` if it passed; else raise CheckFailedError with its problems and a fix."""
-    if agreement.passed:
-        return agreement
-    problems = (f"  {problem}" for problem in agreement.problems[:10])
-    raise CheckFailedError(Lines(f"{what}:", *problems, fix))
+        mismatches = judgement.problems(range(len(outputs)))
+        problems += [f"batch size {size}: {mismatch}" for mismatch in mismatches]
+    max_abs_diff = largest if math.isfinite(largest) else None
+    return GoldenResult(len(golden.images), batch_sizes, max_abs_diff, differing, tuple(problems))
 
 
 _ARRAYS = tuple(Golden.__dataclass_fields__)
@@ -143,22 +142,18 @@ def unpack_golden(content: bytes, name: str) -> Golden:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if sum(info.file_size for info in archive.infolist()) > _MAX_GOLDEN_BYTES:
-                raise CorruptError(f"{name} unpacks to more than {_MAX_GOLDEN_BYTES} bytes")
+                raise CorruptError(f"{name} unpacks to more than {_MAX_GOLDEN_BYTES:,} bytes")
             for info in archive.infolist():  # before numpy allocates what a header states
                 with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    read_header = (
-                        np.lib.format.read_array_header_1_0
-                        if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0
-                    )
-                    shape, _, dtype = read_header(member)
+                    major, _ = npy.read_magic(member)
+                    headers = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}
+                    shape, _, dtype = headers[major](member)
                 if math.prod(shape) * dtype.itemsize > info.file_size:
                     raise CorruptError(f"{name} is not a golden set: an array is cut short")
         arrays = np.load(io.BytesIO(content), allow_pickle=False)
         images, labels, outputs, bounds = (arrays[key] for key in _ARRAYS)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise CorruptError(f"{name} is no golden set: run 'pipeline validate' again") from error
+        raise CorruptError(f"{name} is not a golden set: run 'pipeline validate' again") from error
     count = outputs.shape[:1]
     if (
         (images.shape[:1], labels.shape, bounds.shape) != (count, count, count)
@@ -167,14 +162,14 @@ def unpack_golden(content: bytes, name: str) -> Golden:
         or (min(outputs.shape) < 1 or outputs.shape[1] < 2)
         or not (np.isfinite(outputs).all() and (bounds > 0).all())
     ):
-        raise CorruptError(f"{name} is no golden set: its arrays do not belong together")
-    loose = ~(margins(outputs) > bounds)
-    if loose.any():
-        row = int(loose.argmax())
+        raise CorruptError(f"{name} is not a golden set: its arrays do not fit each other")
+    ahead = margins(outputs)
+    loose = np.flatnonzero(~(ahead > bounds))
+    if len(loose):
         raise CheckFailedError(
-            f"{name} accepts wrong classes: {int(loose.sum())} of {len(bounds)} images may be off "
-            f"by more than their margin (image {row} by {bounds[row]:.3g} at a margin of "
-            f"{margins(outputs)[row]:.3g}). Run 'pipeline validate' and 'pipeline package' again"
+            f"{name} accepts wrong classes: the bound exceeds the margin in {len(loose)} of "
+            f"{len(bounds)} images (image {loose[0]}: bound {bounds[loose[0]]:.3g}, margin "
+            f"{ahead[loose[0]]:.3g}). Run 'pipeline validate' and 'pipeline package' again"
         )
     return Golden(images, labels, outputs, bounds)
 

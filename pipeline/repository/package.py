@@ -6,6 +6,7 @@ Also writes a packaged version as a reproducible tar, and gives the order in whi
 import io
 import tarfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pipeline.export.policy import check_policy
 from pipeline.repository import config_pbtxt, profiles
 from pipeline.repository.golden import unpack_golden
 from pipeline.repository.release import version_numbers
-from pipeline.repository.running import serving
+from pipeline.repository.running import find_server
 from pipeline.repository.settings import PackageConfig
 
 EXPORT = "run 'pipeline export', then 'pipeline validate'"
@@ -48,8 +49,8 @@ class Packaged:
     is_selected: bool  # Triton loads it; False while our server serves another version
 
     def __str__(self) -> str:
-        said = "" if self.is_selected else "; the running server goes on with what it serves"
-        return f"wrote {self.folder} (version {self.version}, sha256 {self.sha256[:12]}){said}"
+        note = "" if self.is_selected else "; the running server keeps its version"
+        return f"wrote {self.folder} (version {self.version}, sha256 {self.sha256[:12]}){note}"
 
 
 def package_model(paths: Paths, config: PackageConfig = PackageConfig()) -> list[Packaged]:
@@ -60,7 +61,7 @@ def package_model(paths: Paths, config: PackageConfig = PackageConfig()) -> list
     Raises CheckFailedError if the export was not validated or its signature or classes differ from
     the repository's, and CorruptError if a file has changed since the validation.
     """
-    return [_add(paths, load) for load in _loads(paths, config)]
+    return [_add_version(paths, variant, config) for variant in _check_export(paths, config)]
 
 
 def explain_package(
@@ -72,10 +73,11 @@ def explain_package(
     """
     chosen = [name for name in profiles.PROFILES if profile in (name, "all")]
     if not chosen:
-        raise PipelineError(f"no profile {profile!r}: there are {', '.join(profiles.PROFILES)}")
-    load = _loads(paths, config)[0]
-    version, old = _next(paths.repository / load.name, load.message)
-    base = _selecting(load, version, old)
+        names = ", ".join(profiles.PROFILES)
+        raise PipelineError(f"there is no profile {profile!r}; the profiles are {names}")
+    variant = _check_export(paths, config)[0]
+    version, old = _next_version(paths.repository / variant.name, variant.base)
+    base = _select_in_base(variant, version, old)
     return {name: profiles.explain(name, base, config) for name in chosen}
 
 
@@ -91,169 +93,160 @@ def archive(paths: Paths, done: Packaged, target: Path | None = None) -> tuple[P
         return path, write_tar(model.packaged, done.version, paths.onnx.name, path)
 
 
-def _loads(paths: Paths, config: PackageConfig) -> list["_Load"]:
+@dataclass(frozen=True)
+class _Variant:
+    """One checked file of an export, with all that goes into its version."""
+
+    name: str  # of its model
+    sha256: str
+    files: dict[str, bytes]  # of the version's folder, without the manifest
+    manifest: dict[str, Any]
+    base: config_pbtxt.ModelConfig  # the part that its configs share
+
+
+def _check_export(paths: Paths, config: PackageConfig) -> list[_Variant]:
     """Read and check each file of the export, with all that goes into its version."""
     manifest = check_manifest(paths.export, EXPORT)
     if not paths.validation.exists():
-        failed = (
-            f"; its last validation failed, see {paths.failed}" if paths.failed.exists() else ""
-        )
+        failed = f" (its last validation failed: {paths.failed})" if paths.failed.exists() else ""
         named = "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
         raise CheckFailedError(
             f"{paths.onnx} is not validated{failed}: run 'pipeline validate{named}' first"
         )
     validation = read_json(paths.validation, VALIDATE)
-    proven = validation.get("variants", [])
-    if validation.get("passed") is not True or not proven:
-        raise CheckFailedError(f"{paths.validation} does not say that it passed: {VALIDATE}")
-    largest = min(entry.get("largest_batch", 0) for entry in proven)
+    variants = validation.get("variants", [])
+    if validation.get("passed") is not True or not variants:
+        raise CheckFailedError(f"{paths.validation} does not record a pass: {VALIDATE}")
+    largest = min(entry.get("largest_batch", 0) for entry in variants)
     if config.max_batch_size > largest:
         raise PipelineError(
             f"--max-batch-size {config.max_batch_size} is above {largest}, the largest batch that "
-            "was validated: choose a smaller one, or run 'pipeline validate' again if the export "
-            "was validated by an older version"
+            "was validated. Choose a smaller one, or run 'pipeline validate' again"
         )
-    return [_load(paths, manifest, entry, config) for entry in proven]
+    return [_check_variant(paths, manifest, entry, config) for entry in variants]
 
 
-@dataclass(frozen=True)
-class _Load:
-    """One checked file of an export, with all that goes into its version."""
-
-    name: str
-    precision: str
-    sha256: str
-    content: bytes
-    golden: bytes
-    profile: bytes | None  # None in an export by an older version of the pipeline
-    manifest: dict[str, Any]
-    message: config_pbtxt.ModelConfig
-    config: PackageConfig
-
-
-def _load(
+def _check_variant(
     paths: Paths, manifest: dict[str, Any], entry: dict[str, Any], config: PackageConfig
-) -> _Load:
-    precision = str(entry["precision"])
-    path, profile_path = paths.variant(precision), paths.variant_profile(precision)
-    content = check_digest(path, entry["sha256"], EXPORT)
+) -> _Variant:
+    precision, digest = str(entry["precision"]), entry["sha256"]
+    path, profile = paths.variant(precision), paths.variant_profile(precision)
+    content = check_digest(path, digest, EXPORT)
     golden = check_digest(paths.variant_golden(precision), entry["golden_sha256"], VALIDATE)
-    digest = manifest["files"].get(profile_path.name)
-    profile = check_digest(profile_path, digest, VALIDATE) if digest else None
+    files = {
+        paths.onnx.name: content,
+        paths.golden.name: golden,
+        paths.validation.name: paths.validation.read_bytes(),
+        paths.card.name: paths.card.read_bytes(),
+    }
+    if stated := manifest["files"].get(profile.name):  # older versions of the pipeline made none
+        files[paths.variant_profile("fp32").name] = check_digest(profile, stated, VALIDATE)
     model = graph.parse(content, str(path))
     check_policy(model, str(path))
     tensors = graph.read_signature(model, str(path), batch=None)
     name, classes = packaged_name(paths.name, precision), manifest["classes"]
-    message = config_pbtxt.base_config(name, tensors.images, tensors.outputs, classes, config)
+    base = config_pbtxt.base_config(name, tensors.images, tensors.outputs, classes, config)
     training = manifest.get("training")
     pictures = pictures_of(training["dataset"]) if training else "arrays"
     if pictures != "digit":
-        config_pbtxt.set_parameter(message, "pictures", pictures)
+        config_pbtxt.set_parameter(base, "pictures", pictures)
     if manifest["kind"] != "log_probabilities":
-        config_pbtxt.set_parameter(message, "outputs", manifest["kind"])
-    manifest = {**manifest, "precision": precision}
-    sha256 = entry["sha256"]
-    return _Load(name, precision, sha256, content, golden, profile, manifest, message, config)
+        config_pbtxt.set_parameter(base, "outputs", manifest["kind"])
+    return _Variant(name, digest, files, {**manifest, "precision": precision}, base)
 
 
-def _add(paths: Paths, load: _Load) -> Packaged:
-    model = paths.named(load.name)
+def _add_version(paths: Paths, variant: _Variant, config: PackageConfig) -> Packaged:
+    model = paths.named(variant.name)
     with locked(model.lock):
         refuse_shared(model.repository, [model.packaged] if model.packaged.exists() else [])
         for below in ("", config_pbtxt.PROFILES, "warmup"):
             clear_temporary(model.packaged / below)
-        version, old = _next(model.packaged, load.message)
-        is_selected = old is None or serving(model) is None
+        version, old = _next_version(model.packaged, variant.base)
+        is_selected = old is None or find_server(model) is None
         if old and not is_selected:
-            _refuse_change(model, old, load)
-        parts = {
-            paths.onnx.name: load.content,
-            paths.golden.name: load.golden,
-            paths.validation.name: paths.validation.read_bytes(),
-            paths.card.name: paths.card.read_bytes(),
-        }
-        if load.profile:
-            parts[paths.variant_profile("fp32").name] = load.profile
-        with new_folder(model.packaged / str(version)) as fresh:
-            files = {name: write_bytes(fresh / name, content) for name, content in parts.items()}
-            write_json(fresh / paths.manifest.name, {**load.manifest, "files": files})
+            _refuse_change(old, variant.base, config)
+        folder = model.packaged / str(version)
+        with new_folder(folder) as new:
+            files = {
+                name: write_bytes(new / name, content) for name, content in variant.files.items()
+            }
+            write_json(new / paths.manifest.name, {**variant.manifest, "files": files})
         if is_selected:  # write what Triton reads outside the version folders, config.pbtxt last
-            classes = "\n".join(load.manifest["classes"]) + "\n"
-            digit = unpack_golden(load.golden, "the golden set").images[0].tobytes()
+            classes = "\n".join(variant.manifest["classes"]) + "\n"
+            golden = unpack_golden(variant.files[paths.golden.name], "the golden set")
             write_bytes(model.packaged / config_pbtxt.LABELS, classes.encode())
-            write_bytes(model.packaged / "warmup" / config_pbtxt.WARMUP, digit)
-            profiles.write_configs(model.packaged, _selecting(load, version, old), load.config)
+            warmup = model.packaged / "warmup" / config_pbtxt.WARMUP
+            write_bytes(warmup, golden.images[0].tobytes())
+            profiles.write_configs(model.packaged, _select_in_base(variant, version, old), config)
         else:  # only record the version, which waits for its promotion
-            config_pbtxt.change_configs(
-                model.packaged, lambda config: _state(load, version, config)
-            )
-    folder = model.packaged / str(version)
-    return Packaged(load.name, load.precision, folder, version, load.sha256, is_selected)
+            config_pbtxt.change_configs(model.packaged, partial(_record_version, variant, version))
+    precision = variant.manifest["precision"]
+    return Packaged(variant.name, precision, folder, version, variant.sha256, is_selected)
 
 
-def _selecting(
-    load: _Load, version: int, old: config_pbtxt.ModelConfig | None
+def _select_in_base(
+    variant: _Variant, version: int, old: config_pbtxt.ModelConfig | None
 ) -> config_pbtxt.ModelConfig:
     """Return the part that all configs share: versions' digests, selected and previous version."""
-    message = load.message
+    base = variant.base
     if old:
-        message.version_policy.CopyFrom(old.version_policy)
+        base.version_policy.CopyFrom(old.version_policy)
         for key, value in config_pbtxt.version_parameters(old).items():
-            config_pbtxt.set_parameter(message, key, value)
-        if before := config_pbtxt.parameter(old, config_pbtxt.PREVIOUS):
-            config_pbtxt.set_parameter(message, config_pbtxt.PREVIOUS, before)
-    _state(load, version, message)
-    config_pbtxt.select(message, version)
-    return message
+            config_pbtxt.set_parameter(base, key, value)
+        if previous := config_pbtxt.parameter(old, config_pbtxt.PREVIOUS):
+            config_pbtxt.set_parameter(base, config_pbtxt.PREVIOUS, previous)
+    _record_version(variant, version, base)
+    config_pbtxt.select(base, version)
+    return base
 
 
-def _state(load: _Load, version: int, message: config_pbtxt.ModelConfig) -> None:
+def _record_version(variant: _Variant, version: int, message: config_pbtxt.ModelConfig) -> None:
     """Record a version's own parameters, selected or not: its digest and its min_probability."""
-    config_pbtxt.set_parameter(message, f"sha256.{version}", load.sha256)
-    threshold = load.manifest.get("min_probability")  # None if no threshold was fitted
+    config_pbtxt.set_parameter(message, f"sha256.{version}", variant.sha256)
+    threshold = variant.manifest.get("min_probability")  # None if no threshold was fitted
     if threshold is not None:
         key = f"{config_pbtxt.MIN_PROBABILITY}.{version}"
         config_pbtxt.set_parameter(message, key, str(threshold))
 
 
-def _refuse_change(model: Paths, old: config_pbtxt.ModelConfig, load: _Load) -> None:
+def _refuse_change(
+    old: config_pbtxt.ModelConfig, base: config_pbtxt.ModelConfig, config: PackageConfig
+) -> None:
     """Raise PipelineError if the settings that run the served model would change."""
-    new = profiles.message_of("config", load.message, load.config)
+    new = profiles.build_config("config", base, config)
     before, after = config_pbtxt.run_settings(old), config_pbtxt.run_settings(new)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     if changed:
         raise PipelineError(
-            f"{model.name} is being served, and its config would change ({', '.join(changed)}): "
-            "package with the options that it was packaged with, or run 'pipeline serve stop' "
-            "first"
+            f"the config of {base.name}, which is being served, would change ({', '.join(changed)})"
+            ". Use the same options as before, or run 'pipeline serve stop' first"
         )
 
 
-def _next(
-    packaged: Path, message: config_pbtxt.ModelConfig
+def _next_version(
+    packaged: Path, base: config_pbtxt.ModelConfig
 ) -> tuple[int, config_pbtxt.ModelConfig | None]:
     """Return the next version's number and the existing config, None if there is none.
 
-    Raises CheckFailedError if `message` differs from that config in classes or signature.
+    Raises CheckFailedError if `base` differs from that config in classes or signature.
     """
     version, path = max(version_numbers(packaged), default=0) + 1, packaged / config_pbtxt.CONFIG
     if not path.exists():
         return version, None
     old = config_pbtxt.read(path)
-    classes = config_pbtxt.classes(old), config_pbtxt.classes(message)
-    before, after = (
-        [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in (*m.input, *m.output)]
-        for m in (old, message)
-    )
-    if classes[0] == classes[1] and before == after:
-        return version, old
-    differing = f"{before}, the export has {after}"
-    if classes[0] != classes[1]:
-        differing = f"classes {classes[0]}, the export has {classes[1]}"
-    raise CheckFailedError(
-        f"version {version} would change what {packaged} promises its clients: it has "
-        f"{differing}. Package it under a name of its own (--name)"
-    )
+    for what, read in (("classes", config_pbtxt.classes), ("tensors", _read_tensors)):
+        before, after = read(old), read(base)
+        if before != after:
+            raise CheckFailedError(
+                f"version {version} would change the {what} of {packaged} from {before} to "
+                f"{after}. Package it with another name (--name)"
+            )
+    return version, old
+
+
+def _read_tensors(message: config_pbtxt.ModelConfig) -> tuple[object, ...]:
+    tensors = (*message.input, *message.output)
+    return tuple((tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors)
 
 
 def upload_order(packaged: Path, version: int, onnx: str) -> list[Path]:
@@ -263,9 +256,9 @@ def upload_order(packaged: Path, version: int, onnx: str) -> list[Path]:
     config.pbtxt, which selects the version, is the last of all.
     """
     folder = packaged / str(version)
-    proof = sorted(path for path in folder.iterdir() if path.name != onnx)
-    beside = [packaged / config_pbtxt.LABELS, packaged / "warmup" / config_pbtxt.WARMUP]
-    return [*proof, folder / onnx, *beside, *config_pbtxt.config_files(packaged)]
+    evidence = sorted(path for path in folder.iterdir() if path.name != onnx)
+    shared = [packaged / config_pbtxt.LABELS, packaged / "warmup" / config_pbtxt.WARMUP]
+    return [*evidence, folder / onnx, *shared, *config_pbtxt.config_files(packaged)]
 
 
 def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
@@ -280,7 +273,7 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
                 member = tarfile.TarInfo(str(Path(packaged.name, path.relative_to(packaged))))
                 content = path.read_bytes()
                 if path.suffix == ".pbtxt":
-                    content = _alone(path, version)
+                    content = _config_of_only(version, path)
                 # Owner, group and time stay 0, the mode 0644, so that the tar is reproducible.
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -288,14 +281,12 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
     return write_with(archive, write)
 
 
-def _alone(path: Path, version: int) -> bytes:
+def _config_of_only(version: int, path: Path) -> bytes:
     """Return the config's text as it is in a repository with only this version."""
     message = config_pbtxt.read(path)
-    others = {
-        key for key in config_pbtxt.version_parameters(message) if not key.endswith(f".{version}")
-    }
-    for key in others | {config_pbtxt.PREVIOUS}:
-        message.parameters.pop(key, None)
+    for key in (*config_pbtxt.version_parameters(message), config_pbtxt.PREVIOUS):
+        if not key.endswith(f".{version}"):
+            message.parameters.pop(key, None)
     message.ClearField("version_policy")  # the version selected before is not in the tar
     config_pbtxt.select(message, version)
     return config_pbtxt.to_text(message).encode()

@@ -45,12 +45,12 @@ class ReferenceProfile:
             (self.ink_counts, len(self.ink_edges) - 1),
         ):
             if counts is not None and (len(counts), sum(counts)) != (wanted, self.images):
-                raise ValueError(f"{len(counts)} counts, {sum(counts)} images in all")
+                raise ValueError(f"{len(counts)} counts of {sum(counts)} images")
         if self.images < 1:
-            raise ValueError("of no images")
+            raise ValueError("it counts no images")
 
 
-def profile_of(
+def build_profile(
     outputs: np.ndarray,
     images: np.ndarray,
     kind: str,
@@ -74,9 +74,9 @@ def profile_of(
         classes=classes,
         class_counts=tuple(map(int, answers)),
         confidence_edges=CONFIDENCE_EDGES,
-        confidence_counts=binned(confidence, CONFIDENCE_EDGES),
+        confidence_counts=count_bins(confidence, CONFIDENCE_EDGES),
         ink_edges=INK_EDGES,
-        ink_counts=None if ink is None else binned(ink, INK_EDGES),
+        ink_counts=None if ink is None else count_bins(ink, INK_EDGES),
         min_probability=min_probability,
         unsure=None if min_probability is None else int((confidence < min_probability).sum()),
     )
@@ -102,13 +102,13 @@ def ink_of(images: np.ndarray) -> np.ndarray | None:
     return mean
 
 
-def binned(values: np.ndarray, edges: tuple[float, ...]) -> tuple[int, ...]:
+def count_bins(values: np.ndarray, edges: tuple[float, ...]) -> tuple[int, ...]:
     """Count the values (N,) in each bin; values outside the edges go to the outermost bins."""
     inside = np.clip(values, edges[0], edges[-1])
     return tuple(map(int, np.histogram(inside, edges)[0]))
 
 
-def packed(profile: ReferenceProfile) -> bytes:
+def pack_profile(profile: ReferenceProfile) -> bytes:
     """Return the profile as the bytes of a JSON file."""
     text = json.dumps({"schema": SCHEMA, **asdict(profile)}, allow_nan=False)
     return (text + "\n").encode()

@@ -47,12 +47,12 @@ def load_release(
     """
     folder = paths.packaged / str(version)
     if not folder.is_dir():
-        raise PipelineError(f"no version {version} at {folder}: package it, or give --golden FILE")
+        raise PipelineError(f"{folder} does not exist: package the model, or use --golden FILE")
     manifest = check_manifest(folder, REPACKAGE)
-    digests, golden = manifest["files"], folder / paths.golden.name
+    digests, golden_path = manifest["files"], folder / paths.golden.name
     sha256 = digests.get(paths.onnx.name)
     onnx = check_digest(folder / paths.onnx.name, sha256, REPACKAGE)
-    golden_content = check_digest(golden, digests.get(golden.name), REPACKAGE)
+    content = check_digest(golden_path, digests.get(golden_path.name), REPACKAGE)
     for path, config in configs:
         stated = config_pbtxt.digest(config, str(version))
         if stated != sha256:
@@ -64,12 +64,10 @@ def load_release(
     variants = read_json(validation, REPACKAGE).get("variants", ())
     entry = next((entry for entry in variants if entry["precision"] == precision), None)
     if entry is None:
-        raise CorruptError(
-            f"{validation} does not speak of the {precision} file beside it: {REPACKAGE}"
-        )
+        raise CorruptError(f"{validation} has no entry for the {precision} file: {REPACKAGE}")
     limits = Limits(entry["allowed_error"], entry["allowed_flips"])
-    unpacked = unpack_golden(golden_content, str(golden))
-    return Release(folder, version, sha256, onnx, unpacked, manifest, limits)
+    golden = unpack_golden(content, str(golden_path))
+    return Release(folder, version, sha256, onnx, golden, manifest, limits)
 
 
 def check_release(paths: Paths, version: int) -> Release:
@@ -82,8 +80,8 @@ def check_release(paths: Paths, version: int) -> Release:
     configs = [(path, config_pbtxt.read(path)) for path in files]
     numbers = version_numbers(paths.packaged)
     if version not in numbers:
-        there = ", ".join(map(str, numbers)) or "none"
-        raise PipelineError(f"{paths.name} has no version {version}; there are: {there}")
+        versions = ", ".join(map(str, numbers)) or "none"
+        raise PipelineError(f"{paths.name} has no version {version}; its versions: {versions}")
     return load_release(paths, version, configs)
 
 
@@ -97,7 +95,7 @@ def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
     """
     folders = sorted(path.parent for path in paths.repository.glob("*/config.pbtxt"))
     if not folders:
-        raise PipelineError(f"no model in {paths.repository}: run 'pipeline package' first")
+        raise PipelineError(f"{paths.repository} has no model: run 'pipeline package' first")
     refuse_shared(paths.repository, folders)
     releases = {}
     for folder in folders:
@@ -107,10 +105,10 @@ def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
         if not is_stated and not any(folder.glob("*/manifest.json")):  # not packaged by us
             onnx = next(iter(sorted(folder.glob("*/*.onnx"))), folder / "1" / "model.onnx")
             raise PipelineError(
-                f"{folder} carries no proof, since 'pipeline package' did not write it. Prove the "
-                f"file and package it: pipeline validate --onnx {shlex.quote(str(onnx))} --module "
-                "package.module:factory --images FILE.npz; or serve it unproven: tritonserver "
-                f"--model-repository={shlex.quote(str(folder.parent))}"
+                f"{folder} has no evidence, because 'pipeline package' did not write it. Validate "
+                f"the file and package it: pipeline validate --onnx {shlex.quote(str(onnx))} "
+                "--module package.module:factory --images FILE.npz; or serve it without evidence: "
+                f"tritonserver --model-repository={shlex.quote(str(folder.parent))}"
             )
         version = require_selected(path, config)
         releases[folder.name] = load_release(paths.named(folder.name), version, [(path, config)])
@@ -146,24 +144,22 @@ def find_profile(
         number = version or config_pbtxt.selected_version(config_pbtxt.read(config))
         number = number or max(version_numbers(paths.packaged), default=None)
         if number is None:
-            raise PipelineError(f"no version at {paths.packaged}: run 'pipeline package' first")
+            raise PipelineError(f"{paths.packaged} has no version: run 'pipeline package' first")
         folder = paths.packaged / str(number)
         if not folder.is_dir():
-            raise PipelineError(
-                f"no version {number} at {paths.packaged}: see 'pipeline versions list'"
-            )
+            raise PipelineError(f"{folder} does not exist: see 'pipeline versions list'")
     elif version or not paths.manifest.exists():
         raise PipelineError(
-            f"no {paths.packaged} here: package the model, or name the profile that travels in its "
-            "version's folder with --reference"
+            f"{paths.packaged} does not exist: package the model, or give the reference profile "
+            "from a version's folder with --reference"
         )
     else:
         folder = paths.export
     manifest, path = check_manifest(folder, REMAKE), folder / paths.variant_profile("fp32").name
     if path.name not in manifest["files"]:
         raise PipelineError(
-            f"{folder} has no reference profile, it was made before there was one. 'pipeline "
-            f"validate' makes one, {paths.variant_profile('fp32')}: give it with --reference, or "
-            "run 'pipeline package' for a version that has it"
+            f"{folder} has no reference profile: an older version of the pipeline made it. Run "
+            f"'pipeline validate', then use --reference {paths.variant_profile('fp32')}, or run "
+            "'pipeline package' and use the new version"
         )
     return path, read_profile(path)

@@ -61,7 +61,7 @@ def is_alive(pid: int, started: int) -> bool:
     return started > 0 and start_time(pid) == started
 
 
-def recorded(paths: Paths) -> Server | None:
+def load_server(paths: Paths) -> Server | None:
     """Return the server that `server.json` records, alive or not; None if this project has none.
 
     Raises CorruptError if the record is damaged, because the process that it names gets killed
@@ -69,7 +69,7 @@ def recorded(paths: Paths) -> Server | None:
     """
     if not paths.server.exists():
         return None
-    fix = f"stop what you started and remove {paths.server}"
+    fix = f"stop the server yourself, then remove {paths.server}"
     server = read_record(paths.server, Server, fix)
     if not re.fullmatch(r"handwriting-[0-9a-f]{12}", server.id):
         raise CorruptError(f"{paths.server} is damaged ({server.id!r} at `$.id`): {fix}")
@@ -78,11 +78,11 @@ def recorded(paths: Paths) -> Server | None:
 
 def default_url(paths: Paths) -> str:
     """Return the gRPC URL of our server; raise ServerError if `server.json` records none."""
-    server = recorded(paths)
+    server = load_server(paths)
     if server is None:
         raise ServerError(
-            f"no server of ours is running ({paths.server} is not there): start one with "
-            "'pipeline serve', or name another with --url"
+            f"{paths.server} does not exist, so no server of this project is running. Start one "
+            "with 'pipeline serve', or give another server's address with --url"
         )
     return server.grpc_url
 
@@ -92,9 +92,9 @@ def root(paths: Paths) -> str:
     return str(paths.root.resolve())
 
 
-def serving(paths: Paths) -> Server | None:
+def find_server(paths: Paths) -> Server | None:
     """Return our server if it runs and serves this model of this repository, else None."""
-    server = None if paths.repository_folder else recorded(paths)
+    server = None if paths.repository_folder else load_server(paths)
     if server is None or paths.name not in server.models:
         return None
     # A supervisor whose tritonserver died may be about to start it again.

@@ -17,10 +17,7 @@ class PackageConfig:
     cores: int | None = None  # of the machine that will serve; None: those of this machine
 
     def __post_init__(self) -> None:
-        counts = ("max_batch_size", "instances", "intra_op_threads", "inter_op_threads", "cores")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PipelineError(f"{name} must be at least 1, got {value}")
-        if self.max_queue_delay_us is not None and self.max_queue_delay_us < 0:
-            raise PipelineError(f"max_queue_delay_us is negative: {self.max_queue_delay_us}")
+        for name, value in vars(self).items():
+            least = 0 if name == "max_queue_delay_us" else 1
+            if value is not None and value < least:
+                raise PipelineError(f"{name} must be at least {least}, got {value}")

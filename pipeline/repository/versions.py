@@ -19,7 +19,7 @@ from pipeline.core.paths import Paths
 from pipeline.core.text import Lines, escape
 from pipeline.repository import config_pbtxt
 from pipeline.repository.release import REPACKAGE, Release, load_release, version_numbers
-from pipeline.repository.running import serving
+from pipeline.repository.running import find_server
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class Listing:
             # Escaped here, because tabulate would print a line break in a value as a line break.
             described = (escape(entry.sha256 or "")[:12], escape(entry.precision), accuracy)
             columns = ("", "", "") if entry.problem else described
-            marked = ", ".join(mark for mark, is_so in marks.items() if is_so)
-            rows.append((entry.version, *columns, marked))
+            rows.append((entry.version, *columns, ", ".join(filter(marks.get, marks))))
         table = tabulate(
             rows,
             ("version", "sha256", "precision", "accuracy", ""),
@@ -79,9 +78,9 @@ class Promotion:
     is_served: bool  # our server serves it; if False, the next one that starts will
 
     def __str__(self) -> str:
-        what = "is served" if self.is_served else "is selected: the next server serves it"
-        before = "" if self.before in (None, self.version) else f"; before it {self.before}"
-        return f"{self.name} version {self.version} (sha256 {self.sha256[:12]}) {what}{before}"
+        status = "is served" if self.is_served else "is selected: the next server serves it"
+        before = "" if self.before in (None, self.version) else f"; previous version: {self.before}"
+        return f"{self.name} version {self.version} (sha256 {self.sha256[:12]}) {status}{before}"
 
 
 def list_versions(paths: Paths, served: int | None = None) -> Listing:
@@ -91,8 +90,8 @@ def list_versions(paths: Paths, served: int | None = None) -> Listing:
     for number in version_numbers(paths.packaged):
         marks = (number in config_pbtxt.selected(config), number == config_pbtxt.previous(config))
         try:
-            manifest = _record(paths, number, paths.manifest)
-            accuracy = _accuracy(paths, number, manifest)
+            manifest = _read_record(paths, number, paths.manifest)
+            accuracy = _read_accuracy(paths, number, manifest)
         except PipelineError as error:
             versions.append(Version(number, None, None, None, *marks, str(error)))
         else:
@@ -106,8 +105,8 @@ def rollback_target(paths: Paths) -> int:
     number = config_pbtxt.previous(config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG))
     if number is None or not (paths.packaged / str(number)).is_dir():
         raise PipelineError(
-            f"{paths.name} has no version to go back to: 'pipeline versions list' shows those that "
-            "'pipeline versions promote N' takes"
+            f"{paths.name} has no previous version: choose one from 'pipeline versions list', and "
+            "run 'pipeline versions promote N'"
         )
     return number
 
@@ -132,12 +131,12 @@ def prune(paths: Paths) -> list[int]:
         config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
         selected = config_pbtxt.selected(config)
         if not selected:
-            raise PipelineError(f"{paths.name} selects no version, so none is known to be old")
-        server = serving(paths)
+            raise PipelineError(f"{paths.name} selects no version: run 'pipeline versions promote'")
+        server = find_server(paths)
         kept = {config_pbtxt.previous(config), server.models[paths.name] if server else None}
-        numbers = version_numbers(paths.packaged)
-        gone = [n for n in numbers if n < min(selected) and n not in kept]
-        for number in gone:
+        older = (n for n in version_numbers(paths.packaged) if n < min(selected))
+        removed = [number for number in older if number not in kept]
+        for number in removed:
             # Renamed first, so that other processes see a version whole or not at all.
             hidden = paths.packaged / f".{number}.{secrets.token_hex(4)}.tmp"
             os.rename(paths.packaged / str(number), hidden)
@@ -145,12 +144,12 @@ def prune(paths: Paths) -> list[int]:
 
         def forget(config: config_pbtxt.ModelConfig) -> None:
             for key in config_pbtxt.version_parameters(config):
-                if key.rpartition(".")[2] in map(str, gone):
+                if key.rpartition(".")[2] in map(str, removed):
                     config.parameters.pop(key)
 
-        if gone:
+        if removed:
             config_pbtxt.change_configs(paths.packaged, forget)
-        return gone
+        return removed
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class VersionDifference:
     def __str__(self) -> str:
         return Lines(
             f"{self.name} version {self.first} -> {self.second}",
-            *(f"{key}: {one} -> {other}" for key, (one, other) in self.records.items()),
+            *(f"{key}: {before} -> {after}" for key, (before, after) in self.records.items()),
             f"answers to {self.images} golden images: {self.differing} differing classes, "
             f"largest difference {self.max_abs_diff:.2e}",
         )
@@ -180,38 +179,39 @@ def diff_versions(paths: Paths, first: int, second: int) -> VersionDifference:
 
     releases = [load_release(paths, number) for number in (first, second)]
     before, after = (
-        {"accuracy": _accuracy(paths, r.version, r.manifest), **_flattened(r.manifest)}
+        {"accuracy": _read_accuracy(paths, r.version, r.manifest), **_flatten(r.manifest)}
         for r in releases
     )
     images = np.concatenate([release.golden.images for release in releases])  # (N, ...)
     answers = [onnx_predictor(release.onnx)(images) for release in releases]
-    between = judge(answers[0], answers[1])
+    judgement = judge(answers[0], answers[1])
     pairs = {key: (before.get(key), after.get(key)) for key in sorted({*before, *after})}
     return VersionDifference(
-        paths.name,
-        first,
-        second,
-        {key: (one, other) for key, (one, other) in pairs.items() if one != other},
-        len(images),
-        int(between.is_changed.sum()),
-        float(between.errors.max()),
+        name=paths.name,
+        first=first,
+        second=second,
+        records={key: pair for key, pair in pairs.items() if pair[0] != pair[1]},
+        images=len(images),
+        differing=int(judgement.is_changed.sum()),
+        max_abs_diff=float(judgement.errors.max()),
     )
 
 
-def _flattened(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the record's leaves by their dotted paths."""
     leaves: dict[str, Any] = {}
     for key, value in record.items():
         name = f"{prefix}{key}"
-        leaves |= _flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        leaves |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return leaves
 
 
-def _record(paths: Paths, number: int, file: Path) -> dict[str, Any]:
+def _read_record(paths: Paths, number: int, file: Path) -> dict[str, Any]:
     return read_json(paths.packaged / str(number) / file.name, REPACKAGE)
 
 
-def _accuracy(paths: Paths, number: int, manifest: Mapping[str, Any]) -> float | None:
-    record = _record(paths, number, paths.validation)
-    found = [v for v in record.get("variants", ()) if v["precision"] == manifest.get("precision")]
-    return float(found[0]["accuracy"]) if found and record.get("is_labelled") else None
+def _read_accuracy(paths: Paths, number: int, manifest: Mapping[str, Any]) -> float | None:
+    record = _read_record(paths, number, paths.validation)
+    variants = {variant["precision"]: variant for variant in record.get("variants", ())}
+    variant = variants.get(manifest.get("precision"))
+    return float(variant["accuracy"]) if variant and record.get("is_labelled") else None

@@ -14,13 +14,13 @@ from pipeline.client.query import triton_predictor
 from pipeline.core.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.core.paths import Paths
 from pipeline.repository import config_pbtxt
-from pipeline.repository.golden import GOLDEN_BATCHES, Agreement, Golden, compare_golden, require
+from pipeline.repository.golden import GOLDEN_BATCHES, Golden, GoldenResult, compare_golden
 from pipeline.repository.release import Release
 from pipeline.repository.running import Server
 from pipeline.serving.admin import Admin
 
 
-def replay_golden(client: Client, golden: Golden) -> Agreement:
+def replay_golden(client: Client, golden: Golden) -> GoldenResult:
     """Compare a server with the golden set's answers, at each golden batch size it accepts."""
     largest = max(1, client.config().max_batch_size)
     sizes = tuple(size for size in GOLDEN_BATCHES if size <= largest)
@@ -100,7 +100,7 @@ def require_golden(server: Server, name: str, release: Release, what: str, fix: 
     """Raise CheckFailedError unless this version answers, correctly and over both protocols."""
     for url in (server.http_url, server.grpc_url):
         with Client(url, name, ANSWER_SECONDS) as client:
-            require(replay_golden(client, release.golden), f"{what} over {url}", fix)
+            replay_golden(client, release.golden).require_passed(f"{what} over {url}", fix)
             answering = served_version(client)
         if answering != release.version:
             raise CheckFailedError(f"{what} over {url}: version {answering} answers. {fix}")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.paths import Paths
+from pipeline.repository.config_pbtxt import CONFIG
 from pipeline.repository.lint import files
 from pipeline.repository.lint.backend import BACKEND, SIZES, runs_on_gpu
-from pipeline.repository.lint.check import CONFIG, Linted, in_order
+from pipeline.repository.lint.check import Linted, in_order
 from pipeline.repository.lint.config import OTHER_BACKENDS
 from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.text import Config, Finding, Level, read_config

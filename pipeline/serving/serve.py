@@ -17,7 +17,7 @@ from pipeline.repository.lint.check import require_loadable
 from pipeline.repository.release import Release, selected_releases
 from pipeline.repository.running import Server as Server
 from pipeline.repository.running import is_alive as is_alive
-from pipeline.repository.running import recorded as recorded
+from pipeline.repository.running import load_server as load_server
 from pipeline.repository.running import root
 from pipeline.repository.running import start_time as start_time
 from pipeline.serving import ready, tritonserver

@@ -15,11 +15,10 @@ from pipeline.client.client import Client
 from pipeline.core.errors import ServerError
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
-from pipeline.repository.golden import require
 from pipeline.repository.release import Release, load_release
 from pipeline.serving.process import POLL_SECONDS
 from pipeline.serving.ready import replay_golden, served_version
-from pipeline.serving.serve import Server, is_alive, recorded
+from pipeline.serving.serve import Server, is_alive, load_server
 
 # Counters for each model and version, and a summary of the last minute's latencies.
 REQUESTS = "nv_inference_request_success"
@@ -175,19 +174,19 @@ def _answering(paths: Paths, server: Server) -> Release:
         ):
             version = served_version(grpc)
             release = load_release(paths, version)
-            agreements = {client: replay_golden(client, release.golden) for client in (http, grpc)}
+            results = {client: replay_golden(client, release.golden) for client in (http, grpc)}
             is_promoted = served_version(grpc) != version  # asked again: the replay takes longer
         if is_promoted:
             continue
-        for client, agreement in agreements.items():
+        for client, result in results.items():
             wrongly = f"{paths.name} version {version} answers wrongly over {client.endpoint}"
-            require(agreement, wrongly, "'pipeline serve restart'")
+            result.require_passed(wrongly, "'pipeline serve restart'")
         return release
 
 
 def living(paths: Paths) -> Server:
     """Return the recorded server; raise ServerError with the reason unless it is ready."""
-    server = recorded(paths)
+    server = load_server(paths)
     if server is None:
         said = last_words(paths)
         ended = f"; the last one ended with: {said}" if said else ": 'pipeline serve' starts one"
@@ -238,7 +237,7 @@ def follow(paths: Paths) -> Iterator[str]:
             if line:
                 yield line.rstrip("\n")
                 continue
-            if recorded(paths) is None:
+            if load_server(paths) is None:
                 return
             if paths.server_log.stat().st_size < log.tell():  # truncated by bound_log
                 log.seek(0)

@@ -37,7 +37,7 @@ from pipeline.serving.process import (
     poll,
     processes_of,
 )
-from pipeline.serving.serve import Server, bound_log, drain, is_alive, recorded, running_server
+from pipeline.serving.serve import Server, bound_log, drain, is_alive, load_server, running_server
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import ports
 
@@ -197,7 +197,7 @@ def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
             if not paths.supervisor_log.exists():
                 raise kind("it was stopped before it was ready")
             raise kind(state.last_words(paths) or f"see {paths.supervisor_log}")
-        server = recorded(paths)
+        server = load_server(paths)
         if server and server.supervisor_pid == pid and server.is_ready:
             return server
     raise ServerError(f"the server's supervisor hangs: see {paths.supervisor_log}")
@@ -228,7 +228,7 @@ def _is_supervised(paths: Paths, server: Server) -> bool:
 
 def refuse_second(paths: Paths) -> None:
     """Raise PipelineError if our server already runs; remove what a dead server left."""
-    server = recorded(paths)
+    server = load_server(paths)
     if server is None:
         return
     if _is_supervised(paths, server):
@@ -251,7 +251,7 @@ def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Se
     Raises ServerError if there is no server or it does not come back. Raises the repository's error
     if it cannot be served; then the server keeps running unchanged.
     """
-    before = recorded(paths)
+    before = load_server(paths)
     if before is None or not _is_supervised(paths, before):
         raise ServerError("no server of ours is running: 'pipeline serve' starts one")
     # Check first: with a repository that cannot be served, the running server must not stop.
@@ -259,7 +259,7 @@ def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Se
     require_loadable(paths.repository)
     os.kill(before.supervisor_pid, RESTART)
     for _ in poll(seconds):
-        now = recorded(paths)
+        now = load_server(paths)
         if now and now.id != before.id and now.is_ready:
             return now
         if not _is_supervised(paths, before):
@@ -270,7 +270,7 @@ def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Se
 
 def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
     """Stop the recorded server and describe what was done; ServerError if there is none."""
-    server = recorded(paths)
+    server = load_server(paths)
     if server is None:
         raise ServerError("no server of ours is running")
     if not _is_supervised(paths, server):
@@ -356,14 +356,14 @@ class Canary:
 
     def _ask(self, name: str, client: Client) -> str | None:
         version, golden = self.known[name]
-        one = golden.only(self.asked % len(golden.images))
+        one = golden.select([self.asked % len(golden.images)])
         outputs, answered = client.infer(one.images)
         if int(answered) != version:  # a promotion happened: use the new version's golden set
             release = load_release(self.paths.named(name), int(answered))
             self.known[name] = release.version, release.golden
             return None
-        agreement = compare_golden(one, lambda images: outputs, (1,))
-        return None if agreement.passed else f"{name} version {version} answers wrongly"
+        result = compare_golden(one, lambda images: outputs, (1,))
+        return None if result.passed else f"{name} version {version} answers wrongly"
 
 
 def watch_server(

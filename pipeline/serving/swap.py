@@ -17,15 +17,15 @@ from pipeline.core.errors import PipelineError, ServerError
 from pipeline.core.files import locked, write_bytes
 from pipeline.core.paths import Paths
 from pipeline.repository import config_pbtxt
-from pipeline.repository.golden import GOLDEN_BATCHES, compare_golden, require
+from pipeline.repository.golden import GOLDEN_BATCHES, compare_golden
 from pipeline.repository.release import REPACKAGE, Release, check_release
-from pipeline.repository.running import serving
+from pipeline.repository.running import find_server
 from pipeline.repository.versions import Promotion, rollback_target, select_version
 from pipeline.serving import ready
 from pipeline.serving.admin import Admin
 from pipeline.serving.process import handle_signals
 from pipeline.serving.ready import served_version
-from pipeline.serving.serve import Server, recorded, write_record
+from pipeline.serving.serve import Server, load_server, write_record
 
 LOAD_SECONDS = 60.0  # timeout of a load
 ANSWER_SECONDS = 10.0
@@ -53,7 +53,7 @@ def rollback(paths: Paths, report: Report = lambda line: None) -> Promotion:
 
 def served(paths: Paths) -> int | None:
     """Return the version that our server answers with now; None if no server answers."""
-    server = serving(paths)
+    server = find_server(paths)
     if server is None:
         return None
     try:
@@ -65,12 +65,12 @@ def served(paths: Paths) -> int | None:
 
 def _promote(paths: Paths, version: int, report: Report) -> Promotion:
     release = check_release(paths, version)
-    server = serving(paths)
+    server = find_server(paths)
     if server is None:
         from pipeline.export.runtime import onnx_predictor  # not needed if a server answers
 
-        agreement = compare_golden(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
-        require(agreement, f"version {version} answers wrongly", REPACKAGE)
+        result = compare_golden(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
+        result.require_passed(f"version {version} answers wrongly", REPACKAGE)
         return select_version(paths, release)
     if not server.is_ready:
         raise ServerError(f"the server (pid {server.pid}) is starting: try again in a moment")
@@ -112,7 +112,7 @@ def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before
 
 def _record(paths: Paths, server: Server, version: int) -> None:
     """Record the version for `status` and the supervisor, unless the server was restarted."""
-    now = recorded(paths)
+    now = load_server(paths)
     if now and now.id == server.id:
         write_record(paths, replace(now, models={**now.models, paths.name: version}))
 

@@ -28,7 +28,7 @@ from pipeline.export.sample import Sample
 from pipeline.export.subject import EXPORT, Subject, exported_sample, exported_subject
 from pipeline.export.targets import ExportConfig
 from pipeline.repository.golden import choose_golden, pack_golden
-from pipeline.repository.reference_profile import ReferenceProfile, packed, profile_of
+from pipeline.repository.reference_profile import ReferenceProfile, build_profile, pack_profile
 from pipeline.validation import check_file
 from pipeline.validation.card import model_card
 from pipeline.validation.compare import Criterion, Held, Verdict, bounds, hold
@@ -177,7 +177,7 @@ def _keep(
         path, norm = paths.variant_golden(precision), paths.variant_profile(precision)
         files[path.name] = write_bytes(path, pack_golden(golden[precision]))
         profile = _profile(paths, manifest, precision, images)
-        files[norm.name] = write_bytes(norm, packed(profile))
+        files[norm.name] = write_bytes(norm, pack_profile(profile))
         variants.append(
             {
                 **asdict(verdict),
@@ -217,7 +217,7 @@ def _profile(
         dataset = training["dataset"]
         images = load_split(dataset, paths.data(dataset), "validation").images
         images_from = "the validation split"
-    return profile_of(
+    return build_profile(
         predict(onnx_predictor(content), images),
         images,
         manifest["kind"],

@@ -11,7 +11,7 @@ from pipeline.client.client import Prediction
 from pipeline.core.errors import ServerError, SlowError
 from pipeline.core.paths import Paths
 from pipeline.repository import config_pbtxt
-from pipeline.repository.running import recorded, serving
+from pipeline.repository.running import find_server, load_server
 
 
 def finder(paths: Paths, url: str | None) -> Callable[[], str]:
@@ -20,9 +20,9 @@ def finder(paths: Paths, url: str | None) -> Callable[[], str]:
         return lambda: url
 
     def find() -> str:
-        if server := serving(paths):
+        if server := find_server(paths):
             return server.grpc_url
-        other = recorded(paths)
+        other = load_server(paths)
         if other and paths.name not in other.models:
             there = ", ".join(other.models) or "no model"
             problem = f"our server has {there} and not {paths.name}"

@@ -15,7 +15,7 @@ from pipeline.benchmark.serving import NOOP, ServeBenchmark, threads_of
 from pipeline.benchmark.timing import TimedRow, Until, Window, warm_up
 from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.repository import config_pbtxt
-from pipeline.serving.serve import recorded
+from pipeline.serving.serve import load_server
 from pipeline.serving.tritonserver import KEY_HEADER
 from tests.conftest import Chain, error_line, link_server_environment
 
@@ -62,7 +62,7 @@ def test_the_benchmark_sets_the_served_model_beside_a_noop_and_beside_onnx_runti
 @pytest.mark.parametrize("way", ["grpc", "http"])
 def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way: str) -> None:
     chain, _ = served
-    server = recorded(chain.paths)
+    server = load_server(chain.paths)
     assert server
     config = config_pbtxt.read(chain.paths.packaged / "config.pbtxt")
     images = [np.zeros((2, 1, 28, 28), np.uint8)]

@@ -272,14 +272,14 @@ def test_a_package_without_a_version_and_a_version_that_is_not_there_are_named(
     (chain.paths.packaged / "1").rename(chain.paths.packaged / "gone")
     result = chain.run("drift", str(tmp_path / "log"))
     assert result.exit_code == 1
-    assert f"no version 1 at {chain.paths.packaged}" in error_line(result)
+    assert f"{chain.paths.packaged / '1'} does not exist" in error_line(result)
     config = chain.paths.packaged / config_pbtxt.CONFIG
     message = config_pbtxt.read(config)
     message.ClearField("version_policy")
     config.write_text(config_pbtxt.to_text(message))
     result = chain.run("drift", str(tmp_path / "log"))
     assert result.exit_code == 1
-    assert f"no version at {chain.paths.packaged}: run 'pipeline package'" in error_line(result)
+    assert f"{chain.paths.packaged} has no version: run 'pipeline package'" in error_line(result)
 
 
 def test_the_profile_travels_with_its_version_and_a_change_of_it_is_found(
@@ -313,7 +313,7 @@ def test_a_version_of_old_has_no_profile_and_is_told_how_to_make_one(
     assert chain.run("package").exit_code == 0
     result = chain.run("drift", str(log))
     assert result.exit_code == 1
-    assert "'pipeline validate' makes one" in error_line(result)
+    assert "Run 'pipeline validate'" in error_line(result)
     assert chain.run("drift", str(log), "--model-version", "1").exit_code == 0
     assert chain.run("drift", str(log), "--model-version", "7").exit_code == 1
 

@@ -210,7 +210,7 @@ def test_a_version_that_changes_what_clients_rely_on_is_refused_with_3(chain: Ch
     edit_json(chain.paths.manifest, lambda record: record.update(classes=list("abcdefghij")))
     result = chain.run("package")
     assert result.exit_code == 3
-    assert "would change what" in error_line(result)
+    assert "would change the classes" in error_line(result)
     config = chain.paths.packaged / "config.pbtxt"
     edit_json(chain.paths.manifest, lambda record: record.update(classes=list("0123456789")))
     config.write_text(config.read_text().replace('"log_probabilities"', '"logits"'))

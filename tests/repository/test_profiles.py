@@ -75,7 +75,7 @@ def leaves(message: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
 def test_every_field_of_a_config_is_explained_with_its_value(
     profile: str, base: config_pbtxt.ModelConfig
 ) -> None:
-    message = profiles.message_of(profile, base, TWO_CORES)
+    message = profiles.build_config(profile, base, TWO_CORES)
     explained = {one.field: str(one.value) for one in profiles.explain(profile, base, TWO_CORES)}
     assert all(one.reason for one in profiles.explain(profile, base, TWO_CORES))
     for key, parameter in message.parameters.items():
@@ -120,7 +120,7 @@ def test_no_profile_derives_more_threads_than_there_are_cores(
     profile: str, base: config_pbtxt.ModelConfig
 ) -> None:
     for cores in range(1, 130):
-        message = profiles.message_of(profile, base, PackageConfig(cores=cores))
+        message = profiles.build_config(profile, base, PackageConfig(cores=cores))
         (group,) = message.instance_group
         threads = int(config_pbtxt.parameter(message, "intra_op_thread_count") or 0)
         assert 1 <= group.count * threads <= cores
@@ -154,7 +154,7 @@ def test_what_is_asked_for_wins_in_every_profile_and_says_so(
 def test_the_warm_up_climbs_to_the_largest_batch_and_no_further(
     base: config_pbtxt.ModelConfig, largest: int, ladder: list[int]
 ) -> None:
-    message = profiles.message_of("config", base, PackageConfig(largest))
+    message = profiles.build_config("config", base, PackageConfig(largest))
     assert [rung.batch_size for rung in message.model_warmup] == ladder
     assert len({rung.name for rung in message.model_warmup}) == len(ladder)
     for rung in message.model_warmup:
@@ -165,13 +165,15 @@ def test_the_warm_up_climbs_to_the_largest_batch_and_no_further(
 def test_latency_waits_for_nobody_and_throughput_prefers_full_batches(
     base: config_pbtxt.ModelConfig,
 ) -> None:
-    waits = {name: profiles.message_of(name, base, TWO_CORES).dynamic_batching for name in PROFILES}
+    waits = {
+        name: profiles.build_config(name, base, TWO_CORES).dynamic_batching for name in PROFILES
+    }
     assert waits["latency"].max_queue_delay_microseconds == 0
-    assert profiles.message_of("latency", base, TWO_CORES).HasField("dynamic_batching")
+    assert profiles.build_config("latency", base, TWO_CORES).HasField("dynamic_batching")
     longest = max(waits, key=lambda name: waits[name].max_queue_delay_microseconds)
     assert longest == "throughput"
     assert list(waits["throughput"].preferred_batch_size) == [32, 64]
-    alone = profiles.message_of("throughput", base, PackageConfig(1)).dynamic_batching
+    alone = profiles.build_config("throughput", base, PackageConfig(1)).dynamic_batching
     assert not alone.preferred_batch_size
 
 
@@ -179,7 +181,7 @@ def test_latency_waits_for_nobody_and_throughput_prefers_full_batches(
 def test_a_gpu_profile_runs_on_gpus_with_tf32_off_and_without_a_search_for_each_shape(
     profile: str, base: config_pbtxt.ModelConfig
 ) -> None:
-    message = profiles.message_of(profile, base, TWO_CORES)
+    message = profiles.build_config(profile, base, TWO_CORES)
     (group,) = message.instance_group
     assert group.Kind.Name(group.kind) == "KIND_GPU"
     cuda = accelerators(message)["cuda"]
@@ -191,7 +193,7 @@ def test_a_gpu_profile_runs_on_gpus_with_tf32_off_and_without_a_search_for_each_
 def test_tensorrt_gets_only_keys_that_the_native_backend_knows(
     base: config_pbtxt.ModelConfig,
 ) -> None:
-    message = profiles.message_of("tensorrt-fp16", base, PackageConfig(32))
+    message = profiles.build_config("tensorrt-fp16", base, PackageConfig(32))
     blocks = accelerators(message)
     assert list(blocks) == ["tensorrt", "cuda"]  # what the first leaves, the second takes
     tensorrt = blocks["tensorrt"]
@@ -202,7 +204,7 @@ def test_tensorrt_gets_only_keys_that_the_native_backend_knows(
 
 
 def test_each_versions_engines_lie_apart(base: config_pbtxt.ModelConfig) -> None:
-    message = profiles.message_of("tensorrt-fp16", base, TWO_CORES)
+    message = profiles.build_config("tensorrt-fp16", base, TWO_CORES)
     before = accelerators(message)["tensorrt"][config_pbtxt.ENGINES]
     assert before == f"/tmp/tensorrt-{'b' * 16}"
     config_pbtxt.select(message, 1)
@@ -234,7 +236,9 @@ def test_every_config_has_the_same_versions_and_config_pbtxt_is_written_last(
     assert max(files, key=lambda file: file.stat().st_mtime_ns) == packaged / "config.pbtxt"
     assert config_pbtxt.profile_file(packaged) == packaged / "config.pbtxt"
     assert config_pbtxt.profile_file(packaged, "mine") == own
-    with pytest.raises(PipelineError, match="has no profile 'fast', it has cpu, gpu, latency"):
+    with pytest.raises(
+        PipelineError, match="has no profile 'fast'; its profiles: cpu, gpu, latency"
+    ):
         config_pbtxt.profile_file(packaged, "fast")
 
 
@@ -247,7 +251,7 @@ def test_explain_says_each_field_and_packages_nothing(chain: Chain) -> None:
     wanted = "parameters.intra_op_thread_count 2: 4 cores / 2 instances = 2 threads"
     assert wanted in lines
     everything = chain.run("package", "--explain").stdout
-    assert everything.count("NVIDIA's native one") == 1  # what all of them share is said once
+    assert everything.count("NVIDIA's native backend") == 1  # what all of them share is said once
     fields = chain.record("package", "--explain")["profiles"]
     assert list(fields) == list(PROFILES)
     assert {tuple(one) for found in fields.values() for one in found} == {
@@ -255,7 +259,7 @@ def test_explain_says_each_field_and_packages_nothing(chain: Chain) -> None:
     }
     wrong = chain.run("package", "--explain", "fast")
     assert wrong.exit_code == 1
-    assert "no profile 'fast': there are config, cpu, gpu" in error_line(wrong)
+    assert "there is no profile 'fast'; the profiles are config, cpu, gpu" in error_line(wrong)
     assert sorted(path.name for path in chain.paths.packaged.glob("[0-9]*")) == ["1"]
 
 
@@ -273,7 +277,9 @@ def test_what_explain_says_is_what_package_writes(chain: Chain) -> None:
 def test_a_profile_that_the_repository_has_not_is_not_served(chain: Chain) -> None:
     result = chain.run("serve", "--profile", "fast")
     assert result.exit_code == 1
-    assert "has no profile 'fast', it has cpu, gpu, latency, tensorrt-fp16" in error_line(result)
+    assert "has no profile 'fast'; its profiles: cpu, gpu, latency, tensorrt-fp16" in error_line(
+        result
+    )
 
 
 @pytest.mark.server

@@ -81,5 +81,5 @@ def test_lint_refuses_a_threshold_that_is_no_probability(
     (folder / "config.pbtxt").write_text(config_pbtxt.to_text(config))
     (finding,) = [one for one in lint_repository(folder.parent).findings if one.level == "error"]
     assert finding.rule == "min-probability"
-    assert f"'{value}' is no probability" in str(finding)
+    assert f"'{value}' is not a probability" in str(finding)
     assert finding.fix

@@ -140,10 +140,10 @@ def test_a_version_whose_digest_one_config_states_otherwise_is_not_promoted(chai
 def test_what_cannot_be_promoted_or_gone_back_to_is_one_line(chain: Chain) -> None:
     unknown = chain.run("versions", "promote", "7")
     assert unknown.exit_code == 1
-    assert "handwriting has no version 7; there are: 1" in error_line(unknown)
+    assert "handwriting has no version 7; its versions: 1" in error_line(unknown)
     back = chain.run("versions", "rollback")
     assert back.exit_code == 1
-    assert "has no version to go back to" in error_line(back)
+    assert "has no previous version" in error_line(back)
     assert chain.run("versions", "promote", "0").exit_code == 2
     other = chain.run("versions", "list", "--name", "digits")
     assert "run 'pipeline package'" in error_line(other)

@@ -60,7 +60,7 @@ def test_the_whole_chain_works_in_a_folder_of_an_odd_name(
     assert odd.run("query", str(odd.root / "digits")).exit_code == 0
     assert odd.record("versions", "promote", "1")["is_served"]
     os.kill(server["pid"], signal.SIGKILL)
-    wait_until(lambda: (now := serve.recorded(odd.paths)) is not None and now.restarts == 1)
+    wait_until(lambda: (now := serve.load_server(odd.paths)) is not None and now.restarts == 1)
     wait_until(lambda: odd.run("serve", "status").exit_code == 0)
     assert odd.record("serve", "stop")["done"].startswith("stopped the server")
     table = odd.record("validate", str(odd.paths.repository))

@@ -173,7 +173,7 @@ def test_the_python_that_serve_prints_gets_a_right_answer(
 ) -> None:
     chain, _ = served
     made.run("data", "sample", str(chain.root / "digits"), "--count", "1")
-    server = serve.recorded(chain.paths)
+    server = serve.load_server(chain.paths)
     assert server
     echo_server(Settings(chain.root), server)
     (line,) = re.findall(r"^or: python (-c .*)$", capsys.readouterr().out, re.MULTILINE)
@@ -261,7 +261,7 @@ def ready_again(chain: Chain, before: dict[str, Any]) -> dict[str, Any]:
     """What `server.json` says once another server than `before` is ready."""
 
     def is_another() -> bool:
-        server = serve.recorded(chain.paths)
+        server = serve.load_server(chain.paths)
         return server is not None and server.id != before["id"] and server.is_ready
 
     wait_until(is_another)
@@ -301,7 +301,7 @@ def test_a_server_that_hangs_or_answers_wrongly_is_started_again(servable: Chain
     os.kill(first["pid"], signal.SIGSTOP)
     second = ready_again(servable, first)
     assert "handwriting gives no answer (no answer from" in second["why"]
-    server = serve.recorded(servable.paths)
+    server = serve.load_server(servable.paths)
     assert server
     # The very model, with the classes in another order: Triton itself finds nothing wrong with it.
     model = onnx.load_model(servable.paths.onnx)
@@ -383,7 +383,7 @@ def test_sigterm_while_a_detached_server_starts_leaves_nothing(servable: Chain) 
     command = [sys.executable, "-m", "pipeline", "--root", str(servable.root), "serve"]
     process = subprocess.Popen([*command, "--detach", "--port", "auto"])
     wait_until(servable.paths.server.exists)  # tritonserver was started
-    server = serve.recorded(servable.paths)
+    server = serve.load_server(servable.paths)
     assert server
     process.terminate()  # as timeout(1) does
     assert process.wait(HANG_GUARD) == 130
@@ -638,7 +638,7 @@ def test_a_model_of_others_is_told_how_to_get_a_proof_or_to_be_served_without(ch
     result = chain.run("serve")
     assert result.exit_code == 1
     message = error_line(result)
-    assert f"{folder} carries no proof" in message
+    assert f"{folder} has no evidence" in message
     assert f"pipeline validate --onnx {folder / '1' / 'model.onnx'} --module" in message
     assert f"tritonserver --model-repository={chain.paths.repository}" in message
 

@@ -40,7 +40,7 @@ def live(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chai
 
 
 def server_of(chain: Chain) -> Server:
-    server = serve.recorded(chain.paths)
+    server = serve.load_server(chain.paths)
     assert server
     return server
 

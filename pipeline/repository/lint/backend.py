@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2
@@ -16,14 +16,12 @@ from tritonclient.grpc import model_config_pb2
 from pipeline.repository.config_pbtxt import MIN_PROBABILITY
 from pipeline.repository.lint.config import KINDS
 from pipeline.repository.lint.files import ModelFolder
-from pipeline.repository.lint.text import Finding, Level
+from pipeline.repository.lint.text import Finding, Level, Problems
 
 WARMUP = "core src/backend_model_instance.cc GenerateWarmupData"
 BACKEND = "onnxruntime_backend src/onnxruntime.cc"
 SIZES = {"BOOL": 1, "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8}
 SIZES |= {f"{sign}INT{bits}": bits // 8 for sign in ("", "U") for bits in (8, 16, 32, 64)}
-
-Problems = Iterator[tuple[str, str, str]]  # (field, what is wrong, fix)
 
 
 def triton_type(number: int) -> str:
@@ -36,62 +34,62 @@ def warmups(model: ModelFolder) -> Iterator[Finding]:
     """Check the warm-up requests, which each instance answers before it is ready."""
     config, largest = model.config, max(1, model.max_batch_size)
     for index, sample in enumerate(config.message.model_warmup):
-        at, called = f"model_warmup[{index}]", f"warmup sample '{sample.name}'"
+        at, named = f"model_warmup[{index}]", f"warmup sample '{sample.name}'"
         if sample.batch_size == 0:
-            said = f"{called} has no batch_size: Triton skips it"
-            yield config.finding("warmup", "warning", at, said, "write batch_size: 1", WARMUP)
+            problem = f"{named} has no batch_size: Triton skips it"
+            yield config.finding("warmup", at, problem, "write batch_size: 1", WARMUP, "warning")
             continue
         if sample.batch_size > largest:
-            said = f"batch size {sample.batch_size} of {called}, max allowed is {largest}"
-            fix, source = f"take at most {largest}", f"{BACKEND} ProcessRequests"
-            yield config.finding("warmup-batch", "error", f"{at}.batch_size", said, fix, source)
-        given, problems = {tensor.name: tensor for tensor in config.message.input}, []
-        for tensor in given.values():
-            if not tensor.optional and tensor.name not in sample.inputs:
-                said = f"missing required input(s) ['{tensor.name}']"
-                problems.append(("", said, "give every input"))
-        for name, entry in sample.inputs.items():
-            if given and name not in given and not config.message.HasField("sequence_batching"):
-                said = f"unexpected inference input '{name}'"
-                problems.append((f".inputs[{name}]", said, f"the inputs are: {', '.join(given)}"))
-            for field, said, fix in _entry(model, name, entry, given.get(name)):
-                problems.append((f".inputs[{name}].value.{field}", said, fix))
-        for field, said, fix in problems:
-            what = f"{called}: {said}"
-            yield config.finding("warmup", "error", f"{at}{field}", what, fix, WARMUP)
+            problem = f"batch size {sample.batch_size} of {named}, max allowed is {largest}"
+            fix, source = f"use at most {largest}", f"{BACKEND} ProcessRequests"
+            yield config.finding("warmup-batch", f"{at}.batch_size", problem, fix, source)
+        for field, problem, fix in _check_sample(model, sample):
+            yield config.finding("warmup", f"{at}{field}", f"{named}: {problem}", fix, WARMUP)
 
 
-def _entry(model: ModelFolder, name: str, entry: Any, tensor: Any) -> Problems:
+def _check_sample(model: ModelFolder, sample: Any) -> Problems:
+    message = model.config.message
+    inputs = {tensor.name: tensor for tensor in message.input}
+    for tensor in inputs.values():
+        if not tensor.optional and tensor.name not in sample.inputs:
+            yield "", f"missing required input(s) ['{tensor.name}']", "give every input"
+    for name, entry in sample.inputs.items():
+        if inputs and name not in inputs and not message.HasField("sequence_batching"):
+            fix = f"the inputs are: {', '.join(inputs)}"
+            yield f".inputs[{name}]", f"unexpected inference input '{name}'", fix
+        for field, problem, fix in _check_entry(model, name, entry, inputs.get(name)):
+            yield f".inputs[{name}].value.{field}", problem, fix
+
+
+def _check_entry(model: ModelFolder, name: str, entry: Any, tensor: Any) -> Problems:
     """Yield the problems of one input of a warm-up sample."""
     kind, dims = triton_type(entry.data_type), list(entry.dims)
     if tensor is not None and entry.data_type != tensor.data_type:
-        wanted = triton_type(tensor.data_type)
-        yield "data_type", f"input '{name}' is {wanted}, its warmup {kind}", f"write {wanted}"
+        expected = triton_type(tensor.data_type)
+        yield "data_type", f"input '{name}' is {expected}, its warmup {kind}", f"write {expected}"
     if any(dim < 1 for dim in dims):
-        said = f"warmup setting expects all variable-size dimensions are specified for '{name}'"
-        yield "dims", said, "write the numbers of one real request, without the batch"
+        problem = f"warmup setting expects all variable-size dimensions are specified for '{name}'"
+        yield "dims", problem, "write the shape of one real request, without the batch"
         return
     if tensor is not None and not (
         len(dims) == len(tensor.dims)
         and all(allowed in (-1, dim) for dim, allowed in zip(dims, tensor.dims, strict=True))
     ):
-        said = f"input '{name}' has dims {list(tensor.dims)}, its warmup {dims}"
-        yield "dims", said, "write them without the batch"
+        problem = f"input '{name}' has dims {list(tensor.dims)}, its warmup {dims}"
+        yield "dims", problem, "write them without the batch"
     if not entry.WhichOneof("input_data_type"):
-        said = f"warmup setting expects input '{name}' to have input_data_type set"
-        yield "", said, "add zero_data: true, random_data: true or input_data_file"
-    file = entry.input_data_file
-    if not file:
+        problem = f"warmup setting expects input '{name}' to have input_data_type set"
+        yield "", problem, "add zero_data: true, random_data: true or input_data_file"
+    if not (file := entry.input_data_file):
         return
     path = model.folder / "warmup" / file
-    if not path.is_file():
-        said = f"failed to open text file for read warmup/{file}"
-        yield "input_data_file", said, f"write the request's bytes to {path}"
-        return
     needed = math.prod(dims) * SIZES.get(kind.removeprefix("TYPE_"), 0)
-    if path.stat().st_size < needed:
-        said = f"warmup setting expects {needed} bytes, but the data provided from {file} only has "
-        yield "input_data_file", f"{said}{path.stat().st_size} bytes", "write a whole request"
+    if not path.is_file():
+        problem = f"failed to open text file for read warmup/{file}"
+        yield "input_data_file", problem, f"write the request's bytes to {path}"
+    elif (size := path.stat().st_size) < needed:
+        problem = f"warmup setting expects {needed} bytes, but {file} only has {size} bytes"
+        yield "input_data_file", problem, "write a whole request"
 
 
 SWITCHES = ("true", "on", "1", "false", "off", "0")
@@ -107,19 +105,19 @@ def parameters(model: ModelFolder) -> Iterator[Finding]:
     """Check the parameters that the backend reads, and names close to theirs; ignore all others."""
     config, on_gpu = model.config, runs_on_gpu(model.config.message)
     for key, holder in config.message.parameters.items():
-        at, said = f"parameters[{key}]", _parameter(key, holder.string_value)
-        if said:
+        at = f"parameters[{key}]"
+        if problem := _check_parameter(key, holder.string_value):
             level: Level = "warning" if key in _FOR_CUDA and not on_gpu else "error"
             source = f"{BACKEND} {'LoadModel' if key in _FOR_CUDA else 'ModelState'}"
-            yield config.finding("parameters", level, at, said, 'such as "1"', source)
+            yield config.finding("parameters", at, problem, 'such as "1"', source, level)
         elif key not in KNOWN and (close := difflib.get_close_matches(key, KNOWN, 1, 0.85)):
-            said = f"the backend does not know the parameter {key} and ignores it"
-            yield config.finding("parameters", "warning", at, said, f"did you mean {close[0]}?")
-    level_of_graph = config.message.optimization.graph.level
-    if level_of_graph not in (-1, 0, 1, 2):
-        said = f"the backend does not know the graph level {level_of_graph} and ignores it"
+            problem, fix = f"the backend ignores the parameter {key}", f"did you mean {close[0]}?"
+            yield config.finding("parameters", at, problem, fix, level="warning")
+    graph_level = config.message.optimization.graph.level
+    if graph_level not in (-1, 0, 1, 2):
+        at, problem = "optimization.graph.level", f"the backend ignores the level {graph_level}"
         fix = "-1 is basic, 1 extended, 2 none"
-        yield config.finding("parameters", "warning", "optimization.graph.level", said, fix)
+        yield config.finding("parameters", at, problem, fix, level="warning")
 
 
 def threshold(model: ModelFolder) -> Iterator[Finding]:
@@ -130,32 +128,40 @@ def threshold(model: ModelFolder) -> Iterator[Finding]:
         with contextlib.suppress(ValueError):
             if 0 <= float(holder.string_value) <= 1:
                 continue
-        said = f"'{holder.string_value}' is no probability, and clients take 0 for it"
-        at, fix = f"parameters[{key}]", "write a number from 0 to 1, or package the model again"
-        yield model.config.finding("min-probability", "error", at, said, fix)
+        problem = f"'{holder.string_value}' is not a probability, and clients use 0 instead"
+        fix = "write a number from 0 to 1, or package the model again"
+        yield model.config.finding("min-probability", f"parameters[{key}]", problem, fix)
 
 
-def _parameter(key: str, value: str) -> str:
+def _check_parameter(key: str, value: str) -> str:
     """Return what is wrong with the value of a parameter that the backend reads; "" if nothing."""
-    if key in _FLAGS and value.lower() not in SWITCHES:
-        return f"failed to convert '{value}' to boolean, as {key}"
+    if key in _FLAGS:
+        return _check_value("switch", key, value)
     if key not in (*_NUMBERS, *_FOR_CUDA):
         return ""
-    number = re.match(r"\s*([+-]?\d+)", value)
-    if not number:
-        return f"failed to convert '{value}' to integral number, as {key}"
-    largest = {"execution_mode": 1, **_FOR_CUDA}.get(key)
-    if largest is not None and not 0 <= int(number[1]) <= largest:
+    largest, number = {"execution_mode": 1, **_FOR_CUDA}.get(key), re.match(_NUMBER, value)
+    if number and largest is not None and not 0 <= int(number[0]) <= largest:
         return f"unsupported {key} value '{value}', expected are 0 to {largest}"
+    return _check_value("number", key, value)
+
+
+_NUMBER = r"\s*[+-]?\d+"
+
+
+def _check_value(kind: str, key: str, value: str) -> str:
+    """Return what is wrong with a value that must be of this kind (see _FIXES); "" if nothing."""
+    if kind == "switch" and value.lower() not in SWITCHES:
+        return f"failed to convert '{value}' to boolean, as {key}"
+    if kind == "number" and not re.match(_NUMBER, value):
+        return f"failed to convert '{value}' to integral number, as {key}"
+    if kind == "precision" and value not in ("FP32", "FP16", "BF16", "INT8"):
+        return f"unsupported precision mode '{value}' is requested"
     return ""
 
 
 def runs_on_gpu(message: Any) -> bool:
     """Return whether the config asks for an instance on a GPU, on any machine."""
     return any(group.kind == KINDS.KIND_GPU for group in message.instance_group)
-
-
-Check = Callable[[Any, dict[str, str]], Problems]
 
 
 # TensorRT's parameters, by the kind of their value.
@@ -178,21 +184,29 @@ _TENSORRT_KINDS = {
     """,
     "precision": "precision_mode",
 }
-_TENSORRT = {key: kind for kind, keys in _TENSORRT_KINDS.items() for key in keys.split()}
+# CUDA's, of which the backend converts two.
+_CUDA_KINDS = {
+    "switch": "do_copy_in_default_stream use_ep_level_unified_stream",
+    "text": """
+        arena_extend_strategy cudnn_conv1d_pad_to_nc1d cudnn_conv_algo_search
+        cudnn_conv_use_max_workspace default_memory_arena_cfg device_id enable_cuda_graph
+        enable_skip_layer_norm_strict_mode fuse_conv_bias gpu_external_alloc
+        gpu_external_empty_cache gpu_external_free gpu_mem_limit has_user_compute_stream
+        prefer_nhwc sdpa_kernel tunable_op_enable tunable_op_max_tuning_duration_ms
+        tunable_op_tuning_enable use_tf32 user_compute_stream
+    """,
+}
+_FIXES = {
+    "switch": 'write "true" or "false"',
+    "number": "write a number",
+    "precision": "there are FP32, FP16, BF16 and INT8",
+}
+# For each device and accelerator, the kinds of its parameters; without kinds, any parameter.
+_ACCELERATORS: dict[str, dict[str, dict[str, str]]] = {
+    "gpu": {"cuda": _CUDA_KINDS, "tensorrt": _TENSORRT_KINDS},
+    "cpu": {"openvino": {}},
+}
 _PROFILES = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
-
-
-_CUDA_OPTIONS = """
-    arena_extend_strategy cudnn_conv1d_pad_to_nc1d cudnn_conv_algo_search
-    cudnn_conv_use_max_workspace default_memory_arena_cfg device_id do_copy_in_default_stream
-    enable_cuda_graph enable_skip_layer_norm_strict_mode fuse_conv_bias gpu_external_alloc
-    gpu_external_empty_cache gpu_external_free gpu_mem_limit has_user_compute_stream prefer_nhwc
-    sdpa_kernel tunable_op_enable tunable_op_max_tuning_duration_ms tunable_op_tuning_enable
-    use_ep_level_unified_stream use_tf32 user_compute_stream
-"""
-
-
-_CUDA = frozenset(_CUDA_OPTIONS.split())
 
 
 def accelerators(model: ModelFolder) -> Iterator[Finding]:
@@ -201,72 +215,49 @@ def accelerators(model: ModelFolder) -> Iterator[Finding]:
     Without a GPU, the source is the only reference for CUDA and TensorRT.
     """
     config, source = model.config, f"{BACKEND} LoadModel"
-    asked = config.message.optimization.execution_accelerators
+    requested = config.message.optimization.execution_accelerators
     kinds = {group.kind for group in config.message.instance_group} or {KINDS.KIND_AUTO}
     may_be_on_gpu = bool(kinds & {KINDS.KIND_GPU, KINDS.KIND_AUTO})
-    of_gpu: dict[str, Check] = {"cuda": _cuda, "tensorrt": _tensorrt}
-    of_cpu: dict[str, Check] = {"openvino": lambda message, given: iter(())}
-    for device, accelerators, known in (
-        ("gpu", asked.gpu_execution_accelerator, of_gpu),
-        ("cpu", asked.cpu_execution_accelerator, of_cpu),
-    ):
+    for device, known in _ACCELERATORS.items():
         level: Level = "error" if device == "cpu" or may_be_on_gpu else "warning"
-        for index, one in enumerate(accelerators):
-            at = f"optimization.execution_accelerators.{device}_execution_accelerator[{index}]"
-            said = f"unknown Execution Accelerator '{one.name}' is requested"
-            problems: Problems = iter([("name", said, f"there are: {', '.join(known)}")])
-            if one.name in known:
-                problems = known[one.name](config.message, dict(one.parameters))
-            for field, said, fix in problems:
-                yield config.finding("accelerator", level, f"{at}.{field}", said, fix, source)
-            for key in OF_CUDA if (device, one.name) == ("gpu", "cuda") else ():
-                if key in one.parameters:
-                    said = f"{key} of the accelerator is overwritten by the one in parameters, or "
-                    field, fix = f"{at}.parameters[{key}]", "set it in the config's parameters"
-                    yield config.finding(
-                        "accelerator", "warning", field, f"{said}none", fix, source
-                    )
+        field = f"{device}_execution_accelerator"
+        for index, accelerator in enumerate(getattr(requested, field)):
+            at = f"optimization.execution_accelerators.{field}[{index}]"
+            for part, problem, fix in _check_accelerator(accelerator, known, config.message):
+                yield config.finding("accelerator", f"{at}.{part}", problem, fix, source, level)
+            for key in OF_CUDA if (device, accelerator.name) == ("gpu", "cuda") else ():
+                if key in accelerator.parameters:
+                    place, fix = f"{at}.parameters[{key}]", "set it in the config's parameters"
+                    problem = f"the backend overwrites {key} of the accelerator"
+                    yield config.finding("accelerator", place, problem, fix, source, "warning")
 
 
-def _tensorrt(message: Any, given: dict[str, str]) -> Problems:
-    for key, value in given.items():
-        kind, at = _TENSORRT.get(key), f"parameters[{key}]"
-        if not kind:
-            said = f"unknown parameter '{key}' is provided for TensorRT Execution Accelerator"
-            yield at, said, _nearest(key, _TENSORRT)
-        elif kind == "switch" and value.lower() not in SWITCHES:
-            yield at, f"failed to convert '{value}' to boolean, as {key}", 'write "true" or "false"'
-        elif kind == "number" and not re.match(r"\s*[+-]?\d", value):
-            said = f"failed to convert '{value}' to integral number, as {key}"
-            yield at, said, "write a number"
-        elif kind == "precision" and value not in ("FP32", "FP16", "BF16", "INT8"):
-            said = f"unsupported precision mode '{value}' is requested"
-            yield at, said, "there are FP32, FP16, BF16 and INT8"
+def _check_accelerator(
+    accelerator: Any, known: Mapping[str, Mapping[str, str]], message: Any
+) -> Problems:
+    name, given = accelerator.name, dict(accelerator.parameters)
+    if name not in known:
+        problem = f"unknown Execution Accelerator '{name}' is requested"
+        yield "name", problem, f"there are: {', '.join(known)}"
+        return
+    kind_of = {key: kind for kind, keys in known[name].items() for key in keys.split()}
+    for key, value in given.items() if kind_of else ():
+        if key not in kind_of:
+            problem = f"unknown parameter '{key}' is provided for the accelerator '{name}'"
+            close = difflib.get_close_matches(key, kind_of, 1)
+            fix = f"did you mean {close[0]}?" if close else "leave it out"
+            yield f"parameters[{key}]", problem, fix
+        elif problem := _check_value(kind_of[key], key, value):
+            yield f"parameters[{key}]", problem, _FIXES[kind_of[key]]
     # The shapes for which TensorRT builds its engine: NAME:1x3x8, with commas between inputs.
-    names = {tensor.name for tensor in message.input}
-    shapes = {key: given[key] for key in _PROFILES if key in given}
+    inputs = {tensor.name for tensor in message.input}
+    shapes = {key: given[key] for key in _PROFILES if key in given and name == "tensorrt"}
     for key, value in shapes.items():
         if len(shapes) < len(_PROFILES):
-            said = "TensorRT needs the shapes of a profile all together"
-            yield f"parameters[{key}]", said, f"give {', '.join(_PROFILES)}"
+            problem = "TensorRT needs all three shapes of a profile"
+            yield f"parameters[{key}]", problem, f"give {', '.join(_PROFILES)}"
         for part in value.split(","):
-            name, _, shape = part.rpartition(":")
-            if not re.fullmatch(r"\d+(x\d+)*", shape) or (names and name not in names):
-                fix = f"write NAME:1x3x8 for the inputs {', '.join(sorted(names))}"
-                yield f"parameters[{key}]", f"'{part}' is no input with its shape", fix
-
-
-def _cuda(message: Any, given: dict[str, str]) -> Problems:
-    for key, value in given.items():
-        at = f"parameters[{key}]"
-        if key not in _CUDA:
-            said = f"CUDA's provider does not know the option '{key}'"
-            yield at, said, _nearest(key, _CUDA)
-        flags = ("do_copy_in_default_stream", "use_ep_level_unified_stream")
-        if key in flags and value.lower() not in SWITCHES:
-            yield at, f"failed to convert '{value}' to boolean, as {key}", 'write "true" or "false"'
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, known, 1)
-    return f"did you mean {close[0]}?" if close else "leave it out"
+            tensor, _, shape = part.rpartition(":")
+            if not re.fullmatch(r"\d+(x\d+)*", shape) or (inputs and tensor not in inputs):
+                fix = f"write NAME:1x3x8 for the inputs {', '.join(sorted(inputs))}"
+                yield f"parameters[{key}]", f"'{part}' is not an input with its shape", fix

@@ -1,22 +1,21 @@
 """Lint of a model repository: applies all rules to its files, without a server."""
 
 import stat
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.core.text import Lines
+from pipeline.core.text import Lines, format_count
 from pipeline.export.targets import Target
+from pipeline.repository.config_pbtxt import CONFIG, config_files
 from pipeline.repository.lint import backend, files, tensors
 from pipeline.repository.lint import config as lint_config
 from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.graph import Graph, read_graph
 from pipeline.repository.lint.text import Config, Finding, read_config
 
-CONFIG, PROFILES = "config.pbtxt", "configs"
 # Rules for the config of any backend.
 OF_ANY_BACKEND = (
     lint_config.naming,
@@ -59,27 +58,23 @@ class Linted:
             "live": self.live,
             "errors": self.count("error"),
             "warnings": self.count("warning"),
-            "findings": [{**asdict(one), "file": str(one.file)} for one in self.findings],
+            "findings": [{**asdict(f), "file": str(f.file)} for f in self.findings],
         }
 
     def __str__(self) -> str:
         names = ", ".join(self.models) or "no model"
         tried = "tried on a server" if self.live else "not tried on a server"
-        errors, warnings = (_plural(self.count(level), level) for level in ("error", "warning"))
-        return Lines(*self.findings, f"{names}: {errors}, {warnings}, {tried}")
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+        counts = [format_count(self.count(level), level) for level in ("error", "warning")]
+        return Lines(*self.findings, f"{names}: {', '.join((*counts, tried))}")
 
 
 def require_clean(linted: Linted) -> None:
     """Raise CheckFailedError if there is a finding of level "error"."""
     if errors := linted.count("error"):
-        found = Counter(one.rule for one in linted.findings if one.level == "error")
+        rules = dict.fromkeys(f.rule for f in linted.findings if f.level == "error")
         raise CheckFailedError(
-            f"Triton would not serve {linted.repository} rightly: {_plural(errors, 'error')} "
-            f"({', '.join(found)}). Mend what is listed above, then run 'pipeline lint' again"
+            f"Triton would not serve {linted.repository} correctly: "
+            f"{format_count(errors, 'error')} ({', '.join(rules)}). Fix what is listed above"
         )
 
 
@@ -90,9 +85,9 @@ def require_loadable(repository: Path) -> None:
     not write such models.
     """
     findings = lint_repository(repository).findings
-    errors = [one for one in findings if one.level == "error" or one.rule in RUNS_CODE]
+    errors = [f for f in findings if f.level == "error" or f.rule in RUNS_CODE]
     if errors:
-        more = f" (and {_plural(len(errors) - 1, 'error')} more: 'pipeline lint')"
+        more = f" (and {format_count(len(errors) - 1, 'more error')}: run 'pipeline lint')"
         raise CheckFailedError(f"{errors[0]}{more if len(errors) > 1 else ''}")
 
 
@@ -103,31 +98,28 @@ def lint_repository(repository: Path, target: Target | None = None) -> Linted:
     repository at that path, or if the path is the folder of a model.
     """
     if not repository.is_dir():
-        raise PipelineError(f"no model repository at {repository}: run 'pipeline package' first")
+        raise PipelineError(f"{repository} does not exist: run 'pipeline package' first")
     folders = sorted(entry for entry in repository.iterdir() if entry.is_dir())
-    if (repository / "config.pbtxt").is_file() and any(repository.glob("[0-9]*/model.onnx")):
-        raise PipelineError(
-            f"{repository} is a model's own folder: lint the repository in which it lies, "
-            f"{repository.absolute().parent}"
-        )
+    if (repository / CONFIG).is_file() and any(repository.glob("[0-9]*/model.onnx")):
+        parent = repository.absolute().parent
+        raise PipelineError(f"{repository} is a model: lint its repository, {parent}")
     findings = [finding for folder in folders for finding in lint_model(folder, target)]
-    facts = repository.stat().st_mode
-    if facts & stat.S_IWOTH and not facts & stat.S_ISVTX:
-        said = "is writable by everyone: anybody here can put a model there"
-        findings.append(
-            Finding("world-writable", "error", repository, said, f"chmod o-w {repository}")
-        )
+    mode = repository.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        problem, fix = "is writable by everyone: any user here can add a model", "chmod o-w"
+        finding = Finding("world-writable", "error", repository, problem, f"{fix} {repository}")
+        findings.append(finding)
     if not folders:
-        said = "holds no model; a server that has none is ready all the same"
-        findings = [Finding("no-model", "error", repository, said, "run 'pipeline package'")]
+        problem = "has no model; a server would be ready, but answer nothing"
+        findings = [Finding("no-model", "error", repository, problem, "run 'pipeline package'")]
     return Linted(repository, tuple(f.name for f in folders), in_order(findings))
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Return the findings without duplicates: errors first, then by file and line."""
     ranks = {"error": 0, "warning": 1, "note": 2}
-    once = dict.fromkeys(findings)
-    return tuple(sorted(once, key=lambda one: (ranks[one.level], str(one.file), one.line or 0)))
+    unique = dict.fromkeys(findings)
+    return tuple(sorted(unique, key=lambda f: (ranks[f.level], str(f.file), f.line or 0)))
 
 
 def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
@@ -138,7 +130,7 @@ def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
     for version_folder in versions.values():
         yield from files.manifest(version_folder)
     read: dict[Path, Graph | None] = {}
-    for path in (folder / CONFIG, *sorted((folder / PROFILES).glob("*.pbtxt"))):
+    for path in config_files(folder):
         config = read_config(path) if path.exists() else Config(path)
         if isinstance(config, Finding):
             yield config
@@ -147,7 +139,7 @@ def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
         for rule in OF_ANY_BACKEND:
             yield from rule(model)
         if not files.is_onnx(config.message, folder):
-            yield from _other_backend(model)
+            yield _check_other_backend(model)
             continue
         for file in map(model.file, model.selected):
             if file.is_file() and file not in read:
@@ -163,21 +155,18 @@ def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
             yield from tensors.opset_and_ir(model, version, target)
 
 
-def _other_backend(model: ModelFolder) -> Iterator[Finding]:
-    """Check the backend of a model that is not for ONNX Runtime, or that states no backend."""
-    message = model.config.message
-    named = str(message.backend or message.platform)
-    if not named:
-        said = f"Could not determine backend for model '{model.folder.name}' with no backend in "
-        said += "model configuration"
+def _check_other_backend(model: ModelFolder) -> Finding:
+    """Return the finding on a model that is not for ONNX Runtime, or that states no backend."""
+    config, name = model.config, str(model.config.message.backend or model.config.message.platform)
+    if not name:
+        problem = "Could not determine backend, because there is no backend in model configuration"
         fix = 'write backend: "onnxruntime", and put model.onnx into the folder 1'
         source = "core src/model_config_utils.cc AutoCompleteBackendFields"
-        yield model.config.finding("backend", "error", "name", said, fix, source)
-    elif meant := lint_config.backend_names(named):
-        said = f"unable to find backend library for backend '{named}'"
-        fix, at = f"did you mean {meant}?", "backend" if message.backend else "platform"
+        return config.finding("backend", "name", problem, fix, source)
+    if suggested := lint_config.suggest_backend(name):
+        problem = f"unable to find backend library for backend '{name}'"
+        fix, at = f"did you mean {suggested}?", "backend" if config.message.backend else "platform"
         source = "core src/backend_model.cc GetBackendRuntimeLibraryName"
-        yield model.config.finding("backend", "error", at, said, fix, source)
-    else:
-        said = f"not judged: it is for the backend {named}, not for ONNX Runtime"
-        yield model.config.finding("backend", "note", "backend", said, "")
+        return config.finding("backend", at, problem, fix, source)
+    problem = f"is not checked: the backend is {name}, not ONNX Runtime"
+    return config.finding("backend", "backend", problem, "", level="note")

@@ -20,7 +20,7 @@ DEFAULT_BATCH = 4  # filled in by Triton if the config does not describe the ten
 LARGEST_VERSION = 2**63 - 1
 VERSIONS = "core src/model_repository_manager/model_lifecycle.cc VersionsToLoad"
 _INTEGER = re.compile(r"\s*([+-]?[0-9]+)")  # as std::stoll parses: a numeric prefix is enough
-_REPACKAGE = "package it again, or put the right file back"
+_REPACKAGE = "package it again, or restore the original file"
 
 
 @dataclass(frozen=True)
@@ -79,34 +79,34 @@ def is_onnx(config: Any, folder: Path) -> bool:
 
 def version_folders(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
     """Return the versions in a model's folder as Triton reads them, and findings on wrong names."""
-    found: dict[int, Path] = {}
+    versions: dict[int, Path] = {}
     findings: list[Finding] = []
-
-    def say(level: Level, path: Path, said: str, fix: str) -> None:
-        findings.append(Finding("version-name", level, path, said, fix, source=VERSIONS))
-
     for entry in sorted(folder.iterdir()):
-        name = entry.name
+        name, problem, fix = entry.name, "", ""
+        level: Level = "warning"
         if not entry.is_dir() or name in ("warmup", "configs", "initial_state"):
             continue
         number = _INTEGER.match(name)
         if name.startswith("0") and len(name) > 1:
-            said = f"ignore version directory '{name}' which contains leading zeros"
-            say("warning", entry, said, f"call it {name.lstrip('0') or '0'}")
+            problem = f"ignore version directory '{name}' which contains leading zeros"
+            fix = f"rename it to {name.lstrip('0') or '0'}"
         elif not number and re.search(r"[0-9]", name) and not name.startswith("."):
-            said = f"ignore version directory '{name}' which fails to convert to integral number"
-            say("warning", entry, said, "a version is called by its number alone")
+            problem = f"ignore version directory '{name}' which fails to convert to integral number"
+            fix = "rename it to the version's number"
         elif number and abs(version := int(number[1])) > LARGEST_VERSION:
-            said = f"'{name}' is beyond all version numbers, and takes the whole server down"
-            say("error", entry, said, "call it otherwise")
+            problem, level = f"the number '{name}' is too large, and crashes the server", "error"
+            fix = "rename it"
         elif number:
-            found[version] = folder / str(version)
+            versions[version] = folder / str(version)
             if name != str(version):
-                said = f"Triton takes the folder '{name}' for version {version}"
-                if not found[version].is_dir():
-                    said += f", looks for it in '{version}', and finds nothing there"
-                say("warning", entry, said, "call it otherwise, or move it elsewhere")
-    return found, findings
+                problem = f"Triton reads the folder '{name}' as version {version}"
+                if not versions[version].is_dir():
+                    problem += f", but looks for its files in '{version}', which does not exist"
+                fix = "rename it, or move it elsewhere"
+        if problem:
+            finding = Finding("version-name", level, entry, problem, fix, source=VERSIONS)
+            findings.append(finding)
+    return versions, findings
 
 
 def version_files(model: ModelFolder) -> Iterator[Finding]:
@@ -115,48 +115,44 @@ def version_files(model: ModelFolder) -> Iterator[Finding]:
     have = f"versions there: {', '.join(map(str, sorted(model.versions))) or 'none'}"
     for index, version in enumerate(config.message.version_policy.specific.versions):
         if version not in model.versions:
-            said = f"version {version} is specified for model '{model.folder.name}', but the "
-            said += "version directory is not present"
+            problem = f"version {version} is specified, but the version directory is not present"
             at = f"version_policy.specific.versions[{index}]"
-            yield config.finding("version-missing", "error", at, said, have, VERSIONS)
+            yield config.finding("version-missing", at, problem, have, VERSIONS)
     if not chosen:
-        said = "at least one version must be available under the version policy of model "
-        said += f"'{model.folder.name}'"
+        problem = "at least one version must be available under the version policy"
         put = f"put the model into {model.folder / '1' / model.filename}"
         fix = have if model.versions else put
-        yield config.finding("no-version", "error", "version_policy", said, fix, VERSIONS)
+        yield config.finding("no-version", "version_policy", problem, fix, VERSIONS)
     for version, path in model.versions.items():
         if (version in chosen or path.is_dir()) and not model.file(version).is_file():
-            said = f"unable to find '{model.file(version).relative_to(model.folder)}'"
-            said += "; a version without its file can hang the server's start for ever"
-            level: Level = "error"
+            file = model.file(version).relative_to(model.folder)
+            level: Level = "error" if version in chosen else "warning"
+            problem = f"unable to find '{file}', without which the server may never start"
             if version not in chosen:
-                level, said = "warning", f"{said} once the version policy selects it, as today's "
-                said += "does not"
+                problem += " once the version policy selects the version"
             fix = f"put {model.filename} there, remove the folder, or set default_model_filename"
             source = "onnxruntime_backend src/onnxruntime.cc LoadModel"
-            yield Finding("model-file", level, path, said, fix, source=source)
+            yield Finding("model-file", level, path, problem, fix, source=source)
 
 
 def safety(folder: Path) -> Iterator[Finding]:
     """Check for links, files that are not regular, and files that everyone may write to."""
-    open_to_all: list[Path] = []
+    writable: list[Path] = []
     for path in [folder, *sorted(folder.rglob("*"))]:
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
-            said = f"is a link to '{os.readlink(path)}': what is served can change unseen"
-            yield Finding("link", "error", path, said, "put a copy in its place")
+            problem = f"is a link to '{os.readlink(path)}', which can change without notice"
+            yield Finding("link", "error", path, problem, "replace it with a copy")
         elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            said = "is neither a file nor a folder: to read it can hang the server"
-            yield Finding("file-kind", "error", path, said, "remove it")
+            problem = "is neither a file nor a folder: reading it can hang the server"
+            yield Finding("file-kind", "error", path, problem, "remove it")
         elif mode & stat.S_IWOTH:
-            open_to_all.append(path)
-    if open_to_all:
-        others = len(open_to_all) - 1
-        more = f", and so are {others} others in this model" if others else ""
-        said = f"is writable by everyone{more}: anybody here can change what is served"
+            writable.append(path)
+    if writable:
+        more = f", like {len(writable) - 1} others in this model" if writable[1:] else ""
+        problem = f"is writable by everyone{more}: any user here can change the served model"
         fix = f"chmod -R o-w {folder}"
-        yield Finding("world-writable", "error", open_to_all[0], said, fix)
+        yield Finding("world-writable", "error", writable[0], problem, fix)
 
 
 def code(model: ModelFolder) -> Iterator[Finding]:
@@ -164,16 +160,16 @@ def code(model: ModelFolder) -> Iterator[Finding]:
     for folder in (model.folder, *model.versions.values()):
         # Libraries that Triton loads because of their names.
         for path in (*folder.glob("libtriton_*.so"), *folder.glob("batchstrategy.so")):
-            said = "is native code that Triton loads into the server with this model"
+            problem = "is native code that Triton loads into the server with this model"
             source = "core src/backend_model.cc GetBackendLibrarySearchPaths"
             fix = "remove it, unless you wrote it"
-            yield Finding("brings-code", "warning", path, said, fix, source=source)
-    for where, what in _foreign_code(model):
-        said, fix = f"may have the server run {what}", "remove it, unless you trust it"
-        yield model.config.finding("brings-code", "warning", where, said, fix)
+            yield Finding("brings-code", "warning", path, problem, fix, source=source)
+    for at, name in _find_code(model):
+        problem, fix = f"the server may run {name}", "remove it, unless you trust it"
+        yield model.config.finding("brings-code", at, problem, fix, level="warning")
 
 
-def _foreign_code(model: ModelFolder) -> Iterator[tuple[str, str]]:
+def _find_code(model: ModelFolder) -> Iterator[tuple[str, str]]:
     """Yield the fields of a config that name code to run, and what they name."""
     message = model.config.message
     for index, name in enumerate(message.model_operations.op_library_filename):
@@ -184,9 +180,9 @@ def _foreign_code(model: ModelFolder) -> Iterator[tuple[str, str]]:
         yield "runtime", f"'{message.runtime}'"
     for key in ("EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"):
         if key in message.parameters:
-            yield f"parameters[{key}]", f"what {key} names"
-    for what in config_pbtxt.commands(model.folder, message):
-        yield "instance_group", what
+            yield f"parameters[{key}]", f"the file that {key} names"
+    for command in config_pbtxt.find_commands(model.folder, message):
+        yield "instance_group", command
 
 
 def brings_code(model: ModelFolder) -> bool:
@@ -219,16 +215,15 @@ def stated_digests(model: ModelFolder) -> Iterator[Finding]:
         version = key.removeprefix("sha256.")
         if version == key or not version.isdecimal():
             continue
-        where, stated = f"parameters[{key}]", value.string_value
+        at, stated = f"parameters[{key}]", value.string_value
         if int(version) not in model.versions:
-            said = f"states a digest for version {version}, which is not there"
-            yield model.config.finding("digest", "warning", where, said, "remove it")
+            problem = f"version {version}, whose digest is stated, does not exist"
+            yield model.config.finding("digest", at, problem, "remove it", level="warning")
         elif model.file(int(version)).is_file():
             actual = _digest(model.file(int(version)))
             if actual != stated:
-                said = f"version {version} has digest {actual[:12]}, the config states "
-                said += f"'{stated[:12]}'"
-                yield model.config.finding("digest", "error", where, said, _REPACKAGE)
+                problem = f"version {version} has digest {actual[:12]}, not '{stated[:12]}' as here"
+                yield model.config.finding("digest", at, problem, _REPACKAGE)
 
 
 def manifest(folder: Path) -> Iterator[Finding]:
@@ -244,8 +239,8 @@ def manifest(folder: Path) -> Iterator[Finding]:
             return
         file = folder / name
         if not file.is_file():
-            said = f"lists '{name}', which is not there"
-            yield Finding("digest", "error", path, said, _REPACKAGE)
+            problem = f"lists '{name}', which does not exist"
+            yield Finding("digest", "error", path, problem, _REPACKAGE)
         elif _digest(file) != listed:
-            said = f"does not match its digest in {path.name} ({listed[:12]})"
-            yield Finding("digest", "error", file, said, _REPACKAGE)
+            problem = f"does not match its digest in {path.name} ({listed[:12]})"
+            yield Finding("digest", "error", file, problem, _REPACKAGE)

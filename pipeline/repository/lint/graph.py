@@ -74,17 +74,20 @@ def read_graph(path: Path) -> tuple[Graph | None, list[Finding]]:
     try:
         model = parse(read_onnx(path), str(path))
     except CheckFailedError as error:  # it is too large to read here
-        return None, [Finding("onnx", "note", path, f"not looked into: {error}")]
+        return None, [Finding("onnx", "note", path, f"is not checked: {error}")]
     except PipelineError as error:
-        said = str(error).partition(": export")[0].removeprefix(f"{path} ")
-        return None, [_wrong(path, said)]
+        problem = str(error).partition(": export")[0].removeprefix(f"{path} ")
+        return None, [_finding(path, problem)]
     if not model.graph.output:
-        said = "holds no graph: it is empty, or cut off"
-        return None, [_wrong(path, said)]
-    findings = [*_external(model, path), *_links(model, path), *_operators(model, path)]
+        return None, [_finding(path, "has no graph: the file is empty or cut off")]
+    findings = [
+        *_check_external(model, path),
+        *(_finding(path, problem) for problem in _check_names(model)),
+        *(_finding(path, problem, fix) for problem, fix in _check_operators(model)),
+    ]
     known = KNOWN_DOMAINS | {function.domain for function in model.functions}
     domains = {node.domain for node in model.graph.node} - known
-    _infer(model)
+    _infer_shapes(model)
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name: _tensor(value) for value in model.graph.input}
     graph = Graph(
@@ -100,11 +103,11 @@ def read_graph(path: Path) -> tuple[Graph | None, list[Finding]]:
     return graph, findings
 
 
-def _wrong(path: Path, said: str, fix: str = "export it again") -> Finding:
-    return Finding("onnx", "error", path, said, fix, source=FILE)
+def _finding(path: Path, problem: str, fix: str = "export it again") -> Finding:
+    return Finding("onnx", "error", path, problem, fix, source=FILE)
 
 
-def _infer(model: onnx.ModelProto) -> None:
+def _infer_shapes(model: onnx.ModelProto) -> None:
     """Fill in the shapes that follow from the graph, as ONNX Runtime does when it loads a model.
 
     Does not use onnx's data propagation, because a few nodes can make it allocate without limit
@@ -129,32 +132,30 @@ def _tensor(value: ValueInfoProto) -> Tensor:
     return Tensor(value.name, data_type, shape, kind)
 
 
-def _links(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+def _check_names(model: onnx.ModelProto) -> Iterator[str]:
     """Check for names that no node or several nodes define, and for weights that are cut off."""
     graph = model.graph
-    made = Counter(name for node in graph.node for name in node.output if name)
-    known = {*made, *(value.name for value in graph.input)}
-    known |= {tensor.name for tensor in graph.initializer}
-    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    computed = Counter(name for node in graph.node for name in node.output if name)
+    defined = {*computed, *(value.name for value in graph.input)}
+    defined |= {tensor.name for tensor in graph.initializer}
+    defined |= {tensor.values.name for tensor in graph.sparse_initializer}
     for node in graph.node:
-        for name in node.input:
-            if name and name not in known:
-                said = f"Node input '{name}' is not a graph input, initializer, or output of a node"
-                yield _wrong(path, f"Invalid model. {said} ({node.op_type})")
+        for name in sorted(set(node.input) - defined - {""}):
+            place = "is not a graph input, initializer, or output of a node"
+            yield f"Invalid model. Node input '{name}' {place} ({node.op_type})"
     for tensor in graph.initializer:
         if not is_external(tensor) and not is_whole(tensor):
-            said = f"the tensor '{tensor.name}' does not hold what its dims claim"
-            yield _wrong(path, said)
+            yield f"the tensor '{tensor.name}' does not have as much data as its dims require"
     for value in graph.output:
-        if value.name not in known:
-            yield _wrong(path, f"nothing computes the output '{value.name}'")
-    for name, count in made.items():
+        if value.name not in defined:
+            yield f"no node computes the output '{value.name}'"
+    for name, count in computed.items():
         if count > 1:
-            said = f"Duplicate definition of name ({name}): {count} nodes give it"
-            yield _wrong(path, said)
+            yield f"Duplicate definition of name ({name}), by {count} nodes"
 
 
-def _operators(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+def _check_operators(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
+    """Check that the opset has all operators of the standard domain."""
     versions = {entry.domain: entry.version for entry in model.opset_import}
     opset = max((versions.get(domain, 0) for domain in STANDARD), default=0)
     own = {function.name for function in model.functions if function.domain in STANDARD}
@@ -163,34 +164,35 @@ def _operators(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
     used = {node.op_type for node in model.graph.node if node.domain in STANDARD}
     for name in sorted(used - own - RUNTIME_ONLY):
         try:
-            schema = onnx.defs.get_schema(name, opset, "")
+            if not onnx.defs.get_schema(name, opset, "").deprecated:
+                continue
+            problem = f"{name} is deprecated in opset {opset}"
         except onnx.defs.SchemaError:
-            said = f"{name}({opset}) is not a registered function/op"
-            yield _wrong(path, said, "export it with operators of its opset")
-            continue
-        if schema.deprecated:
-            said = f"{name} is deprecated in opset {opset}"
-            yield _wrong(path, said, "export it with operators of its opset")
+            problem = f"{name}({opset}) is not a registered function/op"
+        yield problem, f"export it with operators of opset {opset}"
 
 
-def _external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
+def _check_external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
     """Check the external files that hold the model's weights."""
-    by_place: dict[str, list[Any]] = {}
+    by_location: dict[str, list[tuple[Any, dict[str, str]]]] = {}
     for part in message_parts(model):
         if isinstance(part, TensorProto) and is_external(part):
             entries = {entry.key: entry.value for entry in part.external_data}
-            by_place.setdefault(entries.get("location", ""), []).append((part, entries))
-    for location, found in by_place.items():
-        said = f"the data of {found[0][0].name or 'a tensor'} lies in '{location}', which "
-        if why := _misplaced(path.parent, location):
-            fix = f"put the file beside {path.name}, or export one file"
-            yield Finding("external-data", "error", path, said + why, fix, source=FILE)
-        elif why := _torn(found, (path.parent / location).stat().st_size):
-            fix = f"copy '{location}' again, it belongs to {path.name}"
-            yield Finding("external-data", "error", path, said + why, fix, source=FILE)
+            by_location.setdefault(entries.get("location", ""), []).append((part, entries))
+    for location, parts in by_location.items():
+        fix = f"put the file next to {path.name}, or export one file"
+        problem = _find_misplacement(path.parent, location)
+        if not problem:
+            fix = f"copy '{location}' again, together with {path.name}"
+            problem = _find_gap(parts, (path.parent / location).stat().st_size)
+        if problem:
+            problem = (
+                f"the external data '{location}' of {parts[0][0].name or 'a tensor'} {problem}"
+            )
+            yield Finding("external-data", "error", path, problem, fix, source=FILE)
 
 
-def _misplaced(folder: Path, location: str) -> str:
+def _find_misplacement(folder: Path, location: str) -> str:
     """Return why a weights file must not be read; "" if it may be."""
     place = PurePosixPath(location)
     if not location or place.is_absolute() or ".." in place.parts or "\0" in location:
@@ -199,18 +201,19 @@ def _misplaced(folder: Path, location: str) -> str:
         facts = os.lstat(folder / place)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "" if stat.S_ISREG(facts.st_mode) else "is no plain file"
+    return "" if stat.S_ISREG(facts.st_mode) else "is not a regular file"
 
 
-def _torn(found: Iterable[tuple[Any, dict[str, str]]], size: int) -> str:
-    for tensor, entries in found:
+def _find_gap(parts: Iterable[tuple[Any, dict[str, str]]], size: int) -> str:
+    """Return why a weights file of `size` bytes does not have all data; "" if it has."""
+    for tensor, entries in parts:
         offset, length = entries.get("offset", "0"), entries.get("length", "")
         if not offset.isdecimal() or not (length.isdecimal() or not length):
-            return f"it reads from '{offset}' for '{length}' bytes"
+            return f"has an invalid offset '{offset}' or length '{length}'"
         needed = raw_bytes(tensor)
         if length and needed is not None and int(length) != needed:
-            return f"holds {length} bytes of {tensor.name}, whose dims claim {needed}"
+            return f"has {length} bytes for {tensor.name}, whose dims require {needed}"
         end = int(offset) + (int(length) if length else needed or 0)
         if end > size:
-            return f"ends at {size}, and {tensor.name} reaches to {end}"
+            return f"ends at byte {size}, before the end of {tensor.name} at {end}"
     return ""

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from google.protobuf import text_format
 from pipeline.repository.config_pbtxt import ModelConfig
 
 Level = Literal["error", "warning", "note"]
+Problems = Iterator[tuple[str, str, str]]  # (field, problem, fix)
 Place = tuple[str, ...]  # path of a field, from the outermost message: ("input[1]", "dims[0]")
 
 
@@ -44,20 +46,16 @@ class Config:
     def line(self, where: str) -> int | None:
         """Return the line of a field such as `input[1].dims`, or of the closest one around it."""
         steps = re.findall(r"(\w+)(?:\[(.*?)\])?", where)
-        place = tuple(_step(name, which or 0) for name, which in steps)
+        place = tuple(f"{name}[{which or 0}]" for name, which in steps)
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place)
 
     def finding(
-        self, rule: str, level: Level, where: str, message: str, fix: str, source: str | None = None
+        self, rule: str, at: str, problem: str, fix: str, source: str = "", level: Level = "error"
     ) -> Finding:
-        """Return a finding at the field `where` of this config."""
-        return Finding(rule, level, self.path, message, fix, self.line(where), source)
-
-
-def _step(name: str, which: object) -> str:
-    return f"{name}[{which}]"
+        """Return a finding at the field `at` of this config."""
+        return Finding(rule, level, self.path, problem, fix, self.line(at), source or None)
 
 
 def read_config(path: Path) -> Config | Finding:
@@ -70,17 +68,19 @@ def read_config(path: Path) -> Config | Finding:
     try:
         message = text_format.Parse(text, ModelConfig())
     except text_format.ParseError as error:
-        said = re.sub(r"^\d+:\d+ ?: ", "", str(error)).replace("\n", " ")
+        cause = re.sub(r"^\d+:\d+ ?: ", "", str(error)).replace("\n", " ")
         column = f", column {error.GetColumn()}" if error.GetColumn() else ""
-        return Finding(
-            "config-text", "error", path, f"does not parse{column}: {said}", _meant(said),
-            error.GetLine(), "core src/filesystem/api.cc ReadTextProto",
-        )  # fmt: skip
+        problem, source = (
+            f"does not parse{column}: {cause}",
+            "core src/filesystem/api.cc ReadTextProto",
+        )
+        fix, line = _suggest_fix(cause), error.GetLine()
+        return Finding("config-text", "error", path, problem, fix, line, source)
     return Config(path, message, field_lines(text))
 
 
 # Names of other libraries for Triton's types.
-_OTHERS_SAY = {
+_SYNONYMS = {
     **dict.fromkeys(("TYPE_FLOAT", "TYPE_FLOAT32"), "TYPE_FP32"),
     **dict.fromkeys(("TYPE_DOUBLE", "TYPE_FLOAT64"), "TYPE_FP64"),
     **dict.fromkeys(("TYPE_HALF", "TYPE_FLOAT16"), "TYPE_FP16"),
@@ -90,15 +90,15 @@ _OTHERS_SAY = {
 }
 
 
-def _meant(said: str) -> str:
+def _suggest_fix(cause: str) -> str:
     """Return the fix for a parser's message, such as the known name closest to an unknown one."""
-    if "\ufeff" in said:
+    if "\ufeff" in cause:
         return "save it without a byte order mark"
-    unknown = re.search(r'"inference\.([\w.]+)" has no (?:field|value) named "?(\w+)', said)
+    unknown = re.search(r'"inference\.([\w.]+)" has no (?:field|value) named "?(\w+)', cause)
     if not unknown:
         return "look at the line and at the one above it"
-    if unknown[2] in _OTHERS_SAY:
-        return f"did you mean {_OTHERS_SAY[unknown[2]]}?"
+    if unknown[2] in _SYNONYMS:
+        return f"did you mean {_SYNONYMS[unknown[2]]}?"
     outer, *inner = unknown[1].split(".")
     file = ModelConfig.DESCRIPTOR.file
     kind: Any = file.message_types_by_name.get(outer) or file.enum_types_by_name.get(outer)
@@ -131,7 +131,7 @@ def field_lines(text: str) -> dict[Place, int]:
         kind, token = match.lastgroup, match[0]
         opens = kind == "mark" and token in "{<"
         if opens or (awaits_value and kind in ("string", "word")):
-            entered = (*place, _step(name, counts[*place, name]))
+            entered = (*place, f"{name}[{counts[*place, name]}]")
             counts[*place, name] += 1
             lines[entered] = line
         if kind == "newline":
@@ -149,7 +149,8 @@ def field_lines(text: str) -> dict[Place, int]:
             awaits_value = in_list
             if name == "key" and place:  # a map's entry is named by its key
                 *outer, last = place
-                renamed = (*outer, _step(last.partition("[")[0], token.strip("\"'")))
+                key = token.strip("\"'")
+                renamed = (*outer, f"{last.partition('[')[0]}[{key}]")
                 for old in [old for old in lines if old[: len(place)] == place]:
                     lines[(*renamed, *old[len(place) :])] = lines.pop(old)
                 place = renamed
