@@ -137,8 +137,8 @@ def connected(port: int, client: str, begun: bytes = b"") -> socket.socket:
 def served(link: Link, config: GatewayConfig, log: PredictionLog | None = None) -> Iterator[Served]:
     """Run the gateway in a thread, on a free port, until the end of the block."""
     gateway = Gateway(link, config, log)
-    with webserver.listening(config) as listener:
-        server = uvicorn.Server(webserver.uvicorn_config(gateway))
+    with webserver.bind_listener(config) as listener:
+        server = uvicorn.Server(webserver.make_uvicorn_config(gateway))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         until(lambda: server.started)

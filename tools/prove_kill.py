@@ -62,7 +62,7 @@ def ask_of(paths: Paths) -> Traffic:
 def leftovers(ids: set[str]) -> list[str]:
     """List the processes and shared memory of these servers."""
     found = [str(path) for one in ids for path in Path("/dev/shm").glob(f"*{one}*")]
-    return found + [f"process {pid}" for one in ids for pid in serve.processes_of(one)]
+    return found + [f"process {pid}" for one in ids for pid in serve.find_processes(one)]
 
 
 def await_another(paths: Paths, before: serve.Server) -> None:
@@ -82,7 +82,7 @@ def kill(paths: Paths, config: ServeConfig, kind: str, ids: set[str]) -> Kill:
     assert server
     ids.add(server.id)
     victims = {
-        "stub": set(serve.processes_of(server.id)) - {server.pid},
+        "stub": set(serve.find_processes(server.id)) - {server.pid},
         "server": {server.pid},
         "supervisor": {server.supervisor_pid},
     }[kind]

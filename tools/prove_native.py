@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 from pipeline.serving import tritonserver
-from pipeline.serving.serve import running_server, with_free_ports
+from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import IMAGE
 from pipeline.validation.servers import ServerEvidence, require_passed, validate_servers
@@ -64,10 +64,10 @@ def _last_line(text: str) -> str:
 def served(paths: Paths, kind: str, report: Say) -> tuple[str, ServerEvidence]:
     """Serve and validate over both protocols; return the runtime in words, and the evidence."""
     config = with_free_ports(ServeConfig(runtime=kind, start_seconds=START_SECONDS))
-    runtime = tritonserver.find(paths, kind)
+    runtime = tritonserver.find_runtime(paths, kind)
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_server(paths, config, report=report) as (server, _),
+        run_server(paths, config, report=report) as (server, _),
     ):
         urls = [server.http_url, server.grpc_url]
         evidence = validate_servers(paths, urls, file=Path(folder) / "evidence.json", report=report)
@@ -80,7 +80,7 @@ def prove(paths: Paths, kind: str, result: Path, report: Say) -> ServerEvidence:
     Raises PipelineError, before any file is changed, if the runtime cannot run.
     """
     digest = image_digest(report) if kind == "docker" else None
-    tritonserver.find(paths, kind)
+    tritonserver.find_runtime(paths, kind)
     result.unlink(missing_ok=True)  # the old result is about to be replaced
     runtime, evidence = served(paths, kind, report)
     record: dict[str, Any] = {

@@ -33,7 +33,7 @@ class Size:
 
 def size(server: serve.Server) -> Size:
     """Measure the resources that tritonserver and its stubs hold now."""
-    pids = serve.processes_of(server.id)
+    pids = serve.find_processes(server.id)
     status = [dict(_fields(pid)) for pid in pids]
     return Size(
         memory_bytes=1024 * sum(int(fields["VmRSS"].split()[0]) for fields in status),

@@ -102,7 +102,7 @@ def prove(
 def _change(paths: Paths, numbers: list[int]) -> float:
     """Promote the version that is not served, or roll back to it, in turn; return the seconds."""
     begin = time.monotonic()
-    before = swap.served(paths)
+    before = swap.find_served_version(paths)
     (other,) = set(numbers) - {before}
     change = swap.promote(paths, other) if before == numbers[0] else swap.rollback(paths)
     assert (change.version, change.is_served) == (other, True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.core.paths import Paths
 from pipeline.serving import serve, supervise
 from pipeline.serving.settings import ServeConfig
-from pipeline.web.link import Link, finder
+from pipeline.web.link import Link, find_url
 from pipeline.web.settings import GatewayConfig
 from tests.browser import Strokes, chromium, opened
 from tools.gateways import served
@@ -31,7 +31,7 @@ def main(file: Path) -> None:
     paths, config = Paths(), GatewayConfig(port=0)
     supervise.detach(paths, serve.with_free_ports(ServeConfig()))
     try:
-        link = Link(finder(paths, None), paths.name, config.timeout)
+        link = Link(lambda: find_url(paths), paths.name, config.timeout)
         with (
             served(link, config) as gateway,
             chromium() as browser,

@@ -31,7 +31,7 @@ from pipeline.export.runtime import onnx_predictor
 from pipeline.repository import config_pbtxt
 from pipeline.repository.release import Release, selected_releases
 from pipeline.serving import tritonserver
-from pipeline.serving.serve import Server, processes_of, running_server, with_free_ports
+from pipeline.serving.serve import Server, find_processes, run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import KEY_HEADER
 
@@ -199,7 +199,7 @@ def benchmark_serving(
     with tempfile.TemporaryDirectory(prefix="handwriting-benchmark-") as scratch:
         served = copy_packaged(paths, Path(scratch) / "models")
         release = selected_releases(served)[paths.name]
-        with running_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
+        with run_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
             http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
             with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as asked:
                 configs = add_models(served)
@@ -260,7 +260,7 @@ def score_served(
 def served_bytes(server: Server, name: str) -> int:
     """Return the peak bytes of tritonserver and a model's stubs; shared memory counts in each."""
     total = 0
-    for pid in processes_of(server.id):
+    for pid in find_processes(server.id):
         try:
             is_of_model = any(f"/{name}/" in part for part in psutil.Process(pid).cmdline())
         except psutil.Error:  # the process just ended

@@ -32,10 +32,10 @@ def list_command(settings: Settings, name: str | None) -> None:
       pipeline versions list
     """
     from pipeline.repository.versions import list_versions
-    from pipeline.serving.swap import served
+    from pipeline.serving.swap import find_served_version
 
     paths = paths_of(settings, name)
-    listing = list_versions(paths, served(paths))
+    listing = list_versions(paths, find_served_version(paths))
     settings.result(asdict(listing), listing, f"pipeline versions promote N{named(paths)}")
 
 

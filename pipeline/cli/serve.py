@@ -110,19 +110,19 @@ def status_command(settings: Settings, watch: bool) -> None:
       pipeline serve status
       pipeline serve status --watch
     """
-    from pipeline.serving.state import status
+    from pipeline.serving.state import check_status
 
     paths = paths_of(settings)
     while watch:
         try:
-            state = status(paths)
+            state = check_status(paths)
             shown: tuple[dict[str, Any], object] = state.record(), state
         except (ServerError, CheckFailedError) as error:  # it may come back
             shown = {"error": str(error)}, error
         click.clear()  # only a terminal; otherwise this does nothing
         settings.result(*shown)
         time.sleep(1.0)
-    state = status(paths)
+    state = check_status(paths)
     settings.result(state.record(), state)
 
 
@@ -140,9 +140,9 @@ def logs_command(settings: Settings, lines: int, follow: bool) -> None:
     from pipeline.serving import state
 
     paths = paths_of(settings)
-    found = state.logs(paths, lines)
+    found = state.read_logs(paths, lines)
     settings.result({"lines": found}, Lines(*found))
-    for line in state.follow(paths) if follow else ():
+    for line in state.follow_log(paths) if follow else ():
         echo(line)
 
 

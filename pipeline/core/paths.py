@@ -113,6 +113,7 @@ class Paths:
     server = _Below("exported", "server.json")
     server_log = _Below("exported", "server.log")
     supervisor_log = _Below("exported", "supervisor.log")
+    supervisor_lock = _Below("exported", ".supervisor.lock")  # held while a supervisor runs
     triton_environment = _Below("root", ".venv-triton")
 
     @property

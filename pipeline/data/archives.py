@@ -16,16 +16,7 @@ import numpy as np
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import locked, sha256
 from pipeline.core.signature import IMAGES
-from pipeline.data.catalog import (
-    DATASETS,
-    NAMES,
-    TEST_IMAGES,
-    TEST_LABELS,
-    TRAIN_IMAGES,
-    TRAIN_LABELS,
-    Dataset,
-    Download,
-)
+from pipeline.data.catalog import DATASETS, NAMES, TRAIN_LABELS, Dataset, Download
 from pipeline.data.fetch import UnusableError, download, gunzip
 from pipeline.data.splits import RECORD, fetch_command, read_idx, record_dataset, verify
 
@@ -50,17 +41,14 @@ def fetch_archives(
     with locked(folder / ".lock"):
         if _is_cached(dataset, folder, report):
             return folder
-        contents, is_published = _contents(row, source, fix, report)
-        arrays = _arrays(row, contents, fix)
-        report(
-            "the published MD5 is right"
-            if is_published
-            else "no digest of these files is published: what they hold is checked, no more"
-        )
+        contents, is_published = _read_contents(row, source, fix, report)
+        arrays = _parse_arrays(row, contents, fix)
+        unpublished = "these files have no published digest: only their format is checked"
+        report("the published MD5 matches" if is_published else unpublished)
         validation = max(1, len(arrays[TRAIN_LABELS]) // VALIDATION_PART)
         details = {
             "md5_checked": is_published,
-            "fetched_sha256": {_published(row, name): sha256(contents[name]) for name in NAMES},
+            "fetched_sha256": {_source_name(row, name): sha256(contents[name]) for name in NAMES},
         }
         record_dataset(folder, dataset, row.classes, arrays, validation, details)
     report(f"{dataset}: {len(NAMES)} files in {folder}, their digests recorded in {RECORD}")
@@ -75,30 +63,28 @@ def _is_cached(dataset: str, folder: Path, report: Report) -> bool:
     except PipelineError as error:
         report(str(error))
         return False
-    report(f"{dataset}: already in {folder}, digests right")
+    report(f"{dataset}: already in {folder}, and matches its digests")
     return True
 
 
-def _published(row: Dataset, name: str) -> str:
+def _source_name(row: Dataset, name: str) -> str:
     """Return the publisher's name for one of the four files."""
-    if not row.emnist:
-        return name
-    return f"emnist-{row.emnist}-{name.replace('t10k', 'test')}"
+    return f"emnist-{row.emnist}-{name.replace('t10k', 'test')}" if row.emnist else name
 
 
-def _contents(
+def _read_contents(
     row: Dataset, source: Path | None, fix: str, report: Report
 ) -> tuple[dict[str, bytes], bool]:
     """Return the uncompressed content of the four files, and whether their MD5 was checked."""
     if source is None:
-        return _unpacked(row, lambda file: _from_mirror(row, file, fix, report), fix), True
+        return _unpack(row, lambda file: _from_mirror(row, file, fix, report), fix), True
     if not source.is_dir():
-        raise PipelineError(f"no folder {source}: give one that has the files of the set")
+        raise PipelineError(f"{source} is not a folder: name one that has the data set's files")
     if all((source / file.name).is_file() for file in row.downloads):
-        return _unpacked(row, lambda file: _read(source / file.name, file.limit, fix), fix), True
+        return _unpack(row, lambda file: _read(source / file.name, file.limit, fix), fix), True
     contents = {}
     for name in NAMES:
-        path = source / _published(row, name)
+        path = source / _source_name(row, name)
         if not path.is_file():
             path = path.with_name(f"{path.name}.gz")
         if not path.is_file():
@@ -124,15 +110,15 @@ def _from_mirror(row: Dataset, file: Download, fix: str, report: Report) -> byte
             return download(f"{url}{file.name}", file.limit)
         except OSError as error:
             report(f"{url}{file.name}: {error}")
-    names = ", ".join(_published(row, name) for name in NAMES)
-    wanted = ", ".join(file.name for file in row.downloads)
+    names = ", ".join(_source_name(row, name) for name in NAMES)
+    downloads = ", ".join(file.name for file in row.downloads)
     raise PipelineError(
-        f"cannot get {file.name} from {', '.join(row.mirrors)}: put {wanted}, or {names}, into a "
-        f"folder DIR and {fix}"
+        f"cannot get {file.name} from {', '.join(row.mirrors)}: put {downloads}, or {names}, into "
+        f"a folder DIR and {fix}"
     )
 
 
-def _unpacked(row: Dataset, read: Callable[[Download], bytes], fix: str) -> dict[str, bytes]:
+def _unpack(row: Dataset, read: Callable[[Download], bytes], fix: str) -> dict[str, bytes]:
     """Read the downloads, check their MD5, and return the content of the four files.
 
     Raises CorruptError when an MD5 is wrong or an archive cannot be unpacked.
@@ -140,13 +126,12 @@ def _unpacked(row: Dataset, read: Callable[[Download], bytes], fix: str) -> dict
     packed: dict[str, bytes] = {}
     for file in row.downloads:
         content = read(file)
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != file.md5:
-            raise CorruptError(
-                f"{file.name} has MD5 {found}, {file.md5} is published: get it again and {fix}"
-            )
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if md5 != file.md5:
+            published = f"the published MD5 is {file.md5}"
+            raise CorruptError(f"{file.name} has MD5 {md5}, {published}: get it again and {fix}")
         packed[file.name] = content
-    names = {name: f"{_published(row, name)}.gz" for name in NAMES}
+    names = {name: f"{_source_name(row, name)}.gz" for name in NAMES}
     if row.emnist:  # one archive has all parts of EMNIST
         (content,) = packed.values()
         try:
@@ -170,29 +155,27 @@ def _gunzip(content: bytes, name: str, fix: str) -> bytes:
     return unpacked
 
 
-def _arrays(row: Dataset, contents: Mapping[str, bytes], fix: str) -> dict[str, np.ndarray]:
+def _parse_arrays(row: Dataset, contents: Mapping[str, bytes], fix: str) -> dict[str, np.ndarray]:
     """Return the four arrays, checked: upright images (N, 28, 28), labels (N,) from 0.
 
     Raises CorruptError for wrong shapes, too few images, or labels out of range.
     """
-    arrays = {name: read_idx(contents[name], Path(_published(row, name)), fix) for name in NAMES}
-    for images, labels in ((TRAIN_IMAGES, TRAIN_LABELS), (TEST_IMAGES, TEST_LABELS)):
+    arrays = {name: read_idx(contents[name], Path(_source_name(row, name)), fix) for name in NAMES}
+    first, last = row.first_label, row.first_label + len(row.classes) - 1
+    for images, labels in (NAMES[:2], NAMES[2:]):
         count = len(arrays[labels])
         if arrays[labels].ndim != 1 or arrays[images].shape != (count, *IMAGES.shape[1:]):
-            raise CorruptError(
-                f"{_published(row, images)} and its labels do not belong together (shapes "
-                f"{arrays[images].shape} and {arrays[labels].shape}): {fix}"
-            )
+            shapes = f"{arrays[images].shape} and {arrays[labels].shape}"
+            name = _source_name(row, images)
+            raise CorruptError(f"{name} and its labels have shapes that differ, {shapes}: {fix}")
         if count < 2:
-            raise CorruptError(f"{_published(row, images)} has {count} images: {fix}")
-        last = row.first_label + len(row.classes) - 1
+            raise CorruptError(f"{_source_name(row, images)} has fewer than 2 images: {fix}")
         lowest, highest = int(arrays[labels].min()), int(arrays[labels].max())
-        if lowest < row.first_label or highest > last:
-            raise CorruptError(
-                f"{_published(row, labels)} has labels {lowest} to {highest}, where "
-                f"{row.first_label} to {last} belong: {fix}"
-            )
-        arrays[labels] = arrays[labels] - row.first_label
+        if lowest < first or highest > last:
+            name = _source_name(row, labels)
+            allowed = f"{first} to {last} are allowed"
+            raise CorruptError(f"{name} has labels {lowest} to {highest}, {allowed}: {fix}")
+        arrays[labels] = arrays[labels] - first
         if row.emnist:  # columns were written as rows
             arrays[images] = np.ascontiguousarray(arrays[images].transpose(0, 2, 1))
     return arrays

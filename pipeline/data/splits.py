@@ -26,9 +26,8 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
     A data set without published digests is read from `dataset.json` in `folder`, its cache.
     """
     if name not in DATASETS and not name.startswith(FOLDER):
-        raise PipelineError(
-            f"no data set {name!r}: choose one of {', '.join(DATASETS)}, {FOLDER}PATH"
-        )
+        choices = f"choose one of {', '.join(DATASETS)}, {FOLDER}PATH"
+        raise PipelineError(f"there is no data set {name!r}: {choices}")
     row = DATASETS.get(name)
     if row and not row.downloads:
         return row
@@ -37,21 +36,21 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
     record = read_json(path, fix)
     if record.get("source") != name:
         raise PipelineError(
-            f"{folder} holds {record.get('source')}, not {name}, which is called alike: rename one "
-            f"of the two folders of pictures, or remove {folder} and {fix}"
+            f"{folder} holds {record.get('source')}, a folder of the same name as {name}: rename "
+            f"one of the two, or remove {folder} and {fix}"
         )
     try:
         a, b, c, d = (DataFile(file, **record["files"][file]) for file in NAMES)
         classes, validation = tuple(map(str, record["classes"])), int(record["validation"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{path} is no record of a data set: {fix}") from error
+        raise CorruptError(f"{path} is not a record of a data set: {fix}") from error
     return Dataset(classes, a, b, c, d, validation=validation)
 
 
 def fetch_command(dataset: str, *options: str) -> str:
     """Return the command that fetches the data set, for use in a message."""
-    which = () if dataset == DEFAULT_DATASET else ("--dataset", shlex.quote(dataset))
-    return f"run '{' '.join(('pipeline data fetch', *which, *options))}'"
+    option = () if dataset == DEFAULT_DATASET else ("--dataset", shlex.quote(dataset))
+    return f"run '{' '.join(('pipeline data fetch', *option, *options))}'"
 
 
 def record_dataset(
@@ -107,9 +106,8 @@ def verify(dataset: str, folder: Path) -> dict[str, str]:
 def cached(folder: Path, file: DataFile, fix: str) -> bytes:
     """Read a cached file; raise CorruptError unless its length and digest are correct."""
     path = folder / file.name
-    if path.is_file() and path.stat().st_size != file.size:  # before the file is read
-        size = path.stat().st_size
-        raise CorruptError(f"{path} has {size} bytes where {file.size} belong: {fix}")
+    if path.is_file() and (size := path.stat().st_size) != file.size:  # before the file is read
+        raise CorruptError(f"{path} has {size} bytes instead of {file.size}: {fix}")
     return check_digest(path, file.sha256, fix)
 
 
@@ -124,7 +122,7 @@ def read_idx(content: bytes, path: Path, fix: str) -> np.ndarray:
         return CorruptError(f"{path} is not an IDX file of bytes ({problem}): {fix}")
 
     if len(content) < 4 or content[:2] != b"\0\0":
-        raise corrupt("it does not begin with the magic number")
+        raise corrupt("its first two bytes are not 0")
     kind, dimensions = content[2:4]
     if kind != 0x08:  # unsigned bytes: these data sets use no other type
         raise corrupt(f"its values have type 0x{kind:02x}, not 0x08")
@@ -134,7 +132,7 @@ def read_idx(content: bytes, path: Path, fix: str) -> np.ndarray:
     shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
     if len(content) != start + math.prod(shape):
         stated = " x ".join(map(str, shape))
-        raise corrupt(f"its header says {stated} bytes, {len(content) - start} are there")
+        raise corrupt(f"its header states {stated} bytes, it has {len(content) - start}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
@@ -144,12 +142,11 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
     The digest is computed from the same bytes that become the split. Raises PipelineError when a
     file is missing and CorruptError when its content is wrong.
     """
-    wanted = find_dataset(dataset, folder)
-    validation = wanted.validation
+    row = find_dataset(dataset, folder)
     images_file, labels_file, part = {
-        "train": (wanted.train_images, wanted.train_labels, slice(None, -validation)),
-        "validation": (wanted.train_images, wanted.train_labels, slice(-validation, None)),
-        "test": (wanted.test_images, wanted.test_labels, slice(None)),
+        "train": (row.train_images, row.train_labels, slice(None, -row.validation)),
+        "validation": (row.train_images, row.train_labels, slice(-row.validation, None)),
+        "test": (row.test_images, row.test_labels, slice(None)),
     }[name]
     fix = fetch_command(dataset)
     images, labels = (
@@ -157,18 +154,15 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
         for file in (images_file, labels_file)
     )
     if images.shape != (len(labels), 28, 28) or labels.shape != (len(images),):
-        raise CorruptError(
-            f"{folder / images_file.name} and {labels_file.name} do not belong together "
-            f"(shapes {images.shape} and {labels.shape}): {fix}"
-        )
-    if labels.max(initial=0) >= len(wanted.classes):
-        raise CorruptError(
-            f"{folder / labels_file.name} has label {labels.max()} "
-            f"of {len(wanted.classes)} classes: {fix}"
-        )
+        files = f"{folder / images_file.name} and {labels_file.name}"
+        shapes = f"{images.shape} and {labels.shape}"
+        raise CorruptError(f"{files} have shapes that do not match, {shapes}: {fix}")
+    if (highest := int(labels.max(initial=0))) >= len(row.classes):
+        path = folder / labels_file.name
+        raise CorruptError(f"{path} has label {highest}, for {len(row.classes)} classes: {fix}")
     # A copy of the part, so that the rest of the file does not stay in memory.
     images = images[part].copy()[:, np.newaxis]  # (N, 1, 28, 28)
-    return Split(images, labels[part].astype(np.int64), wanted.classes)
+    return Split(images, labels[part].astype(np.int64), row.classes)
 
 
 def scored_split(training: Mapping[str, Any], sha256s: Mapping[str, str], folder: Path) -> Split:
@@ -178,8 +172,6 @@ def scored_split(training: Mapping[str, Any], sha256s: Mapping[str, str], folder
     """
     dataset = training["dataset"]
     if sha256s != digests(dataset, folder):
-        raise PipelineError(
-            f"{folder} holds other pictures than the model was trained on: run 'pipeline train' "
-            f"with --dataset {shlex.quote(dataset)} again"
-        )
+        retrain = f"run 'pipeline train --dataset {shlex.quote(dataset)}' again"
+        raise PipelineError(f"{folder} has changed since the model was trained: {retrain}")
     return load_split(dataset, folder, "test")

@@ -5,7 +5,6 @@ import itertools
 import os
 import platform
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +66,7 @@ def _server(paths: Paths, model: Path) -> list[Check]:
     """Check the server's environment; start a temporary server that loads a model and answers."""
     what = "tritonserver"
     try:
-        runtime = tritonserver.find(paths, "auto")
+        runtime = tritonserver.find_runtime(paths, "auto")
     except PipelineError as error:
         return [Check("problem", what, in_a_line(error), _server_mend(paths))]
     checks = _glibc(runtime)
@@ -199,14 +198,10 @@ def _ports(paths: Paths, config: ServeConfig) -> list[Check]:
         return [Check("problem", "ports", in_a_line(error), fix)]
     if server:
         return [Check("ok", "ports", f"our server has its own (pid {server.pid})")]
-    taken = []
-    for service, port in tritonserver.ports(config).items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((config.host, port))
-            except OSError as error:
-                taken.append(f"{port} ({service}): {os.strerror(error.errno or 0)}")
+    taken = [
+        f"{port} ({service}): {os.strerror(error.errno or 0)}"
+        for service, port, error in tritonserver.find_taken_ports(config)
+    ]
     if taken:
         return [Check("problem", "ports", "; ".join(taken), ANY_PORT)]
     numbers = ", ".join(map(str, tritonserver.ports(config).values()))

@@ -28,15 +28,9 @@ EXIT_SECONDS = 20  # time that requests in progress have to finish
 MEMORY_MIB = 2048
 USER = 1000  # user ID in the container
 MOST_PROBE_BYTES = 1_000_000  # a ConfigMap holds 1 MiB
-_TEMPLATES = Path(__file__).parent / "templates"
 _LETTERS = {"float16": "e", "float32": "f", "float64": "d"}  # format characters of Python's struct
-# Templates that both kinds share, by the file that each kind writes from them.
-_SHARED = {
-    "compose": {"alerts.yml": "shared/alerts.yml"},
-    "kubernetes": {"prometheus/alerts.yml": "shared/alerts.yml"},
-}
-
-
+# Where each kind has its alerts, from a template that both share.
+_ALERTS = {"compose": "alerts.yml", "kubernetes": "prometheus/alerts.yml"}
 _ENVIRONMENT = Environment(
     loader=PackageLoader("pipeline.serving"),
     undefined=StrictUndefined,
@@ -68,7 +62,7 @@ class Deployment:
         what = f"{self.name} version {self.version}, sha256 {self.sha256[:12]}, {self.image}"
         wrote = (f"wrote {path}" for path in self.files)
         warning = [self.warning] if self.warning else []
-        return Lines(*wrote, f"for {what}; nothing was packaged", *warning)
+        return Lines(*wrote, f"The files are for {what}; nothing was packaged", *warning)
 
 
 def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Deployment:
@@ -80,40 +74,36 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
     config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
     version = config_pbtxt.selected_version(config)
     if version is None:
-        raise PipelineError(f"{paths.packaged} selects no version of its own: {REPACKAGE}")
-    packaged = load_release(paths, version)
-    image = _image(packaged, release)
-    # The health check sends the image with the largest margin.
-    row = int(margins(packaged.golden.outputs).argmax())
-    digit, folder = packaged.golden.images[row].tobytes(), paths.deployment(kind)
-    values = _values(paths, kind, config, packaged, image, row)
+        raise PipelineError(f"{paths.packaged} does not select a version: {REPACKAGE}")
+    packaged, folder = load_release(paths, version), paths.deployment(kind)
+    image = _choose_image(packaged, release)
+    probe = _make_probe(paths.name, config, packaged)
+    values = {**probe, **_make_values(paths, kind, config, packaged), "image": image}
     names = [name for name in _ENVIRONMENT.list_templates() if name.startswith(f"{kind}/")]
-    sources = {name.removeprefix(f"{kind}/"): name for name in names} | _SHARED[kind]
+    sources = {name.removeprefix(f"{kind}/"): name for name in names}
     contents = {
         name: _ENVIRONMENT.get_template(source).render(values).encode()
-        for name, source in sources.items()
+        for name, source in {**sources, _ALERTS[kind]: "shared/alerts.yml"}.items()
     }
+    digit = base64.b64decode(probe["probe_image"])
     if kind == "compose":  # Kubernetes gets both from a ConfigMap
-        contents |= {"probe/probe.py": values["probe_program"].encode(), "probe/image": digit}
-    elif len(values["probe_image"]) > MOST_PROBE_BYTES:
+        contents |= {"probe/probe.py": probe["probe_program"].encode(), "probe/image": digit}
+    elif len(probe["probe_image"]) > MOST_PROBE_BYTES:
         raise PipelineError(
             f"an image of {paths.name} has {len(digit):,} bytes, too many for the ConfigMap of a "
-            "probe: take the compose files and write manifests of your own"
+            "probe: write manifests of your own from the compose files"
         )
-    for name, content in sorted(contents.items()):
+    for name, content in contents.items():
         write_bytes(folder / name, content)
-    warnings = [_unreadable(paths, kind)]
+    warnings = [_warn_if_unreadable(paths, kind)]
     if release and release < SAFE:
-        warnings.insert(
-            0,
-            f"Triton {release} is older than {SAFE}: a request with an absurd shape can end it, so "
-            "let nobody but your own clients reach it",
-        )
+        problem = "one request with an absurd shape can end it: let only trusted clients reach it"
+        warnings.insert(0, f"Triton {release} is older than {SAFE}, and {problem}")
     compose, fill, manifests = (
         shlex.quote(str(folder / name)) for name in ("compose.yaml", "fill.yaml", "manifests")
     )
     key = "$(openssl rand -hex 24)"
-    then = {
+    commands = {
         "compose": f"TRITON_ADMIN_KEY={key} docker compose -f {compose} --profile cpu up --detach "
         "--wait",
         "kubernetes": f"kubectl create secret generic {values['service']}-admin "
@@ -121,52 +111,59 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
         f"{manifests}",
     }
     return Deployment(
-        kind,
-        paths.name,
-        version,
-        packaged.sha256,
-        image,
-        tuple(folder / name for name in sorted(contents)),
-        Lines(*filter(None, warnings)),
-        then[kind],
+        kind=kind,
+        name=paths.name,
+        version=version,
+        sha256=packaged.sha256,
+        image=image,
+        files=tuple(folder / name for name in sorted(contents)),
+        warning=Lines(*filter(None, warnings)),
+        then=commands[kind],
     )
 
 
-def _image(packaged: Release, release: str | None) -> str:
+def _choose_image(packaged: Release, release: str | None) -> str:
     """Return NVIDIA's image of that release, or the default; PipelineError if it is too old."""
     repository, _, tag = IMAGE.partition(":")
-    wanted = targets.target(release or tag.removesuffix("-py3"))
+    triton = targets.target(release or tag.removesuffix("-py3"))
     opset, ir_version = packaged.manifest["opset"], packaged.manifest["ir_version"]
-    if opset > wanted.opset or ir_version > wanted.ir_version:
+    if opset > triton.opset or ir_version > triton.ir_version:
         oldest = targets.loaded_by(opset, ir_version)
-        instead = f"take Triton {oldest.releases} or later, or " if oldest else ""
+        later = f"take Triton {oldest.releases} or later, or " if oldest else ""
         raise PipelineError(
-            f"Triton {wanted.releases} cannot load {packaged.folder}: it is opset {opset}, IR "
-            f"{ir_version}, and ONNX Runtime {wanted.onnxruntime} there loads opset "
-            f"{wanted.opset}, IR {wanted.ir_version} at most: {instead}export it with "
-            f"--target-triton {wanted.releases}, validate it and package it"
+            f"Triton {triton.releases} cannot load {packaged.folder}: the model has opset {opset} "
+            f"and IR {ir_version}, ONNX Runtime {triton.onnxruntime} loads up to opset "
+            f"{triton.opset} and IR {triton.ir_version}: {later}export it with "
+            f"--target-triton {triton.releases}, validate it and package it"
         )
-    return f"{repository}:{wanted.releases}-py3"
+    return f"{repository}:{triton.releases}-py3"
 
 
-def _values(
-    paths: Paths,
-    kind: str,
-    config: config_pbtxt.ModelConfig,
-    packaged: Release,
-    image: str,
-    row: int,
-) -> dict[str, Any]:
-    """Return the templates' values; the health check sends image `row` of the golden set."""
-    dtype, golden = config_pbtxt.dtype(config.output[0]), packaged.golden
+def _make_probe(name: str, config: config_pbtxt.ModelConfig, packaged: Release) -> dict[str, Any]:
+    """Return the templates' values of the health check: its program, its image, its arguments."""
+    dtype = config_pbtxt.dtype(config.output[0])
     if dtype not in _LETTERS:
         raise PipelineError(f"a health check reads {', '.join(_LETTERS)}; the outputs are {dtype}")
+    # The health check sends the image with the largest margin.
+    row = int(margins(packaged.golden.outputs).argmax())
+    digit, answer = packaged.golden.images[row].tobytes(), packaged.golden.outputs[row].argmax()
+    program = (Path(__file__).parent / "templates/shared/probe.py").read_text()
+    url = f"http://127.0.0.1:8000/v2/models/{name}/infer"
+    arguments = ["/probe/probe.py", url, "/probe/image", str(answer), _LETTERS[dtype]]
+    return {
+        "probe": [json.dumps(argument) for argument in arguments],  # of python3
+        "probe_program": program,
+        "probe_image": base64.b64encode(digit).decode(),
+        "probe_sha256": sha256(program.encode() + digit),
+    }
+
+
+def _make_values(
+    paths: Paths, kind: str, config: config_pbtxt.ModelConfig, packaged: Release
+) -> dict[str, Any]:
+    """Return the templates' values of the server and its model."""
     slug = re.sub(r"[^a-z0-9]+", "-", paths.name.lower())[:40].strip("-")
     service = f"triton-{slug}"
-    program, digit = (_TEMPLATES / "shared/probe.py").read_text(), golden.images[row].tobytes()
-    url = f"http://127.0.0.1:8000/v2/models/{paths.name}/infer"
-    answer = str(int(golden.outputs[row].argmax()))
-    probe = ["/probe/probe.py", url, "/probe/image", answer, _LETTERS[dtype]]
     # Each release has its own folder: a pod always finds a complete one, also after a rollback.
     files = sorted(path for path in paths.packaged.rglob("*") if path.is_file())
     digest = sha256("".join(sha256(path) for path in files).encode())
@@ -189,8 +186,7 @@ def _values(
         "service": service,
         "selector": f'job="{service}",model="{paths.name}"',  # of the model's Prometheus series
         "queue_metric": f"{service.replace('-', '_')}_queue_time_us",
-        "image": image,
-        "repository": image.partition(":")[0],  # the image without its tag
+        "repository": IMAGE.partition(":")[0],  # the image without its tag
         "folder": shlex.quote(str(paths.repository)),  # the repository's folder, quoted for a shell
         "source": json.dumps(source),  # the model's folder, relative to the compose file
         "arguments": [  # of tritonserver
@@ -202,10 +198,6 @@ def _values(
             f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={key}",
         ],
         "models": models,  # the repository's folder in the container
-        "probe": [json.dumps(argument) for argument in probe],  # arguments of python3
-        "probe_program": program,
-        "probe_image": base64.b64encode(digit).decode(),
-        "probe_sha256": sha256(program.encode() + digit),
         "exit_seconds": EXIT_SECONDS,
         "cpus": math.ceil(threads * instances) + 1,  # one for the front ends
         "memory_mib": MEMORY_MIB,
@@ -215,14 +207,12 @@ def _values(
     }
 
 
-def _unreadable(paths: Paths, kind: str) -> str:
+def _warn_if_unreadable(paths: Paths, kind: str) -> str:
     """Return a warning if the container's user cannot read a file that Compose mounts, or ""."""
     for path in (paths.packaged, *paths.packaged.rglob("*"), *paths.deployment(kind).rglob("*")):
-        wanted = 0o005 if path.is_dir() else 0o004
-        if kind == "compose" and path.stat().st_mode & wanted != wanted:
-            return (
-                f"user {USER} in the container cannot read {path}: chmod -R o+rX "
-                f"{shlex.join(map(str, (paths.packaged, paths.deployment(kind))))}, or set user: "
-                "to yourself"
-            )
+        needed = 0o005 if path.is_dir() else 0o004
+        if kind == "compose" and path.stat().st_mode & needed != needed:
+            folders = shlex.join(map(str, (paths.packaged, paths.deployment(kind))))
+            fix = f"run 'chmod -R o+rX {folders}', or set user: to yourself in compose.yaml"
+            return f"user {USER} in the container cannot read {path}: {fix}"
     return ""

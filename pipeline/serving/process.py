@@ -63,11 +63,12 @@ def poll(seconds: float) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Launched:
+class ServerProcess:
     """A tritonserver that was started: its process, its key, and its part of a log."""
 
     id: str
     admin_key: str
+    runtime: tritonserver.ServerRuntime
     config: ServeConfig
     child: subprocess.Popen[bytes]
     log: Path
@@ -85,43 +86,43 @@ class Launched:
                 name = None
                 while name is None:
                     if self.child.poll() is not None:
-                        raise ServerError(f"tritonserver did not start: {self.cause()}")
+                        raise self.start_error()
                     try:
                         name = client.server_name()
                     except ServerError as error:
                         if time.monotonic() > deadline:
-                            raise self.slow() from error
+                            raise self.start_error() from error
                         time.sleep(POLL_SECONDS)
                 if name != self.id:
                     raise PipelineError(
                         f"{client.endpoint} is another server ({name}): choose other ports"
                     )
 
-    def slow(self) -> ServerError:
-        """Return the error for a server that takes too long to start."""
+    def start_error(self, is_refused: bool = False) -> ServerError:
+        """Return the error for a server that ended, refused a model, or takes too long to start."""
+        if is_refused or self.child.poll() is not None:
+            return ServerError(f"tritonserver did not start: {self.cause()}")
         seconds = self.config.start_seconds
-        return ServerError(
-            f"tritonserver was not ready in {seconds:g} s; its log ends: {self.cause()}"
-        )
+        return ServerError(f"tritonserver was not ready in {seconds:g} s. Its log: {self.cause()}")
 
-    def written(self, start: int) -> str:
-        """Return what was written to the log from byte `start` on."""
+    def read_log(self, start: int) -> str:
+        """Return the log from byte `start` on."""
         with self.log.open("rb") as log:
             log.seek(start)
             return log.read().decode(errors="replace")
 
     def cause(self) -> str:
         """Return, in one line, the error in the server's log that explains the other errors."""
-        return tritonserver.cause(self.written(self.log_start))
+        return tritonserver.find_cause(self.read_log(self.log_start))
 
 
 @contextlib.contextmanager
-def launched(
+def launch(
     runtime: tritonserver.ServerRuntime,
     repository: Path,
     config: ServeConfig,
     log: Path | None = None,
-) -> Iterator[Launched]:
+) -> Iterator[ServerProcess]:
     """Start a tritonserver on `repository`, with no model loaded; stop it at the end of the block.
 
     Its processes form their own process group. After the block only `log` is left; without `log`,
@@ -133,24 +134,24 @@ def launched(
     with tempfile.TemporaryDirectory(prefix=f"{server_id}-", dir=parent) as folder:
         scratch = Path(folder)
         log, backends = log or scratch / "server.log", scratch / "backends"
-        runtime, shown = tritonserver.plain_paths(runtime, repository, scratch)
+        runtime, source = tritonserver.link_plain_paths(runtime, repository, scratch)
         if runtime.kind == "wheel":
-            tritonserver.lay_out_backends(runtime, backends)
-        command = tritonserver.command(runtime, shown, config, server_id, key, backends)
+            tritonserver.copy_backends(runtime, backends)
+        command = tritonserver.build_command(runtime, source, config, server_id, key, backends)
         log.parent.mkdir(parents=True, exist_ok=True)
         with end_by_sigterm():
             with log.open("ab") as output:
                 start = output.tell()
                 child = subprocess.Popen(
                     command,
-                    env={**tritonserver.environment(runtime), MARK: server_id},
+                    env={**tritonserver.build_environment(runtime), MARK: server_id},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
             try:
-                yield Launched(server_id, key, config, child, log, start)
+                yield ServerProcess(server_id, key, runtime, config, child, log, start)
             finally:
                 child.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -159,7 +160,7 @@ def launched(
                 child.wait()
 
 
-def processes_of(server_id: str) -> list[int]:
+def find_processes(server_id: str) -> list[int]:
     """Return the PIDs of the server's processes: tritonserver, its stubs, or docker's command."""
     import psutil  # slow to import, and 'pipeline query' does not need it
 
@@ -171,7 +172,7 @@ def processes_of(server_id: str) -> list[int]:
     ]
 
 
-def dead_children(pid: int) -> list[int]:
+def find_dead_children(pid: int) -> list[int]:
     """Return the zombie children of `pid`: stubs that died and that it has not noticed yet."""
     import psutil
 
@@ -188,7 +189,7 @@ def clear(server_id: str, runtime: str) -> None:
         tritonserver.remove_container(server_id)
     for _ in poll(KILL_SECONDS):
         # Search every time: a process that is just starting is not recognized yet.
-        left = processes_of(server_id)
+        left = find_processes(server_id)
         if not left:
             break
         for pid in left:

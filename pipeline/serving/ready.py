@@ -27,13 +27,13 @@ def replay_golden(client: Client, golden: Golden) -> GoldenResult:
     return compare_golden(golden, triton_predictor(client), sizes)
 
 
-def served_version(client: Client) -> int:
+def ask_version(client: Client) -> int:
     """Return the version that answers an inference on one blank image; 0 if not a number."""
     images = client.config().input[0]
     if any(dim < 1 for dim in images.dims):
-        raise PipelineError(f"{client.name} at {client.endpoint} takes images of no fixed shape")
-    answer = client.infer(np.zeros((1, *images.dims), config_pbtxt.dtype(images)))[1]
-    return int(answer) if answer.isdigit() else 0
+        raise PipelineError(f"{client.name} at {client.endpoint} has no fixed shape of its images")
+    version = client.infer(np.zeros((1, *images.dims), config_pbtxt.dtype(images)))[1]
+    return int(version) if version.isdigit() else 0
 
 
 ANSWER_SECONDS = 60.0
@@ -43,7 +43,7 @@ class NotLoadedError(CheckFailedError):
     """Triton does not load the version."""
 
 
-def prove(
+def check_candidate(
     paths: Paths,
     server: Server,
     admin: Admin,
@@ -53,46 +53,46 @@ def prove(
 ) -> None:
     """Return once the version, loaded under another name, answers its golden set correctly.
 
-    Raises NotLoadedError if Triton does not load it, CheckFailedError if it answers wrongly, and
-    ServerError if the server gives no answer.
+    Raises NotLoadedError if Triton does not load it, CheckFailedError if it gives incorrect
+    answers, and ServerError if the server gives no answer.
     """
     name = f"{paths.name}.candidate"
     if (paths.repository / name).exists():
-        raise PipelineError(f"{paths.repository} has a model {name}, a name that is needed here")
+        raise PipelineError(f"{paths.repository / name} must not exist: rename that model")
     what = f"{paths.name} version {release.version}"
     report(f"loading {what} as {name}")
     try:
-        config, files = _files(paths, name, release, server.profile)
-        with loading(what, fix):
+        config, files = _read_files(paths, name, release, server.profile)
+        with explain_refusal(what, fix):
             admin.load_files(config, files)
         report(f"asking {name} the golden set")
-        require_golden(server, name, release, f"{what} answers wrongly", fix)
+        require_golden(server, name, release, what, fix)
     finally:
         with contextlib.suppress(PipelineError):
             admin.unload(name)
 
 
 @contextlib.contextmanager
-def loading(what: str, fix: str) -> Iterator[None]:
+def explain_refusal(what: str, fix: str) -> Iterator[None]:
     """Raise NotLoadedError with Triton's message if it refuses to load `what` in the block."""
     try:
         yield
     except ServerError:
         raise
     except PipelineError as error:
-        said = str(error).strip().rstrip(";")
-        raise NotLoadedError(f"{what} is not loaded: {said}. {fix}") from error
+        reason = str(error).strip().rstrip(";")
+        raise NotLoadedError(f"{what} is not loaded: {reason}. {fix}") from error
 
 
-def _files(
+def _read_files(
     paths: Paths, name: str, release: Release, profile: str
 ) -> tuple[config_pbtxt.ModelConfig, dict[str, bytes]]:
     """Return the version as a separate model: its config, and its files by their paths."""
     config = config_pbtxt.read(config_pbtxt.profile_file(paths.packaged, profile))
     config.name = name
     config_pbtxt.select(config, release.version)
-    beside = [paths.packaged / config_pbtxt.LABELS, *(paths.packaged / "warmup").glob("*")]
-    files = {str(path.relative_to(paths.packaged)): path.read_bytes() for path in beside}
+    others = [paths.packaged / config_pbtxt.LABELS, *(paths.packaged / "warmup").glob("*")]
+    files = {str(path.relative_to(paths.packaged)): path.read_bytes() for path in others}
     return config, {**files, f"{release.version}/{paths.onnx.name}": release.onnx}
 
 
@@ -100,7 +100,8 @@ def require_golden(server: Server, name: str, release: Release, what: str, fix: 
     """Raise CheckFailedError unless this version answers, correctly and over both protocols."""
     for url in (server.http_url, server.grpc_url):
         with Client(url, name, ANSWER_SECONDS) as client:
-            replay_golden(client, release.golden).require_passed(f"{what} over {url}", fix)
-            answering = served_version(client)
+            problem = f"{what} gives incorrect answers over {url}"
+            replay_golden(client, release.golden).require_passed(problem, fix)
+            answering = ask_version(client)
         if answering != release.version:
-            raise CheckFailedError(f"{what} over {url}: version {answering} answers. {fix}")
+            raise CheckFailedError(f"version {answering} answers over {url}, not {what}. {fix}")

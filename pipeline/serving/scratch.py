@@ -8,7 +8,7 @@ import json
 import math
 import re
 import select
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.repository.lint.config import OTHER_BACKENDS
 from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.text import Config, Finding, Level, read_config
 from pipeline.serving import tritonserver
-from pipeline.serving.process import Launched, launched
+from pipeline.serving.process import ServerProcess, launch
 from pipeline.serving.serve import with_free_ports
 from pipeline.serving.settings import ServeConfig
 
@@ -31,13 +31,13 @@ LOAD_SECONDS = 30.0  # after which a model is considered to hang
 _LIMITS = re.compile(
     r"the python-based backend does not support|unsupported datatype tensor\((string|bfloat16)\)"
 )
-_SAID = {
+_OUTCOMES = {
     "refused": "does not load",
     "hangs": "never loads",
     "ends": "takes the whole server down",
     "unready": "is not ready",
-    "wrong": "loads, and answers wrongly",
-    "unanswered": "loads, and may not answer",
+    "wrong": "loads, but its answers are incorrect",
+    "unanswered": "loads, but may not answer",
 }
 
 
@@ -46,7 +46,7 @@ class LiveTrial:
     """The outcome of one model on the server."""
 
     model: str
-    outcome: str  # loads, not judged, or one of those in _SAID
+    outcome: str  # loads, not judged, or one of those in _OUTCOMES
     cause: str = ""
     source: str | None = None  # function of the native backend, if only it can judge
 
@@ -55,14 +55,15 @@ def lint_live(linted: Linted, paths: Paths, seconds: float = LOAD_SECONDS) -> Li
     """Add to `linted` what a temporary server finds; the repository is not changed."""
     findings = list(linted.findings)
     for trial in try_models(linted.repository, linted.models, paths, seconds):
+        if trial.outcome == "loads":
+            continue
         file = linted.repository / trial.model / CONFIG
-        if trial.outcome == "not judged":
-            said = f"not judged on a server here: {trial.cause}"
-            findings.append(Finding("live", "note", file, said, source=trial.source))
-        elif trial.outcome != "loads":
-            level: Level = "warning" if trial.outcome == "unanswered" else "error"
-            said = f"{_SAID[trial.outcome]}: {trial.cause}"
-            findings.append(Finding("live", level, file, said))
+        level: Level = "error"
+        if trial.outcome in ("not judged", "unanswered"):
+            level = "note" if trial.outcome == "not judged" else "warning"
+        problem = _OUTCOMES.get(trial.outcome, "not judged on a server here")
+        message = f"{problem}: {trial.cause}"
+        findings.append(Finding("live", level, file, message, source=trial.source))
     return replace(linted, findings=in_order(findings), live=True)
 
 
@@ -70,52 +71,49 @@ def try_models(
     repository: Path, names: Iterable[str], paths: Paths, seconds: float = LOAD_SECONDS
 ) -> list[LiveTrial]:
     """Load, ask and unload each model alone; after one that hangs, continue on a new server."""
-    runtime = tritonserver.find(paths, "auto")
-    trials = {name: _beyond(repository / name, runtime.kind) for name in names}
+    runtime = tritonserver.find_runtime(paths, "auto")
+    trials = {name: _skip(repository / name, runtime.kind) for name in names}
     while waiting := [name for name, trial in trials.items() if trial is None]:
         config = with_free_ports(ServeConfig())
-        with launched(runtime, repository, config) as server:
+        with launch(runtime, repository, config) as server:
             server.await_answer(config.start_seconds)
             for name in waiting:
-                trial = _try(server, name, seconds)
+                trial = _try_model(server, name, seconds)
                 is_refused = trial.outcome == "refused" and runtime.kind == "wheel"
                 if is_refused and _LIMITS.search(trial.cause):  # our own backend cannot judge it
-                    said = f"only the native backend can tell ({trial.cause})"
-                    trial = LiveTrial(name, "not judged", said, f"{BACKEND} ModelInstanceState")
+                    cause = f"only the native backend can tell ({trial.cause})"
+                    trial = LiveTrial(name, "not judged", cause, f"{BACKEND} ModelInstanceState")
                 trials[name] = trial
                 if trial.outcome in ("hangs", "ends"):
                     break  # the next load would wait for the one that hangs
     return [trial for trial in trials.values() if trial]
 
 
-def _beyond(folder: Path, kind: str) -> LiveTrial | None:
+def _skip(folder: Path, kind: str) -> LiveTrial | None:
     """Return a verdict if the server here cannot judge the model or must not try it."""
     name, source = folder.name, f"{BACKEND} LoadModel"
     if not re.fullmatch(r"[\w.~-]+", name, re.ASCII):
-        why = "Triton takes its name literally in a URL, which cannot hold it: rename it"
-        return LiveTrial(name, "not judged", why)
+        return LiveTrial(name, "not judged", "Triton's URLs cannot contain its name: rename it")
     config = read_config(folder / CONFIG) if (folder / CONFIG).exists() else Config(folder / CONFIG)
     if isinstance(config, Finding):
         return None  # the server will report it
     message: Any = config.message
-    named = str(message.backend or message.platform)
-    if named in OTHER_BACKENDS:
-        return LiveTrial(name, "not judged", f"it is for the backend {named}")
+    backend = str(message.backend or message.platform)
+    if backend in OTHER_BACKENDS:
+        return LiveTrial(name, "not judged", f"it is for the backend {backend}")
     if files.brings_code(ModelFolder(folder, config, files.version_folders(folder)[0])):
-        return LiveTrial(name, "not judged", "it may bring code of its own, which is not run here")
+        return LiveTrial(name, "not judged", "it may contain code, which is not run here")
     if runs_on_gpu(message) and not any(Path("/dev").glob("nvidia[0-9]*")):
-        return LiveTrial(name, "not judged", "it asks for a GPU, and there is none", source)
-    asked = message.optimization.execution_accelerators
-    for one in (*asked.gpu_execution_accelerator, *asked.cpu_execution_accelerator):
-        if kind == "wheel" and one.name != "cuda":
-            why = f"only the native backend has the accelerator '{one.name}'"
-            return LiveTrial(name, "not judged", why, source)
+        return LiveTrial(name, "not judged", "it needs a GPU, which is not here", source)
+    groups = message.optimization.execution_accelerators
+    for accelerator in (*groups.gpu_execution_accelerator, *groups.cpu_execution_accelerator):
+        if kind == "wheel" and accelerator.name != "cuda":
+            cause = f"only the native backend has the accelerator '{accelerator.name}'"
+            return LiveTrial(name, "not judged", cause, source)
     return None
 
 
 MOST_BYTES = 64 * 1024 * 1024  # of a blank request; a larger one is not sent
-
-
 SECONDS = 20.0  # timeout of an answer
 
 
@@ -127,26 +125,27 @@ class GoneError(Exception):
     """The server ended, or its log shows that it has crashed."""
 
 
-def _ask(
-    server: Launched,
-    method: str,
-    path: str,
-    seconds: float,
-    body: bytes = b"",
-    headers: Mapping[str, str] | None = None,
+def _request(
+    server: ServerProcess, path: str, seconds: float, body: bytes = b"", json_bytes: int = 0
 ) -> tuple[int, bytes]:
-    """Return status and body of an answer; raise SilentError or GoneError if there is none."""
+    """Return status and body of the answer to a POST, or to a GET without a body.
+
+    `json_bytes` is the length of the JSON that precedes binary data. Raises SilentError or
+    GoneError if there is no answer.
+    """
     port, start = server.config.http_port, server.log.stat().st_size
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
-    key = {tritonserver.KEY_HEADER: server.admin_key}
+    headers = {tritonserver.KEY_HEADER: server.admin_key}
+    if json_bytes:
+        headers["Inference-Header-Content-Length"] = str(json_bytes)
     try:
-        connection.request(method, path, body or None, {**key, **(headers or {})})
+        connection.request("POST" if body else "GET", path, body or None, headers)
         # A server that crashes may keep its connections open.
         for _ in range(max(1, int(seconds / 0.25))):
             if select.select([connection.sock], [], [], 0.25)[0]:
                 response = connection.getresponse()
                 return response.status, response.read()
-            has_crashed = re.search(r"^Signal \(", server.written(start), re.MULTILINE)
+            has_crashed = re.search(r"^Signal \(", server.read_log(start), re.MULTILINE)
             if has_crashed or server.child.poll() is not None:
                 raise GoneError(path)
         raise SilentError(path)
@@ -158,84 +157,77 @@ def _ask(
         connection.close()
 
 
-def wrong_answer(server: Launched, name: str) -> tuple[str, bool]:
+def _check_answers(server: ServerProcess, name: str) -> tuple[str, bool]:
     """Describe what is wrong with the answers to one and two blank images, and if it is certain.
 
     The description is empty if nothing is wrong. A correct model may refuse blank data, but it may
     not refuse two images after it accepted one.
     """
-    status, text = _ask(server, "GET", f"/v2/models/{name}/config", SECONDS)
+    status, text = _request(server, f"/v2/models/{name}/config", SECONDS)
     if status != 200:
         return "", False
     config = json.loads(text)
     largest = int(config.get("max_batch_size", 0))
     for size in (1, 2) if largest > 1 else (1,):
-        request = _blank(config, size if largest else 0)
-        if request is None:
+        blank = _make_blank(config, size if largest else 0)
+        if blank is None:
             break
-        header, data = request
-        length = {"Inference-Header-Content-Length": str(len(header))}
+        header, data = blank
         path = f"/v2/models/{name}/infer"
-        status, answer = _ask(server, "POST", path, SECONDS, header + data, length)
+        status, answer = _request(server, path, SECONDS, header + data, len(header))
         if status != 200:
             try:
-                said = str(json.loads(answer)["error"])
+                reason = str(json.loads(answer)["error"])
             except (ValueError, KeyError, TypeError):
-                said = answer.decode(errors="replace")[:200]
-            return f"answers a batch of {size} zeros with: {said}", size == 2
-        described = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]  # then binary data
-        for output in described.get("outputs", ()) if largest else ():
-            if list(output["shape"])[:1] != [size]:
-                said = f"answers a batch of {size} with {output['name']} of shape "
-                return f"{said}{output['shape']}", True
+                reason = answer.decode(errors="replace")[:200]
+            return f"answers a batch of {size} zeros with: {reason}", size == 2
+        record = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]  # then binary data
+        for output in record.get("outputs", ()) if largest else ():
+            shape = list(output["shape"])
+            if shape[:1] != [size]:
+                return f"answers a batch of {size} with {output['name']} of shape {shape}", True
     return "", False
 
 
-def _blank(config: dict[str, Any], size: int) -> tuple[bytes, bytes] | None:
+def _make_blank(config: dict[str, Any], size: int) -> tuple[bytes, bytes] | None:
     """Return header and data of a binary request of zeros, or None if too large.
 
     A size of 0 means that the model has no batch dimension.
     """
-    inputs, data = [], b""
+    inputs, total = [], 0
     for tensor in config.get("input", ()):
         if tensor.get("optional"):
             continue
         kind = tensor["data_type"].removeprefix("TYPE_")
         shape = [size] * bool(size) + [max(1, int(dim)) for dim in tensor["dims"]]
+        # For strings: a length of 0, thus an empty one.
         count = math.prod(shape) * (4 if kind == "STRING" else SIZES.get(kind, 0))
-        if len(data) + count > MOST_BYTES:
-            return None
-        data += bytes(count)  # for strings: a length of 0, thus an empty one
-        inputs.append(
-            {
-                "name": tensor["name"],
-                "shape": shape,
-                "datatype": "BYTES" if kind == "STRING" else kind,
-                "parameters": {"binary_data_size": count},
-            }
-        )
+        total += count
+        datatype = "BYTES" if kind == "STRING" else kind
+        spec = {"name": tensor["name"], "shape": shape, "datatype": datatype}
+        inputs.append({**spec, "parameters": {"binary_data_size": count}})
     header = {"inputs": inputs, "parameters": {"binary_data_output": True}}
-    return json.dumps(header).encode(), data
+    return (json.dumps(header).encode(), bytes(total)) if total <= MOST_BYTES else None
 
 
-def _try(server: Launched, name: str, seconds: float) -> LiveTrial:
+def _try_model(server: ServerProcess, name: str, seconds: float) -> LiveTrial:
     """Load the model, check that it is ready and answers, and unload it."""
     start = server.log.stat().st_size
     action = f"/v2/repository/models/{name}"
-    outcome, said = "loads", ""
+    outcome, cause = "loads", ""
     try:
-        if _ask(server, "POST", f"{action}/load", seconds, b"{}")[0] != 200:
+        if _request(server, f"{action}/load", seconds, b"{}")[0] != 200:
             outcome = "refused"
-        elif _ask(server, "GET", f"/v2/models/{name}/ready", seconds)[0] != 200:
+        elif _request(server, f"/v2/models/{name}/ready", seconds)[0] != 200:
             outcome = "unready"
         else:
-            said, is_certain = wrong_answer(server, name)
-            outcome = ("wrong" if is_certain else "unanswered") if said else "loads"
-            _ask(server, "POST", f"{action}/unload", seconds, b"{}")
+            cause, is_certain = _check_answers(server, name)
+            outcome = ("wrong" if is_certain else "unanswered") if cause else "loads"
+            _request(server, f"{action}/unload", seconds, b"{}")
     except SilentError:
-        outcome, said = "hangs", f"no answer in {seconds:g} s"
+        outcome, cause = "hangs", f"no answer in {seconds:g} s"
     except GoneError:
         outcome = "ends"
     if outcome != "loads":
-        said = said or tritonserver.cause(server.written(start))
-    return LiveTrial(name, outcome, said)
+        cause = cause or tritonserver.find_cause(server.read_log(start))
+    return LiveTrial(name, outcome, cause)

@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,15 +22,15 @@ from pipeline.repository.running import root
 from pipeline.repository.running import start_time as start_time
 from pipeline.serving import ready, tritonserver
 from pipeline.serving.admin import Admin
-from pipeline.serving.process import Launched, launched, poll
-from pipeline.serving.process import processes_of as processes_of
+from pipeline.serving.process import ServerProcess, launch, poll
+from pipeline.serving.process import find_processes as find_processes
 from pipeline.serving.settings import ServeConfig
 
-MEND = "Look at the server's environment, then package it again"
+FIX = "Check the server's environment, then package the model again"
 LOG_BYTES = 16 * 1024 * 1024  # of the server's log; one older generation is kept
 
 
-def free_ports(count: int) -> list[int]:
+def find_free_ports(count: int) -> list[int]:
     """Return `count` different ports on which nothing listens at the moment."""
     with contextlib.ExitStack() as stack:
         # Hold all until the last one is known: the system may return a released port again.
@@ -42,80 +42,82 @@ def free_ports(count: int) -> list[int]:
 
 def with_free_ports(config: ServeConfig) -> ServeConfig:
     """Return `config` with three ports that are free now."""
-    http, grpc, metrics = free_ports(3)
+    http, grpc, metrics = find_free_ports(3)
     return replace(config, http_port=http, grpc_port=grpc, metrics_port=metrics)
 
 
 @contextlib.contextmanager
-def running_server(
+def run_server(
     paths: Paths,
-    config: ServeConfig = ServeConfig(),
+    config: ServeConfig,
     is_recorded: bool = False,
     report: Callable[[str], None] = lambda line: None,
     restarts: int = 0,
     why: str = "",
-    proven: set[str] | None = None,
+    checked: set[str] | None = None,
 ) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
     """Start a server that answers its golden sets correctly; stop it at the end of the block.
 
     `restarts` counts the servers that the supervisor ran before this one, and `why` says why the
-    last of them ended. `proven` holds the digests of the models that answered correctly on them; a
+    last of them ended. `checked` holds the digests of the models that answered correctly on them; a
     recorded server first loads any other model under a separate name that no client knows.
 
     Raises PipelineError if a port is taken or no runtime is available, CheckFailedError if the
-    server answers wrongly, CorruptError if a packaged file changed, and ServerError if the server
-    does not start.
+    server gives incorrect answers, CorruptError if a packaged file changed, and ServerError if the
+    server does not start.
     """
     releases = selected_releases(paths, config.profile)
     digests = {release.sha256 for release in releases.values()}
     if not restarts:
         require_loadable(paths.repository)
-    runtime = tritonserver.find(paths, config.runtime)
+    runtime = tritonserver.find_runtime(paths, config.runtime)
     if config.host != "127.0.0.1" and runtime.kind == "wheel":
-        raise PipelineError("the wheel's tritonserver is too old for a network: loopback only")
-    for service, port in tritonserver.ports(config).items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((config.host, port))
-            except OSError as error:
-                raise PipelineError(
-                    f"port {port} ({service}) is taken: stop what listens there, choose another "
-                    f"with --{service}-port, or take free ones with --port auto"
-                ) from error
+        raise PipelineError("the wheel's tritonserver is too old for a network: use 127.0.0.1")
+    for service, port, error in tritonserver.find_taken_ports(config):
+        raise PipelineError(
+            f"port {port} ({service}) is taken: stop what listens there, choose another port with "
+            f"--{service}-port, or three free ports with --port auto"
+        ) from error
     report(f"starting {runtime}")
     log = paths.server_log if is_recorded else None
-    with launched(runtime, paths.repository, config, log) as started:
-        server = Server(
-            id=started.id,
-            pid=started.child.pid,
-            start_time=start_time(started.child.pid) or 0,
-            supervisor_pid=os.getpid(),
-            supervisor_start_time=start_time(os.getpid()) or 0,
-            http_port=config.http_port,
-            grpc_port=config.grpc_port,
-            metrics_port=config.metrics_port,
-            admin_key=started.admin_key,
-            runtime=runtime.kind,
-            profile=config.profile,
-            models={name: release.version for name, release in releases.items()},
-            is_ready=False,
-            ready_at=0.0,
-            restarts=restarts,
-            why=why,
-            root=root(paths),
-        )
+    with launch(runtime, paths.repository, config, log) as process:
+        server = _describe(paths, process, releases, restarts, why)
         if is_recorded:
             write_record(paths, server)
         # Without a record, no client knows the server's address.
-        unproven = digests - (proven or set()) if is_recorded else set()
-        await_ready(paths, server, started, releases, unproven)
-        if proven is not None:
-            proven |= digests
+        unchecked = digests - (checked or set()) if is_recorded else set()
+        await_ready(paths, server, process, releases, unchecked)
+        if checked is not None:
+            checked |= digests
         server = replace(server, is_ready=True, ready_at=time.time())
         if is_recorded:
             write_record(paths, server)
-        yield server, started.child
+        yield server, process.child
+
+
+def _describe(
+    paths: Paths, process: ServerProcess, releases: Mapping[str, Release], restarts: int, why: str
+) -> Server:
+    """Return the record of a server that is starting, under this process as its supervisor."""
+    return Server(
+        id=process.id,
+        pid=process.child.pid,
+        start_time=start_time(process.child.pid) or 0,
+        supervisor_pid=os.getpid(),
+        supervisor_start_time=start_time(os.getpid()) or 0,
+        http_port=process.config.http_port,
+        grpc_port=process.config.grpc_port,
+        metrics_port=process.config.metrics_port,
+        admin_key=process.admin_key,
+        runtime=process.runtime.kind,
+        profile=process.config.profile,
+        models={name: release.version for name, release in releases.items()},
+        is_ready=False,
+        ready_at=0.0,
+        restarts=restarts,
+        why=why,
+        root=root(paths),
+    )
 
 
 def bound_log(path: Path, limit: int = LOG_BYTES) -> None:
@@ -142,7 +144,7 @@ def drain(server: Server, seconds: float, report: Callable[[str], None]) -> None
             states = admin.states().items()
             if all(s == "UNAVAILABLE" for (name, _), s in states if name in loaded):
                 return
-    report(f"not drained in {seconds:g} s: what it had accepted may be without an answer")
+    report(f"the server was not drained in {seconds:g} s: accepted requests may get no answer")
 
 
 def write_record(paths: Paths, server: Server) -> None:
@@ -157,26 +159,22 @@ def write_record(paths: Paths, server: Server) -> None:
 def await_ready(
     paths: Paths,
     server: Server,
-    started: Launched,
-    releases: dict[str, Release],
-    unproven: set[str],
+    process: ServerProcess,
+    releases: Mapping[str, Release],
+    unchecked: set[str],
 ) -> None:
     """Return once all models answer their golden sets correctly over HTTP and gRPC."""
-    began, seconds = time.monotonic(), started.config.start_seconds
-    started.await_answer(seconds)
-    left = max(1.0, began + seconds - time.monotonic())
+    deadline = time.monotonic() + process.config.start_seconds
+    process.await_answer(process.config.start_seconds)
+    left = max(1.0, deadline - time.monotonic())
     try:
         with Admin(server.grpc_url, server.admin_key, left) as admin:
             for name, release in releases.items():
                 what = f"{name} version {release.version}"
-                if release.sha256 in unproven:
-                    ready.prove(paths.named(name), server, admin, release, MEND)
-                with ready.loading(what, MEND):
+                if release.sha256 in unchecked:
+                    ready.check_candidate(paths.named(name), server, admin, release, FIX)
+                with ready.explain_refusal(what, FIX):
                     admin.load(name)
-                ready.require_golden(server, name, release, f"{what} answers wrongly", MEND)
-    except ready.NotLoadedError as error:
-        raise ServerError(f"tritonserver did not start: {started.cause()}") from error
-    except ServerError as error:
-        if started.child.poll() is None:
-            raise started.slow() from error
-        raise ServerError(f"tritonserver did not start: {started.cause()}") from error
+                ready.require_golden(server, name, release, what, FIX)
+    except (ready.NotLoadedError, ServerError) as error:
+        raise process.start_error(isinstance(error, ready.NotLoadedError)) from error

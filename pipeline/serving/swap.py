@@ -24,7 +24,6 @@ from pipeline.repository.versions import Promotion, rollback_target, select_vers
 from pipeline.serving import ready
 from pipeline.serving.admin import Admin
 from pipeline.serving.process import handle_signals
-from pipeline.serving.ready import served_version
 from pipeline.serving.serve import Server, load_server, write_record
 
 LOAD_SECONDS = 60.0  # timeout of a load
@@ -37,9 +36,9 @@ def promote(paths: Paths, version: int, report: Report = lambda line: None) -> P
     """Select a version; if our server runs, serve that version from now on.
 
     Raises PipelineError if there is no such version, CorruptError if a file changed,
-    CheckFailedError if a config states another digest or if the candidate is not loaded or answers
-    wrongly, and ServerError if the server gives no answer. After an error, the version that was
-    served before is still served.
+    CheckFailedError if a config states another digest or if the candidate is not loaded or gives
+    incorrect answers, and ServerError if the server gives no answer. After an error, the version
+    that was served before is still served.
     """
     with locked(paths.lock):
         return _promote(paths, version, report)
@@ -51,14 +50,14 @@ def rollback(paths: Paths, report: Report = lambda line: None) -> Promotion:
         return _promote(paths, rollback_target(paths), report)
 
 
-def served(paths: Paths) -> int | None:
+def find_served_version(paths: Paths) -> int | None:
     """Return the version that our server answers with now; None if no server answers."""
     server = find_server(paths)
     if server is None:
         return None
     try:
         with Client(server.grpc_url, paths.name, ANSWER_SECONDS) as client:
-            return served_version(client)
+            return ready.ask_version(client)
     except ServerError:
         return None
 
@@ -70,16 +69,16 @@ def _promote(paths: Paths, version: int, report: Report) -> Promotion:
         from pipeline.export.runtime import onnx_predictor  # not needed if a server answers
 
         result = compare_golden(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
-        result.require_passed(f"version {version} answers wrongly", REPACKAGE)
+        result.require_passed(f"version {version} gives incorrect answers", REPACKAGE)
         return select_version(paths, release)
     if not server.is_ready:
         raise ServerError(f"the server (pid {server.pid}) is starting: try again in a moment")
     with Client(server.grpc_url, paths.name, ANSWER_SECONDS) as client:
-        before = served_version(client)
+        before = ready.ask_version(client)
     with Admin(server.grpc_url, server.admin_key, LOAD_SECONDS) as admin:
-        fix = f"What was served goes on being served; look at {release.folder}, or package again"
-        ready.prove(paths, server, admin, release, fix, report)
-        with _unbroken():
+        fix = f"Version {before} is still served. Look at {release.folder}, or package again"
+        ready.check_candidate(paths, server, admin, release, fix, report)
+        with _delay_interrupt():
             _switch(paths, server, admin, release, before)
     return Promotion(paths.name, version, release.sha256, before, is_served=True)
 
@@ -92,22 +91,20 @@ def _switch(paths: Paths, server: Server, admin: Admin, release: Release, before
         if config_pbtxt.selected(config) != [before]:  # left by a kill; another version is served
             config_pbtxt.select(config, before)
             contents[path] = config_pbtxt.to_text(config).encode()
-    what = f"{paths.name} version {release.version}"
-    fix = f"Version {before} is served again"
+    what, fix = f"{paths.name} version {release.version}", f"Version {before} is served again"
     try:
         select_version(paths, release)
         admin.load(paths.name)
         _record(paths, server, release.version)
-        wrongly = f"{what} answers wrongly once it serves"
-        ready.require_golden(server, paths.name, release, wrongly, fix)
+        ready.require_golden(server, paths.name, release, what, fix)
     except PipelineError as error:
         for path, content in contents.items():
             write_bytes(path, content)
         with contextlib.suppress(PipelineError):
             admin.load(paths.name)
         _record(paths, server, before)
-        said = str(error).strip().rstrip(";")
-        raise type(error)(f"{what} is not promoted, version {before} stays: {said}") from error
+        reason = str(error).strip().rstrip(";")
+        raise type(error)(f"{what} is not promoted, version {before} stays: {reason}") from error
 
 
 def _record(paths: Paths, server: Server, version: int) -> None:
@@ -118,7 +115,7 @@ def _record(paths: Paths, server: Server, version: int) -> None:
 
 
 @contextlib.contextmanager
-def _unbroken() -> Iterator[None]:
+def _delay_interrupt() -> Iterator[None]:
     """Delay Ctrl-C until the end of the block; its steps have deadlines."""
     pending: list[int] = []
     with handle_signals({signal.SIGINT: lambda number, frame: pending.append(number)}):

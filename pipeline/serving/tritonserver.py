@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ RESTRICTED = "model-repository,shared-memory,trace,logging"
 KEY_HEADER = "triton-admin-key"
 # Quantiles of the last minute's latencies, each with the allowed error of its rank.
 SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.99:0.001")
+REBUILD = "build it again with 'rm -r .venv-triton && make .venv-triton'"
 DOCKER_SECONDS = 5.0  # within which Docker's engine must answer
 EXIT_SECONDS = 1  # wait for open connections, after all accepted requests were answered
 # A path that the wheel's server can use. Its python backend starts a model through a shell, without
@@ -42,41 +44,36 @@ class ServerRuntime:
     python: Path | None = None  # of the server's environment, if we provide the backend
 
     def __str__(self) -> str:
-        said = {
+        return {
             "path": "tritonserver on the PATH, native backend",
             "wheel": "tritonserver of the wheel, our python-based backend",
             "docker": f"docker, {IMAGE}",
-        }
-        return said[self.kind]
+        }[self.kind]
 
 
-def find(paths: Paths, wanted: str) -> ServerRuntime:
-    """Return the runtime of the `wanted` kind; for "auto", the first that this machine has.
+def find_runtime(paths: Paths, kind: str) -> ServerRuntime:
+    """Return the runtime of this kind; for "auto", the first that this machine has.
 
     Raises PipelineError with what is missing and how to fix it.
     """
-    finders = {"path": _on_path, "wheel": _in_wheel, "docker": _in_docker}
-    kinds = list(finders) if wanted == "auto" else [wanted]
+    finders = {"path": _find_on_path, "wheel": _find_wheel, "docker": _find_docker}
     missing = []
-    for kind in kinds:
-        found = finders[kind](paths)
-        if isinstance(found, ServerRuntime):
-            return found
-        missing.append(f"{kind}: {found}")
-    raise PipelineError(
-        Lines(
-            "no tritonserver can run here:",
-            *(f"  {reason}" for reason in missing),
-            f"The packaged repository runs anywhere that {IMAGE} runs; everything up to "
-            "'pipeline package' works here",
-        )
+    for name in finders if kind == "auto" else [kind]:
+        runtime = finders[name](paths)
+        if isinstance(runtime, ServerRuntime):
+            return runtime
+        missing.append(f"  {name}: {runtime}")
+    fix = (
+        f"Every command up to 'pipeline package' works here; the packaged repository runs where "
+        f"{IMAGE} runs"
     )
+    raise PipelineError(Lines("tritonserver cannot run here:", *missing, fix))
 
 
-def _on_path(paths: Paths) -> ServerRuntime | str:
+def _find_on_path(paths: Paths) -> ServerRuntime | str:
     program = shutil.which("tritonserver")
     if not program:
-        return "no tritonserver on the PATH"
+        return "tritonserver is not on the PATH"
     backends = Path(program).resolve().parent.parent / "backends"
     if not (backends / "onnxruntime").is_dir():
         return f"{program} has no onnxruntime backend in {backends}"
@@ -88,34 +85,30 @@ def fits_wheel() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def _in_wheel(paths: Paths) -> ServerRuntime | str:
+def _find_wheel(paths: Paths) -> ServerRuntime | str:
     if not fits_wheel():
         return f"the wheel is for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     environment = paths.triton_environment
     python = environment / "bin" / "python"
-    found = sorted(environment.glob("lib/python3.*/site-packages/pytriton/tritonserver"))
+    servers = sorted(environment.glob("lib/python3.*/site-packages/pytriton/tritonserver"))
     if not environment.exists():
+        install = shlex.join([str(python), "-m", "pip", "install", "--no-deps", "-r"])
         return (
-            f"no server environment at {environment}: make .venv-triton (or python3 -m venv "
-            f"{shlex.quote(str(environment))} && {shlex.quote(str(python))} -m pip install "
-            f"--no-deps -r {shlex.quote(str(REQUIREMENTS))})"
+            f"{environment} does not exist: run 'make .venv-triton' (or python3 -m venv "
+            f"{shlex.quote(str(environment))} && {install} {shlex.quote(str(REQUIREMENTS))})"
         )
-    if not python.exists() or not found:
+    if not python.exists() or not servers:
         lacks = "pytriton" if python.exists() else "bin/python"
-        return (
-            f"the server environment {environment} lacks {lacks}: build it anew with 'rm -r "
-            ".venv-triton && make .venv-triton'"
-        )
-    site = found[0].parent.parent
-    # With numpy 2 the wheel's Triton answers wrongly, yet with HTTP 200. Python 3.13 has no older
-    # numpy; see requirements.txt for why it is safe there.
+        return f"{environment} lacks {lacks}: {REBUILD}"
+    site = servers[0].parent.parent
+    # With numpy 2 the wheel's Triton returns incorrect numbers, yet with HTTP 200. Python 3.13 has
+    # no older numpy; see requirements.txt for why it is safe there.
     numpys = [path.stem.removeprefix("numpy-") for path in site.glob("numpy-*.dist-info")]
     numpy = numpys[0] if numpys else "1."
     if site.parent.name in ("python3.11", "python3.12") and not numpy.startswith("1."):
         raise PipelineError(
-            f"the server's environment {environment} has numpy {numpy}, with which this "
-            "tritonserver answers wrongly: build it anew with 'rm -r .venv-triton && make "
-            ".venv-triton'"
+            f"{environment} has numpy {numpy}, with which tritonserver gives incorrect answers: "
+            f"{REBUILD}"
         )
     # The stub is linked against libpython; it must be that of the environment's own Python.
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
@@ -123,24 +116,23 @@ def _in_wheel(paths: Paths) -> ServerRuntime | str:
     libraries = os.pathsep.join([folder, str(site.absolute() / "nvidia_pytriton.libs")])
     return ServerRuntime(
         "wheel",
-        (str(found[0].absolute() / "bin" / "tritonserver"),),
+        (str(servers[0].absolute() / "bin" / "tritonserver"),),
         {"LD_LIBRARY_PATH": libraries},
         python.absolute(),
     )
 
 
-def _in_docker(paths: Paths) -> ServerRuntime | str:
+def _find_docker(paths: Paths) -> ServerRuntime | str:
     program = shutil.which("docker")
     if not program:
-        return "no docker on the PATH"
+        return "docker is not on the PATH"
     command = [program, "info", "--format", "{{.ServerVersion}}"]
     try:
         done = subprocess.run(command, capture_output=True, check=True, timeout=DOCKER_SECONDS)
-        is_answering = bool(done.stdout.strip())
     except (subprocess.SubprocessError, OSError):
-        is_answering = False
-    if not is_answering:
-        return f"{program} is here and its engine does not answer: start Docker's engine"
+        done = None
+    if done is None or not done.stdout.strip():
+        return f"{program} gets no answer from Docker's engine: start the engine"
     return ServerRuntime("docker", (program, "run"), {})
 
 
@@ -157,7 +149,7 @@ def scratch_parent() -> Path:
     return folder if _PLAIN.fullmatch(str(folder)) else Path("/tmp")
 
 
-def plain_paths(
+def link_plain_paths(
     runtime: ServerRuntime, repository: Path, scratch: Path
 ) -> tuple[ServerRuntime, Path]:
     """Return the runtime and the repository with plain paths, by links in `scratch` if needed.
@@ -168,21 +160,17 @@ def plain_paths(
     if runtime.python is None:
         return runtime, repository
     old = runtime.python.parent.parent
-    new = _plain(old, scratch / "environment")
-
-    def moved(text: str) -> str:
-        return text.replace(str(old), str(new))
-
+    new = _link_if_needed(old, scratch / "environment")
     runtime = replace(
         runtime,
-        program=tuple(map(moved, runtime.program)),
-        environment={key: moved(value) for key, value in runtime.environment.items()},
+        program=tuple(text.replace(str(old), str(new)) for text in runtime.program),
+        environment={k: v.replace(str(old), str(new)) for k, v in runtime.environment.items()},
         python=new / runtime.python.relative_to(old),
     )
-    return runtime, _plain(repository, scratch / "repository")
+    return runtime, _link_if_needed(repository, scratch / "repository")
 
 
-def _plain(path: Path, link: Path) -> Path:
+def _link_if_needed(path: Path, link: Path) -> Path:
     """Return `path` if it is plain; else create `link` to it and return that."""
     if _PLAIN.fullmatch(str(path)):
         return path
@@ -190,22 +178,20 @@ def _plain(path: Path, link: Path) -> Path:
     return link
 
 
-def lay_out_backends(runtime: ServerRuntime, folder: Path) -> None:
+def copy_backends(runtime: ServerRuntime, folder: Path) -> None:
     """Copy the python backend, the stub for its Python and our onnxruntime into `folder`."""
     server = Path(runtime.program[0]).parent.parent
     version = server.parent.parent.parent.name.removeprefix("python")
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        raise PipelineError(
-            f"the wheel has no stub for Python {version} ({stub}): build the server's environment "
-            "with Python 3.11 to 3.13 (make clean-triton .venv-triton)"
-        )
+        fix = "build it with Python 3.11 to 3.13 (make clean-triton .venv-triton)"
+        raise PipelineError(f"the server's environment has no stub for Python {version}: {fix}")
     shutil.copytree(server / "backends" / "python", folder / "python")
     shutil.copy2(stub, folder / "python" / stub.name)
     shutil.copytree(BACKENDS / "onnxruntime", folder / "onnxruntime")
 
 
-def command(
+def build_command(
     runtime: ServerRuntime,
     repository: Path,
     config: ServeConfig,
@@ -214,10 +200,10 @@ def command(
     backends: Path,
 ) -> list[str]:
     """Return the command line that starts this runtime on `repository`, an absolute path."""
-    inside = runtime.kind == "docker"
-    host = "0.0.0.0" if inside else config.host  # inside the container; -p below limits it
+    is_inside = runtime.kind == "docker"
+    host = "0.0.0.0" if is_inside else config.host  # inside the container; -p below limits it
     arguments = [
-        f"--model-repository={'/models' if inside else repository}",
+        f"--model-repository={'/models' if is_inside else repository}",
         "--model-control-mode=explicit",
         f"--id={server_id}",
         f"--exit-timeout-secs={EXIT_SECONDS}",
@@ -234,7 +220,7 @@ def command(
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={server_id}",
         ]
-    if not inside:
+    if not is_inside:
         return [*runtime.program, *arguments]
     published = [f"-p={config.host}:{port}:{port}" for port in ports(config).values()]
     source = f"source={repository}"
@@ -250,7 +236,20 @@ def ports(config: ServeConfig) -> dict[str, int]:
     return {"http": config.http_port, "grpc": config.grpc_port, "metrics": config.metrics_port}
 
 
-def environment(runtime: ServerRuntime) -> dict[str, str]:
+def find_taken_ports(config: ServeConfig) -> list[tuple[str, int, OSError]]:
+    """Return each port that cannot be bound: its service, its number, and the error."""
+    taken = []
+    for service, port in ports(config).items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.host, port))
+            except OSError as error:
+                taken.append((service, port, error))
+    return taken
+
+
+def build_environment(runtime: ServerRuntime) -> dict[str, str]:
     """Return our environment variables plus the runtime's, without those that affect Python.
 
     The stub uses only the packages of the first python3 on the PATH.
@@ -272,7 +271,7 @@ _VERDICT = "failed to load '"
 _NO_ENGINE = "Cannot connect to the Docker daemon"
 
 
-def cause(log: str) -> str:
+def find_cause(log: str) -> str:
     """Return, in one line, the error in tritonserver's log that explains the other errors."""
     if crash := re.search(r"^Signal \((\d+)\) received", log, re.MULTILINE):
         number = int(crash[1])
@@ -288,4 +287,4 @@ def cause(log: str) -> str:
     verdicts = [error for error in telling if error.startswith(_VERDICT)]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     refusals = [line for line in lines if _NO_ENGINE in line]
-    return [*verdicts, *telling, *refusals, *lines[-1:], "it wrote no log"][0]
+    return [*verdicts, *telling, *refusals, *lines[-1:], "its log is empty"][0]

@@ -13,7 +13,7 @@ from pipeline.core.paths import Paths
 from pipeline.export.runtime import onnx_predictor
 from pipeline.export.subject import exported_sample, exported_subject
 from pipeline.repository.release import Release, selected_releases
-from pipeline.serving.serve import running_server, with_free_ports
+from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.training.networks import eager_predictor
 from pipeline.validation.agreement import Table, agree, require_agreement
@@ -39,7 +39,7 @@ def validate_repository(
             f"with 'pipeline package --name {only}'"
         )
     tables = {}
-    with running_server(paths, with_free_ports(ServeConfig()), report=report) as (server, _):
+    with run_server(paths, with_free_ports(ServeConfig()), report=report) as (server, _):
         for name in names:
             release = releases[name]
             report(f"{name} version {release.version}: the test split through every runtime")

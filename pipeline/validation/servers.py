@@ -22,7 +22,7 @@ from pipeline.core.text import Lines, columns
 from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden, unpack_golden
 from pipeline.repository.release import Release, load_release
-from pipeline.serving.ready import served_version
+from pipeline.serving.ready import ask_version
 from pipeline.validation import rounds
 from pipeline.validation.agreement import Table, agree, require_agreement
 from pipeline.validation.rounds import Round
@@ -129,7 +129,7 @@ def yardstick_of(paths: Paths, clients: Mapping[str, Client], file: Path | None)
         return _of_file(file)
     config = paths.packaged / "config.pbtxt"
     version = config_pbtxt.selected_version(config_pbtxt.read(config)) if config.is_file() else None
-    version = version or served_version(next(iter(clients.values())))
+    version = version or ask_version(next(iter(clients.values())))
     release = load_release(paths, version)
     return Yardstick(
         file=release.folder / paths.golden.name,

@@ -127,19 +127,15 @@ class Gateway:
         return JSONResponse(record) if record["ready"] else JSONResponse(record, 503, RETRY)
 
     async def _probe(self) -> dict[str, Any]:
+        model = self.link.name
         try:
             config = await self.link.config()
             blank = np.zeros(tuple(config.input[0].dims), config_pbtxt.dtype(config.input[0]))
             answer = await self.link.ask(blank, 1)
         except PipelineError as error:
-            return {"ready": False, "model": self.link.name, "error": str(error)}
-        return {
-            "ready": True,
-            "model": self.link.name,
-            "version": answer.version,
-            "sha256": answer.sha256,
-            "classes": config_pbtxt.classes(config),
-        }
+            return {"ready": False, "model": model, "error": str(error)}
+        record = {"ready": True, "model": model, "version": answer.version, "sha256": answer.sha256}
+        return {**record, "classes": config_pbtxt.classes(config)}
 
     async def metrics(self, request: Request) -> Response:
         """Answer with the metrics for Prometheus."""
@@ -155,7 +151,7 @@ class Gateway:
                 ticket.enter()  # only now: a slow body must not hold a place
                 record = await self._answer(content, ticket)
         except TimeoutError as error:
-            raise FullError(f"no answer in {self.config.timeout:g} s: ask again") from error
+            raise FullError(f"no answer in {self.config.timeout:g} s: try again") from error
         finally:
             ticket.leave()
         milliseconds = (time.monotonic() - start) * 1000
@@ -167,13 +163,13 @@ class Gateway:
         config = await self.link.config()
         pictures = config_pbtxt.pictures(config)
         if pictures == "arrays":
-            raise ServerError(f"{self.link.name} takes arrays only: serve a model of pictures")
+            raise ServerError(f"{self.link.name} takes arrays, not pictures: choose another --name")
         ticket.job = self._pool.submit(_read, content, pictures)
         image = await asyncio.wrap_future(ticket.job)
         classes = config_pbtxt.classes(config)
-        asked = time.monotonic()
+        start = time.monotonic()
         prediction = await self.link.ask(image, len(classes))
-        milliseconds = (time.monotonic() - asked) * 1000
+        milliseconds = (time.monotonic() - start) * 1000
         if log := self.log:
             await asyncio.to_thread(log.add, self.link.name, image[np.newaxis], [prediction])
         return {
@@ -199,7 +195,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):  # only for the counters: the client is gone
         return Response(status_code=499)
     if isinstance(error, HTTPException):  # an unknown path or method
-        text = f"{error.detail}: GET / for the page, POST a picture to /classify"
+        text = f"{error.detail}: get the page from /, or post a picture to /classify"
         return JSONResponse({"error": text}, error.status_code, error.headers)
     status = error.status if isinstance(error, RefusedError) else 503
     return JSONResponse({"error": str(error)}, status, RETRY if status == 503 else None)

@@ -6,15 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
+import prometheus_client as prometheus
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -55,13 +47,13 @@ def check_host(host: str | None, names: frozenset[str]) -> None:
             _ = parts.port  # ValueError if it is not a number
             name = parts.hostname
     if name is None:
-        raise RefusedError(400, "the Host header names no host: write HOST or HOST:PORT")
+        raise RefusedError(400, "the Host header is not valid: write HOST or HOST:PORT")
     is_ours = name in names
     if not is_ours and names & {"0.0.0.0", "::"}:
         with contextlib.suppress(ValueError):
             is_ours = bool(ipaddress.ip_address(name))
     if not is_ours:
-        raise RefusedError(421, f"{name} is not served here: allow it with --allow-host {name}")
+        raise RefusedError(421, f"the host {name} is not allowed: add --allow-host {name}")
 
 
 def stated_length(headers: Mapping[str, str]) -> int:
@@ -74,29 +66,30 @@ _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class RequestCounters:
-    """Prometheus metrics: requests by path and status, their duration, and what is under way."""
+    """Prometheus metrics: requests by path and status, their duration, and what is in progress."""
 
-    media_type = CONTENT_TYPE_LATEST
+    media_type = prometheus.CONTENT_TYPE_LATEST
 
     def __init__(self, room: Room, unlogged: Callable[[], int] = lambda: 0) -> None:
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self._requests = Counter(
-            "gateway_requests", "Requests answered.", ["path", "status"], registry=self._registry
+        self._registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        self._requests = prometheus.Counter(
+            "gateway_requests", "Requests answered.", ["path", "status"], registry=registry
         )
-        self._seconds = Histogram(
-            "gateway_request_seconds",
-            "From a request's headers to the end of its answer.",
-            ["path"],
-            buckets=_SECONDS,
-            registry=self._registry,
+        text = "From a request's headers to the end of its answer."
+        self._seconds = prometheus.Histogram(
+            "gateway_request_seconds", text, ["path"], buckets=_SECONDS, registry=registry
         )
         for name, text, value in (
-            ("gateway_in_flight", "Pictures under way.", lambda: room.taken.total()),
-            ("gateway_held_bytes", "What all bodies hold.", lambda: room.held.total()),
+            ("gateway_in_flight", "Pictures in progress.", lambda: room.taken.total()),
+            (
+                "gateway_held_bytes",
+                "Bytes of all bodies in memory.",
+                lambda: room.held.total(),
+            ),
             ("gateway_unlogged", "Predictions missing from the prediction log.", unlogged),
         ):
-            Gauge(name, text, registry=self._registry).set_function(value)
+            prometheus.Gauge(name, text, registry=registry).set_function(value)
 
     def count(self, path: str, status: int, seconds: float) -> None:
         """Count one request that was answered."""
@@ -105,7 +98,7 @@ class RequestCounters:
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
-        return bytes(generate_latest(self._registry))
+        return bytes(prometheus.generate_latest(self._registry))
 
 
 class Guard:
@@ -126,7 +119,7 @@ class Guard:
         # A body too long to be read to its end after an error: the connection is closed instead.
         is_endless = "transfer-encoding" in headers or stated_length(headers) > MAX_BYTES
 
-        async def sent(message: Message) -> None:
+        async def send_guarded(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -143,7 +136,7 @@ class Guard:
         except RefusedError as error:
             app = JSONResponse({"error": str(error)}, error.status)
         try:
-            await app(scope, receive, sent)
+            await app(scope, receive, send_guarded)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._counters.count(path, status, time.monotonic() - start)
@@ -153,8 +146,8 @@ def _check_origin(headers: Mapping[str, str]) -> None:
     """Raise RefusedError for a request from a page of another site; programs send no Origin."""
     site = headers.get("sec-fetch-site")
     if site not in (None, "same-origin", "none"):
-        raise RefusedError(403, f"requests from another site's page ({site}) are not answered")
+        raise RefusedError(403, f"a page of another site ({site}) may not send requests here")
     scheme, _, rest = headers.get("origin", "").partition("://")
     is_ours = scheme in ("http", "https") and rest.lower() == headers.get("host", "").lower()
     if "origin" in headers and not is_ours:
-        raise RefusedError(403, "requests from a page of another origin are not answered")
+        raise RefusedError(403, "a page of another origin may not send requests here")

@@ -51,11 +51,8 @@ def check_picture(content: bytes) -> None:
         raise RefusedError(400, f"the request has no body: send a {_FORMATS} picture")
     kinds = [k for k, begin in _BEGINNINGS.items() if re.match(begin, content, re.DOTALL)]
     if not kinds:
-        raise RefusedError(
-            415,
-            f"{_unreadable('its format is unknown')}, as it is (curl: --data-binary @FILE, neither "
-            "-F nor -d)",
-        )
+        problem = _unreadable("its format is unknown")
+        raise RefusedError(415, f"{problem}, with curl by --data-binary @FILE, not -F or -d")
     (kind,) = kinds
     if kind == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
         raise RefusedError(413, f"the JPEG has more than {MAX_SCANS} scans: save it again")
@@ -86,7 +83,7 @@ def _size(content: bytes, kind: str) -> tuple[int, int]:
         if len(data) == 10 and chunk == b"VP8L":
             bits = _number(data[1:5])
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        raise ValueError("no chunk of a picture comes first")
+        raise ValueError("the first chunk is not a picture's")
     except Image.DecompressionBombError as error:
         raise RefusedError(413, f"the picture has too many pixels ({error}): reduce it") from error
     except (OSError, SyntaxError, TypeError, ValueError, OverflowError) as error:
@@ -127,7 +124,7 @@ class Room:
         """Take a place for a client; raise FullError if that exceeds its fair share."""
         mine, held = self.taken[client], self.taken.total()
         if not is_fair(1, mine=mine, held=held, limit=self.requests):
-            raise FullError("too many requests are under way already: ask again")
+            raise FullError("too many requests are in progress: try again")
         self.taken[client] += 1
 
     def leave(self, client: str) -> None:
@@ -139,7 +136,7 @@ class Room:
         """Hold `count` more bytes for a client; raise FullError if that exceeds its fair share."""
         mine, held = self.held[client], self.held.total()
         if not is_fair(count, mine=mine, held=held, limit=self.bytes):
-            raise FullError("too many large pictures are under way already: ask again")
+            raise FullError("too many large pictures are in progress: try again")
         self.held[client] += count
 
     def release(self, client: str, count: int) -> None:

@@ -14,22 +14,15 @@ from pipeline.repository import config_pbtxt
 from pipeline.repository.running import find_server, load_server
 
 
-def finder(paths: Paths, url: str | None) -> Callable[[], str]:
-    """Return a function that returns the server's URL: `url`, or server.json's at that time."""
-    if url:
-        return lambda: url
-
-    def find() -> str:
-        if server := find_server(paths):
-            return server.grpc_url
-        other = load_server(paths)
-        if other and paths.name not in other.models:
-            there = ", ".join(other.models) or "no model"
-            problem = f"our server has {there} and not {paths.name}"
-            raise ServerError(f"{problem}: choose another --name")
-        raise ServerError(f"no server of {paths.name} is running: start it, 'pipeline serve'")
-
-    return find
+def find_url(paths: Paths) -> str:
+    """Return the URL of the server of this model that runs now; ServerError if there is none."""
+    if server := find_server(paths):
+        return server.grpc_url
+    other = load_server(paths)
+    if other and paths.name not in other.models:
+        models = ", ".join(other.models) or "no model"
+        raise ServerError(f"the server has {models}, not {paths.name}: choose another --name")
+    raise ServerError(f"no server of {paths.name} is running: start one with 'pipeline serve'")
 
 
 @dataclass

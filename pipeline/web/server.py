@@ -16,7 +16,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 from pipeline.web.gateway import Gateway
 from pipeline.web.limits import client_of, is_fair
-from pipeline.web.link import Link, finder
+from pipeline.web.link import Link, find_url
 from pipeline.web.settings import GatewayConfig
 
 IDLE_SECONDS = 15  # after which a connection without requests is closed
@@ -49,24 +49,24 @@ def serve_page(
     `started` is called with the page's address once it is served. Raises PipelineError if the port
     is taken or the address is not one of this machine's.
     """
-    gateway = Gateway(Link(finder(paths, url), paths.name, config.timeout), config, log)
-    with listening(config) as listener:
-        server = uvicorn.Server(uvicorn_config(gateway))
+    link = Link(lambda: url or find_url(paths), paths.name, config.timeout)
+    with bind_listener(config) as listener:
+        server = uvicorn.Server(make_uvicorn_config(Gateway(link, config, log)))
 
         async def serve() -> None:
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
-            while not (server.started or serving.done()):
+            task = asyncio.create_task(server.serve(sockets=[listener]))
+            while not (server.started or task.done()):
                 await asyncio.sleep(0.01)
             if server.started:
                 # Asyncio sets its own backlog, and accepts as many at a time.
                 listener.listen(QUEUE)
-                started(address(config, listener))
-            await serving
+                started(page_url(config, listener))
+            await task
 
         asyncio.run(serve())
 
 
-def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
+def make_uvicorn_config(gateway: Gateway) -> uvicorn.Config:
     """Return uvicorn's configuration for a gateway."""
     return uvicorn.Config(
         gateway.app(),
@@ -86,7 +86,7 @@ def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
 
 
 @contextlib.contextmanager
-def listening(config: GatewayConfig) -> Iterator[socket.socket]:
+def bind_listener(config: GatewayConfig) -> Iterator[socket.socket]:
     """Yield a socket bound to the config's host and port; port 0 takes a free one."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family) as listener:
@@ -96,12 +96,12 @@ def listening(config: GatewayConfig) -> Iterator[socket.socket]:
         except OSError as error:
             raise PipelineError(
                 f"cannot listen on {config.host} port {config.port} ({error.strerror}): choose "
-                "another port with --port, 0 for a free one"
+                "another port with --port, or a free one with --port auto"
             ) from error
         yield listener
 
 
-def address(config: GatewayConfig, listener: socket.socket) -> str:
+def page_url(config: GatewayConfig, listener: socket.socket) -> str:
     """Return the page's URL for a browser on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     port = listener.getsockname()[1]
@@ -126,9 +126,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         if is_fair(1, mine=mine, held=held, limit=MAX_CONNECTIONS):
             self.flow = _Flow(self)
             transport.set_write_buffer_limits(0)  # any unread byte calls pause_writing
-            transport.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES
-            )
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
             self._watch()
         else:
             transport.write(_FULL)
@@ -167,11 +166,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self.cycle.message_event.set()
         headers = [("content-type", "text/plain; charset=utf-8"), ("connection", "close")]
         with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun, or has no body
-            for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=msg.encode()),
-                h11.EndOfMessage(),
-            ):
+            response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (response, h11.Data(data=msg.encode()), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self._refuse()
 
@@ -195,9 +191,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         with contextlib.suppress(OSError):  # the client has closed it already
             self.transport.write_eof()
         too_many = sum(other._is_refused for other in self._others()) >= MAX_REFUSED
-        self._patience = self.loop.call_later(
-            0 if too_many else REFUSED_SECONDS, self.transport.abort
-        )
+        seconds = 0 if too_many else REFUSED_SECONDS
+        self._patience = self.loop.call_later(seconds, self.transport.abort)
 
     def _others(self) -> list["Connection"]:
         return [c for c in self.connections if isinstance(c, Connection) and c is not self]

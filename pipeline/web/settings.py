@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pipeline.core.errors import PipelineError
 
 _NAME = {
-    "help": "A further name for this machine, as browsers write it.",
+    "help": "Another name of this machine that browsers may use.",
     "option": "allow-host",
     "metavar": "NAME",
 }
@@ -16,12 +16,12 @@ class GatewayConfig:
     """The gateway's settings: where it listens, which host names it accepts, and its limits."""
 
     host: str = field(default="127.0.0.1", metadata={"help": "Where to listen."})
-    port: int = field(default=8080, metadata={"help": "auto or 0: a free one."})
+    port: int = field(default=8080, metadata={"help": "auto or 0: a free port."})
     allow_hosts: tuple[str, ...] = field(default=(), metadata=_NAME)
     # For a whole request, including its upload.
     timeout: float = field(default=10.0, metadata={"help": "Seconds for an answer."})
     # Half of them for one client alone; further requests are refused with 503.
-    requests: int = field(default=64, metadata={"help": "How many may be under way at once."})
+    requests: int = field(default=64, metadata={"help": "Requests in progress, at most."})
     decoders: int = 2  # threads
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ def test_the_memory_is_that_of_the_server_and_of_the_models_own_stubs(
             raise psutil.NoSuchProcess(pid)
         return Mock(**{"cmdline.return_value": commands[pid].split()})
 
-    monkeypatch.setattr(serving, "processes_of", lambda server_id: [*commands, 10])
+    monkeypatch.setattr(serving, "find_processes", lambda server_id: [*commands, 10])
     monkeypatch.setattr(psutil, "Process", process)
     monkeypatch.setattr(serving, "peak_bytes", lambda pid: 10**pid)
     fields: dict[str, Any] = dict.fromkeys(Server.__dataclass_fields__)

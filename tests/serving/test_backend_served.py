@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from pipeline.benchmark.load import ServerLoad
 from pipeline.core.errors import ServerError
-from pipeline.serving.serve import running_server, with_free_ports
+from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import KEY_HEADER
 from tests.conftest import Chain, link_server_environment
@@ -67,7 +67,7 @@ def models(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mo
     chain = Chain(tmp_path_factory.mktemp("foreign") / "chain")
     shutil.copytree(made.root, chain.root, symlinks=True)
     link_server_environment(chain)
-    with running_server(chain.paths, with_free_ports(ServeConfig())) as (server, _):
+    with run_server(chain.paths, with_free_ports(ServeConfig())) as (server, _):
         address = f"127.0.0.1:{server.grpc_port}"
         yield Models(chain.paths.repository, address, server.admin_key)
 

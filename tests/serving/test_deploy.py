@@ -271,7 +271,7 @@ def test_the_health_checks_of_both_kinds_tell_a_right_server_from_none_or_anothe
     assert wrong.returncode == 1
     assert f"class {another} should be ahead" in wrong.stderr
     assert run(server["http_port"], "10", "f").returncode == 1
-    nobody = run(serve.free_ports(1)[0])
+    nobody = run(serve.find_free_ports(1)[0])
     assert nobody.returncode == 1
     assert "no answer from" in nobody.stderr
     assert "Traceback" not in wrong.stderr + nobody.stderr
@@ -318,7 +318,7 @@ def test_files_that_the_container_cannot_read_are_said_with_what_mends_them(tmp_
     assert write_deployment(paths, "compose").warning == ""
     (paths.packaged / "1" / "model.onnx").chmod(0o600)
     assert (
-        f"cannot read {paths.packaged}/1/model.onnx: chmod"
+        f"cannot read {paths.packaged}/1/model.onnx: run 'chmod"
         in write_deployment(paths, "compose").warning
     )
     assert write_deployment(paths, "kubernetes").warning == ""  # copied by its own user

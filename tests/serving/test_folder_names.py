@@ -86,17 +86,19 @@ def test_only_a_plain_path_is_given_to_tritonserver(tmp_path: Path, name: str) -
         {"LD_LIBRARY_PATH": f"/lib:{environment / 'libs'}"},
         environment / "bin" / "python",
     )
-    moved, shown = tritonserver.plain_paths(runtime, repository, scratch)
+    moved, shown = tritonserver.link_plain_paths(runtime, repository, scratch)
     assert shown.samefile(repository)
     assert moved.python
     assert moved.python.exists()
-    command = tritonserver.command(moved, shown, ServeConfig(), "id", "key", scratch / "backends")
-    variables = tritonserver.environment(moved)
+    command = tritonserver.build_command(
+        moved, shown, ServeConfig(), "id", "key", scratch / "backends"
+    )
+    variables = tritonserver.build_environment(moved)
     for text in (*command, variables["PATH"], variables["LD_LIBRARY_PATH"]):
         assert name not in text
     assert variables["PATH"].split(":")[0] == str(moved.python.parent)
     # What needs no link keeps its name, in messages too.
-    same = tritonserver.plain_paths(moved, tmp_path, scratch)
+    same = tritonserver.link_plain_paths(moved, tmp_path, scratch)
     assert same == (moved, tmp_path)
 
 
@@ -114,7 +116,7 @@ def test_a_temporary_folder_of_an_odd_name_is_not_used_for_a_server(
 def test_docker_mounts_a_repository_of_any_name(tmp_path: Path, name: str) -> None:
     runtime, config = ServerRuntime("docker", ("docker", "run"), {}), ServeConfig()
     repository = tmp_path / name
-    line = tritonserver.command(runtime, repository, config, "id", "key", tmp_path / "b")
+    line = tritonserver.build_command(runtime, repository, config, "id", "key", tmp_path / "b")
     (mount,) = [part.removeprefix("--mount=") for part in line if part.startswith("--mount=")]
     (fields,) = csv.reader([mount])
     assert fields == ["type=bind", f"source={repository}", "target=/models", "readonly"]
@@ -134,7 +136,7 @@ def test_a_path_that_would_garble_a_terminal_is_refused_in_words(tmp_path: Path,
     # A repository need not lie below the root.
     refused = pytest.raises(PipelineError, match="has control characters")
     runtime = ServerRuntime("path", ("true",), {})
-    with refused, process.launched(runtime, root, ServeConfig()):
+    with refused, process.launch(runtime, root, ServeConfig()):
         pass
 
 

@@ -62,7 +62,7 @@ def assert_nothing_is_left() -> None:
     def orphans() -> list[str]:
         regions = [path.name for path in Path("/dev/shm").glob("*handwriting-*")]
         ids = {match[0] for name in regions if (match := re.search("handwriting-.{12}", name))}
-        return [server_id for server_id in ids if not serve.processes_of(server_id)]
+        return [server_id for server_id in ids if not serve.find_processes(server_id)]
 
     wait_until(lambda: not orphans())
 
@@ -270,7 +270,7 @@ def ready_again(chain: Chain, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def stubs(server: dict[str, Any]) -> set[int]:
-    return set(serve.processes_of(server["id"])) - {server["pid"]}
+    return set(serve.find_processes(server["id"])) - {server["pid"]}
 
 
 @pytest.mark.server
@@ -288,7 +288,7 @@ def test_a_dead_server_and_a_dead_stub_are_said_and_started_again(servable: Chai
     status = servable.record("serve", "status")
     assert (status["pid"], status["restarts"]) == (third["pid"], 2)
     said = servable.record("serve", "logs", "--lines", "100")["lines"]
-    assert any("tritonserver died (signal 9): starting it again" in line for line in said)
+    assert any("tritonserver died (signal 9): restarting the server" in line for line in said)
     assert sum("ready again" in line for line in said) == 2
     assert servable.run("serve", "stop").exit_code == 0
     assert servable.run("serve", "stop").exit_code == 5
@@ -300,7 +300,7 @@ def test_a_server_that_hangs_or_answers_wrongly_is_started_again(servable: Chain
     first = servable.record("serve", "--detach", "--port", "auto")
     os.kill(first["pid"], signal.SIGSTOP)
     second = ready_again(servable, first)
-    assert "handwriting gives no answer (no answer from" in second["why"]
+    assert "handwriting does not answer (no answer from" in second["why"]
     server = serve.load_server(servable.paths)
     assert server
     # The very model, with the classes in another order: Triton itself finds nothing wrong with it.
@@ -313,7 +313,7 @@ def test_a_server_that_hangs_or_answers_wrongly_is_started_again(servable: Chain
     with Admin(server.grpc_url, server.admin_key, HANG_GUARD) as admin:
         admin.load_files(wrong, {"1/model.onnx": model.SerializeToString()})
     third = ready_again(servable, second)
-    assert third["why"] == "handwriting version 1 answers wrongly"
+    assert third["why"] == "handwriting version 1 gives incorrect answers"
     assert servable.run("serve", "status").exit_code == 0
     assert servable.run("serve", "stop").exit_code == 0
     assert_nothing_is_left()
@@ -336,9 +336,9 @@ def test_a_killed_supervisor_is_said_and_what_it_left_is_cleared(servable: Chain
         wait_until(lambda pid=pid: serve.start_time(pid) is None)  # type: ignore[misc]
     status = servable.run("serve", "status")
     assert status.exit_code == 5
-    assert "died and is dead" in error_line(status)
+    assert "has died: 'pipeline serve' starts another" in error_line(status)
     stopped = servable.run("serve", "stop")
-    assert "cleared a dead server" in stopped.stdout
+    assert "removed a dead server" in stopped.stdout
     assert_nothing_is_left()
 
 
@@ -353,7 +353,7 @@ def test_a_restart_and_a_stop_lose_no_request_that_was_accepted(servable: Chain)
     idle.getresponse().read()  # and it stays open: Triton waits for it as long as it may
     with traffic(urls, ask) as clients:
         again = servable.record("serve", "restart")
-        assert (again["restarts"], again["why"]) == (1, "asked to")
+        assert (again["restarts"], again["why"]) == (1, "on request")
         clients.await_more(50)
         assert servable.run("serve", "stop").stdout.startswith("stopped the server")
         tally = clients.stop()
@@ -455,7 +455,7 @@ def test_sigterm_ends_a_server_that_was_started_for_the_occasion(servable: Chain
 @pytest.mark.server
 @pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
 def test_a_taken_port_is_an_error_that_says_which(servable: Chain, service: str) -> None:
-    ports = [f"--{s}-port={serve.free_ports(1)[0]}" for s in ("http", "grpc", "metrics")]
+    ports = [f"--{s}-port={serve.find_free_ports(1)[0]}" for s in ("http", "grpc", "metrics")]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -501,7 +501,7 @@ def test_a_server_with_another_network_is_not_ready_and_exits_3(servable: Chain)
     with answers_of(f"http://127.0.0.1:{ports.http_port}") as answers:
         result = servable.run("serve", "--detach", *flags)
     assert result.exit_code == 3
-    assert "handwriting version 1 answers wrongly over http://" in error_line(result)
+    assert "handwriting version 1 gives incorrect answers over http://" in error_line(result)
     assert answers == []  # of the wrong network, to whoever asked in the meantime
     assert servable.run("validate", str(servable.paths.repository)).exit_code == 3
     assert not servable.paths.server.exists()
@@ -591,10 +591,10 @@ def test_a_missing_and_a_truncated_model_are_not_served(chain: Chain) -> None:
 
 def test_the_free_ports_of_a_server_are_three_different_ones() -> None:
     for _ in range(300):
-        assert len(set(serve.free_ports(3))) == 3
+        assert len(set(serve.find_free_ports(3))) == 3
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        assert taken.getsockname()[1] not in serve.free_ports(100)
+        assert taken.getsockname()[1] not in serve.find_free_ports(100)
 
 
 def test_numpy_2_in_the_servers_environment_is_refused_in_a_line(chain: Chain) -> None:
@@ -650,9 +650,9 @@ def test_without_any_tritonserver_it_says_what_is_missing_and_names_the_containe
     result = chain.run("serve")
     assert result.exit_code == 1
     message = error_line(result)
-    assert "path: no tritonserver on the PATH" in message
+    assert "path: tritonserver is not on the PATH" in message
     assert "make .venv-triton" in message
-    assert "docker: no docker on the PATH" in message
+    assert "docker: docker is not on the PATH" in message
     assert tritonserver.IMAGE in message
 
 
@@ -667,7 +667,7 @@ def test_a_docker_whose_engine_does_not_answer_serves_nothing(
     result = chain.run("serve", "--detach", "--port", "auto")
     assert result.exit_code == 1
     assert "make .venv-triton" in error_line(result)
-    assert f"{tmp_path / 'docker'} is here and its engine does not answer" in error_line(result)
+    assert f"{tmp_path / 'docker'} gets no answer from Docker's engine" in error_line(result)
 
 
 def test_free_ports_are_auto_or_0_and_one_port_is_wrong_usage(
@@ -689,7 +689,7 @@ def test_free_ports_are_auto_or_0_and_one_port_is_wrong_usage(
 def test_status_of_no_server_says_so(chain: Chain) -> None:
     result = chain.run("serve", "status")
     assert result.exit_code == 5
-    assert "no server of ours is running" in error_line(result)
+    assert "no server of this project is running" in error_line(result)
 
 
 def pretend(chain: Chain, **changes: object) -> None:
@@ -742,7 +742,7 @@ def left_of(server_id: str) -> subprocess.Popen[bytes]:
     mark = {server_process.MARK: server_id}
     process = subprocess.Popen(["sleep", "9"], env={**os.environ, **mark})
     deadline = time.monotonic() + HANG_GUARD
-    while process.pid not in serve.processes_of(server_id) and time.monotonic() < deadline:
+    while process.pid not in serve.find_processes(server_id) and time.monotonic() < deadline:
         time.sleep(0.001)
     return process
 
@@ -754,7 +754,7 @@ def test_only_what_bears_a_dead_servers_id_as_our_processes_do_is_cleared(chain:
     reader = subprocess.Popen(["tail", "-f", str(log)])
     ours = left_of(f"handwriting-{0:012x}")
     try:
-        assert chain.run("serve", "stop").stdout.startswith("cleared a dead server")
+        assert chain.run("serve", "stop").stdout.startswith("removed a dead server")
         assert ours.wait(HANG_GUARD) == -signal.SIGKILL
         assert reader.poll() is None
     finally:
@@ -776,7 +776,7 @@ def test_a_stranger_that_has_the_pid_of_a_dead_supervisor_is_not_sent_a_signal(
             result = chain.run("serve", command)
             assert result.exit_code == exit_code
             assert stranger.poll() is None
-        assert result.stdout.startswith("cleared a dead server")
+        assert result.stdout.startswith("removed a dead server")
         assert not chain.paths.server.exists()
     finally:
         stranger.kill()
@@ -788,8 +788,8 @@ def test_a_process_that_is_just_being_started_is_cleared_with_the_others(
 ) -> None:
     server_id = f"handwriting-{1:012x}"
     early, late = left_of(server_id), left_of(server_id)
-    seen_first, see = iter([[early.pid]]), server_process.processes_of
-    monkeypatch.setattr(server_process, "processes_of", lambda name: next(seen_first, see(name)))
+    seen_first, see = iter([[early.pid]]), server_process.find_processes
+    monkeypatch.setattr(server_process, "find_processes", lambda name: next(seen_first, see(name)))
     server_process.clear(server_id, "wheel")
     assert {early.wait(HANG_GUARD), late.wait(HANG_GUARD)} == {-signal.SIGKILL}
 
@@ -798,14 +798,14 @@ def test_a_copy_of_a_project_has_no_server_of_its_own(chain: Chain) -> None:
     pretend(chain, root=str(chain.root.parent / "original"))
     result = chain.run("serve", "stop")
     assert result.exit_code == 5
-    assert "no server of ours is running" in error_line(result)
+    assert "no server of this project is running" in error_line(result)
 
 
 def test_a_second_server_of_a_project_is_refused_even_while_the_first_starts(chain: Chain) -> None:
     with locked(chain.paths.exported / ".supervisor.lock"):
         result = chain.run("serve", "--port", "auto")
     assert result.exit_code == 1
-    assert "another 'pipeline serve' runs here" in error_line(result)
+    assert "another 'pipeline serve' is running here" in error_line(result)
 
 
 def test_a_pid_that_came_again_is_not_our_server() -> None:
@@ -833,7 +833,9 @@ def await_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         (tmp_path / "log").write_text(f"of another\n{log}")
         child: Any = SimpleNamespace(poll=lambda: code)
         config = ServeConfig(start_seconds=1)
-        started = server_process.Launched("ours", "", config, child, tmp_path / "log", 11)
+        started = server_process.ServerProcess(
+            "ours", "", ServerRuntime("path", (), {}), config, child, tmp_path / "log", 11
+        )
         started.await_answer(-1)
 
     return await_answer
@@ -851,27 +853,29 @@ def test_a_server_that_died_or_takes_too_long_is_told_with_its_cause(
     log = "E1122 21:00:00.1 123 model.cc:642] \"failed to load 'm' version 1: Internal: why\"\n"
     with pytest.raises(ServerError, match="did not start: failed to load 'm' .* why"):
         await_answer(None, 1, log)
-    with pytest.raises(ServerError, match="not ready in 1 s; its log ends: .* why"):
+    with pytest.raises(ServerError, match=r"not ready in 1 s\. Its log: .* why"):
         await_answer(None, None, log)
 
 
 def test_the_cause_is_the_first_error_that_says_something() -> None:
-    assert tritonserver.cause("") == "it wrote no log"
-    assert tritonserver.cause("I0 fine\nlast words\n") == "last words"
+    assert tritonserver.find_cause("") == "its log is empty"
+    assert tritonserver.find_cause("I0 fine\nlast words\n") == "last words"
     refusal = "docker: Cannot connect to the Docker daemon at unix:///x. Is it running?"
     docker = f"{refusal}\n\nRun 'docker run --help' for more information\n"
-    assert tritonserver.cause(docker) == refusal
+    assert tritonserver.find_cause(docker) == refusal
     lines = (
         'E1122 21:00:00.1 1 main.cc:1] "failed to load all models"\n'
         'E1122 21:00:00.1 1 poll.cc:2] "Poll failed for model directory"\n'
     )
-    assert tritonserver.cause(lines) == "Poll failed for model directory"
+    assert tritonserver.find_cause(lines) == "Poll failed for model directory"
 
 
 def test_the_command_of_each_runtime_is_loopback_only(tmp_path: Path) -> None:
     for kind, program in (("path", "/opt/tritonserver"), ("docker", "/usr/bin/docker")):
         runtime = ServerRuntime(kind, (program,), {})
-        line = tritonserver.command(runtime, tmp_path, ServeConfig(), "id", "key", tmp_path / "b")
+        line = tritonserver.build_command(
+            runtime, tmp_path, ServeConfig(), "id", "key", tmp_path / "b"
+        )
         text = " ".join(line)
         assert line[0] == program
         assert "--http-restricted-api=model-repository" in text
@@ -893,9 +897,9 @@ def test_a_tritonserver_on_the_path_needs_its_native_backend(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent))
     with pytest.raises(PipelineError, match="has no onnxruntime backend"):
-        tritonserver.find(Paths(tmp_path), "path")
+        tritonserver.find_runtime(Paths(tmp_path), "path")
     (tmp_path / "backends" / "onnxruntime").mkdir(parents=True)
-    assert tritonserver.find(Paths(tmp_path), "auto").kind == "path"
+    assert tritonserver.find_runtime(Paths(tmp_path), "auto").kind == "path"
 
 
 def test_the_wheel_is_refused_for_a_network_and_for_a_python_without_stub(
@@ -904,15 +908,15 @@ def test_the_wheel_is_refused_for_a_network_and_for_a_python_without_stub(
     link_server_environment(chain)
     config = ServeConfig(host="0.0.0.0", runtime="wheel")
     with (
-        pytest.raises(PipelineError, match="loopback only"),
-        serve.running_server(chain.paths, config),
+        pytest.raises(PipelineError, match="too old for a network"),
+        serve.run_server(chain.paths, config),
     ):
         pass
     odd = ServerRuntime(
         "wheel", (str(tmp_path / "python3.7/site/pytriton/tritonserver/bin/t"),), {}
     )
     with pytest.raises(PipelineError, match="no stub for Python"):
-        tritonserver.lay_out_backends(odd, tmp_path / "backends")
+        tritonserver.copy_backends(odd, tmp_path / "backends")
 
 
 def test_rows_that_disagree_fail_the_table() -> None:

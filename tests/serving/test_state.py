@@ -11,7 +11,7 @@ import pytest
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.serving import state
 from pipeline.serving.admin import Admin
-from pipeline.serving.serve import free_ports
+from pipeline.serving.serve import find_free_ports
 from pipeline.serving.state import Load
 from tests.conftest import Chain, error_line
 
@@ -40,12 +40,12 @@ nv_cpu_utilization 0.5
 def test_a_load_is_read_from_what_triton_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = io.BytesIO(TEXT.encode())
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: answer)
-    assert state.loads("http://x") == {("m", "1"): Load(10, 3, 7.5, 400.0, None)}
+    assert state.read_loads("http://x") == {("m", "1"): Load(10, 3, 7.5, 400.0, None)}
 
 
 def test_no_metrics_are_no_server() -> None:
-    with pytest.raises(ServerError, match="no metrics from http"):
-        state.loads(f"http://127.0.0.1:{free_ports(1)[0]}/metrics")
+    with pytest.raises(ServerError, match="gives no metrics"):
+        state.read_loads(f"http://127.0.0.1:{find_free_ports(1)[0]}/metrics")
 
 
 @pytest.mark.server
@@ -62,7 +62,7 @@ def test_status_counts_what_was_asked(served: Served) -> None:
     assert 0 < after["p50_us"] <= after["p99_us"]
     text = chain.run("serve", "status").stdout
     assert after["sha256"][:12] in text
-    assert "right on its golden sets" in text
+    assert "answers its golden sets correctly" in text
     assert len(re.findall(r"\d+\.\d\d ms", text)) == 2  # p50 and p99
 
 
@@ -89,7 +89,7 @@ def test_logs_show_the_last_lines_and_follow_until_the_end(served: Served) -> No
     assert len(lines) == 4
     assert lines[1] == "next: pipeline query IMAGE..., pipeline serve stop"
     assert chain.record("serve", "logs", "--lines", "0") == {"lines": []}
-    followed = state.follow(chain.paths)
+    followed = state.follow_log(chain.paths)
     with chain.paths.server_log.open("a") as log:
         log.write("before\n")
         log.flush()
@@ -101,7 +101,7 @@ def test_logs_show_the_last_lines_and_follow_until_the_end(served: Served) -> No
 def test_logs_of_no_server_say_so(chain: Chain) -> None:
     result = chain.run("serve", "logs")
     assert result.exit_code == 5
-    assert "has written a log" in error_line(result)
+    assert "no log of a server" in error_line(result)
 
 
 @pytest.mark.server
@@ -116,7 +116,7 @@ def test_the_admin_interface_needs_its_key_and_says_what_it_is_refused(served: S
     with Admin(url, "guessed", 10) as guessing, pytest.raises(PipelineError, match="restricted"):
         guessing.states()
     with (
-        Admin(f"grpc://127.0.0.1:{free_ports(1)[0]}", key, 10) as nobody,
+        Admin(f"grpc://127.0.0.1:{find_free_ports(1)[0]}", key, 10) as nobody,
         pytest.raises(ServerError, match="no answer from grpc"),
     ):
         nobody.states()

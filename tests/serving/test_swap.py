@@ -51,7 +51,7 @@ def images_of(chain: Chain) -> np.ndarray:
 
 def state(chain: Chain) -> tuple[int | None, int, int]:
     """The version that is served, the one that is selected, and the one that is recorded."""
-    served = swap.served(chain.paths)
+    served = swap.find_served_version(chain.paths)
     (selected,) = (
         one.version for one in versions.list_versions(chain.paths).versions if one.is_selected
     )
@@ -73,7 +73,7 @@ def has_candidate(chain: Chain) -> bool:
 
 def other_version(chain: Chain) -> int:
     """Of the two right versions the one that is not served."""
-    return 3 - (swap.served(chain.paths) or 0)
+    return 3 - (swap.find_served_version(chain.paths) or 0)
 
 
 def add_wrong(chain: Chain) -> int:
@@ -144,7 +144,9 @@ def test_a_wrong_candidate_never_serves_anybody(live: Chain) -> None:
         running.await_more(5)
         tally = running.stop()
     assert result.exit_code == 3
-    assert f"handwriting version {version} answers wrongly over http://" in error_line(result)
+    assert f"handwriting version {version} gives incorrect answers over http://" in error_line(
+        result
+    )
     assert (tally.wrong, tally.failed) == (0, 0)
     assert state(live) == before
     assert not has_candidate(live)
@@ -158,7 +160,7 @@ def test_a_candidate_that_triton_does_not_load_is_refused_with_3(live: Chain) ->
     result = live.run("versions", "promote", str(version))
     assert result.exit_code == 3
     assert f"handwriting version {version} is not loaded: " in error_line(result)
-    assert "What was served goes on being served" in error_line(result)
+    assert "is still served" in error_line(result)
     assert state(live) == before
     assert not has_candidate(live)
 
@@ -265,7 +267,7 @@ def test_what_was_packaged_while_a_server_ran_is_not_served_by_the_next_one_eith
 ) -> None:
     (served, *_), version = state(live), int(live.record("package")["version"])
     assert live.run("serve", "stop").exit_code == 0
-    assert swap.served(live.paths) is None
+    assert swap.find_served_version(live.paths) is None
     live.record("serve", "--detach", "--port", "auto")
     assert state(live)[0] == served != version
 
@@ -285,12 +287,12 @@ def test_a_wrong_key_is_refused_in_a_line(live: Chain) -> None:
     with Admin(server.grpc_url, "guess", 10.0) as admin, pytest.raises(PipelineError) as caught:
         admin.unload("handwriting")
     assert "restricted" in str(caught.value)
-    assert swap.served(live.paths) == state(live)[0]
+    assert swap.find_served_version(live.paths) == state(live)[0]
 
 
 def test_traffic_sees_wrong_and_failed_answers(live: Chain) -> None:
     images, server = images_of(live), server_of(live)
-    version = swap.served(live.paths) or 0
+    version = swap.find_served_version(live.paths) or 0
     outputs = expected(live.paths, [version], images)
     ask = Traffic("", "handwriting", images, outputs, TOLERANCE)
     rows = slice(0, 1)
@@ -300,7 +302,7 @@ def test_traffic_sees_wrong_and_failed_answers(live: Chain) -> None:
     assert "off by" in judge(ask, rows, outputs[version][rows] * np.nan, str(version))
     assert "instead of" in judge(ask, rows, outputs[version][:2], str(version))
     mixed = replace(ask, outputs_by_version={version: np.roll(outputs[version], 1, axis=0)})
-    nowhere = f"http://127.0.0.1:{serve.free_ports(1)[0]}"
+    nowhere = f"http://127.0.0.1:{serve.find_free_ports(1)[0]}"
     with traffic([server.grpc_url, nowhere], mixed) as running:
         running.await_more(3)
         tally = running.stop()

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import CorruptError, PipelineError, ServerError, SlowError
+from pipeline.core.paths import Paths
 from pipeline.repository.release import selected_releases
 from pipeline.serving import serve, state, supervise
 from pipeline.serving.serve import Server, bound_log
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.state import Load
-from pipeline.serving.supervise import Canary, pause_after
+from pipeline.serving.supervise import Canary, choose_pause
 from tests.conftest import Chain
 
 SERVER = Server(**{**dict.fromkeys(Server.__dataclass_fields__, 1), "id": "ours", "pid": 2**22})  # type: ignore[arg-type]
@@ -25,8 +26,8 @@ Said = tuple[np.ndarray, str] | PipelineError
 
 
 def test_the_pause_before_a_start_grows_and_is_bounded() -> None:
-    assert [pause_after(0, early) for early in range(8)] == [0, 0, 1, 2, 3, 4, 4, 4]
-    assert [pause_after(failed, 0) for failed in range(1, 7)] == [1, 2, 4, 8, 8, 8]
+    assert [choose_pause(0, early) for early in range(8)] == [0, 0, 1, 2, 3, 4, 4, 4]
+    assert [choose_pause(failed, 0) for failed in range(1, 7)] == [1, 2, 4, 8, 8, 8]
 
 
 class Asked:
@@ -60,19 +61,19 @@ def test_a_canary_asks_another_image_each_time_and_tells_a_wrong_answer(made: Ch
     canary = canary_of(made, right(made, 1), right(made, 2), right(made, 4))
     assert [canary.ask() for _ in range(3)] == [
         *(None, None),
-        "handwriting version 1 answers wrongly",
+        "handwriting version 1 gives incorrect answers",
     ]
 
 
 def test_the_third_question_in_a_row_without_an_answer_is_the_end(
     made: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "loads", lambda url, seconds: {})
+    monkeypatch.setattr(state, "read_loads", lambda url, seconds: {})
     dead, late = ServerError("its process died: fix it"), SlowError("no answer in 1 s: is it?")
     canary = canary_of(made, dead, right(made, 2), late, dead, late)
     assert [canary.ask() for _ in range(5)] == [
         *(None, None, None, None),
-        "handwriting gives no answer (no answer in 1 s)",
+        "handwriting does not answer (no answer in 1 s)",
     ]
 
 
@@ -93,32 +94,34 @@ def test_a_late_answer_is_no_miss_while_others_are_answered(
     def loads(url: str, seconds: float) -> dict[tuple[str, str], Load]:
         return {("handwriting", "1"): Load(next(answered), 0, None, None, None)}
 
-    monkeypatch.setattr(state, "loads", loads)
+    monkeypatch.setattr(state, "read_loads", loads)
     canary = canary_of(made, *[SlowError("late")] * 7)
     said = [canary.ask() for _ in range(7)]
-    assert said == [None] * 6 + ["handwriting gives no answer (late)"]
+    assert said == [None] * 6 + ["handwriting does not answer (late)"]
 
 
 def test_a_promoted_version_is_asked_its_own_golden_set(chain: Chain) -> None:
     chain.record("package")
     canary = canary_of(chain, right(chain, 1, "2"), right(chain, 2, "2"))
-    canary.known["handwriting"] = (1, canary.known["handwriting"][1])
+    canary.releases["handwriting"] = replace(canary.releases["handwriting"], version=1)
     assert [canary.ask(), canary.ask()] == [None, None]
-    assert canary.known["handwriting"][0] == 2
+    assert canary.releases["handwriting"].version == 2
 
 
 def test_a_watch_ends_with_a_dead_server_or_when_it_is_asked(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.touch()
-    fine = SimpleNamespace(ask=lambda: None, misses=0)
-    wrong = SimpleNamespace(ask=lambda: "m version 1 answers wrongly", misses=0)
+    paths = Paths(tmp_path)
+    paths.exported.mkdir()
+    paths.server_log.touch()
+    supervisor = supervise._Supervisor(paths, ServeConfig(), lambda server: None, print)
+    fine: Any = SimpleNamespace(ask=lambda: None, misses=0)
+    wrong: Any = SimpleNamespace(ask=lambda: "m gives incorrect answers", misses=0)
+    alive: Any = SimpleNamespace(poll=lambda: None)
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(7)"]) as child:
         child.wait()
-        said = supervise.watch_server(child, fine, log, lambda: False, 1)  # type: ignore[arg-type]
-        assert said == "tritonserver died (exit status 7)"
-        assert supervise.watch_server(child, fine, log, lambda: True, 1) == "asked to"  # type: ignore[arg-type]
-    alive: Any = SimpleNamespace(poll=lambda: None)
-    assert supervise.watch_server(alive, wrong, log, lambda: False, 1).endswith("answers wrongly")  # type: ignore[arg-type]
+        assert supervisor.watch(child, fine) == "tritonserver died (exit status 7)"
+    assert supervisor.watch(alive, wrong) == "m gives incorrect answers"
+    supervisor.to_restart = True
+    assert supervisor.watch(alive, fine) == "on request"
 
 
 def test_a_log_that_is_too_long_begins_anew_and_its_past_is_kept(tmp_path: Path) -> None:
@@ -141,16 +144,19 @@ class Lives:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *fates: float | PipelineError) -> None:
         self.fates, self.now = list(fates), 0.0
-        self.asked = supervise._Asked()
         self.pauses: list[float] = []
         self.said: list[str] = []
-        monkeypatch.setattr(supervise, "running_server", self.running_server)
-        monkeypatch.setattr(supervise, "_life", self.life)
+        supervisor = supervise._Supervisor(
+            Paths(), ServeConfig(), lambda server: None, self.said.append
+        )
+        self.supervisor = supervisor
+        monkeypatch.setattr(supervise, "run_server", self.run_server)
+        monkeypatch.setattr(supervisor, "supervise", self.life)
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.pauses.append)
         monkeypatch.setattr(supervise, "time", clock)
 
     @contextlib.contextmanager
-    def running_server(self, *_: Any) -> Iterator[tuple[Server, None]]:
+    def run_server(self, *_: Any) -> Iterator[tuple[Server, None]]:
         self.while_starting()
         if not self.fates:
             raise KeyboardInterrupt
@@ -165,52 +171,44 @@ class Lives:
         self.now += self.fates.pop(0)  # type: ignore[operator]
         return "it died"
 
-    def supervise(self, paths: Any) -> None:
-        asked = self.asked
-        supervise._lives(paths, ServeConfig(), lambda server: None, self.said.append, asked)
-
 
 def test_a_restart_that_is_asked_for_during_a_start_is_not_forgotten(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lives, heard = Lives(monkeypatch, 60.0), []
 
     def life(*_: Any) -> str:
-        heard.append(lives.asked.to_restart)
+        heard.append(lives.supervisor.to_restart)
         return lives.life()
 
-    monkeypatch.setattr(lives, "while_starting", lambda: lives.asked._restart(0, None))
-    monkeypatch.setattr(supervise, "_life", life)
+    monkeypatch.setattr(lives, "while_starting", lambda: lives.supervisor.request_restart(0, None))
+    monkeypatch.setattr(lives.supervisor, "supervise", life)
     with pytest.raises(KeyboardInterrupt):
-        lives.supervise(chain.paths)
+        lives.supervisor.run()
     assert heard == [True]
 
 
-def test_the_first_start_that_fails_is_the_end(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_start_that_fails_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     lives = Lives(monkeypatch, CorruptError("bytes"))
     with pytest.raises(CorruptError, match="bytes"):
-        lives.supervise(chain.paths)
+        lives.supervisor.run()
     assert lives.pauses == []
 
 
 def test_five_failed_starts_in_a_row_are_the_end_and_each_waits_longer(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken = CorruptError("bytes")
     lives = Lives(monkeypatch, 60.0, *[broken] * 4, 60.0, *[broken] * 5)
     with pytest.raises(ServerError, match=r"gave up after 5 failed starts in a row: .* \(bytes\)"):
-        lives.supervise(chain.paths)
+        lives.supervisor.run()
     assert lives.pauses == [0, 1, 2, 4, 8, 0, 1, 2, 4, 8]
-    assert "it died: starting it again" in lives.said
-    assert "it did not start (bytes): starting it again in 4 s" in lives.said
+    assert "it died: restarting the server" in lives.said
+    assert "it did not start (bytes): restarting the server in 4 s" in lives.said
 
 
-def test_servers_that_die_young_are_started_ever_later(
-    chain: Chain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_servers_that_die_young_are_started_ever_later(monkeypatch: pytest.MonkeyPatch) -> None:
     lives = Lives(monkeypatch, 60.0, 1.0, 1.0, 1.0, 60.0, 1.0)
     with pytest.raises(KeyboardInterrupt):
-        lives.supervise(chain.paths)
+        lives.supervisor.run()
     assert lives.pauses == [0, 0, 1, 2, 0, 0]

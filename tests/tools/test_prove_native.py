@@ -55,8 +55,8 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link_server_environment(chain)
-    wheel = tritonserver.find(chain.paths, "wheel")
-    tritonserver.lay_out_backends(wheel, tmp_path / "backends")
+    wheel = tritonserver.find_runtime(chain.paths, "wheel")
+    tritonserver.copy_backends(wheel, tmp_path / "backends")
     calls = tmp_path / "calls"
     script = DOCKER.format(
         python=sys.executable,

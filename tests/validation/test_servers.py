@@ -23,7 +23,7 @@ from pipeline.core.files import sha256, write_bytes
 from pipeline.export.runtime import onnx_predictor
 from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden, pack_golden
-from pipeline.serving.serve import running_server, with_free_ports
+from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.validation.servers import Yardstick, misnamed, stated_classes, yardstick_of
 from tests.conftest import Chain, edit_json, error_line, flip_bit, link_server_environment
@@ -217,7 +217,7 @@ def test_one_weight_off_by_1_percent_and_swapped_labels_show_on_a_real_server(
     poison(chain)
     golden = tmp_path / "golden.npz"
     shutil.copy(made.paths.packaged / "1" / "golden.npz", golden)  # without its manifest
-    with running_server(chain.paths, with_free_ports(ServeConfig())) as (server, _):
+    with run_server(chain.paths, with_free_ports(ServeConfig())) as (server, _):
         result = elsewhere.run("validate", server.http_url, "--golden", str(golden))
         own = chain.run("validate", server.grpc_url)
     assert result.exit_code == 3

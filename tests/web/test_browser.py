@@ -16,7 +16,7 @@ from pipeline.client.client import Client
 from pipeline.data.splits import load_split
 from pipeline.images.read import prepare
 from pipeline.repository import config_pbtxt
-from pipeline.web.link import Link, finder
+from pipeline.web.link import Link, find_url
 from pipeline.web.settings import GatewayConfig
 from tests.browser import PHONE, chromium, opened, strokes_of
 from tests.conftest import Chain, link_server_environment
@@ -42,7 +42,7 @@ def shop(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chai
 def gateway(shop: Chain) -> Iterator[Served]:
     """The gateway of `pipeline web` before that server, or whichever runs next."""
     config = GatewayConfig(port=0)
-    link = Link(finder(shop.paths, None), shop.paths.name, config.timeout)
+    link = Link(lambda: find_url(shop.paths), shop.paths.name, config.timeout)
     with served(link, config) as running:
         yield running
 
@@ -63,7 +63,7 @@ def digits(shop: Chain) -> Digits:
     """The first test digit of each class that the small network is sure about."""
     test = load_split("mnist", shop.paths.data("mnist"), "test")
     found: Digits = {}
-    with Client(finder(shop.paths, None)()) as client:
+    with Client(find_url(shop.paths)) as client:
         predictions = client.classify(list(test.images[:200]))
     for image, label, said in zip(test.images, test.labels, predictions, strict=False):
         if said.label == str(label) and said.probability > 0.95:

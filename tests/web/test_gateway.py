@@ -27,8 +27,8 @@ from pipeline.repository.running import Server, root
 from pipeline.web.gateway import PAGE
 from pipeline.web.guard import HEADERS, check_host, host_names
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
-from pipeline.web.link import Link, finder
-from pipeline.web.server import READ_BYTES, Connection, address, listening
+from pipeline.web.link import Link, find_url
+from pipeline.web.server import READ_BYTES, Connection, bind_listener, page_url
 from pipeline.web.settings import GatewayConfig
 from tests.conftest import Chain, error_line
 from tools.gateways import (
@@ -85,8 +85,8 @@ def test_the_page_and_its_files_come_with_headers_that_keep_others_out(gateway: 
     assert gateway.ask(path="/../gateway.py").status == 404
     wrong_method = gateway.ask(path="/classify")
     assert wrong_method.status == 405
-    assert "POST a picture to /classify" in wrong_method.record["error"]
-    assert "GET / for the page" in gateway.ask(path="/nothing").record["error"]
+    assert "post a picture to /classify" in wrong_method.record["error"]
+    assert "get the page from /" in gateway.ask(path="/nothing").record["error"]
 
 
 def test_the_page_needs_nothing_that_its_policy_forbids() -> None:
@@ -337,13 +337,13 @@ def test_refused_clients_that_have_hung_up_leave_nothing_in_the_log(
 ) -> None:
     @contextlib.contextmanager
     def besieged(config: GatewayConfig) -> Iterator[socket.socket]:
-        with listening(config) as listener:
+        with bind_listener(config) as listener:
             listener.listen()
             for _ in range(9):  # they wait to be accepted, and have gone by then
                 socket.create_connection(listener.getsockname()).close()
             yield listener
 
-    monkeypatch.setattr("pipeline.web.server.listening", besieged)
+    monkeypatch.setattr("pipeline.web.server.bind_listener", besieged)
     monkeypatch.setattr("pipeline.web.server.MAX_CONNECTIONS", 1)
     link = Link(lambda: "grpc://127.0.0.1:1", "handwriting", 1.0)
     with served(link, GatewayConfig(port=0)) as running:
@@ -414,7 +414,7 @@ def test_a_full_queue_is_503_with_retry_after_and_the_others_are_answered(
         until(lambda: gateway.gateway.room.taken.total() == SHARE)
         refused = gateway.classify(picture())
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-        assert "ask again" in refused.record["error"]
+        assert "try again" in refused.record["error"]
         assert gateway.ask(path="/healthz").status == 200
         triton.gate.set()
         assert [reply.result().status for reply in waiting] == [200] * SHARE
@@ -686,8 +686,7 @@ def test_probes_ask_the_model_once_a_second_at_most(
 
 def test_without_a_server_of_ours_the_link_says_how_to_start_one(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="'pipeline serve'"):
-        finder(Paths(tmp_path), None)()
-    assert finder(Paths(tmp_path), "grpc://triton:8001")() == "grpc://triton:8001"
+        find_url(Paths(tmp_path))
 
 
 def test_of_a_model_that_our_server_lacks_the_link_says_which_ones_it_has(tmp_path: Path) -> None:
@@ -698,19 +697,19 @@ def test_of_a_model_that_our_server_lacks_the_link_says_which_ones_it_has(tmp_pa
     fields |= {"models": {"handwriting": 1, "fashion": 2}, "root": root(paths)}
     server = Server(**fields)
     write_json(paths.server, asdict(server))
-    with pytest.raises(ServerError, match="has handwriting, fashion and not nosuch: .* --name"):
-        finder(paths, None)()
+    with pytest.raises(ServerError, match="has handwriting, fashion, not nosuch: .* --name"):
+        find_url(paths)
 
 
 def test_it_listens_on_loopback_and_a_taken_port_is_an_error() -> None:
-    with listening(GatewayConfig(port=0)) as listener:
+    with bind_listener(GatewayConfig(port=0)) as listener:
         host, port = listener.getsockname()
         assert host == "127.0.0.1"
-        assert address(GatewayConfig(), listener) == f"http://127.0.0.1:{port}/"
+        assert page_url(GatewayConfig(), listener) == f"http://127.0.0.1:{port}/"
         listener.listen()
         with (
             pytest.raises(PipelineError, match=f"port {port} .*--port"),
-            listening(GatewayConfig(port=port)),
+            bind_listener(GatewayConfig(port=port)),
         ):
             pass
 
