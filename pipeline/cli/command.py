@@ -298,7 +298,11 @@ class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes
         dataset = FOLDER + os.path.abspath(os.path.expanduser(path))
         name = data_name(dataset)
         if not is_name(name) or name in {*DATASETS, *TAKEN}:
-            why = f"{name!r} is taken" if is_name(name) else f"{name!r} is no name: use {NAME_RULE}"
+            why = (
+                f"{name!r} is taken"
+                if is_name(name)
+                else f"{name!r} is not a valid name: use {NAME_RULE}"
+            )
             self.fail(
                 f"the model is called as the folder, and {why}. Rename the folder, or make a link "
                 "to it under another name (ln -s)",

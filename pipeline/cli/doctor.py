@@ -23,10 +23,10 @@ def doctor_command(settings: Settings) -> None:
     try:
         from pipeline.doctor.checks import examine
     except Exception as error:  # whatever a library raises that does not fit other packages
-        examined = packages.alone(error)
+        examination = packages.examine_packages(error)
     else:
-        examined = examine(paths_of(settings))
+        examination = examine(paths_of(settings))
     next_step = "pipeline serve" if paths_of(settings).packaged.exists() else "make all"
-    then = "" if examined.count("problem") else next_step
-    settings.result(examined.record(), examined, then)
-    packages.require_sound(examined)
+    then = "" if examination.count("problem") else next_step
+    settings.result(examination.record(), examination, then)
+    packages.require_no_problem(examination)

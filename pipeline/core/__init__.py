@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 __getattr__ = lazily(
     __name__,
     {
-        "CheckFailedError": "errors",
-        "CorruptError": "errors",
-        "LostError": "errors",
         "Paths": "paths",
-        "PipelineError": "errors",
-        "ServerError": "errors",
-        "SlowError": "errors",
+        **dict.fromkeys(("CheckFailedError", "CorruptError", "LostError"), "errors"),
+        **dict.fromkeys(("PipelineError", "ServerError", "SlowError"), "errors"),
     },
 )

@@ -55,12 +55,12 @@ class Judgement(NamedTuple):
         bound.
         """
         changed, beyond = int(self.is_changed.sum()), int(self.is_beyond.sum())
-        problems = [f"{changed} of {len(images)} answers are of another class"] if changed else []
+        problems = [f"{changed} of {len(images)} answers have another class"] if changed else []
         if beyond:
             worst = int(self.ratios.argmax())
             problems.append(
-                f"{beyond} of {len(images)} answers are too far off: image {images[worst]} differs "
-                f"by {self.errors[worst]:.3g}, {self.bounds[worst]:.3g} is allowed"
+                f"{beyond} of {len(images)} answers exceed their bounds: image {images[worst]} "
+                f"differs by {self.errors[worst]:.3g}, its bound is {self.bounds[worst]:.3g}"
             )
         return problems
 
@@ -104,7 +104,7 @@ def evaluate(
     return score(predict(predictor, images, batch_size), labels)
 
 
-def tempered(outputs: np.ndarray, temperature: float) -> np.ndarray:
+def apply_temperature(outputs: np.ndarray, temperature: float) -> np.ndarray:
     """Return the log-probabilities (N, K) that the same network gives at another temperature.
 
     Source: Guo et al. 2017, arXiv:1706.04599.
@@ -124,7 +124,9 @@ def fit_temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
     golden = (np.sqrt(5) - 1) / 2
     for _ in range(40):
         first, second = high - golden * (high - low), low + golden * (high - low)
-        losses = [score(tempered(outputs, np.exp(at)), labels).loss for at in (first, second)]
+        losses = [
+            score(apply_temperature(outputs, np.exp(at)), labels).loss for at in (first, second)
+        ]
         low, high = (low, second) if losses[0] < losses[1] else (first, high)
     return float(np.exp((low + high) / 2))
 
@@ -140,8 +142,7 @@ def fit_min_probability(outputs: np.ndarray, share: float = REFUSED) -> float:
 
 def is_refused(outputs: np.ndarray, min_probability: float) -> np.ndarray:
     """Return whether each row's (N, K) likeliest class is below `min_probability`, bool (N,)."""
-    below: np.ndarray = np.exp(outputs.max(axis=1)) < min_probability
-    return below
+    return np.asarray(np.exp(outputs.max(axis=1)) < min_probability)
 
 
 def calibration_error(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -150,8 +151,8 @@ def calibration_error(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -
     It is 0 if confidence equals accuracy. Images are binned by the probability of their likeliest
     class (Naeini et al. 2015).
     """
-    filled = reliability(outputs, labels, bins)
-    return sum(abs(b.accuracy - b.confidence) * b.images for b in filled) / len(labels)
+    gaps = (abs(b.accuracy - b.confidence) * b.images for b in reliability(outputs, labels, bins))
+    return sum(gaps) / len(labels)
 
 
 def reliability(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[Bin, ...]:
@@ -162,11 +163,10 @@ def reliability(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> tupl
     confidence = np.exp(outputs.max(axis=1))
     correct = outputs.argmax(axis=1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    members = [bin_of == index for index in range(bins)]
     return tuple(
-        Bin(int(here.sum()), float(confidence[here].mean()), float(correct[here].mean()))
-        for here in members
-        if here.any()
+        Bin(int(rows.sum()), float(confidence[rows].mean()), float(correct[rows].mean()))
+        for rows in (bin_of == index for index in range(bins))
+        if rows.any()
     )
 
 
@@ -217,8 +217,7 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
 def margins(outputs: np.ndarray) -> np.ndarray:
     """Return each row's (N, K) margin: its highest minus its second output, float64 (N,)."""
     second, first = np.partition(outputs.astype(np.float64), -2, axis=1)[:, -2:].T
-    ahead: np.ndarray = first - second
-    return ahead
+    return np.asarray(first - second)
 
 
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> float:
@@ -246,7 +245,7 @@ def judge(
     """
     if outputs.shape != reference.shape or not np.issubdtype(outputs.dtype, dtype):
         raise CheckFailedError(
-            f"answers {outputs.dtype} {outputs.shape} instead of {dtype.__name__} {reference.shape}"
+            f"answers are {outputs.dtype} {outputs.shape}, not {dtype.__name__} {reference.shape}"
         )
     apart = np.abs(reference.astype(np.float64) - outputs.astype(np.float64))  # (N, K)
     apart[~np.isfinite(apart)] = np.inf

@@ -27,32 +27,37 @@ def sha256(content: bytes | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: OSError) -> PipelineError:
-    fix = "Free some space or choose another folder with --root"
-    if isinstance(error, IsADirectoryError):
-        fix = "Name a file, not a folder"
-    return PipelineError(
-        f"cannot write {path}: {error.strerror or error}; what was there before is intact. {fix}"
-    )
+@contextlib.contextmanager
+def _explain_os_errors(path: Path) -> Iterator[None]:
+    """Raise PipelineError, with a fix, for each OSError while `path` is written."""
+    try:
+        yield
+    except OSError as error:
+        fix = "Free some space or choose another folder with --root"
+        if isinstance(error, IsADirectoryError):
+            fix = "Name a file, not a folder"
+        cause = error.strerror or error
+        raise PipelineError(
+            f"cannot write {path} ({cause}); its previous content is unchanged. {fix}"
+        ) from error
 
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with its content, if it exists."""
-    try:
+    with _explain_os_errors(path):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
 
 
 def clear_temporary(folder: Path, name: str = "*") -> None:
@@ -60,8 +65,8 @@ def clear_temporary(folder: Path, name: str = "*") -> None:
 
     The caller must hold the lock that all writers to the folder share.
     """
-    for left in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
-        remove(left)
+    for path in folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"):
+        remove(path)
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> str:
@@ -72,20 +77,18 @@ def write_with(path: Path, write: Callable[[Path], object]) -> str:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        digest = sha256(temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+        with _explain_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            _sync(temporary)
+            digest = sha256(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # if nothing could be written, nothing remains
             temporary.unlink(missing_ok=True)
     if sha256(path) != digest:
-        raise CorruptError(f"{path} does not read back as it was written: check the disk")
+        raise CorruptError(f"{path} does not read back as written: check the disk")
     return digest
 
 
@@ -100,17 +103,21 @@ def write_json(path: Path, record: Mapping[str, Any]) -> str:
     return write_bytes(path, (text + "\n").encode())
 
 
+def _read_bytes(path: Path, fix: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PipelineError(f"cannot read {path} ({error.strerror}): {fix}") from error
+
+
 def read_json(path: Path, fix: str) -> dict[str, Any]:
     """Return the record in `path`; `fix` says which command makes it again.
 
     Raises PipelineError if it is missing and CorruptError if it is not a valid record.
     """
+    content = _read_bytes(path, fix)
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise PipelineError(f"no {path}: {fix}") from error
-    try:
-        record = json.loads(text)
+        record = json.loads(content)
     except ValueError as error:
         raise CorruptError(f"{path} is not readable JSON ({error}): {fix}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
@@ -134,28 +141,24 @@ def read_record(path: Path, kind: type[T], fix: str) -> T:
 
 def check_digest(path: Path, expected: object, fix: str) -> bytes:
     """Return the bytes of `path`; raise CorruptError unless their SHA-256 is `expected`."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PipelineError(f"no {path}: {fix}") from error
+    content = _read_bytes(path, fix)
     actual = sha256(content)
     if actual != expected:
-        raise CorruptError(
-            f"{path} does not match its digest (recorded {str(expected)[:12]}, "
-            f"found {actual[:12]}): {fix}"
-        )
+        digests = f"recorded {str(expected)[:12]}, found {actual[:12]}"
+        raise CorruptError(f"{path} does not match its digest ({digests}): {fix}")
     return content
 
 
 def check_manifest(folder: Path, fix: str) -> dict[str, Any]:
     """Return the manifest of `folder` after checking the digest of each file that it lists."""
-    manifest = read_json(folder / "manifest.json", fix)
+    path = folder / "manifest.json"
+    manifest = read_json(path, fix)
     files = manifest.get("files")
     if not isinstance(files, dict):
-        raise CorruptError(f"{folder / 'manifest.json'} lists no files: {fix}")
+        raise CorruptError(f"{path} lists no files: {fix}")
     for name, digest in files.items():
         if Path(name).name != name:
-            raise CorruptError(f"{folder / 'manifest.json'} names a file outside: {name!r}: {fix}")
+            raise CorruptError(f"{path} names a file outside its folder ({name!r}): {fix}")
         check_digest(folder / name, digest, fix)
     return manifest
 
@@ -175,12 +178,12 @@ def refuse_shared(folder: Path, below: Iterable[Path]) -> None:
             continue
         if stat.S_ISLNK(mode):
             raise CheckFailedError(
-                f"{path} is a link: remove it, and copy what it leads to ({os.readlink(path)}) here"
+                f"{path} is a link: replace it with a copy of its target, {os.readlink(path)}"
             )
         if mode & stat.S_IWOTH:
             raise CheckFailedError(
-                f"{path} can be changed by anybody on this machine: chmod o-w "
-                f"{shlex.quote(str(path))}, after a look at what is there"
+                f"{path} can be changed by any user of this machine. Check its content, then run: "
+                f"chmod o-w {shlex.quote(str(path))}"
             )
 
 
@@ -189,15 +192,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; rename it to `path` at the end unless it fails."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        os.rename(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+        with _explain_os_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            os.rename(temporary, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -211,13 +212,12 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
     from filelock import FileLock, Timeout  # not installed with the client alone
 
     lock = FileLock(path, timeout=0 if busy else -1)
-    try:
+    with _explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise PipelineError(busy) from error
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise PipelineError(busy) from error
     try:
         yield
     finally:

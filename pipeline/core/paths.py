@@ -28,7 +28,7 @@ def require_printable(path: Path) -> None:
     try:
         name = str(path.absolute())
     except FileNotFoundError as error:
-        raise PipelineError("the current folder was removed: change to another one") from error
+        raise PipelineError("the current folder was deleted: change to another one") from error
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
         raise PipelineError(
             f"the path {name!a} has control characters or is not UTF-8: rename the folder"
@@ -76,7 +76,7 @@ class Paths:
     def __post_init__(self) -> None:
         for value in (self.name, self.run):
             if not is_name(value):
-                raise PipelineError(f"{value!r} is no name: use {NAME_RULE}")
+                raise PipelineError(f"{value!r} is not a valid name: use {NAME_RULE}")
 
     run_folder = _Below("root", "runs/{run}")
     weights = _Below("run_folder", "model.safetensors")

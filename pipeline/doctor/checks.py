@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from onnx import TensorProto, helper
@@ -17,25 +18,21 @@ from pipeline.core.paths import Paths
 from pipeline.data.catalog import DEFAULT_DATASET
 from pipeline.data.splits import verify
 from pipeline.doctor import packages
-from pipeline.doctor.packages import Check, Examined, in_a_line, looked
+from pipeline.doctor.packages import Check, Examination, Problem, Result, format_error, run_check
 from pipeline.repository.running import find_server
-from pipeline.serving import scratch as lint_live
 from pipeline.serving import tritonserver
+from pipeline.serving.scratch import try_models
 from pipeline.serving.settings import ServeConfig
 
 GLIBC = (2, 35)  # that the server in the wheel needs
 DISK_BYTES = 1 << 30  # for data, runs and exports, with room to spare
 SHARED_BYTES = 64 << 20  # of /dev/shm, for the server and its stubs
 REBUILD_SERVER = "rm -rf .venv-triton && make .venv-triton"
-FETCH = "pipeline data fetch"
-ANY_PORT = "pipeline serve --port auto"
+_USE_DOCKER = f"serve with Docker and {tritonserver.IMAGE}, or on {{}}"
 REMOUNT = "mount -o remount,size=1G /dev/shm  # of a container: --shm-size=1g"
 
-# What is checked, the fix if the check raises, and the check.
-Look = tuple[str, str, Callable[[], list[Check]]]
 
-
-def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
+def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examination:
     """Check everything that the main job needs; run the slow checks in parallel."""
     with (
         tempfile.TemporaryDirectory(prefix="handwriting-doctor-") as scratch,
@@ -43,54 +40,58 @@ def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examined:
     ):
         model = Path(scratch) / "models" / "doctor" / "1" / "model.onnx"
         model.parent.mkdir(parents=True)
-        model.write_bytes(_doubling())
-        reach = f"chmod u+rwx {paths.root.absolute()}"
-        looks: list[Look] = [
-            ("torch", packages.rebuild(), packages.torch),
-            ("ONNX Runtime", packages.rebuild(), lambda: packages.runtime(model)),
-            ("tritonserver", _server_mend(paths), lambda: _server(paths, model)),
-            ("data", FETCH, lambda: _data(paths)),
-            ("folders", reach, lambda: _folders(paths)),
-            ("disk", reach, lambda: _disk(paths)),
-            ("shared memory", REMOUNT, _shared_memory),
-            ("ports", ANY_PORT, lambda: _ports(paths, config)),
-        ]
-        begun = [pool.submit(looked, *look) for look in looks]
-        quick = packages.quick()
-        torch, *others = [job.result() for job in begun]
-    gpu = looked("GPU", packages.rebuild(), lambda: packages.gpu(torch))
-    return Examined((*quick, *torch, *gpu, *itertools.chain(*others)))
+        model.write_bytes(_build_model())
+        checks = list_checks(paths, model, config).items()
+        jobs = [pool.submit(run_check, what, *check) for what, check in checks]
+        quick = packages.run_quick_checks()
+        torch, *others = [job.result() for job in jobs]
+    gpu = run_check("GPU", packages.rebuild(), lambda: packages.check_gpus(torch))
+    return Examination((*quick, *torch, *gpu, *itertools.chain(*others)))
 
 
-def _server(paths: Paths, model: Path) -> list[Check]:
+def list_checks(
+    paths: Paths, model: Path, config: ServeConfig
+) -> dict[str, tuple[str, Callable[[], Result]]]:
+    """Return each slow check with the fix if it raises, by what is checked; `model` is a test."""
+    permit = f"chmod u+rwx {paths.root.absolute()}"
+    return {
+        "torch": (packages.rebuild(), packages.check_torch),
+        "ONNX Runtime": (packages.rebuild(), lambda: packages.check_providers(model)),
+        "tritonserver": (_fix_server(paths), lambda: _check_server(paths, model)),
+        "data": ("pipeline data fetch", lambda: _check_data(paths)),
+        "folders": (permit, lambda: _check_folders(paths)),
+        "disk": (permit, lambda: _check_disk(paths)),
+        "shared memory": (REMOUNT, _check_shared_memory),
+        "ports": ("pipeline serve --port auto", lambda: _check_ports(paths, config)),
+    }
+
+
+def _check_server(paths: Paths, model: Path) -> list[Check]:
     """Check the server's environment; start a temporary server that loads a model and answers."""
-    what = "tritonserver"
-    try:
-        runtime = tritonserver.find_runtime(paths, "auto")
-    except PipelineError as error:
-        return [Check("problem", what, in_a_line(error), _server_mend(paths))]
-    checks = _glibc(runtime)
-    if runtime.kind == "wheel":
-        found = sorted(
-            paths.triton_environment.glob("lib/python3.*/site-packages/numpy-*.dist-info")
-        )
-        theirs = found[0].name.split("-")[1].removesuffix(".dist") if found else "missing"
-        ours = importlib.metadata.version("numpy")
-        checks.append(Check("ok", "numpy", f"{ours} here, {theirs} in the server's environment"))
+    runtime = tritonserver.find_runtime(paths, "auto")
     if runtime.kind == "docker":
-        return [*checks, Check("ok", what, f"{runtime}, whose engine answers; not started")]
+        return [Check("ok", "tritonserver", f"{runtime}, whose engine answers; not started")]
+    checks = []
+    if runtime.kind == "wheel":
+        sites = map(str, paths.triton_environment.glob("lib/python3.*/site-packages"))
+        copies = importlib.metadata.distributions(name="numpy", path=list(sites))
+        there = ", ".join(copy.version for copy in copies) or "missing"
+        here = importlib.metadata.version("numpy")
+        checks = run_check("glibc", _USE_DOCKER.format("a newer system"), _check_glibc)
+        checks.append(Check("ok", "numpy", f"{here} here, {there} in the server's environment"))
+    trial = partial(_try_server, runtime, paths, model)
+    return [*checks, *run_check("tritonserver", REBUILD_SERVER, trial)]
+
+
+def _try_server(runtime: tritonserver.ServerRuntime, paths: Paths, model: Path) -> str:
     (model.parent.parent / "config.pbtxt").write_text(_CONFIG)
-    try:
-        (trial,) = lint_live.try_models(model.parents[2], ["doctor"], paths)
-    except PipelineError as error:
-        return [*checks, Check("problem", what, str(error), REBUILD_SERVER)]
+    (trial,) = try_models(model.parents[2], ["doctor"], paths)
     if trial.outcome != "loads":
-        said = f"{runtime}: a small model {trial.outcome}: {trial.cause}"
-        return [*checks, Check("problem", what, said, REBUILD_SERVER)]
-    return [*checks, Check("ok", what, f"{runtime}: started, loaded a model, answered")]
+        raise PipelineError(f"{runtime}: a small model {trial.outcome}: {trial.cause}")
+    return f"{runtime}: started, loaded a model, answered"
 
 
-def _server_mend(paths: Paths) -> str:
+def _fix_server(paths: Paths) -> str:
     """Return the command or advice that installs a server here.
 
     An existing environment is removed first, because make does not check one that it has built.
@@ -98,12 +99,12 @@ def _server_mend(paths: Paths) -> str:
     if not tritonserver.fits_wheel():
         if shutil.which("docker"):
             return "start Docker's engine"
-        return f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
+        return _USE_DOCKER.format("Linux on x86-64")
     is_there = os.path.lexists(paths.triton_environment)
     return REBUILD_SERVER if is_there else "make .venv-triton"
 
 
-def _doubling() -> bytes:
+def _build_model() -> bytes:
     """Return an ONNX model, as bytes, that doubles its input."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "doctor", [x], [y])
@@ -121,88 +122,82 @@ instance_group { count: 1 kind: KIND_CPU }
 """
 
 
-def _glibc(runtime: tritonserver.ServerRuntime) -> list[Check]:
+def _check_glibc() -> Result:
     name, version = platform.libc_ver()
-    if runtime.kind != "wheel" or name != "glibc":
-        return []
     least = ".".join(map(str, GLIBC))
+    if name != "glibc":
+        return []
     if tuple(map(int, version.split(".")[:2])) < GLIBC:
-        fix = f"serve with Docker and {tritonserver.IMAGE}, or on a newer system"
-        return [Check("problem", "glibc", f"{version}, and the server needs {least}", fix)]
-    return [Check("ok", "glibc", f"{version} ({least} is needed)")]
+        raise PipelineError(f"{version}, but the server needs {least}")
+    return f"{version} ({least} is needed)"
 
 
-def _data(paths: Paths) -> list[Check]:
+def _check_data(paths: Paths) -> str:
     folder = paths.data(DEFAULT_DATASET)
-    try:
-        verify(DEFAULT_DATASET, folder)
-    except (PipelineError, OSError) as error:
-        return [Check("problem", "data", " ".join(str(error).split()), FETCH)]
-    return [Check("ok", "data", f"{folder}: every file matches its SHA-256")]
+    verify(DEFAULT_DATASET, folder)
+    return f"{folder}: every file matches its SHA-256"
 
 
-def _folders(paths: Paths) -> list[Check]:
+def _check_folders(paths: Paths) -> Result:
     """Check that files can be created where the main job creates them."""
-    wrong = []
+    problems = []
     for folder in (paths.data(DEFAULT_DATASET), paths.root / "runs", paths.root / "exported"):
-        there = _nearest(folder)
-        if said := _unwritable(there):
-            wrong.append(Check("problem", "folders", f"{there}: {said}", f"chmod u+rwx {there}"))
-    return wrong or [Check("ok", "folders", f"data, runs and exported in {paths.root.absolute()}")]
+        existing = _find_existing(folder)
+        if problem := _find_write_problem(existing):
+            fix = f"chmod u+rwx {existing}"
+            problems.append(Check("problem", "folders", f"{existing}: {problem}", fix))
+    return problems or f"data, runs and exported in {paths.root.absolute()}"
 
 
-def _nearest(folder: Path) -> Path:
+def _find_existing(folder: Path) -> Path:
     """Return the folder, or its closest parent that exists."""
-    return next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _unwritable(folder: Path) -> str:
+def _find_write_problem(folder: Path) -> str:
+    """Return why no file can be created in the folder; "" if one can."""
     if not folder.is_dir():
-        return "a file lies where a folder belongs"
+        return "it is a file, but a folder is needed"
     if not folder.stat().st_mode & 0o200:
         return "it is read-only"
     try:
         with tempfile.TemporaryFile(dir=folder):
             return ""
     except OSError as error:
-        return f"no file can be made there ({error.strerror})"
+        return f"files cannot be created there ({error.strerror})"
 
 
-def _disk(paths: Paths) -> list[Check]:
-    free = shutil.disk_usage(_nearest(paths.root)).free
-    said = f"{free / (1 << 30):.1f} GiB are free"
+def _check_disk(paths: Paths) -> str:
+    free = shutil.disk_usage(_find_existing(paths.root)).free
+    found = f"{free / (1 << 30):.1f} GiB are free"
     if free < DISK_BYTES:
-        return [Check("problem", "disk", f"{said}, and 1 GiB is needed", "make clean")]
-    return [Check("ok", "disk", said)]
+        raise Problem(f"{found}, but 1 GiB is needed", "make clean")
+    return found
 
 
-def _shared_memory() -> list[Check]:
+def _check_shared_memory() -> Result:
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return []  # not Linux, so the server in the wheel cannot run either
     free = shutil.disk_usage(folder).free
-    said = f"{free >> 20} MiB are free in {folder}"
-    if refusal := _unwritable(folder):
-        return [Check("problem", "shared memory", f"{folder}: {refusal}", REMOUNT)]
+    found = f"{free >> 20} MiB are free in {folder}"
+    if problem := _find_write_problem(folder):
+        raise PipelineError(f"{folder}: {problem}")
     if free < SHARED_BYTES:
-        said += f", and the server needs {SHARED_BYTES >> 20}"
-        return [Check("problem", "shared memory", said, REMOUNT)]
-    return [Check("ok", "shared memory", said)]
+        raise PipelineError(f"{found}, but the server needs {SHARED_BYTES >> 20}")
+    return found
 
 
-def _ports(paths: Paths, config: ServeConfig) -> list[Check]:
+def _check_ports(paths: Paths, config: ServeConfig) -> str:
     try:
         server = find_server(paths)
     except CorruptError as error:
-        fix = f"rm {paths.server}  # once you have stopped what you started"
-        return [Check("problem", "ports", in_a_line(error), fix)]
+        fix = f"rm {paths.server}  # after you have stopped the server yourself"
+        raise Problem(format_error(error), fix) from error
     if server:
-        return [Check("ok", "ports", f"our server has its own (pid {server.pid})")]
-    taken = [
-        f"{port} ({service}): {os.strerror(error.errno or 0)}"
-        for service, port, error in tritonserver.find_taken_ports(config)
-    ]
+        return f"our server has its own (pid {server.pid})"
+    taken = tritonserver.find_taken_ports(config)
     if taken:
-        return [Check("problem", "ports", "; ".join(taken), ANY_PORT)]
-    numbers = ", ".join(map(str, tritonserver.ports(config).values()))
-    return [Check("ok", "ports", f"{numbers} are free")]
+        problems = (f"{port} ({name}): {os.strerror(e.errno or 0)}" for name, port, e in taken)
+        raise PipelineError("; ".join(problems))
+    return f"{', '.join(map(str, tritonserver.ports(config).values()))} are free"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.text import Lines
+from pipeline.core.text import Lines, format_count
 
 DISTRIBUTION = "handwriting-pipeline"
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest for which the packages are built
@@ -34,8 +34,19 @@ class Check:
     fix: str = ""  # the command that fixes it
 
 
+class Problem(PipelineError):
+    """A problem with its own fix, instead of the one that all problems of its check have."""
+
+    def __init__(self, found: str, fix: str) -> None:
+        super().__init__(found)
+        self.fix = fix
+
+
+Result = str | list[Check]  # what a check found if all is well, or several results
+
+
 @dataclass(frozen=True)
-class Examined:
+class Examination:
     """The results of all checks."""
 
     checks: tuple[Check, ...]
@@ -69,67 +80,64 @@ def rebuild(setting: str = "") -> str:
     return f"{command}  # in the project's folder, then use .venv/bin/pipeline"
 
 
-def require_sound(examined: Examined) -> None:
+def require_no_problem(examination: Examination) -> None:
     """Raise PipelineError if there is a problem, because the main job would fail."""
-    if count := examined.count("problem"):
+    if count := examination.count("problem"):
         raise PipelineError(
-            f"{count} problem{'s' * (count > 1)}: the main job would fail here; each line above "
-            "that says 'fix' has the command for it"
+            f"{format_count(count, 'problem')}: training, exporting or serving would fail here. "
+            "Run the command after each 'fix' above"
         )
 
 
-def looked(what: str, fix: str, look: Callable[[], list[Check]]) -> list[Check]:
+def run_check(what: str, fix: str, check: Callable[[], Result]) -> list[Check]:
     """Run a check; if it raises, return that as a problem, so that the other checks still run."""
     try:
-        return look()
+        result = check()
     except Exception as error:  # a damaged machine can cause any error
-        return [Check("problem", what, in_a_line(error), fix)]
+        return [Check("problem", what, format_error(error), getattr(error, "fix", fix))]
+    return [Check("ok", what, result)] if isinstance(result, str) else result
 
 
-def in_a_line(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """Return an error's message in one line, with its type unless it is a PipelineError."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, PipelineError) else f"{type(error).__name__}: {said}"
+    message = " ".join(str(error).split())
+    return message if isinstance(error, PipelineError) else f"{type(error).__name__}: {message}"
 
 
-def alone(error: Exception) -> Examined:
+def examine_packages(error: Exception) -> Examination:
     """Return the checks that still run when a library that doctor needs does not start."""
-    check = Check("problem", "pipeline", f"does not start: {in_a_line(error)}", rebuild())
-    return Examined((*quick(), check))
+    check = Check("problem", "pipeline", f"does not start: {format_error(error)}", rebuild())
+    return Examination((*run_quick_checks(), check))
 
 
-def quick() -> list[Check]:
+def run_quick_checks() -> list[Check]:
     """Run the checks of packages that need no separate process."""
-    return [
-        *looked("Python", rebuild(), python),
-        *looked("packages", rebuild(), packages),
-        *looked("ONNX Runtime", rebuild(), runtimes),
-    ]
+    checks = {"Python": check_python, "packages": check_packages, "ONNX Runtime": check_runtimes}
+    return [result for what in checks for result in run_check(what, rebuild(), checks[what])]
 
 
-def python() -> list[Check]:
+def check_python() -> str:
     """Check that the packages are built for this version of Python."""
     version = platform.python_version()
-    first, last = (".".join(map(str, one)) for one in PYTHONS)
+    first, last = (".".join(map(str, numbers)) for numbers in PYTHONS)
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         fix = rebuild(f"PYTHON=python{last}")
-        return [Check("problem", "Python", f"{version}, and {first} to {last} is needed", fix)]
-    return [Check("ok", "Python", f"{version} in {sys.prefix}")]
+        raise Problem(f"{version}, but {first} to {last} is needed", fix)
+    return f"{version} in {sys.prefix}"
 
 
-def packages() -> list[Check]:
+def check_packages() -> str:
     """Check that the packages that this one requires are installed, in the required versions."""
     try:
-        asked = importlib.metadata.requires(DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        return [Check("problem", "packages", f"{DISTRIBUTION} is not installed", rebuild())]
-    wrong = [said for line in asked if (said := _unmet(Requirement(line)))]
-    if wrong:
-        return [Check("problem", "packages", "; ".join(wrong), rebuild())]
-    return [Check("ok", "packages", "as pyproject.toml asks for")]
+        required = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise PipelineError(f"{DISTRIBUTION} is not installed") from error
+    if problems := list(filter(None, map(_check_requirement, map(Requirement, required)))):
+        raise PipelineError("; ".join(problems))
+    return "as required by pyproject.toml"
 
 
-def _unmet(requirement: Requirement) -> str:
+def _check_requirement(requirement: Requirement) -> str:
     """Return why a requirement is not met; "" if it is met or does not apply to this machine."""
     if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
         return ""
@@ -137,74 +145,66 @@ def _unmet(requirement: Requirement) -> str:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         return f"{requirement.name} is missing"
-    fits = requirement.specifier.contains(version, prereleases=True)
-    return "" if fits else f"{requirement.name} {version}, and {requirement.specifier} is needed"
+    is_met = requirement.specifier.contains(version, prereleases=True)
+    return "" if is_met else f"{requirement.name} {version}, but {requirement.specifier} is needed"
 
 
-def runtimes() -> list[Check]:
+def check_runtimes() -> Result:
     """Check that at most one ONNX Runtime is installed: two overwrite each other's files."""
-    names = {
-        str(one.metadata["Name"]).lower().replace("_", "-")
-        for one in importlib.metadata.distributions()
-        if one.metadata["Name"]
-    }
-    found = sorted(name for name in names if re.fullmatch(r"onnxruntime(-\w+)?", name))
-    found = [name for name in found if name not in ("onnxruntime-extensions", "onnxruntime-genai")]
-    if len(found) > 1:
-        both = " and ".join(found)
-        fix = f"{sys.executable} -m pip uninstall --yes {' '.join(found)} && {rebuild()}"
-        said = f"{both} are both installed and overwrite each other's files"
-        return [Check("problem", "ONNX Runtime", said, fix)]
-    return [Check("ok", "ONNX Runtime", f"from {', '.join(found)}")] if found else []
+    distributions = importlib.metadata.distributions()
+    names = {str(d.metadata["Name"]).lower().replace("_", "-") for d in distributions}
+    names -= {"onnxruntime-extensions", "onnxruntime-genai"}
+    runtimes = sorted(name for name in names if re.fullmatch(r"onnxruntime(-\w+)?", name))
+    if len(runtimes) > 1:
+        fix = f"{sys.executable} -m pip uninstall --yes {' '.join(runtimes)} && {rebuild()}"
+        both = " and ".join(runtimes)
+        raise Problem(f"{both} are both installed and overwrite each other's files", fix)
+    return f"from {runtimes[0]}" if runtimes else []
 
 
-def _probe(*arguments: str) -> dict[str, Any] | str:
-    """Run a probe in a process; return its facts, or one line that says why it failed."""
+def _probe(*arguments: str) -> dict[str, Any]:
+    """Run a probe in a process; return its facts, or raise PipelineError with the reason."""
     command = [sys.executable, "-m", "pipeline.doctor.probes", *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=PROBE_SECONDS
         )
-    except subprocess.TimeoutExpired:
-        return f"it does not start in {PROBE_SECONDS:g} s"
+    except subprocess.TimeoutExpired as error:
+        raise PipelineError(f"does not start within {PROBE_SECONDS:g} s") from error
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        return lines[-1] if lines else f"it ends with {done.returncode}"
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        lines = done.stderr.split("\n")
+        reason = next((line for line in reversed(lines) if line.strip()), "")
+        raise PipelineError(f"does not start: {reason.strip() or f'exit code {done.returncode}'}")
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
 
 
-def torch() -> list[Check]:
-    """Check that torch starts and computes; report its build and its GPUs."""
+def check_torch() -> str:
+    """Check that torch starts and computes; return its build and its GPUs."""
     facts = _probe("torch")
-    if isinstance(facts, str):
-        return [Check("problem", "torch", f"does not start: {facts}", rebuild())]
     build = f"built for CUDA {facts['cuda']}" if facts["cuda"] else "built without CUDA"
-    gpus = ", ".join(facts["gpus"]) or "trains on the CPU"
-    return [Check("ok", "torch", f"{facts['version']}, {build}; {gpus}")]
+    return f"{facts['version']}, {build}; {', '.join(facts['gpus']) or 'trains on the CPU'}"
 
 
-def gpu(of_torch: Iterable[Check]) -> list[Check]:
+def check_gpus(of_torch: Iterable[Check]) -> Result:
     """Check the GPUs that the driver reports; warn if torch uses none of them."""
     devices = sorted(Path("/dev").glob("nvidia[0-9]*"))
     if not devices:
-        return [Check("ok", "GPU", "none")]
+        return "none"
     program = shutil.which("nvidia-smi")
     command = [str(program), "--query-gpu=name,driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False) if program else None
-    said = "; ".join(done.stdout.split("\n")).strip("; ") if done else ""
-    found = said or f"{len(devices)}, of which the driver says nothing"
+    names = "; ".join(done.stdout.split("\n")).strip("; ") if done else ""
+    found = names or f"{len(devices)}, not described by the driver"
     if any("trains on the CPU" in check.found for check in of_torch):
         fix = rebuild("TORCH_INDEX=URL") + "  # of torch's builds for your CUDA"
         return [Check("warning", "GPU", f"{found}; torch does not use it", fix)]
-    return [Check("ok", "GPU", found)]
+    return found
 
 
-def runtime(model: Path) -> list[Check]:
+def check_providers(model: Path) -> list[Check]:
     """Check which providers of ONNX Runtime can run `model`, which must double its input."""
     facts = _probe("onnxruntime", str(model))
-    if isinstance(facts, str):
-        return [Check("problem", "ONNX Runtime", f"does not start: {facts}", rebuild())]
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     checks = []
     for name, failure in facts["providers"].items():
@@ -217,5 +217,5 @@ def runtime(model: Path) -> list[Check]:
             fix = "install the CUDA and cuDNN that it names, or do without --provider"
             checks.append(Check("warning", what, failure, fix))
         else:
-            checks.append(Check("ok", what, "in the build, and there is no GPU"))
+            checks.append(Check("ok", what, "in the build, but there is no GPU"))
     return checks

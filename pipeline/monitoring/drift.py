@@ -58,7 +58,7 @@ class DriftCheck:
     allowed: float
     statistic: float
     p: float  # 0 to 1, adjusted for the number of checks
-    drifted: bool
+    drifted: bool = False
 
     @property
     def chance(self) -> str:
@@ -105,29 +105,23 @@ class Drift:
 
     def __str__(self) -> str:
         version = ", ".join(sorted(self.versions))
-        head = (
-            f"{'':<11} {'where it differs most':<44} {'effect':>7} {'allowed':>7} "
-            f"{'statistic':>9} {'p':>8}"
-        )
-        said = (
+        title = (
             f"{self.images:,} predictions of {self.name} version {version}, {self.first} to "
             f"{self.last}, against {self.profile.images:,} images of {self.profile.images_from}"
         )
-        rule = (
-            f"drift is what lies beyond the allowed by more than chance explains: p below "
-            f"{self.alpha:g}"
-        )
+        columns = f"{'effect':>7} {'allowed':>7} {'statistic':>9} {'p':>8}"
+        header = f"{'':<11} {'largest difference':<44} {columns}"
+        rule = f"drift: larger than allowed, and unlikely by chance (p below {self.alpha:g})"
         notes = [f"{name}: not checked" for name in self.unchecked]
         if self.others:
-            named = list(self.others.items())[:LISTED]
-            listed = ", ".join(f"{count:,} of {model}" for model, count in named)
-            more = " and others" if len(self.others) > LISTED else ""
-            notes.append(f"left out, as this profile is not theirs: {listed}{more}")
+            others = [f"{count:,} of {model}" for model, count in self.others.items()]
+            more = " and others" if len(others) > LISTED else ""
+            notes.append(f"left out, because of other models: {', '.join(others[:LISTED])}{more}")
         if self.unreadable:
-            notes.append(f"left out: {self.unreadable:,} lines that cannot be read")
+            notes.append(f"left out, because not readable: {self.unreadable:,} lines")
         if self.lost:
-            notes.append(f"the log lacks {self.lost:,} predictions that could not be written")
-        return Lines(said, head, *self.checks, rule, *notes)
+            notes.append(f"missing, because not written: {self.lost:,} predictions")
+        return Lines(title, header, *self.checks, rule, *notes)
 
 
 def watch_log(
@@ -152,11 +146,11 @@ def watch_log(
     if last:
         logged.entries = logged.entries[-last:]
     if len(logged.entries) < config.least:
-        others = ", ".join(f"{count:,} of {model}" for model, count in logged.others.most_common(3))
-        also = f" It has {others}: choose with --name, --model-version." if others else ""
+        others = [f"{count:,} of {model}" for model, count in logged.others.most_common(LISTED)]
+        other = f". It also has {', '.join(others)}: use --name, --model-version" if others else ""
         raise PipelineError(
             f"{log} has {len(logged.entries):,} predictions of {profile.name} with sha256 "
-            f"{profile.sha256[:12]}: too few, {config.least} tell drift from chance.{also}"
+            f"{profile.sha256[:12]}: too few, at least {config.least} are needed{other}"
         )
     drift = replace(compare_log(profile, logged, config), log=str(log), reference=str(where))
     write_json(paths.drift, drift.record())
@@ -167,8 +161,8 @@ def require_none(drift: Drift) -> None:
     """Raise CheckFailedError if any check drifted."""
     if drift.drifted:
         raise CheckFailedError(
-            f"{drift.name} drifted: {', '.join(drift.drifted)}. Look at what it is asked (the "
-            "camera, the form, who asks); train on such images if they are to stay"
+            f"{drift.name} drifted: {', '.join(drift.drifted)}. Find what changed in the images "
+            "(camera, form, users), and train on such images if the change will last"
         )
 
 
@@ -181,10 +175,10 @@ def compare_log(
     """
     entries, images = logged.entries, len(logged.entries)
     labels = Counter(entry.label for entry in entries)
-    if strange := labels.keys() - set(profile.classes):
+    if unknown := labels.keys() - set(profile.classes):
         raise PipelineError(
-            f"predictions of {', '.join(sorted(strange)[:LISTED])}, classes that {profile.name} "
-            "has not: the log or the profile is another model's"
+            f"the log has classes that {profile.name} lacks ({', '.join(sorted(unknown)[:LISTED])})"
+            ": the log or the reference profile is of another model"
         )
     classes = tuple(labels[label] for label in profile.classes)
     confidence = count_bins(np.array([e.probability for e in entries]), profile.confidence_edges)
@@ -192,8 +186,8 @@ def compare_log(
     has_ink = profile.ink_counts is not None and len(inks) == images
     ink = count_bins(np.array(inks), profile.ink_edges) if has_ink else None
     unsure = sum(not entry.is_sure for entry in entries)
-    shifts = _shifts(profile, (classes, confidence, ink, unsure), config)
-    chances = holm({name: shift.p for name, (shift, _, _) in shifts.items()})
+    checks = _run_checks(profile, classes, confidence, ink, unsure, config)
+    chances = holm({check.name: check.p for check in checks})
     return Drift(
         log="",
         name=profile.name,
@@ -208,19 +202,10 @@ def compare_log(
         lost=logged.lost,
         alpha=config.alpha,
         checks=tuple(
-            DriftCheck(
-                name,
-                test,
-                words,
-                shift.effect,
-                shift.allowed,
-                shift.statistic,
-                chances[name],
-                chances[name] < config.alpha,
-            )
-            for name, (shift, test, words) in shifts.items()
+            replace(check, p=chances[check.name], drifted=chances[check.name] < config.alpha)
+            for check in checks
         ),
-        unchecked=tuple(name for name in ("ink", "not sure") if name not in shifts),
+        unchecked=tuple(name for name in ("ink", "not sure") if name not in chances),
         class_counts=classes,
         confidence_counts=confidence,
         ink_counts=ink,
@@ -238,18 +223,22 @@ class Shift:
     p: float  # 0 to 1
     at: int  # index of the class, or of the upper edge, where it is largest
 
+    def as_check(self, name: str, test: str, said: str) -> DriftCheck:
+        """Return the check before the adjustment of its p-value."""
+        return DriftCheck(name, test, said, self.effect, self.allowed, self.statistic, self.p)
 
-def share_shift(known: int, of: int, found: int, images: int, allowed: float) -> Shift:
-    """Test whether the share `found / images` differs from `known / of` by more than `allowed`.
+
+def share_shift(before: int, of: int, now: int, images: int, allowed: float) -> Shift:
+    """Test whether the share `now / images` differs from `before / of` by more than `allowed`.
 
     Compares the arcsines of the shares' square roots, whose variance is 1/(4n) for any share
     (Anscombe 1948; Cohen's h is twice their difference), so z is normal for small shares as well.
     """
-    before, now = (known + 3 / 8) / (of + 3 / 4), (found + 3 / 8) / (images + 3 / 4)
-    edge = min(1.0, before + allowed) if now > before else max(0.0, before - allowed)
-    beyond = abs(_arcsine(now) - _arcsine(before)) - abs(_arcsine(edge) - _arcsine(before))
+    old, new = (before + 3 / 8) / (of + 3 / 4), (now + 3 / 8) / (images + 3 / 4)
+    edge = min(1.0, old + allowed) if new > old else max(0.0, old - allowed)
+    beyond = abs(_arcsine(new) - _arcsine(old)) - abs(_arcsine(edge) - _arcsine(old))
     z = beyond / math.sqrt(1 / images + 1 / of)
-    return Shift(found / images - known / of, allowed, z, math.erfc(z / math.sqrt(2)) / 2, 0)
+    return Shift(now / images - before / of, allowed, z, math.erfc(z / math.sqrt(2)) / 2, 0)
 
 
 def _arcsine(share: float) -> float:
@@ -257,35 +246,34 @@ def _arcsine(share: float) -> float:
 
 
 def largest_share_shift(
-    known: np.ndarray, found: np.ndarray, relative: float, least: float
+    before: np.ndarray, now: np.ndarray, relative: float, least: float
 ) -> Shift:
     """Return the most significant shift of a class's share, from counts (K,) of both sides.
 
     A class's share may change by `relative` times itself, or by `least` if that is larger. The
     p-value has Bonferroni's correction for K classes.
     """
-    of, images = int(known.sum()), int(found.sum())
+    of, images = int(before.sum()), int(now.sum())
     shifts = [
-        share_shift(int(before), of, int(now), images, max(least, relative * int(before) / of))
-        for before, now in zip(known, found, strict=True)
+        share_shift(old, of, new, images, max(least, relative * old / of))
+        for old, new in zip(before.tolist(), now.tolist(), strict=True)
     ]
     at = min(range(len(shifts)), key=lambda index: (shifts[index].p, -abs(shifts[index].effect)))
-    worst = shifts[at]
-    return Shift(worst.effect, worst.allowed, worst.statistic, min(1.0, len(shifts) * worst.p), at)
+    return replace(shifts[at], p=min(1.0, len(shifts) * shifts[at].p), at=at)
 
 
-def distribution_shift(known: np.ndarray, found: np.ndarray, allowed: float) -> Shift:
+def distribution_shift(before: np.ndarray, now: np.ndarray, allowed: float) -> Shift:
     """Test for a difference of two distributions, from their counts (E,) in the same bins.
 
     This is the two-sample Kolmogorov-Smirnov test of D minus `allowed`, with Stephens's correction
     for few images. Bins make it less sensitive, never more: D is computed only at their edges.
     """
-    of, images = int(known.sum()), int(found.sum())
-    apart = found.cumsum() / images - known.cumsum() / of  # (E,)
-    at = int(np.abs(apart).argmax())
-    root = math.sqrt(of * images / (of + images))
-    statistic = max(0.0, abs(float(apart[at])) - allowed) * (root + 0.12 + 0.11 / root)
-    return Shift(float(apart[at]), allowed, statistic, kolmogorov(statistic), at + 1)
+    of, images = int(before.sum()), int(now.sum())
+    differences = now.cumsum() / images - before.cumsum() / of  # (E,)
+    at = int(np.abs(differences).argmax())
+    effect, root = float(differences[at]), math.sqrt(of * images / (of + images))
+    statistic = max(0.0, abs(effect) - allowed) * (root + 0.12 + 0.11 / root)
+    return Shift(effect, allowed, statistic, kolmogorov(statistic), at + 1)
 
 
 def kolmogorov(statistic: float) -> float:
@@ -305,48 +293,54 @@ def holm(chances: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-# Counts of predictions by class, by confidence, by ink (None: unknown), and of those not sure.
-Counted = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None, int]
-Found = tuple[Shift, str, str]  # with the test's name, and a text that says where the difference is
+Counts = tuple[int, ...]  # of predictions, by class or by bin
 
 
-def _shifts(profile: ReferenceProfile, now: Counted, config: DriftConfig) -> dict[str, Found]:
-    classes, confidence, ink, unsure = now
-    images = sum(classes)
-    before, counts = np.array(profile.class_counts), np.array(classes)
-    shift = largest_share_shift(before, counts, config.class_share, config.class_least)
-    shares = f"{before[shift.at] / profile.images:.1%} -> {counts[shift.at] / images:.1%}"
-    found = {"classes": (shift, ARCSINE, f"class {profile.classes[shift.at]}: {shares}")}
-    found["confidence"] = _distribution(
-        *("confidence", profile.confidence_edges, profile.confidence_counts),
-        *(confidence, config.confidence),
+def _run_checks(
+    profile: ReferenceProfile,
+    classes: Counts,
+    confidence: Counts,
+    ink: Counts | None,
+    unsure: int,
+    config: DriftConfig,
+) -> list[DriftCheck]:
+    """Return the checks for which the profile and the log have data, before Holm's adjustment."""
+    shift = largest_share_shift(
+        np.array(profile.class_counts), np.array(classes), config.class_share, config.class_least
     )
+    at, of, images = shift.at, profile.images, sum(classes)
+    change = _format_change(profile.class_counts[at] / of, classes[at] / images)
+    edges, counts = profile.confidence_edges, profile.confidence_counts
+    checks = [
+        shift.as_check("classes", ARCSINE, f"class {profile.classes[at]}: {change}"),
+        _compare_distributions("confidence", edges, counts, confidence, config.confidence),
+    ]
     if profile.ink_counts is not None and ink is not None:
-        found["ink"] = _distribution("ink", profile.ink_edges, profile.ink_counts, ink, config.ink)
-        found["unusual ink"] = _unusual(profile.ink_edges, profile.ink_counts, ink, config)
+        edges, counts = profile.ink_edges, profile.ink_counts
+        checks.append(_compare_distributions("ink", edges, counts, ink, config.ink))
+        checks.append(_compare_tails(edges, counts, ink, config))
     if profile.unsure is not None:
-        shift = share_shift(profile.unsure, profile.images, unsure, images, config.unsure)
-        said = f"{profile.unsure / profile.images:.1%} -> {unsure / images:.1%}"
-        found["not sure"] = (shift, ARCSINE, said)
-    return found
+        shift = share_shift(profile.unsure, of, unsure, images, config.unsure)
+        change = _format_change(profile.unsure / of, unsure / images)
+        checks.append(shift.as_check("not sure", ARCSINE, change))
+    return checks
 
 
-def _distribution(
-    name: str,
-    edges: tuple[float, ...],
-    before: tuple[int, ...],
-    now: tuple[int, ...],
-    allowed: float,
-) -> Found:
+def _format_change(before: float, now: float) -> str:
+    return f"{before:.1%} -> {now:.1%}"
+
+
+def _compare_distributions(
+    name: str, edges: tuple[float, ...], before: Counts, now: Counts, allowed: float
+) -> DriftCheck:
     shift = distribution_shift(np.array(before), np.array(now), allowed)
-    shares = [sum(counts[: shift.at]) / sum(counts) for counts in (before, now)]
-    said = f"{name} below {edges[shift.at]:.6g}: {shares[0]:.1%} -> {shares[1]:.1%}"
-    return shift, SMIRNOV, said
+    change = _format_change(*(sum(counts[: shift.at]) / sum(counts) for counts in (before, now)))
+    return shift.as_check(name, SMIRNOV, f"{name} below {edges[shift.at]:.6g}: {change}")
 
 
-def _unusual(
-    edges: tuple[float, ...], before: tuple[int, ...], now: tuple[int, ...], config: DriftConfig
-) -> Found:
+def _compare_tails(
+    edges: tuple[float, ...], before: Counts, now: Counts, config: DriftConfig
+) -> DriftCheck:
     """Test the share in the reference's tails.
 
     A few unusual images do not move the whole distribution, so the test for "ink" misses them.
@@ -354,7 +348,7 @@ def _unusual(
     counts, of, images = np.array(before), sum(before), sum(now)
     low = int((counts.cumsum() <= config.tail * of).sum())
     high = len(counts) - int((counts[::-1].cumsum() <= config.tail * of).sum())
-    known, found = (sum(c[:low]) + sum(c[high:]) for c in (before, now))
-    shift = share_shift(known, of, found, images, config.unusual_ink)
-    bounds = f"ink outside {edges[low]:g} to {edges[high]:g}"
-    return shift, ARCSINE, f"{bounds}: {known / of:.1%} -> {found / images:.1%}"
+    old, new = (sum(c[:low]) + sum(c[high:]) for c in (before, now))
+    shift = share_shift(old, of, new, images, config.unusual_ink)
+    change = f"{edges[low]:g} to {edges[high]:g}: {_format_change(old / of, new / images)}"
+    return shift.as_check("unusual ink", ARCSINE, f"ink outside {change}")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import CorruptError
-from pipeline.core.evaluate import tempered
+from pipeline.core.evaluate import apply_temperature
 from pipeline.core.files import check_digest, remove, write_bytes, write_json
 from pipeline.core.paths import Paths
 from pipeline.training.checkpoint import RETRAIN, RunState, load_state, save_state
@@ -120,7 +120,7 @@ class Predictions:
 
     def untempered(self, temperature: float) -> np.ndarray:
         """Return the log-probabilities (N, K) from before the temperature was applied."""
-        return tempered(self.log_probabilities, 1 / temperature)
+        return apply_temperature(self.log_probabilities, 1 / temperature)
 
 
 def save_predictions(paths: Paths, outputs: np.ndarray, labels: np.ndarray) -> str:

@@ -101,7 +101,7 @@ def _conclude(
     temperature = evaluate.fit_temperature(said, validation.labels)
     test = load_split(config.dataset, folder, "test")
     raw = evaluate.predict(predictor, test.images)
-    outputs = evaluate.tempered(raw, temperature)
+    outputs = evaluate.apply_temperature(raw, temperature)
     model.temperature.fill_(temperature)
     metrics = evaluate.score(outputs, test.labels)
     summary = checkpoint.Summary(
@@ -121,7 +121,7 @@ def _conclude(
         test_loss=metrics.loss,
         test_calibration_error=evaluate.calibration_error(outputs, test.labels),
         temperature=temperature,
-        min_probability=evaluate.fit_min_probability(evaluate.tempered(said, temperature)),
+        min_probability=evaluate.fit_min_probability(evaluate.apply_temperature(said, temperature)),
         uncalibrated_loss=evaluate.score(raw, test.labels).loss,
         uncalibrated_error=evaluate.calibration_error(raw, test.labels),
         weights_sha256=checkpoint.save_weights(paths, model, config, test.classes),

@@ -64,7 +64,9 @@ def test_an_export_that_is_not_validated_is_told_to_be(chain: Chain) -> None:
     edit_json(chain.paths.manifest, lambda record: record["files"].pop("golden.npz"))
     result = chain.run("benchmark", "--what", "infer", "--short")
     assert result.exit_code == 1
-    assert "golden.npz: run 'pipeline validate' first" in error_line(result)
+    assert "golden.npz (No such file or directory): run 'pipeline validate' first" in error_line(
+        result
+    )
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "golden.npz"])

@@ -287,4 +287,4 @@ def test_an_empty_name_in_a_file_of_settings_is_not_the_default(empty: Chain) ->
     (empty.root / "settings.toml").write_text('[versions.list]\nname = ""\n')
     result = empty.run("--config", str(empty.root / "settings.toml"), "versions", "list")
     assert result.exit_code == 1
-    assert error_line(result).startswith("'' is no name")
+    assert error_line(result).startswith("'' is not a valid name")

@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import (
+    apply_temperature,
     calibration_error,
     class_scores,
     confusion,
@@ -16,7 +17,6 @@ from pipeline.core.evaluate import (
     predict,
     reliability,
     score,
-    tempered,
     wilson_interval,
     worst_mistakes,
 )
@@ -57,8 +57,8 @@ def test_answers_are_judged_row_by_row_each_by_its_bound() -> None:
     assert judgement.is_changed.tolist() == judgement.is_beyond.tolist() == [False, True, False]
     assert judgement.ratios == pytest.approx([0, 10 * np.log(9), 0.5], rel=1e-5)
     assert judgement.problems([7, 8, 9]) == [
-        "1 of 3 answers are of another class",
-        "1 of 3 answers are too far off: image 8 differs by 2.2, 0.1 is allowed",
+        "1 of 3 answers have another class",
+        "1 of 3 answers exceed their bounds: image 8 differs by 2.2, its bound is 0.1",
     ]
     assert judge(reference, outputs, 3.0).problems(range(3))[1:] == []
     assert judge(reference, reference, 0.0).problems(range(3)) == []
@@ -73,9 +73,9 @@ def test_an_answer_that_is_not_finite_is_infinitely_far(value: float) -> None:
 @pytest.mark.parametrize(
     ("outputs", "dtype", "message"),
     [
-        (np.zeros((2, 4)), np.floating, r"answers float64 \(2, 4\) instead of floating \(2, 3\)"),
-        (np.zeros((2, 3), int), np.floating, "answers int64"),
-        (np.zeros((2, 3)), np.float32, r"answers float64 \(2, 3\) instead of float32"),
+        (np.zeros((2, 4)), np.floating, r"answers are float64 \(2, 4\), not floating \(2, 3\)"),
+        (np.zeros((2, 3), int), np.floating, "answers are int64"),
+        (np.zeros((2, 3)), np.float32, r"answers are float64 \(2, 3\), not float32"),
     ],
 )
 def test_answers_of_another_shape_or_type_are_refused(
@@ -89,9 +89,9 @@ def drawn(count: int, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities that are `sharpness` times too sure, and labels of the true ones."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(count, 4)) * 2
-    true = tempered(logits, 1.0)
+    true = apply_temperature(logits, 1.0)
     labels = np.array([rng.choice(4, p=np.exp(row)) for row in true])
-    return tempered(true, 1 / sharpness), labels
+    return apply_temperature(true, 1 / sharpness), labels
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.5])
@@ -99,7 +99,7 @@ def test_a_fitted_temperature_undoes_what_was_too_sure(sharpness: float) -> None
     outputs, labels = drawn(4000, sharpness)
     temperature = fit_temperature(outputs, labels)
     assert temperature == pytest.approx(sharpness, rel=0.1)
-    fitted = tempered(outputs, temperature)
+    fitted = apply_temperature(outputs, temperature)
     assert np.array_equal(fitted.argmax(axis=1), outputs.argmax(axis=1))
     assert np.exp(fitted).sum(axis=1) == pytest.approx(1)
     assert score(fitted, labels).loss <= score(outputs, labels).loss

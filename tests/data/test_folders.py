@@ -259,8 +259,8 @@ def run(root: Path, *arguments: str) -> tuple[int, str]:
         ("folder:some/mnist", "'mnist' is taken"),
         ("folder:handwriting/", "'handwriting' is taken"),
         ("folder:model_repository", "'model_repository' is taken"),
-        ("folder:my letters", "'my letters' is no name"),
-        ("folder:/", "is no name"),
+        ("folder:my letters", "'my letters' is not a valid name"),
+        ("folder:/", "is not a valid name"),
     ],
 )
 def test_a_data_set_that_cannot_be_is_wrong_usage(tmp_path: Path, dataset: str, said: str) -> None:

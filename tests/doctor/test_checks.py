@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
@@ -35,8 +35,19 @@ def distribution(folder: Path, name: str, version: str) -> None:
     (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def only(checks: list[Check]) -> Check:
-    (check,) = checks
+def checks_of(root: Path, what: str, config: ServeConfig = ServeConfig()) -> list[Check]:
+    """The results of one of doctor's slow checks, in a project at `root`."""
+    model = root / "models" / "doctor" / "1" / "model.onnx"
+    return packages.run_check(what, *doctor.list_checks(Paths(root), model, config)[what])
+
+
+def check_of(root: Path, what: str, config: ServeConfig = ServeConfig()) -> Check:
+    (check,) = checks_of(root, what, config)
+    return check
+
+
+def quick_check(what: str) -> Check:
+    (check,) = (check for check in packages.run_quick_checks() if check.what == what)
     return check
 
 
@@ -92,7 +103,7 @@ def test_problems_are_named_with_what_mends_them_and_exit_with_1(
     (planted / "torch" / "__init__.py").write_text("raise ImportError('libtorch.so is cut off')")
     result = empty.run("doctor", "--json")
     assert result.exit_code == 1
-    assert "problems: the main job would fail here" in error_line(result)
+    assert "problems: training, exporting or serving would fail here" in error_line(result)
     record = json.loads(result.stdout)
     problems = {one["what"]: one for one in record["checks"] if one["level"] == "problem"}
     assert set(problems) >= {"torch", "tritonserver", "data"}
@@ -126,7 +137,7 @@ def test_a_library_that_doctor_itself_needs_and_that_does_not_start_is_said_in_w
 def test_what_a_look_stumbles_over_is_a_problem_and_the_others_still_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing, record = Paths(tmp_path / "not" / "yet"), Paths(tmp_path).server
+    record = Paths(tmp_path).server
     record.parent.mkdir()
     record.write_text("{")
     python = tmp_path / ".venv-triton" / "bin" / "python"
@@ -136,8 +147,8 @@ def test_what_a_look_stumbles_over_is_a_problem_and_the_others_still_look(
         parents=True
     )
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(packages, "torch", list)
-    monkeypatch.setattr(packages, "runtime", lambda model: [])
+    monkeypatch.setattr(packages, "check_torch", list)
+    monkeypatch.setattr(packages, "check_providers", lambda model: [])
     found = {check.what: check for check in doctor.examine(Paths(tmp_path)).checks}
     assert {what for what, one in found.items() if one.level == "problem"} == {
         *("tritonserver", "data", "ports")
@@ -148,7 +159,7 @@ def test_what_a_look_stumbles_over_is_a_problem_and_the_others_still_look(
     assert found["tritonserver"].fix == "rm -rf .venv-triton && make .venv-triton"
     assert "server.json is not readable JSON" in found["ports"].found
     assert found["ports"].fix.startswith(f"rm {record}")
-    assert only(doctor._disk(missing)).level == "ok"
+    assert check_of(tmp_path / "not" / "yet", "disk").level == "ok"
 
 
 @pytest.mark.parametrize("lacking", ["bin/python", "pytriton"])
@@ -162,7 +173,7 @@ def test_a_servers_environment_that_make_has_built_is_mended_by_building_it_anew
     else:
         python.unlink()
         python.symlink_to(tmp_path / "python3.9")  # which went when the system was upgraded
-    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    check = check_of(tmp_path, "tritonserver")
     assert f"lacks {lacking}" in check.found
     assert check.fix == "rm -rf .venv-triton && make .venv-triton"
 
@@ -179,10 +190,10 @@ def test_where_the_wheel_is_not_for_the_machine_its_environment_is_no_mend(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr("platform.machine", lambda: machine)
-    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    check = check_of(tmp_path, "tritonserver")
     assert check.fix == f"serve with Docker and {tritonserver.IMAGE}, or on Linux on x86-64"
     put_docker(tmp_path, "exit 1")
-    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    check = check_of(tmp_path, "tritonserver")
     assert check.fix == "start Docker's engine"
 
 
@@ -190,7 +201,7 @@ def test_our_own_package_is_missed_with_what_brings_it_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packages, "DISTRIBUTION", "nobodys-package")
-    assert only(packages.packages()).fix == "rm -rf .venv && make .venv"
+    assert quick_check("packages").fix == "rm -rf .venv && make .venv"
 
 
 def test_an_environment_is_removed_only_where_we_run_in_it(
@@ -209,7 +220,7 @@ def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers
     for record in servers.glob("numpy-*.dist-info"):
         record.unlink()
     distribution(servers, "numpy", "2.1.0")
-    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    check = check_of(tmp_path, "tritonserver")
     assert check.level == "problem"
     assert "has numpy 2.1.0, with which tritonserver gives incorrect answers" in check.found
     assert check.fix == "rm -rf .venv-triton && make .venv-triton"
@@ -217,9 +228,8 @@ def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers
 
 def test_a_missing_stub_is_a_problem(tmp_path: Path, servers: Path) -> None:
     (servers / "pytriton" / "tritonserver" / "python_backend_stubs").unlink()
-    model = tmp_path / "models" / "doctor" / "1" / "model.onnx"
-    model.parent.mkdir(parents=True)
-    check = doctor._server(Paths(tmp_path), model)[-1]
+    (tmp_path / "models" / "doctor").mkdir(parents=True)
+    check = checks_of(tmp_path, "tritonserver")[-1]
     assert check.level == "problem"
     assert "has no stub for Python" in check.found
     assert check.fix == "rm -rf .venv-triton && make .venv-triton"
@@ -231,14 +241,14 @@ def test_docker_without_its_engine_is_a_problem(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     put_docker(tmp_path, script)
-    check = only(doctor._server(Paths(tmp_path), tmp_path / "model.onnx"))
+    check = check_of(tmp_path, "tritonserver")
     assert check.level == level
     assert level == "ok" or check.fix == "make .venv-triton"
 
 
 def test_two_runtimes_side_by_side_are_a_problem(planted: Path) -> None:
     distribution(planted, "onnxruntime", "1.20.0")
-    check = only(packages.runtimes())
+    check = quick_check("ONNX Runtime")
     assert check.level == "problem"
     assert "onnxruntime and onnxruntime-gpu are both installed" in check.found
     assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in check.fix
@@ -247,15 +257,15 @@ def test_two_runtimes_side_by_side_are_a_problem(planted: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "version", "said"),
     [
-        ("click", "7.0", "click 7.0, and >=8.2 is needed"),
-        ("torch", "1.13.1", "torch 1.13.1, and >=2.9 is needed"),
+        ("click", "7.0", "click 7.0, but >=8.2 is needed"),
+        ("torch", "1.13.1", "torch 1.13.1, but >=2.9 is needed"),
     ],
 )
 def test_packages_that_do_not_fit_are_a_problem(
     planted: Path, name: str, version: str, said: str
 ) -> None:
     distribution(planted, name, version)
-    check = only(packages.packages())
+    check = quick_check("packages")
     assert (check.level, check.found) == ("problem", said)
     assert "make .venv" in check.fix
 
@@ -263,7 +273,7 @@ def test_packages_that_do_not_fit_are_a_problem(
 def test_a_runtime_that_does_not_start_is_a_problem(planted: Path, tmp_path: Path) -> None:
     planted.mkdir()
     (planted / "onnxruntime.py").write_text("raise ImportError('libcublas is missing')")
-    check = only(packages.runtime(tmp_path / "model.onnx"))
+    check = check_of(tmp_path, "ONNX Runtime")
     assert (check.level, check.found) == (
         "problem",
         "does not start: ImportError: libcublas is missing",
@@ -275,7 +285,7 @@ def test_a_taken_port_is_a_problem(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        check = only(doctor._ports(Paths(tmp_path), ServeConfig(grpc_port=port)))
+        check = check_of(tmp_path, "ports", ServeConfig(grpc_port=port))
     assert check.level == "problem"
     assert f"{port} (grpc): Address already in use" in check.found
     assert check.fix == "pipeline serve --port auto"
@@ -286,21 +296,21 @@ def test_cut_data_are_a_problem(empty: Chain) -> None:
     content = file.read_bytes()
     file.unlink()  # it may be a link to everybody's
     file.write_bytes(content[:-1])
-    check = only(doctor._data(empty.paths))
+    check = check_of(empty.root, "data")
     assert check.level == "problem"
     assert file.name in check.found
     file.write_bytes(content)
     flip_bit(file, 100)
-    assert only(doctor._data(empty.paths)).level == "problem"
+    assert check_of(empty.root, "data").level == "problem"
 
 
 def test_a_cache_that_is_read_only_is_a_problem(tmp_path: Path) -> None:
     cache = Paths(tmp_path).data("mnist")
     cache.mkdir(parents=True)
-    assert only(doctor._folders(Paths(tmp_path))).level == "ok"
+    assert check_of(tmp_path, "folders").level == "ok"
     cache.chmod(0o555)
     try:
-        check = only(doctor._folders(Paths(tmp_path)))
+        check = check_of(tmp_path, "folders")
     finally:
         cache.chmod(0o755)
     assert (check.level, check.found) == ("problem", f"{cache}: it is read-only")
@@ -308,19 +318,19 @@ def test_a_cache_that_is_read_only_is_a_problem(tmp_path: Path) -> None:
 
 def test_a_file_where_a_folder_belongs_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    check = only(doctor._folders(Paths(tmp_path)))
+    check = check_of(tmp_path, "folders")
     assert (check.level, check.found) == (
         "problem",
-        f"{tmp_path / 'runs'}: a file lies where a folder belongs",
+        f"{tmp_path / 'runs'}: it is a file, but a folder is needed",
     )
 
 
 def test_too_little_space_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Space(1 << 40, 1 << 40, 32 << 20))
-    assert only(doctor._disk(Paths(tmp_path))).level == "problem"
-    check = only(doctor._shared_memory())
+    assert check_of(tmp_path, "disk").level == "problem"
+    check = check_of(tmp_path, "shared memory")
     assert check.level == "problem"
-    assert "32 MiB are free in /dev/shm, and the server needs 64" in check.found
+    assert "32 MiB are free in /dev/shm, but the server needs 64" in check.found
 
 
 def test_a_gpu_that_torch_leaves_out_is_said_and_does_not_stop_the_job(
@@ -331,10 +341,10 @@ def test_a_gpu_that_torch_leaves_out_is_said_and_does_not_stop_the_job(
 
     monkeypatch.setattr(Path, "glob", glob)
     on_cpu = Check("ok", "torch", "2.13.0+cpu, built without CUDA; trains on the CPU")
-    check = only(packages.gpu([on_cpu]))
+    (check,) = packages.run_check("GPU", "", lambda: packages.check_gpus([on_cpu]))
     assert (check.level, "torch does not use it" in check.found) == ("warning", True)
     on_gpu = Check("ok", "torch", "2.13.0, built for CUDA 13.0; A GPU")
-    assert only(packages.gpu([on_gpu])).level == "ok"
+    assert isinstance(packages.check_gpus([on_gpu]), str)
 
 
 @pytest.mark.parametrize(("version", "level"), [("2.31", "problem"), ("2.35", "ok")])
@@ -342,13 +352,13 @@ def test_an_old_glibc_is_a_problem_for_the_wheel(
     monkeypatch: pytest.MonkeyPatch, version: str, level: str
 ) -> None:
     monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", version))
-    runtime: Any = tritonserver.ServerRuntime("wheel", (), {})
-    assert only(doctor._glibc(runtime)).level == level
+    (check,) = packages.run_check("glibc", "", doctor._check_glibc)
+    assert check.level == level
 
 
 def test_another_python_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 0))
-    check = only(packages.python())
+    check = quick_check("Python")
     assert check.level == "problem"
     assert check.fix.endswith("PYTHON=python3.13")
 

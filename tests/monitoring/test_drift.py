@@ -217,8 +217,8 @@ def test_only_the_version_that_is_asked_for_is_held_against_its_profile(
     assert list(record["others"].values()) == [400]
     assert (record["unreadable"], record["lost"]) == (1, 12)
     said = chain.run("drift", str(log)).stdout
-    assert "left out, as this profile is not theirs: 400 of handwriting version 9" in said
-    assert "the log lacks 12 predictions" in said
+    assert "left out, because of other models: 400 of handwriting version 9" in said
+    assert "missing, because not written: 12 predictions" in said
 
 
 def test_the_older_half_of_a_full_log_is_read_and_what_came_before_a_time_is_left_out(

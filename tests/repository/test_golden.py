@@ -56,11 +56,11 @@ def test_the_right_answers_pass_at_every_batch_size(golden: Golden) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda outputs: outputs + np.float32(2e-4), "differs by 0.0002, 0.0001 is allowed"),
+        (lambda outputs: outputs + np.float32(2e-4), "differs by 0.0002, its bound is 0.0001"),
         (lambda outputs: np.where(outputs == outputs, np.nan, 0).astype(np.float32), "by inf"),
-        (lambda outputs: outputs[:, ::-1].copy(), "20 answers are of another class"),
-        (lambda outputs: outputs[:, :9], r"answers float32 \(20, 9\) instead"),
-        (lambda outputs: outputs.astype(np.int64), "answers int64"),
+        (lambda outputs: outputs[:, ::-1].copy(), "20 answers have another class"),
+        (lambda outputs: outputs[:, :9], r"answers are float32 \(20, 9\), not"),
+        (lambda outputs: outputs.astype(np.int64), "answers are int64"),
     ],
 )
 def test_other_answers_do_not_pass(
@@ -87,7 +87,7 @@ def test_no_class_may_change_however_near_the_answer_is() -> None:
     swapped = CLOSE.copy()
     swapped[0] = CLOSE[0, ::-1]
     result = compare_golden(golden_of(CLOSE, 1e-4), says(swapped), (2,))
-    assert result.problems == ("batch size 2: 1 of 2 answers are of another class",)
+    assert result.problems == ("batch size 2: 1 of 2 answers have another class",)
 
 
 @pytest.mark.parametrize("bound", [1e-4, 1e9, float("inf")])

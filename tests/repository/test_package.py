@@ -249,7 +249,7 @@ def test_a_repository_that_anybody_may_change_gets_no_version_and_is_not_served(
     for command in ("package", "serve"):
         result = chain.run(command)
         assert result.exit_code == 3
-        assert error_line(result).startswith(f"{folder} can be changed by anybody")
+        assert error_line(result).startswith(f"{folder} can be changed by any user")
     folder.chmod(0o755)
     (chain.paths.packaged / "2").symlink_to(folder)
     assert chain.run("package").exit_code == 3

@@ -185,7 +185,7 @@ def test_a_difference_is_in_records_and_in_answers(chain: Chain) -> None:
     assert "differing classes" in chain.run("versions", "diff", "1", str(other)).stdout
 
 
-@pytest.mark.parametrize("spoil", ["a link", "changed by anybody"])
+@pytest.mark.parametrize("spoil", ["a link", "changed by any user"])
 def test_a_version_that_others_may_change_is_not_promoted(chain: Chain, spoil: str) -> None:
     chain.record("package")
     model = chain.paths.packaged / "1" / "model.onnx"

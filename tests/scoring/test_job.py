@@ -409,7 +409,9 @@ def test_a_worker_without_its_model_says_so_with_its_first_shard(
     rows = Reader(whole)({"shard": np.array([pickle.dumps(whole.shards[0])], object)})
     scorer = Scorer(model, Folder(tmp_path / "out"), ScoreConfig())
     error = pickle.loads(scorer(rows)["failed"][0])
-    assert str(error) == f"no {model.path}: run the same command again"
+    assert str(error) == (
+        f"cannot read {model.path} (No such file or directory): run the same command again"
+    )
 
 
 def test_where_ray_gives_up_one_line_says_why(

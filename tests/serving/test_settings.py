@@ -42,7 +42,7 @@ def test_a_run_survives_its_record() -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "-x", "x" * 65, "a b"])
 def test_a_name_that_could_leave_its_folder_is_refused(name: str) -> None:
-    with pytest.raises(PipelineError, match="is no name"):
+    with pytest.raises(PipelineError, match="is not a valid name"):
         Paths(Path(), name=name)
 
 

@@ -127,7 +127,7 @@ def test_a_restart_that_could_not_start_again_does_not_stop_what_runs(live: Chai
     result = live.run("serve", "restart")
     labels.chmod(0o644)
     assert result.exit_code == 3
-    assert "can be changed by anybody" in error_line(result)
+    assert "can be changed by any user" in error_line(result)
     assert (state(live), server_of(live).pid) == (before, pid)
 
 

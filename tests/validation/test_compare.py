@@ -65,8 +65,8 @@ def test_eager_float32_itself_passes_with_its_figures() -> None:
         (lambda y: y + np.float32(1e-4), "100 of 100 rows lie beyond their bound"),
         (lambda y: np.where(y == y, np.nan, 0).astype(np.float32), "row 0 differs by inf"),
         (lambda y: y[:, ::-1].copy(), "rows change class and none may: row 0 from"),
-        (lambda y: y.astype(np.float64), r"answers float64 \(100, 10\) instead of float32"),
-        (lambda y: y[:, :9], r"answers float32 \(100, 9\) instead"),
+        (lambda y: y.astype(np.float64), r"answers are float64 \(100, 10\), not float32"),
+        (lambda y: y[:, :9], r"answers are float32 \(100, 9\), not"),
         (lambda y: y * np.float32(1 + 4e-6), "times eager float32's, 8 times is allowed"),
     ],
 )

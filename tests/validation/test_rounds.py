@@ -83,7 +83,7 @@ def test_rows_that_are_mixed_up_in_a_batch_show_in_the_rounds_that_have_batches(
     assert found["single"].passed
     for mode in ("batched", "concurrent"):
         assert not found[mode].passed
-        assert "are of another class" in found[mode].problems[0]
+        assert "have another class" in found[mode].problems[0]
         worst = found[mode].worst[0]
         assert worst.expected == OUTPUTS[worst.index].argmax()
         assert worst.error is not None
@@ -94,14 +94,14 @@ def test_rows_that_are_mixed_up_in_a_batch_show_in_the_rounds_that_have_batches(
 def test_a_server_that_is_wrong_at_one_batch_size_is_found_each_time() -> None:
     for _ in range(3):
         found = asked(lambda answer: -answer if len(answer) == 5 else answer)
-        assert "of another class" in found["batched"].problems[0]
+        assert "have another class" in found["batched"].problems[0]
 
 
 def test_a_server_that_is_wrong_about_copies_of_one_image_is_found() -> None:
     def change(answer: np.ndarray) -> np.ndarray:
         return -answer if len(answer) > 1 and (answer == answer[0]).all() else answer
 
-    assert "of another class" in asked(change)["batched"].problems[0]
+    assert "have another class" in asked(change)["batched"].problems[0]
 
 
 def test_one_wrong_answer_among_hundreds_is_found_with_its_image() -> None:
@@ -112,7 +112,7 @@ def test_one_wrong_answer_among_hundreds_is_found_with_its_image() -> None:
         assert not found.passed
         assert found.worst[0].index == 7
         assert found.differing == 0
-        assert "image 7 differs by 0.0002, 0.0001 is allowed" in found.problems[0]
+        assert "image 7 differs by 0.0002, its bound is 0.0001" in found.problems[0]
 
 
 def test_an_answer_that_is_no_number_is_said_to_be_none() -> None:
@@ -126,8 +126,8 @@ def test_an_answer_that_is_no_number_is_said_to_be_none() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda answer: answer[:, :4], ", 4) instead of floating ("),
-        (lambda answer: answer.astype(np.int64), "answers int64 ("),
+        (lambda answer: answer[:, :4], ", 4), not floating ("),
+        (lambda answer: answer.astype(np.int64), "answers are int64 ("),
     ],
 )
 def test_answers_of_another_shape_or_type_are_wrong(change: Change, said: str) -> None:

@@ -224,7 +224,7 @@ def test_one_weight_off_by_1_percent_and_swapped_labels_show_on_a_real_server(
     said = error_line(result)
     for mode in ("single", "batched", "concurrent"):
         assert f"{server.http_url}: {mode}: " in said
-    assert "answers are too far off: image" in said
+    assert "answers exceed their bounds: image" in said
     assert "its label file calls class 0 '1' instead of '0'" in said
     assert own.exit_code == 3  # the labels alone
     assert len(evidence_of(chain)["problems"]) == 1
