@@ -2,76 +2,79 @@
 
 # Shape letters: N images, K classes.
 
+import asyncio
+import concurrent.futures
+import os
 import threading
-import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Self, TypeVar
 
-import grpc
 import numpy as np
-from google.protobuf.message import Message
 
-from pipeline.client import wire
-from pipeline.client.calls import Attempt, BaseClient, Pause, Steps
+from pipeline.client.calls import BaseClient
+from pipeline.client.connection import Connection
 from pipeline.client.endpoint import Certificates as Certificates
-from pipeline.client.endpoint import Endpoint, GrpcChannel
-from pipeline.client.faults import Fault, of_grpc
-from pipeline.client.http import HttpConnection
 from pipeline.client.prediction import Image
 from pipeline.client.prediction import Prediction as Prediction
+from pipeline.core.errors import PipelineError
 from pipeline.repository import config_pbtxt
 
 T = TypeVar("T")
 
 
-class _Http:
-    """A pool of HTTP connections: a thread takes one for each exchange and returns it."""
+class _DaemonThreads(concurrent.futures.ThreadPoolExecutor):
+    """Runs each call in a daemon thread.
 
-    def __init__(
-        self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
-    ) -> None:
-        self._endpoint, self._headers = target, headers
-        self._context = certificates.context() if target.is_secure else None
-        self._lock, self._idle = threading.Lock(), list[HttpConnection]()
+    The threads of a usual pool hold up the interpreter's exit, for as long as a slow lookup of a
+    host's name takes.
+    """
 
-    def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
-        with self._lock:
-            connection = self._idle.pop() if self._idle else None
-        connection = connection or HttpConnection(self._endpoint, self._context)
-        if connection.is_stale():
-            connection.close()
-        answer = connection.exchange(wire.to_http(call, self._headers), seconds)
-        with self._lock:
-            self._idle.append(connection)
-        return answer if isinstance(answer, Fault) else wire.from_http(call, answer)
+    def submit(self, call: Callable[..., T], /, *args: Any, **options: Any) -> Any:
+        future = concurrent.futures.Future[T]()
 
-    def close(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        def run() -> None:
+            future.set_running_or_notify_cancel()
+            try:
+                future.set_result(call(*args, **options))
+            except BaseException as error:  # the future's owner raises it
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
 
 
-class _Grpc:
-    def __init__(
-        self, target: Endpoint, certificates: Certificates, headers: dict[str, str]
-    ) -> None:
-        self._channel = GrpcChannel(grpc, target, certificates, headers)
+class _Loop:
+    """The event loop of all clients of this process, in a daemon thread."""
 
-    def exchange(self, call: wire.Call, seconds: float) -> Message | Fault:
-        send = self._channel.open().unary_unary(call.path)  # bytes out, bytes in
-        request = call.request.SerializeToString()
-        try:
-            content = send(request, timeout=seconds, metadata=self._channel.metadata)
-        except grpc.RpcError as error:
-            return of_grpc(error.code().name, error.details() or "", error)
-        except ValueError as error:  # another thread closed the channel
-            return Fault("lost", "the client was closed", error)
-        return wire.from_grpc(call, content)
+    lock = threading.Lock()
+    loop: asyncio.AbstractEventLoop | None = None
+    is_grpc_lost = False
 
-    def close(self) -> None:
-        if channel := self._channel.take():
-            channel.close()
+    @classmethod
+    def get(cls) -> asyncio.AbstractEventLoop:
+        """Return the loop; start it at first."""
+        with cls.lock:
+            if cls.loop is None:
+                cls.loop = asyncio.new_event_loop()
+                cls.loop.set_default_executor(_DaemonThreads())
+                threading.Thread(target=cls.loop.run_forever, daemon=True).start()
+            return cls.loop
+
+    @classmethod
+    def forget(cls) -> None:
+        """Forget the loop in a forked process, which has none of its parent's threads."""
+        cls.is_grpc_lost = cls.loop is not None  # its own threads are gone as well
+        cls.lock, cls.loop = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_Loop.forget)
+
+
+def _close_later(connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
+    if loop is _Loop.loop:  # not in a forked process
+        asyncio.run_coroutine_threadsafe(connection.close(), loop)
 
 
 class Client(BaseClient):
@@ -86,8 +89,6 @@ class Client(BaseClient):
     `prediction_log`, a file's path, if it is given.
     """
 
-    _wires = (_Http, _Grpc)
-
     def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
         """Return a prediction for each image, in order; `images` may be one image or many.
 
@@ -96,18 +97,18 @@ class Client(BaseClient):
         (H, W, 3), and is prepared first, which counts towards the timeout. Raises PipelineError
         for a picture if the model takes arrays only.
         """
-        return self._run(self._ask_predictions(images, top, self._deadline()))
+        return self._run(self._classify(images, top))
 
     def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
         """Return log-probabilities (N, K) of images (N, ...), and the version that answered last.
 
         Sends as many requests as the server's largest batch size requires, within one timeout.
         """
-        return self._run(self._ask_outputs(images, self._deadline(timeout)))
+        return self._run(self._infer(images, timeout))
 
     def config(self) -> config_pbtxt.ModelConfig:
         """Return the served model's configuration, which is requested once."""
-        return self._run(self._ask_config(self._deadline()))
+        return self._run(self._get_config())
 
     def pictures(self) -> str:
         """Return how pictures become the served model's images: see signature.pictures_of."""
@@ -115,7 +116,7 @@ class Client(BaseClient):
 
     def metadata(self, of_model: bool = False) -> dict[str, Any]:
         """Return metadata of the server, or of the model: name, version or versions, and more."""
-        return self._run(self._ask_metadata(of_model, self._deadline()))
+        return self._run(self._get_metadata(of_model))
 
     def server_name(self) -> str:
         """Return the server's name: the `--id` that it was started with."""
@@ -126,11 +127,11 @@ class Client(BaseClient):
 
         The names come from its label file; a class without a name there has its number.
         """
-        return self._run(self._ask_labels(image, self._deadline()))
+        return self._run(self._get_labels(image))
 
     def close(self) -> None:
         """Close the connections; a further call opens new ones."""
-        self._wire.close()
+        self._run(self._close())
 
     def __enter__(self) -> Self:
         return self
@@ -138,22 +139,24 @@ class Client(BaseClient):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _call(self, call: wire.Call) -> Message:
-        """Return the answer to a call of any kind."""
-        return self._run(self._ask(call, self._deadline()))
+    def _connect(self) -> Connection:
+        connection = super()._connect()
+        # Closes it when this client is collected without having been closed, or at exit.
+        weakref.finalize(self, _close_later, connection, _Loop.get())
+        return connection
 
-    def _run(self, steps: Steps[T]) -> T:
-        """Execute the steps one after the other, and return their result."""
-        result: Any = None
-        while True:
-            try:
-                step = steps.send(result)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-            if isinstance(step, Attempt):
-                result = self._wire.exchange(step.call, step.seconds)
-            elif isinstance(step, Pause):
-                time.sleep(step.seconds)
-                result = None
-            else:
-                result = step.do()
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        """Return the result of a call, which runs in the event loop's thread."""
+        is_forked = self._loop not in (None, _Loop.loop)
+        if is_forked or (_Loop.is_grpc_lost and self.endpoint.is_grpc):
+            call.close()
+            raise PipelineError(
+                "this process was forked from one with a client: make a new client here, over "
+                "HTTP, or start processes by 'spawn', which gRPC needs"
+            )
+        future = asyncio.run_coroutine_threadsafe(call, _Loop.get())
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C: nothing waits for the call any more
+            future.cancel()
+            raise

@@ -1,15 +1,11 @@
-"""A server's address, the certificates of a secure connection, and the gRPC channel."""
+"""A server's address, and the certificates of a secure connection."""
 
 import re
 import ssl
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
-
-import grpc
 
 from pipeline.core.errors import PipelineError
 
@@ -122,49 +118,5 @@ def require_usable(
         raise PipelineError(
             f"{target} takes no certificates: write {target.protocol}s://{target.address}"
         )
-
-
-OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    # Notice soon that a server is back: gRPC's default is to wait for up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    # Clients share neither a connection nor the pause after a failed one.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),  # no proxy, as over HTTP
-    ("grpc.enable_retries", 0),  # our own retries are within the deadline, and counted
-]
-
-
-class GrpcChannel:
-    """A gRPC channel, opened at its first use; `library` is grpc or grpc.aio."""
-
-    def __init__(
-        self, library: Any, target: Endpoint, certificates: Certificates, headers: dict[str, str]
-    ) -> None:
-        self._library, self._address, self._lock = library, target.address, threading.Lock()
-        self.metadata = tuple((name.lower(), value) for name, value in headers.items())
-        self._credentials, self._channel = None, None
-        if target.is_secure:
-            certificates.context()  # raises PipelineError if they are not valid
-            files = (certificates.ca, certificates.key, certificates.certificate)
-            contents = (Path(file).read_bytes() if file else None for file in files)
-            self._credentials = grpc.ssl_channel_credentials(*contents)
-
-    def open(self) -> Any:
-        """Return the channel, which threads share; open it if there is none."""
-        with self._lock:
-            if self._channel is None and self._credentials:
-                self._channel = self._library.secure_channel(
-                    self._address, self._credentials, OPTIONS
-                )
-            elif self._channel is None:
-                self._channel = self._library.insecure_channel(self._address, OPTIONS)
-            return self._channel
-
-    def take(self) -> Any:
-        """Return the channel, or None, for the caller to close; the next request opens another."""
-        with self._lock:
-            channel, self._channel = self._channel, None
-        return channel
+    if target.is_secure:
+        certificates.context()  # raises PipelineError for an invalid file

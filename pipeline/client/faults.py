@@ -5,8 +5,6 @@ import re
 import socket
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
-from http.client import BadStatusLine, HTTPException, IncompleteRead, RemoteDisconnected
 from typing import Literal
 
 from pipeline.client.endpoint import Endpoint
@@ -33,7 +31,7 @@ Kind = Literal[
 PASSING: frozenset[Kind] = frozenset({"unreached", "lost", "busy", "unloaded", "unknown"})
 _LONGEST = 300  # characters of a server's own message that are passed on
 # Parts of Triton's messages, in lower case.
-_SAID: tuple[tuple[str, Kind], ...] = (
+_MESSAGES: tuple[tuple[str, Kind], ...] = (
     ("has no available versions", "unloaded"),
     ("restricted", "restricted"),
     ("stub process", "died"),
@@ -66,30 +64,29 @@ _CONNECTING: tuple[tuple[str, Kind], ...] = (
 _CONNECTED = re.compile(r"^failed to connect to all addresses; last error: [A-Z_]+: \S+:\d+: ")
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(Exception):
     """The reason why a request has no answer."""
 
-    kind: Kind
-    reason: str
-    error: BaseException | None = None
-    pause: float = 0.0  # seconds to wait before a retry, as the server asks
+    def __init__(self, kind: Kind, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
+        self.pause = pause  # seconds to wait before a retry, as the server asks
 
 
-def of_grpc(code: str, details: str, error: BaseException) -> Fault:
+def of_grpc(code: str, details: str) -> Fault:
     """Return the fault of a gRPC status: the name of its code, and its message."""
-    said = details.lower()
-    kind = next((kind for part, kind in _SAID if part in said), None)
+    message = details.lower()
+    kind = next((kind for part, kind in _MESSAGES if part in message), None)
     if code == "DEADLINE_EXCEEDED":
         kind = "slow"
     elif kind is None and code in ("UNAVAILABLE", "UNKNOWN", "INTERNAL", "CANCELLED"):
-        kind = next((kind for part, kind in _CONNECTING if part in said), None)
+        kind = next((kind for part, kind in _CONNECTING if part in message), None)
         if kind is None and code in ("UNAVAILABLE", "CANCELLED"):
             kind = "busy" if code == "UNAVAILABLE" else "lost"
     elif kind is None:
         kind = {"RESOURCE_EXHAUSTED": "busy", "UNIMPLEMENTED": "alien"}.get(code)  # type: ignore[assignment]
-    reason = _short(_CONNECTED.sub("", details)).removesuffix(": OK") or code
-    return Fault(kind or "refused", reason, error)
+    reason = short(_CONNECTED.sub("", details)).removesuffix(": OK") or code
+    return Fault(kind or "refused", reason)
 
 
 # The kind of an HTTP status, unless Triton's message says more.
@@ -101,42 +98,38 @@ _STATUSES: dict[int, Kind] = {
 
 
 def of_http(status: int, body: bytes, headers: Mapping[str, str]) -> Fault:
-    """Return the fault of an HTTP status that is not 200; header names are in lower case."""
+    """Return the fault of an HTTP status that is not 200; `headers` ignores the case of names."""
     retry_after = headers.get("retry-after")
     pause = float(retry_after) if retry_after and retry_after.isdigit() else 0.0
     if 300 <= status < 400:
-        reason = f"status {status}, a redirect to {_short(headers.get('location', ''))!r}"
+        reason = f"status {status}, a redirect to {short(headers.get('location', ''))!r}"
         return Fault("alien", reason, pause=pause)
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
         answer = None
     error = answer.get("error") if isinstance(answer, dict) else None  # Triton's message
-    words = _short(error) if isinstance(error, str) else ""
-    kind = next((kind for part, kind in _SAID if part in words.lower()), None)
+    words = short(error) if isinstance(error, str) else ""
+    kind = next((kind for part, kind in _MESSAGES if part in words.lower()), None)
     kind = kind or _STATUSES.get(status) or ("refused" if words else "alien")
     return Fault(kind, f"{words} (status {status})" if words else f"status {status}", pause=pause)
 
 
-# The kinds of the exceptions of sockets, TLS and http.client; the first match counts.
+# The kinds of the exceptions of sockets and TLS; the first match counts.
 _RAISED: tuple[tuple[tuple[type[Exception], ...], Kind], ...] = (
     ((TimeoutError,), "slow"),
     ((ssl.SSLError,), "insecure"),
     ((socket.gaierror, UnicodeError), "unnamed"),
     ((ConnectionRefusedError,), "unreached"),
-    ((RemoteDisconnected, IncompleteRead, ConnectionError), "lost"),
-    ((HTTPException, ValueError), "alien"),
+    ((ConnectionError,), "lost"),
 )
 
 
 def of_connection(error: BaseException, is_connected: bool) -> Fault:
-    """Return the fault of an exception from a socket, or from reading an answer from it."""
-    reason = _short(str(error)) or type(error).__name__
+    """Return the fault of an exception from a socket."""
     otherwise: Kind = "lost" if is_connected else "unreached"
     kind = next((kind for types, kind in _RAISED if isinstance(error, types)), otherwise)
-    if kind == "alien" and isinstance(error, BadStatusLine):
-        reason = f"no HTTP, but {reason}"
-    return Fault(kind, reason, error)
+    return Fault(kind, short(str(error)) or type(error).__name__)
 
 
 def explained(
@@ -212,7 +205,7 @@ _REFUSED: dict[str, str] = {
 }
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """Return the text as one line, cut after 300 characters."""
     line = escape(" ".join(text.split()))
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

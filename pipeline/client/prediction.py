@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -103,14 +103,20 @@ def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
 
 def prepared(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
     """Convert one of the `singles` to the model's input; raise PipelineError if it does not fit."""
-    pictures = config_pbtxt.pictures(config)
-    shape = tuple(config.input[0].dims)
-    if isinstance(image, np.ndarray) and (pictures == "arrays" or is_of(image.shape, shape)):
+    if as_sent(image, config):
         array = image
     else:
-        array = prepare_picture(Path(image) if isinstance(image, str) else image, pictures=pictures)
+        picture = Path(image) if isinstance(image, str) else image
+        array = prepare_picture(picture, pictures=config_pbtxt.pictures(config))
     require_fit(array[np.newaxis], config)
     return array
+
+
+def as_sent(image: Image, config: config_pbtxt.ModelConfig) -> TypeGuard[np.ndarray]:
+    """Return whether one of the `singles` is an array that is sent as it is."""
+    return isinstance(image, np.ndarray) and (
+        config_pbtxt.pictures(config) == "arrays" or is_of(image.shape, tuple(config.input[0].dims))
+    )
 
 
 def is_of(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf.message import Message
-from tritonclient.grpc import service_pb2
-
 from pipeline.client.client import Client
-from pipeline.client.wire import Call
+from pipeline.client.connection import Connection
 from pipeline.repository import config_pbtxt
 from pipeline.serving.tritonserver import KEY_HEADER
 
@@ -25,29 +22,36 @@ class Admin(Client):
 
     def load(self, name: str) -> None:
         """Load a model from the current files of the repository, replacing the loaded one."""
-        self._change("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=name))
+        self._change("load_model", name)
 
     def load_files(self, config: config_pbtxt.ModelConfig, files: Mapping[str, bytes]) -> None:
         """Load a model from these files only; keys are paths inside the model's folder."""
-        request = service_pb2.RepositoryModelLoadRequest(model_name=config.name)
-        request.parameters["config"].string_param = config_pbtxt.to_json(config)
-        for path, content in files.items():
-            request.parameters[f"file:{path}"].bytes_param = content
-        self._change("RepositoryModelLoad", request)
+        named = {f"file:{path}": content for path, content in files.items()}
+        self._change("load_model", config.name, config=config_pbtxt.to_json(config), files=named)
 
     def unload(self, name: str) -> None:
         """Stop serving a model."""
-        request = service_pb2.RepositoryModelUnloadRequest(model_name=name)
-        request.parameters["unload_dependents"].bool_param = False
-        self._change("RepositoryModelUnload", request)
+        self._change("unload_model", name)
 
     def states(self) -> dict[tuple[str, str], str]:
         """Return the state of each version that was ever loaded, by name and version.
 
         A state is READY, LOADING, UNLOADING or UNAVAILABLE.
         """
-        index: Any = self._call(Call("RepositoryIndex", service_pb2.RepositoryIndexRequest()))
+        index = self._run(self._call_triton("get_model_repository_index", may_repeat=True))
         return {(entry.name, entry.version): entry.state for entry in index.models}
 
-    def _change(self, method: str, request: Message) -> None:
-        self._call(Call(method, request, may_repeat=False))
+    def _change(self, method: str, name: str, **options: Any) -> None:
+        self._run(self._call_triton(method, name, may_repeat=False, **options))
+
+    async def _call_triton(self, method: str, *args: str, may_repeat: bool, **options: Any) -> Any:
+        """Return the result of a method of tritonclient's own client."""
+
+        async def call(connection: Connection) -> Any:
+            with connection.faults():
+                return await getattr(connection.triton, method)(
+                    *args, headers=connection.headers, **options
+                )
+
+        async with self._call() as deadline:
+            return await self._ask(call, deadline, may_repeat)

@@ -436,3 +436,56 @@ def test_the_client_and_query_need_only_what_client_requirements_lists() -> None
     homes = metadata.packages_distributions()
     for name in {name.partition(".")[0] for name in loaded} & homes.keys() - {"pipeline"}:
         assert {canonicalize_name(home) for home in homes[name]} & known, f"{name} is imported"
+
+
+FORK = """
+import os, sys
+import numpy as np
+from pipeline.client.client import Client
+from pipeline.core.errors import PipelineError
+client = Client(sys.argv[1], timeout=20)
+image = np.zeros((1, 28, 28), np.uint8)
+client.classify(image)
+if os.fork() == 0:
+    for each in (client, Client(sys.argv[1], timeout=20)):
+        try:
+            print(each.classify(image)[0].label, flush=True)
+        except PipelineError as error:
+            print(error, flush=True)
+    os._exit(0)
+os.wait()
+print(client.classify(image)[0].label)
+"""
+
+
+@pytest.mark.parametrize(("protocol", "second"), [("http", "0"), ("grpc", "this process was")])
+def test_a_client_is_refused_in_a_forked_process_and_goes_on_in_its_own(
+    protocol: str, second: str
+) -> None:
+    with fake(protocol) as (url, _):
+        command = [sys.executable, "-c", FORK, url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    first, new, own = done.stdout.splitlines()
+    assert "this process was forked" in first
+    assert "make a new client here, over HTTP" in first
+    assert new.startswith(second)
+    assert own == "0"
+
+
+LOOKUP = """
+import socket, sys, time
+from pipeline.client.client import Client
+from pipeline.core.errors import SlowError
+socket.getaddrinfo = lambda *arguments, **options: time.sleep(60)
+try:
+    Client("http://a-host:1", timeout=0.2).config()
+except SlowError as error:
+    print(error)
+"""
+
+
+def test_a_hanging_lookup_of_a_name_ends_in_time_and_does_not_hold_up_the_exit() -> None:
+    command = [sys.executable, "-c", LOOKUP]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD, check=True)
+    assert "no answer from http://a-host:1 in 0.2 s" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,55 @@
+"""The connection over gRPC."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import grpc.aio
+import tritonclient.grpc.aio
+from tritonclient.utils import InferenceServerException
+
+from pipeline.client.connection import Connection
+from pipeline.client.endpoint import Certificates, Endpoint
+from pipeline.client.faults import Fault, of_grpc
+
+OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Notice soon that a server is back: gRPC's default is to wait for up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # Clients share neither a connection nor the pause after a failed one.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),  # no proxy, as over HTTP
+    ("grpc.enable_retries", 0),  # our own retries are within the deadline, and counted
+]
+
+
+class GrpcConnection(Connection):
+    """A connection over gRPC, with or without TLS."""
+
+    library = tritonclient.grpc
+
+    def __init__(
+        self, target: Endpoint, certificates: Certificates, headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(target, certificates, headers)
+        self.headers = {name.lower(): value for name, value in headers.items()}
+        credentials = None
+        if target.is_secure:
+            files = (certificates.ca, certificates.key, certificates.certificate)
+            contents = (Path(file).read_bytes() if file else None for file in files)
+            credentials = grpc.ssl_channel_credentials(*contents)
+        self.triton = tritonclient.grpc.aio.InferenceServerClient(
+            target.address, creds=credentials, channel_args=OPTIONS
+        )
+
+    @contextlib.contextmanager
+    def _library_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except InferenceServerException as error:
+            code = str(error.status()).removeprefix("StatusCode.")
+            raise of_grpc(code, error.message() or "") from error
+        except grpc.aio.UsageError as error:  # another task closed the channel
+            raise Fault("lost", "the client was closed") from error
