@@ -97,7 +97,7 @@ def query_command(
       pipeline query --url grpcs://HOST:8001 --ca ca.crt --header NAME=KEY digit.png
     """
     from pipeline.client.client import Certificates, Client
-    from pipeline.client.log import opened
+    from pipeline.client.log import open_log
     from pipeline.client.query import Count, ask_files
     from pipeline.images.inputs import sources
     from pipeline.repository.running import default_url
@@ -107,7 +107,7 @@ def query_command(
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that its encoding lacks
     paths = paths_of(settings, name)
-    log, certificates = opened(prediction_log), Certificates(ca, certificate, key)
+    log, certificates = open_log(prediction_log), Certificates(ca, certificate, key)
 
     def connect() -> "Client":
         return Client(

@@ -55,7 +55,7 @@ def web_command(
       pipeline web --port 0 --url grpc://127.0.0.1:8001
       pipeline web --prediction-log seen.jsonl
     """
-    from pipeline.client.log import opened
+    from pipeline.client.log import open_log
 
     try:
         from pipeline.web.server import serve_page
@@ -71,4 +71,4 @@ def web_command(
         text = f"draw at {address}, which asks {paths.name} of {where}; Ctrl-C stops it"
         settings.result(record, text)
 
-    serve_page(paths, config, url, started, opened(prediction_log))
+    serve_page(paths, config, url, started, open_log(prediction_log))

@@ -17,16 +17,16 @@ import numpy as np
 from pipeline.client.connection import Connection, connector
 from pipeline.client.endpoint import Certificates, endpoint, require_usable
 from pipeline.client.faults import PASSING, Fault, explained
-from pipeline.client.log import PredictionLog, opened
+from pipeline.client.log import PredictionLog, open_log
 from pipeline.client.prediction import (
     Image,
     Prediction,
+    as_list,
     as_sent,
-    listed,
-    predicted,
-    prepared,
     require_fit,
-    singles,
+    split_images,
+    to_input,
+    to_prediction,
 )
 from pipeline.core.errors import PipelineError, SlowError
 from pipeline.repository import config_pbtxt
@@ -78,14 +78,12 @@ class BaseClient:
         prediction_log: PredictionLog | str | Path | None = None,
     ) -> None:
         self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
-        self._log, self._version, self._retries = opened(prediction_log), str(version), retries
+        self._log, self._version, self._retries = open_log(prediction_log), str(version), retries
         Deadline(timeout)  # raises PipelineError for an invalid timeout
         if retries < 0:
             raise PipelineError(f"retries must be 0 or more, got {retries}")
         if self._version and not self._version.isdecimal():
-            raise PipelineError(
-                f"a version is a whole number, got {version!r}: leave it out for the one served"
-            )
+            raise PipelineError(f"the version must be a whole number or left out, got {version!r}")
         self._config: config_pbtxt.ModelConfig | None = None
         self._undescribed: set[str] = set()  # versions whose digest the config does not state
         headers = headers or {}
@@ -97,7 +95,9 @@ class BaseClient:
         """Enter a call with its deadline; raise SlowError if the body takes longer."""
         loop = asyncio.get_running_loop()
         if self._loop not in (None, loop):
-            raise PipelineError("this client is another event loop's: make one in each")
+            raise PipelineError(
+                "this client belongs to another event loop: make a client in each loop"
+            )
         self._loop = loop
         deadline = Deadline(self.timeout if timeout is None else timeout)
         try:
@@ -109,7 +109,7 @@ class BaseClient:
             ready, count = deadline.preparing
             raise SlowError(
                 f"{ready} of {count} pictures were ready in {deadline.timeout:g} s: "
-                "raise timeout, or ask about fewer at once"
+                "raise the timeout, or ask about fewer pictures in a call"
             ) from error
 
     def _connect(self) -> Connection:
@@ -164,19 +164,21 @@ class BaseClient:
 
     async def _classify(self, images: Image | Iterable[Image], top: int) -> list[Prediction]:
         """Return a prediction for each image; prepare only one request's images at a time."""
-        given = listed(images)
+        given = as_list(images)
         if not given:
             return []
         async with self._call() as deadline:
             config = await self._one_tensor(deadline)
-            pictures = [single for image in given for single in singles(image, config)]
+            pictures = [single for image in given for single in split_images(image, config)]
             size, answers, asked = max(1, config.max_batch_size), [], []
             for start in range(0, len(pictures), size):
                 arrays = await _prepare(pictures, slice(start, start + size), config, deadline)
                 outputs, version = await self._ask_outputs(arrays, deadline)
                 if not _is_of_classes(outputs):
                     shape = list(outputs.shape[1:])
-                    raise PipelineError(f"{self.name} gives {shape} for an image: ask with infer()")
+                    raise PipelineError(
+                        f"{self.name} gives no value per class, but shape {shape}: use infer()"
+                    )
                 answers.append((outputs, version))
                 asked += [arrays] if self._log else []
             predictions = await self._predictions(answers, top, deadline)
@@ -200,7 +202,7 @@ class BaseClient:
                 classes = config_pbtxt.classes(config)
             except (ValueError, TypeError, RecursionError) as error:
                 raise self._failed(Fault("alien", str(error)), deadline) from error
-            predictions += [predicted(row, config, classes, version, top) for row in outputs]
+            predictions += [to_prediction(row, config, classes, version, top) for row in outputs]
         return predictions
 
     async def _write_log(self, images: np.ndarray, predictions: list[Prediction]) -> None:
@@ -214,10 +216,12 @@ class BaseClient:
             try:
                 images = np.asarray(images)
             except ValueError as error:
-                raise PipelineError(f"images are no array ({error}): give one, (N, ...)") from error
+                raise PipelineError(
+                    f"images are not an array ({error}): give one, (N, ...)"
+                ) from error
             config = await self._one_tensor(deadline)
             if not images.ndim or not len(images):
-                raise PipelineError("no images to ask about: give at least one, as (N, ...)")
+                raise PipelineError("images is empty: give at least one, as (N, ...)")
             require_fit(images, config)
             size, answers = max(1, config.max_batch_size), []
             for start in range(0, len(images), size):
@@ -258,7 +262,7 @@ class BaseClient:
         config = await self._ask_config(deadline)
         if len(config.input) != 1 or not config.output:
             raise PipelineError(
-                f"{self.name} at {self.endpoint} does not take one tensor: ask with Triton's client"
+                f"{self.name} at {self.endpoint} does not take one tensor: use tritonclient"
             )
         return config
 
@@ -283,7 +287,7 @@ async def _prepare(
         for picture in pictures[batch]:
             if deadline.left <= 0:
                 break  # the call was given up
-            arrays.append(prepared(picture, config))
+            arrays.append(to_input(picture, config))
             deadline.preparing = batch.start + len(arrays), len(pictures)
         return np.stack(arrays)
 

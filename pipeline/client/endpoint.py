@@ -56,7 +56,7 @@ def endpoint(url: str) -> Endpoint:
             f"the URL of a server has no user, password or query; keys go into `headers`: {_WRITE}"
         )
     if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/"):
-        raise PipelineError(f"{url!r} is no server: {_WRITE}")
+        raise PipelineError(f"{url!r} is not the URL of a server: {_WRITE}")
     if port == 0:
         raise PipelineError(f"{url!r} has no valid port, since none listens on 0: {_WRITE}")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
@@ -77,12 +77,14 @@ class Certificates:
     def context(self) -> ssl.SSLContext:
         """Return Python's TLS context; raise PipelineError, which names it, for an invalid file."""
         if (self.certificate is None) != (self.key is None):
-            raise PipelineError("a client's certificate and its key go together: give both")
+            raise PipelineError(
+                "a client certificate needs its key, and a key its certificate: give both"
+            )
         try:
             context = ssl.create_default_context(cafile=self.ca)
         except OSError as error:  # ssl.SSLError is one
             raise PipelineError(
-                f"{self.ca} is no CA's certificate ({error.strerror or error}): give a PEM file"
+                f"{self.ca} is not a CA certificate ({error.strerror or error}): give a PEM file"
             ) from error
         if self.certificate is None:
             return context
@@ -90,8 +92,8 @@ class Certificates:
             context.load_cert_chain(self.certificate, self.key, password="")
         except (OSError, ValueError) as error:
             raise PipelineError(
-                f"{self.certificate} and {self.key} are no certificate and its key ({error}): give "
-                "two PEM files that belong together, the key without a password"
+                f"{self.certificate} and {self.key} are not a certificate and its key ({error}): "
+                "give two matching PEM files, the key without a password"
             ) from error
         return context
 
@@ -110,13 +112,13 @@ def require_usable(
             and not (target.is_grpc and name.lower().endswith("-bin"))
         ):
             raise PipelineError(
-                f"{name!r} is no header for {target.protocol}, or what it says is none: use "
-                "letters, digits, '-', '_' and '.' in its name (gRPC: no '-bin' at its end), and "
-                "printable ASCII"
+                f"header {name!r} is not valid for {target.protocol}: use letters, digits, '-', "
+                "'_' and '.' in its name (for gRPC no '-bin' at its end), printable ASCII as value"
             )
     if not target.is_secure and certificates != Certificates():
         raise PipelineError(
-            f"{target} takes no certificates: write {target.protocol}s://{target.address}"
+            f"{target} is without TLS and uses no certificates: write "
+            f"{target.protocol}s://{target.address}"
         )
     if target.is_secure:
         certificates.context()  # raises PipelineError for an invalid file

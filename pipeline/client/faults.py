@@ -142,14 +142,16 @@ def explained(
     """
     reason = fault.reason
     # Suggest TLS if the request was without it, and no TLS if it was with it.
-    other = f"where it speaks TLS, write {where.protocol}s://{where.address}"
+    other = f"if it uses TLS, write {where.protocol}s://{where.address}"
     if where.is_secure:
-        other = f"where it speaks without TLS, write {where.protocol[:-1]}://{where.address}"
+        other = f"if it does not use TLS, write {where.protocol[:-1]}://{where.address}"
     problem = reason.lower().replace("_", " ")
     if any(part in problem for part in ("hostname", "mismatch", "not valid for")):
-        secure = "its certificate is for another host: ask it by a name that stands in there"
+        secure = (
+            "its certificate is for another host: use a host name that the certificate contains"
+        )
     elif any(part in problem for part in ("verify failed", "self-signed", "peer name")):
-        secure = "give the certificate of the CA that signed the server's own (--ca)"
+        secure = "give the certificate of the CA that signed the server's certificate (--ca)"
     elif any(part in problem for part in ("wrong version", "record layer", "unexpected eof")):
         secure = other
     else:
@@ -172,35 +174,32 @@ def explained(
     return PipelineError(_REFUSED["version" if is_version else fault.kind].format(**words))
 
 
-_CLIENTS = (
-    "where it asks who you are, give the client's own certificate and key (--certificate, --key)"
-)
+_CLIENTS = "if it requires a client certificate, give it and its key (--certificate, --key)"
 _PORTS = "check host and port; by default Triton's HTTP is on 8000 and its gRPC on 8001"
 _UNANSWERED: dict[str, str] = {
-    "slow": "no answer from {where} in {timeout:g} s: it may need longer (timeout, on the "
-    "command line --timeout), or not run: 'pipeline serve status' tells",
-    "unreached": "no answer from {where} ({tried}): is it running? 'pipeline serve status' tells, "
-    "'pipeline serve' starts it",
-    "lost": "no answer from {where} ({tried}): it closed the connection. It died ('pipeline serve "
-    f"status' tells), or that port is for another protocol: {_PORTS}; {{other}}",
-    "unnamed": "no answer from {where}: its host's name has no address ({tried}): check its "
+    "slow": "no answer from {where} in {timeout:g} s: raise the timeout (--timeout), or see "
+    "whether the server runs ('pipeline serve status')",
+    "unreached": "no answer from {where} ({tried}): see whether the server runs ('pipeline serve "
+    "status') or start it ('pipeline serve')",
+    "lost": "no answer from {where} ({tried}): it closed the connection. See whether the server "
+    f"runs ('pipeline serve status') and the port is for this protocol: {_PORTS}; {{other}}",
+    "unnamed": "no answer from {where}: its host name has no address ({tried}): check its "
     "spelling, or give the address itself",
-    "busy": "{where} has too much to do ({tried}): ask again later, or less at once",
-    "unloaded": "{where} has unloaded {name} ({tried}): it is stopping, or starting anew",
-    "died": "the model's process at {where} died ({tried}): 'pipeline serve stop', then 'pipeline "
-    "serve' starts it again",
+    "busy": "{where} is overloaded ({tried}): try later, or with fewer concurrent requests",
+    "unloaded": "{where} has unloaded {name} ({tried}): it is stopping or restarting",
+    "died": "the model's process at {where} died ({tried}): restart it with 'pipeline serve stop' "
+    "and 'pipeline serve'",
     "alien": f"{{where}} does not answer as Triton does ({{tried}}): {_PORTS}",
     "insecure": "no secure connection to {where} ({reason}): {secure}",
 }
 _REFUSED: dict[str, str] = {
-    "version": "{where} serves no version {version} of a model {name!r}: ask without a "
-    "version for the one that is served",
-    "unknown": "{where} serves no model {name!r}: ask for another name (on the command line: "
-    "--name), or again in a moment if it has just started; 'pipeline serve status' lists what our "
-    "server serves",
-    "restricted": "{where} refuses: {reason}; that is restricted to those who hold its key: ask "
-    "whoever runs it, and give the key in `headers`, with 'pipeline query' as --header NAME=KEY",
-    "large": "{where} refuses: {reason}; the request is too large: ask about fewer images at once",
+    "version": "{where} does not serve version {version} of model {name!r}: leave the version out "
+    "for the served one",
+    "unknown": "{where} does not serve a model {name!r}: choose another name (--name), or try "
+    "again in a moment if the server has just started; 'pipeline serve status' lists its models",
+    "restricted": "{where} refuses: {reason}; this needs the server's key: ask its operator, and "
+    "give the key in `headers`, with 'pipeline query' as --header NAME=KEY",
+    "large": "{where} refuses: {reason}; the request is too large: ask about fewer images",
     "refused": "{where} refuses: {reason}",
 }
 

@@ -36,7 +36,7 @@ _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK 
 _logger = logging.getLogger(__name__)
 
 
-def older(path: Path) -> Path:
+def older_log(path: Path) -> Path:
     """Return the path of a log's older lines, which moved there when it was full."""
     return path.with_name(f"{path.name}.1")
 
@@ -61,13 +61,15 @@ class PredictionLog:
                 mode = os.fstat(descriptor).st_mode
         except OSError as error:
             raise PipelineError(
-                f"cannot write the prediction log {path} ({error.strerror}): name a file in a "
-                "folder that is there and that you may write to"
+                f"cannot write the prediction log {path} ({error.strerror}): name a file in an "
+                "existing folder that you can write to"
             ) from error
         if not stat.S_ISREG(mode):
-            raise PipelineError(f"cannot write the prediction log {path}: it is no plain file")
+            raise PipelineError(f"cannot write the prediction log {path}: it is not a regular file")
         if mode & 0o077:
-            raise PipelineError(f"others may read or write the prediction log: chmod 600 '{path}'")
+            raise PipelineError(
+                f"other users can access the prediction log: run chmod 600 '{path}'"
+            )
 
     def add(self, name: str, images: np.ndarray, predictions: Sequence[Prediction]) -> None:
         """Append model `name`'s predictions for its input images (N, ...); never raise OSError."""
@@ -95,8 +97,8 @@ class PredictionLog:
             except OSError as error:
                 if not self._unsaid:
                     _logger.warning(
-                        "the prediction log %s cannot be written (%s): answers go on, and what "
-                        "is not logged is counted",
+                        "the prediction log %s cannot be written (%s): predictions continue, "
+                        "and those not logged are counted",
                         self.path,
                         error.strerror,
                     )
@@ -104,7 +106,7 @@ class PredictionLog:
                 self._unsaid += len(lines)
                 return
             if gap:
-                message = "the prediction log %s is written again; %d predictions are not in it"
+                message = "the prediction log %s is written again; %d predictions are missing"
                 _logger.warning(message, self.path, self._unsaid)
             self._unsaid = 0
 
@@ -114,7 +116,7 @@ class PredictionLog:
             with self._opened() as descriptor:
                 size = os.fstat(descriptor).st_size
                 if size > 0 and size + len(content) > self.max_bytes:  # it is full
-                    os.replace(self.path, older(self.path))  # safe: the lock is held
+                    os.replace(self.path, older_log(self.path))  # safe: the lock is held
                     continue
                 if os.write(descriptor, content) < len(content):
                     os.ftruncate(descriptor, size)  # the disk is full: leave no half line
@@ -142,7 +144,7 @@ class PredictionLog:
                 os.close(descriptor)
 
 
-def opened(log: PredictionLog | Path | str | None) -> PredictionLog | None:
+def open_log(log: PredictionLog | Path | str | None) -> PredictionLog | None:
     """Return a log: `log` itself, which may be shared, the log at a path, or None."""
     return log if log is None or isinstance(log, PredictionLog) else PredictionLog(log)
 
@@ -218,14 +220,14 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
             logged.others[model] += 1
     if logged.unreadable and not (logged.entries or logged.others or logged.lost):
         raise PipelineError(
-            f"{path} is no prediction log: write one, 'pipeline query IMAGE --prediction-log FILE'"
+            f"{path} is not a prediction log: 'pipeline query --prediction-log' writes one"
         )
     return logged
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
     try:
-        for file in (older(path), path):
+        for file in (older_log(path), path):
             if file == path or file.exists():
                 with file.open("rb") as lines:
                     yield from lines
@@ -239,5 +241,5 @@ def _read_lines(path: Path) -> Iterator[bytes]:
 def _share(value: Any) -> float:
     share = float(value)
     if not math.isfinite(share) or not -1e-6 <= share <= 1 + 1e-6:
-        raise ValueError(f"{value} is no share")
+        raise ValueError(f"{value} is not between 0 and 1")
     return share

@@ -35,7 +35,7 @@ class Prediction:
         return record
 
 
-def predicted(
+def to_prediction(
     row: np.ndarray,
     config: config_pbtxt.ModelConfig,
     classes: tuple[str, ...],
@@ -62,14 +62,14 @@ def probabilities(row: np.ndarray, kind: str) -> np.ndarray:
     return chances if kind == "logits" else np.exp(values)
 
 
-def listed(images: Image | Iterable[Image]) -> list[Image]:
-    """Return one picture or many as a list; an array is one item, which `singles` may split."""
+def as_list(images: Image | Iterable[Image]) -> list[Image]:
+    """Return one picture or many as a list, in which an array is one item."""
     if isinstance(images, str | bytes | Path | np.ndarray) or not isinstance(images, Iterable):
         return [images]
     return list(images)
 
 
-def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
+def split_images(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
     """Split an array of images of the model's shape; return anything else as a list of one.
 
     No picture is prepared yet. Raises PipelineError for a picture if the model takes arrays only,
@@ -77,11 +77,11 @@ def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
     """
     shape, pictures = tuple(config.input[0].dims), config_pbtxt.pictures(config)  # -1: any size
     if isinstance(image, np.ndarray):
-        if is_of(image.shape, shape) or pictures == "arrays":
+        if fits_shape(image.shape, shape) or pictures == "arrays":
             return [image]
-        if is_of(image.shape[1:], shape):
+        if fits_shape(image.shape[1:], shape):
             return list(image)
-        if is_of((1, *image.shape), shape):
+        if fits_shape((1, *image.shape), shape):
             return [image[np.newaxis]]
         is_flat = image.ndim in (1, 2) and image.shape[-1] == math.prod(shape)
         has_no_channels = image.ndim == 3 and (1, *image.shape[1:]) == shape
@@ -90,19 +90,19 @@ def singles(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
             if image.ndim == 2:
                 fix += ", or Image.fromarray(array) if it is a picture after all"
             raise PipelineError(
-                f"an array of shape {list(image.shape)} is no picture but images: {fix}"
+                f"an array of shape {list(image.shape)} holds images, not a picture: {fix}"
             )
     elif pictures == "arrays":
-        raise PipelineError(f"{config.name} takes arrays only: give some of shape {list(shape)}")
+        raise PipelineError(f"{config.name} takes only arrays: give one of shape {list(shape)}")
     if not isinstance(image, str | Picture):
         raise PipelineError(
-            f"{type(image).__name__} is no picture: give a path, bytes, a Pillow image or an array"
+            f"{type(image).__name__} is not a picture: give a path, bytes, a Pillow image or array"
         )
     return [image]
 
 
-def prepared(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
-    """Convert one of the `singles` to the model's input; raise PipelineError if it does not fit."""
+def to_input(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
+    """Convert one of the `split_images` to the model's input; raise PipelineError if unfit."""
     if as_sent(image, config):
         array = image
     else:
@@ -113,13 +113,14 @@ def prepared(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
 
 
 def as_sent(image: Image, config: config_pbtxt.ModelConfig) -> TypeGuard[np.ndarray]:
-    """Return whether one of the `singles` is an array that is sent as it is."""
+    """Return whether one of the `split_images` is an array that is sent as it is."""
     return isinstance(image, np.ndarray) and (
-        config_pbtxt.pictures(config) == "arrays" or is_of(image.shape, tuple(config.input[0].dims))
+        config_pbtxt.pictures(config) == "arrays"
+        or fits_shape(image.shape, tuple(config.input[0].dims))
     )
 
 
-def is_of(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def fits_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Return whether a shape is the wanted one, in which -1 stands for any size."""
     return len(shape) == len(wanted) and all(
         want in (-1, size) for size, want in zip(shape, wanted, strict=True)
@@ -139,7 +140,7 @@ def require_fit(images: np.ndarray, config: config_pbtxt.ModelConfig) -> None:
             scale = "(255 * images).round()" if is_share else "images"
             fix = f"give pixels from 0 for paper to 255 for ink, {scale}.astype(np.uint8)"
         raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {fix}")
-    if not is_of(tuple(got), tuple(wanted)):
+    if not fits_shape(tuple(got), tuple(wanted)):
         array = ", ".join(map(str, ["N", *wanted] if config.max_batch_size else wanted))
         raise PipelineError(
             f"{config.name} takes images of shape {wanted}, not {got}: give [{array}], or a picture"

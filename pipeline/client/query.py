@@ -100,7 +100,9 @@ def ask_files(
                 client = stack.enter_context(connect())
                 pictures = client.pictures()
                 if pictures == "arrays":
-                    raise PipelineError(f"{client.name} takes arrays only: ask it from Python")
+                    raise PipelineError(
+                        f"{client.name} takes only arrays: use pipeline.client from Python"
+                    )
             if client is not None:
                 held = [
                     Source(source.name, error=gray)

@@ -122,14 +122,14 @@ def test_nothing_listens(ask: Ask, protocol: str) -> None:
     message = failure(ask, url, ServerError)
     assert f"no answer from {url} (" in message
     assert "tried 4 times" in message
-    assert "'pipeline serve' starts it" in message
+    assert "start it ('pipeline serve')" in message
 
 
 @each_client
 @over_both
 def test_a_name_without_an_address(ask: Ask, protocol: str) -> None:
     message = failure(ask, f"{protocol}://no-such-host.invalid:1", ServerError)
-    assert "its host's name has no address" in message
+    assert "its host name has no address" in message
     assert "check its spelling" in message
 
 
@@ -209,7 +209,7 @@ def test_a_server_that_takes_the_request_and_never_answers(ask: Ask, protocol: s
     with fake(protocol, hang) as url:
         message = failure(ask, url, SlowError, TIMEOUT)
         done.set()
-    assert "'pipeline serve status' tells" in message
+    assert "see whether the server runs ('pipeline serve status')" in message
 
 
 @each_client
@@ -303,7 +303,7 @@ def test_a_model_that_is_unloaded(ask: Ask, protocol: str) -> None:
     with fake(protocol, always(400, said, grpc.StatusCode.UNAVAILABLE)) as url:
         message = failure(ask, url, ServerError)
     assert "has unloaded handwriting" in message
-    assert "tried 4 times): it is stopping, or starting anew" in message
+    assert "tried 4 times): it is stopping or restarting" in message
 
 
 @each_client
@@ -318,14 +318,16 @@ def test_a_model_that_a_server_has_not_loaded_yet_is_asked_for_again(
         assert len(ask(url, timeout=PATIENCE)) == 1
     with fake(protocol, refused) as url:
         message = failure(ask, url, PipelineError)
-    assert "serves no model 'handwriting': ask for another name" in message
-    assert "or again in a moment if it has just started" in message
+    assert "does not serve a model 'handwriting': choose another name" in message
+    assert "or try again in a moment if the server has just started" in message
 
 
 @each_client
 @over_both
 def test_a_version_that_is_no_number(ask: Ask, protocol: str) -> None:
-    with pytest.raises(PipelineError, match="a version is a whole number, got 'newest': leave it"):
+    with pytest.raises(
+        PipelineError, match="the version must be a whole number or left out, got 'newest'"
+    ):
         ask(f"{protocol}://127.0.0.1:1", version="newest")
 
 
@@ -335,7 +337,7 @@ def test_a_batch_that_is_too_large_for_the_server(ask: Ask, protocol: str) -> No
     said = "Received message larger than max (99999 vs. 4096)"
     with fake(protocol, always(413, said, grpc.StatusCode.RESOURCE_EXHAUSTED)) as url:
         message = failure(ask, url, PipelineError)
-    assert "ask about fewer images at once" in message
+    assert "ask about fewer images" in message
 
 
 @each_client
@@ -345,7 +347,7 @@ def test_the_process_of_the_model_died(ask: Ask, protocol: str) -> None:
     with fake(protocol, always(500, said, grpc.StatusCode.INTERNAL)) as url:
         message = failure(ask, url, ServerError)
     assert "the model's process" in message
-    assert "'pipeline serve' starts it again" in message
+    assert "restart it with 'pipeline serve stop'" in message
 
 
 # An answer that is none.
@@ -498,7 +500,7 @@ def test_a_server_that_asks_for_a_certificate_answers_who_has_one(
         assert ask(url, certificates=mine)[0].label == "0"
         stranger = Certificates(ca=ours.file("ca.crt"))
         message = failure(ask, url, ServerError, certificates=stranger)
-    assert "give the client's own certificate and key" in message
+    assert "if it requires a client certificate" in message
 
 
 @each_client
@@ -548,11 +550,11 @@ def test_files_that_are_no_certificates_are_named(ours: Authority, tmp_path: Pat
     text.write_text("no certificate")
     mine = (ours.file("me.crt"), ours.file("me.key"))
     for wrong, message in [
-        (Certificates(ca=text), "notes.txt is no CA's certificate"),
-        (Certificates(ca=missing), "missing.pem is no CA's certificate"),
-        (Certificates(certificate=mine[0]), "go together"),
-        (Certificates(None, mine[0], ours.file("server.key")), "that belong together"),
-        (Certificates(None, text, mine[1]), "no certificate and its key"),
+        (Certificates(ca=text), "notes.txt is not a CA certificate"),
+        (Certificates(ca=missing), "missing.pem is not a CA certificate"),
+        (Certificates(certificate=mine[0]), "give both"),
+        (Certificates(None, mine[0], ours.file("server.key")), "two matching PEM files"),
+        (Certificates(None, text, mine[1]), "not a certificate and its key"),
     ]:
         for url in ("https://localhost", "grpcs://localhost"):
             for make in (Client, AsyncClient):
@@ -562,13 +564,12 @@ def test_files_that_are_no_certificates_are_named(ours: Authority, tmp_path: Pat
         Client("http://localhost", certificates=Certificates(ca=ours.file("ca.crt")))
 
 
-def test_an_unknown_model_is_mended_from_python_as_on_the_command_line() -> None:
+def test_an_unknown_model_has_one_message_for_python_and_the_command_line() -> None:
     fault, where = faults.Fault("unknown", "Request for unknown model"), endpoint("http://x:8000")
     error = faults.explained(fault, where, name="nobody", version="", timeout=1.0, times=1)
     assert str(error) == (
-        "http://x:8000 serves no model 'nobody': ask for another name (on the command line: "
-        "--name), or again in a moment if it has just started; 'pipeline serve status' lists what "
-        "our server serves"
+        "http://x:8000 does not serve a model 'nobody': choose another name (--name), or try again "
+        "in a moment if the server has just started; 'pipeline serve status' lists its models"
     )
 
 
@@ -589,9 +590,9 @@ def test_a_real_server_refuses_names_versions_and_its_other_port(
     ask: Ask, protocol: str, served: Served, url: str
 ) -> None:
     message = failure(ask, url, PipelineError, name="nobody")
-    assert "serves no model 'nobody': ask for another name" in message
+    assert "does not serve a model 'nobody': choose another name" in message
     message = failure(ask, url, PipelineError, version=99)
-    assert "serves no version 99 of a model 'handwriting'" in message
+    assert "does not serve version 99 of model 'handwriting'" in message
     other = {"http": "grpc", "grpc": "http"}[protocol]
     for part in (other, "metrics"):
         message = failure(ask, f"{protocol}://127.0.0.1:{served[1][f'{part}_port']}", ServerError)

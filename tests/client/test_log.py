@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from pipeline.cli.main import main
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.client import Client
-from pipeline.client.log import PredictionLog, older
+from pipeline.client.log import PredictionLog, older_log
 from pipeline.client.prediction import Prediction
 from pipeline.core.errors import PipelineError
 from pipeline.images.read import png
@@ -130,7 +130,7 @@ def test_threads_and_processes_share_a_log_and_no_line_is_torn(
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    files = [file for file in (older(path), path) if file.exists()]
+    files = [file for file in (older_log(path), path) if file.exists()]
     found = [line for file in files for line in lines(file)]
     assert all(list(line) == FIELDS for line in found)
     assert len(found) == (kept or len(found))
@@ -144,7 +144,7 @@ def test_a_full_log_becomes_the_older_one_and_the_one_before_goes(tmp_path: Path
         said = Prediction("7", 0.9, (), str(version), None, True)
         log.add("m", images(2), [said, said])
     newest = [line["version"] for line in lines(tmp_path / "log")]
-    before = [line["version"] for line in lines(older(tmp_path / "log"))]
+    before = [line["version"] for line in lines(older_log(tmp_path / "log"))]
     assert newest[-1] == "19"
     assert int(before[-1]) == int(newest[0]) - 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "log.1"]
@@ -166,13 +166,13 @@ def test_a_folder_that_vanished_costs_lines_and_no_answer_and_the_log_says_so(
         assert len(client.classify(images(3))) == 3
         assert len(client.classify(images(4))) == 4
         assert [record.levelname for record in caplog.records] == ["WARNING"]  # once
-        assert "answers go on" in caplog.text
+        assert "predictions continue" in caplog.text
         folder.mkdir()
         client.classify(images(1))
     assert log.lost == 7
     gap, line = lines(folder / "log")
     assert (gap["lost"], line["class"]) == (7, "0")
-    assert "7 predictions are not in it" in caplog.text
+    assert "7 predictions are missing" in caplog.text
 
 
 def _fill(path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_log_that_cannot_be_or_that_others_may_read_is_refused_at_once(tmp_pat
     open_to_all.touch(0o644)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for name, said in (
-        ("no/log", "name a file in a folder that is there"),
+        ("no/log", "name a file in an existing folder"),
         ("open", "chmod 600"),
         ("link", "cannot write the prediction log"),
         (".", "cannot write the prediction log"),

@@ -101,7 +101,7 @@ def test_somebodys_module_goes_all_the_way_to_a_served_and_proven_answer(
     server = chain.record("serve", "--detach", "--port", "auto")
     with Client(f"grpc://127.0.0.1:{server['grpc_port']}", "residual") as client:
         predictions = client.classify(list(SAMPLE.images[:9]))
-        with pytest.raises(PipelineError, match="takes arrays only: give some of shape"):
+        with pytest.raises(PipelineError, match="takes only arrays: give one of shape"):
             client.classify([Path("photo.png")])
     module = networks.residual().eval()
     chances = torch.softmax(module(torch.from_numpy(SAMPLE.images[:9])), dim=1)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pipeline.client.client import Client, Prediction
-from pipeline.client.log import Entry, Logged, PredictionLog, older
+from pipeline.client.log import Entry, Logged, PredictionLog, older_log
 from pipeline.core.evaluate import predict
 from pipeline.data.splits import load_split
 from pipeline.export.runtime import onnx_predictor
@@ -225,11 +225,11 @@ def test_the_older_half_of_a_full_log_is_read_and_what_came_before_a_time_is_lef
     chain: Chain, bench: Bench, tmp_path: Path
 ) -> None:
     log = write_log(tmp_path / "log", bench.profile, bench.said.of(rows(0, 300)))
-    log.rename(older(log))
+    log.rename(older_log(log))
     write_log(log, bench.profile, bench.said.of(rows(1, 300)))
     assert chain.record("drift", str(log))["images"] == 600
-    old = older(log).read_text().replace('"time":"20', '"time":"19')
-    older(log).write_text(old)
+    old = older_log(log).read_text().replace('"time":"20', '"time":"19')
+    older_log(log).write_text(old)
     assert chain.record("drift", str(log), "--since", "2000-01-01")["images"] == 300
     assert chain.run("drift", str(log), "--since", "yesterday").exit_code == 2
 

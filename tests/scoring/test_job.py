@@ -23,7 +23,7 @@ from pyarrow import parquet as pq
 
 from pipeline.cli.main import main
 from pipeline.cli.score import reading
-from pipeline.client.prediction import predicted
+from pipeline.client.prediction import to_prediction
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.evaluate import predict
 from pipeline.core.files import locked
@@ -82,7 +82,7 @@ def test_a_row_says_what_query_would_say() -> None:
     config = config_pbtxt.ModelConfig()
     config_pbtxt.set_parameter(config, config_pbtxt.MIN_PROBABILITY, "0.6")
     for row, output in zip(table.to_pylist(), OUTPUTS, strict=True):
-        said = predicted(output, config, CLASSES, "3", 2)
+        said = to_prediction(output, config, CLASSES, "3", 2)
         assert (row["label"], row["sure"], row["version"]) == (said.label, said.is_sure, "3")
         assert row["probability"] == np.float32(said.probability)
         assert [(t["label"], t["probability"]) for t in row["top"]] == [

@@ -241,7 +241,7 @@ def test_without_a_golden_file_the_release_has_to_be_here_and_whole(
     assert "--golden FILE" in error_line(without)
     nobody = chain.run("validate", url, "--name", "nobody")
     assert nobody.exit_code == 1
-    assert "serves no model 'nobody'" in error_line(nobody)
+    assert "does not serve a model 'nobody'" in error_line(nobody)
     flip_bit(chain.paths.packaged / "1" / "model.onnx")
     assert chain.run("validate", url).exit_code == 4
 
