@@ -1,4 +1,4 @@
-"""Handwriting data to a served, proven model: train, export, validate, package, serve, query."""
+"""Train a network on handwriting, export it to ONNX, validate it, and serve it on Triton."""
 
 import os
 from typing import TYPE_CHECKING

@@ -26,9 +26,9 @@ from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.text import Lines
 
 YARDSTICKS = ("yardstick", "no-op")  # the first one present; old records have the second
-BESIDE = (*YARDSTICKS, "ONNX Runtime")  # rows that are not the model's own
+NOT_OF_MODEL = (*YARDSTICKS, "ONNX Runtime")  # rows that are not the model's own
 LEAST_ROUNDS = 3
-FIX = "it must be what 'pipeline benchmark --json' printed, or wrote, for the same --what"
+FIX = "give the JSON that 'pipeline benchmark' wrote or printed for the same --what"
 UNSOUND = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 SLOWER = 0.10  # smallest loss that counts, as a fraction of a row's speed
 LESS_ACCURATE = 0.0005  # smallest loss that counts, as a fraction of the images
@@ -93,11 +93,11 @@ class Comparison:
 
     def __str__(self) -> str:
         changed = [change for change in self.changes if change.verdict != "same"]
+        same = len(self.changes) - len(changed)
         lines = [
             *changed,
-            f"{len(self.changes) - len(changed)} of {len(self.changes)} are the same within the "
-            "noise",
-            f"in the median row, a change beyond {self.seen:.0%} would have been seen",
+            f"{same} of {len(self.changes)} are the same within the noise",
+            f"the smallest change that is detected in the median row is {self.seen:.0%}",
         ]
         for name, rows in (("before", self.only_before), ("now", self.only_after)):
             lines += [f"only {name}: {', '.join(rows)}"] if rows else []
@@ -113,19 +113,16 @@ def read_measurements(file: Path, kinds: Sequence[str], name: str) -> dict[str, 
         content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise PipelineError(f"{file} cannot be read ({error}): {FIX}") from error
-    if not isinstance(content, dict):
-        raise PipelineError(f"{file} is no measurement: {FIX}")
     records = {}
     for what in kinds:
-        record = content.get(what) if content.get("what") == "all" else content
+        is_all = isinstance(content, dict) and content.get("what") == "all"
+        record = content.get(what) if is_all else content
         if not isinstance(record, dict) or record.get("what") != what:
             raise PipelineError(f"{file} has no measurement of {what}: {FIX}")
         compare_records(record, record)  # a record that can be compared with itself is complete
         if record.get("name") != name:
-            raise PipelineError(
-                f"{file} is a measurement of the model {record.get('name')}, and {name} would be "
-                "measured: give --name, or a measurement of the same model"
-            )
+            message = f"{file} measures the model {record.get('name')!r}, not {name!r}"
+            raise PipelineError(f"{message}: give --name, or another file with --compare")
         records[what] = record
     return records
 
@@ -136,18 +133,18 @@ def compare_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comp
     Raises PipelineError if one is not a valid record of a benchmark.
     """
     try:
-        names = {_name(row): row["name"] for row in before["rows"]}
-        speeds = list(_slower(before, after, "speed"))
-        changes = (*speeds, *_slower(before, after, "latency"), *_less_accurate(before, after))
-        of_model = sum(names[change.row] not in BESIDE for change in speeds)
+        names = {_label(row): row["name"] for row in before["rows"]}
+        speeds = list(_compare_rounds(before, after, "speed"))
+        latencies = _compare_rounds(before, after, "latency")
+        changes = (*speeds, *latencies, *_compare_accuracies(before, after))
+        of_model = sum(names[change.row] not in NOT_OF_MODEL for change in speeds)
         return Comparison(changes, _missing(before, after), _missing(after, before), of_model)
     except UNSOUND as error:
-        raise PipelineError(
-            f"no measurement to compare with ({type(error).__name__}: {error}): {FIX}"
-        ) from error
+        message = f"the measurement is damaged ({type(error).__name__}: {error}): {FIX}"
+        raise PipelineError(message) from error
 
 
-def confirmed(first: Comparison, second: Comparison) -> Comparison:
+def confirm(first: Comparison, second: Comparison) -> Comparison:
     """Return the second comparison, where a row is slower only if it is in both comparisons.
 
     Both compare with the same earlier measurement. A row that was slower beyond the noise in the
@@ -171,24 +168,22 @@ def require_no_worse(comparison: Comparison) -> None:
     Raises PipelineError if no row of the model was compared.
     """
     if worse := comparison.worse:
-        raise CheckFailedError(
-            f"{len(worse)} of {len(comparison.changes)} got worse: " + "; ".join(map(str, worse))
-        )
+        count, listed = len(comparison.changes), "; ".join(map(str, worse))
+        raise CheckFailedError(f"{len(worse)} of {count} got worse: {listed}")
     if not comparison.of_model:
-        raise PipelineError(f"no row of the model is in both, so nothing was compared: {FIX}")
+        raise PipelineError(f"the measurements have no row of the model in common: {FIX}")
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['name']}, {row['way']}, batch {row['batch']}, {row['concurrency']} at once"
+def _label(row: Mapping[str, Any]) -> str:
+    return f"{row['name']}, {row['way']}, batch {row['batch']}, concurrency {row['concurrency']}"
 
 
 def _missing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the rows and accuracies that the first record has and the second lacks."""
-    there = {_name(row) for row in theirs["rows"]}
-    scored = theirs.get("scores", {})
+    rows, scores = ({_label(row) for row in theirs["rows"]}, theirs.get("scores", {}))
     return (
-        *(name for name in map(_name, ours["rows"]) if name not in there),
-        *(f"accuracy of {name}" for name in ours.get("scores", {}) if name not in scored),
+        *(label for label in map(_label, ours["rows"]) if label not in rows),
+        *(f"accuracy of {name}" for name in ours.get("scores", {}) if name not in scores),
     )
 
 
@@ -198,9 +193,9 @@ def _rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
     for row in record["rows"]:
         # An open loop's rate is a setting; fastest answers are useful only without concurrency.
         if what == "speed" and not row.get("rate"):
-            rounds[_name(row)] = [math.log(speed) for speed in row["images_per_second"]["rounds"]]
+            rounds[_label(row)] = [math.log(speed) for speed in row["images_per_second"]["rounds"]]
         elif what == "latency" and row["concurrency"] == 1 and "fastest_ms" in row:
-            rounds[_name(row)] = [-math.log(ms) for ms in row["fastest_ms"]["rounds"]]
+            rounds[_label(row)] = [-math.log(ms) for ms in row["fastest_ms"]["rounds"]]
     yardsticks = [name for start in YARDSTICKS for name in rounds if name.startswith(start)]
     if not yardsticks and what == "latency":
         return {}  # an old record has no latencies of its yardstick
@@ -209,20 +204,23 @@ def _rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
         yardstick = [statistics.median(yardstick)] * len(yardstick)
     for name, own in rounds.items():
         if not LEAST_ROUNDS <= len(own) <= len(yardstick):
-            raise ValueError(f"{len(own)} rounds tell nothing of noise")
+            raise ValueError(f"{len(own)} rounds are too few")
         # A row that settled early has fewer rounds than the yardstick has.
         parts = [ours - theirs for ours, theirs in zip(own, yardstick, strict=False)]
         if not all(map(math.isfinite, parts)):
-            raise ValueError("a speed is no number")
+            raise ValueError("a speed is not finite")
         rounds[name] = sorted(parts)[len(parts) // 2 :]
     return rounds
 
 
-def _slower(before: Mapping[str, Any], after: Mapping[str, Any], what: str) -> Iterator[RowChange]:
+def _compare_rounds(
+    before: Mapping[str, Any], after: Mapping[str, Any], what: str
+) -> Iterator[RowChange]:
     """Yield the change of each row in both records, by median and spread of its rounds."""
     olds, news = _rounds(before, what), _rounds(after, what)
     others = [
-        {_name(row): row.get("others", 0.0) for row in one["rows"]} for one in (before, after)
+        {_label(row): row.get("others", 0.0) for row in record["rows"]}
+        for record in (before, after)
     ]
     spreads = {  # from the slowest to the fastest round, added over both measurements
         row: sum(rounds[row][-1] - rounds[row][0] for rounds in (olds, news))
@@ -240,14 +238,14 @@ def _slower(before: Mapping[str, Any], after: Mapping[str, Any], what: str) -> I
         yield RowChange(row, what, old, new, noise, _verdict(new / old - 1, limit))
 
 
-def _less_accurate(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[RowChange]:
+def _compare_accuracies(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[RowChange]:
     """Yield the change of each accuracy in both records; without noise, as images are equal."""
     news = after.get("scores", {})
     for name, score in before.get("scores", {}).items():
         if name in news:
             old, new = float(score["accuracy"]), float(news[name]["accuracy"])
             if not (0 <= old <= 1 and 0 <= new <= 1):
-                raise ValueError(f"{old} or {new} is no accuracy")
+                raise ValueError(f"{old} or {new} is not an accuracy")
             yield RowChange(name, "accuracy", old, new, 0.0, _verdict(new - old, LESS_ACCURATE))
 
 

@@ -19,7 +19,7 @@ from pipeline.core.files import check_digest, read_json, write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import PRECISIONS, Paths
 
-BESIDE = 4  # cells between two windows of the yardstick
+CELLS = 4  # between two windows of the yardstick
 VALIDATE = "run 'pipeline validate' first"
 
 
@@ -82,7 +82,7 @@ def benchmark_inference(
     ]
     with ExitStack() as stack:
         asks = {
-            str(runtime): stack.enter_context(workers.worker(paths, runtime, manifest))
+            str(runtime): stack.enter_context(workers.start_worker(paths, runtime, manifest))
             for runtime in runtimes
         }
         answers = {}
@@ -96,11 +96,12 @@ def benchmark_inference(
         name: Score(len(classes), accuracy, int((classes != reference).sum()), peaks[name])
         for name, (accuracy, classes) in answers.items()
     }
+    yardstick = [of_cell for (name, _), of_cell in windows.items() if name == YARDSTICK]
     rows = (
-        workers.yardstick_row([found for (name, _), found in windows.items() if name == YARDSTICK]),
+        workers.join_yardstick(yardstick),
         *(
-            TimedRow(name, "in process", batch, 1, tuple(found), score=scores[name])
-            for (name, batch), found in windows.items()
+            TimedRow(name, "in process", batch, 1, tuple(of_cell), score=scores[name])
+            for (name, batch), of_cell in windows.items()
             if name != YARDSTICK
         ),
     )
@@ -118,8 +119,10 @@ def _measure(
     cells: dict[tuple[str, int], Callable[[], Window]] = {}
     for batch in config.batches:
         for name, ask in asks.items():
-            if len(cells) % (BESIDE + 1) == 0:
-                cells[YARDSTICK, len(cells)] = functools.partial(workers.yardstick, config.seconds)
+            if len(cells) % (CELLS + 1) == 0:
+                cells[YARDSTICK, len(cells)] = functools.partial(
+                    workers.run_yardstick, config.seconds
+                )
             cells[name, batch] = functools.partial(ask, "measure", batch, config.seconds)
     group = {cell: cell for cell in cells if cell[0] != YARDSTICK}
     return timing.take_turns(cells, group, config.until, report)

@@ -28,8 +28,8 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from pipeline.benchmark import load_http
-from pipeline.benchmark.load_http import Found
-from pipeline.benchmark.timing import Window, answered, warm_up, wrong_classes
+from pipeline.benchmark.load_http import Measured
+from pipeline.benchmark.timing import Window, count_errors, measure_answered, warm_up
 from pipeline.core.errors import ServerError
 from pipeline.repository import config_pbtxt
 
@@ -53,7 +53,7 @@ class Questions:
     dtype: str  # of the outputs
 
 
-def questions(
+def build_questions(
     config: config_pbtxt.ModelConfig,
     batches: Sequence[np.ndarray],
     classes: Sequence[np.ndarray],
@@ -65,7 +65,7 @@ def questions(
     return Questions(way, len(batches[0]), requests, tuple(classes), dtype)
 
 
-def _request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
+def _build_request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
     message = service_pb2.ModelInferRequest(model_name=config.name)
     tensor = message.inputs.add(name=config.input[0].name, shape=images.shape)
     tensor.datatype = np_to_triton_dtype(images.dtype)
@@ -91,7 +91,7 @@ def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
         try:
             content = _WAYS[asked.way].content(answer)
             outputs = np.frombuffer(content, asked.dtype).reshape(len(classes), -1)
-            wrong += wrong_classes(outputs, classes)
+            wrong += count_errors(outputs, classes)
         except (DecodeError, ValueError):  # not exactly one output, or not one row per image
             wrong += len(classes)
     return wrong
@@ -99,7 +99,7 @@ def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
 
 async def _ask_all(
     address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
-) -> Found:
+) -> Measured:
     latencies: list[float] = []
     answers: list[tuple[int, bytes]] = []
     failed = 0
@@ -126,7 +126,7 @@ async def _ask_all(
     return latencies, answers, failed
 
 
-def _content(answer: bytes) -> bytes:
+def _content_of(answer: bytes) -> bytes:
     (content,) = service_pb2.ModelInferResponse.FromString(answer).raw_output_contents
     return bytes(content)
 
@@ -170,17 +170,15 @@ class ServerLoad:
         try:
             self._client.load_model(name, headers=self._headers, client_timeout=TIMEOUT)
         except InferenceServerException as error:
-            raise ServerError(f"the server does not load {name}: {error.message()}") from error
+            raise ServerError(f"the server cannot load {name}: {error.message()}") from error
 
-    def counters(self, name: str) -> ModelCounters:
+    def read_counters(self, name: str) -> ModelCounters:
         """Return Triton's counters of a model."""
         try:
             answer = self._client.get_inference_statistics(name, client_timeout=TIMEOUT)
         except InferenceServerException as error:
-            raise ServerError(
-                f"the server no longer says what it has counted of {name}, it may have died: "
-                f"{error.message()}"
-            ) from error
+            message = f"the server does not return statistics of {name}: {error.message()}"
+            raise ServerError(message) from error
         stats = answer.model_stats[-1]
         parts = {part: getattr(stats.inference_stats, part).ns for part in _PARTS}
         requests = stats.inference_stats.success.count
@@ -190,13 +188,13 @@ class ServerLoad:
         """Measure a window of a closed loop on the model, with the server's own times."""
         address = self.addresses[asked.way]
         ask = functools.partial(keep_asking, address, asked, concurrency)
-        return self.counted(name, lambda: answered(ask, seconds))
+        return self.count_during(name, lambda: measure_answered(ask, seconds))
 
-    def counted(self, name: str, measure: Callable[[], Window]) -> Window:
+    def count_during(self, name: str, measure: Callable[[], Window]) -> Window:
         """Call `measure` and add the server's own times of the model to its window."""
-        before = self.counters(name)
+        before = self.read_counters(name)
         window = measure()
-        return replace(window, split=self.counters(name).since(before))
+        return replace(window, split=self.read_counters(name).since(before))
 
 
 class Clock(Protocol):
@@ -230,14 +228,12 @@ class Sent:
     @property
     def latencies(self) -> np.ndarray:
         """Seconds from a request's due time to its answer, for the answered requests."""
-        latencies: np.ndarray = (self.ended - self.due)[np.isfinite(self.ended)]
-        return latencies
+        return np.asarray((self.ended - self.due)[np.isfinite(self.ended)])
 
     @property
     def late(self) -> np.ndarray:
         """Seconds by which the client sent each request too late."""
-        late: np.ndarray = self.begun - self.due
-        return late
+        return np.asarray(self.begun - self.due)
 
     def after(self, begin: float) -> "Sent":
         """Return only the requests that were due from `begin` on."""
@@ -247,7 +243,7 @@ class Sent:
         )
 
 
-def arrivals(rate: float, seconds: float, seed: int) -> np.ndarray:
+def draw_arrivals(rate: float, seconds: float, seed: int) -> np.ndarray:
     """Draw due times, float64 seconds from 0 on, of `rate` requests per second on average."""
     rng = np.random.default_rng(seed)
     count = rng.poisson(rate * seconds)
@@ -264,25 +260,22 @@ def drive(send: Send, times: np.ndarray, clock: Clock, patience: float) -> Sent:
     sent = Sent(start, start + times, np.zeros(count), np.full(count, np.inf), [None] * count)
     open_requests = set(range(count))
 
-    def answered(turn: int) -> Done:
-        def done(answer: bytes | None) -> None:
-            if answer is not None:
-                sent.ended[turn], sent.answers[turn] = clock.now(), answer
-            open_requests.discard(turn)
-
-        return done
+    def finish(turn: int, answer: bytes | None) -> None:
+        if answer is not None:
+            sent.ended[turn], sent.answers[turn] = clock.now(), answer
+        open_requests.discard(turn)
 
     for turn, due in enumerate(sent.due):
         clock.wait(float(due))
         sent.begun[turn] = clock.now()
-        send(turn, answered(turn))
+        send(turn, functools.partial(finish, turn))
     deadline = clock.now() + patience
     while open_requests and clock.now() < deadline:
         clock.wait(clock.now() + POLL)
     return sent
 
 
-def open_loop(
+def run_open_loop(
     address: str,
     asked: Questions,
     rate: float,
@@ -292,23 +285,17 @@ def open_loop(
 ) -> Window:
     """Measure an open loop of `rate` requests per second, checking the class of every answer."""
     before = warm_up(seconds)
-    times = arrivals(rate, before + seconds, seed)
+    times = draw_arrivals(rate, before + seconds, seed)
     with _WAYS[asked.way].sender(address, asked.requests) as send:
         sent = drive(send, times, clock, TIMEOUT)
     answers = [(turn, answer) for turn, answer in enumerate(sent.answers) if answer is not None]
+    wrong, failed = count_wrong(asked, answers), len(times) - len(answers)
     counted = sent.after(sent.start + before)
-    return Window(
-        seconds,
-        asked.batch,
-        counted.latencies,
-        count_wrong(asked, answers),
-        int((~np.isfinite(sent.ended)).sum()),
-        late=counted.late,
-    )
+    return Window(seconds, asked.batch, counted.latencies, wrong, failed, late=counted.late)
 
 
 @contextmanager
-def _over_grpc(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
+def _open_grpc(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
     with grpc.insecure_channel(address) as channel:
         call = channel.unary_unary(METHOD)  # bytes out, bytes in
 
@@ -322,7 +309,7 @@ def _over_grpc(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
 
 
 @contextmanager
-def _over_http(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
+def _open_http(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
     with closing(load_http.Pool(address, CONNECTIONS, TIMEOUT)) as pool:
         yield lambda turn, done: pool.send(requests[turn % len(requests)], done)
 
@@ -332,12 +319,14 @@ class _Way:
     """The functions of one protocol."""
 
     request: Callable[[config_pbtxt.ModelConfig, np.ndarray], bytes]
-    ask: Callable[[str, tuple[bytes, ...], int, float, float], Found]  # in a closed loop
+    ask: Callable[[str, tuple[bytes, ...], int, float, float], Measured]  # in a closed loop
     sender: Callable[[str, tuple[bytes, ...]], AbstractContextManager[Send]]  # for an open loop
     content: Callable[[bytes], bytes]
 
 
 _WAYS = {
-    "grpc": _Way(_request, lambda *asked: asyncio.run(_ask_all(*asked)), _over_grpc, _content),
-    "http": _Way(load_http.request, load_http.ask_all, _over_http, load_http.content),
+    "grpc": _Way(
+        _build_request, lambda *asked: asyncio.run(_ask_all(*asked)), _open_grpc, _content_of
+    ),
+    "http": _Way(load_http.build_request, load_http.ask_all, _open_http, load_http.content_of),
 }

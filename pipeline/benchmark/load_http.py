@@ -6,6 +6,7 @@ and on a machine that client and server share, only the server should be measure
 
 # Shape letters: B batch.
 
+import itertools
 import json
 import queue
 import re
@@ -19,7 +20,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from pipeline.repository import config_pbtxt
 
-Found = tuple[list[float], list[tuple[int, bytes]], int]  # latencies, answers by turn, failures
+Measured = tuple[list[float], list[tuple[int, bytes]], int]  # latencies, answers by turn, failures
 
 _CHUNK = 1 << 16  # bytes
 _LARGEST = 1 << 26  # bytes of an answer
@@ -28,7 +29,7 @@ _HEADER = re.compile(rb"\r\ninference-header-content-length: *(\d+)\r\n", re.IGN
 _OK = b"HTTP/1.1 200 "
 
 
-def request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
+def build_request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
     """Build a request for the first output of a batch (B, ...), with the array as binary data.
 
     Follows KServe's protocol, version 2, with Triton's extension for binary data.
@@ -52,10 +53,10 @@ def request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
 
 def ask_all(
     address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
-) -> Found:
+) -> Measured:
     """Keep `concurrency` requests in progress until `end`; record latencies from `begin` on."""
 
-    def caller(turn: int) -> Found:
+    def caller(turn: int) -> Measured:
         latencies: list[float] = []
         answers: list[tuple[int, bytes]] = []
         failed = 0
@@ -76,10 +77,9 @@ def ask_all(
         return latencies, answers, failed
 
     with ThreadPoolExecutor(concurrency) as pool:
-        every = list(pool.map(caller, range(concurrency)))
-    latencies = [latency for found, _, _ in every for latency in found]
-    answers = [answer for _, found, _ in every for answer in found]
-    return latencies, answers, sum(failed for _, _, failed in every)
+        latencies, answers, failed = zip(*pool.map(caller, range(concurrency)), strict=True)
+    chain = itertools.chain.from_iterable
+    return list(chain(latencies)), list(chain(answers)), sum(failed)
 
 
 class Pool:
@@ -147,7 +147,7 @@ def _more(connection: socket.socket, answer: bytes) -> bytes:
     return chunk
 
 
-def content(answer: bytes) -> bytes:
+def content_of(answer: bytes) -> bytes:
     """Return the bytes of an answer's output; raise ValueError if they cannot be found."""
     header = _HEADER.search(answer)
     if not header:

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 
 from pipeline.benchmark import load, timing, workers
-from pipeline.benchmark.load import open_loop
+from pipeline.benchmark.load import run_open_loop
 from pipeline.benchmark.timing import Score, TimedRow, Until, Window
 from pipeline.benchmark.workers import EAGER, RUNTIME, YARDSTICK, LocalRuntime
 from pipeline.client.client import Client
@@ -42,7 +42,7 @@ MANY = 64  # images in a large request
 # Images per request, concurrency. Large requests without concurrency show the cost of computing.
 ASKED = ((1, 1), (1, 8), (1, 32), (8, 8), (MANY, 1))
 SHARE = 0.5  # default rate of the open loop, as a fraction of the closed loop's
-BESIDE = 6  # cells between two windows of the yardstick
+CELLS = 6  # between two windows of the yardstick
 LEAST_ARRIVALS = 20  # mean in a window of an open loop, so that a window is hardly ever empty
 Report = Callable[[str], None]
 Configs = dict[str, config_pbtxt.ModelConfig]  # of all measured models, by name
@@ -62,7 +62,7 @@ class ServeBenchmark:
 SHORT = ServeBenchmark(Until(least=3, most=3), seconds=0.3, open_seconds=1.0)
 
 
-def profiled(name: str) -> str:
+def profile_name(name: str) -> str:
     """Return the name of the model that runs under the throughput profile."""
     return f"{name}-{PROFILE}"
 
@@ -88,7 +88,7 @@ def add_models(served: Paths) -> Configs:
     """Add the no-op model, and the model under its profile; return the configs of all three."""
     own = config_pbtxt.read(served.packaged / "config.pbtxt")
     profile = config_pbtxt.read(config_pbtxt.profile_file(served.packaged, PROFILE))
-    profile.name = profiled(served.name)
+    profile.name = profile_name(served.name)
     shutil.copytree(served.packaged, served.repository / profile.name)
 
     noop = config_pbtxt.read(served.packaged / "config.pbtxt")
@@ -134,13 +134,15 @@ class Serving:
     rows: tuple[TimedRow, ...]
 
     def ratios(self) -> dict[str, dict[str, Any]]:
-        """Return the two ratios that show the cost of serving: see `timing.ratio`."""
+        """Return the two ratios that show the cost of serving: see `timing.divide_speeds`."""
         rows = {(row.name, row.way, row.batch, row.concurrency): row for row in self.rows}
         single, noop = (rows[name, "grpc", 1, 32] for name in (self.name, NOOP))
-        many = rows[profiled(self.name), "http", MANY, 8]
+        many = rows[profile_name(self.name), "http", MANY, 8]
         return {
-            "single_of_noop": timing.ratio(single, noop),
-            "batch64_of_in_process": timing.ratio(many, rows[RUNTIME, "in process", MANY, 1]),
+            "single_of_noop": timing.divide_speeds(single, noop),
+            "batch64_of_in_process": timing.divide_speeds(
+                many, rows[RUNTIME, "in process", MANY, 1]
+            ),
         }
 
     def record(self) -> dict[str, Any]:
@@ -172,19 +174,6 @@ class Serving:
         ]
 
 
-def cells(name: str) -> list[Cell]:
-    """Return the cells in the order of a round, those to be compared next to each other."""
-    of_both = [
-        Cell(model, way, batch, concurrency)
-        for batch, concurrency in ASKED
-        for way in WAYS
-        for model in (name, NOOP)
-    ]
-    many = [Cell(name, way, MANY, 8) for way in WAYS]
-    profile = [Cell(profiled(name), "http", MANY, 8), Cell(RUNTIME, "in process", MANY, 1)]
-    return [*of_both, *many, *profile]
-
-
 def benchmark_serving(
     paths: Paths,
     config: ServeBenchmark = ServeBenchmark(),
@@ -210,7 +199,7 @@ def benchmark_serving(
                 bench = _Bench(asked, served.name, configs, release, config)
                 rows = bench.rows(report)
                 scores = {
-                    (name, way): replace(score, peak_bytes=served_bytes(server, name))
+                    (name, way): replace(score, peak_bytes=measure_peak_bytes(server, name))
                     for (name, way), score in scores.items()
                 }
     timing.require_answers(rows)
@@ -236,11 +225,11 @@ def score_served(
     """
     exported = replace(paths, name=str(release.manifest["name"]))
     try:
-        images, labels = workers.scored_images(exported, release.manifest)
+        images, labels = workers.load_scored_images(exported, release.manifest)
         if reference is None:
             eager = LocalRuntime(EAGER, "fp32", 1)
             report(f"{eager}: the test split")
-            with workers.worker(exported, eager, release.manifest) as ask:
+            with workers.start_worker(exported, eager, release.manifest) as ask:
                 reference = ask("score")[1]
     except PipelineError as error:
         report(f"accuracy is left out: {error}")
@@ -248,16 +237,18 @@ def score_served(
     scores = {}
     for way, url in (("grpc", server.grpc_url), ("http", server.http_url)):
         for name in names:
-            if name == NOOP or (name, way) == (profiled(paths.name), "grpc"):
+            if name == NOOP or (name, way) == (profile_name(paths.name), "grpc"):
                 continue  # a no-op has no accuracy; the other has no row
             report(f"{name} over {way}: the test split")
             with Client(url, name) as client:
-                accuracy, classes = workers.scored(triton_predictor(client), images, labels)
+                accuracy, classes = workers.score_predictor(
+                    triton_predictor(client), images, labels
+                )
             scores[name, way] = Score(len(classes), accuracy, int((classes != reference).sum()))
     return scores
 
 
-def served_bytes(server: Server, name: str) -> int:
+def measure_peak_bytes(server: Server, name: str) -> int:
     """Return the peak bytes of tritonserver and a model's stubs; shared memory counts in each."""
     total = 0
     for pid in find_processes(server.id):
@@ -282,23 +273,28 @@ class _Bench:
     @property
     def threads(self) -> int:
         """The number of threads that compute under the profile, and in process."""
-        return threads_of(self.configs[profiled(self.name)])
+        return threads_of(self.configs[profile_name(self.name)])
 
     def rows(self, report: Report) -> tuple[TimedRow, ...]:
         """Measure a row for each cell, with the yardstick's first and the open loops' last."""
         measures: dict[Cell, Callable[[], Window]] = {}
         group: dict[Cell, tuple[int, int]] = {}
-        for cell in cells(self.name):
-            if len(measures) % (BESIDE + 1) == 0:
+        profile = profile_name(self.name)
+        cells = (  # those to be compared are next to each other
+            *(Cell(name, way, *of) for of in ASKED for way in WAYS for name in (self.name, NOOP)),
+            *(Cell(self.name, way, MANY, 8) for way in WAYS),
+            *(Cell(profile, "http", MANY, 8), Cell(RUNTIME, "in process", MANY, 1)),
+        )
+        for cell in cells:
+            if len(measures) % (CELLS + 1) == 0:
                 place = Cell(YARDSTICK, "numpy", len(measures), 1)
-                measures[place] = functools.partial(workers.yardstick, self.config.seconds / 2)
+                measures[place] = functools.partial(workers.run_yardstick, self.config.seconds / 2)
             measures[cell] = self._measure(cell)
-            is_profile = cell.name in (RUNTIME, profiled(self.name))
+            is_profile = cell.name in (RUNTIME, profile)
             group[cell] = (cell.batch, 0 if is_profile else cell.concurrency)
         windows = timing.take_turns(measures, group, self.config.until, report)
-        rows = [
-            workers.yardstick_row([windows[cell] for cell in measures if cell.name == YARDSTICK])
-        ]
+        yardstick = [windows[cell] for cell in measures if cell.name == YARDSTICK]
+        rows = [workers.join_yardstick(yardstick)]
         rows += [TimedRow(*cell, tuple(windows[cell])) for cell in group]
         return (*rows, *self._open_rows(rows, report))
 
@@ -307,44 +303,39 @@ class _Bench:
         seconds = self.config.seconds
         if cell.name == RUNTIME:
             predictor = onnx_predictor(self.release.onnx, self.threads)
-            batches = workers.sure_batches(self.release.golden, cell.batch)
-            ask = functools.partial(timing.closed_loop, predictor, *batches)
-            return functools.partial(timing.answered, ask, seconds)
-        asked = self._questions(cell)
+            batches = workers.choose_batches(self.release.golden, cell.batch)
+            ask = functools.partial(timing.run_closed_loop, predictor, *batches)
+            return functools.partial(timing.measure_answered, ask, seconds)
+        asked = self._build_questions(cell)
         return lambda: self.asked.measure(cell.name, asked, cell.concurrency, seconds)
 
-    def _questions(self, cell: Cell) -> load.Questions:
-        images, classes = workers.sure_batches(self.release.golden, cell.batch)
+    def _build_questions(self, cell: Cell) -> load.Questions:
+        images, classes = workers.choose_batches(self.release.golden, cell.batch)
         if cell.name == NOOP:  # it answers zeros, whose argmax is class 0
             classes = [np.zeros_like(of_batch) for of_batch in classes]
-        return load.questions(self.configs[cell.name], images, classes, cell.way)
+        return load.build_questions(self.configs[cell.name], images, classes, cell.way)
 
     def _open_rows(self, closed: list[TimedRow], report: Report) -> list[TimedRow]:
         """Measure open loops of single images, one per protocol."""
         timing.require_answers(closed)  # the rates are computed from their speeds
         rates = {
-            row.way: self.config.rate or SHARE * row.speed
+            Cell(self.name, row.way, 1, 0): self.config.rate or SHARE * row.speed
             for row in closed
             if (row.name, row.batch, row.concurrency) == (self.name, 1, 32)
         }
-        report("open loop: " + ", ".join(f"{way} {rate:,.0f}/s" for way, rate in rates.items()))
+        report("open loop: " + ", ".join(f"{c.way} {rate:,.0f}/s" for c, rate in rates.items()))
         seeds = itertools.count(self.config.seed)  # a new seed for each window
         measures = {
-            way: functools.partial(
-                self._open, self._questions(Cell(self.name, way, 1, 0)), rate, seeds
-            )
-            for way, rate in rates.items()
+            cell: functools.partial(self._run_open_loop, self._build_questions(cell), rate, seeds)
+            for cell, rate in rates.items()
         }
-        windows = timing.take_turns(measures, {way: way for way in measures}, Until(3, 3))
-        return [
-            TimedRow(self.name, way, 1, 0, tuple(windows[way]), rate=rate)
-            for way, rate in rates.items()
-        ]
+        windows = timing.take_turns(measures, {cell: cell for cell in rates}, Until(3, 3))
+        return [TimedRow(*cell, tuple(windows[cell]), rate=rate) for cell, rate in rates.items()]
 
-    def _open(self, asked: load.Questions, rate: float, seeds: Iterator[int]) -> Window:
+    def _run_open_loop(self, asked: load.Questions, rate: float, seeds: Iterator[int]) -> Window:
         """Measure a window of an open loop, long enough for LEAST_ARRIVALS requests on average."""
         seconds = max(self.config.open_seconds, LEAST_ARRIVALS / rate)
         address = self.asked.addresses[asked.way]
-        return self.asked.counted(
-            self.name, lambda: open_loop(address, asked, rate, seconds, next(seeds))
+        return self.asked.count_during(
+            self.name, lambda: run_open_loop(address, asked, rate, seconds, next(seeds))
         )

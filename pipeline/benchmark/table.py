@@ -3,7 +3,7 @@
 import csv
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.benchmark.timing import LAST, PERCENTILES, WITHIN, TimedRow
@@ -32,8 +32,7 @@ def tables(rows: Sequence[TimedRow]) -> str:
             memory = f"{score.peak_bytes / MEBIBYTE:,.0f}"
             images += [f"{score.accuracy:.2%}", f"{score.differing}", memory]
         speeds.append([*asked, *images])
-        known = [latency.get(f"p{part}") for part in PERCENTILES]
-        latencies.append([*asked, *("" if ms is None else f"{ms:.2f}" for ms in known)])
+        latencies.append([*asked, *_percentiles(latency, 1, ".2f")])
         if split:
             parts = (f"{split[part]:,.0f}" for part in PARTS)
             splits.append([*asked, f"{split['batch']:.1f}", *parts])
@@ -46,6 +45,12 @@ def tables(rows: Sequence[TimedRow]) -> str:
     if splits:
         lines += [columns(("in the server, each request", *ASKED, *SPLIT), splits), ""]
     return Lines(*lines, *_remarks(rows))
+
+
+def _percentiles(latency_ms: Mapping[str, float], factor: float, how: str) -> list[str]:
+    """Format the percentiles times `factor`; those that are not known are empty."""
+    values = [latency_ms.get(f"p{part}") for part in PERCENTILES]
+    return ["" if ms is None else f"{factor * ms:{how}}" for ms in values]
 
 
 def _asked(row: TimedRow) -> list[str]:
@@ -70,11 +75,11 @@ def _remarks(rows: Sequence[TimedRow]) -> list[str]:
             # At the highest percentile for which there are enough requests.
             late = [f" by {ms:.1f} ms ({part})" for part, ms in row.late_ms().items()][-1:]
             remarks.append(
-                f"the client of {', '.join(_asked(row))} fell behind{''.join(late)}: its figures "
-                "tell of the client as well"
+                f"the client of {', '.join(_asked(row))} was late{''.join(late)}, which adds to "
+                "its latencies"
             )
     others = max((row.others for row in rows), default=0.0)
-    return [*remarks, f"others took up to {others:.0%} of the machine's cores meanwhile"]
+    return [*remarks, f"other processes used up to {others:.0%} of the machine's cores"]
 
 
 # perf_analyzer's column names where it has one, without the columns that we do not measure.
@@ -86,35 +91,32 @@ CSV = (
 )
 
 
-def require_place(file: Path) -> None:
+def require_writable(file: Path) -> None:
     """Raise PipelineError unless the CSV can be written; call it before minutes of measuring."""
     try:
         if file.is_dir():
-            raise IsADirectoryError(0, "a folder lies there")
+            raise IsADirectoryError(0, "it is a folder")
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
+        tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
-        raise PipelineError(
-            f"cannot write {file} ({error.strerror}): name another file with --csv"
-        ) from error
+        message = f"cannot write {file} ({error.strerror}): choose another --csv"
+        raise PipelineError(message) from error
 
 
 def csv_of(rows: Sequence[TimedRow]) -> str:
     """Return the rows as CSV, in perf_analyzer's columns and units (microseconds)."""
     text = io.StringIO()
-    written = csv.writer(text, lineterminator="\n")
-    written.writerow(CSV)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV)
     for row in rows:
         split, latency, score = row.split(), row.latency_ms(), row.score
         asking = ("", f"{row.rate:.1f}") if row.rate else (row.concurrency, "")
-        known = [latency.get(f"p{part}") for part in PERCENTILES]
-        written.writerow(
-            [
+        writer.writerow(
+            (
                 *(row.name, row.way, row.batch, *asking, f"{row.speed:.1f}"),
                 *(f"{split[part]:.0f}" if part in split else "" for part in PARTS),
-                *("" if ms is None else f"{ms * 1e3:.0f}" for ms in known),
+                *_percentiles(latency, 1e3, ".0f"),
                 *((score.accuracy, score.differing, score.peak_bytes) if score else ("", "", "")),
-            ]
+            )
         )
     return text.getvalue()

@@ -173,17 +173,17 @@ def _percentiles(seconds: np.ndarray) -> dict[str, float]:
 
 def require_answers(rows: Sequence[TimedRow]) -> None:
     """Raise CheckFailedError if an answer was wrong or missing: its speed means nothing then."""
-    bad = [
-        f"{row.name}, {row.batch} images a request, {row.concurrency or 'so many'} at once: "
-        f"{row.joined.wrong} wrong, {row.joined.failed} failed"
+    failures = [
+        f"{row.name}, batch {row.batch}, concurrency {row.concurrency}: {row.joined.wrong} wrong, "
+        f"{row.joined.failed} missing"
         for row in rows
         if row.joined.wrong or row.joined.failed or not all(row.speeds)
     ]
-    if bad:
-        raise CheckFailedError(f"answers were wrong or missing: {'; '.join(bad)}")
+    if failures:
+        raise CheckFailedError(f"answers were wrong or missing: {'; '.join(failures)}")
 
 
-def ratio(row: TimedRow, of: TimedRow) -> dict[str, Any]:
+def divide_speeds(row: TimedRow, of: TimedRow) -> dict[str, Any]:
     """Return the row's speed divided by the other's: of medians, and of each pair of windows."""
     pairs = [ours / theirs for ours, theirs in zip(row.speeds, of.speeds, strict=True)]
     return {
@@ -194,7 +194,7 @@ def ratio(row: TimedRow, of: TimedRow) -> dict[str, Any]:
     }
 
 
-def answered(measure: Callable[[float], Window], seconds: float) -> Window:
+def measure_answered(measure: Callable[[float], Window], seconds: float) -> Window:
     """Measure a window; double its length until it has at least one answer or failure."""
     while True:
         window = measure(seconds)
@@ -203,14 +203,14 @@ def answered(measure: Callable[[float], Window], seconds: float) -> Window:
         seconds *= 2
 
 
-def wrong_classes(outputs: np.ndarray, classes: np.ndarray) -> int:
+def count_errors(outputs: np.ndarray, classes: np.ndarray) -> int:
     """Count the rows of outputs (B, K) whose class is not that of `classes` (B,)."""
     if outputs.shape[:1] != classes.shape:
         return len(classes)
     return int((outputs.argmax(axis=1) != classes).sum())
 
 
-def closed_loop(
+def run_closed_loop(
     predictor: Predictor,
     batches: Sequence[np.ndarray],
     classes: Sequence[np.ndarray],
@@ -228,7 +228,7 @@ def closed_loop(
         turn += 1
         if begin <= now < end:
             latencies.append(now - then)
-    wrong = sum(wrong_classes(o, classes[turn % len(classes)]) for turn, o in enumerate(outputs))
+    wrong = sum(count_errors(o, classes[turn % len(classes)]) for turn, o in enumerate(outputs))
     return Window(seconds, len(batches[0]), np.array(latencies), wrong)
 
 
@@ -265,21 +265,21 @@ def take_turns(
     windows: dict[Key, list[Window]] = {key: [] for key in measures}
     spare = round(AGAIN * until.least * len(measures))
     for turn in range(until.most):
-        wanted = {
+        restless = {
             group[key]
             for key in group
             if turn < until.least
-            or not is_settled([one.images_per_second for one in windows[key]], until.within)
+            or not is_settled([window.images_per_second for window in windows[key]], until.within)
         }
-        if not wanted:
+        if not restless:
             break
-        present = [key for key in measures if key not in group or group[key] in wanted]
+        present = [key for key in measures if key not in group or group[key] in restless]
         report(f"round {turn + 1} of {until.most} at most: {len(present)} windows")
         for key in present if turn % 2 == 0 else reversed(present):
-            window = _watched(measures[key])
+            window = _measure_others(measures[key])
             if window.others > QUIET and spare:
                 spare -= 1
-                second = _watched(measures[key])
+                second = _measure_others(measures[key])
                 wrong, failed = window.wrong + second.wrong, window.failed + second.failed
                 quieter = min(window, second, key=lambda window: window.others)
                 window = replace(quieter, wrong=wrong, failed=failed)
@@ -287,7 +287,7 @@ def take_turns(
     return windows
 
 
-def _watched(measure: Measure) -> Window:
+def _measure_others(measure: Measure) -> Window:
     """Measure a window and the fraction of the cores that other processes used meanwhile."""
     start, before = time.perf_counter(), others_seconds()
     window = measure()

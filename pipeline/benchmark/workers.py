@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.benchmark.timing import TimedRow, Window, answered, closed_loop, join_windows
+from pipeline.benchmark.timing import (
+    TimedRow,
+    Window,
+    join_windows,
+    measure_answered,
+    run_closed_loop,
+)
 from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import Predictor, margins, predict, score
 from pipeline.core.files import check_digest
@@ -46,7 +52,7 @@ class LocalRuntime:
         return f"{self.name}{variant}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
-def yardstick(seconds: float) -> Window:
+def run_yardstick(seconds: float) -> Window:
     """Measure a window of numpy matrix products on one thread: the machine's current speed."""
     matrix = np.random.default_rng(0).random((SIDE, SIDE), np.float32)
     outputs = np.eye(1, SIDE, dtype=np.float32)
@@ -56,11 +62,11 @@ def yardstick(seconds: float) -> Window:
             np.dot(images, images)
         return outputs
 
-    ask = functools.partial(closed_loop, products, [matrix], [np.zeros(1, np.int64)])
-    return answered(ask, seconds)
+    ask = functools.partial(run_closed_loop, products, [matrix], [np.zeros(1, np.int64)])
+    return measure_answered(ask, seconds)
 
 
-def yardstick_row(windows: list[list[Window]]) -> TimedRow:
+def join_yardstick(windows: list[list[Window]]) -> TimedRow:
     """Join the yardstick's windows, given by place in a round, into one window per round."""
     rounds = zip(*windows, strict=True)
     return TimedRow(YARDSTICK, "numpy", 1, 1, tuple(join_windows(of_round) for of_round in rounds))
@@ -70,7 +76,7 @@ Ask = Callable[..., Any]
 
 
 @contextmanager
-def worker(paths: Paths, runtime: LocalRuntime, manifest: Mapping[str, Any]) -> Iterator[Ask]:
+def start_worker(paths: Paths, runtime: LocalRuntime, manifest: Mapping[str, Any]) -> Iterator[Ask]:
     """Start a process that holds the runtime; yield a function that sends it a question."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -111,13 +117,13 @@ def _work(
         try:
             predictor = load()
             if kind == "score":
-                connection.send(scored(predictor, *scored_images(paths, manifest)))
+                connection.send(score_predictor(predictor, *load_scored_images(paths, manifest)))
             elif kind == "measure":
                 golden = paths.variant_golden(runtime.precision).read_bytes()
                 batch, seconds = arguments
-                batches = sure_batches(unpack_golden(golden, EXPORT), batch)
-                ask = functools.partial(closed_loop, predictor, *batches)
-                connection.send(answered(ask, seconds))
+                batches = choose_batches(unpack_golden(golden, EXPORT), batch)
+                ask = functools.partial(run_closed_loop, predictor, *batches)
+                connection.send(measure_answered(ask, seconds))
             else:
                 connection.send(peak_bytes())
         except PipelineError as error:
@@ -139,7 +145,7 @@ def _predictor(paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]) ->
     return onnx_predictor(paths.variant(runtime.precision).read_bytes(), runtime.threads)
 
 
-def scored_images(
+def load_scored_images(
     paths: Paths, manifest: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the images (N, ...) that an export is validated on, and their classes if known."""
@@ -152,7 +158,7 @@ def scored_images(
     return test.images, test.labels
 
 
-def scored(
+def score_predictor(
     predictor: Predictor, images: np.ndarray, labels: np.ndarray | None, batch: int = 64
 ) -> tuple[float, np.ndarray]:
     """Return the accuracy on images (N, ...) and the predicted classes (N,).
@@ -164,7 +170,7 @@ def scored(
     return score(outputs, classes if labels is None else labels).accuracy, classes
 
 
-def sure_batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def choose_batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return batches of golden images whose class no rounding can change, and their classes."""
     is_sure = margins(golden.outputs) > 2 * golden.bounds
     images, classes = golden.images[is_sure], golden.outputs[is_sure].argmax(axis=1)

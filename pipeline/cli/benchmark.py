@@ -10,7 +10,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from pipeline.cli.command import Command, Settings, name_option, paths_of
+from pipeline.cli.command import Command, Settings, pass_paths
+from pipeline.cli.options import path_type
 from pipeline.core.files import write_bytes
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
@@ -27,27 +28,37 @@ MOST_A_SECOND = 1_000_000  # requests; their times are drawn before the first is
 
 
 @click.command(cls=Command)
-@click.option("--what", type=click.Choice(KINDS), default="train", show_default=True)
-@name_option
-@click.option("--short", is_flag=True, help="infer, serve: for seconds, not minutes.")
 @click.option(
-    "--csv", type=click.Path(path_type=Path), help="infer, serve: write the rows here too."
+    "--what",
+    type=click.Choice(KINDS),
+    default="train",
+    help="What to measure: recipes, the runtimes of an export, a served model, or the last two.",
 )
-@click.option("--compare", type=click.Path(path_type=Path), help="Hold it against such a JSON.")
+@click.option("--short", is_flag=True, help="infer, serve: measure for seconds, not minutes.")
+@click.option("--csv", type=path_type, help="infer, serve: CSV file for the rows.")
+@click.option("--compare", type=path_type, help="infer, serve: earlier JSON to compare with.")
 @click.option(
     "--rate",
     type=click.FloatRange(1, MOST_A_SECOND),
-    help="serve: requests a second that arrive in the open loop.  [default: half of what the "
-    "closed loop did]",
+    help="serve: requests per second in the open loop.  [default: half of the closed loop's]",
 )
-@click.option("--recipes", default="quick,record,standard", show_default=True)
-@click.option("--seeds", type=click.IntRange(1, 10), help="[default: 5 for a short recipe, else 3]")
-@click.option("--resume", is_flag=True, help="Keep finished trials, and go on with one begun.")
-@click.pass_obj
+@click.option(
+    "--recipes",
+    default="quick,record,standard",
+    help="train: recipes, separated by commas.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1, 10),
+    help="train: trials per recipe.  [default: 5 for a short recipe, else 3]",
+)
+@click.option("--resume", is_flag=True, help="train: keep finished trials, continue the last one.")
+@pass_paths
 def benchmark_command(
     settings: Settings,
+    paths: Paths,
+    /,
     what: str,
-    name: str | None,
     short: bool,
     csv: Path | None,
     compare: Path | None,
@@ -58,13 +69,13 @@ def benchmark_command(
 ) -> None:
     """Measure recipes, an export in its runtimes, or a served model.
 
-    The rows of infer and serve: asking is how many ask at once, or how many requests arrive a
-    second; formed, how many images the server took together; differ, the images of another class
-    than eager PyTorch's; images/s are those of the median round, and of the slowest and fastest.
+    Columns of infer and serve: asking, the concurrency, or the requests per second; formed, the
+    server's mean batch size; differ, images whose class is not eager PyTorch's; images/s, the
+    median round; least and most, the slowest and the fastest round.
 
-    With --compare, exits with 3 where something got less accurate, or slower: the median of its
-    rounds fell by more than 10% and by more than the rounds are spread. What seems slower is
-    measured once more before it is said.
+    With --compare, exits with 3 if a row got less accurate or slower: if the median of its rounds
+    fell by more than 10% and by more than the spread of the rounds. A row that seems slower is
+    first measured again.
 
     \b
     Example:
@@ -75,19 +86,16 @@ def benchmark_command(
     """
     _require_used(what)
     if rate is not None and math.isnan(rate):
-        raise click.BadParameter("nan is no rate", param_hint="'--rate'")
+        raise click.BadParameter("nan is not a rate", param_hint="'--rate'")
     if what != "train":
         kinds = ("infer", "serve") if what == "all" else (what,)
-        paths = paths_of(settings, name)
-        measure = functools.partial(_measure, settings, paths, short=short, rate=rate)
+        measure = functools.partial(_measure, settings, paths, short, rate)
         _measure_speed(settings, paths, kinds, measure, csv, compare)
         return
     from pipeline.benchmark.training import benchmark_training
 
     names = [recipe.strip() for recipe in recipes.split(",")]
-    rows = benchmark_training(
-        paths_of(settings), names, seeds, resume, settings.say, settings.update
-    )
+    rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
     record = {"what": "train", "rows": [row.record() for row in rows]}
     settings.result(record, Lines(*rows), "pipeline train")
 
@@ -98,9 +106,8 @@ def _require_used(what: str) -> None:
     for option, kinds in USED_BY.items():
         is_given = context.get_parameter_source(option) is ParameterSource.COMMANDLINE
         if is_given and what not in kinds:
-            raise click.UsageError(
-                f"--what {what} has no use for --{option}: that is for --what {', '.join(kinds)}"
-            )
+            valid = " or ".join(f"--what {kind}" for kind in kinds)
+            raise click.UsageError(f"--{option} needs {valid}, not --what {what}")
 
 
 def _measure_speed(
@@ -114,44 +121,44 @@ def _measure_speed(
     """Measure each kind and compare it with an earlier measurement; repeat what seems slower."""
     from pipeline.benchmark.compare import (
         compare_records,
-        confirmed,
+        confirm,
         read_measurements,
         require_no_worse,
     )
-    from pipeline.benchmark.table import csv_of, require_place, tables
+    from pipeline.benchmark.table import csv_of, require_writable, tables
 
     if csv:
-        require_place(csv)
+        require_writable(csv)
     before = read_measurements(compare, kinds, paths.name) if compare else {}
     results = measure(kinds)
     compared = {kind: compare_records(before[kind], results[kind].record()) for kind in before}
     if doubtful := tuple(kind for kind, changes in compared.items() if changes.is_doubtful):
-        settings.say("something seems slower: measuring it once more, to be sure")
+        settings.say("some rows seem slower: measuring them again")
         results |= measure(doubtful)
         for kind in doubtful:
             again = compare_records(before[kind], results[kind].record())
-            compared[kind] = confirmed(compared[kind], again)
+            compared[kind] = confirm(compared[kind], again)
     rows = [row for result in results.values() for row in result.rows]
     records = {kind: result.record() for kind, result in results.items()}
     record = records[kinds[0]]
     if len(kinds) > 1:
         record = {"what": "all", **records, "rows": [row.record() for row in rows]}
-    written = {"infer": paths.inference, "serve": paths.serving}
+    files = {"infer": paths.inference, "serve": paths.serving}
     lines = [tables(rows), *(results["serve"].ratio_lines() if "serve" in results else [])]
-    lines += [f"wrote {written[kind]}" for kind in results]
+    lines += [f"wrote {files[kind]}" for kind in results]
     if csv:
         write_bytes(csv, csv_of(rows).encode())
         lines.append(f"wrote {csv}")
     if compared:
         record = {**record, "compared": [changes.record() for changes in compared.values()]}
-        lines += [Lines(f"against {compare}:", changes) for changes in compared.values()]
+        lines += [Lines(f"compared with {compare}:", changes) for changes in compared.values()]
     settings.result(record, Lines(*lines), "pipeline serve")
     for changes in compared.values():
         require_no_worse(changes)
 
 
 def _measure(
-    settings: Settings, paths: Paths, kinds: tuple[str, ...], *, short: bool, rate: float | None
+    settings: Settings, paths: Paths, short: bool, rate: float | None, kinds: tuple[str, ...]
 ) -> dict[str, Any]:
     """Return the result of each kind: infer first, since serve compares with its classes."""
     results: dict[str, Any] = {}
@@ -163,10 +170,7 @@ def _measure(
     if "serve" in kinds:
         from pipeline.benchmark import serving
 
-        results["serve"] = serving.benchmark_serving(
-            paths,
-            replace(serving.SHORT if short else serving.ServeBenchmark(), rate=rate),
-            settings.say,
-            reference=getattr(results.get("infer"), "classes", None),
-        )
+        of_serving = replace(serving.SHORT if short else serving.ServeBenchmark(), rate=rate)
+        classes = results["infer"].classes if "infer" in results else None
+        results["serve"] = serving.benchmark_serving(paths, of_serving, settings.say, classes)
     return results

@@ -1,8 +1,8 @@
 """The common part of all commands: options, output, and how errors become exit codes."""
 
 import contextlib
-import difflib
 import errno
+import functools
 import json
 import os
 import sys
@@ -10,27 +10,17 @@ import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pipeline.cli.options import file_type, folder_type, name_option
 from pipeline.core.errors import LostError, PipelineError
 from pipeline.core.files import read_json
-from pipeline.core.paths import (
-    FOLDER,
-    MODEL_NAMES,
-    NAME_RULE,
-    TAKEN,
-    Paths,
-    data_name,
-    is_name,
-    model_name,
-    require_printable,
-)
+from pipeline.core.paths import Paths, model_name, require_printable
 from pipeline.core.text import Lines, escape
-from pipeline.data.catalog import DATASETS, DEFAULT_DATASET
 
 BUG, INTERRUPTED = 70, 130
 # Errors of a path, named by the user, that cannot be used.
@@ -121,39 +111,8 @@ def _check_tables(tables: Mapping[str, Any], command: click.Command, file: Path)
         if isinstance(value, dict) and key in commands:
             _check_tables(value, commands[key], file)
         elif key not in options:
-            known = ", ".join(sorted({*map(str, options), *commands} - {"config"}))
-            raise PipelineError(f"{file} sets {key!r}, which is unknown here; there are: {known}")
-
-
-def settings_options(
-    settings: type, **types: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that adds an option for each field of a settings class with a help text.
-
-    An option's default and choices are the field's; `types` gives option types, by the field's
-    name, that its own type does not tell.
-    """
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for setting in reversed(fields(settings)):
-            if "help" not in setting.metadata:
-                continue
-            choices, is_many = setting.metadata.get("choices"), setting.type == tuple[str, ...]
-            kinds = {int: click.IntRange(1), int | None: click.IntRange(1), float: seconds_type}
-            kind = click.Choice(choices) if choices else types.get(setting.name)
-            command = click.option(
-                f"--{setting.metadata.get('option', setting.name.replace('_', '-'))}",
-                setting.name,
-                type=kind or kinds.get(setting.type),
-                multiple=is_many,
-                default=() if is_many else setting.default,
-                show_default=not is_many and setting.default is not None,
-                metavar=setting.metadata.get("metavar"),
-                help=setting.metadata["help"] or None,
-            )(command)
-        return command
-
-    return add
+            valid = ", ".join(sorted({*map(str, options), *commands} - {"config"}))
+            raise PipelineError(f"{file} sets {key!r}, which is unknown here. Valid keys: {valid}")
 
 
 class Command(click.Command):
@@ -166,16 +125,13 @@ class Command(click.Command):
             option = click.Option(names, expose_value=False, callback=callback, **settings)
             self.params.append(option)
 
-        file = click.Path(path_type=Path, dir_okay=False)
-        folder = click.Path(path_type=Path, file_okay=False)
-        where = "The project's folder.  [default: the current one]"
-        defaults = "Take defaults from a TOML file."
-        add("--config", type=file, is_eager=True, callback=_load_config, help=defaults)
-        add("--root", type=folder, help=where)
+        config, root = "TOML file with defaults for options.", "Project folder.  [default: .]"
+        add("--config", type=file_type, is_eager=True, callback=_load_config, help=config)
+        add("--root", type=folder_type, help=root)
         add("--json", is_flag=True, help="Print the result as JSON.")
-        add("-q", "--quiet", is_flag=True, help="No progress on standard error.")
-        add("-v", "--verbose", is_flag=True, help="More progress on standard error.")
-        add("--debug", is_flag=True, help="Show the traceback of an error as well.")
+        add("-q", "--quiet", is_flag=True, help="Print no progress on standard error.")
+        add("-v", "--verbose", is_flag=True, help="Print more progress on standard error.")
+        add("--debug", is_flag=True, help="Print the traceback of an error, too.")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as Click does, but raise BadParameter for an empty value, as from $UNSET."""
@@ -199,8 +155,8 @@ class Group(Command, click.Group):
         except Exception as error:
             # Click passes on exceptions that it does not know: any of these is a bug of ours.
             _echo_traceback(error)
-            add = "the lines above, the command, and what 'pipeline --version' prints"
-            echo(f"This is a bug of ours. Please report it with {add}.", err=True)
+            report = "the lines above, the command and the output of 'pipeline --version'"
+            echo(f"This is a bug in pipeline. Please report it with {report}.", err=True)
             sys.exit(BUG)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -236,14 +192,13 @@ def _exit_codes(context: click.Context | None = None) -> Iterator[None]:
         if message is None:  # a bug
             raise
         settings.clear()
-        is_ours = isinstance(error, PipelineError)
-        exit_code = error.exit_code if isinstance(error, PipelineError) else 1
-        if settings.silent and is_ours and not isinstance(error, LostError):
-            sys.exit(exit_code)  # the first process prints it
+        failure = click.ClickException(escape(message))
+        if isinstance(error, PipelineError):
+            failure.exit_code = error.exit_code  # type: ignore[misc]  # Click reads it per instance
+            if settings.silent and not isinstance(error, LostError):
+                sys.exit(error.exit_code)  # the first process prints it
         if settings.debug:
             _echo_traceback(error)
-        failure = click.ClickException(escape(message))
-        failure.exit_code = exit_code  # type: ignore[misc]  # Click reads it per instance
         raise failure from error
     except KeyboardInterrupt:
         echo("interrupted", err=True)
@@ -258,97 +213,29 @@ def _message_of(error: PipelineError | OSError | ModuleNotFoundError) -> str | N
         if (error.name or "pipeline").partition(".")[0] == "pipeline":
             return None
         return (
-            f"this needs {error.name}, which is not installed beside {sys.executable}: asking a "
-            "server takes less than the rest does. In the project's folder: 'make .venv', then use "
-            ".venv/bin/pipeline"
+            f"this command needs {error.name}, which is not installed for {sys.executable}. Run "
+            "'make .venv' in the project's folder, then use .venv/bin/pipeline"
         )
     if error.errno in UNUSABLE:
-        problem = f"cannot use {error.filename} ({error.strerror})"
-        return f"{problem}: check its rights and what lies there"
+        return f"cannot use {error.filename} ({error.strerror}): check its permissions and type"
     if error.errno not in FULL:
         return None
     try:
         sys.stdout.flush()
     except OSError:  # drop what the disk did not take, or Python tries again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    what = f"cannot write {error.filename}" if error.filename else "cannot write"
-    return f"{what} ({error.strerror}): make room, or write elsewhere"
-
-
-class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
-    """The type of a data set's name: one of the catalog, or `folder:` and a path, made absolute."""
-
-    name = "dataset"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join(DATASETS)}|{FOLDER}PATH]"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in DATASETS:
-            return value
-        if not value.startswith(FOLDER):
-            close = difflib.get_close_matches(value, DATASETS, n=1)
-            meant = f" Did you mean {close[0]!r}?" if close else ""
-            known = f"{', '.join(map(repr, DATASETS))}, or {FOLDER}PATH for a folder of pictures"
-            self.fail(f"{value!r} is not one of {known}.{meant}", param, ctx)
-        path = value.removeprefix(FOLDER)
-        if not path:
-            self.fail(f"no path follows {value!r}: write {FOLDER}PATH", param, ctx)
-        # Not resolved: a link gives a folder another name.
-        dataset = FOLDER + os.path.abspath(os.path.expanduser(path))
-        name = data_name(dataset)
-        if not is_name(name) or name in {*DATASETS, *TAKEN}:
-            why = (
-                f"{name!r} is taken"
-                if is_name(name)
-                else f"{name!r} is not a valid name: use {NAME_RULE}"
-            )
-            self.fail(
-                f"the model is called as the folder, and {why}. Rename the folder, or make a link "
-                "to it under another name (ln -s)",
-                param,
-                ctx,
-            )
-        return dataset
-
-
-class UrlType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
-    """The type of a server's URL, as a client accepts it."""
-
-    name = "url"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from pipeline.client.endpoint import endpoint
-
-        try:
-            endpoint(value)
-        except PipelineError as error:
-            self.fail(str(error), param, ctx)
-        return value
-
-
-seconds_type = click.FloatRange(min=0, min_open=True)
-
-dataset_option = click.option(
-    "--dataset", type=DatasetType(), default=DEFAULT_DATASET, show_default=True
-)
-name_option = click.option("--name", help="The model's name.  [default: handwriting]")
-
-prediction_log_option = click.option(
-    "--prediction-log",
-    type=click.Path(path_type=Path),
-    help="Append what is answered to this file, for 'pipeline drift': no images, no file names.",
-)
+    file = f" {error.filename}" if error.filename else ""
+    return f"cannot write{file} ({error.strerror}): free some space, or write elsewhere"
 
 
 def paths_of(settings: Settings, name: str | None = None, run: str | None = None) -> Paths:
     """Return the paths of a model; its run has the same name unless `run` is given."""
     require_printable(settings.root)
-    named = MODEL_NAMES["mnist"] if name is None else name
-    return Paths(settings.root, name=named, run=run or named)
+    name = Paths.name if name is None else name
+    return Paths(settings.root, name=name, run=run or name)
 
 
-def name_of_run(paths: Paths) -> str:
+def read_model_name(paths: Paths) -> str:
     """Return the name of the model of the run's data set."""
     if not paths.run_config.exists():
         return paths.name
@@ -356,6 +243,13 @@ def name_of_run(paths: Paths) -> str:
     return model_name(dataset)
 
 
-def named(paths: Paths) -> str:
-    """Return the --name option that a next command needs for the same model, or nothing."""
-    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
+def pass_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the option --name, and call the command with the common options and the model's paths."""
+
+    @name_option
+    @click.pass_obj
+    @functools.wraps(command)
+    def call(settings: Settings, /, name: str | None, **options: Any) -> Any:
+        return command(settings, paths_of(settings, name), **options)
+
+    return call

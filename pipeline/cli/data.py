@@ -6,7 +6,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from pipeline.cli.command import Group, Settings, dataset_option, paths_of
+from pipeline.cli.command import Group, Settings, paths_of
+from pipeline.cli.options import dataset_option, folder_type, path_type
 from pipeline.core.paths import FOLDER, MODEL_NAMES, model_name
 from pipeline.core.text import Lines
 from pipeline.data.catalog import DEFAULT_DATASET
@@ -16,7 +17,7 @@ SHOWN = 20  # labels of a sample
 
 @click.group(cls=Group, name="data")
 def data_group() -> None:
-    """Fetch and check the images.
+    """Fetch, check and sample the data sets.
 
     \b
     Example:
@@ -30,12 +31,12 @@ def data_group() -> None:
     "--from",
     "source",
     envvar="HANDWRITING_DATA_DIR",
-    type=click.Path(path_type=Path),
-    help="A folder with the files of the set, as they are or as they are published.",
+    type=path_type,
+    help="Folder with the data set's files, compressed or not.",
 )
 @click.pass_obj
 def fetch_data_command(settings: Settings, dataset: str, source: Path | None) -> None:
-    """Bring the data set into the cache, from the first source that has it.
+    """Fetch a data set into the cache, from the first source that has it.
 
     \b
     Example:
@@ -49,7 +50,7 @@ def fetch_data_command(settings: Settings, dataset: str, source: Path | None) ->
     if dataset.startswith(FOLDER):
         context = click.get_current_context()
         if context.get_parameter_source("source") == ParameterSource.COMMANDLINE:
-            raise click.UsageError("folder:PATH says where the pictures are: leave out --from")
+            raise click.UsageError("--from is not for folder:PATH: leave it out")
         source = None  # the environment's is for other data sets
     folder = fetch_data(dataset, cache, source, settings.say, settings.update)
     record = {"dataset": dataset, "folder": str(folder)}
@@ -73,17 +74,16 @@ def verify_command(settings: Settings, dataset: str) -> None:
     from pipeline.data.splits import verify
 
     digests = verify(dataset, paths_of(settings).data(dataset))
-    lines = [f"{digest}  {file}" for file, digest in digests.items()]
-    settings.result(
-        {"dataset": dataset, "files": digests}, Lines(*lines), f"pipeline train{_option(dataset)}"
-    )
+    text = Lines(*(f"{digest}  {file}" for file, digest in digests.items()))
+    record = {"dataset": dataset, "files": digests}
+    settings.result(record, text, f"pipeline train{_option(dataset)}")
 
 
 @data_group.command("path")
 @dataset_option
 @click.pass_obj
 def path_command(settings: Settings, dataset: str) -> None:
-    """Print where the cache of a data set is.
+    """Print the folder of a data set's cache.
 
     \b
     Example:
@@ -95,11 +95,16 @@ def path_command(settings: Settings, dataset: str) -> None:
 
 @data_group.command("sample")
 @dataset_option
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--count", default=10, show_default=True, type=click.IntRange(1, 10_000))
+@click.argument("folder", type=folder_type)
+@click.option(
+    "--count",
+    default=10,
+    type=click.IntRange(1, 10_000),
+    help="Number of images.",
+)
 @click.pass_obj
 def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -> None:
-    """Write some test images as PNG files, to query with.
+    """Write some test images to FOLDER as PNG files, to try queries with.
 
     \b
     Example:
@@ -113,8 +118,8 @@ def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -
     for file, image in zip(files, split.images, strict=False):
         write_png(image, file)
     labels = [split.classes[label] for label in split.labels[: len(files)]]
-    shown = ", ".join(labels[:SHOWN]) + (", ..." if len(labels) > SHOWN else "")
-    text = f"wrote {len(files)} images to {folder}, which show {shown}"
+    listed = ", ".join(labels[:SHOWN]) + (", ..." if len(labels) > SHOWN else "")
+    text = f"wrote {len(files)} images to {folder}, which show {listed}"
     record = {"files": [str(file) for file in files], "labels": labels}
     name = "" if dataset in MODEL_NAMES else f" --name {model_name(dataset)}"
     settings.result(record, text, f"pipeline query{name} {shlex.quote(str(folder))}")

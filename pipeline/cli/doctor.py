@@ -8,9 +8,9 @@ from pipeline.cli.command import Command, Settings, paths_of
 @click.command(cls=Command)
 @click.pass_obj
 def doctor_command(settings: Settings) -> None:
-    """Say what this machine has and lacks, and how to fix it.
+    """Check whether this machine can train, export and serve, and how to fix problems.
 
-    Starts a server for a moment. Exits with 1 where training, exporting or serving would fail.
+    Starts a temporary server. Exits with 1 if training, exporting or serving would fail.
 
     \b
     Example:
@@ -19,10 +19,10 @@ def doctor_command(settings: Settings) -> None:
     """
     from pipeline.doctor import packages
 
-    settings.say("looking; a server is started for a moment")
+    settings.say("checking this machine with a temporary server")
     try:
         from pipeline.doctor.checks import examine
-    except Exception as error:  # whatever a library raises that does not fit other packages
+    except Exception as error:  # any error of a library that does not fit other packages
         examination = packages.examine_packages(error)
     else:
         examination = examine(paths_of(settings))

@@ -2,14 +2,15 @@
 
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from pipeline.cli.command import Command, Settings, name_of_run, name_option, named, paths_of
+from pipeline.cli.command import Command, Settings, pass_paths, paths_of, read_model_name
+from pipeline.cli.options import file_type, name_option, settings_options
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import PRECISIONS, TAKEN, Paths
 from pipeline.core.text import Lines
@@ -19,44 +20,45 @@ from pipeline.repository.settings import PackageConfig
 if TYPE_CHECKING:
     from pipeline.export.sample import Sample
 
-file_type = click.Path(path_type=Path, dir_okay=False)
+triton_option = click.option(
+    "--target-triton", metavar="YY.MM", help="Oldest Triton release that must load the model."
+)
 
 
 def module_options(command: Any) -> Any:
     """Add the options that name a third-party module, and the images to validate it on."""
     for option in (
-        click.option("--classes", help="Their names: a,b,c or a file with one a line."),
-        click.option("--labels", type=file_type, help="The images' classes (.npy, .npz or text)."),
-        click.option("--images", type=file_type, help="Images as the module takes them (.npz)."),
-        click.option("--module", help="Anybody's network: package.module:factory."),
+        click.option("--classes", help="Class names: a,b,c, or a file with one name per line."),
+        click.option("--labels", type=file_type, help="Classes of --images (.npy, .npz or text)."),
+        click.option("--images", type=file_type, help="Test images for --module (.npz or .npy)."),
+        click.option("--module", help="Third-party network: package.module:factory."),
     ):
         command = option(command)
     return command
 
 
 def _precisions(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
-    wanted = [part.strip() for part in value.split(",")]
-    for one in wanted:
-        if one not in PRECISIONS:
-            raise click.BadParameter(f"no precision {one!r}: there are {', '.join(PRECISIONS)}")
-    return wanted
+    precisions = [part.strip() for part in value.split(",")]
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise click.BadParameter(f"{precision!r} is not one of {', '.join(PRECISIONS)}")
+    return precisions
 
 
 @click.command(cls=Command)
-@click.option("--run", help="The run to export.  [default: the name]")
+@click.option("--run", help="Run to export.  [default: the value of --name]")
 @name_option
 @click.option(
     "--precision",
     default="fp32",
-    show_default=True,
     callback=_precisions,
-    help=f"Any of {','.join(PRECISIONS)}.",
+    help=f"Precisions to export, separated by commas: {', '.join(PRECISIONS)}.",
 )
-@click.option("--target-triton", metavar="YY.MM", help="The oldest Triton that has to load it.")
-@click.option("--opset", type=int, help="The ONNX opset.  [default: 18, or the target's highest]")
-@click.option("--list-targets", is_flag=True, help="Show which Triton loads what, and export none.")
+@triton_option
+@click.option("--opset", type=int, help="ONNX opset.  [default: 18, or the target's highest]")
+@click.option("--list-targets", is_flag=True, help="List what each Triton release loads, and exit.")
 @module_options
-@click.option("--calibration", type=file_type, help="Other images, for int8 (.npz, .npy).")
+@click.option("--calibration", type=file_type, help="Images to calibrate int8 (.npz or .npy).")
 @click.pass_obj
 def export_command(
     settings: Settings,
@@ -72,7 +74,7 @@ def export_command(
     classes: str | None,
     calibration: Path | None,
 ) -> None:
-    """Export a trained network, or anybody's module, through torch.export to ONNX.
+    """Export a trained network or a third-party module to ONNX.
 
     \b
     Example:
@@ -83,8 +85,7 @@ def export_command(
     if list_targets:
         settings.result({"targets": records()}, listing())
         return
-    config = onnx_dialect(target_triton, opset)
-    wanted = ["fp32", *precision]
+    config, precisions = onnx_dialect(target_triton, opset), ["fp32", *precision]
     from pipeline.export.export import export_module, export_run
 
     if module:
@@ -93,28 +94,28 @@ def export_command(
         paths = named_paths(settings, name)
         sample = sample_of(images, labels, calibration)
         subject = subject_of_module(module, sample, settings.root, class_names(classes))
-        done = export_module(paths, subject, sample, config, wanted, settings.say)
+        exported = export_module(paths, subject, sample, config, precisions, settings.say)
     else:
         if images or labels or classes or calibration:
-            raise click.UsageError("--images and what belongs to it go with --module")
+            raise click.UsageError("--images, --labels, --classes and --calibration need --module")
         paths = paths_of(settings, name, run or name)
-        paths = paths if name else replace(paths, name=name_of_run(paths))
-        done = export_run(paths, config, wanted, settings.say)
-    wrote = (
-        f"wrote {one.path} ({one.size:,} bytes, opset {one.opset}, IR {one.ir_version}, "
-        f"sha256 {one.sha256[:12]})"
-        for one in done
+        paths = paths if name else replace(paths, name=read_model_name(paths))
+        exported = export_run(paths, config, precisions, settings.say)
+    lines = (
+        f"wrote {file.path} ({file.size:,} bytes, opset {file.opset}, IR {file.ir_version}, "
+        f"sha256 {file.sha256[:12]})"
+        for file in exported
     )
-    record = {**asdict(done[0]), "variants": [asdict(one) for one in done]}
-    settings.result(record, Lines(*wrote), f"pipeline validate{named(paths)}")
+    record = {**asdict(exported[0]), "variants": [asdict(file) for file in exported]}
+    settings.result(record, Lines(*lines), f"pipeline validate{paths.name_option}")
 
 
 def named_paths(settings: Settings, name: str | None) -> Paths:
     """Return the paths for a third-party module's export; raise UsageError without a name."""
     if not name:
-        raise click.UsageError("--module needs a --name for what it exports")
+        raise click.UsageError("--module needs --name, the name of the exported model")
     if name in TAKEN:
-        raise PipelineError(f"the name {name!r} is taken: choose another")
+        raise PipelineError(f"the name {name!r} is reserved: choose another --name")
     return paths_of(settings, name)
 
 
@@ -123,9 +124,7 @@ def sample_of(images: Path | None, labels: Path | None, calibration: Path | None
     from pipeline.export.sample import read_sample
 
     if not images:
-        raise click.UsageError(
-            "--module needs --images to take its signature from, and to prove it"
-        )
+        raise click.UsageError("--module needs --images, which give its signature and validate it")
     return read_sample(images, labels, calibration)
 
 
@@ -139,19 +138,13 @@ def class_names(classes: str | None) -> Sequence[str]:
 
 
 @click.command(cls=Command)
-@name_option
-@click.option("--max-batch-size", default=PackageConfig.max_batch_size, show_default=True)
-@click.option("--max-queue-delay-us", type=int, help="For every profile, as the next three.")
-@click.option("--instances", type=int)
-@click.option("--intra-op-threads", type=int)
-@click.option("--inter-op-threads", type=int)
-@click.option("--cores", type=int, help="Of the machine that will serve.  [default: this one's]")
+@settings_options(PackageConfig, **{field.name: int for field in fields(PackageConfig)})
 @click.option(
     "--explain",
     is_flag=False,
     flag_value="all",
     metavar="[PROFILE]",
-    help="Say what a profile's config would be, and why; package nothing.",
+    help="Explain the settings of a Triton config profile; package nothing.  [PROFILE: all]",
 )
 @click.option(
     "--archive",
@@ -159,19 +152,19 @@ def class_names(classes: str | None) -> Sequence[str]:
     flag_value="",
     type=click.Path(dir_okay=False),
     metavar="[PATH]",
-    help="Write the version as a tar too.  [without a path: exported/NAME-VERSION.tar]",
+    help="Also write the version as a tar archive.  [PATH: exported/NAME-VERSION.tar]",
 )
 @click.option(
     "--deploy",
     type=click.Choice(["compose", "kubernetes"]),
-    help="Write the files that run what is packaged already, and package nothing.",
+    help="Write deployment files for the packaged model; package nothing.",
 )
-@click.option("--target-triton", metavar="YY.MM", help="The Triton that --deploy is for.")
-@click.pass_obj
+@click.option("--target-triton", metavar="YY.MM", help="Triton release for --deploy.")
+@pass_paths
 def package_command(
     settings: Settings,
+    paths: Paths,
     /,
-    name: str | None,
     explain: str | None,
     archive: str | None,
     deploy: str | None,
@@ -187,10 +180,8 @@ def package_command(
       pipeline package --archive release.tar
       pipeline package --deploy compose
     """
-    paths = paths_of(settings, name)
     if deploy or target_triton:
-        others = {"explain": explain, "archive": archive, **changes}
-        _deploy(settings, paths, deploy, target_triton, others)
+        _deploy(settings, paths, deploy, target_triton, ("explain", "archive", *changes))
         return
     from pipeline.repository import package
 
@@ -198,21 +189,20 @@ def package_command(
     if explain:
         from pipeline.repository.profiles import format_profiles
 
-        found = package.explain_package(paths, config, explain)
-        fields = {name: [asdict(choice) for choice in choices] for name, choices in found.items()}
-        settings.result(
-            {"profiles": fields}, format_profiles(found), f"pipeline package{named(paths)}"
-        )
+        profiles = package.explain_package(paths, config, explain)
+        record = {name: list(map(asdict, choices)) for name, choices in profiles.items()}
+        then = f"pipeline package{paths.name_option}"
+        settings.result({"profiles": record}, format_profiles(profiles), then)
         return
     lines, variants, promote = [], [], []
-    for one in package.package_model(paths, config):
-        lines.append(str(one))
-        variants.append({**asdict(one), "folder": str(one.folder)})
-        if not one.is_selected:
-            of_model = named(paths.named(one.name))
-            promote.append(f"pipeline versions promote {one.version}{of_model}")
+    for packaged in package.package_model(paths, config):
+        lines.append(str(packaged))
+        variants.append({**asdict(packaged), "folder": str(packaged.folder)})
+        if not packaged.is_selected:
+            option = paths.named(packaged.name).name_option
+            promote.append(f"pipeline versions promote {packaged.version}{option}")
         if archive is not None:
-            path, digest = package.archive(paths, one, Path(archive) if archive else None)
+            path, digest = package.archive(paths, packaged, Path(archive) if archive else None)
             lines.append(f"wrote {path} (sha256 {digest})")
             variants[-1] |= {"archive": str(path), "archive_sha256": digest}
     then = ", ".join(promote) or f"pipeline validate {shlex.quote(str(paths.repository))}"
@@ -224,13 +214,13 @@ def _deploy(
 ) -> None:
     """Write the deployment of the packaged model; raise UsageError for options of packaging."""
     if not kind:
-        raise click.UsageError("--target-triton goes with --deploy (and with 'pipeline export')")
+        raise click.UsageError("--target-triton needs --deploy; 'pipeline export' takes it as well")
     source = click.get_current_context().get_parameter_source
     given = [name for name in others if source(name) is ParameterSource.COMMANDLINE]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise click.UsageError(f"--deploy packages nothing: leave out {options}")
+        raise click.UsageError(f"--deploy does not package: leave out {options}")
     from pipeline.serving.deploy import write_deployment
 
-    done = write_deployment(paths, kind, release)
-    settings.result(asdict(done), done, done.then)
+    deployment = write_deployment(paths, kind, release)
+    settings.result(asdict(deployment), deployment, deployment.then)

@@ -23,28 +23,23 @@ from pipeline.cli.web import web_command
 @click.group(
     cls=Group,
     help=f"{summary}\n\n\b\nExample:\n  pipeline data fetch && pipeline train && pipeline export",
-    context_settings={"auto_envvar_prefix": "HANDWRITING", "help_option_names": ["-h", "--help"]},
+    context_settings={
+        "auto_envvar_prefix": "HANDWRITING",
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+    },
 )
 @click.version_option(package_name="handwriting-pipeline", prog_name="pipeline")
 def main() -> None:
     """Run a command; Click shows the help text above."""
 
 
-main.add_command(data_group)
-main.add_command(serve)
-main.add_command(train_command)
-main.add_command(export_command)
-main.add_command(validate_command)
-main.add_command(package_command)
-main.add_command(versions_group)
-main.add_command(lint_command)
-main.add_command(report_command)
-main.add_command(benchmark_command)
-main.add_command(doctor_command)
-main.add_command(web_command)
-main.add_command(query_command)
-main.add_command(drift_command)
-main.add_command(score_command)
+for command in (
+    *(data_group, serve, train_command, export_command, validate_command, package_command),
+    *(versions_group, lint_command, report_command, benchmark_command, doctor_command),
+    *(web_command, query_command, drift_command, score_command),
+):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,25 @@
 """The query command, which asks a served model."""
 
 import contextlib
+import functools
 import io
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from pipeline.cli.command import (
-    Command,
-    Settings,
-    UrlType,
-    echo,
-    name_option,
-    paths_of,
-    prediction_log_option,
-    seconds_type,
-)
+from pipeline.cli.command import Command, Settings, echo, pass_paths
+from pipeline.cli.options import UrlType, count_type, path_type, prediction_log_option, seconds_type
 from pipeline.core.errors import PipelineError
+from pipeline.core.paths import Paths
 
 if TYPE_CHECKING:
     from pipeline.client.client import Client
-    from pipeline.client.query import Answer
+    from pipeline.client.log import PredictionLog
+    from pipeline.client.query import Answer, Count
 
 
 def _headers(
@@ -31,63 +27,59 @@ def _headers(
 ) -> dict[str, str]:
     pairs = [value.partition("=") for value in values]
     if not all(equals for _, equals, _ in pairs):
-        raise click.BadParameter("write NAME=VALUE")
+        raise click.BadParameter("the format is NAME=VALUE")
     return {name: value for name, _, value in pairs}
-
-
-_FILE = click.Path(path_type=Path)
 
 
 @click.command(cls=Command)
 @click.argument("images", nargs=-1, required=True, metavar="FILE|FOLDER|-...", type=click.Path())
 @click.option(
-    "--url", type=UrlType(), help="http://HOST:PORT or grpc://HOST:PORT.  [default: our server]"
+    "--url",
+    type=UrlType(),
+    help="Server: http://HOST:PORT or grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
-@name_option
 @click.option(
-    "--ca",
-    type=_FILE,
-    help="PEM file of who signed the server's certificate, for https:// and grpcs://.",
+    "--ca", type=path_type, help="PEM file of the server's certificate authority, for TLS."
 )
-@click.option("--certificate", type=_FILE, help="PEM file of your own certificate.")
-@click.option("--key", type=_FILE, help="PEM file of the key that is its.")
+@click.option("--certificate", type=path_type, help="PEM file of the client certificate, for TLS.")
+@click.option("--key", type=path_type, help="PEM file of the client certificate's private key.")
 @click.option(
     "--header",
     multiple=True,
     metavar="NAME=VALUE",
     callback=_headers,
-    help="Sent with each request, a key for example; may be given again.",
+    help="Header to send with each request, such as a key; repeatable.",
 )
 @click.option(
-    "--timeout", type=seconds_type, default=10.0, show_default=True, help="Seconds for an answer."
+    "--timeout",
+    type=seconds_type,
+    default=10.0,
+    help="Most seconds to wait for an answer.",
 )
-@click.option("--top", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--top", default=3, type=count_type, help="Number of classes in an answer.")
 @click.option(
     "--min-confidence",
     type=click.FloatRange(0, 1),
-    help="Below this probability the answer is 'not sure'.  [default: the model's own]",
+    help="Probability (0 to 1) below which an answer is 'not sure'.  [default: the model's own]",
 )
-@click.option("--show", is_flag=True, help="Draw what the model saw.")
+@click.option("--show", is_flag=True, help="Draw each image as the model received it.")
 @prediction_log_option
-@click.pass_obj
+@pass_paths
 def query_command(
     settings: Settings,
+    paths: Paths,
+    /,
     images: tuple[str, ...],
-    url: str | None,
-    name: str | None,
-    ca: Path | None,
-    certificate: Path | None,
-    key: Path | None,
-    header: dict[str, str],
-    timeout: float,
     top: int,
     min_confidence: float | None,
     show: bool,
     prediction_log: Path | None,
+    **connection: Any,
 ) -> None:
-    """Ask the served model what pictures show: files, all in a folder, or what comes with '-'.
+    """Classify pictures with the served model.
 
-    '-' is a picture on standard input, or the names of files and folders there, one a line.
+    Each argument is a picture, a folder of pictures, or '-': then standard input is either a
+    picture, or the names of files and folders, one per line.
 
     \b
     Example:
@@ -96,62 +88,75 @@ def query_command(
       find digits -name '*.png' | pipeline query --min-confidence 0.9 -
       pipeline query --url grpcs://HOST:8001 --ca ca.crt --header NAME=KEY digit.png
     """
-    from pipeline.client.client import Certificates, Client
     from pipeline.client.log import open_log
-    from pipeline.client.query import Count, ask_files
+    from pipeline.client.query import ask_files
     from pipeline.images.inputs import sources
-    from pipeline.repository.running import default_url
 
     if show and settings.json:
-        raise click.UsageError("--show draws, --json does not: choose one")
+        raise click.UsageError("--show and --json exclude each other")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that its encoding lacks
-    paths = paths_of(settings, name)
-    log, certificates = open_log(prediction_log), Certificates(ca, certificate, key)
-
-    def connect() -> "Client":
-        return Client(
-            url or default_url(paths),
-            paths.name,
-            timeout,
-            certificates=certificates,
-            headers=header,
-            prediction_log=log,
-        )
-
+    log = open_log(prediction_log)
+    connect = functools.partial(_connect, paths, log, **connection)
     pictures = sources(images, _standard_input() if "-" in images else None)
-    count = Count()
-    try:
-        with contextlib.closing(ask_files(connect, pictures, top, min_confidence)) as answers:
-            for answer in answers:
-                count.add(answer)
-                _echo(settings, answer, show)
-    except (PipelineError, KeyboardInterrupt):
-        if count.total:
-            failed = f", {count.failed} images got no answer" if count.failed else ""
-            settings.say(f"{count}{failed}")
-        raise
+    with contextlib.closing(ask_files(connect, pictures, top, min_confidence)) as answers:
+        count = _echo_answers(settings, answers, show)
     if count.failed:
         raise PipelineError(f"{count.failed} of {count.total} images got no answer; {count}")
     if log and log.lost:
-        lost = f"{log.lost} of {count.total} predictions"
-        raise PipelineError(f"{lost} could not be written to {log.path}")
+        raise PipelineError(
+            f"{log.lost} of {count.total} predictions could not be written to {log.path}"
+        )
     if count.total > 1:
         settings.say(count)
     if count.empty:
         raise click.exceptions.Exit(PipelineError.exit_code)  # a line above says why
 
 
-def _echo(settings: Settings, answer: "Answer", show: bool) -> None:
-    if answer.error:
-        echo(f"Error: {answer.error}", err=True)
-        return
-    echo(json.dumps(answer.record()) if settings.json else answer)
-    if show and answer.image is not None:
-        from pipeline.images.inputs import draw_image
+def _connect(
+    paths: Paths,
+    log: "PredictionLog | None",
+    url: str | None,
+    timeout: float,
+    header: dict[str, str],
+    **pem: Path | None,
+) -> "Client":
+    """Connect to the server at `url`, by default to our own; `pem` has the files for TLS."""
+    from pipeline.client.client import Certificates, Client
+    from pipeline.repository.running import default_url
 
-        encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
-        echo(draw_image(answer.image, encoding.replace("-", "") == "utf8"))
+    return Client(
+        url or default_url(paths),
+        paths.name,
+        timeout,
+        certificates=Certificates(**pem),
+        headers=header,
+        prediction_log=log,
+    )
+
+
+def _echo_answers(settings: Settings, answers: "Iterable[Answer]", show: bool) -> "Count":
+    """Print each answer as it comes; return their counts, or print them if it is interrupted."""
+    from pipeline.client.query import Count
+    from pipeline.images.inputs import draw_image
+
+    is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    count = Count()
+    try:
+        for answer in answers:
+            count.add(answer)
+            if answer.error:
+                echo(f"Error: {answer.error}", err=True)
+                continue
+            echo(json.dumps(answer.record()) if settings.json else answer)
+            if show and answer.image is not None:
+                echo(draw_image(answer.image, is_utf8))
+    except (PipelineError, KeyboardInterrupt):
+        if count.total:
+            failed = f", {count.failed} images got no answer" if count.failed else ""
+            settings.say(f"{count}{failed}")
+        raise
+    return count
 
 
 def _standard_input() -> BinaryIO:
@@ -161,4 +166,4 @@ def _standard_input() -> BinaryIO:
     except io.UnsupportedOperation:  # a caller replaced sys.stdin by its own stream
         return sys.stdin.buffer
     except (AttributeError, OSError, ValueError) as error:
-        raise PipelineError("'-' reads standard input, which is closed") from error
+        raise PipelineError("'-' reads standard input, but standard input is closed") from error

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.command import Command, Group, Settings, name_option, named, paths_of
+from pipeline.cli.command import Command, Group, Settings, pass_paths, paths_of
+from pipeline.cli.options import count_type, path_type
+from pipeline.core.paths import Paths
 
 
 @click.group("versions", cls=Group)
@@ -22,10 +24,9 @@ def versions_group() -> None:
 
 
 @versions_group.command("list")
-@name_option
-@click.pass_obj
-def list_command(settings: Settings, name: str | None) -> None:
-    """Show which versions there are, which one is selected, and which one is served.
+@pass_paths
+def list_command(settings: Settings, paths: Paths, /) -> None:
+    """List the versions, and show which one is selected and which one is served.
 
     \b
     Example:
@@ -34,19 +35,18 @@ def list_command(settings: Settings, name: str | None) -> None:
     from pipeline.repository.versions import list_versions
     from pipeline.serving.swap import find_served_version
 
-    paths = paths_of(settings, name)
     listing = list_versions(paths, find_served_version(paths))
-    settings.result(asdict(listing), listing, f"pipeline versions promote N{named(paths)}")
+    settings.result(asdict(listing), listing, f"pipeline versions promote N{paths.name_option}")
 
 
 @versions_group.command("promote")
-@click.argument("version", type=click.IntRange(1))
-@name_option
-@click.pass_obj
-def promote_command(settings: Settings, version: int, name: str | None) -> None:
-    """Select a version. A server that runs answers with it from then on, without a pause.
+@click.argument("version", type=count_type)
+@pass_paths
+def promote_command(settings: Settings, paths: Paths, /, version: int) -> None:
+    """Select a version, and switch a running server to it without a pause.
 
-    The candidate is first loaded beside what is served, and must answer its golden set rightly.
+    The server first loads it next to the current version, and it must answer its golden set
+    correctly.
 
     \b
     Example:
@@ -54,17 +54,15 @@ def promote_command(settings: Settings, version: int, name: str | None) -> None:
     """
     from pipeline.serving.swap import promote
 
-    paths = paths_of(settings, name)
     change = promote(paths, version, settings.say)
     then = "rollback" if change.before not in (None, version) else "list"
-    settings.result(asdict(change), change, f"pipeline versions {then}{named(paths)}")
+    settings.result(asdict(change), change, f"pipeline versions {then}{paths.name_option}")
 
 
 @versions_group.command("rollback")
-@name_option
-@click.pass_obj
-def rollback_command(settings: Settings, name: str | None) -> None:
-    """Go back to the version that was selected before; a second time, forward again.
+@pass_paths
+def rollback_command(settings: Settings, paths: Paths, /) -> None:
+    """Select the version that was selected before; repeat it to undo that.
 
     \b
     Example:
@@ -72,18 +70,14 @@ def rollback_command(settings: Settings, name: str | None) -> None:
     """
     from pipeline.serving.swap import rollback
 
-    paths = paths_of(settings, name)
     change = rollback(paths, settings.say)
-    settings.result(asdict(change), change, f"pipeline versions list{named(paths)}")
+    settings.result(asdict(change), change, f"pipeline versions list{paths.name_option}")
 
 
 @versions_group.command("prune")
-@name_option
-@click.pass_obj
-def prune_command(settings: Settings, name: str | None) -> None:
-    """Remove what is older than the selected version, but for the one before it.
-
-    Versions that are newer wait to be promoted, and stay.
+@pass_paths
+def prune_command(settings: Settings, paths: Paths, /) -> None:
+    """Remove old versions; keep the selected one, the one before it, and newer ones.
 
     \b
     Example:
@@ -91,22 +85,19 @@ def prune_command(settings: Settings, name: str | None) -> None:
     """
     from pipeline.repository.versions import prune
 
-    paths = paths_of(settings, name)
-    gone = prune(paths)
-    removed = ", ".join(str(paths.packaged / str(number)) for number in gone)
-    text = f"removed {removed}" if gone else "nothing is older than what is kept"
-    settings.result(
-        {"name": paths.name, "removed": gone}, text, f"pipeline versions list{named(paths)}"
-    )
+    removed = prune(paths)
+    folders = ", ".join(str(paths.packaged / str(number)) for number in removed)
+    text = f"removed {folders}" if removed else "there are no old versions to remove"
+    record = {"name": paths.name, "removed": removed}
+    settings.result(record, text, f"pipeline versions list{paths.name_option}")
 
 
 @versions_group.command("diff")
-@click.argument("first", type=click.IntRange(1))
-@click.argument("second", type=click.IntRange(1))
-@name_option
-@click.pass_obj
-def diff_command(settings: Settings, first: int, second: int, name: str | None) -> None:
-    """Show what two versions' records say differently, and how far their answers lie apart.
+@click.argument("first", type=count_type)
+@click.argument("second", type=count_type)
+@pass_paths
+def diff_command(settings: Settings, paths: Paths, /, first: int, second: int) -> None:
+    """Compare the records of two versions, and their answers.
 
     \b
     Example:
@@ -114,24 +105,23 @@ def diff_command(settings: Settings, first: int, second: int, name: str | None) 
     """
     from pipeline.repository.versions import diff_versions
 
-    paths = paths_of(settings, name)
     difference = diff_versions(paths, first, second)
-    settings.result(
-        asdict(difference), difference, f"pipeline versions promote {second}{named(paths)}"
-    )
+    then = f"pipeline versions promote {second}{paths.name_option}"
+    settings.result(asdict(difference), difference, then)
 
 
 @click.command(cls=Command)
-@click.argument("repository", required=False, type=click.Path(path_type=Path))
-@click.option("--live", is_flag=True, help="Also load each model in a scratch server, and ask it.")
-@click.option("--target-triton", metavar="YY.MM", help="The Triton release that is to serve it.")
+@click.argument("repository", required=False, type=path_type)
+@click.option("--live", is_flag=True, help="Also load and query each model in a temporary server.")
+@click.option("--target-triton", metavar="YY.MM", help="Triton release that will serve it.")
 @click.pass_obj
 def lint_command(
     settings: Settings, repository: Path | None, live: bool, target_triton: str | None
 ) -> None:
-    """Say whether Triton would load a model repository, and serve it rightly.
+    """Check whether Triton would load a model repository and serve it correctly.
 
-    Of any repository of ONNX models; ours if none is named. Exits with 3 where Triton would not.
+    REPOSITORY may be any repository of ONNX models.  [default: exported/model_repository]
+    Exits with 3 if Triton would not.
 
     \b
     Example:
@@ -148,7 +138,7 @@ def lint_command(
     if live:
         from pipeline.serving.scratch import lint_live
 
-        settings.say("trying each model in a scratch server")
+        settings.say("loading each model in a temporary server")
         linted = lint_live(linted, paths)
     is_ours = not repository or repository.resolve() == paths.repository.resolve()
     quoted = shlex.quote(str(repository or paths.repository))

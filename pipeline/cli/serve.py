@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli.command import Group, Settings, echo, paths_of
+from pipeline.cli.options import settings_options
 from pipeline.core.errors import CheckFailedError, ServerError
-from pipeline.core.paths import MODEL_NAMES
+from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.serving.settings import ServeConfig
 
@@ -22,33 +23,21 @@ def _is_free(context: click.Context, parameter: click.Parameter, value: str | No
     """Return whether to take free ports; raise BadParameter for a number: three are needed."""
     if value not in (None, "auto", "0"):
         raise click.BadParameter(
-            f"{value!r} is one port and a server takes three: choose them with --http-port, "
-            "--grpc-port and --metrics-port, or take free ones with --port auto"
+            f"{value!r} is not 'auto' or 0: a server needs three ports, set by --http-port, "
+            "--grpc-port and --metrics-port"
         )
     return value is not None
 
 
 @click.group(cls=Group, invoke_without_command=True)
-@click.option("--http-port", type=int, default=ServeConfig.http_port, show_default=True)
-@click.option("--grpc-port", type=int, default=ServeConfig.grpc_port, show_default=True)
-@click.option("--metrics-port", type=int, default=ServeConfig.metrics_port, show_default=True)
-@click.option(
-    "--port", metavar="auto", callback=_is_free, help="auto or 0: three ports that are free."
-)
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", "path", "wheel", "docker"]),
-    default=ServeConfig.runtime,
-    show_default=True,
-)
-@click.option("--profile", default=ServeConfig.profile, help="One of configs/: cpu, latency, ...")
-@click.option("--start-seconds", default=ServeConfig.start_seconds, show_default=True)
-@click.option("--detach", is_flag=True, help="Return once it is ready, and let it run.")
+@settings_options(ServeConfig, http_port=int, grpc_port=int, metrics_port=int, start_seconds=float)
+@click.option("--port", metavar="auto", callback=_is_free, help="auto or 0: take three free ports.")
+@click.option("--detach", is_flag=True, help="Return when the server is ready; keep it running.")
 @click.pass_context
 def serve(context: click.Context, /, port: bool, detach: bool, **changes: Any) -> None:
-    """Serve the model repository with a real tritonserver.
+    """Serve the model repository with tritonserver, until Ctrl-C.
 
-    On loopback, until Ctrl-C; ready when it answers its golden sets rightly.
+    Listens on 127.0.0.1. Ready when it answers the golden set of each model correctly.
 
     \b
     Example:
@@ -85,13 +74,13 @@ def echo_server(settings: Settings, server: "Server") -> None:
         if digit.exists() and labels.exists():
             size = 4 * len(labels.read_text().splitlines())  # of the answer: a float for each class
             lines.append(
-                f"ask it: curl -s --data-binary {shlex.quote(f'@{digit}')} "
+                f"try: curl -s --data-binary {shlex.quote(f'@{digit}')} "
                 f"-H 'Inference-Header-Content-Length: 0' {server.http_url}/v2/models/{name}/infer "
                 f"| tail -c {size} | od -A n -t f4"
             )
         config = config_pbtxt.profile_file(packaged)
         if config.exists() and config_pbtxt.pictures(config_pbtxt.read(config)) != "arrays":
-            argument = "" if name == MODEL_NAMES["mnist"] else f", '{name}'"
+            argument = "" if name == Paths.name else f", '{name}'"
             lines.append(
                 'or: python -c "from pipeline.client import Client; '
                 f"print(Client('{server.grpc_url}'{argument}).classify('IMAGE'))\""
@@ -100,10 +89,10 @@ def echo_server(settings: Settings, server: "Server") -> None:
 
 
 @serve.command("status")
-@click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Repeat every second, until Ctrl-C.")
 @click.pass_obj
 def status_command(settings: Settings, watch: bool) -> None:
-    """Say whether our server runs and answers rightly, by asking it, and what it has done.
+    """Show whether the server runs and answers correctly, and its statistics.
 
     \b
     Example:
@@ -116,22 +105,27 @@ def status_command(settings: Settings, watch: bool) -> None:
     while watch:
         try:
             state = check_status(paths)
-            shown: tuple[dict[str, Any], object] = state.record(), state
+            result: tuple[dict[str, Any], object] = state.record(), state
         except (ServerError, CheckFailedError) as error:  # it may come back
-            shown = {"error": str(error)}, error
+            result = {"error": str(error)}, error
         click.clear()  # only a terminal; otherwise this does nothing
-        settings.result(*shown)
+        settings.result(*result)
         time.sleep(1.0)
     state = check_status(paths)
     settings.result(state.record(), state)
 
 
 @serve.command("logs")
-@click.option("--lines", default=50, show_default=True, type=click.IntRange(0))
-@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option(
+    "--lines",
+    default=50,
+    type=click.IntRange(0),
+    help="Number of lines to show of each log.",
+)
+@click.option("--follow", is_flag=True, help="Then show new lines, until Ctrl-C.")
 @click.pass_obj
 def logs_command(settings: Settings, lines: int, follow: bool) -> None:
-    """Show the last lines of the supervisor's log and of tritonserver's.
+    """Show the last lines of the logs of the supervisor and of tritonserver.
 
     \b
     Example:
@@ -140,8 +134,8 @@ def logs_command(settings: Settings, lines: int, follow: bool) -> None:
     from pipeline.serving import state
 
     paths = paths_of(settings)
-    found = state.read_logs(paths, lines)
-    settings.result({"lines": found}, Lines(*found))
+    last = state.read_logs(paths, lines)
+    settings.result({"lines": last}, Lines(*last))
     for line in state.follow_log(paths) if follow else ():
         echo(line)
 
@@ -149,7 +143,9 @@ def logs_command(settings: Settings, lines: int, follow: bool) -> None:
 @serve.command("restart")
 @click.pass_obj
 def restart_command(settings: Settings) -> None:
-    """Drain our server and start it anew, with what the repository selects now.
+    """Restart the server with the versions that the repository selects now.
+
+    It first answers the requests that it has accepted.
 
     \b
     Example:
@@ -163,7 +159,7 @@ def restart_command(settings: Settings) -> None:
 @serve.command("stop")
 @click.pass_obj
 def stop_command(settings: Settings) -> None:
-    """Stop our server, or clear what a killed one left.
+    """Stop the server, or remove what a killed server left.
 
     \b
     Example:
@@ -171,5 +167,5 @@ def stop_command(settings: Settings) -> None:
     """
     from pipeline.serving.supervise import stop
 
-    done = stop(paths_of(settings))
-    settings.result({"done": done}, done)
+    message = stop(paths_of(settings))
+    settings.result({"done": message}, message)

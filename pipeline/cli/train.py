@@ -7,8 +7,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from pipeline.cli.command import Command, Settings, dataset_option, paths_of
-from pipeline.core.paths import MODEL_NAMES, model_name
+from pipeline.cli.command import Command, Settings, paths_of
+from pipeline.cli.options import dataset_option
+from pipeline.core.paths import Paths, model_name
 from pipeline.core.text import Lines
 from pipeline.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig, enough_epochs
 from pipeline.training.recipes import recipe as recipe_named
@@ -23,7 +24,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             f"--{field.name.replace('_', '-')}",
             type=kind or _channels,
             metavar=None if kind else "N,N,...",
-            help=f"[default: the recipe's; {DEFAULT_RECIPE} has {getattr(default, field.name)}]",
+            help=f"{field.metadata['help']}  [{DEFAULT_RECIPE}: {getattr(default, field.name)}]",
         )
         command = option(command)
     return command
@@ -35,32 +36,28 @@ def _channels(value: str) -> tuple[int, ...]:
 
 @click.command(cls=Command)
 @dataset_option
-@click.option("--run", help="A name for this run.  [default: the model's name]")
+@click.option("--run", help="Name of this run.  [default: the model's name]")
 @click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
     default=DEFAULT_RECIPE,
-    show_default=True,
+    help="Network and training settings; the options below change single ones.",
 )
-@click.option("--seed", default=TrainConfig.seed, show_default=True)
+@click.option("--seed", default=TrainConfig.seed, help="Seed of all random numbers.")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default=TrainConfig.device,
-    show_default=True,
+    help="Device to train on; auto is CUDA if it is available.",
 )
-@click.option(
-    "--compiled", is_flag=True, help="Through torch.compile; pays on a GPU, in a long run."
-)
+@click.option("--compiled", is_flag=True, help="Use torch.compile: faster for long runs on a GPU.")
 @click.option(
     "--save-every",
     type=click.IntRange(0),
     default=0,
-    help="Steps between two checkpoints, besides the one after each epoch.",
+    help="Steps between checkpoints; 0: only after each epoch.",
 )
-@click.option(
-    "--resume", is_flag=True, help="Go on exactly where an interrupted run stopped, as it began."
-)
+@click.option("--resume", is_flag=True, help="Continue an interrupted run, with its settings.")
 @recipe_options
 @click.pass_obj
 def train_command(
@@ -76,40 +73,40 @@ def train_command(
     resume: bool,
     **changes: Any,
 ) -> None:
-    """Train a network on the cached data set.
+    """Train a network on a data set.
 
-    A small folder of pictures gets more epochs than the recipe says, 200 steps in all. A finished
-    run of the same name is set aside in its folder's previous/, one only: --run gives another name.
+    A small folder of pictures is trained for 200 steps, more epochs than the recipe has. A
+    finished run of the same name is moved to previous/ in its folder and replaces the one there.
 
     \b
     Example:
       pipeline train
       pipeline train --recipe baseline --run yardstick --resume
     """
-    from pipeline.training.run import recorded_config
-    from pipeline.training.run import train_run as train
+    from pipeline.training.run import recorded_config, train_run
 
     paths = paths_of(settings, run=run or model_name(dataset))
-    wanted = recipe_named(recipe, dataset, **changes)
+    values = recipe_named(recipe, dataset, **changes)
     if changes["epochs"] is None:
-        wanted = replace(wanted, epochs=enough_epochs(wanted, dataset, paths.data(dataset)))
-    config = TrainConfig(recipe, wanted, dataset, seed, device, compiled)
+        values = replace(values, epochs=enough_epochs(values, dataset, paths.data(dataset)))
+    config = TrainConfig(recipe, values, dataset, seed, device, compiled)
     source_of = click.get_current_context().get_parameter_source
     deciding = ("recipe", "seed", "device", "compiled", *changes)
     if resume and all(source_of(name) == ParameterSource.DEFAULT for name in deciding):
         config = recorded_config(paths) or config
+    say, update = settings.say, settings.update
     # Hundreds of short epochs do not need one line each.
-    on_epoch = settings.say if config.settings.epochs <= 50 else settings.update
-    options = "" if paths.run == MODEL_NAMES["mnist"] else f" --run {paths.run}"
+    on_epoch = say if config.settings.epochs <= 50 else update
+    option = "" if paths.run == Paths.run else f" --run {paths.run}"
     try:
-        done = train(paths, config, resume, settings.say, on_epoch, settings.update, save_every)
+        summary = train_run(paths, config, resume, say, on_epoch, update, save_every)
     except KeyboardInterrupt:
         if paths.checkpoint.exists():
-            settings.say(f"next: pipeline train{options} --resume")
+            say(f"next: pipeline train{option} --resume")
         raise
     text = Lines(
-        f"test accuracy {done.test_accuracy:.2%} after {done.train_seconds:.1f} s of training "
-        f"({done.parameters:,} parameters, {done.device})",
+        f"test accuracy {summary.test_accuracy:.2%} after {summary.train_seconds:.1f} s of "
+        f"training ({summary.parameters:,} parameters, {summary.device})",
         f"wrote {paths.weights}",
     )
-    settings.result(asdict(done), text, f"pipeline export{options}")
+    settings.result(asdict(summary), text, f"pipeline export{option}")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.command import Command, Settings, name_option, named, paths_of, seconds_type
-from pipeline.cli.export import class_names, file_type, module_options, named_paths, sample_of
+from pipeline.cli.command import Command, Settings, paths_of
+from pipeline.cli.export import class_names, module_options, named_paths, sample_of
+from pipeline.cli.options import file_type, name_option, path_type, seconds_type
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.paths import PRECISIONS, Paths
 from pipeline.core.text import Lines
@@ -23,35 +24,33 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("targets", nargs=-1, metavar="[FILE | REPOSITORY | URL...]")
 @name_option
-@click.option("--onnx", type=file_type, help="An ONNX file that something else exported.")
-@click.option("--scrub", is_flag=True, help="Prove a copy of it without source paths, in one file.")
+@click.option("--onnx", type=file_type, help="ONNX file from another tool; needs --module.")
+@click.option("--scrub", is_flag=True, help="Validate a copy without source paths, in one file.")
 @module_options
 @click.option(
-    "--replay", type=file_type, help="Only ask about the images in a file; write nothing."
+    "--replay", type=file_type, help="Compare only the images in this file; write nothing."
 )
 @click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
     default="cpu",
-    show_default=True,
-    help="Where ONNX Runtime has to run every node.",
+    help="Device on which ONNX Runtime must run every node.",
 )
 @click.option(
     "--golden",
-    type=click.Path(path_type=Path),
-    help="The golden set to put to a URL.  [default: the packaged version's]",
+    type=path_type,
+    help="Golden set to send to a URL.  [default: the packaged version's]",
 )
 @click.option(
     "--evidence",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Where to write what a URL answered.  [default: exported/NAME/replay.json]",
+    type=file_type,
+    help="File for the answers of a URL.  [default: exported/NAME/replay.json]",
 )
 @click.option(
     "--timeout",
     type=seconds_type,
     default=60.0,
-    show_default=True,
-    help="Seconds a call to a URL may take.",
+    help="Most seconds for a call to a URL.",
 )
 @click.pass_obj
 def validate_command(
@@ -66,15 +65,16 @@ def validate_command(
     onnx: Path | None,
     scrub: bool,
     replay: Path | None,
-    **given: Any,
+    **module: Any,
 ) -> None:
-    """Prove an export, an ONNX file, a model repository, or running servers.
+    """Validate an export, an ONNX file, a model repository, or running servers.
 
-    Without a target: the exported files in ONNX Runtime against their module in float64. With
-    --onnx: a file that something else exported, against its --module. With a REPOSITORY: served
-    for the occasion, all runtimes against each other, each model or just the one of --name. With
-    a URL: the golden set replayed one by one, in batches and by many at once, which needs neither
-    torch nor data. Exit 3 when an answer is wrong; the evidence says which.
+    Without a target, runs the exported files in ONNX Runtime and compares them with their module
+    in float64; with --onnx, compares a file from another tool with its --module. With a
+    REPOSITORY, serves it temporarily and compares all runtimes, for each model or only for --name.
+    With URLs, replays the golden set on running servers, one image at a time, in batches and
+    concurrently; this needs neither torch nor data. Exits with 3 if an answer is wrong: the
+    evidence file names it.
 
     \b
     Example:
@@ -87,48 +87,51 @@ def validate_command(
     paths = paths_of(settings, name)
     is_remote = bool(targets) and all("://" in target for target in targets)
     if (golden or evidence) and not is_remote:
-        raise click.UsageError("--golden and --evidence go with one or more URLs")
+        raise click.UsageError("--golden and --evidence need one or more URLs")
     if onnx:
-        _validate_onnx(settings, name, onnx, scrub, provider, replay, given)
-    elif any(given.values()):
-        raise click.UsageError("--module and what belongs to it go with --onnx, or with export")
+        _validate_onnx(settings, name, onnx, scrub, provider, replay, module)
+    elif any(module.values()):
+        raise click.UsageError("--module, --images, --labels and --classes need --onnx")
     elif replay:
         from pipeline.export.sample import read_sample
         from pipeline.validation.export import replay_export
 
-        _replayed(settings, replay_export(paths, read_sample(replay), provider=provider))
+        _echo_replay(settings, replay_export(paths, read_sample(replay), provider=provider))
     elif not targets or (len(targets) == 1 and Path(targets[0]).is_file()):
         from pipeline.validation.export import validate_export
 
         paths = _paths_of(Path(targets[0])) if targets else paths
-        _said(settings, paths, validate_export(paths, provider=provider, report=settings.update))
+        _echo_proof(settings, paths, validate_export(paths, provider, settings.update))
     elif is_remote:
         from pipeline.validation.servers import require_passed, validate_servers
 
-        found = validate_servers(paths, targets, golden, timeout, evidence, report=settings.say)
-        wrote = f"wrote {evidence or paths.replay}"
-        settings.result(found.record(), Lines(found, wrote))
-        require_passed(found)
+        replayed = validate_servers(paths, targets, golden, timeout, evidence, settings.say)
+        lines = Lines(replayed, f"wrote {evidence or paths.replay}")
+        settings.result(replayed.record(), lines)
+        require_passed(replayed)
     elif len(targets) == 1:
-        from pipeline.validation.repository import validate_repository
-
-        paths = replace(paths, repository_folder=Path(targets[0]))
-        tables = validate_repository(paths, report=settings.say, only=name)
-        wrote = f"wrote the tables beside the exports in {paths.exported}"
-        record = asdict(tables[0]) if len(tables) == 1 else {"models": [asdict(t) for t in tables]}
-        text = Lines(*(Lines(table, "") for table in tables), wrote)
-        settings.result(record, text, "pipeline serve")
+        _validate_repository(settings, replace(paths, repository_folder=Path(targets[0])), name)
     else:
         raise click.UsageError("give one repository, or one or more URLs")
+
+
+def _validate_repository(settings: Settings, paths: Paths, only: str | None) -> None:
+    from pipeline.validation.repository import validate_repository
+
+    tables = validate_repository(paths, report=settings.say, only=only)
+    record = asdict(tables[0]) if len(tables) == 1 else {"models": list(map(asdict, tables))}
+    wrote = f"wrote agreement.json next to each export in {paths.exported}"
+    text = Lines(*(Lines(table, "") for table in tables), wrote)
+    settings.result(record, text, "pipeline serve")
 
 
 def _paths_of(onnx: Path) -> Paths:
     """Return the paths that the exported file `onnx` belongs to, or raise PipelineError."""
     folder = onnx.resolve().parent
     paths = Paths(folder.parent.parent, name=folder.name, run=folder.name)
-    if onnx.resolve() not in [paths.variant(precision) for precision in PRECISIONS]:
+    if onnx.resolve() not in map(paths.variant, PRECISIONS):
         raise PipelineError(
-            f"{onnx} is no export of ours: exports are exported/NAME/model.onnx. Prove it against "
+            f"{onnx} is not an export of this project (exported/NAME/model.onnx). Compare it with "
             f"its module: pipeline validate --onnx {onnx} --module package.module:factory --images "
             "FILE.npz"
         )
@@ -148,48 +151,50 @@ def _validate_onnx(
     from pipeline.export.subject import subject_of_module
     from pipeline.validation import export
 
-    if not given["module"]:
-        raise click.UsageError("--onnx needs the --module that it was exported from")
+    module = given["module"]
+    if not module:
+        raise click.UsageError("--onnx needs --module, the module that it was exported from")
     paths = named_paths(settings, name or onnx.stem)
     content = handed_in(onnx, scrub)
     sample = sample_of(replay or given["images"], given["labels"], None)
-    classes = class_names(given["classes"])
-    subject = subject_of_module(given["module"], sample, settings.root, classes)
+    subject = subject_of_module(module, sample, settings.root, class_names(given["classes"]))
     if replay:
         verdicts = export.replay(subject, {"fp32": content}, sample, provider=provider)
-        _replayed(settings, verdicts)
+        _echo_replay(settings, verdicts)
         return
-    options = f"--onnx {onnx} --module {given['module']}{' --scrub' if scrub else ''}"
-    done = export.validate_onnx(
+    options = f"--onnx {onnx} --module {module}{' --scrub' if scrub else ''}"
+    proof = export.validate_onnx(
         paths, content, subject, sample, provider=provider, report=settings.update, options=options
     )
-    _said(settings, paths, done)
+    _echo_proof(settings, paths, proof)
 
 
-def _said(settings: Settings, paths: Paths, proof: "Proof") -> None:
+def _echo_proof(settings: Settings, paths: Paths, proof: "Proof") -> None:
     first = proof.verdicts[0]
-    whose = "" if proof.is_labelled else " (against the module's own classes: no labels were given)"
+    source = "" if proof.is_labelled else " (no labels were given: its classes count as correct)"
     runs = (
         f"{first.images:,} images and {first.probes} probes at batch sizes "
         f"{', '.join(map(str, first.batch_sizes))} with {' and '.join(map(str, first.threads))} "
-        f"threads, a batch of every other size to {first.largest_batch}, held against the module "
-        f"in float64{whose}"
+        f"threads, a batch of every other size to {first.largest_batch}, compared with the module "
+        f"in float64{source}"
     )
     if first.images < FEW:
-        settings.say(f"note: {first.images} images are few, and a proof says no more than they do")
-    text = Lines(*proof.verdicts, runs, f"wrote {paths.validation} and {paths.card.name}")
+        settings.say(f"note: {first.images} images are few: the result is valid only for these")
     record = {
         "passed": True,
         "sha256": proof.sha256,
         "accuracy": proof.accuracy,
         "variants": [asdict(verdict) for verdict in proof.verdicts],
     }
-    settings.result(record, text, f"pipeline package{named(paths)}")
+    text = Lines(*proof.verdicts, runs, f"wrote {paths.validation} and {paths.card.name}")
+    settings.result(record, text, f"pipeline package{paths.name_option}")
 
 
-def _replayed(settings: Settings, verdicts: Sequence["Verdict"]) -> None:
-    wrong = [problem for verdict in verdicts for problem in verdict.problems]
-    record = {"passed": not wrong, "variants": [asdict(verdict) for verdict in verdicts]}
+def _echo_replay(settings: Settings, verdicts: Sequence["Verdict"]) -> None:
+    problems = [problem for verdict in verdicts for problem in verdict.problems]
+    record = {"passed": not problems, "variants": [asdict(verdict) for verdict in verdicts]}
     settings.result(record, Lines(*verdicts))
-    if wrong:
-        raise CheckFailedError(Lines("on these images:", *(f"  {one}" for one in wrong[:10])))
+    if problems:
+        raise CheckFailedError(
+            Lines("these images fail:", *(f"  {problem}" for problem in problems[:10]))
+        )

@@ -5,16 +5,10 @@ from typing import Any
 
 import click
 
-from pipeline.cli.command import (
-    Command,
-    Settings,
-    UrlType,
-    name_option,
-    paths_of,
-    prediction_log_option,
-    settings_options,
-)
+from pipeline.cli.command import Command, Settings, pass_paths
+from pipeline.cli.options import UrlType, prediction_log_option, settings_options
 from pipeline.core.errors import PipelineError
+from pipeline.core.paths import Paths
 from pipeline.web.settings import GatewayConfig
 
 
@@ -27,27 +21,28 @@ class PortType(click.IntRange):
 
 @click.command(cls=Command)
 @click.option(
-    "--url", type=UrlType(), help="grpc://HOST:PORT of a Triton server.  [default: our server]"
+    "--url",
+    type=UrlType(),
+    help="Triton server: grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
-@name_option
 @settings_options(GatewayConfig, port=PortType(0, 65535))
 @prediction_log_option
-@click.pass_obj
+@pass_paths
 def web_command(
     settings: Settings,
+    paths: Paths,
     /,
     url: str | None,
-    name: str | None,
     prediction_log: Path | None,
     **changes: Any,
 ) -> None:
-    """Serve a page to draw on, which asks the served model while you draw.
+    """Serve a web page that classifies what you draw, until Ctrl-C.
 
-    On loopback, until Ctrl-C. It waits for a server that is not there yet, and finds it again.
+    Waits for a server that is not running yet, and reconnects to one that restarts.
 
-    An address may hold as many connections (of 512), bytes of uploads (of 64 MiB) and requests
-    under way as it leaves free: half of them when it is alone. All clients of a reverse proxy have
-    its address: limit each of them there.
+    The limits are 512 connections, 64 MiB of uploads and --requests concurrent requests. One
+    client address gets at most as much of each as it leaves free: half, if it is the only one.
+    Behind a reverse proxy all clients have the proxy's address, so limit them there.
 
     \b
     Example:
@@ -61,14 +56,13 @@ def web_command(
         from pipeline.web.server import serve_page
     except ModuleNotFoundError as error:
         raise PipelineError(
-            f"the page needs {error.name}: in the project's folder, pip install '.[web]'"
+            f"the page needs {error.name}: run pip install '.[web]' in the project's folder"
         ) from error
-    paths, config = paths_of(settings, name), GatewayConfig(**changes)
 
-    def started(address: str) -> None:
-        where = url or "our server"
-        record = {"url": address, "classify": f"{address}classify", "asks": where}
-        text = f"draw at {address}, which asks {paths.name} of {where}; Ctrl-C stops it"
+    def report(address: str) -> None:
+        server = url or "our server"
+        record = {"url": address, "classify": f"{address}classify", "asks": server}
+        text = f"draw at {address}: {server} answers with {paths.name}; Ctrl-C stops the page"
         settings.result(record, text)
 
-    serve_page(paths, config, url, started, open_log(prediction_log))
+    serve_page(paths, GatewayConfig(**changes), url, report, open_log(prediction_log))

@@ -124,6 +124,11 @@ class Paths:
         """Return the paths of another model of the same project."""
         return replace(self, name=name)
 
+    @property
+    def name_option(self) -> str:
+        """The option that a command needs for this model; empty for the default name."""
+        return "" if self.name == MODEL_NAMES["mnist"] else f" --name {self.name}"
+
     def data(self, dataset: str) -> Path:
         return self.root / "data" / data_name(dataset)
 

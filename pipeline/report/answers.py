@@ -36,8 +36,8 @@ class Mistake:
 
     index: int  # in the test split
     truth: str
-    said: str
-    said_probability: float  # 0 to 1
+    predicted: str
+    predicted_probability: float  # 0 to 1
     truth_probability: float
     picture: str | None  # a data: URL
 
@@ -67,7 +67,9 @@ class Answers:
     refused: Refused | None  # None for old runs, which recorded no threshold
 
 
-def answers(predictions: Predictions, summary: Mapping[str, Any], test: Split | None) -> Answers:
+def collect_answers(
+    predictions: Predictions, summary: Mapping[str, Any], test: Split | None
+) -> Answers:
     """Collect the section on the predictions, with pictures of the mistakes if `test` is given."""
     outputs, labels = predictions.log_probabilities, predictions.labels
     classes = [str(name) for name in summary["classes"]]
@@ -88,31 +90,31 @@ def answers(predictions: Predictions, summary: Mapping[str, Any], test: Split | 
             for rows in zip(counts.tolist(), shades.tolist(), strict=True)
         ),
         confusions=tuple(
-            (classes[truth], classes[said], int(wrong[truth, said]))
-            for truth, said in cells
-            if wrong[truth, said]
+            (classes[truth], classes[predicted], int(wrong[truth, predicted]))
+            for truth, predicted in cells
+            if wrong[truth, predicted]
         ),
         mistakes=tuple(
             Mistake(
                 index=index,
                 truth=classes[labels[index]],
-                said=classes[outputs[index].argmax()],
-                said_probability=math.exp(outputs[index].max()),
+                predicted=classes[outputs[index].argmax()],
+                predicted_probability=math.exp(outputs[index].max()),
                 truth_probability=math.exp(outputs[index, labels[index]]),
-                picture=picture(test.images[index]) if test else None,
+                picture=draw_picture(test.images[index]) if test else None,
             )
             for index in map(int, worst_mistakes(outputs, labels, MISTAKES))
         ),
         scores=class_scores(counts),
         figures=(
-            Markup(figures.reliability_diagram(before, after)),
-            Markup(figures.confidence_histogram(before, after)),
+            Markup(figures.draw_reliability(before, after)),
+            Markup(figures.draw_confidence(before, after)),
         ),
-        refused=_refused(outputs, labels, summary.get("min_probability")),
+        refused=_count_refused(outputs, labels, summary.get("min_probability")),
     )
 
 
-def _refused(
+def _count_refused(
     outputs: np.ndarray, labels: np.ndarray, min_probability: float | None
 ) -> Refused | None:
     if min_probability is None:
@@ -126,6 +128,6 @@ def _refused(
     )
 
 
-def picture(image: np.ndarray) -> str:
+def draw_picture(image: np.ndarray) -> str:
     """Return an image, uint8 (1, 28, 28), as a data: URL of a PNG."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"

@@ -14,8 +14,8 @@ AGAIN = "run 'pipeline drift LOG' again"
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A prediction log that was compared with the model's reference profile."""
+class DriftSection:
+    """Contents of the section: a prediction log, compared with the model's reference profile."""
 
     sha256: str  # of the model file
     versions: tuple[str, ...]
@@ -33,8 +33,8 @@ class Watched:
         return tuple(check.name for check in self.checks if check.drifted)
 
 
-def watched(paths: Paths) -> Watched | None:
-    """Return the last result of `pipeline drift`, or None if it never ran.
+def read_drift(paths: Paths) -> DriftSection | None:
+    """Read the last result of `pipeline drift`, or None if it never ran.
 
     Raises CorruptError if the file is not a valid record of drift.
     """
@@ -45,22 +45,18 @@ def watched(paths: Paths) -> Watched | None:
         profile = record["profile"]
         counts = [both["class_counts"] for both in (profile, record)]
         rates = [[count / sum(of_all) for count in of_all] for of_all in counts]
-        drawn = [figures.rate_chart(profile["classes"], *rates)]
+        charts = [figures.draw_rates(profile["classes"], *rates)]
         for what in ("confidence", "ink"):
             counts = [both[f"{what}_counts"] for both in (profile, record)]
             if None not in counts:
-                drawn.append(figures.below_chart(what, profile[f"{what}_edges"], *counts))
-        return Watched(
-            sha256=str(record["sha256"]),
+                charts.append(figures.draw_shares(what, profile[f"{what}_edges"], *counts))
+        return DriftSection(
+            **{name: record[name] for name in ("sha256", "images", "first", "last", "alpha")},
             versions=tuple(record["versions"]),
-            images=int(record["images"]),
-            first=str(record["first"]),
-            last=str(record["last"]),
-            reference_images=int(profile["images"]),
-            images_from=str(profile["images_from"]),
-            alpha=float(record["alpha"]),
+            reference_images=profile["images"],
+            images_from=profile["images_from"],
             checks=tuple(DriftCheck(**check) for check in record["checks"]),
-            figures=tuple(map(Markup, drawn)),
+            figures=tuple(map(Markup, charts)),
         )
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise CorruptError(f"{paths.drift} is no record of drift: {AGAIN}") from error
+        raise CorruptError(f"{paths.drift} is not a record of drift: {AGAIN}") from error

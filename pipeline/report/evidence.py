@@ -16,7 +16,7 @@ from pipeline.core.files import check_digest, read_json
 from pipeline.core.paths import Paths
 from pipeline.data.splits import Split
 from pipeline.report import figures
-from pipeline.report.answers import picture
+from pipeline.report.answers import draw_picture
 from pipeline.validation.card import variant_rows
 
 WORST = 8  # most images shown for each variant
@@ -30,7 +30,7 @@ class WorstImage:
     index: int  # in the test split
     truth: str
     reference: str  # the reference's class
-    said: str
+    predicted: str
     margin: float  # of the reference, nats
     error: float
     picture: str | None  # a data: URL
@@ -41,7 +41,7 @@ class WorstImage:
 
     @property
     def is_flip(self) -> bool:
-        return self.said != self.reference
+        return self.predicted != self.reference
 
 
 @dataclass(frozen=True)
@@ -72,38 +72,33 @@ def read_evidence(
         with np.load(io.BytesIO(content), allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise CorruptError(f"{paths.evidence} holds no evidence: {VALIDATE}") from error
+        raise CorruptError(f"{paths.evidence} is not an evidence file: {VALIDATE}") from error
     try:
-        proven = {variant["file"]: variant["sha256"] for variant in validation["variants"]}
+        validated = {variant["file"]: variant["sha256"] for variant in validation["variants"]}
         exported = [paths.variant(precision).name for precision in manifest["precisions"]]
-        if proven != {name: manifest["files"][name] for name in exported}:
-            raise CorruptError(f"{paths.validation} is the proof of other files: {VALIDATE}")
-        return _evidence(validation, arrays, test)
+        if validated != {name: manifest["files"][name] for name in exported}:
+            raise CorruptError(f"{paths.validation} is of other files: {VALIDATE}")
+        labels, margins = arrays["labels"], arrays["margins"]
+        rows = (len(labels), len(margins) - len(labels))
+        if rows != (validation["images"], validation["probes"]):
+            raise ValueError("the evidence is of other rows")
+        pictured = test if test and np.array_equal(test.labels, labels) else None
+        errors = {variant["precision"]: variant["max_error"] for variant in validation["variants"]}
+        largest = {name: error for name, error in errors.items() if error}
+        return EvidenceSection(
+            images=validation["images"],
+            probes=validation["probes"],
+            threads=tuple(validation["criterion"]["threads"]),
+            rows=variant_rows(validation),
+            figure=Markup(figures.draw_margins(margins[: len(labels)].tolist(), largest)),
+            worst=tuple(
+                (name, _worst_images(name, arrays, validation["classes"], pictured))
+                for name in errors
+            ),
+        )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptError(
-            f"{paths.validation} and {paths.evidence.name} do not belong together: {VALIDATE}"
-        ) from error
-
-
-def _evidence(
-    validation: Mapping[str, Any], arrays: Mapping[str, np.ndarray], test: Split | None
-) -> EvidenceSection:
-    labels, margins = arrays["labels"], arrays["margins"]
-    if (len(labels), len(margins) - len(labels)) != (validation["images"], validation["probes"]):
-        raise ValueError("the evidence is of other rows")
-    pictured = test if test and np.array_equal(test.labels, labels) else None
-    errors = {found["precision"]: found["max_error"] for found in validation["variants"]}
-    largest = {name: error for name, error in errors.items() if error}
-    return EvidenceSection(
-        images=validation["images"],
-        probes=validation["probes"],
-        threads=tuple(validation["criterion"]["threads"]),
-        rows=variant_rows(validation),
-        figure=Markup(figures.margin_histogram(margins[: len(labels)].tolist(), largest)),
-        worst=tuple(
-            (name, _worst_images(name, arrays, validation["classes"], pictured)) for name in errors
-        ),
-    )
+        message = f"{paths.validation} and {paths.evidence.name} do not belong together"
+        raise CorruptError(f"{message}: {VALIDATE}") from error
 
 
 def _worst_images(
@@ -119,10 +114,10 @@ def _worst_images(
             index=int(row),
             truth=classes[labels[row]],
             reference=classes[arrays["reference"][row]],
-            said=classes[arrays[f"said_{precision}"][row]],
+            predicted=classes[arrays[f"said_{precision}"][row]],
             margin=float(margins[row]),
             error=float(errors[row]),
-            picture=picture(test.images[row]) if test else None,
+            picture=draw_picture(test.images[row]) if test else None,
         )
         for row in np.argsort(-shares, kind="stable")[:WORST]
     )

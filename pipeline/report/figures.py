@@ -42,27 +42,27 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
     "legend.frameon": False,
+    "legend.labelcolor": MUTED,
     "lines.linewidth": 1.8,
 }
 Line = Mapping[str, Any]  # a line of metrics.jsonl
 
 
 @rc_context(STYLE)
-def loss_curve(lines: Sequence[Line]) -> str:
+def draw_losses(lines: Sequence[Line]) -> str:
     """Draw the training loss over the epochs, and its running mean."""
-    epochs = [line["epoch"] for line in lines]
-    losses = [line["loss"] for line in lines]
+    epochs, losses = ([line[key] for line in lines] for key in ("epoch", "loss"))
     figure, axes = _axes("epoch", "training loss (nats)")
     axes.plot(epochs, losses, ".", color=MUTED, alpha=0.45, ms=4, mew=0, label="one batch")
     axes.plot(epochs, list(_smooth(losses)), color=ACCENT, label="running mean")
     if min(losses) > 0:
-        _logarithmic(axes, "y")
-    axes.legend(loc="upper right", labelcolor=MUTED)
+        _use_logarithm(axes, "y")
+    axes.legend(loc="upper right")
     return svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
 
 
 @rc_context(STYLE)
-def accuracy_curve(lines: Sequence[Line]) -> str:
+def draw_accuracies(lines: Sequence[Line]) -> str:
     """Draw the validation accuracy in percent after each epoch."""
     measured = [line for line in lines if "validation_accuracy" in line]
     epochs = [line["epoch"] for line in measured]
@@ -81,75 +81,71 @@ def accuracy_curve(lines: Sequence[Line]) -> str:
 
 
 @rc_context(STYLE)
-def reliability_diagram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
+def draw_reliability(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     """Draw accuracy over mean probability, before and after the temperature was fitted."""
-    figure, axes = _axes("how sure (mean probability)", "how often right")
-    axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="honest")
-    sure, right = _points(before)
-    axes.plot(sure, right, "s--", color=SECOND, ms=4, lw=1.2, label="before")
-    sure, right = _points(after)
+    figure, axes = _axes("mean probability", "accuracy")
+    axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="calibrated")
+    axes.plot(*_points(before), "s--", color=SECOND, ms=4, lw=1.2, label="before")
+    confidences, accuracies = _points(after)
     ranges = [wilson_interval(round(b.accuracy * b.images), b.images) for b in after]
-    axes.vlines(sure, *zip(*ranges, strict=True), color=ACCENT, lw=1, alpha=0.6)
-    axes.plot(sure, right, "o-", color=ACCENT, ms=4.5, label="after")
+    axes.vlines(confidences, *zip(*ranges, strict=True), color=ACCENT, lw=1, alpha=0.6)
+    axes.plot(confidences, accuracies, "o-", color=ACCENT, ms=4.5, label="after")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.legend(loc="upper left", labelcolor=MUTED)
-    return svg(figure, "reliability", "how often right against how sure")
+    axes.legend(loc="upper left")
+    return svg(figure, "reliability", "accuracy by mean probability")
 
 
 @rc_context(STYLE)
-def confidence_histogram(before: Sequence[Bin], after: Sequence[Bin]) -> str:
+def draw_confidence(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     """Draw the number of images over mean probability, before and after the temperature."""
-    figure, axes = _axes("how sure (mean probability)", "images")
-    for bins, colour, label in ((before, SECOND, "before"), (after, ACCENT, "after")):
-        sure, counts = _points(bins)[0], [b.images for b in bins]
-        marker = "s--" if bins is before else "o-"
-        axes.plot(sure, counts, marker, color=colour, ms=4, lw=1.2, label=label)
-    _logarithmic(axes, "y")
+    figure, axes = _axes("mean probability", "images")
+    series = ((before, SECOND, "s--", "before"), (after, ACCENT, "o-", "after"))
+    for bins, colour, marker, label in series:
+        counts = [b.images for b in bins]
+        axes.plot(_points(bins)[0], counts, marker, color=colour, ms=4, lw=1.2, label=label)
+    _use_logarithm(axes, "y")
     axes.set_xlim(0, 1.02)
-    axes.legend(loc="upper left", labelcolor=MUTED)
-    return svg(figure, "histogram", "images by how sure the answer was")
+    axes.legend(loc="upper left")
+    return svg(figure, "histogram", "images by mean probability")
 
 
 @rc_context(STYLE)
-def margin_histogram(margins: Sequence[float], largest: Mapping[str, float]) -> str:
+def draw_margins(margins: Sequence[float], largest: Mapping[str, float]) -> str:
     """Draw a histogram of the images' margins, and a line at the largest error of each file."""
     positive = [margin for margin in margins if margin > 0] or [1.0]
     low, high = min(positive) / 1.1, max(positive) * 1.1
     step = (high / low) ** (1 / MARGIN_BINS)
-    figure, axes = _axes("by how much the likeliest class is ahead (nats)", "images")
+    figure, axes = _axes("margin of the likeliest class (nats)", "images")
     edges = [low * step**index for index in range(MARGIN_BINS + 1)]
     axes.hist(positive, edges, histtype="stepfilled", color=ACCENT, alpha=0.35, lw=0)
     styles = zip((INK, SECOND, ACCENT), ("-", "--", ":"), strict=True)
     for (name, error), (colour, dashes) in zip(largest.items(), styles, strict=False):
         axes.axvline(error, color=colour, ls=dashes, label=f"{name} {error:.2g}")
-    _logarithmic(axes, "x")
-    _logarithmic(axes, "y")
+    _use_logarithm(axes, "x")
+    _use_logarithm(axes, "y")
     axes.set_ylim(bottom=0.7)
     if largest:
-        legend = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, labelcolor=MUTED)
-        legend.set_title("largest error")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, title="largest error")
     return svg(figure, "margins", "images by their margin, and the largest errors")
 
 
 @rc_context(STYLE)
-def rate_chart(classes: Sequence[str], before: Sequence[float], now: Sequence[float]) -> str:
+def draw_rates(classes: Sequence[str], before: Sequence[float], now: Sequence[float]) -> str:
     """Draw the percentage of answers with each class, in the reference profile and in a log."""
     figure, axes = _axes("class", "answers (%)")
     places = range(len(classes))
-    for rates, shift, colour, label in (
-        (before, -0.2, MUTED, "reference"),
-        (now, 0.2, ACCENT, "log"),
-    ):
+    series = ((before, -0.2, MUTED, "reference"), (now, 0.2, ACCENT, "log"))
+    for rates, shift, colour, label in series:
         heights = [100 * rate for rate in rates]
         axes.bar([at + shift for at in places], heights, 0.4, color=colour, label=label)
     axes.set_xticks(list(places), list(classes), rotation=90 if len(classes) > 12 else 0)
     axes.grid(visible=False, axis="x")
-    _legend_above(axes, 2)
-    return svg(figure, "rates", "how often each class was answered, then and now")
+    _add_legend_above(axes, 2)
+    return svg(figure, "rates", "rate of each class, in the reference and in the log")
 
 
 @rc_context(STYLE)
-def below_chart(
+def draw_shares(
     what: str, edges: Sequence[float], before: Sequence[int], now: Sequence[int]
 ) -> str:
     """Draw the percentage of images below each value, in the reference profile and a log.
@@ -157,42 +153,27 @@ def below_chart(
     The counts are those of the bins between `edges`.
     """
     figure, axes = _axes(what, "images below it (%)")
-    for counts, colour, dashes, label in (
-        (before, MUTED, "--", "reference"),
-        (now, ACCENT, "-", "log"),
-    ):
+    series = ((before, MUTED, "--", "reference"), (now, ACCENT, "-", "log"))
+    for counts, colour, dashes, label in series:
         shares = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
         axes.plot(edges, shares, dashes, color=colour, label=label)
     axes.set_ylim(0, 102)
-    if what == "confidence":
-        _near_one(axes)
-    _legend_above(axes, 2)
+    if what == "confidence":  # stretched towards 1, where most answers are
+        least = 1e-6
+        stretch = (
+            lambda values: -np.log10(np.maximum(1 - values, least)),
+            lambda places: 1 - 10.0**-places,
+        )
+        axes.set_xscale("function", functions=stretch)
+        axes.set(xlim=(0, 1 - least), xticks=[0, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+        axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    _add_legend_above(axes, 2)
     return svg(figure, f"below-{what}", f"the share of images below each {what}")
 
 
-def _near_one(axes: Axes) -> None:
-    """Stretch the x axis towards 1, where most answers are."""
-    least = 1e-6
-    stretch = (
-        lambda values: -np.log10(np.maximum(1 - values, least)),
-        lambda places: 1 - 10.0**-places,
-    )
-    axes.set_xscale("function", functions=stretch)
-    axes.set_xlim(0, 1 - least)
-    axes.set_xticks([0, 0.9, 0.99, 0.999, 0.9999, 0.99999])
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
-
-
-def _legend_above(axes: Axes, columns: int) -> None:
-    axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=columns,
-        labelcolor=MUTED,
-        fontsize=8,
-        handletextpad=0.4,
-        columnspacing=1.2,
-    )
+def _add_legend_above(axes: Axes, columns: int) -> None:
+    narrow = {"fontsize": 8, "handletextpad": 0.4, "columnspacing": 1.2}
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, **narrow)
 
 
 def _axes(x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
@@ -203,7 +184,7 @@ def _axes(x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axe
     return figure, axes
 
 
-def _logarithmic(axes: Axes, which: str) -> None:
+def _use_logarithm(axes: Axes, which: str) -> None:
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(lambda value, position: f"{value:,g}")
@@ -229,8 +210,8 @@ def svg(figure: Figure, name: str, label: str) -> str:
     """
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name}):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        omitted = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=omitted)
     text = buffer.getvalue()
     width, height = (72 * inches for inches in figure.get_size_inches())
     body = text[text.index(">", text.index("<svg")) + 1 :]
@@ -248,31 +229,28 @@ MARKS = {"p50": ("o", 5.0), "p90": ("|", 7.0), "p95": ("|", 7.0), "p99": ("D", 4
 
 
 @rc_context(STYLE)
-def throughput(
-    labels: Sequence[str],
-    speeds: Sequence[Mapping[str, float]],
-    ceilings: Sequence[float | None],
+def draw_throughput(
+    labels: Sequence[str], speeds: Sequence[Mapping[str, float]], ceilings: Sequence[float | None]
 ) -> str:
     """Draw images per second: median (bar), least to most (whisker) and ceiling (mark) per row.
 
     The ceiling is the speed of a model that computes nothing, measured in the same way.
     """
-    figure, axes = _rows(labels, "images a second")
+    figure, axes = _axes_of_rows(labels, "images per second")
     places = range(len(labels))
     least, median, most = ([speed[key] for speed in speeds] for key in ("min", "median", "max"))
     axes.barh(places, median, color=ACCENT, alpha=0.45, height=0.66)
     axes.hlines(places, least, most, color=INK, lw=1.2).set_label("least to most")
-    known = [(place, ceiling) for place, ceiling in enumerate(ceilings) if ceiling]
-    if known:
-        at, marks = zip(*known, strict=True)
-        axes.plot(marks, at, "|", color=SECOND, ms=8, mew=2, label="computing nothing")
+    if any(ceilings):
+        marks = [ceiling or np.nan for ceiling in ceilings]
+        axes.plot(marks, places, "|", color=SECOND, ms=8, mew=2, label="empty model")
     axes.set_xlim(left=min(speed for speed in least if speed > 0) / 2)
-    _legend_above(axes, 4)
-    return svg(figure, "throughput", "images a second of each row, least to most")
+    _add_legend_above(axes, 4)
+    return svg(figure, "throughput", "images per second of each row, least to most")
 
 
 @rc_context(STYLE)
-def latencies(
+def draw_latencies(
     labels: Sequence[str], percentiles: Sequence[Mapping[str, float]], is_open: Sequence[bool]
 ) -> str:
     """Draw each row's percentiles in milliseconds on a line, in another colour for open loops.
@@ -280,24 +258,24 @@ def latencies(
     Rows without percentiles are left out.
     """
     shown = [row for row in zip(labels, percentiles, is_open, strict=True) if row[1]]
-    figure, axes = _rows([label for label, _, _ in shown], "latency (ms)")
-    for place, (_, known, of_open_loop) in enumerate(shown):
+    figure, axes = _axes_of_rows([label for label, _, _ in shown], "latency (ms)")
+    for place, (_, values, of_open_loop) in enumerate(shown):
         colour = SECOND if of_open_loop else ACCENT
-        axes.hlines(place, min(known.values()), max(known.values()), color=colour, lw=1.2)
-        for name, value in known.items():
+        axes.hlines(place, min(values.values()), max(values.values()), color=colour, lw=1.2)
+        for name, value in values.items():
             mark, size = MARKS[name]
             axes.plot(value, place, mark, color=colour, ms=size)
     for name in ("p50", "p90", "p99"):
         axes.plot([], [], MARKS[name][0], color=MUTED, label=name.replace("p90", "p90, p95"))
     axes.plot([], [], "-", color=SECOND, label="open loop")
-    _legend_above(axes, 4)
+    _add_legend_above(axes, 4)
     return svg(figure, "latencies", "percentiles of each row's latency in milliseconds")
 
 
-def _rows(labels: Sequence[str], x: str) -> tuple[Figure, Axes]:
+def _axes_of_rows(labels: Sequence[str], x: str) -> tuple[Figure, Axes]:
     """Create axes with a row for each label, the first on top, and a logarithmic x scale."""
     figure, axes = _axes(x, "", (WIDTH, REST + ROW * len(labels)))
-    _logarithmic(axes, "x")
+    _use_logarithm(axes, "x")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")

@@ -14,13 +14,13 @@ from markupsafe import Markup
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import check_manifest, read_json, write_bytes
-from pipeline.core.paths import MODEL_NAMES, Paths
+from pipeline.core.paths import Paths
 from pipeline.data.splits import Split, load_split
 from pipeline.report import figures
-from pipeline.report.answers import Answers, answers, picture
-from pipeline.report.drift import Watched, watched
+from pipeline.report.answers import Answers, collect_answers, draw_picture
+from pipeline.report.drift import DriftSection, read_drift
 from pipeline.report.evidence import EvidenceSection, read_evidence
-from pipeline.report.speeds import MEASURE, Speeds, speeds
+from pipeline.report.speeds import MEASURE, Speeds, read_speeds
 from pipeline.training.augment import examples
 from pipeline.training.recipes import RECIPES, TrainConfig
 from pipeline.training.records import Predictions, load_predictions
@@ -29,6 +29,7 @@ from pipeline.validation.agreement import Table, read_agreement
 from pipeline.validation.card import percent
 
 DIGITS, DRAWS = 8, 6  # rows and columns of the distorted digits
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Page:
 
     run: str
     name: str
-    summary: Mapping[str, Any]
+    summary: Record
     curves: tuple[Markup, ...] | Note
     answers: Answers | Note
     pictures: Note | None  # why mistakes have no pictures
     distorted: tuple[Distorted, ...] | Note
     evidence: EvidenceSection | Note
-    proof: Table | Note
-    watched: Watched | Note
+    agreement: Table | Note
+    drift: DriftSection | Note
     speeds: Speeds | Note
     settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's value if it differs
     digests: tuple[tuple[str, str], ...]  # SHA-256, path under the project's root
@@ -99,48 +100,46 @@ def collect(paths: Paths) -> Page:
     train_command = f"pipeline train --run {paths.run}"
     if not paths.run_folder.exists():
         raise PipelineError(
-            f"no run at {paths.run_folder}: run '{train_command}' first, or name one that is there "
-            "with --run"
+            f"{paths.run_folder} does not exist: run '{train_command}' first, or choose another "
+            "--run"
         )
-    summary = read_json(
-        paths.summary, f"the run is not finished; finish it with '{train_command} --resume'"
-    )
+    unfinished = f"the run is not finished; finish it with '{train_command} --resume'"
+    summary = read_json(paths.summary, unfinished)
     config = recorded_config(paths) or TrainConfig()
     predictions: Predictions | None = None
     if digest := summary.get("predictions_sha256"):
         predictions = load_predictions(paths, str(digest))
-    train, test = (_split(paths, config, name) for name in ("train", "test"))
+    train, test = (_load_split(paths, config, name) for name in ("train", "test"))
     labels = test.labels if isinstance(test, Split) else None
     if predictions and labels is not None and not np.array_equal(labels, predictions.labels):
         test = Note("Pictures are left out: the cached test split is not the one that was scored")
     pictured = test if isinstance(test, Split) else None
-    manifest = _manifest(paths, summary)
-    lack = "This run is from a time when runs did not keep their predictions"
-    evidence, proof, drift, measured = (
-        (manifest,) * 4 if isinstance(manifest, Note) else _of_export(paths, manifest, pictured)
+    manifest = _read_manifest(paths, summary)
+    evidence, agreement, drift, speeds = (
+        (manifest,) * 4 if isinstance(manifest, Note) else _read_export(paths, manifest, pictured)
     )
     return Page(
         run=paths.run,
         name=paths.name,
         summary=summary,
-        curves=_curves(paths, train_command),
-        answers=answers(predictions, summary, pictured)
+        curves=_draw_curves(paths, train_command),
+        answers=collect_answers(predictions, summary, pictured)
         if predictions
-        else Note(lack, train_command),
+        else Note("This run was made before runs kept their predictions", train_command),
         pictures=test if isinstance(test, Note) else None,
-        distorted=_distorted(train, config) if isinstance(train, Split) else train,
+        distorted=_distort(train, config) if isinstance(train, Split) else train,
         evidence=evidence,
-        proof=proof,
-        watched=drift,
-        speeds=measured,
-        settings=_settings(config),
-        digests=_digests(paths, config, summary, manifest),
+        agreement=agreement,
+        drift=drift,
+        speeds=speeds,
+        settings=_list_settings(config),
+        digests=_list_digests(paths, config, summary, manifest),
         export=manifest if isinstance(manifest, Note) else None,
         then=manifest.command if isinstance(manifest, Note) else _then(paths),
     )
 
 
-def _split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:
+def _load_split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:
     """Load the split, or return a Note why it is missing; CorruptError if a cached file changed."""
     try:
         return load_split(config.dataset, paths.data(config.dataset), name)
@@ -150,7 +149,7 @@ def _split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:
         return Note(f"Pictures are left out: {error}")
 
 
-def _manifest(paths: Paths, summary: Mapping[str, Any]) -> dict[str, Any] | Note:
+def _read_manifest(paths: Paths, summary: Record) -> dict[str, Any] | Note:
     """Read the manifest of this run's export, or return a Note if there is none."""
     again = f"pipeline export --run {paths.run}"
     again += "" if paths.name == paths.run else f" --name {paths.name}"
@@ -158,100 +157,89 @@ def _manifest(paths: Paths, summary: Mapping[str, Any]) -> dict[str, Any] | Note
         return Note("This run has not been exported yet", again)
     manifest = check_manifest(paths.export, f"run '{again}' again")
     if manifest.get("weights_sha256") != summary["weights_sha256"]:
-        return Note(f"exported/{paths.name} is the export of other weights than these", again)
+        return Note(f"exported/{paths.name} is an export of other weights", again)
     return manifest
 
 
 def _then(paths: Paths) -> str:
     """Return the next command after the export, by the files that are still missing."""
     if not paths.validation.exists():
-        return f"pipeline validate{_named(paths)}"
+        return f"pipeline validate{paths.name_option}"
     if not paths.packaged.exists():
-        return f"pipeline package{_named(paths)}"
+        return f"pipeline package{paths.name_option}"
     if not paths.agreement.exists():
         return f"pipeline validate {shlex.quote(str(paths.repository))}"
     return "pipeline serve"
 
 
-def _named(paths: Paths) -> str:
-    return "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
-
-
-def _of_export(
-    paths: Paths, manifest: Mapping[str, Any], test: Split | None
-) -> tuple[EvidenceSection | Note, Table | Note, Watched | Note, Speeds | Note]:
+def _read_export(
+    paths: Paths, manifest: Record, test: Split | None
+) -> tuple[EvidenceSection | Note, Table | Note, DriftSection | Note, Speeds | Note]:
     """Read the export's evidence, agreement, drift and speeds, or a Note for each missing one."""
-    named, model = _named(paths), manifest["files"].get(paths.onnx.name)
-    evidence = read_evidence(paths, manifest, test) or Note(
-        "The exported files have not been held against their module yet",
-        f"pipeline validate{named}",
+    option, model = paths.name_option, manifest["files"].get(paths.onnx.name)
+    agreement: Table | Note = Note(
+        "This model has not been validated on a server yet", _then(paths)
     )
-    proof: Table | Note = Note("No server has been held against this model yet", _then(paths))
     if paths.agreement.exists():
-        proof = read_agreement(paths)
-        if proof.sha256 != model:
-            proof = Note(
-                f"The last proof was of another model.onnx (version {proof.version})",
+        agreement = read_agreement(paths)
+        if agreement.sha256 != model:
+            agreement = Note(
+                f"The last validation was of another model.onnx (version {agreement.version})",
                 "pipeline package && pipeline validate exported/model_repository",
             )
-    drift = watched(paths)
-    lack = "No prediction log has been held against this model yet"
+    drift, reason = read_drift(paths), "No prediction log has been compared with this model yet"
     if drift and drift.sha256 != model:
-        drift, lack = None, "The last prediction log was of another model.onnx"
-    measured = speeds(paths, str(model))
+        drift, reason = None, "The last prediction log was of another model.onnx"
     return (
-        evidence,
-        proof,
-        drift or Note(lack, f"pipeline drift LOG{named}"),
-        measured or Note("Nobody has measured yet how fast it is", f"{MEASURE}{named}"),
+        read_evidence(paths, manifest, test)
+        or Note("The exported files have not been validated yet", f"pipeline validate{option}"),
+        agreement,
+        drift or Note(reason, f"pipeline drift LOG{option}"),
+        read_speeds(paths, str(model))
+        or Note("Its speed has not been measured yet", f"{MEASURE}{option}"),
     )
 
 
-def _curves(paths: Paths, train_command: str) -> tuple[Markup, ...] | Note:
+def _draw_curves(paths: Paths, train_command: str) -> tuple[Markup, ...] | Note:
     if not paths.metrics.exists():
-        return Note(f"runs/{paths.run}/{paths.metrics.name} is gone", train_command)
+        return Note(f"runs/{paths.run}/{paths.metrics.name} is missing", train_command)
     try:
         lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
-        return Markup(figures.loss_curve(lines)), Markup(figures.accuracy_curve(lines))
+        return Markup(figures.draw_losses(lines)), Markup(figures.draw_accuracies(lines))
     except (ValueError, LookupError, TypeError) as error:
-        raise CorruptError(
-            f"{paths.metrics} holds no learning curve: run '{train_command}' again"
-        ) from error
+        message = f"{paths.metrics} is damaged: run '{train_command}' again"
+        raise CorruptError(message) from error
 
 
-def _distorted(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
+def _distort(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
     """Distort the first image of up to DIGITS classes as in training."""
     if not config.settings.distorts:
-        return Note("This recipe distorts nothing: the network saw each training image as it is")
+        return Note("This recipe does not distort the training images")
     present = np.unique(train.labels)[:DIGITS]
     chosen = [int(np.flatnonzero(train.labels == label)[0]) for label in present]
     images = train.images[chosen]
+    rows = zip(present, images, examples(images, config.settings, DRAWS), strict=True)
     return tuple(
-        Distorted(train.classes[label], picture(image), tuple(map(picture, draws)))
-        for label, image, draws in zip(
-            present, images, examples(images, config.settings, DRAWS), strict=True
-        )
+        Distorted(train.classes[label], draw_picture(image), tuple(map(draw_picture, draws)))
+        for label, image, draws in rows
     )
 
 
-def _settings(config: TrainConfig) -> tuple[tuple[str, str, str], ...]:
+def _list_settings(config: TrainConfig) -> tuple[tuple[str, str, str], ...]:
     """Return each setting's name and value, and the recipe's own value if it differs."""
 
-    def plain(value: object) -> str:
+    def text(value: object) -> str:
         return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
     own = asdict(RECIPES[config.recipe]) if config.recipe in RECIPES else {}
     return tuple(
-        (name, plain(value), "" if own.get(name, value) == value else plain(own[name]))
+        (name, text(value), "" if own.get(name, value) == value else text(own[name]))
         for name, value in asdict(config.settings).items()
     )
 
 
-def _digests(
-    paths: Paths,
-    config: TrainConfig,
-    summary: Mapping[str, Any],
-    manifest: Mapping[str, Any] | Note,
+def _list_digests(
+    paths: Paths, config: TrainConfig, summary: Record, manifest: Record | Note
 ) -> tuple[tuple[str, str], ...]:
     files = {
         paths.weights: summary["weights_sha256"],

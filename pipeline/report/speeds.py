@@ -16,6 +16,7 @@ from pipeline.report import figures
 CEILING = "no-op"
 MEASURE = "pipeline benchmark --what all"
 AGAIN = f"run '{MEASURE}' again"
+HOST = "{measured_at:.10}, {machine[processor]} with {machine[cores]} cores"
 WAYS = {"grpc": "Triton, gRPC", "http": "Triton, HTTP"}
 
 
@@ -49,44 +50,37 @@ class Speeds:
     remarks: tuple[str, ...]
 
 
-def speeds(paths: Paths, digest: str) -> Speeds | None:
+def read_speeds(paths: Paths, digest: str) -> Speeds | None:
     """Read the measurements of the model.onnx with this digest; None if there are none."""
     files = {"in process": paths.inference, "served": paths.serving}
     records = {what: read_json(file, AGAIN) for what, file in files.items() if file.exists()}
-    known = {what: record for what, record in records.items() if record.get("sha256") == digest}
-    rows = [row for record in known.values() for row in record["rows"]]
+    records = {what: record for what, record in records.items() if record.get("sha256") == digest}
+    rows = [row for record in records.values() for row in record["rows"]]
     shown = [row for row in rows if row["name"] != YARDSTICK]
     if not shown:
         return None
     ours = [row for row in shown if row["name"] != CEILING]
     ceilings = {  # images per second of the no-op model, measured in the same way
-        (row["way"], row["batch"], row["concurrency"]): row["images_per_second"]["median"]
-        for row in shown
-        if row["name"] == CEILING
+        _setup(row): row["images_per_second"]["median"] for row in shown if row["name"] == CEILING
     }
     labels = [_label(row) for row in ours]
-    drawn = (
-        figures.throughput(
-            labels,
-            [row["images_per_second"] for row in ours],
-            [ceilings.get((row["way"], row["batch"], row["concurrency"])) for row in ours],
-        ),
-        figures.latencies(
-            labels, [row["latency_ms"] for row in ours], [bool(row.get("rate")) for row in ours]
-        ),
+    speeds = [row["images_per_second"] for row in ours]
+    latencies = [row["latency_ms"] for row in ours]
+    charts = (
+        figures.draw_throughput(labels, speeds, [ceilings.get(_setup(row)) for row in ours]),
+        figures.draw_latencies(labels, latencies, [bool(row.get("rate")) for row in ours]),
     )
     return Speeds(
         headers=HEADERS,
-        rows=tuple(map(_row, shown)),
-        figures=tuple(map(Markup, drawn)),
-        measured=tuple((what, _when(record)) for what, record in known.items()),
+        rows=tuple(map(_format_row, shown)),
+        figures=tuple(map(Markup, charts)),
+        measured=tuple((what, HOST.format_map(record)) for what, record in records.items()),
         remarks=_remarks(shown),
     )
 
 
-def _when(record: Mapping[str, Any]) -> str:
-    host = record["machine"]
-    return f"{record['measured_at'][:10]}, {host['processor']} with {host['cores']} cores"
+def _setup(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    return row["way"], row["batch"], row["concurrency"]
 
 
 def _asking(row: Mapping[str, Any]) -> str:
@@ -94,15 +88,14 @@ def _asking(row: Mapping[str, Any]) -> str:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """Return the row's label in a figure."""
-    way = WAYS.get(row["way"], "")
+    """Return the row's label in a figure: where it ran, images per request, and concurrency."""
+    if row["way"] not in WAYS:
+        return f"{row['name']}: {row['batch']}"
     profile = f", {row['name'].rpartition('-')[2]}" if row["name"].endswith("-throughput") else ""
-    whom = f"{way}{profile}" if way else row["name"]
-    at_once = f", {_asking(row)}{'' if row.get('rate') else ' at once'}" if way else ""
-    return f"{whom}: {row['batch']}{at_once}"
+    return f"{WAYS[row['way']]}{profile}: {row['batch']}, {_asking(row)}"
 
 
-def _row(row: Mapping[str, Any]) -> SpeedCells:
+def _format_row(row: Mapping[str, Any]) -> SpeedCells:
     speed, split = row["images_per_second"], row["server"]
     accuracy, peak = row.get("accuracy"), row.get("peak_bytes")
     cells = (
@@ -128,7 +121,7 @@ def _remarks(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     if restless:
         remarks.append(f"{restless} of {len(rows)} rows did not settle")
     if any(row.get("behind") for row in rows):
-        remarks.append("the client of an open loop fell behind")
+        remarks.append("the client of an open loop was late")
     if others > 0.01:
-        remarks.append(f"others took up to {others:.0%} of the machine's cores")
+        remarks.append(f"other processes used up to {others:.0%} of the machine's cores")
     return tuple(remarks)

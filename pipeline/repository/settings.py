@@ -3,18 +3,21 @@
 from dataclasses import dataclass
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.settings import setting
+
+PROFILE = "[default: each profile's]"
 
 
 @dataclass(frozen=True)
 class PackageConfig:
     """How Triton runs the packaged model; each profile derives what is None (see profiles.py)."""
 
-    max_batch_size: int = 64
-    max_queue_delay_us: int | None = None  # how long a request may wait for others to share a batch
-    instances: int | None = None
-    intra_op_threads: int | None = None
-    inter_op_threads: int | None = None
-    cores: int | None = None  # of the machine that will serve; None: those of this machine
+    max_batch_size: int = setting(64, "Most images in a batch.")
+    max_queue_delay_us: int | None = setting(None, f"Microseconds to wait for a batch.  {PROFILE}")
+    instances: int | None = setting(None, f"Copies of the model that run concurrently.  {PROFILE}")
+    intra_op_threads: int | None = setting(None, f"Threads of a copy in an operator.  {PROFILE}")
+    inter_op_threads: int | None = setting(None, f"Operators of a copy in parallel.  {PROFILE}")
+    cores: int | None = setting(None, "CPU cores of the serving machine.  [default: this one's]")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

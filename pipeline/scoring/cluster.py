@@ -65,16 +65,15 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
                 if port.isdigit():  # not "auto"; Ray itself would try to connect for minutes
                     place = (host.strip("[]"), int(port))
                     socket.create_connection(place, CONNECT_SECONDS).close()
-                with _silent_stderr():
+                with _silence_stderr():
                     ray.init(address, **quiet)
             except (OSError, OverflowError, RuntimeError, ValueError) as error:
-                raise ServerError(
-                    f"no Ray at {address} ({error}): see 'ray status' there"
-                ) from error
+                message = f"no Ray cluster at {address} ({error}): check 'ray status' there"
+                raise ServerError(message) from error
         else:
             options = {"num_cpus": cpus, "object_store_memory": STORE_BYTES, **quiet}
-            folder = str(stack.enter_context(_scratch()))
-            with _silent_stderr():
+            folder = str(stack.enter_context(_scratch_folder()))
+            with _silence_stderr():
                 ray.init(include_dashboard=False, _temp_dir=folder, **options)
         try:
             yield
@@ -83,7 +82,7 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
+def _silence_stderr() -> Iterator[None]:
     """Discard what Ray's C++ code prints about its log level; failures are raised as exceptions."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -96,7 +95,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
+def _scratch_folder() -> Iterator[Path]:
     """Make a folder for Ray's sockets and logs, and remove those left by killed processes."""
     parent = Path(tempfile.gettempdir())
     if len(os.fsencode(parent)) + len(SCRATCH) > MAX_SCRATCH_BYTES:

@@ -14,9 +14,9 @@ from pipeline.core.machine import cores
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.scoring.cluster import connected
-from pipeline.scoring.parquet import Columns
+from pipeline.scoring.parquet import Columns, Shard
 from pipeline.scoring.settings import ScoreConfig
-from pipeline.scoring.source import Cut, Shard, cut
+from pipeline.scoring.source import Cut, cut
 from pipeline.scoring.worker import (
     Counts,
     Folder,
@@ -24,7 +24,7 @@ from pipeline.scoring.worker import (
     Scorer,
     ScoringModel,
     begin,
-    finished,
+    read_counts,
     repeated_ids,
     selected_model,
 )
@@ -51,12 +51,12 @@ class Scored:
 
     def __str__(self) -> str:
         unsure = f", {self.unsure:,} of them not sure" if self.unsure else ""
-        repeated = f", {self.repeated:,} ids repeat" if self.repeated else ""
-        there = f"; {self.resumed:,} were there already" if self.resumed else ""
+        repeated = f", {self.repeated:,} repeated ids" if self.repeated else ""
+        resumed = f"; {self.resumed:,} were there already" if self.resumed else ""
         speed = f", {self.images_per_second:,.0f} images/s" if self.images_per_second else ""
         return Lines(
             f"{self.name} version {self.version} (sha256 {self.digest[:12]}) scored "
-            f"{self.scored:,} of {self.images:,} images{unsure}{repeated}{there}{speed}",
+            f"{self.scored:,} of {self.images:,} images{unsure}{repeated}{resumed}{speed}",
             f"wrote {self.output}",
         )
 
@@ -92,31 +92,12 @@ def score_source(
     """
     model = selected_model(paths)
     folder = Folder(Path(os.path.abspath(output)))
-    place = Path(os.path.abspath(source))
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
-        raise PipelineError(
-            f"{output} lies in {source}, whose files are what is scored: choose an --output "
-            "outside of it"
-        )
+        raise PipelineError(f"{output} lies in {source}: choose an --output outside it")
     is_new = not folder.path.exists()
     with locked(folder.lock, f"another job is writing {output}: wait for it, or choose another"):
         try:
-            whole = cut(place, model.shape, model.pictures, config.rows, folder.unpacked, columns)
-            found_columns = whole.columns or Columns()
-            job = {  # these values must be unchanged when a job is resumed
-                "source": whole.path,
-                "source_digest": whole.digest,
-                "images": whole.rows,
-                "image_column": found_columns.image,
-                "id_column": found_columns.id,
-                "model": model.name,
-                "version": model.version,
-                "digest": model.digest,
-                "min_probability": model.min_probability,
-                "top": config.top,
-                "rows": config.rows,
-            }
-            begin(folder, job)
+            whole = _cut_and_record(Path(os.path.abspath(source)), model, folder, config, columns)
         except PipelineError:
             if is_new:
                 remove(folder.path)
@@ -126,9 +107,8 @@ def score_source(
         remove(folder.unpacked)
         missing, counts = _survey(folder, whole)
         if missing:
-            raise PipelineError(
-                f"{folder.part(missing[0].index)} is not whole: run the same command again"
-            )
+            file = folder.part(missing[0].index)
+            raise PipelineError(f"{file} is incomplete: run the same command again")
         parts = [shard.index for shard in whole.shards]
         repeated = repeated_ids(folder, parts, counts.scored)
     seconds = ran.last - ran.first
@@ -151,6 +131,29 @@ def score_source(
     )
 
 
+def _cut_and_record(
+    source: Path, model: ScoringModel, folder: Folder, config: ScoreConfig, columns: Columns
+) -> Cut:
+    """Cut the source, and record the job in its folder, or check that the folder holds it."""
+    whole = cut(source, model.shape, model.pictures, config.rows, folder.unpacked, columns)
+    chosen = whole.columns or Columns()
+    job = {  # these values must be unchanged when a job is resumed
+        "source": whole.path,
+        "source_digest": whole.digest,
+        "images": whole.rows,
+        "image_column": chosen.image,
+        "id_column": chosen.id,
+        "model": model.name,
+        "version": model.version,
+        "digest": model.digest,
+        "min_probability": model.min_probability,
+        "top": config.top,
+        "rows": config.rows,
+    }
+    begin(folder, job)
+    return whole
+
+
 @dataclass
 class _Run:
     """Measurements of a run of the workers; times in seconds since 1970."""
@@ -165,9 +168,8 @@ def _survey(folder: Folder, whole: Cut) -> tuple[list[Shard], Counts]:
     """Return the shards whose files are missing or incomplete, and the counts of the others."""
     missing, counts = [], Counts()
     for shard in whole.shards:
-        found = finished(folder, shard.index, shard.rows)
-        if found:
-            counts += found
+        if of_shard := read_counts(folder, shard.index, shard.rows):
+            counts += of_shard
         else:
             missing.append(shard)
     return missing, counts
@@ -184,7 +186,13 @@ def _run(
     """Score the missing shards, with one worker for each core or GPU by default."""
     begun = time.time()
     with connected(config.address, config.workers or cores()):
-        ran = _Run(min(_workers(config), len(missing)), begun)
+        import ray  # only after `connected` has set the variables that it reads
+
+        kind = "CPU" if config.provider == "cpu" else "GPU"
+        available = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
+        if not available:
+            raise PipelineError(f"Ray has no {kind}: without a GPU, use '--provider cpu'")
+        ran = _Run(min(config.workers or available, available, len(missing)), begun)
         left, done = sum(shard.rows for shard in missing), 0
         for row in _stream(replace(whole, shards=()), missing, model, folder, config, ran.workers):
             if row["failed"]:
@@ -195,20 +203,6 @@ def _run(
             rate = done / (ran.last - ran.first)
             report(JobProgress(whole.rows - left + done, whole.rows, rate))
     return ran
-
-
-def _workers(config: ScoreConfig) -> int:
-    """Return the number of workers: by default one for each core or GPU of the cluster.
-
-    No other function decides it. Raises PipelineError if the cluster has no such device.
-    """
-    import ray  # only after `connected` has set the variables that it reads
-
-    kind = "CPU" if config.provider == "cpu" else "GPU"
-    there = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
-    if not there:
-        raise PipelineError(f"Ray sees no {kind} here: '--provider cpu' needs no GPU")
-    return min(config.workers or there, there)
 
 
 def _stream(
@@ -246,8 +240,8 @@ def _stream(
     except UserCodeException:  # a bug in this code
         raise
     except RayError as error:
-        last = str(error).strip().rpartition("\n")[2]
+        last_line = str(error).strip().rpartition("\n")[2]
         raise PipelineError(
-            f"Ray gave up ({type(error).__name__}: {last}): run the same command again, it goes "
-            "on where it stopped; with fewer --workers where memory was short"
+            f"Ray failed ({type(error).__name__}: {last_line}): run the same command again to "
+            "continue, with fewer --workers if memory was short"
         ) from error

@@ -2,6 +2,7 @@
 
 # Shape letters: N images, C channels, H height, W width.
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,19 @@ MAX_PIECE = 8  # times the requested rows
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Some images of a source, read by one worker, with their results in one file."""
+
+    index: int
+    path: str
+    rows: int
+    start: int  # index of its first image in the file
+    offset: int = 0  # arrays: its first byte in the file; Parquet: rows to skip
+    groups: tuple[int, ...] = ()  # Parquet: row groups
+    names: tuple[str, ...] = ()  # pictures: their files
+
+
+@dataclass(frozen=True)
 class Columns:
     """Names of the columns of images and ids; None: not chosen yet, or no such column."""
 
@@ -44,15 +58,17 @@ class Rows:
     reasons: np.ndarray  # str (N,): why there is no image; empty if there is an image
 
 
-def rows_of(ids: np.ndarray, found: Sequence[np.ndarray | str], shape: tuple[int, ...]) -> Rows:
+def rows_of(ids: np.ndarray, results: Sequence[np.ndarray | str], shape: tuple[int, ...]) -> Rows:
     """Return rows of these results: for each id an image (C, H, W), or why there is no image."""
     images = np.zeros((len(ids), *shape), np.uint8)
     reasons = np.full(len(ids), "", object)
-    for index, one in enumerate(found):
-        if isinstance(one, np.ndarray) and one.shape == shape:
-            images[index] = one
+    for index, result in enumerate(results):
+        if isinstance(result, str):
+            reasons[index] = result
+        elif result.shape == shape:
+            images[index] = result
         else:
-            reasons[index] = one if isinstance(one, str) else "the model takes another shape"
+            reasons[index] = "the model takes another shape"
     return Rows(ids, images, reasons)
 
 
@@ -60,7 +76,8 @@ def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise CorruptError(f"{path} is no readable Parquet file ({error}): get it again") from error
+        message = f"{path} is not a readable Parquet file ({error}): get it again"
+        raise CorruptError(message) from error
 
 
 def choose_columns(
@@ -74,60 +91,46 @@ def choose_columns(
     paths = list(files)
     with _open(paths[0]) as first:
         schema = first.schema_arrow
+    for name in (wanted.image, wanted.id):
+        if name and name not in schema.names:
+            raise PipelineError(
+                f"{paths[0]} has no column {name!r}. Its columns are {', '.join(schema.names)}"
+            )
     image = _image_column(paths[0], schema, shape, wanted.image)
-    if pictures == "arrays" and not _depth(schema.field(image).type):
-        raise PipelineError(
-            f"the model does not say how the pictures in {paths[0]} become what it takes: give "
-            "it arrays"
-        )
-    if wanted.id and wanted.id not in schema.names:
-        raise PipelineError(_no_column(paths[0], wanted.id, schema))
+    if pictures == "arrays" and _is_bytes(schema.field(image).type):
+        raise PipelineError(f"{paths[0]} has pictures, but the model takes only arrays")
     key = wanted.id or (ID if ID in schema.names else None)
     for path in paths[1:]:
         with _open(path) as file:
-            for name in (image, key):
-                if name and (
-                    name not in file.schema_arrow.names
-                    or file.schema_arrow.field(name).type != schema.field(name).type
-                ):
-                    raise PipelineError(
-                        f"{path} has no column {name!r} of the type that {paths[0]} has "
-                        f"({schema.field(name).type}): score it on its own"
-                    )
+            types = {field.name: field.type for field in file.schema_arrow}
+        for name in (image, key):
+            if name and types.get(name) != schema.field(name).type:
+                raise PipelineError(
+                    f"{path} has no column {name!r} of the type {schema.field(name).type}, as "
+                    f"{paths[0]} has: score it separately"
+                )
     return Columns(image, key, str(root) if key is None and len(paths) > 1 else None)
 
 
-def _no_column(path: Path, name: str, schema: Any) -> str:
-    return f"{path} has no column {name!r}, it has {', '.join(schema.names)}: name one of them"
-
-
 def _image_column(path: Path, schema: Any, shape: tuple[int, ...], wanted: str | None) -> str:
-    if wanted and wanted not in schema.names:
-        raise PipelineError(_no_column(path, wanted, schema))
-    fitting = [field.name for field in schema if _is_image(field.type, shape)]
+    """Return the only column that can hold images: pictures as bytes, or lists of integers."""
+    names = []
+    for field in schema:
+        depth, values = _nested(field.type)
+        if _is_bytes(field.type) or (depth and pa.types.is_integer(values)):
+            names.append(str(field.name))
     if wanted:
-        fitting = [name for name in fitting if name == wanted]
-    elif len(fitting) > 1:
-        fitting = [name for name in fitting if name in NAMES] or fitting
-    if len(fitting) != 1:
+        names = [name for name in names if name == wanted]
+    elif len(names) > 1:
+        names = [name for name in names if name in NAMES] or names
+    if len(names) != 1:
         types = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        several = f"{' and '.join(fitting)} may both be" if fitting else "no column is"
+        problem = f"{' and '.join(names)} may both be" if names else "no column has"
         raise PipelineError(
-            f"{path}: {several} images, the bytes of pictures or whole numbers of shape "
-            f"{list(shape)} ({types}). Name one with --image-column"
+            f"{path}: {problem} images (bytes of pictures, or integers of shape {list(shape)}). "
+            f"The columns are {types}. Choose one with --image-column"
         )
-    return str(fitting[0])
-
-
-def _is_image(kind: Any, shape: tuple[int, ...]) -> bool:
-    if _is_bytes(kind):
-        return True
-    depth = _depth(kind)
-    while isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    for _ in range(depth):
-        kind = kind.value_type
-    return depth > 0 and pa.types.is_integer(kind)
+    return names[0]
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -137,19 +140,19 @@ def _is_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _depth(kind: Any) -> int:
-    """Return the number of nested lists; 0 if the type is not a list."""
+def _nested(kind: Any) -> tuple[int, Any]:
+    """Return the number of nested lists, 0 if the type is not a list, and the values' type."""
     if isinstance(kind, pa.BaseExtensionType):
-        return _depth(kind.storage_type)
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return 1 + _depth(kind.value_type) if any(is_list(kind) for is_list in lists) else 0
+        return _nested(kind.storage_type)
+    if not isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
+        return 0, kind
+    depth, values = _nested(kind.value_type)
+    return 1 + depth, values
 
 
-Piece = tuple[str, int, int, int, tuple[int, ...]]  # path, rows, first row, rows left out, groups
-
-
-def pieces(files: Iterable[Path], rows: int) -> Iterator[Piece]:
-    """Yield the files in pieces of about `rows` rows: row groups, or parts of a large one."""
+def cut_files(files: Iterable[Path], rows: int) -> Iterator[Shard]:
+    """Yield shards of about `rows` rows: row groups, or parts of a large one."""
+    numbers = itertools.count()
     for path in files:
         with _open(path) as file:
             metadata = file.metadata
@@ -157,47 +160,39 @@ def pieces(files: Iterable[Path], rows: int) -> Iterator[Piece]:
         start, waiting, held = 0, list[int](), 0  # the waiting groups have `held` rows
         for group, size in enumerate(sizes):
             if waiting and held + size > rows:
-                yield str(path), held, start, 0, tuple(waiting)
+                yield Shard(next(numbers), str(path), held, start, groups=tuple(waiting))
                 start, waiting, held = start + held, [], 0
             if size <= WHOLE_GROUP * rows:  # a larger piece is better than reading rows twice
                 waiting, held = [*waiting, group], held + size
                 continue
             step = max(rows, min(MAX_PIECE * rows, -(-size // LARGE_GROUP)))
             for skip in range(0, size, step):
-                yield str(path), min(step, size - skip), start + skip, skip, (group,)
+                count = min(step, size - skip)
+                yield Shard(next(numbers), str(path), count, start + skip, skip, (group,))
             start += size
         if held:
-            yield str(path), held, start, 0, tuple(waiting)
+            yield Shard(next(numbers), str(path), held, start, groups=tuple(waiting))
 
 
-def read_piece(
-    path: Path,
-    groups: tuple[int, ...],
-    span: tuple[int, int, int],
-    shape: tuple[int, ...],
-    pictures: str,
-    columns: Columns,
-) -> Rows:
-    """Read the rows of a piece: in these row groups, by `span` = (skip, count, first number).
-
-    Raises CorruptError when the file cannot be read.
-    """
-    skip, count, first = span
+def read_rows(shard: Shard, shape: tuple[int, ...], pictures: str, columns: Columns) -> Rows:
+    """Read the rows of a shard; raise CorruptError when the file cannot be read."""
+    path, groups, begin = Path(shard.path), list(shard.groups), shard.offset
+    end = begin + shard.rows
     names = [name for name in (columns.image, columns.id) if name]
     parts, row = list[Rows](), 0
     with _open(path) as file:
         try:
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=list(groups), columns=names):
-                low, high = max(skip - row, 0), min(skip + count - row, len(batch))
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=names):
+                low, high = max(begin - row, 0), min(end - row, len(batch))
                 if low < high:
-                    number = first + row + low - skip
+                    number = shard.start + row + low - begin
                     taken = batch.slice(low, high - low)
                     parts.append(_rows(path, taken, number, shape, pictures, columns))
                 row += len(batch)
-                if row >= skip + count:
+                if row >= end:
                     break
         except (pa.ArrowException, OSError) as error:
-            raise CorruptError(f"{path} cannot be read on ({error}): get it again") from error
+            raise CorruptError(f"{path} is damaged ({error}): get it again") from error
     ids, images, reasons = zip(*((p.ids, p.images, p.reasons) for p in parts), strict=True)
     return Rows(np.concatenate(ids), np.concatenate(images), np.concatenate(reasons))
 
@@ -214,13 +209,13 @@ def _rows(
         if pa.types.is_struct(column.type):
             column = pc.struct_field(column, "bytes")
         contents = zip(map(str, ids), column.to_pylist(), strict=True)
-        listed = [Source(i, c, None if c is not None else "its image is null") for i, c in contents]
-        rows = rows_of(ids, look(listed, pictures), shape)
+        files = [Source(i, c, "its image is null" if c is None else None) for i, c in contents]
+        rows = rows_of(ids, look(files, pictures), shape)
     elif (pixels := _pixels(column, shape)) is not None:
         images = pixels.reshape(len(batch), *shape)
         rows = Rows(ids, images, np.full(len(batch), "", object))
     else:
-        rows = rows_of(ids, [_one(value.as_py(), shape) for value in column], shape)
+        rows = rows_of(ids, [_convert(value.as_py(), shape) for value in column], shape)
     rows.reasons[missing] = NO_ID
     return rows
 
@@ -247,7 +242,7 @@ def _ids(
 
 def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     """Return the pixels of all rows, uint8 (N * C * H * W,), or None if any row is invalid."""
-    depth = _depth(column.type)
+    depth, _ = _nested(column.type)
     # An image may be flat, or without axes of size 1.
     lengths = (math.prod(shape),) if depth == 1 else shape[max(0, len(shape) - depth) :]
     if len(lengths) != depth or math.prod(lengths) != math.prod(shape):
@@ -267,7 +262,7 @@ def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return np.asarray(column)
 
 
-def _one(value: Any, shape: tuple[int, ...]) -> np.ndarray | str:
+def _convert(value: Any, shape: tuple[int, ...]) -> np.ndarray | str:
     """Convert one value to an image (C, H, W), or return why it is not a valid image."""
     if value is None:
         return "its image is null"
@@ -280,5 +275,5 @@ def _one(value: Any, shape: tuple[int, ...]) -> np.ndarray | str:
     if array.size != math.prod(shape) or array.shape[-1] not in (array.size, shape[-1]):
         return f"its shape is {list(array.shape)}, the model takes {list(shape)}"
     if array.min() < 0 or array.max() > 255:
-        return f"its pixels go from {array.min()} to {array.max()}, not within 0 to 255"
+        return f"its pixels are {array.min()} to {array.max()}, outside 0 to 255"
     return array.astype(np.uint8).reshape(shape)

@@ -1,25 +1,22 @@
 """Settings of offline scoring. Imports nothing heavy: the command line reads them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.core.errors import PipelineError, require_choice
+from pipeline.core.settings import setting
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")
-_PROVIDER = {"help": "Where ONNX Runtime has to run every node.", "choices": PROVIDERS}
-_WORKERS = {"help": "[default: one for each core or GPU]"}
-_ADDRESS = {"help": "A Ray cluster.  [default: a Ray of its own on this machine]"}
-_ROWS = {"help": "Images in each file of answers, which is what a kill can cost a worker."}
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """Settings of offline classification."""
 
-    top: int = field(default=3, metadata={"help": ""})
-    provider: str = field(default="cpu", metadata=_PROVIDER)
-    workers: int | None = field(default=None, metadata=_WORKERS)
-    address: str | None = field(default=None, metadata=_ADDRESS)
-    rows: int = field(default=8192, metadata=_ROWS)
+    top: int = setting(3, "Number of classes in an answer.")
+    provider: str = setting("cpu", "Device on which ONNX Runtime must run.", choices=PROVIDERS)
+    workers: int | None = setting(None, "Worker processes.  [default: one per core or GPU]")
+    address: str | None = setting(None, "Ray cluster.  [default: a local Ray for this job]")
+    rows: int = setting(8192, "Images per output file, and the most that a killed worker loses.")
     batch_size: int = 64  # images in one call of ONNX Runtime; more exceed a core's cache
 
     def __post_init__(self) -> None:

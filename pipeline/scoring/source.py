@@ -20,25 +20,12 @@ from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import sha256, write_with
 from pipeline.images.inputs import Source, is_picture, look, sources, text_of
 from pipeline.scoring import parquet
-from pipeline.scoring.parquet import Columns, Rows
+from pipeline.scoring.parquet import Columns, Rows, Shard
 
 HEAD_BYTES = 64  # enough to recognize a file's format
 PICTURES_A_SHARD = 512  # at most: reading a picture takes far longer than reading an array
 KINDS = "Parquet (a file or a folder), IDX (also .gz), .npy of uint8, or a folder of pictures"
 _IDX, _NPY, _GZIP, _PARQUET = b"\0\0\x08", b"\x93NUMPY", b"\x1f\x8b", b"PAR1"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Some images of a source, read by one worker, with their results in one file."""
-
-    index: int
-    path: str
-    rows: int
-    start: int  # index of its first image in the file
-    offset: int = 0  # arrays: its first byte in the file; Parquet: rows to skip
-    groups: tuple[int, ...] = ()  # Parquet: row groups
-    names: tuple[str, ...] = ()  # pictures: their files
 
 
 @dataclass(frozen=True)
@@ -74,31 +61,29 @@ def cut(
     truncated file.
     """
     if not path.exists():
-        raise PipelineError(f"no {path}: check the name")
-    found = list(sources([str(path)])) if path.is_dir() else []
-    for source in found:
+        raise PipelineError(f"{path} does not exist: check the name")
+    below = []
+    for source in sources([str(path)]) if path.is_dir() else ():
         if source.error:  # for example, a folder that cannot be read
             raise PipelineError(source.error)
-    below = [Path(source.name) for source in found]
-    files = _parquet_files(path, below)
+        below.append(Path(source.name))
+    kind, columns, files = "parquet", None, _parquet_files(path, below)
     if files:
         columns = parquet.choose_columns(path, files, shape, pictures, wanted)
-        shards = [Shard(i, *piece) for i, piece in enumerate(parquet.pieces(files, rows))]
-        kind, listed = "parquet", files
+        shards = list(parquet.cut_files(files, rows))
     elif path.is_dir():
-        kind, columns, listed = "pictures", None, below
         if pictures == "arrays":
             raise PipelineError(
-                f"the model does not say how the pictures in {path} become what it takes: give "
-                "it arrays, as Parquet, IDX or .npy"
+                f"{path} has pictures, but the model takes only arrays: give Parquet, IDX or .npy"
             )
-        shards = list(_pictures(listed, min(rows, PICTURES_A_SHARD)))
+        kind, files = "pictures", below
+        shards = list(_pictures(files, min(rows, PICTURES_A_SHARD)))
     else:
-        kind, columns, listed = "arrays", None, [path]
+        kind, files = "arrays", [path]
         shards = list(_arrays(_plain(path, unpacked), path, shape, rows))
     if not shards:
         raise PipelineError(f"{path} holds no images: give {KINDS}")
-    return Cut(str(path), kind, _digest(path, listed), shape, pictures, tuple(shards), columns)
+    return Cut(str(path), kind, _digest(path, files), shape, pictures, tuple(shards), columns)
 
 
 def read_shard(source: Cut, shard: Shard) -> Rows:
@@ -107,21 +92,20 @@ def read_shard(source: Cut, shard: Shard) -> Rows:
     Raises CorruptError when a file of arrays or Parquet cannot be read.
     """
     if source.columns:
-        return parquet.read_piece(
-            Path(shard.path),
-            shard.groups,
-            (shard.offset, shard.rows, shard.start),
-            source.shape,
-            source.pictures,
-            source.columns,
-        )
+        return parquet.read_rows(shard, source.shape, source.pictures, source.columns)
     if source.kind == "arrays":
-        return _read_array(source, shard)
+        with open(shard.path, "rb") as file:
+            file.seek(shard.offset)
+            content = file.read(shard.rows * math.prod(source.shape))
+        if len(content) != shard.rows * math.prod(source.shape):
+            raise CorruptError(f"{source.path} became shorter while it was read: start again")
+        images = np.frombuffer(content, np.uint8).reshape(shard.rows, *source.shape)
+        ids = np.arange(shard.start, shard.start + shard.rows)
+        return Rows(ids, images, np.full(shard.rows, "", object))
+    names = [text_of(str(Path(name).relative_to(source.path))) for name in shard.names]
     seen = look([Source(name) for name in shard.names], source.pictures)
-    root = Path(source.path)
-    ids = np.array([text_of(str(Path(name).relative_to(root))) for name in shard.names], object)
-    found = [text_of(image) if isinstance(image, str) else image for image in seen]
-    return parquet.rows_of(ids, found, source.shape)
+    results = [text_of(result) if isinstance(result, str) else result for result in seen]
+    return parquet.rows_of(np.array(names, object), results, source.shape)
 
 
 def _digest(path: Path, files: Iterable[Path]) -> str:
@@ -144,29 +128,26 @@ def _parquet_files(path: Path, below: list[Path]) -> list[Path]:
     Raises PipelineError when the folder also holds other files that can be scored.
     """
     if not path.is_dir():
-        return [path] if _begins(path, _PARQUET) else []
-    shown = [f for f in below if not any(p[0] in "._" for p in f.relative_to(path).parts)]
-    files = sorted(file for file in shown if file.suffix == ".parquet")
-    for other in shown if files else ():
-        head = _head(other) if other.suffix != ".parquet" and other.is_file() else b""
+        return [path] if _read_head(path).startswith(_PARQUET) else []
+    visible = [f for f in below if not any(p[0] in "._" for p in f.relative_to(path).parts)]
+    files = sorted(file for file in visible if file.suffix == ".parquet")
+    for other in visible if files else ():
+        head = _read_head(other) if other.suffix != ".parquet" and other.is_file() else b""
         if is_picture(head) or head.startswith((_IDX, _NPY, _PARQUET)):
             raise PipelineError(
-                f"{path} holds Parquet ({files[0]}) and something else to score ({other}): put "
-                "one of them into another folder"
+                f"{path} holds Parquet ({files[0]}) and other images ({other}): move one of them "
+                "to another folder"
             )
     return files
 
 
-def _begins(path: Path, magic: bytes) -> bool:
-    return _head(path).startswith(magic)
-
-
-def _head(path: Path) -> bytes:
+def _read_head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(HEAD_BYTES)
     except OSError as error:
-        raise PipelineError(f"cannot read {path} ({error.strerror}): check its rights") from error
+        message = f"cannot read {path} ({error.strerror}): check its permissions"
+        raise PipelineError(message) from error
 
 
 def _pictures(files: list[Path], rows: int) -> Iterator[Shard]:
@@ -180,7 +161,7 @@ def _plain(path: Path, unpacked: Path) -> Path:
 
     Raises CorruptError when it cannot be decompressed.
     """
-    if not _begins(path, _GZIP):
+    if not _read_head(path).startswith(_GZIP):
         return path
 
     def unpack(temporary: Path) -> None:
@@ -189,7 +170,8 @@ def _plain(path: Path, unpacked: Path) -> Path:
             with gzip.open(path) as packed, temporary.open("wb") as file:
                 shutil.copyfileobj(packed, file, 2**20)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise CorruptError(f"{path} cannot be unpacked ({error}): get it again") from error
+            message = f"{path} cannot be decompressed ({error}): get it again"
+            raise CorruptError(message) from error
 
     write_with(unpacked, unpack)
     return unpacked
@@ -201,18 +183,18 @@ def _arrays(file: Path, path: Path, shape: tuple[int, ...], rows: int) -> Iterat
     Raises PipelineError for arrays of another shape, and CorruptError for a truncated file.
     """
     with file.open("rb") as opened:
-        stated = _npy_shape(opened, path) if _begins(file, _NPY) else _idx_shape(opened, path)
+        is_npy = _read_head(file).startswith(_NPY)
+        images, *own_shape = _npy_shape(opened, path) if is_npy else _idx_shape(opened, path)
         offset = opened.tell()
-    size, images = math.prod(shape), stated[0]
-    if math.prod(stated[1:]) != size:
+    size, length = math.prod(shape), file.stat().st_size
+    if math.prod(own_shape) != size:
         raise PipelineError(
-            f"{path} holds arrays of shape {list(stated[1:])}, the model takes {list(shape)}"
+            f"{path} holds arrays of shape {own_shape}, the model takes {list(shape)}"
         )
-    length = file.stat().st_size
     if length != offset + images * size:
         raise CorruptError(
-            f"{path} is cut: its header says {images:,} images of {size} bytes, "
-            f"{length - offset:,} bytes are there. Get it again"
+            f"{path} is incomplete: its header says {images:,} images of {size} bytes, but it has "
+            f"{length - offset:,} bytes. Get it again"
         )
     for index, start in enumerate(range(0, images, rows)):
         count = min(rows, images - start)
@@ -223,8 +205,8 @@ def _idx_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
     head = file.read(4)
     if head[:3] != _IDX or not head[3:]:
         raise PipelineError(
-            f"{path} is none of the formats that can be scored: give {KINDS}. For one picture: "
-            f"pipeline query {shlex.quote(str(path))}"
+            f"{path} is not in a format that can be scored: give {KINDS}. For one picture use "
+            f"'pipeline query {shlex.quote(str(path))}'"
         )
     content = file.read(4 * head[3])
     if len(content) != 4 * head[3] or not content:
@@ -245,22 +227,10 @@ def _npy_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
         )
         shape, is_fortran, dtype = read(file)
     except (SyntaxError, TypeError, ValueError) as error:
-        raise CorruptError(f"{path} has no readable header: write it again") from error
+        raise CorruptError(f"the header of {path} is damaged: write it again") from error
     if dtype != np.uint8 or is_fortran or not shape:
         raise PipelineError(
             f"{path} holds {dtype.str} of shape {list(shape)}: give uint8 in C order, "
             "np.save(path, np.ascontiguousarray(images, np.uint8))"
         )
     return tuple(shape)
-
-
-def _read_array(source: Cut, shard: Shard) -> Rows:
-    size = math.prod(source.shape)
-    with open(shard.path, "rb") as file:
-        file.seek(shard.offset)
-        content = file.read(shard.rows * size)
-    if len(content) != shard.rows * size:
-        raise CorruptError(f"{source.path} became shorter while it was read: start anew")
-    images = np.frombuffer(content, np.uint8).reshape(shard.rows, *source.shape)
-    ids = np.arange(shard.start, shard.start + shard.rows)
-    return Rows(ids, images, np.full(shard.rows, "", object))

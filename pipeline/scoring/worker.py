@@ -63,9 +63,8 @@ def selected_model(paths: Paths) -> ScoringModel:
     shape = tuple(images.dims)
     if config_pbtxt.dtype(images) != "uint8" or min(shape) < 1 or not config.max_batch_size:
         raise PipelineError(
-            f"{paths.name} takes {config_pbtxt.dtype(images)} {list(shape)}: "
-            "only what takes batches of "
-            "uint8 images of one size is scored here; ask a server with 'pipeline serve'"
+            f"{paths.name} takes {config_pbtxt.dtype(images)} {list(shape)}, but 'pipeline score' "
+            "needs a model for batches of uint8 images of one size: use 'pipeline serve'"
         )
     return ScoringModel(
         paths.name,
@@ -136,10 +135,10 @@ def begin(folder: Folder, record: Mapping[str, Any]) -> None:
     """
     for below in (folder.path, folder.rejected_folder):
         clear_temporary(below)
-    fix = f"choose another --output, or remove {folder.path} to start anew"
+    fix = f"choose another --output, or remove {folder.path} to start again"
     if not folder.job.exists():
         if set(folder.path.iterdir()) - {folder.lock, folder.unpacked}:
-            raise PipelineError(f"{folder.path} holds other files, and no job of ours: {fix}")
+            raise PipelineError(f"{folder.path} holds other files, but no scoring job: {fix}")
         write_json(folder.job, record)
         return
     before = read_json(folder.job, fix)
@@ -151,12 +150,12 @@ def begin(folder: Folder, record: Mapping[str, Any]) -> None:
             )
 
 
-def finished(folder: Folder, index: int, rows: int) -> Counts | None:
+def read_counts(folder: Folder, index: int, rows: int) -> Counts | None:
     """Read the counts of a shard of `rows` rows from its files; None if they are incomplete."""
     try:
         metadata = pq.read_metadata(folder.part(index))
-        stated = {name: int(metadata.metadata[name.encode()]) for name in COUNTS}
-        counts = Counts(metadata.num_rows, **stated)
+        stated = metadata.metadata
+        counts = Counts(metadata.num_rows, *(int(stated[name.encode()]) for name in COUNTS))
         if counts.rejected and pq.read_metadata(folder.rejected(index)).num_rows != counts.rejected:
             return None
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):
@@ -200,15 +199,14 @@ def score_rows(
 ) -> tuple[pa.Table, pa.Table, Counts]:
     """Classify the rows; return the tables of answers and of rejected rows, and their counts."""
     reasons = rows.reasons.copy()
-    asked = np.flatnonzero(reasons == "")
-    images = rows.images if len(asked) == len(rows.images) else rows.images[asked]
-    classes = max(1, len(model.classes))
-    outputs = np.zeros((0, classes), np.float32)
-    if len(asked):
+    valid = np.flatnonzero(reasons == "")
+    images = rows.images if len(valid) == len(rows.images) else rows.images[valid]
+    outputs = np.zeros((0, max(1, len(model.classes))), np.float32)
+    if len(valid):
         outputs = predict(predictor, images, config.batch_size)
-    whole = np.isfinite(outputs).all(axis=1)
-    reasons[asked[~whole]] = "the model's answer is not finite"
-    table, unsure = _answers(rows.ids[asked[whole]], outputs[whole], model, config.top)
+    is_finite = np.isfinite(outputs).all(axis=1)
+    reasons[valid[~is_finite]] = "the model's answer is not finite"
+    table, unsure = _answers(rows.ids[valid[is_finite]], outputs[is_finite], model, config.top)
     bad = np.flatnonzero(reasons != "")
     ids = [  # a row without an id gets its number
         f"row {key}" if reason == NO_ID and not isinstance(key, str) else str(key)
@@ -224,8 +222,8 @@ def _answers(
     """Return a table with a row for each output (K,), and the number of unsure rows."""
     count, classes = outputs.shape
     # If the config names too few classes, the others are called by their index.
-    named = {**{index: str(index) for index in range(classes)}, **dict(enumerate(model.classes))}
-    labels = pa.array([named[index] for index in range(classes)], pa.string())
+    names = [*model.classes[:classes], *map(str, range(len(model.classes), classes))]
+    labels = pa.array(names, pa.string())
     best = min(top, classes)
     order = np.argsort(-outputs, axis=1, kind="stable")[:, :best]  # (N, top)
     chances = np.take_along_axis(probabilities(outputs, model.kind), order, axis=1)
@@ -255,8 +253,7 @@ def write(folder: Folder, index: int, table: pa.Table, rejected: pa.Table, count
     """Write the files of a shard; the file of answers is last and marks the shard as complete."""
     if len(rejected):
         write_with(folder.rejected(index), functools.partial(pq.write_table, rejected))
-    said = {name: str(getattr(counts, name)) for name in COUNTS}
-    table = table.replace_schema_metadata(said)
+    table = table.replace_schema_metadata({name: str(getattr(counts, name)) for name in COUNTS})
     write_with(folder.part(index), functools.partial(pq.write_table, table))
 
 
@@ -272,7 +269,7 @@ class Reader:
         try:
             rows = read_shard(self.source, shard)
         except (PipelineError, OSError) as error:
-            return _failed(error, self.source.path)
+            return _error_row(error, self.source.path)
         return {
             "shard": np.full(shard.rows, shard.index),
             "begun": np.full(shard.rows, begun),
@@ -299,29 +296,33 @@ class Scorer:
         if "failed" in batch:
             return batch
         if isinstance(self.predictor, PipelineError):
-            return _failed(self.predictor, self.model.path)
+            return _error_row(self.predictor, self.model.path)
         index, begun = int(batch["shard"][0]), float(batch["begun"][0])
         rows = Rows(batch["id"], batch["image"], batch["reason"])
         try:
-            found = score_rows(rows, self.model, self.predictor, self.config)
-            write(self.folder, index, *found)
+            scored = score_rows(rows, self.model, self.predictor, self.config)
+            write(self.folder, index, *scored)
         except (PipelineError, OSError) as error:
-            return _failed(error, str(self.folder.path))
-        return _said(len(rows.ids), begun, time.time())
+            return _error_row(error, str(self.folder.path))
+        return _report_row(len(rows.ids), begun, time.time())
 
 
-def _failed(error: PipelineError | OSError, path: str) -> dict[str, np.ndarray]:
+def _error_row(error: PipelineError | OSError, path: str) -> dict[str, np.ndarray]:
     """Return an error for the user as a row: Ray would wrap an exception in one of its own.
 
     `path` is what was read or written, used for an OSError that does not name its file.
     """
     if isinstance(error, OSError):
-        said = f"{error.filename or path} fails a worker ({error.strerror or error})"
-        error = PipelineError(f"{said}: check its disk and its rights, and run the command again")
-    return _said(0, 0.0, 0.0, pickle.dumps(error))
+        error = PipelineError(
+            f"a worker cannot use {error.filename or path} ({error.strerror or error}): check its "
+            "disk and permissions, and run the command again"
+        )
+    return _report_row(0, 0.0, 0.0, pickle.dumps(error))
 
 
-def _said(images: int, begun: float, ended: float, failed: bytes = b"") -> dict[str, np.ndarray]:
+def _report_row(
+    images: int, begun: float, ended: float, failed: bytes = b""
+) -> dict[str, np.ndarray]:
     return {
         "images": np.array([images]),
         "begun": np.array([begun]),

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.core.errors import PipelineError, require_choice
 from pipeline.core.paths import FOLDER
+from pipeline.core.settings import setting
 
 # Fields that are a fraction: 0 to below 1; `mirror` may be 1.
 SHARES = ["label_smoothing", "average", "warm_up", "beta1", "beta2", "dropout", "fade", "stroke"]
@@ -18,32 +19,32 @@ LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels ea
 class Recipe:
     """How to train: the network and everything that decides its weights but seed and data."""
 
-    network: str = "cnn"  # cnn, classic, record or net: see networks.py
-    channels: tuple[int, ...] = (16, 24, 32, 48)  # of each convolution, or hidden layer (net)
-    padded: bool = False  # cnn: pad, to see the image's border like its middle
-    epochs: float = 1.0  # passes over the training split; the last may be partial
-    batch_size: int = 128
-    optimizer: str = "adamw"  # adamw, adadelta or sgd
-    lr: float = 0.015  # the peak of the schedule
-    beta1: float = 0.9  # of adamw: decay rate of the mean gradient
-    beta2: float = 0.99  # of adamw: decay rate of the mean squared gradient
-    schedule: str = "one-cycle"  # one-cycle, or decay: by gamma after each epoch
-    warm_up: float = 0.25  # fraction of the steps in which one-cycle rises to its peak
-    gamma: float = 0.7
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.0  # 0 to 1
-    dropout: float = 0.0  # cnn: after its second convolution and before its classifier
-    norm_momentum: float = 0.2  # of batch normalization; a short run needs more
-    average: float = 0.0  # decay per step of averaged weights, from half-way on; 0: off
-    mirror: float = 0.0  # probability that an image is mirrored, left to right
-    rotate: float = 0.0  # radians; this and the next four: most distortion of an image
-    stretch: float = 0.0  # in each direction, as a logarithm
-    shear: float = 0.0  # as a tangent
-    shift: float = 0.0  # of half the image's side
-    elastic: float = 0.0  # of half the image's side
-    fade: float = 0.0  # fraction of the steps, at the end, over which distortion fades
-    stroke: float = 0.0  # most thickening or thinning; 1 is a pixel on each side
-    outliers: float = 0.0  # non-digits in each batch, as a fraction of its digits
+    network: str = setting("cnn", "Network: cnn, classic, record or net (see networks.py).")
+    channels: tuple[int, ...] = setting((16, 24, 32, 48), "Channels of each layer.")
+    padded: bool = setting(False, "cnn: pad, to see the image's border like its middle.")
+    epochs: float = setting(1.0, "Passes over the training split; the last may be partial.")
+    batch_size: int = setting(128, "Images in each step.")
+    optimizer: str = setting("adamw", "Optimizer: adamw, adadelta or sgd.")
+    lr: float = setting(0.015, "Learning rate at the peak of the schedule.")
+    beta1: float = setting(0.9, "adamw: decay rate of the mean gradient.")
+    beta2: float = setting(0.99, "adamw: decay rate of the mean squared gradient.")
+    schedule: str = setting("one-cycle", "Schedule: one-cycle, or decay by gamma after each epoch.")
+    warm_up: float = setting(0.25, "one-cycle: fraction of the steps in which the rate rises.")
+    gamma: float = setting(0.7, "decay: factor of the learning rate after each epoch.")
+    weight_decay: float = setting(0.02, "Weight decay.")
+    label_smoothing: float = setting(0.0, "Probability taken from the true class, 0 to 1.")
+    dropout: float = setting(0.0, "cnn: fraction dropped after convolution 2 and at the end.")
+    norm_momentum: float = setting(0.2, "Momentum of batch norm; a short run needs more.")
+    average: float = setting(0.0, "Decay per step of averaged weights, from half-way on; 0: off.")
+    mirror: float = setting(0.0, "Probability that an image is mirrored, left to right.")
+    rotate: float = setting(0.0, "Largest rotation of an image, in radians.")
+    stretch: float = setting(0.0, "Largest stretch in each direction, as a logarithm.")
+    shear: float = setting(0.0, "Largest shear, as a tangent.")
+    shift: float = setting(0.0, "Largest shift, as a fraction of half the image's side.")
+    elastic: float = setting(0.0, "Largest elastic shift, as a fraction of half the side.")
+    fade: float = setting(0.0, "Fraction of the steps, at the end, over which distortion fades.")
+    stroke: float = setting(0.0, "Largest thickening or thinning; 1 is a pixel on each side.")
+    outliers: float = setting(0.0, "Non-digits in each batch, as a fraction of its digits.")
 
     def __post_init__(self) -> None:
         require_choice("network", self.network, tuple(LAYERS))

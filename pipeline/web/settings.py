@@ -1,27 +1,23 @@
 """Settings of the gateway. Imports nothing heavy: the command line reads them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.settings import setting
 
-_NAME = {
-    "help": "Another name of this machine that browsers may use.",
-    "option": "allow-host",
-    "metavar": "NAME",
-}
+_HOSTS = "Another host name that browsers may use for this machine; repeatable."
 
 
 @dataclass(frozen=True)
 class GatewayConfig:
     """The gateway's settings: where it listens, which host names it accepts, and its limits."""
 
-    host: str = field(default="127.0.0.1", metadata={"help": "Where to listen."})
-    port: int = field(default=8080, metadata={"help": "auto or 0: a free port."})
-    allow_hosts: tuple[str, ...] = field(default=(), metadata=_NAME)
-    # For a whole request, including its upload.
-    timeout: float = field(default=10.0, metadata={"help": "Seconds for an answer."})
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(8080, "Port to listen on; auto or 0 is a free one.")
+    allow_hosts: tuple[str, ...] = setting((), _HOSTS, option="allow-host", metavar="NAME")
+    timeout: float = setting(10.0, "Most seconds for a whole request, its upload included.")
     # Half of them for one client alone; further requests are refused with 503.
-    requests: int = field(default=64, metadata={"help": "Requests in progress, at most."})
+    requests: int = setting(64, "Most concurrent requests.")
     decoders: int = 2  # threads
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pipeline.benchmark.compare import (
     Comparison,
     compare_records,
-    confirmed,
+    confirm,
     read_measurements,
     require_no_worse,
 )
@@ -77,7 +77,7 @@ def test_what_others_took_of_the_machine_is_no_slowdown_of_ours() -> None:
     found = compare_records(before, after)
     assert not verdicts(found)
     assert found.seen > 0.4
-    assert "a change beyond" in str(found)
+    assert "the smallest change" in str(found)
 
 
 def test_latencies_alone_may_tell_and_records_of_old_have_none() -> None:
@@ -98,7 +98,7 @@ def test_a_row_that_settled_early_is_held_against_the_same_rounds_of_the_yardsti
     del after["rows"][5]["images_per_second"]["rounds"][5:]
     assert not compare_records(before, after).worse
     del after["rows"][5]["images_per_second"]["rounds"][2:]
-    with pytest.raises(PipelineError, match="2 rounds tell nothing of noise"):
+    with pytest.raises(PipelineError, match="2 rounds are too few"):
         compare_records(before, after)
 
 
@@ -132,8 +132,8 @@ def test_what_was_slower_once_and_is_not_again_raises_no_alarm() -> None:
     slow, other = (compare_records(before, measured(rng, **{row: 0.7})) for row in ("row7", "row8"))
     assert slow.is_doubtful
     assert verdicts(slow) == {"row7": "worse"}
-    assert verdicts(confirmed(slow, compare_records(before, measured(rng)))) == {}
-    assert verdicts(confirmed(slow, other)) == {}  # another row by chance
+    assert verdicts(confirm(slow, compare_records(before, measured(rng)))) == {}
+    assert verdicts(confirm(slow, other)) == {}  # another row by chance
 
 
 def test_what_is_slower_again_is_found_even_where_the_second_noise_hides_it() -> None:
@@ -142,7 +142,7 @@ def test_what_is_slower_again_is_found_even_where_the_second_noise_hides_it() ->
     slow = compare_records(before, measured(rng, row7=0.7))
     noisy = compare_records(before, measured(rng, row7=0.7, noise=0.2))
     assert verdicts(noisy) == {}
-    found = confirmed(slow, noisy)
+    found = confirm(slow, noisy)
     assert verdicts(found) == {"row7": "worse"}
     with pytest.raises(CheckFailedError, match="row7"):
         require_no_worse(found)
@@ -154,7 +154,7 @@ def test_an_accuracy_leaves_no_doubt_and_stays_what_it_was() -> None:
     after["scores"]["row0"]["accuracy"] = 0.98
     found = compare_records(before, after)
     assert not found.is_doubtful
-    assert verdicts(confirmed(found, found)) == {"row0": "worse"}
+    assert verdicts(confirm(found, found)) == {"row0": "worse"}
 
 
 def test_a_loss_of_accuracy_is_found_however_small_the_noise() -> None:
@@ -196,7 +196,7 @@ def test_where_no_row_of_the_model_is_in_both_nothing_was_compared() -> None:
         old["batch"] = new["batch"] = n
     for record, name in ((before, "one"), (after, "other")):
         record["rows"].append({**record["rows"][-1], "name": name})
-    with pytest.raises(PipelineError, match="no row of the model is in both"):
+    with pytest.raises(PipelineError, match="no row of the model in common"):
         require_no_worse(compare_records(before, after))
 
 
@@ -226,7 +226,7 @@ def test_a_file_that_is_no_such_measurement_is_refused(
 ) -> None:
     file = tmp_path / "before.json"
     file.write_text(json.dumps(record))
-    with pytest.raises(PipelineError, match="must be what 'pipeline benchmark --json' printed"):
+    with pytest.raises(PipelineError, match="give the JSON that 'pipeline benchmark' wrote"):
         read_measurements(file, ["infer"], "handwriting")
 
 
@@ -238,7 +238,7 @@ def test_a_measurement_of_another_model_is_refused_before_anything_is_measured(
     file.write_text(json.dumps({**SOUND, "what": what, "sha256": "of another file"}))
     result = empty.run("benchmark", "--what", what, "--name", "quick", "--compare", str(file))
     assert result.exit_code == 1
-    said = f"{file} is a measurement of the model handwriting, and quick would be measured"
+    said = f"{file} measures the model 'handwriting', not 'quick': give --name"
     assert said in error_line(result)
 
 

@@ -49,7 +49,7 @@ def test_each_runtime_is_scored_and_measured_beside_the_yardstick(
     before.write_text(json.dumps(record))
     result = chain.run("benchmark", "--what", "infer", "--short", "--compare", str(before))
     assert result.exit_code == 3
-    assert "something seems slower: measuring it once more, to be sure" in result.stderr
+    assert "some rows seem slower: measuring them again" in result.stderr
     assert "worse  speed" in error_line(result)
 
 

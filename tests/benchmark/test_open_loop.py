@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pipeline.benchmark.load import Done, arrivals, drive
-from pipeline.benchmark.timing import TimedRow, Window, closed_loop
+from pipeline.benchmark.load import Done, draw_arrivals, drive
+from pipeline.benchmark.timing import TimedRow, Window, run_closed_loop
 
 SERVICE = 0.001  # seconds that the fake server takes for a request
 STALL = (2.0, 3.0)  # when it does nothing
@@ -61,11 +61,12 @@ def percentiles(window: Window) -> dict[str, float]:
 
 def test_a_stall_of_a_second_shows_in_the_open_loop_and_is_hidden_in_the_closed_one() -> None:
     clock = Turned()
-    sent = drive(Stalling(clock).send, arrivals(500, 5.0, seed=1), clock, patience=9.0)
+    sent = drive(Stalling(clock).send, draw_arrivals(500, 5.0, seed=1), clock, patience=9.0)
     opened = percentiles(Window(5.0, 1, sent.latencies, late=sent.late))
     clock = Turned()
     images, classes = [np.zeros((1, 1))], [np.zeros(1, int)]
-    closed = percentiles(closed_loop(Stalling(clock).predict, images, classes, 5.0, clock.now))
+    predictor = Stalling(clock).predict
+    closed = percentiles(run_closed_loop(predictor, images, classes, 5.0, clock.now))
     assert opened["p50"] < 10
     assert opened["p90"] > 500  # a fifth of the requests were due while nothing was answered
     assert opened["p99"] > 900
@@ -74,9 +75,9 @@ def test_a_stall_of_a_second_shows_in_the_open_loop_and_is_hidden_in_the_closed_
 
 
 def test_arrivals_are_those_of_the_seed_at_the_rate_and_as_irregular_as_they_should_be() -> None:
-    times = arrivals(100, 50.0, seed=3)
-    assert np.array_equal(times, arrivals(100, 50.0, seed=3))
-    assert not np.array_equal(times[:99], arrivals(100, 50.0, seed=4)[:99])
+    times = draw_arrivals(100, 50.0, seed=3)
+    assert np.array_equal(times, draw_arrivals(100, 50.0, seed=3))
+    assert not np.array_equal(times[:99], draw_arrivals(100, 50.0, seed=4)[:99])
     assert len(times) == pytest.approx(5000, rel=0.05)
     gaps = np.diff(times)
     assert gaps.min() >= 0
@@ -104,7 +105,7 @@ def test_a_client_that_cannot_keep_up_says_so() -> None:
         clock.wait(clock.now() + 0.01)  # it takes longer to send than requests are apart
         done(b"answer")
 
-    sent = drive(send, arrivals(500, 1.0, seed=0), clock, patience=1.0)
+    sent = drive(send, draw_arrivals(500, 1.0, seed=0), clock, patience=1.0)
     row = TimedRow("m", "grpc", 1, 0, (Window(1.0, 1, sent.latencies, late=sent.late),), rate=500)
     assert row.is_behind
     assert row.record()["behind"] is True

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from pipeline.benchmark import serving
-from pipeline.benchmark.serving import score_served, served_bytes
+from pipeline.benchmark.serving import measure_peak_bytes, score_served
 from pipeline.core.paths import Paths
 from pipeline.repository.release import Release
 from pipeline.repository.running import Server
@@ -45,4 +45,4 @@ def test_the_memory_is_that_of_the_server_and_of_the_models_own_stubs(
     monkeypatch.setattr(serving, "peak_bytes", lambda pid: 10**pid)
     fields: dict[str, Any] = dict.fromkeys(Server.__dataclass_fields__)
     server = Server(**{**fields, "id": "it", "pid": 7})
-    assert served_bytes(server, "net") == 10**7 + 10**8
+    assert measure_peak_bytes(server, "net") == 10**7 + 10**8

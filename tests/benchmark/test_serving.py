@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.benchmark import load, load_http, serving, timing
-from pipeline.benchmark.load import arrivals, open_loop
+from pipeline.benchmark.load import draw_arrivals, run_open_loop
 from pipeline.benchmark.serving import NOOP, ServeBenchmark, threads_of
 from pipeline.benchmark.timing import TimedRow, Until, Window, warm_up
 from pipeline.core.errors import CheckFailedError, ServerError
@@ -68,18 +68,19 @@ def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way:
     images = [np.zeros((2, 1, 28, 28), np.uint8)]
     http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
     with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as asked:
-        labelled = [load.questions(config, images, [np.full(2, label)], way) for label in range(10)]
+        labels = [[np.full(2, label)] for label in range(10)]
+        labelled = [load.build_questions(config, images, label, way) for label in labels]
         named = [asked.measure(config.name, questions, 2, 0.05) for questions in labelled]
         assert sum(window.wrong == 0 for window in named) == 1  # a blank image has one class
         assert all(window.wrong == 0 or window.wrong >= 4 for window in named)
         config.name = "nobody"
-        lost = load.questions(config, images, [np.zeros(2)], way)
+        lost = load.build_questions(config, images, [np.zeros(2)], way)
         window = load.keep_asking(asked.addresses[way], lost, 2, 0.05)
-        nothing = open_loop(asked.addresses[way], lost, 50, 0.05, 0)
+        nothing = run_open_loop(asked.addresses[way], lost, 50, 0.05, 0)
     for found in (window, nothing):
         assert found.failed > 0
         assert len(found.latencies) == 0
-    assert nothing.failed == len(arrivals(50, warm_up(0.05) + 0.05, 0))
+    assert nothing.failed == len(draw_arrivals(50, warm_up(0.05) + 0.05, 0))
 
 
 def test_a_server_that_died_counts_nothing_and_is_no_bug_of_ours() -> None:
@@ -88,9 +89,9 @@ def test_a_server_that_died_counts_nothing_and_is_no_bug_of_ours() -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with (
             load.ServerLoad(address, address, "", KEY_HEADER) as asked,
-            pytest.raises(ServerError, match="no longer says what it has counted of handwriting"),
+            pytest.raises(ServerError, match="does not return statistics of handwriting"),
         ):
-            asked.counters("handwriting")
+            asked.read_counters("handwriting")
 
 
 @pytest.mark.parametrize(("rate", "seconds"), [(1.0, 20.0), (1000.0, 3.0)])
@@ -98,18 +99,21 @@ def test_a_window_with_an_open_loop_is_long_enough_for_requests_to_arrive(
     monkeypatch: pytest.MonkeyPatch, rate: float, seconds: float
 ) -> None:
     window = Window(seconds, 1, np.ones(9))
-    asked, opened = MagicMock(**{"counted.side_effect": lambda name, measured: measured()}), Mock()
+    asked, opened = (
+        MagicMock(**{"count_during.side_effect": lambda name, measured: measured()}),
+        Mock(),
+    )
     opened.return_value = window
-    monkeypatch.setattr(serving, "open_loop", opened)
+    monkeypatch.setattr(serving, "run_open_loop", opened)
     bench = serving._Bench(asked, "net", {}, Mock(), ServeBenchmark())
-    assert bench._open(Mock(), rate, iter([0])) is window
+    assert bench._run_open_loop(Mock(), rate, iter([0])) is window
     assert opened.call_args.args[2:4] == (rate, seconds)
 
 
 def test_no_rate_is_made_of_a_speed_that_is_none() -> None:
     bench = serving._Bench(Mock(), "net", {}, Mock(), ServeBenchmark())
     silent = TimedRow("net", "grpc", 1, 32, (Window(1.0, 1, np.zeros(0), failed=3),))
-    with pytest.raises(CheckFailedError, match="0 wrong, 3 failed"):
+    with pytest.raises(CheckFailedError, match="0 wrong, 3 missing"):
         bench._open_rows([silent], print)
 
 

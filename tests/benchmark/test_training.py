@@ -112,8 +112,8 @@ def test_an_option_that_the_kind_would_leave_out_is_refused(
     what = options[1] if options[0] == "--what" else "train"
     (option,) = (one for one in options if one.startswith("--") and one != "--what")
     kinds = USED_BY[option.removeprefix("--")]
-    said = f"--what {what} has no use for {option}: that is for --what {', '.join(kinds)}"
-    assert said in " ".join(error_line(result).split())
+    valid = " or ".join(f"--what {kind}" for kind in kinds)
+    assert f"{option} needs {valid}, not --what {what}" in " ".join(error_line(result).split())
 
 
 def test_each_option_that_some_kinds_use_is_one_of_the_command() -> None:

@@ -248,7 +248,7 @@ def test_output_onto_a_full_disk_is_an_error_in_a_line_and_no_bug(command: list[
             check=False,
         )
     assert done.returncode == 1
-    said = "Error: cannot write (No space left on device): make room, or write elsewhere\n"
+    said = "Error: cannot write (No space left on device): free some space, or write elsewhere\n"
     assert done.stderr == said
 
 

@@ -255,12 +255,12 @@ def run(root: Path, *arguments: str) -> tuple[int, str]:
     [
         ("fashon-mnist", "Did you mean 'fashion-mnist'?"),
         ("anything", "or folder:PATH for a folder of pictures"),
-        ("folder:", "no path follows"),
-        ("folder:some/mnist", "'mnist' is taken"),
-        ("folder:handwriting/", "'handwriting' is taken"),
-        ("folder:model_repository", "'model_repository' is taken"),
-        ("folder:my letters", "'my letters' is not a valid name"),
-        ("folder:/", "is not a valid name"),
+        ("folder:", "has no path"),
+        ("folder:some/mnist", "'mnist' is reserved"),
+        ("folder:handwriting/", "'handwriting' is reserved"),
+        ("folder:model_repository", "'model_repository' is reserved"),
+        ("folder:my letters", "'my letters' is not valid"),
+        ("folder:/", "is not valid"),
     ],
 )
 def test_a_data_set_that_cannot_be_is_wrong_usage(tmp_path: Path, dataset: str, said: str) -> None:
@@ -373,4 +373,4 @@ def test_where_the_pictures_are_is_said_once(tmp_path: Path) -> None:
     folder = shapes(tmp_path / "shapes")
     result = Chain(tmp_path).run("data", "fetch", "--dataset", f"folder:{folder}", "--from", "x")
     assert result.exit_code == 2
-    assert "leave out --from" in result.stderr
+    assert "--from is not for folder:PATH" in result.stderr

@@ -218,7 +218,7 @@ def test_what_is_missing_on_the_command_line_is_wrong_usage(project: Chain) -> N
         assert project.run(*arguments).exit_code == 2
     taken = project.run("export", *options(project), "--name", "handwriting")
     assert taken.exit_code == 1
-    assert "is taken" in error_line(taken)
+    assert "is reserved" in error_line(taken)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_the_page_shows_all_that_the_run_and_its_export_have(chain: Chain) -> No
         assert f"{summary[key]:.5f}" in text
     assert f"{sha256(chain.paths.weights)}  runs/handwriting/model.safetensors" in text
     assert f"{sha256(chain.paths.onnx)}  exported/handwriting/model.onnx" in text
-    assert "This recipe distorts nothing" in text
+    assert "This recipe does not distort" in text
 
 
 def test_the_page_is_self_contained_and_runs_nothing(chain: Chain) -> None:
@@ -135,14 +135,14 @@ def test_another_run_is_not_shown_with_this_ones_export(chain: Chain) -> None:
     proven(chain)
     edit_json(chain.paths.manifest, lambda record: record.update(weights_sha256="0" * 64))
     text = written(chain)
-    assert "is the export of other weights than these" in text
+    assert "is an export of other weights" in text
     assert "Triton gRPC" not in text
 
 
 @pytest.mark.slow
 def test_a_proof_of_this_export_is_shown(chain: Chain) -> None:
     proven(chain)
-    assert "The last proof was of another model.onnx" in written(chain)
+    assert "The last validation was of another model.onnx" in written(chain)
     edit_json(chain.paths.agreement, lambda record: record.update(sha256=sha256(chain.paths.onnx)))
     assert "Triton gRPC" in written(chain)
 
@@ -225,8 +225,8 @@ def test_an_export_without_a_proof_says_what_makes_it(chain: Chain) -> None:
         del manifest["files"][path.name]
     write_json(chain.paths.manifest, manifest)
     text = written(chain)
-    assert "have not been held against their module yet: <code>pipeline validate</code>" in text
-    assert "No server has been held against this model yet" in text
+    assert "have not been validated yet: <code>pipeline validate</code>" in text
+    assert "has not been validated on a server yet" in text
 
 
 def test_without_an_export_the_proof_says_so_once(chain: Chain) -> None:
@@ -247,7 +247,7 @@ def test_a_proof_of_other_bytes_is_refused_with_4(chain: Chain) -> None:
     revalidated(chain, lambda record: record["variants"][0].update(sha256="0" * 64))
     result = chain.run("report")
     assert result.exit_code == 4
-    assert "is the proof of other files: run 'pipeline validate' again" in error_line(result)
+    assert "is of other files: run 'pipeline validate' again" in error_line(result)
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ def test_evidence_that_is_none_is_refused_with_4(chain: Chain) -> None:
     edit_json(chain.paths.manifest, lambda record: record["files"].update(listed))
     result = chain.run("report")
     assert result.exit_code == 4
-    assert "evidence.npz holds no evidence" in error_line(result)
+    assert "evidence.npz is not an evidence file" in error_line(result)
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def test_a_run_of_old_without_predictions_still_has_a_page(chain: Chain) -> None
     edit_json(chain.paths.summary, lambda record: record.pop("predictions_sha256"))
     chain.paths.predictions.unlink()
     text = written(chain)
-    assert "runs did not keep their predictions" in text
+    assert "was made before runs kept their predictions" in text
     assert "<code>pipeline train --run handwriting</code>" in text
 
 

@@ -11,7 +11,7 @@ from pipeline.benchmark.timing import Score, TimedRow, Window
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
-from pipeline.report.speeds import HEADERS, Speeds, speeds
+from pipeline.report.speeds import HEADERS, Speeds, read_speeds
 from tools.readme import markdown
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
@@ -44,7 +44,7 @@ def measured(tmp_path: Path) -> Paths:
 
 
 def test_all_rows_but_the_yardsticks_are_in_one_table(measured: Paths) -> None:
-    shown = speeds(measured, "d1")
+    shown = read_speeds(measured, "d1")
     assert isinstance(shown, Speeds)
     assert [(each.name, each.asking) for each in shown.rows] == [
         ("ONNX Runtime fp32, 1 thread", "8"),
@@ -58,25 +58,25 @@ def test_all_rows_but_the_yardsticks_are_in_one_table(measured: Paths) -> None:
     assert (cells["accuracy"], cells["differ"], cells["peak memory"]) == ("99.58%", "3", "50 MiB")
     assert shown.rows[0].cells[7] == ""  # no server there
     assert [what for what, _ in shown.measured] == ["in process", "served"]
-    assert shown.remarks == ("others took up to 25% of the machine's cores",)
+    assert shown.remarks == ("other processes used up to 25% of the machine's cores",)
 
 
 def test_the_figures_have_each_row_of_ours_and_the_ceiling_as_a_mark(measured: Paths) -> None:
-    shown = speeds(measured, "d1")
+    shown = read_speeds(measured, "d1")
     assert isinstance(shown, Speeds)
     for figure in shown.figures:
         for label in ("ONNX Runtime fp32, 1 thread: 8", "Triton, HTTP: 8, 1,600/s"):
             assert label in figure
         assert "no-op" not in figure
         assert "<script" not in figure
-    assert "computing nothing" in shown.figures[0]
+    assert "empty model" in shown.figures[0]
     assert "open loop" in shown.figures[1]
 
 
 def test_a_benchmark_of_another_file_is_not_shown(measured: Paths) -> None:
-    assert speeds(measured, "d2") is None
+    assert read_speeds(measured, "d2") is None
     write_json(measured.inference, {**record("infer"), "sha256": "d2"})
-    shown = speeds(measured, "d1")
+    shown = read_speeds(measured, "d1")
     assert isinstance(shown, Speeds)
     assert [what for what, _ in shown.measured] == ["served"]
 
@@ -91,7 +91,7 @@ def test_the_readmes_table_names_the_rate_of_an_open_loop_and_no_yardstick() -> 
 
 
 def test_the_proof_of_comparing_is_a_sentence() -> None:
-    worse = {"row": "handwriting, http, batch 64, 1 at once", "change": -0.15}
+    worse = {"row": "handwriting, http, batch 64, concurrency 1", "change": -0.15}
     text = markdown(
         "compare",
         {

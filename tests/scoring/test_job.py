@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from pyarrow import parquet as pq
 
 from pipeline.cli.main import main
-from pipeline.cli.score import reading
+from pipeline.cli.score import reader_command
 from pipeline.client.prediction import to_prediction
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.evaluate import predict
@@ -43,7 +43,7 @@ from pipeline.scoring.worker import (
     Scorer,
     ScoringModel,
     begin,
-    finished,
+    read_counts,
     score_rows,
     selected_model,
     write,
@@ -153,15 +153,15 @@ def test_a_shard_without_any_image_has_an_empty_file_of_the_same_columns() -> No
 
 def test_only_files_that_are_whole_count_as_finished(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    assert finished(folder, 0, 3) is None
+    assert read_counts(folder, 0, 3) is None
     write(folder, 0, *scored_rows(OUTPUTS, ["", "bad", ""]))
-    assert finished(folder, 0, 3) == Counts(2, 1, 0)
-    assert finished(folder, 0, 4) is None
+    assert read_counts(folder, 0, 3) == Counts(2, 1, 0)
+    assert read_counts(folder, 0, 4) is None
     folder.rejected(0).unlink()
-    assert finished(folder, 0, 3) is None
+    assert read_counts(folder, 0, 3) is None
     write(folder, 0, *scored_rows(OUTPUTS, ["", "bad", ""]))
     folder.part(0).write_bytes(folder.part(0).read_bytes()[:-9])
-    assert finished(folder, 0, 3) is None
+    assert read_counts(folder, 0, 3) is None
 
 
 def test_a_job_goes_on_only_with_the_same_source_and_model(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_source_that_is_none_leaves_no_folder_and_one_that_was_there_stays(
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(PipelineError, match="holds other files, and no job of ours"):
+    with pytest.raises(PipelineError, match="holds other files, but no scoring job"):
         begin(Folder(tmp_path), RECORD)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -265,7 +265,7 @@ def test_a_source_gets_the_answers_of_onnx_runtime_in_process(
 
 
 def test_what_reads_the_answers_can_be_typed_whatever_the_folder_is_called() -> None:
-    command = shlex.split(reading(Path("it's scored")))
+    command = shlex.split(reader_command(Path("it's scored")))
     assert command[:2] == ["python", "-c"]
     compile(command[2], "next", "exec")
     assert repr("it's scored") in command[2]
@@ -284,7 +284,9 @@ def test_bad_pictures_go_to_the_side_table_and_the_exit_code_is_1(
     out = tmp_path / "out"
     result = made.run("--json", "score", str(source), "--output", str(out))
     assert result.exit_code == 1
-    assert f"2 of 4 images could not be read: {out}/_rejected says why" in error_line(result)
+    assert f"2 of 4 images could not be read; the reasons are in {out}/_rejected" in error_line(
+        result
+    )
     record = json.loads(result.stdout)
     assert (record["images"], record["scored"], record["rejected"]) == (4, 2, 2)
     assert set(rows_in(out)) == {"0.png", "2.png"}
@@ -303,7 +305,7 @@ def test_ids_that_repeat_are_said(
     pq.write_table(pa.table({"id": ids, "image": flat}), source, row_group_size=10)
     command = ["score", str(source), "--output", str(tmp_path / "id=1"), "--rows", "10"]
     assert made.record(*command)["repeated"] == 2
-    assert ", 2 ids repeat" in made.run(*command).stdout
+    assert ", 2 repeated ids" in made.run(*command).stdout
 
 
 @pytest.mark.slow
@@ -325,7 +327,7 @@ def test_what_is_lost_is_scored_again_and_nothing_else(
     nothing = score_source(made.paths, source, out, config, Columns())
     assert (nothing.resumed, nothing.workers, nothing.images_per_second) == (100, 0, None)
     source.write_bytes(idx(digits[:90, 0]))
-    with pytest.raises(PipelineError, match="whose source_digest is .*start anew"):
+    with pytest.raises(PipelineError, match="whose source_digest is .*start again"):
         score_source(made.paths, source, out, config, Columns())
 
 
@@ -339,7 +341,7 @@ def test_what_goes_wrong_in_a_worker_is_an_error_in_a_line(
     content = bytearray(source.read_bytes())
     content[4:60] = b"\xff" * 56  # the header of its first page
     source.write_bytes(content)
-    with pytest.raises(CorruptError, match="a.parquet cannot be read on"):
+    with pytest.raises(CorruptError, match="a.parquet is damaged"):
         score_source(made.paths, source, tmp_path / "out", ScoreConfig(), Columns())
 
 
@@ -358,7 +360,7 @@ def test_what_is_compressed_is_scored_and_goes_on(
     source.write_bytes(damaged(source.read_bytes(), -8))
     result = made.run("score", str(source), "--output", str(tmp_path / "other"))
     assert result.exit_code == 4
-    assert "cannot be unpacked" in error_line(result)
+    assert "cannot be decompressed" in error_line(result)
 
 
 @pytest.mark.slow
@@ -383,7 +385,7 @@ def test_answers_are_not_put_into_the_folder_that_is_read(
     (tmp_path / "0.png").write_bytes(png(digits[0]))
     result = made.run("score", str(tmp_path), "--output", str(tmp_path / inside))
     assert result.exit_code == 1
-    assert "choose an --output outside of it" in error_line(result)
+    assert "choose an --output outside it" in error_line(result)
     assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
 
 
@@ -396,7 +398,7 @@ def test_what_the_system_refuses_a_worker_is_an_error_in_a_line(
     source.unlink()
     shard = {"shard": np.array([pickle.dumps(whole.shards[0])], object)}
     error = pickle.loads(Reader(whole)(shard)["failed"][0])
-    assert str(error).startswith(f"{source} fails a worker (No such file or directory): check")
+    assert str(error).startswith(f"a worker cannot use {source} (No such file or directory): check")
 
 
 def test_a_worker_without_its_model_says_so_with_its_first_shard(
@@ -427,7 +429,7 @@ def test_where_ray_gives_up_one_line_says_why(
     source.write_bytes(idx(digits[:, 0]))
     result = made.run("score", str(source), "--output", str(tmp_path / "out"))
     assert result.exit_code == 1
-    said = "Ray gave up (RayError: the node is low on memory): run the same command again"
+    said = "Ray failed (RayError: the node is low on memory): run the same command again"
     assert said in error_line(result)
 
 
@@ -443,7 +445,7 @@ def test_an_address_where_nothing_listens_is_one_line_and_exit_status_5(
     # In a process of its own: in this one there is a Ray already.
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
     assert done.returncode == 5
-    assert done.stderr.startswith(f"Error: no Ray at {address} (")
+    assert done.stderr.startswith(f"Error: no Ray cluster at {address} (")
 
 
 def children(pid: int) -> set[int]:

@@ -167,7 +167,7 @@ def test_what_serve_and_package_print_can_be_typed_in_a_folder_of_an_odd_name(
     fields: dict[str, Any] = dict.fromkeys(serve.Server.__dataclass_fields__, 1)
     server = serve.Server(**{**fields, "models": {"handwriting": 1}})
     echo_server(Settings(chain.root), server)
-    (line,) = re.findall("^ask it: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    (line,) = re.findall("^try: (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert f"@{chain.paths.packaged}/warmup/digit" in shlex.split(line)
     chain.paths.repository.chmod(0o777)
     message = error_line(chain.run("serve"))
