@@ -29,7 +29,7 @@ from pipeline.core.machine import machine, peak_bytes
 from pipeline.core.paths import Paths
 from pipeline.export.runtime import onnx_predictor
 from pipeline.repository import config_pbtxt
-from pipeline.repository.release import Release, selected_releases
+from pipeline.repository.release import Release, load_selected_releases
 from pipeline.serving import tritonserver
 from pipeline.serving.serve import Server, find_processes, run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
@@ -187,7 +187,7 @@ def benchmark_serving(
     """
     with tempfile.TemporaryDirectory(prefix="handwriting-benchmark-") as scratch:
         served = copy_packaged(paths, Path(scratch) / "models")
-        release = selected_releases(served)[paths.name]
+        release = load_selected_releases(served)[paths.name]
         with run_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
             http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
             with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as asked:

@@ -125,7 +125,7 @@ def fit_temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
     for _ in range(40):
         first, second = high - golden * (high - low), low + golden * (high - low)
         losses = [
-            score(apply_temperature(outputs, np.exp(at)), labels).loss for at in (first, second)
+            score(apply_temperature(outputs, t), labels).loss for t in np.exp([first, second])
         ]
         low, high = (low, second) if losses[0] < losses[1] else (first, high)
     return float(np.exp((low + high) / 2))
@@ -179,14 +179,10 @@ def confusion(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def class_scores(counts: np.ndarray) -> tuple[ClassScore, ...]:
     """Return each class's scores from a confusion matrix (K, K)."""
+    correct, support, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
     return tuple(
-        ClassScore(
-            support=int(counts[index].sum()),
-            precision=_ratio(counts[index, index], counts[:, index].sum()),
-            recall=_ratio(counts[index, index], counts[index].sum()),
-            f1=_ratio(2 * counts[index, index], counts[index].sum() + counts[:, index].sum()),
-        )
-        for index in range(len(counts))
+        ClassScore(int(s), _ratio(c, p), _ratio(c, s), _ratio(2 * c, s + p))
+        for c, s, p in zip(correct, support, predicted, strict=True)
     )
 
 
@@ -244,9 +240,8 @@ def judge(
     Raises CheckFailedError if their shape is not the reference's or their type is not `dtype`.
     """
     if outputs.shape != reference.shape or not np.issubdtype(outputs.dtype, dtype):
-        raise CheckFailedError(
-            f"answers are {outputs.dtype} {outputs.shape}, not {dtype.__name__} {reference.shape}"
-        )
+        expected = f"{dtype.__name__} {reference.shape}"
+        raise CheckFailedError(f"answers are {outputs.dtype} {outputs.shape}, not {expected}")
     apart = np.abs(reference.astype(np.float64) - outputs.astype(np.float64))  # (N, K)
     apart[~np.isfinite(apart)] = np.inf
     return Judgement(

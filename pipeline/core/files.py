@@ -9,7 +9,7 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,9 +46,7 @@ def _explain_os_errors(path: Path) -> Iterator[None]:
         if isinstance(error, IsADirectoryError):
             fix = "Name a file, not a folder"
         cause = error.strerror or error
-        raise PipelineError(
-            f"cannot write {path} ({cause}); its previous content is unchanged. {fix}"
-        ) from error
+        raise PipelineError(f"cannot write {path} ({cause}); it is unchanged. {fix}") from error
 
 
 def remove(path: Path) -> None:
@@ -163,32 +161,27 @@ def check_manifest(folder: Path, fix: str) -> dict[str, Any]:
     return manifest
 
 
-def refuse_shared(folder: Path, below: Iterable[Path]) -> None:
+def refuse_shared(folder: Path, below: Sequence[Path]) -> None:
     """Raise CheckFailedError if `folder` or anything in the folders `below` is world-writable.
 
     Links are refused too, since they may lead anywhere; only `folder` itself may be one.
     """
-    tops = list(below)
-    walks = itertools.chain.from_iterable(map(os.walk, tops))
+    walks = itertools.chain.from_iterable(map(os.walk, below))
     inside = (Path(top, name) for top, folders, files in walks for name in (*folders, *files))
-    for path in (folder, *tops, *inside):
+    for path in (folder, *below, *inside):
         try:
             mode = path.stat().st_mode if path == folder else path.lstat().st_mode
         except FileNotFoundError:  # removed meanwhile, like another process's temporary file
             continue
         if stat.S_ISLNK(mode):
-            raise CheckFailedError(
-                f"{path} is a link: replace it with a copy of its target, {os.readlink(path)}"
-            )
+            raise CheckFailedError(f"{path} is a link to {os.readlink(path)}: put a copy there")
         if mode & stat.S_IWOTH:
-            raise CheckFailedError(
-                f"{path} can be changed by any user of this machine. Check its content, then run: "
-                f"chmod o-w {shlex.quote(str(path))}"
-            )
+            fix = f"check its content, then run: chmod o-w {shlex.quote(str(path))}"
+            raise CheckFailedError(f"{path} can be changed by any user of this machine: {fix}")
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def create_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; rename it to `path` at the end unless it fails."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -30,9 +30,7 @@ def require_printable(path: Path) -> None:
     except FileNotFoundError as error:
         raise PipelineError("the current folder was deleted: change to another one") from error
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
-        raise PipelineError(
-            f"the path {name!a} has control characters or is not UTF-8: rename the folder"
-        )
+        raise PipelineError(f"the path {name!a} is not printable UTF-8: rename the folder")
 
 
 def data_name(dataset: str) -> str:

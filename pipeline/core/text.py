@@ -42,8 +42,10 @@ def format_count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
-    """Format rows as a table under their header: first column left-aligned, the others right.
+def columns(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = "") -> Lines:
+    """Format rows as a table under their header.
+
+    `align` has an l (left) or r (right) for each column; by default only the first is left-aligned.
 
     A cell is never wrapped: untrusted text must not begin a line.
     """
@@ -53,7 +55,7 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Lines:
         # Not as `headers`, which tabulate spaces wider.
         [header, *([escape(cell) for cell in row] for row in rows)],
         tablefmt="plain",
-        colalign=("left", *("right",) * (len(header) - 1)),
+        colalign=["left" if a == "l" else "right" for a in align or "l".ljust(len(header), "r")],
         disable_numparse=True,
     )
-    return Lines(*text.split("\n"))
+    return Lines(*map(str.rstrip, text.split("\n")))

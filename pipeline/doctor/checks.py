@@ -87,7 +87,7 @@ def _try_server(runtime: tritonserver.ServerRuntime, paths: Paths, model: Path) 
     (model.parent.parent / "config.pbtxt").write_text(_CONFIG)
     (trial,) = try_models(model.parents[2], ["doctor"], paths)
     if trial.outcome != "loads":
-        raise PipelineError(f"{runtime}: a small model {trial.outcome}: {trial.cause}")
+        raise PipelineError(f"{runtime}: the test model {trial.outcome!r}: {trial.cause}")
     return f"{runtime}: started, loaded a model, answered"
 
 
@@ -97,11 +97,9 @@ def _fix_server(paths: Paths) -> str:
     An existing environment is removed first, because make does not check one that it has built.
     """
     if not tritonserver.fits_wheel():
-        if shutil.which("docker"):
-            return "start Docker's engine"
-        return _USE_DOCKER.format("Linux on x86-64")
-    is_there = os.path.lexists(paths.triton_environment)
-    return REBUILD_SERVER if is_there else "make .venv-triton"
+        has_docker = shutil.which("docker") is not None
+        return "start Docker's engine" if has_docker else _USE_DOCKER.format("Linux on x86-64")
+    return REBUILD_SERVER if os.path.lexists(paths.triton_environment) else "make .venv-triton"
 
 
 def _build_model() -> bytes:

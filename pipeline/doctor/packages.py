@@ -83,10 +83,8 @@ def rebuild(setting: str = "") -> str:
 def require_no_problem(examination: Examination) -> None:
     """Raise PipelineError if there is a problem, because the main job would fail."""
     if count := examination.count("problem"):
-        raise PipelineError(
-            f"{format_count(count, 'problem')}: training, exporting or serving would fail here. "
-            "Run the command after each 'fix' above"
-        )
+        problems = format_count(count, "problem")
+        raise PipelineError(f"{problems}: training, exporting or serving would fail. Run the fixes")
 
 
 def run_check(what: str, fix: str, check: Callable[[], Result]) -> list[Check]:
@@ -157,8 +155,7 @@ def check_runtimes() -> Result:
     runtimes = sorted(name for name in names if re.fullmatch(r"onnxruntime(-\w+)?", name))
     if len(runtimes) > 1:
         fix = f"{sys.executable} -m pip uninstall --yes {' '.join(runtimes)} && {rebuild()}"
-        both = " and ".join(runtimes)
-        raise Problem(f"{both} are both installed and overwrite each other's files", fix)
+        raise Problem(f"{' and '.join(runtimes)} are both installed and overwrite each other", fix)
     return f"from {runtimes[0]}" if runtimes else []
 
 

@@ -44,7 +44,7 @@ def runtime_facts(model: Path) -> dict[str, Any]:
         failing[name] = ""
         try:
             if onnx_predictor(model.read_bytes(), 1, name)(np.ones((1, 2), np.float32)).sum() != 4:
-                failing[name] = "it computes wrongly"
+                failing[name] = "its results are incorrect"
         except PipelineError as error:
             failing[name] = str(error)
     return {"version": onnxruntime.__version__, "providers": failing}

@@ -160,10 +160,8 @@ def watch_log(
 def require_none(drift: Drift) -> None:
     """Raise CheckFailedError if any check drifted."""
     if drift.drifted:
-        raise CheckFailedError(
-            f"{drift.name} drifted: {', '.join(drift.drifted)}. Find what changed in the images "
-            "(camera, form, users), and train on such images if the change will last"
-        )
+        names = ", ".join(drift.drifted)
+        raise CheckFailedError(f"{drift.name} drifted: {names}. Find the cause, or train it again")
 
 
 def compare_log(
@@ -176,10 +174,8 @@ def compare_log(
     entries, images = logged.entries, len(logged.entries)
     labels = Counter(entry.label for entry in entries)
     if unknown := labels.keys() - set(profile.classes):
-        raise PipelineError(
-            f"the log has classes that {profile.name} lacks ({', '.join(sorted(unknown)[:LISTED])})"
-            ": the log or the reference profile is of another model"
-        )
+        names = ", ".join(sorted(unknown)[:LISTED])
+        raise PipelineError(f"the log is of another model: {profile.name} has no class {names}")
     classes = tuple(labels[label] for label in profile.classes)
     confidence = count_bins(np.array([e.probability for e in entries]), profile.confidence_edges)
     inks = [entry.ink for entry in entries if entry.ink is not None]
@@ -245,17 +241,15 @@ def _arcsine(share: float) -> float:
     return 2 * math.asin(math.sqrt(share))
 
 
-def largest_share_shift(
-    before: np.ndarray, now: np.ndarray, relative: float, least: float
-) -> Shift:
+def largest_share_shift(before: np.ndarray, now: np.ndarray, rate: float, least: float) -> Shift:
     """Return the most significant shift of a class's share, from counts (K,) of both sides.
 
-    A class's share may change by `relative` times itself, or by `least` if that is larger. The
+    A class's share may change by `rate` times itself, or by `least` if that is larger. The
     p-value has Bonferroni's correction for K classes.
     """
     of, images = int(before.sum()), int(now.sum())
     shifts = [
-        share_shift(old, of, new, images, max(least, relative * old / of))
+        share_shift(old, of, new, images, max(least, rate * old / of))
         for old, new in zip(before.tolist(), now.tolist(), strict=True)
     ]
     at = min(range(len(shifts)), key=lambda index: (shifts[index].p, -abs(shifts[index].effect)))
@@ -305,9 +299,8 @@ def _run_checks(
     config: DriftConfig,
 ) -> list[DriftCheck]:
     """Return the checks for which the profile and the log have data, before Holm's adjustment."""
-    shift = largest_share_shift(
-        np.array(profile.class_counts), np.array(classes), config.class_share, config.class_least
-    )
+    before, now = np.array(profile.class_counts), np.array(classes)
+    shift = largest_share_shift(before, now, config.class_share, config.class_least)
     at, of, images = shift.at, profile.images, sum(classes)
     change = _format_change(profile.class_counts[at] / of, classes[at] / images)
     edges, counts = profile.confidence_edges, profile.confidence_counts

@@ -257,10 +257,8 @@ def profile_file(packaged: Path, profile: str = "") -> Path:
         return packaged / CONFIG
     profiles = {path.stem: path for path in config_files(packaged)[:-1]}
     if profile not in profiles:
-        raise PipelineError(
-            f"{packaged} has no profile {profile!r}; its profiles: {', '.join(profiles) or 'none'}"
-            ". Choose one of them, or run 'pipeline package' again"
-        )
+        names = ", ".join(profiles) or "none: run 'pipeline package' again"
+        raise PipelineError(f"{packaged} has no profile {profile!r}; its profiles: {names}")
     return profiles[profile]
 
 

@@ -5,31 +5,21 @@ Also writes a packaged version as a reproducible tar, and gives the order in whi
 
 import io
 import tarfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.core import files
 from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.core.files import (
-    check_digest,
-    check_manifest,
-    clear_temporary,
-    locked,
-    new_folder,
-    read_json,
-    refuse_shared,
-    write_bytes,
-    write_json,
-    write_with,
-)
 from pipeline.core.paths import MODEL_NAMES, Paths, packaged_name
 from pipeline.core.signature import pictures_of
 from pipeline.export import graph
 from pipeline.export.policy import check_policy
 from pipeline.repository import config_pbtxt, profiles
+from pipeline.repository.config_pbtxt import ModelConfig
 from pipeline.repository.golden import unpack_golden
-from pipeline.repository.release import version_numbers
+from pipeline.repository.release import find_versions
 from pipeline.repository.running import find_server
 from pipeline.repository.settings import PackageConfig
 
@@ -73,8 +63,7 @@ def explain_package(
     """
     chosen = [name for name in profiles.PROFILES if profile in (name, "all")]
     if not chosen:
-        names = ", ".join(profiles.PROFILES)
-        raise PipelineError(f"there is no profile {profile!r}; the profiles are {names}")
+        raise PipelineError(f"no profile {profile!r} exists: use {', '.join(profiles.PROFILES)}")
     variant = _check_export(paths, config)[0]
     version, old = _next_version(paths.repository / variant.name, variant.base)
     base = _select_in_base(variant, version, old)
@@ -83,13 +72,13 @@ def explain_package(
 
 def archive(paths: Paths, done: Packaged, target: Path | None = None) -> tuple[Path, str]:
     """Write a packaged version as a tar (exported/NAME-VERSION.tar); return its path and hash."""
-    model = replace(paths, name=done.name)
+    model = paths.named(done.name)
     path = target or model.archive(done.version)
     if target and done.precision != "fp32":  # one tar for each model
         path = target.with_stem(f"{target.stem}-{done.precision}")
-    with locked(model.lock):
+    with files.locked(model.lock):
         if not target:  # in the shared folder, where other commands write as well
-            clear_temporary(path.parent, path.name)
+            files.clear_temporary(path.parent, path.name)
         return path, write_tar(model.packaged, done.version, paths.onnx.name, path)
 
 
@@ -99,30 +88,28 @@ class _Variant:
 
     name: str  # of its model
     sha256: str
-    files: dict[str, bytes]  # of the version's folder, without the manifest
+    contents: dict[str, bytes]  # of the version's folder, without the manifest
     manifest: dict[str, Any]
-    base: config_pbtxt.ModelConfig  # the part that its configs share
+    base: ModelConfig  # the part that its configs share
 
 
 def _check_export(paths: Paths, config: PackageConfig) -> list[_Variant]:
     """Read and check each file of the export, with all that goes into its version."""
-    manifest = check_manifest(paths.export, EXPORT)
+    manifest = files.check_manifest(paths.export, EXPORT)
     if not paths.validation.exists():
         failed = f" (its last validation failed: {paths.failed})" if paths.failed.exists() else ""
         named = "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
         raise CheckFailedError(
             f"{paths.onnx} is not validated{failed}: run 'pipeline validate{named}' first"
         )
-    validation = read_json(paths.validation, VALIDATE)
+    validation = files.read_json(paths.validation, VALIDATE)
     variants = validation.get("variants", [])
     if validation.get("passed") is not True or not variants:
         raise CheckFailedError(f"{paths.validation} does not record a pass: {VALIDATE}")
     largest = min(entry.get("largest_batch", 0) for entry in variants)
     if config.max_batch_size > largest:
-        raise PipelineError(
-            f"--max-batch-size {config.max_batch_size} is above {largest}, the largest batch that "
-            "was validated. Choose a smaller one, or run 'pipeline validate' again"
-        )
+        size = config.max_batch_size
+        raise PipelineError(f"--max-batch-size {size} is not validated: use at most {largest}")
     return [_check_variant(paths, manifest, entry, config) for entry in variants]
 
 
@@ -131,16 +118,16 @@ def _check_variant(
 ) -> _Variant:
     precision, digest = str(entry["precision"]), entry["sha256"]
     path, profile = paths.variant(precision), paths.variant_profile(precision)
-    content = check_digest(path, digest, EXPORT)
-    golden = check_digest(paths.variant_golden(precision), entry["golden_sha256"], VALIDATE)
-    files = {
+    content = files.check_digest(path, digest, EXPORT)
+    golden = files.check_digest(paths.variant_golden(precision), entry["golden_sha256"], VALIDATE)
+    contents = {
         paths.onnx.name: content,
         paths.golden.name: golden,
         paths.validation.name: paths.validation.read_bytes(),
         paths.card.name: paths.card.read_bytes(),
     }
     if stated := manifest["files"].get(profile.name):  # older versions of the pipeline made none
-        files[paths.variant_profile("fp32").name] = check_digest(profile, stated, VALIDATE)
+        contents[paths.variant_profile("fp32").name] = files.check_digest(profile, stated, VALIDATE)
     model = graph.parse(content, str(path))
     check_policy(model, str(path))
     tensors = graph.read_signature(model, str(path), batch=None)
@@ -152,31 +139,30 @@ def _check_variant(
         config_pbtxt.set_parameter(base, "pictures", pictures)
     if manifest["kind"] != "log_probabilities":
         config_pbtxt.set_parameter(base, "outputs", manifest["kind"])
-    return _Variant(name, digest, files, {**manifest, "precision": precision}, base)
+    return _Variant(name, digest, contents, {**manifest, "precision": precision}, base)
 
 
 def _add_version(paths: Paths, variant: _Variant, config: PackageConfig) -> Packaged:
     model = paths.named(variant.name)
-    with locked(model.lock):
-        refuse_shared(model.repository, [model.packaged] if model.packaged.exists() else [])
+    with files.locked(model.lock):
+        files.refuse_shared(model.repository, [model.packaged] if model.packaged.exists() else [])
         for below in ("", config_pbtxt.PROFILES, "warmup"):
-            clear_temporary(model.packaged / below)
+            files.clear_temporary(model.packaged / below)
         version, old = _next_version(model.packaged, variant.base)
         is_selected = old is None or find_server(model) is None
         if old and not is_selected:
             _refuse_change(old, variant.base, config)
         folder = model.packaged / str(version)
-        with new_folder(folder) as new:
-            files = {
-                name: write_bytes(new / name, content) for name, content in variant.files.items()
-            }
-            write_json(new / paths.manifest.name, {**variant.manifest, "files": files})
+        with files.create_folder(folder) as new:
+            contents = variant.contents.items()
+            digests = {name: files.write_bytes(new / name, content) for name, content in contents}
+            files.write_json(new / paths.manifest.name, {**variant.manifest, "files": digests})
         if is_selected:  # write what Triton reads outside the version folders, config.pbtxt last
             classes = "\n".join(variant.manifest["classes"]) + "\n"
-            golden = unpack_golden(variant.files[paths.golden.name], "the golden set")
-            write_bytes(model.packaged / config_pbtxt.LABELS, classes.encode())
+            golden = unpack_golden(variant.contents[paths.golden.name], "the golden set")
+            files.write_bytes(model.packaged / config_pbtxt.LABELS, classes.encode())
             warmup = model.packaged / "warmup" / config_pbtxt.WARMUP
-            write_bytes(warmup, golden.images[0].tobytes())
+            files.write_bytes(warmup, golden.images[0].tobytes())
             profiles.write_configs(model.packaged, _select_in_base(variant, version, old), config)
         else:  # only record the version, which waits for its promotion
             config_pbtxt.change_configs(model.packaged, partial(_record_version, variant, version))
@@ -184,9 +170,7 @@ def _add_version(paths: Paths, variant: _Variant, config: PackageConfig) -> Pack
     return Packaged(variant.name, precision, folder, version, variant.sha256, is_selected)
 
 
-def _select_in_base(
-    variant: _Variant, version: int, old: config_pbtxt.ModelConfig | None
-) -> config_pbtxt.ModelConfig:
+def _select_in_base(variant: _Variant, version: int, old: ModelConfig | None) -> ModelConfig:
     """Return the part that all configs share: versions' digests, selected and previous version."""
     base = variant.base
     if old:
@@ -200,7 +184,7 @@ def _select_in_base(
     return base
 
 
-def _record_version(variant: _Variant, version: int, message: config_pbtxt.ModelConfig) -> None:
+def _record_version(variant: _Variant, version: int, message: ModelConfig) -> None:
     """Record a version's own parameters, selected or not: its digest and its min_probability."""
     config_pbtxt.set_parameter(message, f"sha256.{version}", variant.sha256)
     threshold = variant.manifest.get("min_probability")  # None if no threshold was fitted
@@ -209,9 +193,7 @@ def _record_version(variant: _Variant, version: int, message: config_pbtxt.Model
         config_pbtxt.set_parameter(message, key, str(threshold))
 
 
-def _refuse_change(
-    old: config_pbtxt.ModelConfig, base: config_pbtxt.ModelConfig, config: PackageConfig
-) -> None:
+def _refuse_change(old: ModelConfig, base: ModelConfig, config: PackageConfig) -> None:
     """Raise PipelineError if the settings that run the served model would change."""
     new = profiles.build_config("config", base, config)
     before, after = config_pbtxt.run_settings(old), config_pbtxt.run_settings(new)
@@ -223,14 +205,12 @@ def _refuse_change(
         )
 
 
-def _next_version(
-    packaged: Path, base: config_pbtxt.ModelConfig
-) -> tuple[int, config_pbtxt.ModelConfig | None]:
+def _next_version(packaged: Path, base: ModelConfig) -> tuple[int, ModelConfig | None]:
     """Return the next version's number and the existing config, None if there is none.
 
     Raises CheckFailedError if `base` differs from that config in classes or signature.
     """
-    version, path = max(version_numbers(packaged), default=0) + 1, packaged / config_pbtxt.CONFIG
+    version, path = max(find_versions(packaged), default=0) + 1, packaged / config_pbtxt.CONFIG
     if not path.exists():
         return version, None
     old = config_pbtxt.read(path)
@@ -244,7 +224,7 @@ def _next_version(
     return version, old
 
 
-def _read_tensors(message: config_pbtxt.ModelConfig) -> tuple[object, ...]:
+def _read_tensors(message: ModelConfig) -> tuple[object, ...]:
     tensors = (*message.input, *message.output)
     return tuple((tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors)
 
@@ -278,7 +258,7 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
-    return write_with(archive, write)
+    return files.write_with(archive, write)
 
 
 def _config_of_only(version: int, path: Path) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.core import machine
 from pipeline.core.text import Lines, format_count
 from pipeline.repository import config_pbtxt
+from pipeline.repository.config_pbtxt import ModelConfig
 from pipeline.repository.settings import PackageConfig
 
 # The configs of a packaged model: config.pbtxt, and the others, chosen by --model-config-name.
@@ -47,7 +48,7 @@ class Choice:
         return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
-def explain(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
+def explain(profile: str, base: ModelConfig, config: PackageConfig) -> list[Choice]:
     """Return every field of a profile's config: those of all profiles first, then its own."""
     images, outputs = base.input[0], base.output[0]
     common = [
@@ -57,8 +58,7 @@ def explain(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig)
     for role, tensor in (("input", images), ("output", outputs)):
         described = f"{tensor.name} {config_pbtxt.dtype(tensor)} {list(tensor.dims)}"
         common.append(Choice(role, described, "as in the graph, without the batch dimension"))
-    labels = "class names, for Triton's classification extension"
-    common.append(Choice("output.label_filename", outputs.label_filename, labels))
+    common.append(Choice("output.label_filename", outputs.label_filename, "names of the classes"))
     for version in config_pbtxt.selected(base):
         policy = "the version that a server loads; 'pipeline versions' changes it"
         common.append(Choice("version_policy.specific", version, policy))
@@ -91,18 +91,16 @@ def format_profiles(explained: Mapping[str, list[Choice]]) -> str:
     return Lines(*lines)
 
 
-def build_config(
-    profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig
-) -> config_pbtxt.ModelConfig:
+def build_config(profile: str, base: ModelConfig, config: PackageConfig) -> ModelConfig:
     """Return a profile's config: `base`, with versions and digests, plus the profile's choices."""
-    message = config_pbtxt.ModelConfig()
+    message = ModelConfig()
     message.CopyFrom(base)
     for choice in choices(profile, base, config):
         config_pbtxt.set_field(message, choice.field, choice.value)
     return message
 
 
-def write_configs(packaged: Path, base: config_pbtxt.ModelConfig, config: PackageConfig) -> None:
+def write_configs(packaged: Path, base: ModelConfig, config: PackageConfig) -> None:
     """Write every profile's config, config.pbtxt last; update the versions in users' profiles."""
     folder = packaged / config_pbtxt.PROFILES
     for path in config_pbtxt.config_files(packaged)[:-1]:
@@ -117,7 +115,7 @@ def write_configs(packaged: Path, base: config_pbtxt.ModelConfig, config: Packag
         config_pbtxt.save(path, build_config(name, base, config))
 
 
-def choices(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
+def choices(profile: str, base: ModelConfig, config: PackageConfig) -> list[Choice]:
     """Return a profile's choices, from the options, the machine's cores and the model's input."""
     cores, is_on_gpu = config.cores or machine.cores(), profile in ON_GPU
     kind = ("KIND_CPU", "every machine has one")
@@ -133,36 +131,24 @@ def choices(profile: str, base: config_pbtxt.ModelConfig, config: PackageConfig)
         instances, reason = config.instances, ASKED
     largest = config.max_batch_size
     ladder = (*(2**step for step in range(largest.bit_length()) if 2**step < largest), largest)
+    warmup = f"{sum(ladder)} images run before the first request, so that no request waits for "
+    warmup += "memory or, on a GPU, for the choice of an algorithm"
+    tf32 = "float32 as in PyTorch; else rounded to 10 bits on a GPU (Triton 24.06 or later)"
     # Set under parameters: in the cuda block the native backend overwrites it with its default.
-    search = Choice(
-        "parameters.cudnn_conv_algo_search",
-        "1",
-        "heuristic: the default, an exhaustive search, runs again for each new batch size, and its "
-        "choice depends on timing",
-    )
+    search = "heuristic: the default searches again for each batch size, and depends on timing"
     return [
-        *_choose_batching(profile, config),
+        *_set_batching(profile, config),
         Choice("instance_group.kind", *kind),
         Choice("instance_group.count", instances, reason),
-        *_choose_threads(profile, cores, instances, config),
-        *([search] if is_on_gpu else ()),
-        *(_choose_tensorrt(base, config) if profile == "tensorrt-fp16" else ()),
-        Choice(
-            "cuda.use_tf32",
-            "0",
-            "off, as in PyTorch: ONNX Runtime's default rounds float32 to 10 bits on a GPU; needs "
-            "Triton 24.06 or later" + ("" if is_on_gpu else "; not read on a CPU"),
-        ),
-        Choice(
-            "model_warmup.batch_size",
-            ladder,
-            f"{sum(ladder)} runs of a real image before the first request, so that no request "
-            "waits for memory or, on a GPU, for the choice of an algorithm",
-        ),
+        *_set_threads(profile, cores, instances, config),
+        *([Choice("parameters.cudnn_conv_algo_search", "1", search)] if is_on_gpu else ()),
+        *(_set_tensorrt(base, config) if profile == "tensorrt-fp16" else ()),
+        Choice("cuda.use_tf32", "0", tf32 if is_on_gpu else f"{tf32}; not read on a CPU"),
+        Choice("model_warmup.batch_size", ladder, warmup),
     ]
 
 
-def _choose_batching(profile: str, config: PackageConfig) -> list[Choice]:
+def _set_batching(profile: str, config: PackageConfig) -> list[Choice]:
     largest, reason = config.max_batch_size, "the validation covered larger batches"
     if largest != PackageConfig.max_batch_size:
         reason = f"{ASKED}; {reason}"
@@ -184,9 +170,7 @@ def _choose_batching(profile: str, config: PackageConfig) -> list[Choice]:
     return batching
 
 
-def _choose_threads(
-    profile: str, cores: int, instances: int, config: PackageConfig
-) -> list[Choice]:
+def _set_threads(profile: str, cores: int, instances: int, config: PackageConfig) -> list[Choice]:
     threads, reason = 1, "one core; the other cores are free for other programs"
     if profile in ON_GPU:
         reason = "the GPU computes; one thread gives it its work"
@@ -199,18 +183,15 @@ def _choose_threads(
     if profile not in ON_GPU and threads * instances > cores:
         total = f"{instances} x {threads} = {format_count(instances * threads, 'thread')}"
         reason += f"; {total} share {format_count(cores, 'core')}"
-    unused = "not used: operators run one after the other (execution_mode 0)"
+    between, unused = config.inter_op_threads, "not used: operators run one after the other"
+    why = f"{ASKED}; {unused}" if between else unused
     return [
         Choice("parameters.intra_op_thread_count", str(threads), reason),
-        Choice(
-            "parameters.inter_op_thread_count",
-            str(config.inter_op_threads or 1),
-            f"{ASKED}; {unused}" if config.inter_op_threads else unused,
-        ),
+        Choice("parameters.inter_op_thread_count", str(between or 1), why),
     ]
 
 
-def _choose_tensorrt(base: config_pbtxt.ModelConfig, config: PackageConfig) -> list[Choice]:
+def _set_tensorrt(base: ModelConfig, config: PackageConfig) -> list[Choice]:
     """Return TensorRT's choices; only keys that the native backend knows, others fail the load."""
     images, largest = base.input[0], config.max_batch_size
     options = {

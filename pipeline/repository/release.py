@@ -78,14 +78,14 @@ def check_release(paths: Paths, version: int) -> Release:
     refuse_shared(paths.repository, [paths.packaged])
     files = config_pbtxt.config_files(paths.packaged)
     configs = [(path, config_pbtxt.read(path)) for path in files]
-    numbers = version_numbers(paths.packaged)
+    numbers = find_versions(paths.packaged)
     if version not in numbers:
         versions = ", ".join(map(str, numbers)) or "none"
         raise PipelineError(f"{paths.name} has no version {version}; its versions: {versions}")
     return load_release(paths, version, configs)
 
 
-def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
+def load_selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
     """Load the selected release of each model in the repository, by the model's name.
 
     With a profile, reads the profile's config instead of config.pbtxt. Raises PipelineError if
@@ -105,10 +105,10 @@ def selected_releases(paths: Paths, profile: str = "") -> dict[str, Release]:
         if not is_stated and not any(folder.glob("*/manifest.json")):  # not packaged by us
             onnx = next(iter(sorted(folder.glob("*/*.onnx"))), folder / "1" / "model.onnx")
             raise PipelineError(
-                f"{folder} has no evidence, because 'pipeline package' did not write it. Validate "
-                f"the file and package it: pipeline validate --onnx {shlex.quote(str(onnx))} "
-                "--module package.module:factory --images FILE.npz; or serve it without evidence: "
-                f"tritonserver --model-repository={shlex.quote(str(folder.parent))}"
+                f"{folder} has no evidence. Validate its file, then package it: pipeline validate "
+                f"--onnx {shlex.quote(str(onnx))} --module package.module:factory --images FILE.npz"
+                f"; or serve it as it is: tritonserver --model-repository="
+                f"{shlex.quote(str(folder.parent))}"
             )
         version = require_selected(path, config)
         releases[folder.name] = load_release(paths.named(folder.name), version, [(path, config)])
@@ -123,7 +123,7 @@ def require_selected(path: Path, config: config_pbtxt.ModelConfig) -> int:
     return version
 
 
-def version_numbers(packaged: Path) -> list[int]:
+def find_versions(packaged: Path) -> list[int]:
     """Return the numbers of the versions in a model's folder, in ascending order."""
     return sorted(int(f.name) for f in packaged.glob("[1-9]*") if f.name.isdigit())
 
@@ -142,7 +142,7 @@ def find_profile(
     config = paths.packaged / config_pbtxt.CONFIG
     if config.exists():
         number = version or config_pbtxt.selected_version(config_pbtxt.read(config))
-        number = number or max(version_numbers(paths.packaged), default=None)
+        number = number or max(find_versions(paths.packaged), default=None)
         if number is None:
             raise PipelineError(f"{paths.packaged} has no version: run 'pipeline package' first")
         folder = paths.packaged / str(number)
@@ -158,8 +158,7 @@ def find_profile(
     manifest, path = check_manifest(folder, REMAKE), folder / paths.variant_profile("fp32").name
     if path.name not in manifest["files"]:
         raise PipelineError(
-            f"{folder} has no reference profile: an older version of the pipeline made it. Run "
-            f"'pipeline validate', then use --reference {paths.variant_profile('fp32')}, or run "
-            "'pipeline package' and use the new version"
+            f"{folder} has no reference profile. Run 'pipeline validate', then 'pipeline package', "
+            f"or use --reference {paths.variant_profile('fp32')}"
         )
     return path, read_profile(path)

@@ -80,10 +80,7 @@ def default_url(paths: Paths) -> str:
     """Return the gRPC URL of our server; raise ServerError if `server.json` records none."""
     server = load_server(paths)
     if server is None:
-        raise ServerError(
-            f"{paths.server} does not exist, so no server of this project is running. Start one "
-            "with 'pipeline serve', or give another server's address with --url"
-        )
+        raise ServerError(f"{paths.server} does not exist: run 'pipeline serve', or use --url")
     return server.grpc_url
 
 
@@ -98,7 +95,5 @@ def find_server(paths: Paths) -> Server | None:
     if server is None or paths.name not in server.models:
         return None
     # A supervisor whose tritonserver died may be about to start it again.
-    is_running = is_alive(server.pid, server.start_time) or is_alive(
-        server.supervisor_pid, server.supervisor_start_time
-    )
-    return server if is_running else None
+    is_supervised = is_alive(server.supervisor_pid, server.supervisor_start_time)
+    return server if is_supervised or is_alive(server.pid, server.start_time) else None

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import judge
 from pipeline.core.files import locked, read_json, remove
 from pipeline.core.paths import Paths
-from pipeline.core.text import Lines, escape
+from pipeline.core.text import Lines, columns
 from pipeline.repository import config_pbtxt
-from pipeline.repository.release import REPACKAGE, Release, load_release, version_numbers
+from pipeline.repository.release import REPACKAGE, Release, find_versions, load_release
 from pipeline.repository.running import find_server
 
 
@@ -52,19 +51,12 @@ class Listing:
                 "previous": entry.is_previous,
                 "served": entry.version == self.served,
             }
-            # Escaped here, because tabulate would print a line break in a value as a line break.
-            described = (escape(entry.sha256 or "")[:12], escape(entry.precision), accuracy)
-            columns = ("", "", "") if entry.problem else described
-            rows.append((entry.version, *columns, ", ".join(filter(marks.get, marks))))
-        table = tabulate(
-            rows,
-            ("version", "sha256", "precision", "accuracy", ""),
-            tablefmt="plain",
-            disable_numparse=True,
-            colalign=("right", "left", "left", "right", "left"),
-        )
+            described = ((entry.sha256 or "")[:12], entry.precision, accuracy)
+            cells = ("", "", "") if entry.problem else described
+            rows.append((entry.version, *cells, ", ".join(filter(marks.get, marks))))
+        table = columns(("version", "sha256", "precision", "accuracy", ""), rows, "rllrl")
         problems = (f"{entry.version}: {entry.problem}" for entry in self.versions if entry.problem)
-        return Lines(self.name, *map(str.rstrip, table.splitlines()), *problems)
+        return Lines(self.name, table, *problems)
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,7 @@ def list_versions(paths: Paths, served: int | None = None) -> Listing:
     """List every version of the model in the repository; `served` is the version now served."""
     config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
     versions = []
-    for number in version_numbers(paths.packaged):
+    for number in find_versions(paths.packaged):
         marks = (number in config_pbtxt.selected(config), number == config_pbtxt.previous(config))
         try:
             manifest = _read_record(paths, number, paths.manifest)
@@ -100,23 +92,18 @@ def list_versions(paths: Paths, served: int | None = None) -> Listing:
     return Listing(paths.name, tuple(versions), served)
 
 
-def rollback_target(paths: Paths) -> int:
+def find_rollback_target(paths: Paths) -> int:
     """Return the version that a rollback selects; raise PipelineError if there is none."""
     number = config_pbtxt.previous(config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG))
     if number is None or not (paths.packaged / str(number)).is_dir():
-        raise PipelineError(
-            f"{paths.name} has no previous version: choose one from 'pipeline versions list', and "
-            "run 'pipeline versions promote N'"
-        )
+        raise PipelineError(f"{paths.name} has no previous version: see 'pipeline versions list'")
     return number
 
 
 def select_version(paths: Paths, release: Release) -> Promotion:
     """Select this version in every config, config.pbtxt last. The caller must hold the lock."""
     before = config_pbtxt.selected_version(config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG))
-    config_pbtxt.change_configs(
-        paths.packaged, lambda config: config_pbtxt.select(config, release.version)
-    )
+    config_pbtxt.change_configs(paths.packaged, lambda c: config_pbtxt.select(c, release.version))
     return Promotion(paths.name, release.version, release.sha256, before, is_served=False)
 
 
@@ -134,7 +121,7 @@ def prune(paths: Paths) -> list[int]:
             raise PipelineError(f"{paths.name} selects no version: run 'pipeline versions promote'")
         server = find_server(paths)
         kept = {config_pbtxt.previous(config), server.models[paths.name] if server else None}
-        older = (n for n in version_numbers(paths.packaged) if n < min(selected))
+        older = (n for n in find_versions(paths.packaged) if n < min(selected))
         removed = [number for number in older if number not in kept]
         for number in removed:
             # Renamed first, so that other processes see a version whole or not at all.

@@ -17,7 +17,7 @@ from pipeline.core.paths import Paths
 from pipeline.repository.config_pbtxt import CONFIG
 from pipeline.repository.lint import files
 from pipeline.repository.lint.backend import BACKEND, SIZES, runs_on_gpu
-from pipeline.repository.lint.check import Linted, in_order
+from pipeline.repository.lint.check import LintResult, sort_findings
 from pipeline.repository.lint.config import OTHER_BACKENDS
 from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.text import Config, Finding, Level, read_config
@@ -51,7 +51,7 @@ class LiveTrial:
     source: str | None = None  # function of the native backend, if only it can judge
 
 
-def lint_live(linted: Linted, paths: Paths, seconds: float = LOAD_SECONDS) -> Linted:
+def lint_live(linted: LintResult, paths: Paths, seconds: float = LOAD_SECONDS) -> LintResult:
     """Add to `linted` what a temporary server finds; the repository is not changed."""
     findings = list(linted.findings)
     for trial in try_models(linted.repository, linted.models, paths, seconds):
@@ -64,7 +64,7 @@ def lint_live(linted: Linted, paths: Paths, seconds: float = LOAD_SECONDS) -> Li
         problem = _OUTCOMES.get(trial.outcome, "not judged on a server here")
         message = f"{problem}: {trial.cause}"
         findings.append(Finding("live", level, file, message, source=trial.source))
-    return replace(linted, findings=in_order(findings), live=True)
+    return replace(linted, findings=sort_findings(findings), live=True)
 
 
 def try_models(
@@ -101,7 +101,7 @@ def _skip(folder: Path, kind: str) -> LiveTrial | None:
     backend = str(message.backend or message.platform)
     if backend in OTHER_BACKENDS:
         return LiveTrial(name, "not judged", f"it is for the backend {backend}")
-    if files.brings_code(ModelFolder(folder, config, files.version_folders(folder)[0])):
+    if files.brings_code(ModelFolder(folder, config, files.list_version_folders(folder)[0])):
         return LiveTrial(name, "not judged", "it may contain code, which is not run here")
     if runs_on_gpu(message) and not any(Path("/dev").glob("nvidia[0-9]*")):
         return LiveTrial(name, "not judged", "it needs a GPU, which is not here", source)

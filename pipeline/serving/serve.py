@@ -14,7 +14,7 @@ from pipeline.core.errors import PipelineError, ServerError
 from pipeline.core.files import write_json
 from pipeline.core.paths import Paths
 from pipeline.repository.lint.check import require_loadable
-from pipeline.repository.release import Release, selected_releases
+from pipeline.repository.release import Release, load_selected_releases
 from pipeline.repository.running import Server as Server
 from pipeline.repository.running import is_alive as is_alive
 from pipeline.repository.running import load_server as load_server
@@ -66,7 +66,7 @@ def run_server(
     server gives incorrect answers, CorruptError if a packaged file changed, and ServerError if the
     server does not start.
     """
-    releases = selected_releases(paths, config.profile)
+    releases = load_selected_releases(paths, config.profile)
     digests = {release.sha256 for release in releases.values()}
     if not restarts:
         require_loadable(paths.repository)

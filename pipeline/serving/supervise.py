@@ -28,7 +28,7 @@ from pipeline.core.files import locked, remove
 from pipeline.core.paths import Paths
 from pipeline.repository.golden import compare_golden
 from pipeline.repository.lint.check import require_loadable
-from pipeline.repository.release import Release, load_release, selected_releases
+from pipeline.repository.release import Release, load_release, load_selected_releases
 from pipeline.serving import process, state
 from pipeline.serving.serve import Server, bound_log, drain, is_alive, load_server, run_server
 from pipeline.serving.settings import ServeConfig
@@ -125,7 +125,7 @@ class _Supervisor:
 
     def supervise(self, server: Server, child: Child) -> str:
         """Watch a server until it must be restarted; return why. A restart on request drains it."""
-        releases = selected_releases(self.paths, self.config.profile)
+        releases = load_selected_releases(self.paths, self.config.profile)
         seconds = self.config.stop_seconds - process.END_SECONDS
         with contextlib.closing(Canary(self.paths, server, releases)) as canary:
             try:
@@ -249,7 +249,7 @@ def restart(paths: Paths, seconds: float = ServeConfig.start_seconds + 30) -> Se
     if before is None or not _is_supervised(paths, before):
         raise ServerError(f"{state.NO_SERVER}: start one with 'pipeline serve'")
     # Check first: with a repository that cannot be served, the running server must not stop.
-    selected_releases(paths, before.profile)
+    load_selected_releases(paths, before.profile)
     require_loadable(paths.repository)
     os.kill(before.supervisor_pid, RESTART)
     for _ in process.poll(seconds):

@@ -20,7 +20,7 @@ from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import GOLDEN_BATCHES, compare_golden
 from pipeline.repository.release import REPACKAGE, Release, check_release
 from pipeline.repository.running import find_server
-from pipeline.repository.versions import Promotion, rollback_target, select_version
+from pipeline.repository.versions import Promotion, find_rollback_target, select_version
 from pipeline.serving import ready
 from pipeline.serving.admin import Admin
 from pipeline.serving.process import handle_signals
@@ -47,7 +47,7 @@ def promote(paths: Paths, version: int, report: Report = lambda line: None) -> P
 def rollback(paths: Paths, report: Report = lambda line: None) -> Promotion:
     """Promote the previously selected version; a second rollback undoes the first."""
     with locked(paths.lock):
-        return _promote(paths, rollback_target(paths), report)
+        return _promote(paths, find_rollback_target(paths), report)
 
 
 def find_served_version(paths: Paths) -> int | None:

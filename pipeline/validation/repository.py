@@ -12,7 +12,7 @@ from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.export.runtime import onnx_predictor
 from pipeline.export.subject import exported_sample, exported_subject
-from pipeline.repository.release import Release, selected_releases
+from pipeline.repository.release import Release, load_selected_releases
 from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.training.networks import eager_predictor
@@ -31,7 +31,7 @@ def validate_repository(
     the records of the others unchanged. Writes agreement.json next to each export. Raises
     PipelineError when there is no model `only`, and CheckFailedError when a row disagrees.
     """
-    releases = selected_releases(paths)
+    releases = load_selected_releases(paths)
     names = [n for n, r in releases.items() if only in (None, n, r.manifest["name"])]
     if not names:
         raise PipelineError(

@@ -18,7 +18,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         temporary.write_bytes(b"ne")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(PipelineError, match=r"No space left on device\); its previous content"):
+    with pytest.raises(PipelineError, match=r"No space left on device\); it is unchanged"):
         files.write_with(path, full)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -88,14 +88,14 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "1"
 
     def interrupted() -> None:
-        with files.new_folder(target) as folder:
+        with files.create_folder(target) as folder:
             (folder / "half").write_bytes(b"")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
-    with files.new_folder(target) as folder:
+    with files.create_folder(target) as folder:
         (folder / "whole").write_bytes(b"")
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["whole"]
@@ -104,7 +104,7 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
 def test_a_folder_that_exists_already_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "model").write_bytes(b"kept")
-    with pytest.raises(PipelineError, match="cannot write"), files.new_folder(tmp_path / "1"):
+    with pytest.raises(PipelineError, match="cannot write"), files.create_folder(tmp_path / "1"):
         pass
     assert (tmp_path / "1" / "model").read_bytes() == b"kept"
 

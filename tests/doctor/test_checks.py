@@ -103,7 +103,7 @@ def test_problems_are_named_with_what_mends_them_and_exit_with_1(
     (planted / "torch" / "__init__.py").write_text("raise ImportError('libtorch.so is cut off')")
     result = empty.run("doctor", "--json")
     assert result.exit_code == 1
-    assert "problems: training, exporting or serving would fail here" in error_line(result)
+    assert "problems: training, exporting or serving would fail" in error_line(result)
     record = json.loads(result.stdout)
     problems = {one["what"]: one for one in record["checks"] if one["level"] == "problem"}
     assert set(problems) >= {"torch", "tritonserver", "data"}

@@ -14,7 +14,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 from pipeline.export.targets import target
 from pipeline.repository.lint.check import lint_model, lint_repository
-from pipeline.repository.lint.text import Config, Finding, field_lines, read_config
+from pipeline.repository.lint.text import Config, Finding, find_field_lines, read_config
 from pipeline.serving.scratch import LiveTrial, try_models
 from pipeline.serving.tritonserver import find_cause
 from tests.conftest import REPOSITORY, Chain, error_line
@@ -334,7 +334,7 @@ parameters: { key: "x" value: { string_value: "3" } }
 parameters { value { string_value: "}" }
   key: 'y.1' }
 """
-    config = Config(Path("config.pbtxt"), lines=field_lines(text))
+    config = Config(Path("config.pbtxt"), lines=find_field_lines(text))
     for where, line in {
         "input": 1 + 1,
         "input[0].dims[1]": 3,

@@ -19,7 +19,7 @@ from pipeline.core.signature import IMAGES, TensorSpec, log_probabilities
 from pipeline.repository import config_pbtxt
 from pipeline.repository.package import package_model
 from pipeline.repository.profiles import PROFILES
-from pipeline.repository.release import version_numbers
+from pipeline.repository.release import find_versions
 from pipeline.repository.settings import PackageConfig
 from tests.conftest import Chain, edit_json, error_line, flip_bit
 
@@ -93,7 +93,7 @@ def test_packaging_again_adds_a_version_and_keeps_the_digests_of_the_others(chai
 def test_versions_count_as_numbers(tmp_path: Path) -> None:
     for name in ("9", "10", "02", "1a", "notes"):
         (tmp_path / name).mkdir()
-    assert version_numbers(tmp_path) == [9, 10]
+    assert find_versions(tmp_path) == [9, 10]
 
 
 def _package(root: Path, begin: Barrier, count: int) -> None:
@@ -186,7 +186,7 @@ def test_a_thousand_bit_flips_of_the_model_are_all_refused(chain: Chain) -> None
 def test_a_batch_larger_than_the_proof_has_tried_is_refused(chain: Chain) -> None:
     result = chain.run("package", "--max-batch-size", "257")
     assert result.exit_code == 1
-    assert "--max-batch-size 257 is above 256, the largest batch that" in error_line(result)
+    assert "--max-batch-size 257 is not validated: use at most 256" in error_line(result)
     assert chain.run("package", "--max-batch-size", "256").exit_code == 0
 
 

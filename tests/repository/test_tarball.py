@@ -9,7 +9,7 @@ from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES, log_probabilities
 from pipeline.repository import config_pbtxt, profiles
 from pipeline.repository.package import upload_order, write_tar
-from pipeline.repository.release import selected_releases
+from pipeline.repository.release import load_selected_releases
 from pipeline.repository.settings import PackageConfig
 from tests.conftest import Chain
 
@@ -92,7 +92,7 @@ def test_an_unpacked_release_is_a_repository_that_can_be_served(
     with tarfile.open(done["archive"]) as tar:
         tar.extractall(tmp_path / "repository", filter="data")
     paths = Paths(tmp_path, repository_folder=tmp_path / "repository")
-    releases = selected_releases(paths, "latency")
+    releases = load_selected_releases(paths, "latency")
     assert {name: release.version for name, release in releases.items()} == {"handwriting": 2}
     named = chain.record("package", "--archive", str(tmp_path / "mine.tar"))
     assert (named["archive"], named["version"]) == (str(tmp_path / "mine.tar"), 3)

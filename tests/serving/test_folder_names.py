@@ -129,12 +129,12 @@ def test_a_path_that_would_garble_a_terminal_is_refused_in_words(tmp_path: Path,
     result = Chain(root).run("serve", "--detach")
     assert result.exit_code == 1
     message = error_line(result)
-    assert message.endswith("has control characters or is not UTF-8: rename the folder")
+    assert message.endswith("is not printable UTF-8: rename the folder")
     assert message.isascii()
     assert message.isprintable()
     assert list(root.iterdir()) == []
     # A repository need not lie below the root.
-    refused = pytest.raises(PipelineError, match="has control characters")
+    refused = pytest.raises(PipelineError, match="is not printable UTF-8")
     runtime = ServerRuntime("path", ("true",), {})
     with refused, process.launch(runtime, root, ServeConfig()):
         pass
@@ -171,7 +171,7 @@ def test_what_serve_and_package_print_can_be_typed_in_a_folder_of_an_odd_name(
     assert f"@{chain.paths.packaged}/warmup/digit" in shlex.split(line)
     chain.paths.repository.chmod(0o777)
     message = error_line(chain.run("serve"))
-    assert f"chmod o-w {shlex.quote(repository)}, after" in message
+    assert f"chmod o-w {shlex.quote(repository)}" in message
 
 
 def test_a_path_that_is_too_long_is_an_error_in_a_line(tmp_path: Path) -> None:
@@ -191,4 +191,4 @@ def test_a_current_folder_that_was_removed_is_an_error_in_a_line(tmp_path: Path)
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 1
-    assert done.stderr == "Error: the current folder was removed: change to another one\n"
+    assert done.stderr == "Error: the current folder was deleted: change to another one\n"

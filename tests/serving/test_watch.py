@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.core.errors import CorruptError, PipelineError, ServerError, SlowError
 from pipeline.core.paths import Paths
-from pipeline.repository.release import selected_releases
+from pipeline.repository.release import load_selected_releases
 from pipeline.serving import serve, state, supervise
 from pipeline.serving.serve import Server, bound_log
 from pipeline.serving.settings import ServeConfig
@@ -47,13 +47,13 @@ class Asked:
 
 
 def canary_of(chain: Chain, *said: Said) -> Canary:
-    canary = Canary(chain.paths, SERVER, selected_releases(chain.paths))
+    canary = Canary(chain.paths, SERVER, load_selected_releases(chain.paths))
     canary.clients = {"handwriting": [Asked(said)]}  # type: ignore[list-item]
     return canary
 
 
 def right(chain: Chain, row: int, version: str = "1") -> tuple[np.ndarray, str]:
-    golden = selected_releases(chain.paths)["handwriting"].golden
+    golden = load_selected_releases(chain.paths)["handwriting"].golden
     return golden.outputs[row : row + 1].astype(np.float32), version
 
 

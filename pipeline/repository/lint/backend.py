@@ -30,7 +30,7 @@ def triton_type(number: int) -> str:
     return str(names.Name(number)) if number in names.values() else "TYPE_INVALID"
 
 
-def warmups(model: ModelFolder) -> Iterator[Finding]:
+def check_warmups(model: ModelFolder) -> Iterator[Finding]:
     """Check the warm-up requests, which each instance answers before it is ready."""
     config, largest = model.config, max(1, model.max_batch_size)
     for index, sample in enumerate(config.message.model_warmup):
@@ -101,7 +101,7 @@ OF_CUDA = (*_FOR_CUDA, "gpu_mem_limit", "do_copy_in_default_stream")
 KNOWN = (*_NUMBERS, *_FLAGS, *_TEXTS, *OF_CUDA)
 
 
-def parameters(model: ModelFolder) -> Iterator[Finding]:
+def check_parameters(model: ModelFolder) -> Iterator[Finding]:
     """Check the parameters that the backend reads, and names close to theirs; ignore all others."""
     config, on_gpu = model.config, runs_on_gpu(model.config.message)
     for key, holder in config.message.parameters.items():
@@ -120,7 +120,7 @@ def parameters(model: ModelFolder) -> Iterator[Finding]:
         yield config.finding("parameters", at, problem, fix, level="warning")
 
 
-def threshold(model: ModelFolder) -> Iterator[Finding]:
+def check_threshold(model: ModelFolder) -> Iterator[Finding]:
     """Check min_probability, below which our clients report that the model is not sure."""
     for key, holder in model.config.message.parameters.items():
         if key.partition(".")[0] != MIN_PROBABILITY:
@@ -166,35 +166,28 @@ def runs_on_gpu(message: Any) -> bool:
 
 # TensorRT's parameters, by the kind of their value.
 _TENSORRT_KINDS = {
-    "switch": """
-        int8_use_native_calibration_table trt_build_heuristics_enable
-        trt_context_memory_sharing_enable trt_cuda_graph_enable trt_detailed_build_log
-        trt_dla_enable trt_dump_ep_context_model trt_dump_subgraphs trt_engine_cache_enable
-        trt_force_sequential_engine_build trt_force_timing_cache trt_layer_norm_fp32_fallback
-        trt_sparsity_enable trt_timing_cache_enable
-    """,
-    "number": """
-        max_workspace_size_bytes trt_auxiliary_streams trt_builder_optimization_level trt_dla_core
-        trt_ep_context_embed_mode trt_max_partition_iterations trt_min_subgraph_size
-    """,
-    "text": """
-        int8_calibration_table_name trt_engine_cache_path trt_engine_cache_prefix
+    "switch": """int8_use_native_calibration_table trt_build_heuristics_enable trt_cuda_graph_enable
+        trt_context_memory_sharing_enable trt_detailed_build_log trt_dla_enable trt_dump_subgraphs
+        trt_dump_ep_context_model trt_engine_cache_enable trt_force_sequential_engine_build
+        trt_force_timing_cache trt_layer_norm_fp32_fallback trt_sparsity_enable
+        trt_timing_cache_enable""",
+    "number": """max_workspace_size_bytes trt_auxiliary_streams trt_builder_optimization_level
+        trt_dla_core trt_ep_context_embed_mode trt_max_partition_iterations
+        trt_min_subgraph_size""",
+    "text": """int8_calibration_table_name trt_engine_cache_path trt_engine_cache_prefix
         trt_ep_context_file_path trt_extra_plugin_lib_paths trt_profile_max_shapes
-        trt_profile_min_shapes trt_profile_opt_shapes trt_tactic_sources trt_timing_cache_path
-    """,
+        trt_profile_min_shapes trt_profile_opt_shapes trt_tactic_sources trt_timing_cache_path""",
     "precision": "precision_mode",
 }
 # CUDA's, of which the backend converts two.
 _CUDA_KINDS = {
     "switch": "do_copy_in_default_stream use_ep_level_unified_stream",
-    "text": """
-        arena_extend_strategy cudnn_conv1d_pad_to_nc1d cudnn_conv_algo_search
-        cudnn_conv_use_max_workspace default_memory_arena_cfg device_id enable_cuda_graph
-        enable_skip_layer_norm_strict_mode fuse_conv_bias gpu_external_alloc
-        gpu_external_empty_cache gpu_external_free gpu_mem_limit has_user_compute_stream
-        prefer_nhwc sdpa_kernel tunable_op_enable tunable_op_max_tuning_duration_ms
-        tunable_op_tuning_enable use_tf32 user_compute_stream
-    """,
+    "text": """arena_extend_strategy cudnn_conv1d_pad_to_nc1d cudnn_conv_algo_search device_id
+        cudnn_conv_use_max_workspace default_memory_arena_cfg enable_cuda_graph fuse_conv_bias
+        enable_skip_layer_norm_strict_mode gpu_external_alloc gpu_external_empty_cache
+        gpu_external_free gpu_mem_limit has_user_compute_stream prefer_nhwc sdpa_kernel
+        tunable_op_enable tunable_op_max_tuning_duration_ms tunable_op_tuning_enable use_tf32
+        user_compute_stream""",
 }
 _FIXES = {
     "switch": 'write "true" or "false"',
@@ -209,7 +202,7 @@ _ACCELERATORS: dict[str, dict[str, dict[str, str]]] = {
 _PROFILES = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
 
 
-def accelerators(model: ModelFolder) -> Iterator[Finding]:
+def check_accelerators(model: ModelFolder) -> Iterator[Finding]:
     """Check the accelerators and their options against the backend's source.
 
     Without a GPU, the source is the only reference for CUDA and TensorRT.
@@ -218,12 +211,12 @@ def accelerators(model: ModelFolder) -> Iterator[Finding]:
     requested = config.message.optimization.execution_accelerators
     kinds = {group.kind for group in config.message.instance_group} or {KINDS.KIND_AUTO}
     may_be_on_gpu = bool(kinds & {KINDS.KIND_GPU, KINDS.KIND_AUTO})
-    for device, known in _ACCELERATORS.items():
+    for device, supported in _ACCELERATORS.items():
         level: Level = "error" if device == "cpu" or may_be_on_gpu else "warning"
         field = f"{device}_execution_accelerator"
         for index, accelerator in enumerate(getattr(requested, field)):
             at = f"optimization.execution_accelerators.{field}[{index}]"
-            for part, problem, fix in _check_accelerator(accelerator, known, config.message):
+            for part, problem, fix in _check_accelerator(accelerator, supported, config.message):
                 yield config.finding("accelerator", f"{at}.{part}", problem, fix, source, level)
             for key in OF_CUDA if (device, accelerator.name) == ("gpu", "cuda") else ():
                 if key in accelerator.parameters:
@@ -233,14 +226,14 @@ def accelerators(model: ModelFolder) -> Iterator[Finding]:
 
 
 def _check_accelerator(
-    accelerator: Any, known: Mapping[str, Mapping[str, str]], message: Any
+    accelerator: Any, supported: Mapping[str, Mapping[str, str]], message: Any
 ) -> Problems:
     name, given = accelerator.name, dict(accelerator.parameters)
-    if name not in known:
+    if name not in supported:
         problem = f"unknown Execution Accelerator '{name}' is requested"
-        yield "name", problem, f"there are: {', '.join(known)}"
+        yield "name", problem, f"there are: {', '.join(supported)}"
         return
-    kind_of = {key: kind for kind, keys in known[name].items() for key in keys.split()}
+    kind_of = {key: kind for kind, keys in supported[name].items() for key in keys.split()}
     for key, value in given.items() if kind_of else ():
         if key not in kind_of:
             problem = f"unknown parameter '{key}' is provided for the accelerator '{name}'"

@@ -1,12 +1,15 @@
 """Lint of a model repository: applies all rules to its files, without a server."""
 
+import functools
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.files import sha256
 from pipeline.core.text import Lines, format_count
 from pipeline.export.targets import Target
 from pipeline.repository.config_pbtxt import CONFIG, config_files
@@ -18,28 +21,28 @@ from pipeline.repository.lint.text import Config, Finding, read_config
 
 # Rules for the config of any backend.
 OF_ANY_BACKEND = (
-    lint_config.naming,
-    lint_config.batching,
-    lint_config.scheduling,
-    lint_config.tensors,
-    lint_config.instances,
-    lint_config.labels,
-    files.code,
+    lint_config.check_name,
+    lint_config.check_batching,
+    lint_config.check_scheduling,
+    lint_config.check_tensors,
+    lint_config.check_instances,
+    lint_config.check_labels,
+    files.check_code,
 )
 RUNS_CODE = ("brings-code", "backend")  # rules: the model may run code besides ONNX Runtime's
 # Rules for models of ONNX Runtime.
 OF_ONNX = (
-    files.version_files,
-    files.stated_digests,
-    backend.threshold,
-    backend.warmups,
-    backend.parameters,
-    backend.accelerators,
+    files.check_version_files,
+    files.check_stated_digests,
+    backend.check_threshold,
+    backend.check_warmups,
+    backend.check_parameters,
+    backend.check_accelerators,
 )
 
 
 @dataclass(frozen=True)
-class Linted:
+class LintResult:
     """The findings of lint in a repository."""
 
     repository: Path
@@ -68,14 +71,12 @@ class Linted:
         return Lines(*self.findings, f"{names}: {', '.join((*counts, tried))}")
 
 
-def require_clean(linted: Linted) -> None:
+def require_clean(linted: LintResult) -> None:
     """Raise CheckFailedError if there is a finding of level "error"."""
     if errors := linted.count("error"):
-        rules = dict.fromkeys(f.rule for f in linted.findings if f.level == "error")
-        raise CheckFailedError(
-            f"Triton would not serve {linted.repository} correctly: "
-            f"{format_count(errors, 'error')} ({', '.join(rules)}). Fix what is listed above"
-        )
+        rules = ", ".join(dict.fromkeys(f.rule for f in linted.findings if f.level == "error"))
+        summary = f"{format_count(errors, 'error')} ({rules}), listed above"
+        raise CheckFailedError(f"Triton would not serve {linted.repository} correctly: {summary}")
 
 
 def require_loadable(repository: Path) -> None:
@@ -91,7 +92,7 @@ def require_loadable(repository: Path) -> None:
         raise CheckFailedError(f"{errors[0]}{more if len(errors) > 1 else ''}")
 
 
-def lint_repository(repository: Path, target: Target | None = None) -> Linted:
+def lint_repository(repository: Path, target: Target | None = None) -> LintResult:
     """Check a repository of ONNX models; return its findings, the worst first.
 
     `target` is the Triton release that will serve it. Raises PipelineError if there is no
@@ -112,10 +113,10 @@ def lint_repository(repository: Path, target: Target | None = None) -> Linted:
     if not folders:
         problem = "has no model; a server would be ready, but answer nothing"
         findings = [Finding("no-model", "error", repository, problem, "run 'pipeline package'")]
-    return Linted(repository, tuple(f.name for f in folders), in_order(findings))
+    return LintResult(repository, tuple(f.name for f in folders), sort_findings(findings))
 
 
-def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def sort_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Return the findings without duplicates: errors first, then by file and line."""
     ranks = {"error": 0, "warning": 1, "note": 2}
     unique = dict.fromkeys(findings)
@@ -124,18 +125,19 @@ def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
     """Check one model's folder with its config and with each of its profiles."""
-    yield from files.safety(folder)
-    versions, findings = files.version_folders(folder)
+    yield from files.check_safety(folder)
+    versions, findings = files.list_version_folders(folder)
     yield from findings
+    digest = functools.cache(sha256)
     for version_folder in versions.values():
-        yield from files.manifest(version_folder)
+        yield from files.check_version_manifest(version_folder, digest)
     read: dict[Path, Graph | None] = {}
     for path in config_files(folder):
         config = read_config(path) if path.exists() else Config(path)
         if isinstance(config, Finding):
             yield config
             continue
-        model = ModelFolder(folder, config, versions)
+        model = ModelFolder(folder, config, versions, digest=digest)
         for rule in OF_ANY_BACKEND:
             yield from rule(model)
         if not files.is_onnx(config.message, folder):
@@ -150,9 +152,9 @@ def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
         for onnx_rule in OF_ONNX:
             yield from onnx_rule(model)
         for version in graphs:
-            yield from tensors.described_tensors(model, version)
-            yield from tensors.completion(model, version)
-            yield from tensors.opset_and_ir(model, version, target)
+            yield from tensors.check_described_tensors(model, version)
+            yield from tensors.check_completion(model, version)
+            yield from tensors.check_dialect(model, version, target)
 
 
 def _check_other_backend(model: ModelFolder) -> Finding:
@@ -163,9 +165,13 @@ def _check_other_backend(model: ModelFolder) -> Finding:
         fix = 'write backend: "onnxruntime", and put model.onnx into the folder 1'
         source = "core src/model_config_utils.cc AutoCompleteBackendFields"
         return config.finding("backend", "name", problem, fix, source)
-    if suggested := lint_config.suggest_backend(name):
+    backends = {"onnxruntime", *lint_config.OTHER_BACKENDS}
+    close = (
+        ["onnxruntime"] if name.startswith("onnxruntime") else get_close_matches(name, backends, 1)
+    )
+    if name not in backends and close:
         problem = f"unable to find backend library for backend '{name}'"
-        fix, at = f"did you mean {suggested}?", "backend" if config.message.backend else "platform"
+        fix, at = f"did you mean {close[0]}?", "backend" if config.message.backend else "platform"
         source = "core src/backend_model.cc GetBackendRuntimeLibraryName"
         return config.finding("backend", at, problem, fix, source)
     problem = f"is not checked: the backend is {name}, not ONNX Runtime"

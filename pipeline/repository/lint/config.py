@@ -1,6 +1,5 @@
 """The rules of Triton's core for any config, independent of the model, with Triton's messages."""
 
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ OTHER_BACKENDS = frozenset(
 )
 
 
-def naming(model: ModelFolder) -> Iterator[Finding]:
+def check_name(model: ModelFolder) -> Iterator[Finding]:
     """Check the model's name, and that its platform fits its backend."""
     config, message, folder = model.config, model.config.message, model.folder.name
     if message.name and message.name != folder:
@@ -43,14 +42,13 @@ def naming(model: ModelFolder) -> Iterator[Finding]:
         yield config.finding("backend", "platform", problem, fix, VALIDATE)
 
 
-def batching(model: ModelFolder) -> Iterator[Finding]:
+def check_batching(model: ModelFolder) -> Iterator[Finding]:
     """Check the largest batch size and the batcher's preferred sizes."""
     config, message = model.config, model.config.message
     largest = message.max_batch_size
     if largest < 0:
         problem = f"'max_batch_size' must be non-negative value for {model.folder.name}"
-        fix = "write 0 for a model without batches"
-        yield config.finding("max-batch-size", "max_batch_size", problem, fix, VALIDATE)
+        yield config.finding("max-batch-size", "max_batch_size", problem, "write 0", VALIDATE)
     for field, sizes in (
         ("dynamic_batching", message.dynamic_batching.preferred_batch_size),
         ("sequence_batching.oldest", message.sequence_batching.oldest.preferred_batch_size),
@@ -69,7 +67,7 @@ def batching(model: ModelFolder) -> Iterator[Finding]:
         yield config.finding("no-batching", "dynamic_batching", problem, fix, level="warning")
 
 
-def scheduling(model: ModelFolder) -> Iterator[Finding]:
+def check_scheduling(model: ModelFolder) -> Iterator[Finding]:
     """Check the priorities and the response cache."""
     for at, problem, fix in _check_scheduling(model.config.message):
         yield model.config.finding("scheduling", at, problem, fix, VALIDATE)
@@ -97,10 +95,10 @@ def _check_scheduling(message: Any) -> Problems:
             yield "response_cache", problem, "disable the response cache"
 
 
-def tensors(model: ModelFolder) -> Iterator[Finding]:
+def check_tensors(model: ModelFolder) -> Iterator[Finding]:
     """Check each input and output by itself, and that no name is described twice."""
     message = model.config.message
-    for kind, tensor, where in model_tensors(model):
+    for kind, tensor, where in list_tensors(model):
         for field, problem, fix in _check_tensor(kind, tensor, message.max_batch_size):
             at, source = f"{where}.{field}", f"{CORE} ValidateModel{kind.title()}"
             yield model.config.finding("tensor", at, problem, fix, source)
@@ -110,11 +108,10 @@ def tensors(model: ModelFolder) -> Iterator[Finding]:
         for index, name in enumerate(names):
             if name and name in names[:index]:
                 at, problem = f"{kind}[{index}]", f"the {kind} '{name}' is described twice"
-                fix = "describe each once"
-                yield model.config.finding("tensor", at, problem, fix, INPUTS, level)
+                yield model.config.finding("tensor", at, problem, "describe it once", INPUTS, level)
 
 
-def model_tensors(model: ModelFolder) -> Iterator[tuple[str, Any, str]]:
+def list_tensors(model: ModelFolder) -> Iterator[tuple[str, Any, str]]:
     """Yield each tensor of the config: "input" or "output", the message, and its field path."""
     for kind in ("input", "output"):
         for index, tensor in enumerate(getattr(model.config.message, kind)):
@@ -169,10 +166,9 @@ def _count_elements(dims: Sequence[int]) -> list[int]:
     return counts
 
 
-def instances(model: ModelFolder) -> Iterator[Finding]:
+def check_instances(model: ModelFolder) -> Iterator[Finding]:
     """Check the instance groups, and that all threads together fit this machine's cores."""
-    config, source = model.config, f"{CORE} ValidateInstanceGroup"
-    message = config.message
+    config, message, source = model.config, model.config.message, f"{CORE} ValidateInstanceGroup"
     for index, group in enumerate(message.instance_group):
         kind, at = KINDS.Kind.Name(group.kind), f"instance_group[{index}]"
         if group.gpus and kind in ("KIND_CPU", "KIND_MODEL"):
@@ -196,7 +192,7 @@ def instances(model: ModelFolder) -> Iterator[Finding]:
         yield config.finding("threads", at, problem, fix, level="warning")
 
 
-def labels(model: ModelFolder) -> Iterator[Finding]:
+def check_labels(model: ModelFolder) -> Iterator[Finding]:
     """Check the label files against the number of classes."""
     for index, output in enumerate(model.config.message.output):
         path, problem = model.folder / output.label_filename, ""
@@ -229,12 +225,3 @@ def _check_labels(path: Path, output: str, classes: int) -> Iterator[Finding]:
     elif any(line.endswith(b"\r") for line in lines):
         problem = "has Windows line ends, which Triton keeps as part of the labels"
         yield Finding("labels", "warning", path, problem, "save it with Unix line ends", 1)
-
-
-def suggest_backend(name: str) -> str:
-    """Return the backend whose name is closest; "" if Triton has this backend, or none is close."""
-    if name == "onnxruntime" or name in OTHER_BACKENDS:
-        return ""
-    if name.startswith("onnxruntime"):
-        return "onnxruntime"
-    return next(iter(difflib.get_close_matches(name, ["onnxruntime", *OTHER_BACKENDS], n=1)), "")

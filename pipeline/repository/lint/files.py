@@ -4,9 +4,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ class ModelFolder:
     config: Config
     versions: Mapping[int, Path]  # number -> folder, as Triton reads them
     graphs: Mapping[int, Graph] = field(default_factory=dict)
+    digest: Callable[[Path], str] = sha256  # of a file; cached where several configs are checked
 
     @property
     def filename(self) -> str:
@@ -77,7 +77,7 @@ def is_onnx(config: Any, folder: Path) -> bool:
     return (folder / first / ONNX).exists()
 
 
-def version_folders(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
+def list_version_folders(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
     """Return the versions in a model's folder as Triton reads them, and findings on wrong names."""
     versions: dict[int, Path] = {}
     findings: list[Finding] = []
@@ -104,12 +104,11 @@ def version_folders(folder: Path) -> tuple[dict[int, Path], list[Finding]]:
                     problem += f", but looks for its files in '{version}', which does not exist"
                 fix = "rename it, or move it elsewhere"
         if problem:
-            finding = Finding("version-name", level, entry, problem, fix, source=VERSIONS)
-            findings.append(finding)
+            findings.append(Finding("version-name", level, entry, problem, fix, source=VERSIONS))
     return versions, findings
 
 
-def version_files(model: ModelFolder) -> Iterator[Finding]:
+def check_version_files(model: ModelFolder) -> Iterator[Finding]:
     """Check that the versions that the policy selects exist and contain the model's file."""
     config, chosen = model.config, model.selected
     have = f"versions there: {', '.join(map(str, sorted(model.versions))) or 'none'}"
@@ -135,7 +134,7 @@ def version_files(model: ModelFolder) -> Iterator[Finding]:
             yield Finding("model-file", level, path, problem, fix, source=source)
 
 
-def safety(folder: Path) -> Iterator[Finding]:
+def check_safety(folder: Path) -> Iterator[Finding]:
     """Check for links, files that are not regular, and files that everyone may write to."""
     writable: list[Path] = []
     for path in [folder, *sorted(folder.rglob("*"))]:
@@ -151,11 +150,10 @@ def safety(folder: Path) -> Iterator[Finding]:
     if writable:
         more = f", like {len(writable) - 1} others in this model" if writable[1:] else ""
         problem = f"is writable by everyone{more}: any user here can change the served model"
-        fix = f"chmod -R o-w {folder}"
-        yield Finding("world-writable", "error", writable[0], problem, fix)
+        yield Finding("world-writable", "error", writable[0], problem, f"chmod -R o-w {folder}")
 
 
-def code(model: ModelFolder) -> Iterator[Finding]:
+def check_code(model: ModelFolder) -> Iterator[Finding]:
     """Check for anything that makes the server run code that came with the model."""
     for folder in (model.folder, *model.versions.values()):
         # Libraries that Triton loads because of their names.
@@ -188,7 +186,7 @@ def _find_code(model: ModelFolder) -> Iterator[tuple[str, str]]:
 def brings_code(model: ModelFolder) -> bool:
     """Return whether loading the model might run code other than that of Triton's own backends."""
     message: Any = model.config.message
-    if any(code(model)):
+    if any(check_code(model)):
         return True
     if is_onnx(message, model.folder):
         return False
@@ -198,18 +196,7 @@ def brings_code(model: ModelFolder) -> bool:
     return "." in model.folder.name or any(model.folder.rglob("*.py"))
 
 
-def _digest(path: Path) -> str:
-    """Return a file's SHA-256, which is cached for the other configs that state it."""
-    facts = path.stat()
-    return _sha256(path, facts.st_size, facts.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _sha256(path: Path, size: int, modified_ns: int) -> str:
-    return sha256(path)
-
-
-def stated_digests(model: ModelFolder) -> Iterator[Finding]:
+def check_stated_digests(model: ModelFolder) -> Iterator[Finding]:
     """Check the versions' files against the digests that the config states."""
     for key, value in model.config.message.parameters.items():
         version = key.removeprefix("sha256.")
@@ -220,13 +207,13 @@ def stated_digests(model: ModelFolder) -> Iterator[Finding]:
             problem = f"version {version}, whose digest is stated, does not exist"
             yield model.config.finding("digest", at, problem, "remove it", level="warning")
         elif model.file(int(version)).is_file():
-            actual = _digest(model.file(int(version)))
+            actual = model.digest(model.file(int(version)))
             if actual != stated:
                 problem = f"version {version} has digest {actual[:12]}, not '{stated[:12]}' as here"
                 yield model.config.finding("digest", at, problem, _REPACKAGE)
 
 
-def manifest(folder: Path) -> Iterator[Finding]:
+def check_version_manifest(folder: Path, digest: Callable[[Path], str]) -> Iterator[Finding]:
     """Check a version's files against its manifest, if it has one that the pipeline wrote."""
     path = folder / "manifest.json"
     try:
@@ -241,6 +228,6 @@ def manifest(folder: Path) -> Iterator[Finding]:
         if not file.is_file():
             problem = f"lists '{name}', which does not exist"
             yield Finding("digest", "error", path, problem, _REPACKAGE)
-        elif _digest(file) != listed:
+        elif digest(file) != listed:
             problem = f"does not match its digest in {path.name} ({listed[:12]})"
             yield Finding("digest", "error", file, problem, _REPACKAGE)

@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, ValueInfoProto
 from onnx.shape_inference import InferenceError
+from tritonclient.grpc import model_config_pb2
 
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.export.graph import is_external, message_parts, parse, read_onnx
@@ -19,15 +20,13 @@ from pipeline.export.sizes import STANDARD, is_whole, raw_bytes
 from pipeline.repository.lint.text import Finding
 
 FILE = "onnxruntime onnxruntime/core/graph/model.cc"
+# Triton's names of the types whose names in ONNX differ; the others are TYPE_ and ONNX's name.
+_RENAMED = {"FLOAT16": "FP16", "FLOAT": "FP32", "DOUBLE": "FP64", "BFLOAT16": "BF16"}
+_TRITON_TYPES = dict(model_config_pb2.DataType.items())
 TYPES = {
-    **{TensorProto.DataType.Value(f"INT{bits}"): f"TYPE_INT{bits}" for bits in (8, 16, 32, 64)},
-    **{TensorProto.DataType.Value(f"UINT{bits}"): f"TYPE_UINT{bits}" for bits in (8, 16, 32, 64)},
-    TensorProto.FLOAT16: "TYPE_FP16",
-    TensorProto.FLOAT: "TYPE_FP32",
-    TensorProto.DOUBLE: "TYPE_FP64",
-    TensorProto.BFLOAT16: "TYPE_BF16",
-    TensorProto.BOOL: "TYPE_BOOL",
-    TensorProto.STRING: "TYPE_STRING",
+    number: triton_name
+    for name, number in TensorProto.DataType.items()
+    if (triton_name := f"TYPE_{_RENAMED.get(name, name)}") in _TRITON_TYPES
 }
 # Domains of operators that ONNX Runtime includes.
 KNOWN_DOMAINS = STANDARD | {"ai.onnx.ml"}
@@ -76,8 +75,7 @@ def read_graph(path: Path) -> tuple[Graph | None, list[Finding]]:
     except CheckFailedError as error:  # it is too large to read here
         return None, [Finding("onnx", "note", path, f"is not checked: {error}")]
     except PipelineError as error:
-        problem = str(error).partition(": export")[0].removeprefix(f"{path} ")
-        return None, [_finding(path, problem)]
+        return None, [_finding(path, str(error).partition(": export")[0].removeprefix(f"{path} "))]
     if not model.graph.output:
         return None, [_finding(path, "has no graph: the file is empty or cut off")]
     findings = [
@@ -85,8 +83,8 @@ def read_graph(path: Path) -> tuple[Graph | None, list[Finding]]:
         *(_finding(path, problem) for problem in _check_names(model)),
         *(_finding(path, problem, fix) for problem, fix in _check_operators(model)),
     ]
-    known = KNOWN_DOMAINS | {function.domain for function in model.functions}
-    domains = {node.domain for node in model.graph.node} - known
+    included = KNOWN_DOMAINS | {function.domain for function in model.functions}
+    domains = {node.domain for node in model.graph.node} - included
     _infer_shapes(model)
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name: _tensor(value) for value in model.graph.input}
@@ -186,9 +184,7 @@ def _check_external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
             fix = f"copy '{location}' again, together with {path.name}"
             problem = _find_gap(parts, (path.parent / location).stat().st_size)
         if problem:
-            problem = (
-                f"the external data '{location}' of {parts[0][0].name or 'a tensor'} {problem}"
-            )
+            problem = f"the data of {parts[0][0].name or 'a tensor'} in '{location}' {problem}"
             yield Finding("external-data", "error", path, problem, fix, source=FILE)
 
 

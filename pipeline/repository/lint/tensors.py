@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.export.targets import NEWEST, Target, loaded_by, target
 from pipeline.repository.lint.backend import BACKEND, triton_type
-from pipeline.repository.lint.config import INPUTS, model_tensors
+from pipeline.repository.lint.config import INPUTS, list_tensors
 from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.graph import FILE, Graph, Tensor
 from pipeline.repository.lint.text import Finding, Level
@@ -15,7 +15,7 @@ OLDEST_OPSET = 7  # ONNX Runtime has all operators from this opset on
 COMPARE = f"{UTILS} CompareDimsSupported"
 
 
-def described_tensors(model: ModelFolder, version: int) -> Iterator[Finding]:
+def check_described_tensors(model: ModelFolder, version: int) -> Iterator[Finding]:
     """Check the config's inputs and outputs against the graph of one version."""
     graph, config = model.graphs[version], model.config
     for actual in (*graph.inputs.values(), *graph.outputs.values()):
@@ -34,7 +34,7 @@ def described_tensors(model: ModelFolder, version: int) -> Iterator[Finding]:
         problem = f"configuration expects {expected} inputs, model provides {count}"
         fix = f"describe {missing} as well" if missing else "describe each input of the graph once"
         yield config.finding("tensor-count", "input[0]", problem, fix, INPUTS)
-    for kind, tensor, at in model_tensors(model):
+    for kind, tensor, at in list_tensors(model):
         source = f"{BACKEND} Validate{kind.title()}s"
         in_graph = {**graph.inputs, **graph.defaults} if kind == "input" else graph.outputs
         if tensor.name in in_graph:
@@ -77,9 +77,7 @@ def _check_dims(
             problem = f"scalar {name}, should only provide 1 in the model configuration"
             yield config.finding("tensor-dims", at, problem, "write dims: 1", source)
     elif is_batched and shape[0] != -1:
-        problem = (
-            f"{name}: the first dimension must be -1 for batching; the model's shape is {shape}"
-        )
+        problem = f"{name}: the first dimension must be -1 for batching, the model has {shape}"
         fix = "export it with a dynamic batch axis, or set max_batch_size: 0 and the whole shape"
         yield config.finding("batch-axis", where, problem, fix, COMPARE)
     else:
@@ -89,8 +87,7 @@ def _check_dims(
         if full == shape or (is_input and may_match):
             return
         note = ", with the batch dimension" if is_batched else ""
-        problem = f"{name}: the model expects shape {shape} but the model configuration specifies "
-        problem += f"shape {full}{note}"
+        problem = f"{name}: the model has shape {shape}, the configuration specifies {full}{note}"
         # ONNX Runtime may know the size of a computed dimension that is unknown (-1) to us.
         level: Level = "warning" if may_match and graph.computes_shapes else "error"
         fix = f"write dims: {shape[1:] if is_batched else shape}"
@@ -99,7 +96,7 @@ def _check_dims(
         yield config.finding("tensor-dims", at, problem, fix, COMPARE, level)
 
 
-def completion(model: ModelFolder, version: int) -> Iterator[Finding]:
+def check_completion(model: ModelFolder, version: int) -> Iterator[Finding]:
     """Check that Triton can fill in what the config does not describe."""
     message, graph = model.config.message, model.graphs[version]
     if model.is_complete:
@@ -117,7 +114,7 @@ def completion(model: ModelFolder, version: int) -> Iterator[Finding]:
                 yield Finding("tensor-type", "error", graph.path, problem, fix, source=UTILS)
 
 
-def opset_and_ir(model: ModelFolder, version: int, wanted: Target | None) -> Iterator[Finding]:
+def check_dialect(model: ModelFolder, version: int, wanted: Target | None) -> Iterator[Finding]:
     """Check opset and IR version against the Triton release, and for operators of other domains."""
     graph = model.graphs[version]
     oldest, release = loaded_by(graph.opset, graph.ir_version), wanted or target(NEWEST)

@@ -14,6 +14,7 @@ from pipeline.repository.config_pbtxt import ModelConfig
 
 Level = Literal["error", "warning", "note"]
 Problems = Iterator[tuple[str, str, str]]  # (field, problem, fix)
+PARSER = "core src/filesystem/api.cc ReadTextProto"
 Place = tuple[str, ...]  # path of a field, from the outermost message: ("input[1]", "dims[0]")
 
 
@@ -70,13 +71,13 @@ def read_config(path: Path) -> Config | Finding:
     except text_format.ParseError as error:
         cause = re.sub(r"^\d+:\d+ ?: ", "", str(error)).replace("\n", " ")
         column = f", column {error.GetColumn()}" if error.GetColumn() else ""
-        problem, source = (
+        problem, fix, line = (
             f"does not parse{column}: {cause}",
-            "core src/filesystem/api.cc ReadTextProto",
+            _suggest_fix(cause),
+            error.GetLine(),
         )
-        fix, line = _suggest_fix(cause), error.GetLine()
-        return Finding("config-text", "error", path, problem, fix, line, source)
-    return Config(path, message, field_lines(text))
+        return Finding("config-text", "error", path, problem, fix, line, PARSER)
+    return Config(path, message, find_field_lines(text))
 
 
 # Names of other libraries for Triton's types.
@@ -105,9 +106,9 @@ def _suggest_fix(cause: str) -> str:
     for name in inner:
         kind = kind.nested_types_by_name.get(name) or kind.enum_types_by_name.get(name)
     # The fields of a message type, or the values of an enum type.
-    known = list(getattr(kind, "values_by_name", None) or kind.fields_by_name)
-    close = difflib.get_close_matches(unknown[2], known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(known))}"
+    names = list(getattr(kind, "values_by_name", None) or kind.fields_by_name)
+    close = difflib.get_close_matches(unknown[2], names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(names))}"
 
 
 _TOKEN = re.compile(
@@ -116,7 +117,7 @@ _TOKEN = re.compile(
 )
 
 
-def field_lines(text: str) -> dict[Place, int]:
+def find_field_lines(text: str) -> dict[Place, int]:
     """Return the line of each field of a valid text proto.
 
     The n-th value of a field is `name[n]`, counted from 0; the entry of a map is `name[key]`.
