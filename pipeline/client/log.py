@@ -220,7 +220,8 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
             logged.others[model] += 1
     if logged.unreadable and not (logged.entries or logged.others or logged.lost):
         raise PipelineError(
-            f"{path} is not a prediction log: 'pipeline query --prediction-log' writes one"
+            f"{path} is not a prediction log: write one with 'pipeline query IMAGE "
+            "--prediction-log FILE'"
         )
     return logged
 

@@ -419,6 +419,7 @@ def distributions(names: list[str]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_client_and_query_need_only_what_client_requirements_lists() -> None:
     lines = (REPOSITORY / "client-requirements.txt").read_text().splitlines()
     wanted = [line for line in lines if not line.startswith("#")]
@@ -458,6 +459,7 @@ print(client.classify(image)[0].label)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "second"), [("http", "0"), ("grpc", "this process was")])
 def test_a_client_is_refused_in_a_forked_process_and_goes_on_in_its_own(
     protocol: str, second: str
@@ -484,6 +486,7 @@ except SlowError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_hanging_lookup_of_a_name_ends_in_time_and_does_not_hold_up_the_exit() -> None:
     command = [sys.executable, "-c", LOOKUP]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD, check=True)

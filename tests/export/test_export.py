@@ -63,6 +63,7 @@ def test_the_manifest_has_the_digest_of_every_file(made: Chain) -> None:
     assert manifest["metrics"]["test_accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_exported_program_loads_and_takes_any_batch(made: Chain) -> None:
     program = torch.export.load(made.paths.program).module()
     for count in (1, 5):

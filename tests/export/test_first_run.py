@@ -59,6 +59,7 @@ def test_a_sound_file_of_any_type_stands_its_first_run(dtype: str) -> None:
     require_first_run(model.SerializeToString())
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_come_to_an_end_is_ended() -> None:
     content = products(8000).SerializeToString()
     before = own_children()  # zombies that other tests left
@@ -67,6 +68,7 @@ def test_a_file_that_does_not_come_to_an_end_is_ended() -> None:
     assert own_children() <= before
 
 
+@pytest.mark.slow
 def test_work_at_one_batch_size_only_is_met_on_the_first_run() -> None:
     model = products(8000, at_batch=40)
     check_policy(model, "it")

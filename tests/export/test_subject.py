@@ -338,6 +338,7 @@ class HalfWay(nn.Module):
         return outputs
 
 
+@pytest.mark.slow
 def test_the_reference_is_float64_whatever_the_module_casts_to() -> None:
     module = HalfWay()
     images = np.arange(12, dtype=np.uint8).reshape(3, 4)

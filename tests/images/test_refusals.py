@@ -65,7 +65,7 @@ def client_that_awaits(file: Path, url: str) -> tuple[str, str]:
 def gateway(file: Path, url: str) -> tuple[str, str]:
     with pytest.raises(limits.RefusedError) as caught:
         _read(file.read_bytes(), "digit")
-    hint = ", as it is (curl: --data-binary @FILE, neither -F nor -d)"
+    hint = ", with curl by --data-binary @FILE, not -F or -d"
     said = str(caught.value).removesuffix(hint)
     # It takes fewer formats, and not such large pictures.
     said = said.replace("PNG, JPEG or WebP", "PNG, JPEG, WebP, BMP, GIF, TIFF or PNM")

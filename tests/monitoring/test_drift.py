@@ -111,6 +111,7 @@ def blurred(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(i[0]).filter(radius))[np.newaxis] for i in images])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [(lambda images: 255 - images, "ink"), (blurred, "confidence")],

@@ -72,6 +72,7 @@ def test_the_same_run_gives_the_same_page(chain: Chain) -> None:
     assert written(chain) == written(chain)
 
 
+@pytest.mark.slow
 def test_names_from_strangers_are_text(chain: Chain) -> None:
     answered(chain, ["<script>alert(1)</script>", '"><img src=x onerror=y>', "T-shirt/top"])
     text = written(chain)
@@ -108,6 +109,7 @@ def test_worst_mistakes_on_the_page_are_those_of_the_predictions(chain: Chain) -
     assert loss == pytest.approx(summary["uncalibrated_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_distorts_shows_how(chain: Chain) -> None:
     config = chain.paths.run_config
     edit_json(config, lambda record: record["settings"].update(rotate=0.3))
@@ -171,6 +173,7 @@ def revalidated(chain: Chain, edit: Edit) -> None:
     edit_json(chain.paths.manifest, lambda record: record["files"].update(listed))
 
 
+@pytest.mark.slow
 def test_the_proof_has_a_row_for_each_variant(chain: Chain) -> None:
     validation = json.loads(chain.paths.validation.read_text())
     (fp32,) = validation["variants"]

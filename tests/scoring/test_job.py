@@ -416,6 +416,7 @@ def test_a_worker_without_its_model_says_so_with_its_first_shard(
     )
 
 
+@pytest.mark.slow
 def test_where_ray_gives_up_one_line_says_why(
     a_ray: None, made: Chain, digits: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -572,6 +572,7 @@ def test_a_model_that_would_have_the_server_run_a_command_is_not_served(chain: C
     assert str(stub) in error_line(result)
 
 
+@pytest.mark.slow
 def test_a_missing_and_a_truncated_model_are_not_served(chain: Chain) -> None:
     model = chain.paths.packaged / "1" / "model.onnx"
     content = model.read_bytes()
@@ -656,6 +657,7 @@ def test_without_any_tritonserver_it_says_what_is_missing_and_names_the_containe
     assert tritonserver.IMAGE in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["exit 1", "exec /bin/sleep 30"])
 def test_a_docker_whose_engine_does_not_answer_serves_nothing(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
