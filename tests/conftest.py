@@ -138,7 +138,7 @@ def short_proofs() -> Iterator[None]:
     from pipeline.export import subject
     from pipeline.validation import compare
 
-    whole_sample, all_runs = subject.exported_sample, compare.runs_of
+    whole_sample, all_runs = subject.load_sample, compare.plan_runs
 
     def few(paths: Paths, manifest: dict[str, Any]) -> "Sample":
         sample = whole_sample(paths, manifest)
@@ -150,8 +150,8 @@ def short_proofs() -> Iterator[None]:
         return (run for run in runs if run.is_whole or run.size % APART < 2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.validation.export.exported_sample", few)
-        patch.setattr(compare, "runs_of", some)
+        patch.setattr("pipeline.validation.export.load_sample", few)
+        patch.setattr(compare, "plan_runs", some)
         yield
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from pipeline.data.splits import Split
 from pipeline.training.device import choose_placement, process_group
 from pipeline.training.loop import Batches, Learner
-from pipeline.training.recipes import TrainConfig, recipe
+from pipeline.training.recipes import TrainConfig, make_recipe
 
 
 def main(file: Path) -> None:
@@ -20,7 +20,9 @@ def main(file: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (256, 1, 28, 28), dtype=np.uint8)
     split = Split(images, rng.integers(0, 10, 256), tuple("0123456789"))
-    settings = replace(recipe("quick"), optimizer="sgd", lr=1.0, batch_size=128, weight_decay=0.0)
+    settings = replace(
+        make_recipe("quick"), optimizer="sgd", lr=1.0, batch_size=128, weight_decay=0.0
+    )
     with process_group(placement):
         learner = Learner(TrainConfig(settings=settings), 10, placement)
         images_, labels = Batches(split, settings, 0, placement).at(0)

@@ -20,7 +20,7 @@ from pipeline.core.files import remove
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.export.export import export_program, signature_of, to_onnx
-from pipeline.export.subject import Subject, exported_sample, subject_of_run
+from pipeline.export.subject import Subject, load_sample, subject_of_run
 from pipeline.export.targets import ExportConfig, onnx_dialect, span
 from pipeline.training.networks import eager_predictor
 from tools.edge import print_now, run_tool
@@ -187,7 +187,7 @@ def main(result: Path, run: str = Paths.run) -> None:
     paths = Paths(run=run)
     subject = subject_of_run(paths)
     training = subject.origin["training"]
-    images = exported_sample(paths, subject.origin).images
+    images = load_sample(paths, subject.origin).images
     rows = prove(subject, images, report=print_now)
     require(rows)
     record: dict[str, Any] = {

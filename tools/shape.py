@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ONCE = 9.0  # helpers called once, in 1,000 lines of files, at most
-MEDIAN, TENTH = 12, 32  # lines of functions: the median and 90th percentile stay below
+MEDIAN, P90 = 12, 32  # lines of functions: the median and 90th percentile stay below
 TWICE = 5  # public names that are defined in two modules, at most
 SHOWN = 20  # offenders that are listed at most
 # Modules that moved from the package to tools/, and are counted with it.
@@ -52,7 +52,7 @@ class Shape:
         return statistics.median(length for length, _ in self.functions)
 
     @property
-    def tenth(self) -> int:
+    def p90(self) -> int:
         """The 90th percentile of the functions' lines."""
         return self.functions[int(0.9 * len(self.functions))][0]
 
@@ -60,7 +60,7 @@ class Shape:
         return (
             f"{self.code} code lines of {self.lines}, helpers called once "
             f"{self.once_per_thousand:.1f} per 1,000 lines ({len(self.once)}), functions median "
-            f"{self.median} p90 {self.tenth}, public names in two modules {len(self.twice)}"
+            f"{self.median} p90 {self.p90}, public names in two modules {len(self.twice)}"
         )
 
 
@@ -127,11 +127,11 @@ def faults(shape: Shape) -> list[str]:
             f"{shape.once_per_thousand:.1f} helpers in 1,000 lines are called once, from their own "
             f"module; at most {ONCE:g} may be. Inline some of:" + _listed(shape.once)
         )
-    if shape.median >= MEDIAN or shape.tenth >= TENTH:
+    if shape.median >= MEDIAN or shape.p90 >= P90:
         longest = [f"{where} ({length} lines)" for length, where in shape.functions[-SHOWN:]]
         texts.append(
-            f"functions have {shape.median:g} lines in the median and {shape.tenth} at the 90th "
-            f"percentile; these must stay below {MEDIAN} and {TENTH}. Split some of:"
+            f"functions have {shape.median:g} lines in the median and {shape.p90} at the 90th "
+            f"percentile; these must stay below {MEDIAN} and {P90}. Split some of:"
             + _listed(longest)
         )
     if len(shape.twice) > TWICE:

@@ -15,8 +15,7 @@ from pipeline.data.splits import Split, load_split
 from pipeline.training.device import choose_placement
 from pipeline.training.loop import TrainingProgress, train
 from pipeline.training.networks import build
-from pipeline.training.recipes import RECIPES, TrainConfig
-from pipeline.training.recipes import recipe as recipe_named
+from pipeline.training.recipes import RECIPES, TrainConfig, make_recipe
 from pipeline.training.run import train_run
 
 SEEDS = {"quick": 5, "record": 5, "standard": 3}
@@ -112,7 +111,7 @@ def benchmark_training(
     With `resume`, keeps trials that an earlier call finished and continues one that it began.
     """
     for name in recipes:
-        recipe_named(name)  # check all names before spending minutes on the first recipe
+        make_recipe(name)  # check all names before spending minutes on the first recipe
     train_split, validation = (
         load_split("mnist", paths.data("mnist"), name) for name in ("train", "validation")
     )

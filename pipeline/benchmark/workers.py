@@ -135,11 +135,11 @@ def _predictor(paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]) ->
     if runtime.name == EAGER:
         import torch
 
-        from pipeline.export.subject import exported_subject
+        from pipeline.export.subject import load_subject
         from pipeline.training.networks import eager_predictor
 
         torch.set_num_threads(runtime.threads)
-        return eager_predictor(exported_subject(paths, manifest).model)
+        return eager_predictor(load_subject(paths, manifest).model)
     from pipeline.export.runtime import onnx_predictor
 
     return onnx_predictor(paths.variant(runtime.precision).read_bytes(), runtime.threads)

@@ -14,7 +14,7 @@ from pipeline.cli.options import file_type, name_option, settings_options
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import PRECISIONS, TAKEN, Paths
 from pipeline.core.text import Lines
-from pipeline.export.targets import listing, onnx_dialect, records
+from pipeline.export.targets import format_targets, onnx_dialect, records
 from pipeline.repository.settings import PackageConfig
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def export_command(
       pipeline export --module nets.small:make --images test.npz --name small
     """
     if list_targets:
-        settings.result({"targets": records()}, listing())
+        settings.result({"targets": records()}, format_targets())
         return
     config, precisions = onnx_dialect(target_triton, opset), ["fp32", *precision]
     from pipeline.export.export import export_module, export_run

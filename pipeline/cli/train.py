@@ -11,8 +11,14 @@ from pipeline.cli.command import Command, Settings, paths_of
 from pipeline.cli.options import dataset_option
 from pipeline.core.paths import Paths, model_name
 from pipeline.core.text import Lines
-from pipeline.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig, enough_epochs
-from pipeline.training.recipes import recipe as recipe_named
+from pipeline.training.recipes import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    Recipe,
+    TrainConfig,
+    choose_epochs,
+    make_recipe,
+)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,17 +89,17 @@ def train_command(
       pipeline train
       pipeline train --recipe baseline --run yardstick --resume
     """
-    from pipeline.training.run import recorded_config, train_run
+    from pipeline.training.run import read_config, train_run
 
     paths = paths_of(settings, run=run or model_name(dataset))
-    values = recipe_named(recipe, dataset, **changes)
+    values = make_recipe(recipe, dataset, **changes)
     if changes["epochs"] is None:
-        values = replace(values, epochs=enough_epochs(values, dataset, paths.data(dataset)))
+        values = replace(values, epochs=choose_epochs(values, dataset, paths.data(dataset)))
     config = TrainConfig(recipe, values, dataset, seed, device, compiled)
     source_of = click.get_current_context().get_parameter_source
     deciding = ("recipe", "seed", "device", "compiled", *changes)
     if resume and all(source_of(name) == ParameterSource.DEFAULT for name in deciding):
-        config = recorded_config(paths) or config
+        config = read_config(paths) or config
     say, update = settings.say, settings.update
     # Hundreds of short epochs do not need one line each.
     on_epoch = say if config.settings.epochs <= 50 else update

@@ -18,7 +18,7 @@ FEW = 100  # images
 
 if TYPE_CHECKING:
     from pipeline.validation.compare import Verdict
-    from pipeline.validation.export import Proof
+    from pipeline.validation.export import ExportValidation
 
 
 @click.command(cls=Command)
@@ -147,7 +147,7 @@ def _validate_onnx(
     replay: Path | None,
     given: dict[str, Any],
 ) -> None:
-    from pipeline.export.export import handed_in
+    from pipeline.export.export import read_third_party_onnx
     from pipeline.export.subject import subject_of_module
     from pipeline.validation import export
 
@@ -155,7 +155,7 @@ def _validate_onnx(
     if not module:
         raise click.UsageError("--onnx needs --module, the module that it was exported from")
     paths = named_paths(settings, name or onnx.stem)
-    content = handed_in(onnx, scrub)
+    content = read_third_party_onnx(onnx, scrub)
     sample = sample_of(replay or given["images"], given["labels"], None)
     subject = subject_of_module(module, sample, settings.root, class_names(given["classes"]))
     if replay:
@@ -169,7 +169,7 @@ def _validate_onnx(
     _echo_proof(settings, paths, proof)
 
 
-def _echo_proof(settings: Settings, paths: Paths, proof: "Proof") -> None:
+def _echo_proof(settings: Settings, paths: Paths, proof: "ExportValidation") -> None:
     first = proof.verdicts[0]
     source = "" if proof.is_labelled else " (no labels were given: its classes count as correct)"
     runs = (

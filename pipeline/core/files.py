@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -93,6 +94,15 @@ def write_with(path: Path, write: Callable[[Path], object]) -> str:
 def write_bytes(path: Path, content: bytes) -> str:
     """Write `content` to `path` atomically; return its SHA-256."""
     return write_with(path, lambda temporary: temporary.write_bytes(content))
+
+
+def pack_arrays(arrays: Mapping[str, Any]) -> bytes:
+    """Return numpy arrays as the bytes of a compressed .npz file, which depend only on them."""
+    import numpy as np  # slow to import, and most commands that write files have no arrays
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> str:

@@ -4,16 +4,15 @@ Also reads an ONNX file from another tool: merges its data into one file if aske
 against the graph policy.
 """
 
+import contextlib
 import io
 import json
 import logging
-import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,14 +20,14 @@ import onnxruntime
 import torch
 from torch import nn
 
-from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.core.files import remove, sha256, write_bytes, write_json
+from pipeline.core.errors import CheckFailedError, require_choice
+from pipeline.core.files import remove, write_bytes, write_json
 from pipeline.core.paths import PRECISIONS, Paths
 from pipeline.core.signature import TensorSpec, pictures_of
 from pipeline.export import graph
 from pipeline.export.policy import SCRUB, check_policy
 from pipeline.export.sample import Sample, pack_sample
-from pipeline.export.subject import Subject, exported_sample, subject_of_run
+from pipeline.export.subject import Subject, load_sample, subject_of_run
 from pipeline.export.targets import ExportConfig
 from pipeline.export.variants import CALIBRATION_IMAGES, to_fp16, to_int8
 
@@ -70,7 +69,7 @@ def export_program(model: nn.Module, images: TensorSpec) -> torch.export.Exporte
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckFailedError(
             f"torch.export cannot trace {type(model).__name__} for any number of images "
-            f"({type(error).__name__}: {' '.join(lines[:3])}); --debug shows all of it"
+            f"({type(error).__name__}: {' '.join(lines[:3])}); --debug shows the whole message"
         ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -78,11 +77,11 @@ def export_program(model: nn.Module, images: TensorSpec) -> torch.export.Exporte
 
 
 def to_onnx(
-    program: torch.export.ExportedProgram, wanted: graph.Signature, metadata: dict[str, str]
+    program: torch.export.ExportedProgram, signature: graph.Signature, metadata: dict[str, str]
 ) -> bytes:
     """Convert `program` to the bytes of one ONNX file.
 
-    Raises CheckFailedError unless it obeys the graph policy and has the wanted signature.
+    Raises CheckFailedError unless it obeys the graph policy and has that signature.
     """
     # The exporter only warns that torchvision is missing, which we do not need.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -91,17 +90,16 @@ def to_onnx(
         converted = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=wanted.opset,
-            input_names=[wanted.images.name],
-            output_names=[wanted.outputs.name],
+            opset_version=signature.opset,
+            input_names=[signature.images.name],
+            output_names=[signature.outputs.name],
             # Repeated here, or the axis would be named after one of torch's symbols.
             dynamic_shapes=({0: torch.export.Dim(graph.BATCH)},),
             verbose=False,
         )
-    if converted is None:
-        raise CheckFailedError("torch.onnx.export made no program")
-    content = graph.scrub(converted.model_proto, wanted.ir_version, metadata)
-    check_onnx(content, wanted)
+    assert converted is not None  # only without `dynamo`
+    content = graph.scrub(converted.model_proto, signature.ir_version, metadata)
+    check_onnx(content, signature)
     return content
 
 
@@ -109,28 +107,22 @@ def check_onnx(content: bytes, wanted: graph.Signature, name: str = "the exporte
     """Raise CheckFailedError unless `content` obeys the policy and has the wanted signature."""
     model = graph.parse(content, name)
     check_policy(model, name)
-    found = graph.read_signature(model, name)
-    if found != wanted:
-        raise CheckFailedError(f"{name} {found}; it should be one that {wanted}")
+    signature = graph.read_signature(model, name)
+    if signature != wanted:
+        raise CheckFailedError(f"{name} {signature}; it should be one that {wanted}")
 
 
-def source_commit(root: Path) -> str | None:
-    """Return the git commit of the code at `root`, or None without git or a repository."""
-    git = shutil.which("git")
-    if not git:
-        return None
-    command = [git, "-C", str(root), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+def source_commit() -> str | None:
+    """Return the git commit of this code, or None without git or a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that make an export."""
-    return {
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
+    return {library.__name__: library.__version__ for library in (torch, onnx, onnxruntime)}
 
 
 def export_run(
@@ -145,7 +137,7 @@ def export_run(
     are removed first: its validation is about other bytes.
     """
     subject = subject_of_run(paths)
-    sample = exported_sample(paths, subject.origin) if "int8" in precisions else None
+    sample = load_sample(paths, subject.origin) if "int8" in precisions else None
     return export_module(paths, subject, sample, config, precisions, report)
 
 
@@ -162,8 +154,8 @@ def export_module(
     `sample` is needed only for int8 and for a third-party module; for the latter, its images are
     copied into the export, to validate it on.
     """
-    if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
-        raise PipelineError(f"no precision {unknown[0]!r}: there are {', '.join(PRECISIONS)}")
+    for precision in precisions:
+        require_choice("precision", precision, PRECISIONS)
     calibration = sample.calibration if sample else np.empty(0)
     program, contents = make_files(subject, config, precisions, calibration, report)
     buffer = io.BytesIO()
@@ -185,16 +177,17 @@ def make_files(
     report("torch.export")
     program = export_program(subject.model, subject.images)
     report("torch.onnx.export")
-    wanted = signature_of(subject, config)
-    contents = {"fp32": to_onnx(program, wanted, metadata_of(subject))}
+    signature = signature_of(subject, config)
+    fp32 = to_onnx(program, signature, make_metadata(subject))
+    contents = {"fp32": fp32}
     for precision in [p for p in PRECISIONS[1:] if p in precisions]:
         report(precision)
-        fp32, version = contents["fp32"], config.ir_version
         if precision == "fp16":
-            contents[precision] = to_fp16(fp32, version)
+            content = to_fp16(fp32, config.ir_version)
         else:
-            contents[precision] = to_int8(fp32, version, calibration[:CALIBRATION_IMAGES])
-        check_onnx(contents[precision], wanted, f"the {precision} variant")
+            content = to_int8(fp32, config.ir_version, calibration[:CALIBRATION_IMAGES])
+        check_onnx(content, signature, f"the {precision} variant")
+        contents[precision] = content
     return program, contents
 
 
@@ -203,7 +196,7 @@ def signature_of(subject: Subject, config: ExportConfig) -> graph.Signature:
     return graph.Signature(subject.images, subject.outputs, config.opset, config.ir_version)
 
 
-def metadata_of(subject: Subject) -> dict[str, str]:
+def make_metadata(subject: Subject) -> dict[str, str]:
     """Return the metadata that describes a file to readers without this package."""
     shape = ", ".join(map(str, subject.images.shape))
     classes = len(subject.classes)
@@ -227,27 +220,24 @@ def write_export(
     sample: Sample | None,
     config: ExportConfig,
     contents: dict[str, bytes],
-    program: bytes | None,
+    program: bytes | None = None,
 ) -> list[Exported]:
     """Replace the export with ONNX files (by precision) and their manifest."""
-    variants = [paths.variant(precision) for precision in PRECISIONS]
-    agreement = [paths.variant_agreement(precision) for precision in PRECISIONS]
-    stale = [*proof_files(paths), *agreement, *variants, paths.program, paths.images]
-    for path in (paths.manifest, *stale):  # the manifest first
+    variants = [*map(paths.variant, PRECISIONS), *map(paths.variant_agreement, PRECISIONS)]
+    # The manifest first.
+    for path in (paths.manifest, *validation_files(paths), *variants, paths.program, paths.images):
         remove(path)
     files = {}
     if program:
         files[paths.program.name] = write_bytes(paths.program, program)
     if "module" in subject.origin and sample:
-        files[paths.images.name] = write_bytes(
-            paths.images, pack_sample(sample, CALIBRATION_IMAGES)
-        )
-    done = []
+        images = pack_sample(sample, CALIBRATION_IMAGES)
+        files[paths.images.name] = write_bytes(paths.images, images)
+    exported = []
     for precision, content in contents.items():
         path = paths.variant(precision)
-        files[path.name] = write_bytes(path, content)
-        dialect = (config.opset, config.ir_version)
-        done.append(Exported(precision, path, sha256(content), len(content), *dialect))
+        files[path.name] = digest = write_bytes(path, content)
+        exported.append(Exported(precision, path, digest, len(content), *astuple(config)))
     manifest = {
         "name": paths.name,
         **subject.origin,
@@ -259,34 +249,27 @@ def write_export(
         "kind": subject.kind,
         "images_sha256": files.get(paths.images.name),
         "weights_sha256": subject.weights_sha256,
-        "opset": config.opset,
-        "ir_version": config.ir_version,
+        **asdict(config),
         "versions": library_versions(),
-        "source_commit": source_commit(Path(__file__).parent),
+        "source_commit": source_commit(),
     }
     write_json(paths.manifest, manifest)
-    return done
+    return exported
 
 
-def proof_files(paths: Paths) -> list[Path]:
+def validation_files(paths: Paths) -> list[Path]:
     """Return the files that validation adds to an export, and the folder of a failed one."""
-    golden = [paths.variant_golden(precision) for precision in PRECISIONS]
-    profiles = [paths.variant_profile(precision) for precision in PRECISIONS]
-    return [paths.validation, paths.evidence, paths.card, *golden, *profiles, paths.failed]
+    variants = [*map(paths.variant_golden, PRECISIONS), *map(paths.variant_profile, PRECISIONS)]
+    return [paths.validation, paths.evidence, paths.card, *variants, paths.failed]
 
 
-def export_config(manifest: Mapping[str, Any]) -> ExportConfig:
-    """Return the ONNX dialect (opset, IR version) that a manifest states."""
-    return ExportConfig(manifest["opset"], manifest["ir_version"])
-
-
-def handed_in(path: Path, scrub: bool = False) -> bytes:
+def read_third_party_onnx(path: Path, scrub: bool = False) -> bytes:
     """Read an ONNX file from another tool; with `scrub`, make it one file without source paths.
 
     Raises PipelineError when it cannot be read and CheckFailedError when it breaks the policy.
     """
     if scrub:
-        model = graph.inlined(path)
+        model = graph.read_inlined(path)
         metadata = graph.metadata(model).items()
         public = {key: value for key, value in metadata if not graph.shows_source(f"{key} {value}")}
         content = graph.scrub(model, model.ir_version, public)
@@ -296,7 +279,7 @@ def handed_in(path: Path, scrub: bool = False) -> bytes:
     check_policy(model, str(path))
     model.DiscardUnknownFields()
     if model.ByteSize() != len(content):  # unknown fields, or repeated ones: the last is used
-        raise CheckFailedError(f"{path} holds bytes outside of its graph: {SCRUB}")
+        raise CheckFailedError(f"{path} has bytes that are not part of its graph: {SCRUB}")
     return content
 
 
@@ -307,13 +290,8 @@ def matching_signature(content: bytes, images: TensorSpec, outputs: TensorSpec) 
     or shape differs.
     """
     model = graph.parse(content, "the file")
-    found = graph.read_signature(model, "the file", batch=None)
-    pairs = ((found.images, images, "takes"), (found.outputs, outputs, "answers"))
-    wrong = [
-        f"it {does} {ours}, the module {does} {theirs}"
-        for ours, theirs, does in pairs
-        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape)
-    ]
-    if wrong:
-        raise CheckFailedError(f"the file's signature is not its module's: {'; '.join(wrong)}")
-    return found
+    signature = graph.read_signature(model, "the file", batch=None)
+    for tensor, wanted in ((signature.images, images), (signature.outputs, outputs)):
+        if (tensor.dtype, tensor.shape) != (wanted.dtype, wanted.shape):
+            raise CheckFailedError(f"the file has {tensor}, but its module has {wanted}")
+    return signature

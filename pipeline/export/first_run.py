@@ -28,8 +28,6 @@ MEMORY = 8 * 1024**3
 BATCHES = (2, *range(1, 257))
 QUICK = 3.0  # seconds, loading included
 REFUSED = 3  # the exit status when ONNX Runtime refuses the file; its message is on standard output
-# ONNX Runtime's names of types, where numpy's differ.
-NUMPY = {"float": "float32", "double": "float64"}
 
 
 def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = MEMORY) -> None:
@@ -40,27 +38,24 @@ def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = ME
     """
     command = [sys.executable, "-m", "pipeline.export.first_run", str(memory), str(seconds)]
     # numpy's threads take address space, more of it on more cores.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as file:  # a pipe would be written 512 bytes at a time
         file.write(content)
         file.seek(0)
         try:
-            done = subprocess.run(
-                command, stdin=file, capture_output=True, timeout=seconds, env=environment
-            )
+            run = subprocess.run(command, stdin=file, capture_output=True, timeout=seconds, env=env)
         except subprocess.TimeoutExpired as error:
             raise CheckFailedError(
-                f"ONNX Runtime does not load the file and answer 2 images within {seconds:g} s: "
+                f"ONNX Runtime cannot load the file and answer 2 images within {seconds:g} s: "
                 "export a graph that takes less work"
             ) from error
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+    if run.returncode < 0:
+        name = signal.Signals(-run.returncode).name
         raise CheckFailedError(f"ONNX Runtime crashes on the file ({name}): export it again")
-    if done.returncode:
-        output = done.stdout if done.returncode == REFUSED else done.stderr
-        lines = output.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        reason = lines[-1][:500]
-        raise CheckFailedError(f"ONNX Runtime does not load and run the file: {reason}")
+    if run.returncode:
+        output = run.stdout if run.returncode == REFUSED else run.stderr
+        reason = output.decode(errors="replace").strip().splitlines() or ["unknown reason"]
+        raise CheckFailedError(f"ONNX Runtime cannot load and run the file: {reason[-1][:500]}")
 
 
 def _limit(kind: int, most: int) -> None:
@@ -89,16 +84,16 @@ def _main(memory: int, seconds: float) -> int:
         dtype = images.type.removeprefix("tensor(").removesuffix(")")
         for size in BATCHES:
             rows = np.resize(np.arange(128), (size, *images.shape[1:]))
-            rows = rows.astype(NUMPY.get(dtype, dtype))
+            # ONNX Runtime's names of these types are not numpy's.
+            rows = rows.astype({"float": "float32", "double": "float64"}.get(dtype, dtype))
             rows[::2] = 0
             session.run(None, {images.name: rows})
             if time.monotonic() - started > QUICK:
                 break
-    except MemoryError:
-        print(f"it takes more than {memory:,} bytes of memory")
-        return REFUSED
     except Exception as error:  # a malicious file may make it raise anything
-        print(" ".join(str(error).split()) or type(error).__name__)
+        is_too_large = isinstance(error, MemoryError)
+        text = f"it takes more than {memory:,} bytes of memory" if is_too_large else str(error)
+        print(" ".join(text.split()) or type(error).__name__)
         return REFUSED
     return 0
 

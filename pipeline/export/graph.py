@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, ValueInfoProto
+from onnx.checker import ValidationError
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.core.signature import TensorSpec
@@ -73,13 +75,11 @@ def parse(content: bytes, name: str) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
-        raise CorruptError(f"{name} is no ONNX file: export it again") from error
+        raise CorruptError(f"{name} is not a valid ONNX file: export it again") from error
     if sum(1 for _ in islice(chain(message_parts(model), texts(model)), MAX_PARTS + 1)) > MAX_PARTS:
-        raise CheckFailedError(
-            f"{name} has more than {MAX_PARTS} parts and names: export a smaller graph"
-        )
+        raise CheckFailedError(f"{name} has more than {MAX_PARTS} parts: export a smaller graph")
     if not all(isinstance(text, str) for _, _, text in texts(model)):
-        raise CorruptError(f"{name} is no ONNX file, a name in it is not UTF-8: export it again")
+        raise CorruptError(f"{name} has a name that is not valid UTF-8: export it again")
     return model
 
 
@@ -104,15 +104,10 @@ def _batch_axis(value: ValueInfoProto, name: str, wanted: str | None, images: st
     axis = dims[0].dim_param if dims else ""
     if axis and wanted in (None, axis):
         return axis
-    found = f"called '{axis}'" if axis else "dynamic without a name"
-    if not dims:
-        found = "missing"
-    elif dims[0].HasField("dim_value"):
-        found = f"fixed at {dims[0].dim_value}"
-    expected = f"the axis '{wanted}'" if wanted else "a named axis"
+    actual = (axis or dims[0].dim_value or "unnamed") if dims else "missing"
     raise CheckFailedError(
-        f"{name}: dimension 0 of {value.name} is {found}, not {expected}: "
-        f'export it with dynamic_shapes={{"{images}": {{0: "{wanted or BATCH}"}}}}'
+        f"{name}: dimension 0 of {value.name} is {actual}, not a dynamic axis '{wanted or BATCH}'. "
+        f'Export it with dynamic_shapes={{"{images}": {{0: "{wanted or BATCH}"}}}}'
     )
 
 
@@ -120,9 +115,9 @@ def _spec(value: ValueInfoProto, name: str) -> TensorSpec:
     tensor = value.type.tensor_type
     dims = tensor.shape.dim[1:]
     if not all(dim.HasField("dim_value") for dim in dims):
-        raise CheckFailedError(f"{name}: {value.name} has an open dimension besides the batch")
+        raise CheckFailedError(f"{name}: {value.name} has a dynamic dimension other than the batch")
     if tensor.elem_type not in BITS:
-        raise CheckFailedError(f"{name}: {value.name} has no type that we know")
+        raise CheckFailedError(f"{name}: {value.name} has an unknown type")
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
     return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in dims))
 
@@ -138,7 +133,7 @@ def read_signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH)
     outputs = list(model.graph.output)
     if len(inputs) != 1 or len(outputs) != 1:
         counts = f"{len(inputs)} inputs and {len(outputs)} outputs"
-        raise CheckFailedError(f"{name} has {counts}, not one of each")
+        raise CheckFailedError(f"{name} has {counts} instead of one each")
     axis = _batch_axis(inputs[0], name, batch, inputs[0].name)
     _batch_axis(outputs[0], name, axis, inputs[0].name)
     opset = next((entry.version for entry in model.opset_import if entry.domain in STANDARD), 0)
@@ -162,20 +157,19 @@ def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> 
     for part in found:
         for field in {"metadata_props", "doc_string"}.intersection(part.DESCRIPTOR.fields_by_name):
             part.ClearField(field)
-    for value in overridable(model):
+    for value in list_overridable(model):
         model.graph.input.remove(value)
     _rename(model)
     model.graph.name = model.graph.name or "graph"  # the checker requires a name
     used = STANDARD | {part.domain for part in found if isinstance(part, onnx.NodeProto)}
-    opsets = [entry for entry in model.opset_import if entry.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(opsets)
+    for entry in [entry for entry in model.opset_import if entry.domain not in used]:
+        model.opset_import.remove(entry)
     for key in sorted(metadata):
         model.metadata_props.add(key=key, value=metadata[key])
     return model.SerializeToString(deterministic=True)
 
 
-def overridable(model: onnx.ModelProto) -> list[ValueInfoProto]:
+def list_overridable(model: onnx.ModelProto) -> list[ValueInfoProto]:
     """Return the inputs that have an initializer which a client may override.
 
     From IR version 4 on an initializer is only the default of such an input; before, a constant.
@@ -194,9 +188,7 @@ def texts(message: Message) -> Iterator[tuple[Any, str, str]]:
         for field in _text_fields(part.DESCRIPTOR):
             value = getattr(part, field)
             several: Iterable[Any] = [value] if isinstance(value, (str, bytes)) else value
-            for text in several:
-                if text:
-                    yield part, field, text
+            yield from ((part, field, text) for text in several if text)
 
 
 @cache
@@ -226,7 +218,7 @@ def _rename(model: onnx.ModelProto) -> None:
             getattr(part, field)[:] = [names.get(other, other) for other in getattr(part, field)]
 
 
-def inlined(path: Path) -> onnx.ModelProto:
+def read_inlined(path: Path) -> onnx.ModelProto:
     """Read the model in the file `path` and include the data of its external files.
 
     A tensor may name only a regular file in the folder of `path`: the author of the model chose
@@ -240,67 +232,39 @@ def inlined(path: Path) -> onnx.ModelProto:
             total += raw_bytes(part) or 0
             if total > MAX_BYTES:
                 raise CheckFailedError(f"{path} and its data are larger than {MAX_BYTES} bytes")
-            data = _external(part, path)
-            whole = TensorProto(name=part.name, dims=part.dims, data_type=part.data_type)
-            whole.raw_data = data
-            part.CopyFrom(whole)
+            _load_external(part, path)
     return model
-
-
-def _open_regular(path: Path, flags: int = 0) -> BinaryIO:
-    """Open the file `path`; raise OSError when it is not a regular file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)  # a pipe would wait
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "no regular file")
-    return open(descriptor, "rb")
 
 
 def read_onnx(path: Path) -> bytes:
     """Read the bytes of the ONNX file at `path`; raise PipelineError when that fails."""
     try:
-        file = _open_regular(path)
+        # Non-blocking, because a pipe would wait.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            return f.read(MAX_BYTES + 1)  # one byte more, so that `parse` refuses it as too large
     except OSError as error:
         raise PipelineError(f"cannot read {path}: {error.strerror}") from error
-    with file:
-        return file.read(MAX_BYTES + 1)  # one byte more, so that `parse` refuses it as too large
 
 
-def _external(tensor: TensorProto, path: Path) -> bytes:
-    """Read the data of `tensor` from the file that it names, next to `path`."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    said = f"{path}: the data of {tensor.name} lies in '{location}', "
-    if location in ("", ".", "..") or not set(location).isdisjoint("/\\\0"):
-        raise CheckFailedError(f"{said}which is no plain file name")
+def _load_external(tensor: TensorProto, path: Path) -> None:
+    """Read the data of `tensor` from the file that it names, next to `path`.
+
+    onnx (from 1.23 on) refuses links, paths that leave the folder, and what is not a regular file.
+    """
+    location = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+    where = f"{path}: the data of {tensor.name} in '{location}'"
+    if not set(location).isdisjoint("/\\\0"):
+        raise CheckFailedError(f"{where} is not in the model's folder")
     try:
-        file = _open_regular(path.parent / location, os.O_NOFOLLOW)
-    except OSError as error:
-        is_link = error.errno == errno.ELOOP
-        why = "is a symbolic link" if is_link else f"cannot be read: {error.strerror}"
-        raise CheckFailedError(f"{said}which {why}") from error
-    with file:
-        facts = os.fstat(file.fileno())
-        if facts.st_nlink != 1:
-            raise CheckFailedError(f"{said}which has {facts.st_nlink} hard links, not one")
-        offset, length = _span(entries, facts.st_size, said)
-        if length != raw_bytes(tensor):
-            raise CheckFailedError(f"{said}{length} bytes, which is not what its dims claim")
-        file.seek(offset)
-        return file.read(length)
-
-
-def _span(entries: dict[str, str], size: int, said: str) -> tuple[int, int]:
-    """Return the offset and length of the data in a file of `size` bytes."""
-    offset = entries.get("offset", "0")
-    if not re.fullmatch("[0-9]{1,18}", offset):
-        raise CheckFailedError(f"{said}at '{offset}', which is no offset")
-    length = entries.get("length", str(max(0, size - int(offset))))
-    if not re.fullmatch("[0-9]{1,18}", length):
-        raise CheckFailedError(f"{said}with '{length}' for a length")
-    if int(offset) + int(length) > size:
-        raise CheckFailedError(f"{said}from {offset} for {length} bytes, beyond its end at {size}")
-    return int(offset), int(length)
+        if (path.parent / location).stat().st_size > MAX_BYTES:  # without a length, all is read
+            raise CheckFailedError(f"{where} is larger than {MAX_BYTES} bytes")
+        load_external_data_for_tensor(tensor, str(path.parent))
+    except (ValidationError, ValueError, OSError) as error:
+        raise CheckFailedError(f"{where} cannot be read: {error}") from error
+    if len(tensor.raw_data) != raw_bytes(tensor):
+        raise CheckFailedError(f"{where} has {len(tensor.raw_data)} bytes: its dims differ")
 
 
 def is_external(tensor: TensorProto) -> bool:

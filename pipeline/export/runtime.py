@@ -15,13 +15,9 @@ from pipeline.core.evaluate import Predictor
 onnxruntime.disable_telemetry_events()  # no data of a user may leave the machine
 
 # What ONNX Runtime raises; their common base class is not public.
-RUNTIME_ERRORS = (
-    onnxruntime.capi.onnxruntime_pybind11_state.Fail,
-    onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
-    onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph,
-    onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf,
-    onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented,
-    onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException,
+_ERRORS = "Fail InvalidArgument InvalidGraph InvalidProtobuf NotImplemented RuntimeException"
+RUNTIME_ERRORS = tuple(
+    getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for name in _ERRORS.split()
 )
 _CPU = "CPUExecutionProvider"
 # TF32 off, so that a GPU's answers differ from a CPU's by rounding only.
@@ -47,28 +43,27 @@ def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> P
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # TensorRT has no option of its own for it
         onnxruntime.set_default_logger_severity(4)  # fallbacks are checked below
-        with contextlib.redirect_stdout(io.StringIO()) as lacking:  # standard output is for results
+        with contextlib.redirect_stdout(io.StringIO()) as printed:  # standard output is for results
             onnxruntime.preload_dlls()  # the CUDA libraries that were installed with torch
     try:
         session = onnxruntime.InferenceSession(content, options, PROVIDERS[provider])
     except RUNTIME_ERRORS as error:
         raise CheckFailedError(f"ONNX Runtime does not load the model: {error}") from error
     if provider != "cpu":
-        placed = [
+        nodes = [
             (str(part.ep_name), f"{node.op_type} {node.name}".strip())
             for part in session.get_provider_graph_assignment_info()
             for node in part.get_nodes()
         ]
-        first = next(iter(lacking.getvalue().splitlines()), "")
-        require_provider(provider, session.get_providers(), placed, first)
+        reason = next(iter(printed.getvalue().splitlines()), "")
+        require_provider(provider, session.get_providers(), nodes, reason)
     (images,) = session.get_inputs()
 
     def predict(rows: np.ndarray) -> np.ndarray:
         try:
             (outputs,) = session.run(None, {images.name: np.ascontiguousarray(rows)})
         except RUNTIME_ERRORS as error:
-            message = f"ONNX Runtime fails on a batch of {len(rows)}: {error}"
-            raise CheckFailedError(message) from error
+            raise CheckFailedError(f"ONNX Runtime fails on {len(rows)} images: {error}") from error
         result: np.ndarray = outputs
         return result
 
@@ -76,21 +71,22 @@ def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> P
 
 
 def require_provider(
-    provider: str, loaded: Iterable[str], placed: Iterable[tuple[str, str]], lacking: str = ""
+    provider: str, loaded: Iterable[str], nodes: Iterable[tuple[str, str]], reason: str = ""
 ) -> None:
     """Raise unless the provider was loaded and runs every node: no node may fall back silently.
 
     Raises PipelineError when the provider was not loaded, and CheckFailedError with the names of
-    the nodes that fell back. `placed` has the provider and the description of each node.
+    the nodes that fell back. `nodes` has the provider and the description of each node; `reason`
+    is why the provider was not loaded, if known.
     """
     wanted = PROVIDERS[provider][0][0] if provider != "cpu" else _CPU
     if wanted not in loaded:
         raise PipelineError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load its {wanted} here: it needs an "
-            "NVIDIA GPU and the CUDA (and TensorRT) libraries that it was built for"
-            f"{f' ({lacking})' if lacking else ''}; '--provider cpu' needs neither"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load its {wanted} here. Install the "
+            "NVIDIA driver and the CUDA (and TensorRT) libraries that it was built for, or use "
+            f"'--provider cpu'{f' ({reason})' if reason else ''}"
         )
-    fallen = [f"{node} on {where}" for where, node in placed if where != wanted]
-    if fallen:
-        shown = ", ".join(fallen[:10]) + (" ..." if len(fallen) > 10 else "")
-        raise CheckFailedError(f"{len(fallen)} nodes do not run on {wanted}: {shown}")
+    elsewhere = [f"{node} on {name}" for name, node in nodes if name != wanted]
+    if elsewhere:
+        shown = ", ".join(elsewhere[:10]) + (" ..." if len(elsewhere) > 10 else "")
+        raise CheckFailedError(f"{len(elsewhere)} nodes do not run on {wanted}: {shown}")

@@ -2,15 +2,14 @@
 
 # Shape letters: N images, M calibration images.
 
-import io
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.files import pack_arrays
 
 MAX_SAMPLE_BYTES = 4 * 1024**3
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
@@ -25,56 +24,39 @@ class Sample:
     calibration: np.ndarray  # (M, ...): similar images, or the same; for int8
 
 
-def read_sample(
-    images: Path, labels: Path | None = None, calibration: Path | None = None
-) -> Sample:
+def read_sample(file: Path, labels: Path | None = None, calibration: Path | None = None) -> Sample:
     """Read the user's images, with labels if given, from .npz or .npy files, without unpickling.
 
     An .npz has `images`, and may have `labels` and `calibration`; labels may also be a text file
     of whole numbers. Raises PipelineError when a file cannot be read or its arrays do not fit.
     """
-    given = _arrays(images, "images")
-    taken = given["images"]
-    if labels:
-        given["labels"] = _labels(labels)
-    if calibration:
-        given["calibration"] = _arrays(calibration, "images")["images"]
+    arrays = _read_arrays(file, "images")
+    taken = arrays["images"]
+    truth = _read_arrays(labels, "labels")["labels"] if labels else arrays.get("labels")
+    others = _read_arrays(calibration, "images")["images"] if calibration else None
+    others = arrays.get("calibration", taken) if others is None else others
     if taken.ndim < 2 or len(taken) < 2 or str(taken.dtype) not in DTYPES:
-        raise PipelineError(
-            f"{images} holds {taken.dtype} {taken.shape}; wanted are 2 images at least, of one of "
-            f"{', '.join(DTYPES)}"
-        )
+        needed = f"at least 2 images of one of {', '.join(DTYPES)} are needed"
+        raise PipelineError(f"{file} has {taken.dtype} {taken.shape}; {needed}")
     if taken.dtype.kind == "f" and not np.isfinite(taken).all():
-        raise PipelineError(f"{images} holds values that are not finite")
-    truth = given.get("labels")
-    if truth is not None and (truth.shape != (len(taken),) or truth.dtype.kind not in "iu"):
-        kind, count = f"{truth.dtype} {truth.shape}", len(taken)
-        raise PipelineError(f"labels are {kind}, not a whole number for each of {count} images")
-    others = given.get("calibration", taken)
+        raise PipelineError(f"{file} has values that are not finite")
+    if truth is not None:
+        if truth.shape != (len(taken),) or truth.dtype.kind not in "iu":
+            kind = f"{truth.dtype} {truth.shape}"
+            raise PipelineError(f"labels are {kind}, not {len(taken)} whole numbers, one an image")
+        truth = truth.astype(np.int64)
     if others.dtype != taken.dtype or others.shape[1:] != taken.shape[1:]:
-        raise PipelineError("the calibration images are not of the type and size of the others")
-    return Sample(
-        np.ascontiguousarray(taken),
-        None if truth is None else truth.astype(np.int64),
-        np.ascontiguousarray(others),
-    )
+        raise PipelineError("the calibration images have another type or size than the images")
+    return Sample(np.ascontiguousarray(taken), truth, np.ascontiguousarray(others))
 
 
-def _labels(path: Path) -> np.ndarray:
-    if path.suffix in (".npy", ".npz"):
-        return _arrays(path, "labels")["labels"]
-    try:
-        return np.loadtxt(path, dtype=np.int64, ndmin=1)
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{path} holds no labels, a whole number a line: {error}") from error
-
-
-def _arrays(path: Path, wanted: str) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, wanted: str) -> dict[str, np.ndarray]:
     """Read the arrays of a file by name; a file's only array gets the name `wanted`."""
     try:
-        size = path.stat().st_size
-        if size > MAX_SAMPLE_BYTES:
+        if (size := path.stat().st_size) > MAX_SAMPLE_BYTES:
             raise PipelineError(f"{path} has {size} bytes, more than {MAX_SAMPLE_BYTES}")
+        if wanted == "labels" and path.suffix not in (".npy", ".npz"):
+            return {wanted: np.loadtxt(path, dtype=np.int64, ndmin=1)}
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return {wanted: loaded}
@@ -88,7 +70,7 @@ def _arrays(path: Path, wanted: str) -> dict[str, np.ndarray]:
     if len(arrays) == 1:
         return {wanted: next(iter(arrays.values()))}
     if wanted not in arrays:
-        raise PipelineError(f"{path} has {', '.join(arrays)}, and no array called {wanted}")
+        raise PipelineError(f"{path} has no array called {wanted}, only {', '.join(arrays)}")
     return arrays
 
 
@@ -99,14 +81,4 @@ def pack_sample(sample: Sample, count: int) -> bytes:
         arrays["labels"] = sample.labels
     if sample.calibration is not sample.images:
         arrays["calibration"] = sample.calibration[:count]
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # the stub takes an option
-    return buffer.getvalue()
-
-
-def require_labels(sample: Sample, classes: Sequence[str]) -> None:
-    """Raise PipelineError when a label is not the index of a class."""
-    labels = sample.labels
-    if labels is not None and (labels.min() < 0 or labels.max() >= len(classes)):
-        found = f"{labels.min()} to {labels.max()}"
-        raise PipelineError(f"labels go from {found}, the module's classes to {len(classes) - 1}")
+    return pack_arrays(arrays)

@@ -6,6 +6,7 @@ numbers that shapes are made of and allocates without limit (30 nodes that doubl
 after its inputs are known to be small, and compute short lists of numbers ourselves.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable
@@ -83,23 +84,21 @@ def is_whole(tensor: TensorProto) -> bool:
         return False
     if tensor.HasField("raw_data"):
         return len(tensor.raw_data) == raw_bytes(tensor)
-    entries = elements
-    if BITS[tensor.data_type] < 8:
-        entries = (elements * BITS[tensor.data_type] + 7) // 8
-    elif tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
-        entries = 2 * elements
+    bits = BITS[tensor.data_type]
+    is_complex = tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
+    entries = (elements * bits + 7) // 8 if bits < 8 else elements * (1 + is_complex)
     return len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))) == entries
 
 
-def dims_of(told: TypeProto) -> list[int] | None:
+def read_dims(kind: TypeProto) -> list[int] | None:
     """Return the dimensions of a tensor type, or None unless every one of them is a number."""
-    dims = told.tensor_type.shape.dim
-    if not told.tensor_type.HasField("shape") or not all(d.HasField("dim_value") for d in dims):
+    dims = kind.tensor_type.shape.dim
+    if not kind.tensor_type.HasField("shape") or not all(d.HasField("dim_value") for d in dims):
         return None
     return [dim.dim_value for dim in dims]
 
 
-def too_large(model: onnx.ModelProto) -> list[str]:
+def list_excesses(model: onnx.ModelProto) -> list[str]:
     """List the problems with the sizes of the values that `model` computes, and with its work.
 
     Values computed from a refused value or node are not listed. The list is empty where the opset
@@ -107,13 +106,11 @@ def too_large(model: onnx.ModelProto) -> list[str]:
     """
     if sum(entry.domain in STANDARD for entry in model.opset_import) != 1:
         return []
-    work, wrong = _told(model, IMAGES, MAX_WORK)
-    if not wrong:
-        _, wrong = _told(model, MANY, MANY // IMAGES * max(work, LITTLE_WORK))
-    return wrong
+    work, problems = _measure(model, IMAGES, MAX_WORK)
+    return problems or _measure(model, MANY, MANY // IMAGES * max(work, LITTLE_WORK))[1]
 
 
-def _told(model: onnx.ModelProto, images: int, most_work: int) -> tuple[int, list[str]]:
+def _measure(model: onnx.ModelProto, images: int, most_work: int) -> tuple[int, list[str]]:
     """Return the multiply-adds for `images` images, and the problems with sizes and work."""
     values = _Values(model, images)
     for node in model.graph.node:
@@ -121,18 +118,17 @@ def _told(model: onnx.ModelProto, images: int, most_work: int) -> tuple[int, lis
             values.add(node)
     for value in [*model.graph.input, *model.graph.value_info, *model.graph.output]:
         values.compare(value)
-    if values.total > (most := MAX_TOTAL // IMAGES * images):
-        values.wrong.append(
-            f"all values of {images} images take {values.total} bytes together, {most} are allowed"
-        )
-    work = sum(values.work.values())
+    problems, most, work = values.problems, MAX_TOTAL // IMAGES * images, sum(values.work.values())
+    if values.total > most:
+        total = f"{values.total} bytes, {most} are allowed"
+        problems.append(f"all values of {images} images together take {total}")
     if work > most_work:
         costliest = max(values.work, key=values.work.__getitem__)
-        values.wrong.append(
+        problems.append(
             f"{images} images take {work:,} multiply-adds, {most_work:,} are allowed; {costliest} "
-            f"takes most of all nodes, {values.work[costliest]:,}"
+            f"has the most, {values.work[costliest]:,}"
         )
-    return work, values.wrong
+    return work, problems
 
 
 class _Values:
@@ -146,33 +142,32 @@ class _Values:
         self.total = 0  # bytes
         self.folds = 0
         self.work: dict[str, int] = {}  # multiply-adds, by node
-        self.wrong: list[str] = []
+        self.problems: list[str] = []
         for value in model.graph.input:
-            told = TypeProto()
-            told.CopyFrom(value.type)
-            dims = told.tensor_type.shape.dim
+            kind = copy.deepcopy(value.type)
+            dims = kind.tensor_type.shape.dim
             if dims and not dims[0].HasField("dim_value"):
                 dims[0].dim_value = images
-            self._take(value.name, told, "an input")
+            self._add_type(value.name, kind, "an input")
         for tensor in model.graph.initializer:
-            self._hold(tensor.name, tensor)
+            self._add_stored(tensor.name, tensor)
         for sparse in model.graph.sparse_initializer:
-            told = helper.make_tensor_type_proto(sparse.values.data_type, sparse.dims)
-            self._take(sparse.values.name, told, "a sparse initializer")
+            kind = helper.make_tensor_type_proto(sparse.values.data_type, sparse.dims)
+            self._add_type(sparse.values.name, kind, "a sparse initializer")
 
     def add(self, node: NodeProto) -> None:
         """Add the types of the outputs of `node`, its work, and the contents of short outputs."""
         stored = [attribute.t for attribute in node.attribute if attribute.HasField("t")]
         outputs = [name for name in node.output if name]
         if not outputs:
-            self.wrong.append(f"a node without an output: {node.op_type}")
+            self.problems.append(f"a node without an output: {node.op_type}")
             return
         if node.op_type == "Constant" and stored:
-            self._hold(outputs[0], stored[0])
+            self._add_stored(outputs[0], stored[0])
             return
-        told = self._infer(node)
+        kinds = self._infer(node)
         for name in outputs:
-            self._take(name, told.get(name), node.op_type)
+            self._add_type(name, kinds.get(name), node.op_type)
         if all(name in self.types for name in outputs):
             inputs = [self._dims(name) for name in node.input]
             work = multiply_adds(node, inputs, [self._dims(name) for name in outputs])
@@ -185,34 +180,34 @@ class _Values:
         if value.name not in self.types or not value.type.tensor_type.HasField("shape"):
             return
         declared = value.type.tensor_type.shape.dim
-        found = dims_of(self.types[value.name]) or []
-        if len(declared) != len(found) or any(
+        dims = self._dims(value.name)
+        if len(declared) != len(dims) or any(
             dim.HasField("dim_value") and dim.dim_value != size
-            for dim, size in zip(declared, found, strict=True)
+            for dim, size in zip(declared, dims, strict=True)
         ):
-            self.wrong.append(f"{value.name} is declared as another size than it has: {found}")
+            self.problems.append(f"{value.name} is declared with another shape than it has: {dims}")
 
-    def _hold(self, name: str, tensor: TensorProto) -> None:
+    def _add_stored(self, name: str, tensor: TensorProto) -> None:
         """Add a stored tensor; its size needs no check, because that of the file is limited."""
         if tensor.data_location == TensorProto.EXTERNAL or not is_whole(tensor):
             return
         self.types[name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
         if self._elements(name) <= SHORT:
-            self.short[name] = TensorProto()
-            self.short[name].CopyFrom(tensor)
+            self.short[name] = copy.deepcopy(tensor)
             self.short[name].name = name
 
-    def _take(self, name: str, told: TypeProto | None, what: str) -> None:
-        dims = dims_of(told) if told else None
-        bits = BITS.get(told.tensor_type.elem_type) if told else None
+    def _add_type(self, name: str, kind: TypeProto | None, source: str) -> None:
+        kind = kind or TypeProto()  # a type without a shape
+        dims, dtype = read_dims(kind), kind.tensor_type.elem_type
         elements = None if dims is None else count(dims)
-        is_text = told is not None and told.tensor_type.elem_type == TensorProto.STRING
-        if told is None or bits is None or elements is None or (is_text and what != "Constant"):
-            self.wrong.append(f"the size of {name} ({what}) cannot be told")
-        elif (size := (elements * bits + 7) // 8) > self.largest:
-            self.wrong.append(f"{name} ({what}) takes {size} bytes, {self.largest} are allowed")
+        is_text = dtype == TensorProto.STRING and source != "Constant"
+        if elements is None or dtype not in BITS or is_text:
+            self.problems.append(f"the size of {name} ({source}) is unknown")
+        elif (size := (elements * BITS[dtype] + 7) // 8) > self.largest:
+            most = f"{self.largest} are allowed"
+            self.problems.append(f"{name} ({source}) takes {size} bytes, {most}")
         else:
-            self.types[name] = told
+            self.types[name] = kind
             self.total += size
 
     def _elements(self, name: str) -> float:
@@ -220,9 +215,9 @@ class _Values:
 
     def _dims(self, name: str) -> list[int]:
         """Return the dimensions of a value; [] for an optional input that is left out."""
-        return dims_of(self.types[name]) or [] if name else []
+        return read_dims(self.types[name]) or [] if name else []
 
-    def _alone(self, node: NodeProto) -> onnx.ModelProto:
+    def _isolate(self, node: NodeProto) -> onnx.ModelProto:
         """Return a model of this node only, with the inputs of the node."""
         names = dict.fromkeys(name for name in node.input if name)
         return helper.make_model(
@@ -242,7 +237,7 @@ class _Values:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             return {}  # the policy refuses subgraphs; inference would double its work at each level
         try:
-            inferred = onnx.shape_inference.infer_shapes(self._alone(node))
+            inferred = onnx.shape_inference.infer_shapes(self._isolate(node))
         except onnx.shape_inference.InferenceError:
             return {}
         return {value.name: value.type for value in inferred.graph.output}
@@ -256,16 +251,12 @@ class _Values:
             ends = {attribute.name: attribute.i for attribute in node.attribute}
             dims = self._dims(node.input[0])[ends.get("start", 0) : ends.get("end")]
             results = [np.array(dims, np.int64)]
-        elif (
-            self.folds < FOLDS
-            and node.op_type in FOLDED
-            and all(not name or name in self.short for name in node.input)
-        ):
+        elif self.folds < FOLDS and node.op_type in FOLDED and {"", *self.short} >= {*node.input}:
             self.folds += 1
             # onnx's evaluator checks little: on an invalid node it raises whatever numpy raises.
             with warnings.catch_warnings(), np.errstate(all="ignore"), suppress(Exception):
                 warnings.simplefilter("ignore")
-                results = list(ReferenceEvaluator(self._alone(node)).run(None, {}))
+                results = list(ReferenceEvaluator(self._isolate(node)).run(None, {}))
         for name, result in zip(node.output, results, strict=False):
             if isinstance(result, np.ndarray):
                 self.short[name] = numpy_helper.from_array(result, name)
@@ -276,32 +267,29 @@ def multiply_adds(node: NodeProto, inputs: list[list[int]], outputs: list[list[i
 
     Reading or writing one element counts as ELEMENT multiply-adds.
     """
-    first, out = inputs[0] if inputs else [], math.prod(outputs[0])
+    # [] for inputs that are left out.
+    first, second, third, fourth, fifth = [*inputs, *[[]] * 5][:5]
+    out = math.prod(outputs[0])
     elements = sum(map(math.prod, (*inputs, *outputs)))
     numbers = {attribute.name: attribute.i for attribute in node.attribute}
     lists = {attribute.name: attribute.ints for attribute in node.attribute}
-
-    def dims(index: int) -> list[int]:
-        return inputs[index] if index < len(inputs) else []
-
     match node.op_type:
         case "Conv" | "ConvInteger" | "DeformConv":
-            work = out * math.prod(dims(1)[1:])
+            work = out * math.prod(second[1:])
         case "QLinearConv":
-            work = out * math.prod(dims(3)[1:])
+            work = out * math.prod(fourth[1:])
         case "ConvTranspose":
-            work = math.prod(first) * math.prod(dims(1)[1:])
+            work = math.prod(first) * math.prod(second[1:])
         case "MatMul" | "MatMulInteger" | "QLinearMatMul":
             work = out * math.prod(first[-1:])
         case "Gemm":
             work = math.prod(first) * math.prod(outputs[0][-1:])
         case "Einsum":
-            work = math.prod(_labelled(node, inputs).values())
+            work = math.prod(_index_sizes(node, inputs).values())
         case "RNN" | "GRU" | "LSTM":
-            work = math.prod(first[:2]) * (math.prod(dims(1)) + math.prod(dims(2)))
+            work = math.prod(first[:2]) * (math.prod(second) + math.prod(third))
         case "Attention":  # each query with each key (past keys too), each weight with a value
-            keys = sum(dims(1)[-2:-1]) + sum(dims(4)[-2:-1])
-            work = (math.prod(first) + out) * keys
+            work = (math.prod(first) + out) * (sum(second[-2:-1]) + sum(fifth[-2:-1]))
         case "Det":
             work = math.prod(first) * math.prod(first[-1:])
         case "DFT" | "STFT":
@@ -321,14 +309,14 @@ def multiply_adds(node: NodeProto, inputs: list[list[int]], outputs: list[list[i
     return max(work, 0) + ELEMENT * elements  # a wrong attribute may be negative
 
 
-def _labelled(node: NodeProto, inputs: list[list[int]]) -> dict[str, int]:
+def _index_sizes(node: NodeProto, inputs: list[list[int]]) -> dict[str, int]:
     """Return the size of each index of an Einsum; an ellipsis's are numbered from its end."""
     equation = next((a.s for a in node.attribute if a.name == "equation"), b"")
     terms = equation.decode(errors="replace").partition("->")[0].split(",")
-    runs: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for term, dims in zip(terms, inputs, strict=False):
         before, dots, after = term.replace(" ", "").partition("...")
         hidden = range(len(dims) - len(before) - len(after), 0, -1) if dots else ()
         for label, size in zip([*before, *map(str, hidden), *after], dims, strict=False):
-            runs[label] = max(size, runs.get(label, 1))
-    return runs
+            sizes[label] = max(size, sizes.get(label, 1))
+    return sizes

@@ -20,7 +20,7 @@ from pipeline.core.files import check_digest
 from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES, TensorSpec, is_label, log_probabilities
 from pipeline.data.splits import load_split, scored_split
-from pipeline.export.sample import Sample, read_sample, require_labels
+from pipeline.export.sample import Sample, read_sample
 from pipeline.training.checkpoint import load_checkpoint
 
 EXPORT = "run 'pipeline export' again"
@@ -71,40 +71,41 @@ def subject_of_module(
     model = build_module(module, root)
     if weights_digest(build_module(module, root)) != weights_digest(model):
         raise PipelineError(f"{module} makes other weights each time: load them, or set a seed")
-    first = torch.from_numpy(sample.images[:2])
+    shape, dtype = sample.images.shape, str(sample.images.dtype)
     try:
         with torch.inference_mode():
-            outputs = model(first)
+            outputs = model(torch.from_numpy(sample.images[:2]))
     except (RuntimeError, TypeError, ValueError) as error:
-        shape = " x ".join(map(str, sample.images.shape))
-        message = f"{module} does not take images of {sample.images.dtype} {shape}: {error}"
-        raise PipelineError(message) from error
+        images = f"{dtype} {' x '.join(map(str, shape))}"
+        raise PipelineError(f"{module} does not take images of {images}: {error}") from error
     is_scores = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
     if not is_scores or len(outputs) != 2 or outputs.shape[1] < 2:
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise PipelineError(f"{module} answers {found} to 2 images, not one tensor (2, classes)")
+        result = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise PipelineError(f"{module} answers {result} to 2 images, not one tensor (2, classes)")
     if outputs.dtype == torch.float64:
         raise PipelineError(f"{module} answers in float64, which is not served: call .float()")
     answers = outputs.numpy()
-    names = tuple(classes) or tuple(map(str, range(answers.shape[1])))
-    if len(names) != answers.shape[1]:
-        raise PipelineError(f"{module} tells {answers.shape[1]} classes apart, {len(names)} named")
-    dtype = str(sample.images.dtype)
-    if len(set(names)) < len(names) or not all(map(is_label, names)):
-        raise PipelineError(f"classes need a name each, one line, not twice: {', '.join(names)}")
-    require_labels(sample, names)
+    kind, count = detect_kind(answers), answers.shape[1]
+    names = tuple(classes) or tuple(map(str, range(count)))
+    if len(names) != count:
+        raise PipelineError(f"{module} has {count} classes, but {len(names)} names are given")
+    if len(set(names)) < count or not all(map(is_label, names)):
+        raise PipelineError(f"class names must be distinct, one line each: {', '.join(names)}")
+    if sample.labels is not None and not 0 <= sample.labels.min() <= sample.labels.max() < count:
+        labels = f"{sample.labels.min()} to {sample.labels.max()}"
+        raise PipelineError(f"labels are {labels}, but the module's classes are 0 to {count - 1}")
     return Subject(
         model=model,
-        images=TensorSpec(IMAGES.name, dtype, tuple(sample.images.shape[1:])),
-        outputs=TensorSpec(kind_of(answers), str(answers.dtype), (answers.shape[1],)),
-        kind=kind_of(answers),
+        images=TensorSpec(IMAGES.name, dtype, shape[1:]),
+        outputs=TensorSpec(kind, str(answers.dtype), (count,)),
+        kind=kind,
         classes=names,
         weights_sha256=weights_digest(model),
         origin={"module": module},
     )
 
 
-def kind_of(outputs: np.ndarray) -> str:
+def detect_kind(outputs: np.ndarray) -> str:
     """Return the kind of outputs (N, K): log_probabilities, probabilities or logits."""
     values = outputs.astype(np.float64)
     if (values >= 0).all() and np.allclose(values.sum(axis=1), 1, atol=1e-3):
@@ -116,22 +117,20 @@ def kind_of(outputs: np.ndarray) -> str:
 def build_module(module: str, root: Path) -> nn.Module:
     """Build `package.module:factory` in evaluation mode on the CPU; `root` is searched as well.
 
-    The factory may also be a module itself. Raises PipelineError when it gives no module.
+    The factory may also be a module itself. Raises PipelineError when the result is not one.
     """
     package, _, name = module.partition(":")
     if not package or not name:
-        raise PipelineError(f"{module!r} names no factory: write package.module:factory")
-    for folder in (str(root.resolve()), str(Path.cwd())):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+        raise PipelineError(f"{module!r} is not of the form package.module:factory")
+    sys.path[:0] = [f for f in (str(Path.cwd()), str(root.resolve())) if f not in sys.path]
     try:
         made = getattr(importlib.import_module(package), name)
         model = made if isinstance(made, nn.Module) else made()
     except Exception as error:  # third-party code may raise anything; the message names it
-        message = f"cannot make a module with {module}: {type(error).__name__}: {error}"
-        raise PipelineError(f"{message} (--debug shows where)") from error
+        reason = f"{type(error).__name__}: {error} (--debug shows where)"
+        raise PipelineError(f"{module} cannot be loaded or called: {reason}") from error
     if not isinstance(model, nn.Module):
-        raise PipelineError(f"{module} makes a {type(model).__name__}, not a torch.nn.Module")
+        raise PipelineError(f"{module} returns a {type(model).__name__}, not a torch.nn.Module")
     return copy.deepcopy(model).cpu().eval()
 
 
@@ -145,31 +144,28 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def exported_subject(paths: Paths, manifest: dict[str, Any]) -> Subject:
+def load_subject(paths: Paths, manifest: dict[str, Any]) -> Subject:
     """Return the module that an export was made from, according to its manifest.
 
     Raises CheckFailedError when its weights have changed since.
     """
     if module := manifest.get("module"):
-        sample = exported_sample(paths, manifest)
+        sample = load_sample(paths, manifest)
         subject = subject_of_module(str(module), sample, paths.root, manifest["classes"])
-        where = f"{module} makes now"
     else:
         subject = subject_of_run(replace(paths, run=str(manifest.get("run"))))
-        where = f"run {manifest.get('run')} has now"
     if manifest.get("weights_sha256") != subject.weights_sha256:
-        others = f"was exported from other weights than {where}"
-        raise CheckFailedError(f"{paths.export} {others}: {EXPORT}")
+        source = module or f"run {manifest.get('run')}"
+        raise CheckFailedError(f"{source} has other weights than {paths.export}: {EXPORT}")
     images, outputs = (TensorSpec.from_record(manifest[key]) for key in ("images", "outputs"))
     return replace(subject, images=images, outputs=outputs, kind=manifest["kind"])
 
 
-def exported_sample(paths: Paths, manifest: dict[str, Any]) -> Sample:
+def load_sample(paths: Paths, manifest: dict[str, Any]) -> Sample:
     """Return the images to validate an export on: the run's test split, or the user's sample."""
     if manifest.get("module"):
         check_digest(paths.images, manifest.get("images_sha256"), EXPORT)
         return read_sample(paths.images)
-    training, digests = manifest["training"], manifest["data_sha256"]
-    folder = paths.data(training["dataset"])
-    test = scored_split(training, digests, folder)
+    training, folder = manifest["training"], paths.data(manifest["training"]["dataset"])
+    test = scored_split(training, manifest["data_sha256"], folder)
     return Sample(test.images, test.labels, load_split(training["dataset"], folder, "train").images)

@@ -51,15 +51,14 @@ def span(release: str) -> Target:
     Raises PipelineError, which names the known releases, when it is in no span.
     """
     known = f"releases {OLDEST} to {NEWEST} are known"
-    written = re.fullmatch(r"[0-9]{2}\.([0-9]{2})", release)
-    if not written or not 1 <= int(written[1]) <= 12:
-        raise PipelineError(f"{release!r} is no Triton release, which is written YY.MM; {known}")
+    if not re.fullmatch(r"[0-9]{2}\.(0[1-9]|1[0-2])", release):
+        raise PipelineError(f"{release!r} is not a Triton release (YY.MM); {known}")
     if release < OLDEST:
         raise PipelineError(f"Triton {release} is too old: {known}. Take one of their containers")
     if release > NEWEST:
         raise PipelineError(
-            f"Triton {release} is newer than what is known here: {known}. Export for {NEWEST}: "
-            "ONNX Runtime is backward compatible, so later releases load that as well"
+            f"Triton {release} is too new: {known}. Export for {NEWEST}: later releases load that "
+            "as well, since ONNX Runtime is backward compatible"
         )
     return next(span for span in SPANS if release <= span.last)
 
@@ -76,6 +75,9 @@ class ExportConfig:
     opset: int = 18
     ir_version: int = 9
 
+    def __str__(self) -> str:
+        return f"opset {self.opset}, IR {self.ir_version}"
+
 
 def onnx_dialect(release: str | None = None, opset: int | None = None) -> ExportConfig:
     """Return the ONNX dialect to export: that of `opset`, else the release's newest or the default.
@@ -85,27 +87,24 @@ def onnx_dialect(release: str | None = None, opset: int | None = None) -> Export
     """
     if opset is not None and opset not in OPSETS:
         raise PipelineError(
-            f"opset {opset} cannot be exported: take {OPSETS[0]} to {OPSETS[-1]}, or none for "
-            f"{ExportConfig.opset}, which every Triton since {OLDEST} loads"
+            f"opset {opset} cannot be exported: choose {OPSETS[0]} to {OPSETS[-1]}, or leave out "
+            f"--opset for {ExportConfig.opset}, which every Triton since {OLDEST} loads"
         )
-    if release is None:
-        return _written(ExportConfig.opset if opset is None else opset)
-    wanted = target(release)
-    if opset is not None and opset > wanted.opset:
-        first = next(span.first for span in SPANS if opset <= span.opset)
-        raise PipelineError(
-            f"Triton {release} cannot load opset {opset}: its ONNX Runtime "
-            f"{wanted.onnxruntime} loads opset {wanted.opset} at most. Ask for no opset above "
-            f"that, or for Triton {first} or later"
-        )
-    return _written(min(wanted.opset, OPSETS[-1]) if opset is None else opset)
-
-
-def _written(opset: int) -> ExportConfig:
+    if release is not None:
+        wanted = target(release)
+        if opset is not None and opset > wanted.opset:
+            first = next(span.first for span in SPANS if opset <= span.opset)
+            raise PipelineError(
+                f"Triton {release} cannot load opset {opset}: its ONNX Runtime "
+                f"{wanted.onnxruntime} loads up to {wanted.opset}. Choose a lower opset, or Triton "
+                f"{first} or later"
+            )
+        opset = min(wanted.opset, OPSETS[-1]) if opset is None else opset
+    opset = opset or ExportConfig.opset
     return ExportConfig(opset, _IR_VERSIONS.get(opset, ExportConfig.ir_version))
 
 
-def loaded_by(opset: int, ir_version: int) -> Target | None:
+def find_oldest(opset: int, ir_version: int) -> Target | None:
     """Return the oldest known release that loads such a file, or None if no known one does."""
     for candidate in SPANS:
         if opset <= candidate.opset and ir_version <= candidate.ir_version:
@@ -118,18 +117,11 @@ def records() -> list[dict[str, Any]]:
     return [{**asdict(span), "export": asdict(onnx_dialect(span.last))} for span in SPANS]
 
 
-def listing() -> str:
+def format_targets() -> str:
     """Return a printable table of Triton releases: what each loads, and what we export for it."""
     lines = [f"{'Triton':<13} {'ONNX Runtime':<13} {'loads up to':<16} exported for it"]
     for row in SPANS:
-        ours = onnx_dialect(row.last)
         loads = f"opset {row.opset}, IR {row.ir_version}"
-        lines.append(
-            f"{row.releases:<13} {row.onnxruntime:<13} {loads:<16} "
-            f"opset {ours.opset}, IR {ours.ir_version}"
-        )
-    default = onnx_dialect()
-    lines.append(
-        f"Without a target: opset {default.opset}, IR {default.ir_version}, which all of them load."
-    )
-    return Lines(*lines)
+        start = f"{row.releases:<13} {row.onnxruntime:<13} {loads:<16}"
+        lines.append(f"{start} {onnx_dialect(row.last)}")
+    return Lines(*lines, f"Without a target: {onnx_dialect()}, which all of them load.")

@@ -16,7 +16,6 @@ from pipeline.core.errors import CheckFailedError
 from pipeline.export import graph
 
 CALIBRATION_IMAGES = 1024
-CALIBRATED = "calibration_images"  # the key in an int8 file's metadata
 _BATCH = 64  # images in a calibration step
 # Operators between two convolutions as well, so that numbers stay 8 bits wide between them. Not
 # batch normalization: one that is not fused into a convolution has few weights and loses most.
@@ -48,14 +47,14 @@ def to_fp16(content: bytes, ir_version: int) -> bytes:
 
 def _sort(part: onnx.GraphProto) -> None:
     """Sort nodes after those that they depend on: the converter appends its casts at the end."""
-    made = {name for node in part.node for name in node.output}
+    missing = {name for node in part.node for name in node.output}
     waiting, ordered = list(part.node), []
     while waiting:
-        ready = [node for node in waiting if not made & set(node.input)]
+        ready = [node for node in waiting if missing.isdisjoint(node.input)]
         if not ready:
-            raise CheckFailedError("the fp16 variant has a cycle: leave it out of --precision")
+            raise CheckFailedError("the fp16 variant has a cycle: leave fp16 out of --precision")
         ordered += ready
-        made -= {name for node in ready for name in node.output}
+        missing -= {name for node in ready for name in node.output}
         waiting = [node for node in waiting if node not in ready]
     del part.node[:]
     part.node.extend(ordered)
@@ -69,11 +68,11 @@ def to_int8(content: bytes, ir_version: int, images: np.ndarray) -> bytes:
     CheckFailedError when there are no images.
     """
     if not len(images):
-        raise CheckFailedError("int8 needs images to be calibrated on, and there are none")
+        raise CheckFailedError("int8 needs images for its calibration: there are none")
     model = graph.parse(content, "the fp32 file")
-    metadata = {**graph.metadata(model), CALIBRATED: str(len(images))}
+    metadata = {**graph.metadata(model), "calibration_images": str(len(images))}
     name = model.graph.input[0].name
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _silence():
         fp32, prepared, int8 = (Path(folder) / f"{step}.onnx" for step in ("a", "b", "c"))
         fp32.write_bytes(content)
         quant_pre_process(fp32, prepared, skip_optimization=True, skip_symbolic_shape=True)
@@ -92,7 +91,7 @@ def to_int8(content: bytes, ir_version: int, images: np.ndarray) -> bytes:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Silence the quantizer's messages, which it logs to the root logger."""
     root = logging.getLogger()
     before = root.level

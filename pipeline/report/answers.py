@@ -75,7 +75,7 @@ def collect_answers(
     classes = [str(name) for name in summary["classes"]]
     counts = confusion(outputs, labels)
     images, right = len(labels), int(counts.trace())
-    before = reliability(predictions.untempered(summary["temperature"]), labels)
+    before = reliability(predictions.remove_temperature(summary["temperature"]), labels)
     after = reliability(outputs, labels)
     wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes only
     shades = np.ceil(SHADES * np.sqrt(wrong / max(1, wrong.max()))).astype(int)

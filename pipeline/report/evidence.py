@@ -17,7 +17,7 @@ from pipeline.core.paths import Paths
 from pipeline.data.splits import Split
 from pipeline.report import figures
 from pipeline.report.answers import draw_picture
-from pipeline.validation.card import variant_rows
+from pipeline.validation.card import format_variants
 
 WORST = 8  # most images shown for each variant
 VALIDATE = "run 'pipeline validate' again"
@@ -89,7 +89,7 @@ def read_evidence(
             images=validation["images"],
             probes=validation["probes"],
             threads=tuple(validation["criterion"]["threads"]),
-            rows=variant_rows(validation),
+            rows=format_variants(validation),
             figure=Markup(figures.draw_margins(margins[: len(labels)].tolist(), largest)),
             worst=tuple(
                 (name, _worst_images(name, arrays, validation["classes"], pictured))

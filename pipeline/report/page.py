@@ -21,10 +21,10 @@ from pipeline.report.answers import Answers, collect_answers, draw_picture
 from pipeline.report.drift import DriftSection, read_drift
 from pipeline.report.evidence import EvidenceSection, read_evidence
 from pipeline.report.speeds import MEASURE, Speeds, read_speeds
-from pipeline.training.augment import examples
+from pipeline.training.augment import draw_examples
 from pipeline.training.recipes import RECIPES, TrainConfig
 from pipeline.training.records import Predictions, load_predictions
-from pipeline.training.run import recorded_config
+from pipeline.training.run import read_config
 from pipeline.validation.agreement import Table, read_agreement
 from pipeline.validation.card import percent
 
@@ -105,7 +105,7 @@ def collect(paths: Paths) -> Page:
         )
     unfinished = f"the run is not finished; finish it with '{train_command} --resume'"
     summary = read_json(paths.summary, unfinished)
-    config = recorded_config(paths) or TrainConfig()
+    config = read_config(paths) or TrainConfig()
     predictions: Predictions | None = None
     if digest := summary.get("predictions_sha256"):
         predictions = load_predictions(paths, str(digest))
@@ -218,7 +218,7 @@ def _distort(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
     present = np.unique(train.labels)[:DIGITS]
     chosen = [int(np.flatnonzero(train.labels == label)[0]) for label in present]
     images = train.images[chosen]
-    rows = zip(present, images, examples(images, config.settings, DRAWS), strict=True)
+    rows = zip(present, images, draw_examples(images, config.settings, DRAWS), strict=True)
     return tuple(
         Distorted(train.classes[label], draw_picture(image), tuple(map(draw_picture, draws)))
         for label, image, draws in rows

@@ -128,7 +128,7 @@ def _choose_image(packaged: Release, release: str | None) -> str:
     triton = targets.target(release or tag.removesuffix("-py3"))
     opset, ir_version = packaged.manifest["opset"], packaged.manifest["ir_version"]
     if opset > triton.opset or ir_version > triton.ir_version:
-        oldest = targets.loaded_by(opset, ir_version)
+        oldest = targets.find_oldest(opset, ir_version)
         later = f"take Triton {oldest.releases} or later, or " if oldest else ""
         raise PipelineError(
             f"Triton {triton.releases} cannot load {packaged.folder}: the model has opset {opset} "

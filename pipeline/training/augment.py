@@ -66,7 +66,7 @@ def _basis(high: int, wide: int, device: torch.device) -> Tensor:
     return torch.cat([affine, bumps[:, 0]]).flatten(1).to(device)
 
 
-def examples(images: np.ndarray, recipe: Recipe, draws: int) -> np.ndarray:
+def draw_examples(images: np.ndarray, recipe: Recipe, draws: int) -> np.ndarray:
     """Return distorted copies, uint8 (N, draws, 1, H, W), of uint8 images (N, 1, H, W)."""
     torch.manual_seed(0)
     repeated = torch.from_numpy(images).repeat_interleave(draws, dim=0)  # (N * draws, 1, H, W)

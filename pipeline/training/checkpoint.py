@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,12 @@ def _unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load(content), json.loads(header["__metadata__"]["record"])
 
 
-def save_weights(
-    paths: Paths, model: nn.Module, config: TrainConfig, classes: tuple[str, ...]
-) -> str:
+def save_weights(paths: Paths, model: nn.Module, config: TrainConfig, names: Sequence[str]) -> str:
     """Write the weights with their config; return the file's SHA-256.
 
-    The bytes depend only on the weights, the config and the classes.
+    The bytes depend only on the weights, the config and the classes' names.
     """
-    record = json.dumps({"config": config.record(), "classes": classes}, sort_keys=True)
+    record = json.dumps({"config": config.record(), "classes": names}, sort_keys=True)
     return _write(paths.weights, model.state_dict(), record)
 
 
@@ -117,18 +116,14 @@ def load_checkpoint(paths: Paths) -> Checkpoint:
         model = build(config.settings, len(classes))
         model.load_state_dict(tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CorruptError(f"{paths.weights} is no checkpoint of ours: {RETRAIN}") from error
+        raise CorruptError(f"{paths.weights} is not a valid checkpoint: {RETRAIN}") from error
     return Checkpoint(model.eval(), config, classes, summary)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state as one flat dictionary of tensors."""
-    states = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{key}": value
-        for index, state in states.items()
-        for key, value in state.items()
-    }
+    states = optimizer.state_dict()["state"].items()
+    return {f"optimizer.{i}.{key}": value for i, state in states for key, value in state.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -172,20 +167,20 @@ def load_state(paths: Paths, identity: dict[str, Any]) -> RunState | None:
     latest = read_record(pointer_file, _Latest, START_OVER)
     file = paths.checkpoint / latest.file
     if not file.is_file():
-        raise CorruptError(f"{pointer_file} points at {file}, which is not there: {START_OVER}")
+        raise CorruptError(f"{pointer_file} names {file}, which is missing: {START_OVER}")
     content = check_digest(file, latest.sha256, START_OVER)
     try:
         tensors, record = _unpack(content)
         state = RunState(int(record["step"]), float(record["seconds"]), tensors)
         saved = dict(record["identity"])
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise CorruptError(f"{file} is no checkpoint of ours: {START_OVER}") from error
-    differences = [
-        f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}"
-        for key in sorted({*saved, *identity})
-        if saved.get(key) != identity.get(key)
-    ]
-    if differences:
-        message = f"cannot resume exactly: {'; '.join(differences)}"
-        raise PipelineError(f"{message}. Use the same settings, or {START_OVER}")
+        raise CorruptError(f"{file} is not a valid checkpoint: {START_OVER}") from error
+    keys = [key for key in sorted({*saved, *identity}) if saved.get(key) != identity.get(key)]
+    if keys:
+        changes = "; ".join(
+            f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in keys
+        )
+        raise PipelineError(
+            f"cannot resume exactly: {changes}. Use the same settings, or {START_OVER}"
+        )
     return state

@@ -91,10 +91,10 @@ def keep_freed_memory() -> None:
                 library.mallopt(parameter, value)
 
 
-def _missing_cuda() -> str:
+def _explain_missing_cuda() -> str:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
-    return f"torch {torch.__version__} sees no GPU (is the driver installed?)"
+    return f"torch {torch.__version__} finds no GPU (is the driver installed?)"
 
 
 def choose_placement(wanted: str) -> Placement:
@@ -118,11 +118,11 @@ def choose_placement(wanted: str) -> Placement:
         return Placement(device, f"cuda ({kind}; TF32 off){shared}", precision, rank, processes)
     if wanted == "cuda":
         raise PipelineError(
-            f"no CUDA device: {_missing_cuda()}. Install a CUDA build of torch "
+            f"no CUDA device: {_explain_missing_cuda()}. Install a CUDA build of torch "
             "(make .venv TORCH_INDEX=URL), or use --device cpu"
         )
     keep_freed_memory()
-    reason = f"; {_missing_cuda()}" if wanted == "auto" else ""
+    reason = f"; {_explain_missing_cuda()}" if wanted == "auto" else ""
     threads = torch.get_num_threads()
     description = f"cpu ({threads} thread{'s' * (threads > 1)}{shared}{reason})"
     return Placement(torch.device("cpu"), description, rank=rank, processes=processes)
@@ -153,19 +153,18 @@ def process_group(placement: Placement) -> Iterator[None]:
         if not any(sign in str(error).lower() for sign in _SIGNS):
             raise
         raise LostError(
-            f"process {placement.rank} of {placement.processes} lost another one of its job "
-            "(killed, out of memory?): the last checkpoint is kept, start the same command with "
-            "--resume"
+            f"process {placement.rank} of {placement.processes} lost another process (killed, out "
+            "of memory?). The last checkpoint is kept: start the same command with --resume"
         ) from error
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
-def agreed(placement: Placement, loss: float, must_stop: bool) -> tuple[float, bool]:
+def synchronize(placement: Placement, loss: float, must_stop: bool) -> tuple[float, bool]:
     """Return the mean loss of all processes, and whether any must stop: equal in all of them."""
     if placement.processes == 1:
         return loss, must_stop
-    votes = torch.tensor([loss, float(must_stop)], dtype=torch.float64, device=placement.device)
-    distributed.all_reduce(votes)
-    return votes[0].item() / placement.processes, bool(votes[1].item())
+    sums = torch.tensor([loss, float(must_stop)], dtype=torch.float64, device=placement.device)
+    distributed.all_reduce(sums)
+    return sums[0].item() / placement.processes, bool(sums[1].item())

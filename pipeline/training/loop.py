@@ -2,10 +2,9 @@
 
 # Shape letters: B batch, M non-digits, N images, K classes.
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -19,14 +18,13 @@ from pipeline.core.evaluate import evaluate
 from pipeline.data.splits import Split
 from pipeline.training.augment import augment
 from pipeline.training.checkpoint import RunState, optimizer_tensors, restore_optimizer
-from pipeline.training.device import Placement, agreed, prepare_network
+from pipeline.training.device import Placement, prepare_network, synchronize
 from pipeline.training.networks import Network, build, eager_predictor
 from pipeline.training.outliers import Outliers
 from pipeline.training.recipes import Recipe, TrainConfig
 
 EPOCH_STRIDE = 1_000_003  # distance between the seeds of two runs: more than a run has steps
 FOLLOW_EVERY = 4  # steps between two updates of the averaged weights
-FORESEEN = 0.02  # fraction of a run after which its remaining time can be estimated
 
 
 @dataclass(frozen=True)
@@ -44,21 +42,21 @@ class TrainingProgress:
 
     def __str__(self) -> str:
         accuracy, left = self.validation_accuracy, self.seconds * (self.epochs / self.epoch - 1)
-        known = "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
-        said = f"epoch {self.epoch:.2f}/{self.epochs:.4g}: loss {self.loss:.4f}{known}"
-        if self.epoch < FORESEEN * self.epochs:
-            return said
-        return f"{said}, {self.images_per_second:,.0f} images/s, {left:.0f} s left"
+        text = f"epoch {self.epoch:.2f}/{self.epochs:.4g}: loss {self.loss:.4f}"
+        text += "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
+        if self.epoch < 0.02 * self.epochs:  # too early to estimate the remaining time
+            return text
+        return f"{text}, {self.images_per_second:,.0f} images/s, {left:.0f} s left"
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the recipe's optimizer over the parameters of `model`."""
     parameters, lr, decay = model.parameters(), recipe.lr, recipe.weight_decay
-    betas = (recipe.beta1, recipe.beta2)
     if recipe.optimizer == "adadelta":
         return torch.optim.Adadelta(parameters, lr=lr, weight_decay=decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
+    betas = (recipe.beta1, recipe.beta2)
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
 
 
@@ -92,9 +90,9 @@ class Batches:
         self.recipe, self.seed, self.placement = recipe, seed, placement
         self.size = min(recipe.batch_size, len(split))
         if self.size % placement.processes:
+            parts = f"{placement.processes} processes"
             raise PipelineError(
-                f"a batch of {self.size} cannot be shared by {placement.processes} processes: "
-                "choose a --batch-size that they divide"
+                f"a batch of {self.size} cannot be divided among {parts}: change --batch-size"
             )
         self.steps_per_epoch = len(split) // self.size
         self.steps = max(1, round(recipe.epochs * self.steps_per_epoch))
@@ -122,8 +120,8 @@ class Batches:
         if not self.outliers:
             return augment(images, self.recipe, strength), labels
         count = round(self.recipe.outliers * len(labels))
-        painted = self.outliers.painted(count // 10)
-        written = self.outliers.written(count - len(painted))
+        painted = self.outliers.draw_painted(count // 10)
+        written = self.outliers.draw_written(count - len(painted))
         images = augment(torch.cat([images, written]), self.recipe, strength)
         certain = functional.one_hot(labels, self.classes).float()
         unknown = certain.new_full((count, self.classes), 1 / self.classes)  # equally likely
@@ -143,6 +141,8 @@ class Learner:
         if recipe.average:
             follow = get_ema_multi_avg_fn(recipe.average**FOLLOW_EVERY)  # type: ignore[no-untyped-call]  # torch's
             self.average = AveragedModel(self.network, multi_avg_fn=follow, use_buffers=True)
+        averages = {"average": self.average} if self.average else {}
+        self.modules: dict[str, nn.Module] = {"model": self.network, **averages}
 
     @property
     def best(self) -> Network:
@@ -153,19 +153,16 @@ class Learner:
 
     def snapshot(self, step: int, seconds: float) -> RunState:
         """Return the state of the run after `step` optimizer steps and `seconds` of training."""
-        tensors = {f"model.{name}": value for name, value in self.network.state_dict().items()}
-        if self.average:
-            averaged = self.average.state_dict()
-            tensors |= {f"average.{name}": value for name, value in averaged.items()}
-        return RunState(step, seconds, {**tensors, **optimizer_tensors(self.optimizer)})
+        tensors = optimizer_tensors(self.optimizer)
+        for name, module in self.modules.items():
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        return RunState(step, seconds, tensors)
 
     def restore(self, state: RunState) -> None:
         """Restore `state`, so that the run continues exactly where it stopped."""
-        for name, module in (("model", self.network), ("average", self.average)):
-            if module:
-                module.load_state_dict(
-                    {key: state.tensors[f"{name}.{key}"] for key in module.state_dict()}
-                )
+        for name, module in self.modules.items():
+            keys = module.state_dict()
+            module.load_state_dict({key: state.tensors[f"{name}.{key}"] for key in keys})
         restore_optimizer(self.optimizer, state.tensors)
 
 
@@ -186,7 +183,8 @@ def train(
     `save_every` steps unless that is 0. When `is_stopped` returns true, saves and raises
     KeyboardInterrupt. Raises PipelineError when the loss is not finite.
     """
-    recipe, clock = config.settings, _Clock(state.seconds if state else 0.0)
+    recipe = config.settings
+    start = time.perf_counter() - (state.seconds if state else 0.0)  # moved on in each pause
     batches = Batches(train_split, recipe, config.seed, placement)
     learner = Learner(config, len(train_split.classes), placement)
     model, optimizer = learner.model, learner.optimizer
@@ -208,28 +206,25 @@ def train(
         optimizer.step()
 
         done = step + 1
-        mean_loss, must_stop = agreed(placement, loss.item(), is_stopped())
-        progress = _progress(done, batches, mean_loss, lr, clock.seconds())
+        mean_loss, must_stop = synchronize(placement, loss.item(), is_stopped())
+        progress = _progress(done, batches, mean_loss, lr, time.perf_counter() - start)
         left = batches.steps - done
         if learner.average and left <= batches.steps // 2 and left % FOLLOW_EVERY == 0:
             learner.average.update_parameters(learner.network)
         is_last, ends_epoch = done == batches.steps, done % batches.steps_per_epoch == 0
-        with clock.paused():
-            if placement.is_first and (ends_epoch or is_last):
-                accuracy = _accuracy(learner.best, validation, placement)
-                progress = replace(progress, validation_accuracy=accuracy)
-            on_progress(progress)
-            is_due = ends_epoch or must_stop or (save_every and done % save_every == 0)
-            if is_due and not is_last:
-                save(learner.snapshot(done, progress.seconds))
-            if must_stop and not is_last:
-                raise KeyboardInterrupt
+        pause = time.perf_counter()  # not counted: evaluation and writing
+        if placement.is_first and (ends_epoch or is_last):
+            predictor = eager_predictor(learner.best.eval(), placement.device)
+            metrics = evaluate(predictor, validation.images, validation.labels)
+            progress = replace(progress, validation_accuracy=metrics.accuracy)
+        on_progress(progress)
+        is_due = ends_epoch or must_stop or (save_every and done % save_every == 0)
+        if is_due and not is_last:
+            save(learner.snapshot(done, progress.seconds))
+        if must_stop and not is_last:
+            raise KeyboardInterrupt
+        start += time.perf_counter() - pause
     return learner.best.eval(), progress
-
-
-def _accuracy(network: Network, split: Split, placement: Placement) -> float:
-    predictor = eager_predictor(network.eval(), placement.device)
-    return evaluate(predictor, split.images, split.labels).accuracy
 
 
 def _progress(
@@ -239,7 +234,7 @@ def _progress(
     if not math.isfinite(loss):
         raise PipelineError(
             f"the loss is {loss} at step {done} of {batches.steps} with learning rate {lr:.3g}: "
-            "try a smaller --lr; the last checkpoint is kept"
+            "try a smaller --lr. The last checkpoint is kept"
         )
     return TrainingProgress(
         epoch=done / batches.steps_per_epoch,
@@ -250,19 +245,3 @@ def _progress(
         images_per_second=done * batches.size / seconds,
         seconds=seconds,
     )
-
-
-class _Clock:
-    """Clock of training time, without the pauses for evaluation and writing."""
-
-    def __init__(self, seconds: float = 0.0) -> None:
-        self._start = time.perf_counter() - seconds
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        seconds = self.seconds()
-        yield
-        self._start = time.perf_counter() - seconds

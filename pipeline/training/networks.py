@@ -95,8 +95,7 @@ class _ByDigits(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, variance = ctx.saved_tensors
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            *(gradients[0], x, weight, mean, variance, mean, scale),
-            *(False, ctx.eps, [True, True, True]),
+            gradients[0], x, weight, mean, variance, mean, scale, False, ctx.eps, [True] * 3
         )
         digits = x[: ctx.count]
         each = weight * scale / (digits.numel() / len(weight))  # (C,): the share of one pixel
@@ -110,44 +109,35 @@ class Cnn(Network):
     """A small CNN that shrinks the image early: four convolutions, then maximum and mean.
 
     With `padded`, it sees the border as well as the middle, at more than twice the cost. If trained
-    with outliers (images of none of its classes), it has one more score for them: see `shared`.
+    with outliers (images of none of its classes), it has one more score for them: see `share_none`.
     """
 
     features: nn.Sequential
     classifier: nn.Linear
 
-    def __init__(
-        self,
-        channels: tuple[int, ...],
-        classes: int,
-        norm_momentum: float = 0.1,
-        padded: bool = False,
-        dropout: float = 0.0,
-        outliers: float = 0.0,
-    ) -> None:
+    def __init__(self, recipe: Recipe, classes: int) -> None:
         super().__init__()
-        a, b, c, d = channels
-        self.knows_none = outliers > 0
+        a, b, c, d = recipe.channels
+        pad, side = (1, 7) if recipe.padded else (0, 3)
+        self.knows_none = recipe.outliers > 0
 
-        def normalized(channels: int) -> list[nn.Module]:
-            return [DigitNorm(channels, norm_momentum, outliers), nn.ReLU()]
+        def normalize(channels: int) -> list[nn.Module]:
+            return [DigitNorm(channels, recipe.norm_momentum, recipe.outliers), nn.ReLU()]
 
-        pad = int(padded)
         self.features = nn.Sequential(
             nn.Conv2d(1, a, 5, stride=2, padding=2 * pad),  # (B, a, 12, 12); padded 14
             nn.ReLU(),
             nn.Conv2d(a, b, 3, padding=pad, bias=False),  # (B, b, 10, 10); 14
             nn.MaxPool2d(2),  # (B, b, 5, 5); 7; before the normalization: cheaper
-            *normalized(b),
-            nn.Dropout(dropout),
+            *normalize(b),
+            nn.Dropout(recipe.dropout),
             nn.Conv2d(b, c, 3, padding=1, bias=False),  # (B, c, 5, 5); 7
-            *normalized(c),
+            *normalize(c),
             nn.Conv2d(c, d, 3, padding=pad, bias=False),  # (B, d, 3, 3); 7
-            *normalized(d),
+            *normalize(d),
         )
-        side = 7 if padded else 3
         self.maximum, self.mean_pool = nn.MaxPool2d(side), nn.AvgPool2d(side)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(recipe.dropout)
         self.classifier = nn.Linear(2 * d, classes + self.knows_none)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -156,10 +146,10 @@ class Cnn(Network):
         # Channels last: then the gradient is too, and the pools need not copy it.
         x = x.permute(0, 2, 3, 1).flatten(1)  # (B, 2 d)
         scores: Tensor = self.classifier(self.dropout(x))
-        return shared(scores) if self.knows_none else scores  # (B, K)
+        return share_none(scores) if self.knows_none else scores  # (B, K)
 
 
-def shared(scores: Tensor) -> Tensor:
+def share_none(scores: Tensor) -> Tensor:
     """Return log-probabilities (B, K) of K classes, from scores (B, K + 1).
 
     The last score is for none of the classes; its probability is shared equally among all K.
@@ -177,9 +167,9 @@ class ClassicCnn(Network):
     https://github.com/pytorch/examples/blob/main/mnist/main.py
     """
 
-    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+    def __init__(self, recipe: Recipe, classes: int) -> None:
         super().__init__()
-        a, b = channels
+        a, b = recipe.channels
         self.features = nn.Sequential(
             nn.Conv2d(1, a, 3),  # (B, a, 26, 26)
             nn.ReLU(),
@@ -196,9 +186,9 @@ class ClassicCnn(Network):
 class RecordCnn(Network):
     """The network of a 0.76-second training record: https://github.com/tuomaso/train_mnist_fast."""
 
-    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+    def __init__(self, recipe: Recipe, classes: int) -> None:
         super().__init__()
-        a, b = channels
+        a, b = recipe.channels
         self.features = nn.Sequential(
             nn.Conv2d(1, a, 5),  # (B, a, 24, 24)
             nn.MaxPool2d(2),  # (B, a, 12, 12)
@@ -207,17 +197,16 @@ class RecordCnn(Network):
             nn.MaxPool2d(2),  # (B, b, 5, 5)
             nn.ReLU(),
         )
-        self.classifier = nn.Sequential(
-            nn.Linear(b * 5 * 5, 256), nn.ReLU(), nn.Linear(256, classes)
-        )
+        hidden = nn.Linear(b * 5 * 5, 256)
+        self.classifier = nn.Sequential(hidden, nn.ReLU(), nn.Linear(256, classes))
 
 
 class Net(Network):
     """The two-layer network of the learner's note: 784-128-10."""
 
-    def __init__(self, channels: tuple[int, ...], classes: int) -> None:
+    def __init__(self, recipe: Recipe, classes: int) -> None:
         super().__init__()
-        (hidden,) = channels
+        (hidden,) = recipe.channels
         self.layer1 = nn.Linear(28 * 28, hidden)
         self.layer2 = nn.Linear(hidden, classes)
 
@@ -228,11 +217,8 @@ class Net(Network):
 
 def build(recipe: Recipe, classes: int) -> Network:
     """Build the recipe's network with random weights from torch's global generator."""
-    if recipe.network == "cnn":
-        settings = (recipe.norm_momentum, recipe.padded, recipe.dropout, recipe.outliers)
-        return Cnn(recipe.channels, classes, *settings)
-    kinds = {"classic": ClassicCnn, "record": RecordCnn, "net": Net}
-    return kinds[recipe.network](recipe.channels, classes)
+    networks = {"cnn": Cnn, "classic": ClassicCnn, "record": RecordCnn, "net": Net}
+    return networks[recipe.network](recipe, classes)
 
 
 def eager_predictor(model: nn.Module, device: torch.device | None = None) -> Predictor:

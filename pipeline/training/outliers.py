@@ -25,16 +25,9 @@ STOCK, PIECE = 4096, 128  # images of each kind in stock, and how many are drawn
 # How each digit may be turned or mirrored to become a non-digit, as a sum of 4: transpose,
 # 2: mirror left to right, 1: mirror top to bottom. A 2 mirrored is nearly a 5, a 6 turned by 180
 # degrees is a 9; 0 and 1 change too little.
-TURNS: dict[int, tuple[int, ...]] = {
-    2: (4, 5, 6, 7),
-    3: (2, 3, 4, 5, 6, 7),
-    4: (1, 2, 3, 5, 6),
-    5: (4, 5, 6, 7),
-    6: (1, 2, 4, 5, 6, 7),
-    7: (2, 3, 4, 5, 6),
-    8: (5, 6),
-    9: (1, 2, 4, 5, 6, 7),
-}
+TURNS: dict[int, tuple[int, ...]] = {2: (4, 5, 6, 7), 3: (2, 3, 4, 5, 6, 7), 4: (1, 2, 3, 5, 6)}
+TURNS |= {5: (4, 5, 6, 7), 6: (1, 2, 4, 5, 6, 7), 7: (2, 3, 4, 5, 6), 8: (5, 6)}
+TURNS |= {9: (1, 2, 4, 5, 6, 7)}
 STROKES = 12  # of one letter, at most
 GRID = 10  # points on each side of the letters' grid; x to the right, y down
 
@@ -43,44 +36,44 @@ class Outliers:
     """A stock of non-digits to train with; it depends only on the given digits and the seed."""
 
     def __init__(self, digits: Tensor, labels: Tensor, seed: int) -> None:
-        letters, strokes, self._painted = _drawings(seed, digits.device)
+        letters, strokes, self._painted = _draw(seed, digits.device)
         torch.manual_seed(seed)
         mixed = STOCK // 6
-        turned = _turned(digits, labels, STOCK - 3 * mixed)
+        turned = _turn(digits, labels, STOCK - 3 * mixed)
         # Halves of two digits, each in the place of the other half.
-        first, second = _some(digits, mixed), _some(digits, mixed)
+        first, second = _pick(digits, mixed), _pick(digits, mixed)
         across = torch.cat([first[..., HALF:], second[..., :HALF]], dim=-1)
         down = torch.cat([first[..., HALF:, :], second[..., :HALF, :]], dim=-2)
         cut = torch.where(_coin(mixed, digits.device), across, down)
         # Two digits next to each other, squeezed into the width of one.
-        pairs = torch.cat([_some(digits, mixed)[..., ::2], _some(digits, mixed)[..., 1::2]], dim=-1)
+        pairs = torch.cat([_pick(digits, mixed)[..., ::2], _pick(digits, mixed)[..., 1::2]], dim=-1)
         # A digit written over another, transposed one; with a 0 or 1 it may still be a digit.
         wide = (labels > 1).float() + 1e-9
         first, second = torch.multinomial(wide, 2 * mixed, replacement=True).view(2, -1)
         over = torch.maximum(digits[first], digits[second].mT)
         self._written = torch.cat([letters, strokes, turned, cut, pairs, over])
 
-    def written(self, count: int) -> Tensor:
+    def draw_written(self, count: int) -> Tensor:
         """Draw non-digits of strokes (M, 1, H, W): a quarter letters, a quarter altered digits."""
-        return _some(self._written, count)
+        return _pick(self._written, count)
 
-    def painted(self, count: int) -> Tensor:
+    def draw_painted(self, count: int) -> Tensor:
         """Draw filled shapes, clouds and plain paper (M, 1, H, W)."""
-        return _some(self._painted, count)
+        return _pick(self._painted, count)
 
 
 @cache
-def _drawings(seed: int, device: torch.device) -> tuple[Tensor, ...]:
+def _draw(seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """Return letters, twice as many stroke drawings, and filled shapes: uint8 (M, 1, H, W) each."""
     torch.manual_seed(seed)
-    kinds = ((_letters, STOCK), (_strokes, 2 * STOCK), (_filled, STOCK))
+    kinds = ((_draw_letters, STOCK), (_draw_strokes, 2 * STOCK), (_draw_filled, STOCK))
     drawn = [torch.cat([make(PIECE, device) for _ in range(n // PIECE)]) for make, n in kinds]
     return tuple((255 * ink).round().to(torch.uint8) for ink in drawn)
 
 
-def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
+def _turn(digits: Tensor, labels: Tensor, count: int) -> Tensor:
     """Return `count` digits turned or mirrored so that they are no longer digits."""
-    ways = _ways(labels.device)[labels]  # (B, 8): 1 where allowed
+    ways = _allowed_turns(labels.device)[labels]  # (B, 8): 1 where allowed
     chosen = torch.multinomial(ways.sum(dim=1) + 1e-9, count, replacement=True)
     way = torch.multinomial(ways[chosen] + 1e-9, 1).view(-1, 1, 1, 1)  # (M, 1, 1, 1)
     things = digits[chosen]
@@ -90,21 +83,19 @@ def _turned(digits: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 @cache
-def _ways(device: torch.device) -> Tensor:
+def _allowed_turns(device: torch.device) -> Tensor:
     """Return which turns are allowed for each digit: 1 or 0, (10, 8)."""
-    ways = torch.zeros(10, 8)
-    for digit, turns in TURNS.items():
-        ways[digit, list(turns)] = 1
-    return ways.to(device)
+    allowed = [[float(turn in TURNS.get(digit, ())) for turn in range(8)] for digit in range(10)]
+    return torch.tensor(allowed, device=device)
 
 
-def _some(things: Tensor, count: int) -> Tensor:
+def _pick(things: Tensor, count: int) -> Tensor:
     return things[torch.randint(len(things), (count,), device=things.device)]
 
 
-def _letters(count: int, device: torch.device) -> Tensor:
+def _draw_letters(count: int, device: torch.device) -> Tensor:
     """Draw letters with an unsteady hand: narrow or wide, upright or slanted, some with serifs."""
-    every = torch.tensor(ways(), device=device)  # (V, S, 3, 2)
+    every = torch.tensor(read_letters(), device=device)  # (V, S, 3, 2)
     chosen = torch.randint(len(every), (count,), device=device)
     points = every[chosen]  # (M, S, 3, 2)
     # Moving the points of the grid keeps strokes that meet together.
@@ -115,10 +106,10 @@ def _letters(count: int, device: torch.device) -> Tensor:
     wide, slant = _share(2, count, 1, 1, device=device)
     across = across * (0.6 + 0.7 * wide) - down * (slant - 0.4) * 0.4
     strokes = torch.stack([down, across], dim=-1)[:, :, None]  # (M, S, 1, 3, 2)
-    return _inked(strokes, contrast=_share(count, 1, device=device) * 0.7)
+    return _draw_ink(strokes, contrast=_share(count, 1, device=device) * 0.7)
 
 
-def _strokes(count: int, device: torch.device) -> Tensor:
+def _draw_strokes(count: int, device: torch.device) -> Tensor:
     """Draw strokes between the points of a jittered lattice, or one long line; some mirrored.
 
     The ink is 0 to 1.
@@ -130,8 +121,8 @@ def _strokes(count: int, device: torch.device) -> Tensor:
     heading = turns.cumsum(dim=1)
     length = torch.exp(0.4 * torch.randn(count, STROKES + 2, device=device))
     steps = torch.stack([heading.sin(), heading.cos()], dim=-1) * length[..., None]
-    walks = _along(steps.cumsum(dim=1)[:, :, None])
-    curls = _along(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)  # between random points
+    walks = _bend(steps.cumsum(dim=1)[:, :, None])
+    curls = _bend(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)  # between random points
     segments = _segments(count, device)
     first, second, third = (
         torch.where(is_line, torch.where(is_walk, walk, curl), segment)
@@ -141,14 +132,12 @@ def _strokes(count: int, device: torch.device) -> Tensor:
     most = torch.where(is_line, STROKES, 6)
     used = least + (torch.rand(count, 1, 1, 1, device=device) * (most - least + 1)).int()
     is_used = torch.arange(STROKES, device=device).view(1, -1, 1, 1) < used
-    strokes = torch.stack(
-        [torch.where(is_used, part, first[:, :1]) for part in (first, second, third)], dim=3
-    )
-    ink = _inked(strokes, contrast=torch.zeros(count, 1, device=device))
+    parts = [torch.where(is_used, part, first[:, :1]) for part in (first, second, third)]
+    ink = _draw_ink(torch.stack(parts, dim=3), contrast=torch.zeros(count, 1, device=device))
     return torch.where(_coin(count, device, 0.25), torch.maximum(ink, ink.flip(-1)), ink)
 
 
-def _inked(strokes: Tensor, contrast: Tensor) -> Tensor:
+def _draw_ink(strokes: Tensor, contrast: Tensor) -> Tensor:
     """Draw strokes (M, S, 1, 3, 2) as ink (M, 1, H, W), 0 to 1, with one width and size an image.
 
     Horizontal parts are thinner, by the `contrast` (M, 1), 0 to 1.
@@ -167,10 +156,11 @@ def _inked(strokes: Tensor, contrast: Tensor) -> Tensor:
     paths = (paths - (paths * mass[:, :, None]).sum(dim=1, keepdim=True)) / half
     paths = paths * (8 + 2 * _share(count, 1, 1, device=device))
     width = 0.5 + 1.8 * _share(count, 1, device=device) ** 2  # half of it, in pixels
-    return (0.5 - _away(paths, (width * (1 - contrast * level)).clamp(min=0.5))).clamp(0, 1)
+    width = (width * (1 - contrast * level)).clamp(min=0.5)
+    return (0.5 - _measure_distances(paths, width)).clamp(0, 1)
 
 
-def _away(paths: Tensor, width: Tensor) -> Tensor:
+def _measure_distances(paths: Tensor, width: Tensor) -> Tensor:
     """Return each pixel's distance (M, 1, H, W) from discs around points (M, P, 2), radius (M, P).
 
     In pixels: 0 is on the rim, below 0 inside; 1 for pixels farther than NEAR from every point.
@@ -195,21 +185,20 @@ def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
     Half of them begin where the previous one ends, and half are straight.
     """
     shape = (count, STROKES, 1, 2)
-    begin, end = (
-        torch.randint(-1, 2, (2, *shape), device=device) + _spread(2, *shape, device=device) / 8
-    )
+    ends = torch.randint(-1, 2, (2, *shape), device=device) + _spread(2, *shape, device=device) / 8
+    begin, end = ends
     goes_on, is_bent = torch.rand(2, *shape[:-1], 1, device=device) < 0.5
     begin = torch.where(goes_on, end.roll(1, dims=1), begin)
     return begin, (begin + end) / 2 + _spread(*shape, device=device) * 1.2 * is_bent, end
 
 
-def _along(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _bend(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same for strokes without corners: a quadratic spline along (M, S + 2, 1, 2)."""
     halfway = (points[:, 1:] + points[:, :-1]) / 2  # (M, S + 1, 1, 2)
     return halfway[:, :-1], points[:, 1:-1], halfway[:, 1:]
 
 
-def _filled(count: int, device: torch.device) -> Tensor:
+def _draw_filled(count: int, device: torch.device) -> Tensor:
     """Draw boxes, ellipses and blobs of cloudy gray, on paper or all over it; some inverted.
 
     Some are without clouds, some have one gray level only, and some are spots of full ink.
@@ -254,12 +243,7 @@ def _pixels(device: torch.device) -> Tensor:
     return torch.cartesian_prod(place, place)
 
 
-TOP, BOTTOM = 0, 8  # the y of serifs
-
-
 SERIF = 1.2  # from its middle to its end
-
-
 # Strokes of letters. A point is two figures, x and y. "-" draws a line to the next point; "(point)"
 # a curve to the next point that bends towards the one in brackets. A blank lifts the pen.
 WAYS = (
@@ -293,35 +277,32 @@ WAYS = (
 
 
 Point = tuple[float, float]
-
-
 Stroke = tuple[Point, Point, Point]  # where it begins, what it bends towards, where it ends
 
 
-def ways() -> list[list[Stroke]]:
+def read_letters() -> list[list[Stroke]]:
     """Return STROKES strokes for each way to write a letter, then for each with serifs.
 
     Coordinates are 0 to 9. A letter with fewer strokes is padded with copies of its first point.
     """
-    plain, with_serifs = [_read_strokes(way) for way in WAYS], []
+    plain, with_serifs = [read_strokes(way) for way in WAYS], []
     for strokes in plain:
-        # A dash at each place at the top or the bottom where exactly one stroke ends.
+        # A dash at each place at the top (0) or the bottom (8) where exactly one stroke ends.
         ends = [point for stroke in strokes for point in (stroke[0], stroke[2])]
         serifs = [
             ((x - SERIF, y), (x, y), (x + SERIF, y))
             for x, y in dict.fromkeys(ends)
-            if y in (TOP, BOTTOM) and ends.count((x, y)) == 1
+            if y in (0, 8) and ends.count((x, y)) == 1
         ]
         with_serifs.append([*strokes, *serifs])
-    padded = []
-    for strokes in (*plain, *with_serifs):
-        assert len(strokes) <= STROKES
-        point = strokes[0][0]
-        padded.append([*strokes, *[(point, point, point)] * (STROKES - len(strokes))])
-    return padded
+    return [
+        [*strokes, *[(strokes[0][0],) * 3] * (STROKES - len(strokes))]
+        for strokes in (*plain, *with_serifs)
+    ]
 
 
-def _read_strokes(way: str) -> list[Stroke]:
+def read_strokes(way: str) -> list[Stroke]:
+    """Return the strokes of one string of `WAYS`."""
     strokes: list[Stroke] = []
     for path in way.split():
         x, y = map(float, path[:2])

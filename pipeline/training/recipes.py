@@ -9,9 +9,10 @@ from pipeline.core.errors import PipelineError, require_choice
 from pipeline.core.paths import FOLDER
 from pipeline.core.settings import setting
 
-# Fields that are a fraction: 0 to below 1; `mirror` may be 1.
+# Fields that are a fraction: 0 to below 1.
 SHARES = ["label_smoothing", "average", "warm_up", "beta1", "beta2", "dropout", "fade", "stroke"]
-SHARES += ["outliers", "mirror"]
+SHARES += ["outliers"]
+DISTORTIONS = ("rotate", "stretch", "shear", "shift", "elastic")
 LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels each network takes
 
 
@@ -52,64 +53,49 @@ class Recipe:
         require_choice("schedule", self.schedule, ("one-cycle", "decay"))
         layers = LAYERS[self.network]
         if len(self.channels) != layers or min(self.channels) < 1:
-            wanted, got = f"{layers} numbers of at least 1", ",".join(map(str, self.channels))
-            raise PipelineError(f"channels must be {wanted} for {self.network}, got {got}")
-        if not 0 < self.epochs <= 1000:
-            raise PipelineError(f"epochs must be above 0 and at most 1000, got {self.epochs}")
-        if not 1 <= self.batch_size <= 10_000:
-            raise PipelineError(f"batch-size must be 1 to 10000, got {self.batch_size}")
-        if not self.lr > 0:
-            raise PipelineError(f"lr must be above 0, got {self.lr}")
-        for name in SHARES:
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (value == 1 and name != "mirror"):
-                raise PipelineError(f"{name} must be 0 to 1, got {value}")
-        for name in ("rotate", "stretch", "shear", "shift", "elastic"):
-            if not 0 <= getattr(self, name) <= 2:
-                raise PipelineError(f"{name} must be 0 to 2, got {getattr(self, name)}")
+            needed, got = f"{layers} numbers of at least 1", ",".join(map(str, self.channels))
+            raise PipelineError(f"channels must be {needed} for {self.network}, got {got}")
+        for name, is_valid, limits in (
+            ("epochs", 0 < self.epochs <= 1000, "above 0 and at most 1000"),
+            ("batch_size", 1 <= self.batch_size <= 10_000, "1 to 10000"),
+            ("lr", self.lr > 0, "above 0"),
+            ("mirror", 0 <= self.mirror <= 1, "0 to 1"),
+            *((name, 0 <= getattr(self, name) < 1, "0 to below 1") for name in SHARES),
+            *((name, 0 <= getattr(self, name) <= 2, "0 to 2") for name in DISTORTIONS),
+        ):
+            if not is_valid:
+                option = name.replace("_", "-")
+                raise PipelineError(f"{option} must be {limits}, got {getattr(self, name)}")
 
     @property
     def distorts(self) -> bool:
         """Whether training distorts each image, differently every time."""
-        distortions = (self.mirror, self.rotate, self.stretch, self.shear, self.shift)
-        return any((*distortions, self.elastic, self.stroke))
+        return any(getattr(self, name) for name in ("mirror", *DISTORTIONS, "stroke"))
 
 
+_STANDARD = Recipe(
+    channels=(16, 16, 64, 128),
+    epochs=7,
+    lr=0.02,
+    warm_up=0.15,
+    weight_decay=0.05,
+    label_smoothing=0.05,
+    norm_momentum=0.1,
+    average=0.995,
+    rotate=0.2,
+    stretch=0.12,
+    shear=0.2,
+    shift=0.07,
+    elastic=0.06,
+    fade=0.25,
+    outliers=0.35,
+)
+_BEST: dict[str, Any] = {"channels": (24, 48, 96, 160), "epochs": 20, "lr": 0.012, "average": 0.998}
 RECIPES = {
     "quick": Recipe(epochs=0.7, batch_size=192, lr=0.022, label_smoothing=0.1),
-    "standard": Recipe(
-        channels=(16, 16, 64, 128),
-        epochs=7,
-        lr=0.02,
-        warm_up=0.15,
-        weight_decay=0.05,
-        label_smoothing=0.05,
-        norm_momentum=0.1,
-        average=0.995,
-        rotate=0.2,
-        stretch=0.12,
-        shear=0.2,
-        shift=0.07,
-        elastic=0.06,
-        fade=0.25,
-        outliers=0.35,
-    ),
+    "standard": _STANDARD,
     # Takes minutes, for a little more accuracy: `make best`.
-    "best": Recipe(
-        channels=(24, 48, 96, 160),
-        epochs=20,
-        lr=0.012,
-        warm_up=0.15,
-        weight_decay=0.05,
-        label_smoothing=0.05,
-        norm_momentum=0.1,
-        average=0.998,
-        rotate=0.2,
-        stretch=0.12,
-        shear=0.2,
-        shift=0.07,
-        elastic=0.08,
-    ),
+    "best": replace(_STANDARD, **_BEST, elastic=0.08, fade=0.0, outliers=0.0),
     # The classic MNIST example: two convolutions, dropout, Adadelta. The baseline.
     "baseline": Recipe(
         network="classic",
@@ -175,17 +161,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         if self.settings.outliers and self.dataset != "mnist":
-            raise PipelineError(
-                f"outliers are things that are no digits, and {self.dataset} is trained without: "
-                f"leave --outliers out, got {self.settings.outliers}"
-            )
+            raise PipelineError(f"{self.dataset} is trained without outliers: leave out --outliers")
         if not 0 <= self.seed < 2**31:
             raise PipelineError(f"seed must be 0 to 2147483647, got {self.seed}")
 
     @classmethod
     def of(cls, name: str, dataset: str = "mnist", seed: int = 0, **changes: Any) -> "TrainConfig":
         """Return the config for the recipe called `name`, with some of its fields changed."""
-        return cls(name, recipe(name, dataset, **changes), dataset, seed)
+        return cls(name, make_recipe(name, dataset, **changes), dataset, seed)
 
     def record(self) -> dict[str, Any]:
         """Return this config as JSON-ready values."""
@@ -201,29 +184,29 @@ class TrainConfig:
         return msgspec.convert(record, cls)
 
 
-def recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
+def make_recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
     """Return the recipe called `name` for a data set, with some fields changed.
 
     A change to None is ignored. Raises PipelineError when there is no such recipe.
     """
     require_choice("recipe", name, tuple(RECIPES))
-    of_dataset = FOR_DATASET.get(dataset, {}) if RECIPES[name].distorts else {}
+    defaults = FOR_DATASET.get(dataset, {}) if RECIPES[name].distorts else {}
     if dataset != "mnist":  # there are no outliers for other classes
-        of_dataset = {**of_dataset, "outliers": 0.0}
+        defaults = {**defaults, "outliers": 0.0}
     given = {key: value for key, value in changes.items() if value is not None}
-    return replace(RECIPES[name], **{**of_dataset, **given})
+    return replace(RECIPES[name], **{**defaults, **given})
 
 
 MIN_STEPS = 200  # steps of a training on few pictures
 
 
-def enough_epochs(recipe: Recipe, dataset: str, folder: Path) -> float:
+def choose_epochs(recipe: Recipe, dataset: str, folder: Path) -> float:
     """Return the recipe's epochs, or more for a small folder of pictures: at least 200 steps."""
     if not dataset.startswith(FOLDER):
         return recipe.epochs
     from pipeline.data.splits import find_dataset  # loads numpy, which --help has no use for
 
-    found = find_dataset(dataset, folder)
-    images = found.train_labels.size - 8 - found.validation  # an IDX header has 8 bytes
+    pictures = find_dataset(dataset, folder)
+    images = pictures.train_labels.size - 8 - pictures.validation  # an IDX header has 8 bytes
     steps = images // min(recipe.batch_size, images)  # in an epoch
     return max(recipe.epochs, float(math.ceil(MIN_STEPS / steps)))

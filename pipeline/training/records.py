@@ -19,7 +19,14 @@ import numpy as np
 
 from pipeline.core.errors import CorruptError
 from pipeline.core.evaluate import apply_temperature
-from pipeline.core.files import check_digest, remove, write_bytes, write_json
+from pipeline.core.files import (
+    check_digest,
+    clear_temporary,
+    pack_arrays,
+    remove,
+    write_bytes,
+    write_json,
+)
 from pipeline.core.paths import Paths
 from pipeline.training.checkpoint import RETRAIN, RunState, load_state, save_state
 from pipeline.training.loop import TrainingProgress
@@ -55,12 +62,10 @@ class Records:
             paths.previous.mkdir()
             for path in filter(Path.exists, files):
                 path.rename(paths.previous / path.name)
-        if not resume:
-            for path in (*files, paths.checkpoint):
-                remove(path)
+        for path in () if resume else (*files, paths.checkpoint):
+            remove(path)
         for folder in (paths.run_folder, paths.checkpoint):
-            for half_written in folder.glob(".*.tmp"):  # left by a run that was killed
-                remove(half_written)
+            clear_temporary(folder)
         write_json(paths.run_config, config.record())
         step = self.state.step if self.state else 0
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
@@ -118,7 +123,7 @@ class Predictions:
     log_probabilities: np.ndarray  # float32 (N, K), after the temperature
     labels: np.ndarray  # int64 (N,)
 
-    def untempered(self, temperature: float) -> np.ndarray:
+    def remove_temperature(self, temperature: float) -> np.ndarray:
         """Return the log-probabilities (N, K) from before the temperature was applied."""
         return apply_temperature(self.log_probabilities, 1 / temperature)
 
@@ -128,9 +133,8 @@ def save_predictions(paths: Paths, outputs: np.ndarray, labels: np.ndarray) -> s
 
     The bytes depend only on the values.
     """
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, log_probabilities=outputs.astype(np.float32), labels=labels)
-    return write_bytes(paths.predictions, buffer.getvalue())
+    arrays = {"log_probabilities": outputs.astype(np.float32), "labels": labels}
+    return write_bytes(paths.predictions, pack_arrays(arrays))
 
 
 def load_predictions(paths: Paths, digest: str) -> Predictions:
@@ -143,7 +147,7 @@ def load_predictions(paths: Paths, digest: str) -> Predictions:
         arrays = np.load(io.BytesIO(content), allow_pickle=False)
         outputs, labels = arrays["log_probabilities"], arrays["labels"]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise CorruptError(f"{paths.predictions} holds no predictions: {RETRAIN}") from error
+        raise CorruptError(f"{paths.predictions} has no predictions: {RETRAIN}") from error
     if outputs.ndim != 2 or labels.shape != (len(outputs),):
-        raise CorruptError(f"{paths.predictions} holds arrays that do not belong together")
+        raise CorruptError(f"{paths.predictions} has arrays of different lengths: {RETRAIN}")
     return Predictions(outputs, labels)

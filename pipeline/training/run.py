@@ -60,7 +60,7 @@ def train_run(
     several processes, only the first writes; all return the same summary.
     """
     if resume and paths.summary.exists():
-        return _finished(paths, config)
+        return _load_finished(paths, config)
     placement = choose_placement(config.device)
     folder = paths.data(config.dataset)
     with process_group(placement):
@@ -68,26 +68,26 @@ def train_run(
             report(f"training {paths.run} with recipe {config.recipe} on {placement}")
         train_split = load_split(config.dataset, folder, "train")
         validation = load_split(config.dataset, folder, "validation")
-        given = (config, train_split, validation, placement)
-        decisive = run_identity(paths, config, placement)
+        inputs = (config, train_split, validation, placement)
+        identity = run_identity(paths, config, placement)
         if placement.is_first:
             if not resume and paths.summary.exists():
-                report(f"finished run {paths.run} is kept in {paths.previous}, until the next one")
-            records = Records(paths, config, decisive, resume, on_epoch, on_step)
+                report(f"the previous run {paths.run} is kept in {paths.previous}")
+            records = Records(paths, config, identity, resume, on_epoch, on_step)
             state = records.state
             if resume:
-                after = f"resuming after step {state.step}" if state else ""
-                report(after or "no checkpoint yet: from the start")
+                start = f"after step {state.step}" if state else "from the start: no checkpoint yet"
+                report(f"resuming {start}")
             with deferred_interrupt() as is_stopped:
                 callbacks = (records.progress, records.save, is_stopped)
-                model, last = train(*given, state, *callbacks, save_every)
+                model, last = train(*inputs, state, *callbacks, save_every)
             _conclude(paths, config, placement, model, last)
             records.close()
         else:
-            state = checkpoint.load_state(paths, decisive) if resume else None
+            state = checkpoint.load_state(paths, identity) if resume else None
             with deferred_interrupt() as is_stopped:
-                train(*given, state, is_stopped=is_stopped)
-    return _finished(paths, config)
+                train(*inputs, state, is_stopped=is_stopped)
+    return _load_finished(paths, config)
 
 
 def _conclude(
@@ -97,8 +97,9 @@ def _conclude(
     folder = paths.data(config.dataset)
     predictor = eager_predictor(model, placement.device)
     validation = load_split(config.dataset, folder, "validation")
-    said = evaluate.predict(predictor, validation.images)
-    temperature = evaluate.fit_temperature(said, validation.labels)
+    unscaled = evaluate.predict(predictor, validation.images)
+    temperature = evaluate.fit_temperature(unscaled, validation.labels)
+    scaled = evaluate.apply_temperature(unscaled, temperature)
     test = load_split(config.dataset, folder, "test")
     raw = evaluate.predict(predictor, test.images)
     outputs = evaluate.apply_temperature(raw, temperature)
@@ -121,7 +122,7 @@ def _conclude(
         test_loss=metrics.loss,
         test_calibration_error=evaluate.calibration_error(outputs, test.labels),
         temperature=temperature,
-        min_probability=evaluate.fit_min_probability(evaluate.apply_temperature(said, temperature)),
+        min_probability=evaluate.fit_min_probability(scaled),
         uncalibrated_loss=evaluate.score(raw, test.labels).loss,
         uncalibrated_error=evaluate.calibration_error(raw, test.labels),
         weights_sha256=checkpoint.save_weights(paths, model, config, test.classes),
@@ -133,7 +134,7 @@ def _conclude(
     write_json(paths.summary, asdict(summary))
 
 
-def recorded_config(paths: Paths) -> TrainConfig | None:
+def read_config(paths: Paths) -> TrainConfig | None:
     """Return the config that the run in this folder was started with, or None without a run."""
     if not paths.run_config.exists():
         return None
@@ -157,11 +158,11 @@ def run_identity(paths: Paths, config: TrainConfig, placement: Placement) -> dic
     }
 
 
-def _finished(paths: Paths, config: TrainConfig) -> checkpoint.Summary:
+def _load_finished(paths: Paths, config: TrainConfig) -> checkpoint.Summary:
     run = checkpoint.load_checkpoint(paths)
     if run.config.record() != config.record():
         raise PipelineError(
-            f"run {paths.run} is finished, with other settings (see {paths.run_config}): "
-            "choose another --run, or train without --resume to replace it"
+            f"run {paths.run} is finished, with other settings (see {paths.run_config}): choose "
+            "another --run, or train without --resume to replace it"
         )
     return run.summary

@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from pipeline.validation.repository import validate_repository as validate_repository
     from pipeline.validation.servers import validate_servers as validate_servers
 
-__getattr__ = lazily(
-    __name__,
-    {
-        "Criterion": "compare",
-        "validate_export": "export",
-        "validate_repository": "repository",
-        "validate_servers": "servers",
-    },
-)
+_HOMES = {"Criterion": "compare", "validate_export": "export"}
+_HOMES |= {"validate_repository": "repository", "validate_servers": "servers"}
+__getattr__ = lazily(__name__, _HOMES)

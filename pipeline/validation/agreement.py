@@ -31,9 +31,9 @@ class AgreementRow:
     @property
     def cells(self) -> tuple[str, ...]:
         """The row's cells in the printed table."""
-        apart = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
+        largest = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
         speed = "recorded" if self.images_per_second is None else f"{self.images_per_second:,.0f}"
-        return self.name, f"{self.accuracy:.2%}", str(self.differing), apart, speed
+        return self.name, f"{self.accuracy:.2%}", str(self.differing), largest, speed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Table:
         return Lines(title, columns(header, [row.cells for row in self.rows]))
 
 
-def agree(
+def measure_agreement(
     predictors: Mapping[str, Predictor], images: np.ndarray, labels: np.ndarray
 ) -> tuple[AgreementRow, ...]:
     """Compare predictors on images (N, ...) with the first of them; return a row for each.
@@ -72,14 +72,14 @@ def agree(
         try:
             judgement = judge(reference, outputs)
         except CheckFailedError as error:
-            raise CheckFailedError(f"{name} {error}") from error
-        apart = float(judgement.errors.max())
+            raise CheckFailedError(f"{name}: {error}") from error
+        difference = float(judgement.errors.max())
         rows.append(
             AgreementRow(
                 name=name,
                 accuracy=score(outputs, labels).accuracy,
                 differing=int(judgement.is_changed.sum()),
-                max_abs_diff=apart if np.isfinite(apart) else None,
+                max_abs_diff=difference if np.isfinite(difference) else None,
                 images_per_second=len(labels) / seconds,
             )
         )
@@ -88,17 +88,17 @@ def agree(
 
 def require_agreement(table: Table, limits: Limits) -> None:
     """Raise CheckFailedError when a row differs from the first by more than the limits."""
-    wrong = [
+    mismatches = [
         f"{row.name}: {row.differing} differing classes, largest difference {row.max_abs_diff}"
         for row in table.rows
         if row.differing > limits.differing
         or row.max_abs_diff is None
         or row.max_abs_diff > limits.max_abs_diff
     ]
-    if wrong:
+    if mismatches:
         raise CheckFailedError(
-            f"{table.name}: answers differ from the reference ({table.rows[0].name}) beyond "
-            f"{limits.max_abs_diff:.3g} or in over {limits.differing} classes: {'; '.join(wrong)}"
+            f"{table.name}: answers differ from the reference ({table.rows[0].name}) by more than "
+            f"{limits.max_abs_diff:.3g} or {limits.differing} classes: {'; '.join(mismatches)}"
         )
 
 

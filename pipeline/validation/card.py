@@ -9,13 +9,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.core.paths import FOLDER, Paths
 from pipeline.core.signature import pictures_of
-from pipeline.validation.compare import rounded
+from pipeline.validation.compare import format_ratio
 
 HUB = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist"}
 MOST_CLASSES = 100  # that a card lists
 
 
-def model_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
+def render_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
     """Return the card in Hugging Face's layout; the same records give the same text."""
     environment = Environment(
         loader=PackageLoader("pipeline.validation", "."),
@@ -32,11 +32,10 @@ def model_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> st
         manifest=manifest,
         validation=validation,
         training=training,
-        is_given=manifest.get("is_given", False),
         # Its name on the Hugging Face Hub, or ours; a local folder has no name.
         dataset=None if dataset.startswith(FOLDER) else HUB.get(dataset, dataset),
         pictures=pictures_of(dataset) if training else "arrays",
-        rows=variant_rows(validation),
+        rows=format_variants(validation),
         wrong=round(validation["images"] * (1 - validation["variants"][0]["accuracy"])),
         classes=[_code(name) for name in manifest["classes"][:MOST_CLASSES]],
         # The card cannot contain its own digest.
@@ -44,24 +43,25 @@ def model_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> st
     )
 
 
-def variant_rows(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
+def format_variants(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the cells of a row for each validated file, by the name of their column."""
     threads = [str(count) for count in validation["criterion"]["threads"]]
     return [
         {
-            "precision": found["precision"],
-            "accuracy": percent(found["accuracy"]),
-            "flips": f"{found['flipped']:,}",
-            "chance": f"{found['mcnemar_p']:.2g}",
-            "largest_error": _known(found["max_error"], "{:.2g}".format, "not finite"),
-            "ratio": _known(found["ratio"], rounded),  # of the largest error to eager float32's
-            "safety_factor": _known(found["safety_factor"], rounded),
-            "size": f"{found['size'] / 1000:,.0f} kB",
+            "precision": variant["precision"],
+            "accuracy": percent(variant["accuracy"]),
+            "flips": f"{variant['flipped']:,}",
+            "chance": f"{variant['mcnemar_p']:.2g}",
+            "largest_error": _format(variant["max_error"], "{:.2g}".format, "not finite"),
+            "ratio": _format(variant["ratio"], format_ratio),
+            "safety_factor": _format(variant["safety_factor"], format_ratio),
+            "size": f"{variant['size'] / 1000:,.0f} kB",
             "speeds": [
-                _known(found["images_per_second"].get(count), "{:,.0f}".format) for count in threads
+                _format(variant["images_per_second"].get(count), "{:,.0f}".format)
+                for count in threads
             ],
         }
-        for found in validation["variants"]
+        for variant in validation["variants"]
     ]
 
 
@@ -74,8 +74,8 @@ def percent(fraction: float) -> str:
     return f"{fraction:.2%}".replace("%", " %")
 
 
-def _known(value: float | None, words: Callable[[float], str], lack: str = "unknown") -> str:
-    return lack if value is None else words(value)
+def _format(value: float | None, text: Callable[[float], str], missing: str = "unknown") -> str:
+    return missing if value is None else text(value)
 
 
 def _code(text: str) -> str:

@@ -5,6 +5,7 @@ Also makes images that no data set has: probes, and images that a graph must ref
 
 # Shape letters: N rows (images, then probes), M labelled images, K classes, R rows of a run.
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,7 @@ LISTED = 1000  # flips that a verdict lists
 SETTLED = 0.1  # share of the rows beyond their bound at which the remaining runs are skipped
 SPEED_BATCH = 64  # images in a call when images per second are measured
 COPIED = 8  # rows that are also run in batches of copies
-_ULP = 2**-23  # a unit in the last place of float32, for numbers from 1 to 2
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ class Reference:
         return np.asarray(outputs[: len(self.labels)].argmax(axis=1) == self.labels)
 
 
-def bounds(outputs: np.ndarray, known_errors: np.ndarray, criterion: Criterion) -> np.ndarray:
+def compute_bounds(
+    outputs: np.ndarray, known_errors: np.ndarray | float, criterion: Criterion
+) -> np.ndarray:
     """Return each row's bound on the difference from the reference's outputs (N, K), float64 (N,).
 
     It is twice the larger of the row's known error and the floor, which grows with its outputs.
@@ -76,7 +78,7 @@ def bounds(outputs: np.ndarray, known_errors: np.ndarray, criterion: Criterion) 
     return np.asarray(2 * np.maximum(known_errors, criterion.floor * scale))
 
 
-def ties(criterion: Criterion, images: int) -> int:
+def allowed_flips(criterion: Criterion, images: int) -> int:
     """Return how many of `images` may change class in float32: `ties`, at most one in a hundred."""
     return min(criterion.ties, images // 100)
 
@@ -94,17 +96,17 @@ def require_stable(reference: Reference, criterion: Criterion) -> Reference:
     judgement = judge(reference.outputs, reference.eager)
     error, limit = float(judgement.errors.max()), criterion.unstable * margin
     changed = int(judgement.is_changed[:images].sum())
-    if error > limit or changed > ties(criterion, images):
+    if error > limit or changed > allowed_flips(criterion, images):
         raise CheckFailedError(
-            f"this network is not stable in float32: its largest error is {error:.3g} at margins "
-            f"of {margin:.3g} (median), {limit:.3g} is allowed, and {changed:,} of {images:,} "
-            "images change class against float64. Look for half precision, masks such as -1e9 "
-            "and large numbers that cancel out; end with torch.log_softmax"
+            f"the module is not stable in float32: its largest error is {error:.3g}, {limit:.3g} "
+            f"is allowed at a median margin of {margin:.3g}, and {changed:,} of {images:,} images "
+            "change class against float64. Look for half precision, masks such as -1e9 and large "
+            "numbers that cancel out; end with torch.log_softmax"
         )
     if not limit:
         raise CheckFailedError(
-            f"this network gives two classes the same output for half of {images:,} images or "
-            "more: there is no margin to validate. Train it, or give other images"
+            f"the module gives two classes the same output for at least half of {images:,} images: "
+            "there is no margin to validate. Train it, or give other images"
         )
     return replace(reference, largest_bound=2 * limit)
 
@@ -143,26 +145,21 @@ class Verdict:
     images_per_second: dict[str, float]  # by threads, in batches of 64
     problems: tuple[str, ...]  # in words; none means that it passed
 
-    @property
-    def passed(self) -> bool:
-        return not self.problems
-
     def __str__(self) -> str:
         error = "not finite" if self.max_error is None else f"{self.max_error:.1e}"
-        ratio = "" if self.ratio is None else f" ({rounded(self.ratio)} times eager's)"
-        factor = "unknown" if self.safety_factor is None else rounded(self.safety_factor)
+        ratio = "" if self.ratio is None else f" ({format_ratio(self.ratio)} times eager's)"
+        factor = "unknown" if self.safety_factor is None else format_ratio(self.safety_factor)
         speeds = " and ".join(
             f"{speed:,.0f} images/s on {threads} thread{'s' * (int(threads) != 1)}"
             for threads, speed in self.images_per_second.items()
         )
         flips = f"{self.flipped:,} flip{'s' * (self.flipped != 1)}"
-        return (
-            f"{self.precision}: accuracy {self.accuracy:.2%}, {flips}, largest error "
-            f"{error}{ratio}, safety factor {factor}" + (f", {speeds}" if speeds else "")
-        )
+        start = f"{self.precision}: accuracy {self.accuracy:.2%}, {flips}"
+        parts = [start, f"largest error {error}{ratio}", f"safety factor {factor}", speeds]
+        return ", ".join(filter(None, parts))
 
 
-def rounded(value: float) -> str:
+def format_ratio(value: float) -> str:
     """Format a ratio with two significant digits, or as a whole number from 10 on."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
@@ -181,7 +178,7 @@ class Run:
         return f"batch size {self.size}{copies}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
-def runs_of(criterion: Criterion, count: int) -> Iterator[Run]:
+def plan_runs(criterion: Criterion, count: int) -> Iterator[Run]:
     """Yield the runs over `count` rows: all rows at some sizes, one batch at every other size.
 
     The single batches take the rows in turn. One number of threads is enough for them: which kernel
@@ -201,23 +198,32 @@ def runs_of(criterion: Criterion, count: int) -> Iterator[Run]:
 
 
 @dataclass
-class Held:
+class Comparison:
     """Results of one file's runs over the rows, collected run by run."""
 
     precision: str
     reference: Reference
-    allowed: np.ndarray  # float64 (N,): the bound of each row
-    errors: np.ndarray  # float64 (N,): the largest of any run
-    outputs: np.ndarray  # (N, K): each row in the run where its error was largest
-    own: np.ndarray | None = None  # (N, K): outputs of the first run
+    criterion: Criterion
+    bounds: np.ndarray = field(init=False)  # float64 (N,): the bound of each row
+    errors: np.ndarray = field(init=False)  # float64 (N,): the largest of any run
+    outputs: np.ndarray = field(init=False)  # (N, K): each row in the run of its largest error
+    first: np.ndarray | None = None  # (N, K): outputs of the first run
     beyond: dict[str, np.ndarray] = field(default_factory=dict)  # run -> rows beyond their bound
     speeds: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        outputs, errors = self.reference.outputs, self.reference.errors
+        bounds = compute_bounds(outputs, errors, self.criterion)
+        self.bounds = np.minimum(bounds, self.reference.largest_bound)
+        self.errors, self.outputs = np.zeros(len(outputs)), self.reference.eager.copy()
+        if not np.isfinite(outputs).all():
+            self.problems.append("the reference itself is not finite")
+
     @property
     def classes(self) -> np.ndarray:
         """The class of each row (N,): for fp32 in the row's worst run, else in the first run."""
-        outputs = self.outputs if self.precision == "fp32" or self.own is None else self.own
+        outputs = self.outputs if self.precision == "fp32" or self.first is None else self.first
         return np.asarray(outputs.argmax(axis=1))
 
     def add(self, run: Run, outputs: np.ndarray) -> None:
@@ -226,149 +232,138 @@ class Held:
         Raises CheckFailedError when they do not have eager PyTorch's shape and type.
         """
         rows, dtype = run.rows, self.reference.eager.dtype.type
-        judgement = judge(self.reference.outputs[rows], outputs, self.allowed[rows], dtype)
-        self.own = outputs[: len(self.errors)] if self.own is None else self.own
-        # A row may occur more than once in a run: numpy keeps the last of equal indices.
+        judgement = judge(self.reference.outputs[rows], outputs, self.bounds[rows], dtype)
+        self.first = outputs[: len(self.errors)] if self.first is None else self.first
         errors = judgement.errors
+        # A row may occur more than once in a run: numpy keeps the last of equal indices.
         worse = np.argsort(errors, kind="stable")
         worse = worse[errors[worse] > self.errors[rows[worse]]]
         self.errors[rows[worse]], self.outputs[rows[worse]] = errors[worse], outputs[worse]
         if self.precision != "fp32":
-            judgement = judge(self.own[rows], outputs, self.allowed[rows])
+            judgement = judge(self.first[rows], outputs, self.bounds[rows])
         beyond = np.unique(rows[judgement.is_beyond])
         if len(beyond):
             self.beyond[str(run)] = beyond
 
 
-def hold(
+def compare_file(
     precision: str,
     candidates: Mapping[int, Predictor],
     rows: np.ndarray,
     reference: Reference,
     criterion: Criterion,
-    say: Say = lambda line: None,
-) -> tuple[Verdict, Held]:
-    """Compare a file with the reference on rows (N, ...); return the verdict and all its runs.
+    report: Report = lambda line: None,
+) -> Comparison:
+    """Compare a file with the reference on rows (N, ...), in all runs of the criterion.
 
     `candidates` has a predictor of the file for each number of threads. For fp32, each row must lie
     within its bound of the reference. In a lower precision, it must lie within that bound of the
     file's own first answer, in every batch and at every place in it.
     """
-    known = bounds(reference.outputs, reference.errors, criterion)
-    allowed = np.minimum(known, reference.largest_bound)
-    held = Held(precision, reference, allowed, np.zeros(len(rows)), reference.eager.copy())
-    if not np.isfinite(reference.outputs).all():
-        held.problems.append("the reference itself is not finite")
-    for run in runs_of(criterion, len(rows)):
-        if any(len(wrong) > SETTLED * len(rows) for wrong in held.beyond.values()):
+    comparison = Comparison(precision, reference, criterion)
+    for run in plan_runs(criterion, len(rows)):
+        if any(len(beyond) > SETTLED * len(rows) for beyond in comparison.beyond.values()):
             break  # more runs would show nothing new
-        to = f"every batch size to {criterion.largest_batch}"
-        say(f"{precision}: {run if run.is_whole else to}")
-        candidate = candidates[run.threads]
-        images = rows[run.rows] if run.is_whole else shifted(rows[run.rows])
+        every_size = f"every batch size to {criterion.largest_batch}"
+        report(f"{precision}: {run if run.is_whole else every_size}")
+        candidate, images = candidates[run.threads], rows[run.rows]
+        images = images if run.is_whole else shift(images)
+        is_timed = run.is_whole and run.size == SPEED_BATCH
         try:
-            if run.is_whole and run.size == SPEED_BATCH:
+            if is_timed:
                 candidate(images[: run.size])  # warm up: the first call of a runtime is slower
             start = time.perf_counter()
             outputs = predict(candidate, images, run.size)
             seconds = time.perf_counter() - start
-            held.add(run, outputs)
+            comparison.add(run, outputs)
         except CheckFailedError as error:
-            held.problems.append(f"{run}: {error}")
+            comparison.problems.append(f"{run}: {error}")
             continue
-        if run.is_whole and run.size == SPEED_BATCH:
-            held.speeds[str(run.threads)] = len(images) / seconds
-    return _verdict(rows, held, criterion), held
+        if is_timed:
+            comparison.speeds[str(run.threads)] = len(images) / seconds
+    return comparison
 
 
-def shifted(images: np.ndarray) -> np.ndarray:
+def shift(images: np.ndarray) -> np.ndarray:
     """Copy images (N, ...) to an unaligned address: one value after the start of an array."""
     moved = np.empty(images.size + 1, images.dtype)[1:].reshape(images.shape)
     moved[:] = images
     return moved
 
 
-def _verdict(rows: np.ndarray, held: Held, criterion: Criterion) -> Verdict:
-    reference, precision = held.reference, held.precision
-    own = reference.eager if held.own is None else held.own
-    classes, expected = held.classes, reference.outputs.argmax(axis=1)
-    changed, ahead = classes != expected, margins(reference.outputs)
-    images, largest = len(reference.labels), float(held.errors.max())
+def make_verdict(comparison: Comparison) -> Verdict:
+    """Return the verdict on a file after all its runs."""
+    reference, criterion = comparison.reference, comparison.criterion
+    first = reference.eager if comparison.first is None else comparison.first
+    classes, expected = comparison.classes, reference.outputs.argmax(axis=1)
+    margin = margins(reference.outputs)
+    images, largest = len(reference.labels), float(comparison.errors.max())
+    flips = np.flatnonzero((classes != expected)[:images])
+    listed = flips[:LISTED]
+    columns = (listed, reference.labels[listed], expected[listed], classes[listed], margin[listed])
     eager_error = float(reference.errors.max())
     # If the eager error is 0, divide by the rounding error of float32 instead.
-    least = _ULP * max(1.0, float(np.abs(reference.outputs).max()))
+    least = float(np.finfo(np.float32).eps) * max(1.0, float(np.abs(reference.outputs).max()))
     ratio = largest / max(eager_error, least)
-    lost = reference.accuracy(reference.outputs) - reference.accuracy(own)
-    is_known = bool(np.isfinite(largest))
+    lost = reference.accuracy(reference.outputs) - reference.accuracy(first)
+    is_finite = bool(np.isfinite(largest))
     return Verdict(
-        precision=precision,
+        precision=comparison.precision,
         images=images,
-        probes=len(rows) - images,
+        probes=len(expected) - images,
         batch_sizes=criterion.batch_sizes,
         largest_batch=criterion.largest_batch,
         threads=criterion.threads,
-        accuracy=reference.accuracy(own),
+        accuracy=reference.accuracy(first),
         lost_accuracy=lost,
-        flipped=int(changed[:images].sum()),
-        flips=tuple(
-            Flip(
-                row=int(row),
-                label=int(reference.labels[row]),
-                reference=int(expected[row]),
-                said=int(classes[row]),
-                margin=float(ahead[row]),
-            )
-            for row in np.flatnonzero(changed[:images])[:LISTED]
-        ),
-        mcnemar_p=mcnemar(reference.is_right(reference.outputs), reference.is_right(own)),
-        max_error=largest if is_known else None,
-        mean_error=float(held.errors.mean()) if is_known else None,
+        flipped=len(flips),
+        flips=tuple(Flip(*row) for row in zip(*(c.tolist() for c in columns), strict=True)),
+        mcnemar_p=mcnemar(reference.is_right(reference.outputs), reference.is_right(first)),
+        max_error=largest if is_finite else None,
+        mean_error=float(comparison.errors.mean()) if is_finite else None,
         eager_error=eager_error,
-        ratio=ratio if is_known else None,
-        safety_factor=float(ahead[:images].min()) / largest if is_known and largest else None,
-        images_per_second=held.speeds,
-        problems=(*held.problems, *_problems(held, criterion, ratio, lost)),
+        ratio=ratio if is_finite else None,
+        safety_factor=float(margin[:images].min()) / largest if is_finite and largest else None,
+        images_per_second=comparison.speeds,
+        problems=(*comparison.problems, *_list_problems(comparison, ratio, lost)),
     )
 
 
-def _problems(held: Held, criterion: Criterion, ratio: float, lost: float) -> list[str]:
+def _list_problems(comparison: Comparison, ratio: float, lost: float) -> list[str]:
     """List the problems of a file; `ratio` is that of the errors, `lost` the lost accuracy."""
-    reference, precision, images = held.reference, held.precision, len(held.reference.labels)
-    problems = []
-    if held.beyond:
-        rows = np.unique(np.concatenate([*held.beyond.values()]))
-        why = f"row {rows[0]} does not answer as in the first run"
+    reference, bounds, errors = comparison.reference, comparison.bounds, comparison.errors
+    precision, images = comparison.precision, len(reference.labels)
+    criterion, problems = comparison.criterion, []
+    if comparison.beyond:
+        rows = np.unique(np.concatenate([*comparison.beyond.values()]))
+        reason = f"row {rows[0]} differs from its answer in the first run"
         if precision == "fp32":
-            worst = int(rows[(held.errors[rows] / held.allowed[rows]).argmax()])
-            error, allowed = held.errors[worst], held.allowed[worst]
-            why = f"row {worst} differs by {error:.3g}, {allowed:.3g} is allowed"
-        runs = list(held.beyond)
+            worst = rows[(errors[rows] / bounds[rows]).argmax()]
+            reason = f"row {worst} differs by {errors[worst]:.3g}, {bounds[worst]:.3g} is allowed"
+        runs = list(comparison.beyond)
         where = "; ".join(runs[:3]) + (f" and {len(runs) - 3} more runs" if len(runs) > 3 else "")
-        count = f"{len(rows):,} of {len(held.errors):,} rows"
-        problems.append(f"{count} lie beyond their bound ({where}): {why}")
+        count = f"{len(rows):,} of {len(errors):,} rows"
+        problems.append(f"{count} differ by more than their bound ({where}): {reason}")
     if precision == "fp32":
         # Only a few images may change class, each with a margin below its bound.
-        classes, expected = held.classes, reference.outputs.argmax(axis=1)
-        changed = classes != expected
-        wrong = changed & (margins(reference.outputs) >= held.allowed)
-        if wrong.any():
-            row = int(wrong.argmax())
-            problems.append(
-                f"{int(wrong.sum()):,} rows change class and none may: row {row} from "
-                f"{expected[row]} to {classes[row]}"
-            )
-        several, most = int(changed[:images].sum()), ties(criterion, images)
-        if several > most:
-            problems.append(f"{several:,} images change class, {most} may where classes tie")
+        classes, expected = comparison.classes, reference.outputs.argmax(axis=1)
+        is_changed = classes != expected
+        wrong = np.flatnonzero(is_changed & (margins(reference.outputs) >= bounds))
+        if len(wrong):
+            change = f"row {wrong[0]} from {expected[wrong[0]]} to {classes[wrong[0]]}"
+            problems.append(f"{len(wrong):,} rows change class despite their margin: {change}")
+        flips, most = int(is_changed[:images].sum()), allowed_flips(criterion, images)
+        if flips > most:
+            problems.append(f"{flips:,} images change class, at most {most} may")
         if not ratio <= criterion.ratio:
-            times = f"{ratio:,.3g} times eager float32's, {criterion.ratio:g} times is allowed"
-            problems.append(f"the largest error is {times}")
+            allowed = f"{criterion.ratio:g} times is allowed"
+            problems.append(f"the largest error is {ratio:,.3g} times eager float32's, {allowed}")
     may_lose = dict(criterion.lost_accuracy).get(precision, np.inf)
     if lost > may_lose + 1e-9:  # a small tolerance, because accuracies are rounded fractions
-        few = "" if images * may_lose >= 1 else "; so few images show no smaller loss, give more"
+        advice = "give more images, or " if images * may_lose < 1 else ""
         problems.append(
             f"accuracy falls by {100 * lost:.2f} points against fp32 ({round(lost * images)} of "
-            f"{images:,} images), {100 * may_lose:.2f} may be lost{few}, or leave {precision} out"
+            f"{images:,} images), {100 * may_lose:.2f} is allowed: {advice}leave {precision} out"
         )
     return problems
 
@@ -386,29 +381,27 @@ def probe_images(images: np.ndarray) -> np.ndarray:
     pixel[tuple(side // 2 for side in shape)] = high
     squares = np.where(np.indices(shape).sum(axis=0) % 2, full, blank)
     noise = np.random.default_rng(0).random((16, *shape)) * (float(high) - float(low))
-    return np.concatenate(
-        [np.stack([blank, full, pixel, squares]), (noise + float(low)).astype(images.dtype)]
-    )
+    noisy = (noise + float(low)).astype(images.dtype)
+    return np.concatenate([[blank, full, pixel, squares], noisy])
 
 
-def refusals(candidate: Predictor, images: np.ndarray) -> list[str]:
+def list_accepted(candidate: Predictor, images: np.ndarray) -> list[str]:
     """List the inputs of wrong type, rank or size that a graph for `images` (N, ...) accepts."""
     two = images[:2]
     other = np.float32 if two.dtype != np.float32 else np.float64
-    wrong = {f"{other.__name__} instead of {two.dtype}": two.astype(other)}
-    wrong["an axis too many"] = two[..., np.newaxis]
-    if two.ndim > 1:
-        wrong["an axis too few"] = two[:, 0]
+    wrong = {
+        f"{other.__name__} instead of {two.dtype}": two.astype(other),
+        "an axis too many": two[..., np.newaxis],
+        "an axis too few": two[:, 0],
+    }
     for axis in range(1, two.ndim):
         first = two.take([0], axis=axis)
         wrong[f"axis {axis} longer by one"] = np.concatenate([two, first], axis=axis)
         if two.shape[axis] > 1:
             wrong[f"axis {axis} of length 1"] = first
-    problems = []
+    accepted = []
     for what, rows in wrong.items():
-        try:
+        with contextlib.suppress(CheckFailedError):
             candidate(rows)
-        except CheckFailedError:
-            continue
-        problems.append(f"the graph takes images with {what}; it has to refuse them")
-    return problems
+            accepted.append(f"the graph accepts images with {what}, which it must refuse")
+    return accepted

@@ -3,7 +3,6 @@
 # Shape letters: N rows, B batch, K classes.
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,7 @@ from torch.utils._pytree import tree_map
 
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import Predictor, judge
-from pipeline.validation.compare import Criterion, bounds, shifted
-
-BATCH = 64  # images in a call
-CALLS = 16  # calls in a round, at least
+from pipeline.validation.compare import Criterion, compute_bounds, shift
 
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
@@ -25,23 +21,16 @@ _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Mode that runs every operation in float64, even `.float()` or `dtype=torch.float32`."""
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        args, kwargs = tree_map(_widened, (args, dict(kwargs or {})))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_widen, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
 
-def _widened(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return torch.float64 if value in _NARROW else value
+def _widen(value: Any) -> Any:
     if isinstance(value, Tensor) and value.dtype in _NARROW:
         return value.double()
-    return value
+    is_narrow = isinstance(value, torch.dtype) and value in _NARROW
+    return torch.float64 if is_narrow else value
 
 
 def reference_predictor(model: nn.Module) -> Predictor:
@@ -60,19 +49,18 @@ def reference_predictor(model: nn.Module) -> Predictor:
             with torch.no_grad(), _InDouble():  # type: ignore[no-untyped-call]
                 outputs = double(torch.from_numpy(images))
         except RuntimeError as error:
-            message = f"the module does not run in float64, which its proof needs: {error}"
-            raise PipelineError(message) from error
+            raise PipelineError(f"validation cannot run the module in float64: {error}") from error
         finally:
             torch.set_default_dtype(usual)
         if outputs.dtype != torch.float64:
-            raise PipelineError(f"in float64 the module still answers in {outputs.dtype}")
+            raise PipelineError(f"the module answers in {outputs.dtype} when it runs in float64")
         answers: np.ndarray = outputs.numpy()
         return answers
 
     return predict
 
 
-def steady_answers(
+def require_steady(
     predictor: Predictor, rows: np.ndarray, criterion: Criterion, what: str
 ) -> np.ndarray:
     """Run a module twice on rows (N, ...) and return its first answers (N, K).
@@ -82,8 +70,8 @@ def steady_answers(
     float32 rounding: then the module keeps state, draws random numbers, or depends on how it is
     run. Answers that are not finite are returned unchecked.
     """
-    # Few rows come in smaller batches, so that a module that counts its calls is called often.
-    size = min(BATCH, max(1, len(rows) // CALLS))
+    # At most 64 rows, and at least 16 calls, so that a module that counts its calls is found out.
+    size = min(64, max(1, len(rows) // 16))
     starts = range(0, len(rows), size)
     rng = np.random.default_rng(0)
     usual = torch.get_num_threads()
@@ -94,21 +82,20 @@ def steady_answers(
             answers: dict[int, np.ndarray] = {}
             for start in rng.permutation(starts):
                 images = rows[start : start + size]
-                answers[start] = predictor(shifted(images) if rng.random() < 0.5 else images)
+                answers[start] = predictor(shift(images) if rng.random() < 0.5 else images)
             rounds.append(np.concatenate([answers[start] for start in starts]))
     finally:
         torch.set_num_threads(usual)
     first, second = rounds
     if not np.isfinite(first).all():
         return first  # the caller refuses it and names the row
-    between = judge(first, second, bounds(first, np.zeros(len(rows)), criterion))
-    if between.is_beyond.any():
-        row = int(between.errors.argmax())
+    judgement = judge(first, second, compute_bounds(first, 0.0, criterion))
+    if judgement.is_beyond.any():
+        row = int(judgement.errors.argmax())
         raise CheckFailedError(
-            f"the module answers a row differently when it is asked again ({what}): "
-            f"{int(between.is_beyond.sum()):,} of {len(rows):,} rows, row {row} by "
-            f"{between.errors[row]:.3g}. Its answers must depend on the images alone, not on their "
-            "address, earlier calls, random numbers or threads. Call .eval() on it, and keep no "
-            "state in 'forward'"
+            f"the module's second answer ({what}) differs from its first in "
+            f"{judgement.is_beyond.sum():,} of {len(rows):,} rows (row {row} by "
+            f"{judgement.errors[row]:.3g}). Call .eval() on it; it must not depend on random "
+            "numbers, threads, memory addresses or earlier calls"
         )
     return first

@@ -1,7 +1,6 @@
 """Validation of a repository: the answers of its served models against eager PyTorch."""
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from pipeline.client.client import Client
 from pipeline.client.query import triton_predictor
@@ -11,18 +10,17 @@ from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.export.runtime import onnx_predictor
-from pipeline.export.subject import exported_sample, exported_subject
+from pipeline.export.subject import load_sample, load_subject
 from pipeline.repository.release import Release, load_selected_releases
 from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.training.networks import eager_predictor
-from pipeline.validation.agreement import Table, agree, require_agreement
+from pipeline.validation.agreement import Table, measure_agreement, require_agreement
+from pipeline.validation.compare import Report
 
 
 def validate_repository(
-    paths: Paths,
-    report: Callable[[str], None] = lambda line: None,
-    only: str | None = None,
+    paths: Paths, report: Report = lambda line: None, only: str | None = None
 ) -> list[Table]:
     """Start a temporary server of the repository and run each model's whole test split through it.
 
@@ -32,35 +30,32 @@ def validate_repository(
     PipelineError when there is no model `only`, and CheckFailedError when a row disagrees.
     """
     releases = load_selected_releases(paths)
-    names = [n for n, r in releases.items() if only in (None, n, r.manifest["name"])]
-    if not names:
+    chosen = {n: r for n, r in releases.items() if only in (None, n, r.manifest["name"])}
+    if not chosen:
         raise PipelineError(
-            f"no model {only} in {paths.repository}, which has {', '.join(releases)}: package it "
-            f"with 'pipeline package --name {only}'"
+            f"{paths.repository} has no model {only}, only {', '.join(releases)}: run 'pipeline "
+            f"package --name {only}'"
         )
     tables = {}
     with run_server(paths, with_free_ports(ServeConfig()), report=report) as (server, _):
-        for name in names:
-            release = releases[name]
+        for name, release in chosen.items():
             report(f"{name} version {release.version}: the test split through every runtime")
             with Client(server.http_url, name) as http, Client(server.grpc_url, name) as grpc:
-                tables[name] = _table(replace(paths, name=name), release, http, grpc)
+                tables[name] = _measure(paths.named(name), release, http, grpc)
     for name, table in tables.items():
-        exported = replace(paths, name=str(releases[name].manifest["name"]))
-        write_json(
-            exported.variant_agreement(releases[name].manifest["precision"]),
-            {**machine(), **asdict(table)},
-        )
+        manifest = releases[name].manifest
+        file = paths.named(manifest["name"]).variant_agreement(manifest["precision"])
+        write_json(file, {**machine(), **asdict(table)})
     for name, table in tables.items():
         require_agreement(table, releases[name].limits)
     return list(tables.values())
 
 
-def _table(paths: Paths, release: Release, http: Client, grpc: Client) -> Table:
+def _measure(paths: Paths, release: Release, http: Client, grpc: Client) -> Table:
     manifest = release.manifest
-    exported = replace(paths, name=str(manifest["name"]))
-    subject = exported_subject(exported, manifest)
-    sample = exported_sample(exported, manifest)
+    exported = paths.named(manifest["name"])
+    subject = load_subject(exported, manifest)
+    sample = load_sample(exported, manifest)
     predictors = {
         "eager PyTorch": eager_predictor(subject.model),
         "ONNX Runtime": onnx_predictor(release.onnx),
@@ -70,6 +65,6 @@ def _table(paths: Paths, release: Release, http: Client, grpc: Client) -> Table:
     labels = sample.labels
     if labels is None:  # then accuracy is how often the class is eager PyTorch's
         labels = predict(predictors["eager PyTorch"], sample.images).argmax(axis=1)
-    rows = agree(predictors, sample.images, labels)
+    rows = measure_agreement(predictors, sample.images, labels)
     split = "given" if "module" in manifest else "test"
     return Table(paths.name, release.version, release.sha256, len(labels), split, rows)

@@ -1,4 +1,4 @@
-"""Golden set rounds: a server is asked image by image, in batches, and concurrently."""
+"""Rounds of a golden set through a server: image by image, in batches, and concurrently."""
 
 # Shape letters: N images of the golden set, M answers to them, K classes.
 
@@ -56,16 +56,16 @@ class Round:
     @property
     def cells(self) -> tuple[str, ...]:
         """The round as a row of `HEADER`."""
-        apart = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
+        largest = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
         ratio = "-" if self.max_ratio is None else f"{self.max_ratio:.1%}"
         counts = f"{self.requests:,}", f"{self.images:,}", str(self.differing)
-        return self.mode, *counts, apart, ratio, "right" if self.passed else "WRONG"
+        return self.mode, *counts, largest, ratio, "right" if self.passed else "WRONG"
 
 
 HEADER = ("", "requests", "answers", "differing", "max |diff|", "of allowed", "")
 
 
-def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
+def plan_requests(count: int, largest: int) -> dict[str, list[np.ndarray]]:
     """Plan the requests of each mode: the indices, below `count`, of the images in each request.
 
     `largest` is the server's largest batch; without batching (1 or less) there is no batched round.
@@ -75,35 +75,31 @@ def plans(count: int, largest: int) -> dict[str, list[np.ndarray]]:
     """
     largest = max(1, min(largest, LARGEST))
     single = [np.array([index]) for index in range(count)]
-    batched = [rows for size in sorted({*SIZES, largest}) for rows in _chunks(count, size, largest)]
+    sizes = [size for size in sorted({*SIZES, largest}) if 1 < size <= largest]
+    batched = []
+    for size in sizes:  # all images, in order; at least one batch is full
+        rows = np.resize(np.arange(count), max(count, size))
+        batched += [rows[start : start + size] for start in range(0, len(rows), size)]
     start = 0
     for size in sorted({*range(2, largest)} - {*SIZES}):
         batched.append(np.arange(start, start + size) % count)
         start += size
-    copied = [size for size in sorted({*SIZES, largest}) if 1 < size <= largest]
-    batched += [np.full(size, index) for index in (0, count // 2) for size in copied]
+    batched += [np.full(size, index) for index in (0, count // 2) for size in sizes]
     rng = np.random.default_rng(SEED)
-    mixed = [rows for _ in range(2) for rows in _mixed(rng, count, min(SMALL, largest))]
-    mixed += [*_mixed(rng, count, largest), *single, *single]
+    mixed = [rows for _ in range(2) for rows in _mix(rng, count, min(SMALL, largest))]
+    mixed += [*_mix(rng, count, largest), *single, *single]
     order = rng.permutation(len(mixed))
-    asked = {"single": single, "batched": batched, "concurrent": [mixed[index] for index in order]}
-    return {mode: requests for mode, requests in asked.items() if requests}
+    plan = {"single": single, "batched": batched, "concurrent": [mixed[index] for index in order]}
+    return {mode: requests for mode, requests in plan.items() if requests}
 
 
-def _chunks(count: int, size: int, largest: int) -> list[np.ndarray]:
-    """Split all images, in order, into batches of `size`; at least one of them is full."""
-    if size == 1 or size > largest:
-        return []
-    rows = np.resize(np.arange(count), max(count, size))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _mixed(rng: np.random.Generator, count: int, largest: int) -> list[np.ndarray]:
+def _mix(rng: np.random.Generator, count: int, largest: int) -> list[np.ndarray]:
     """Split all images, in random order, into batches of random sizes up to `largest`."""
     sizes = rng.integers(1, largest + 1, size=count)
     return [rows for rows in np.split(rng.permutation(count), np.cumsum(sizes)) if len(rows)]
 
 
+_Requests = list[np.ndarray]  # the rows (R,) of each
 _Answer = tuple[np.ndarray, np.ndarray, str]  # rows (R,), outputs (R, K), version
 
 
@@ -114,25 +110,22 @@ def ask_golden(client: Client, golden: Golden) -> list[Round]:
     PATIENCE times that.
     """
     rounds = []
-    for mode, requests in plans(len(golden.images), client.config().max_batch_size).items():
+    for mode, requests in plan_requests(len(golden.images), client.config().max_batch_size).items():
         start = time.monotonic()
-        threads = THREADS if mode == "concurrent" else 1
-        answered = _answers(client, golden, requests, threads)
-        rounds.append(_judged(mode, golden, answered, time.monotonic() - start))
+        answers = _ask(client, golden, requests, THREADS if mode == "concurrent" else 1)
+        rounds.append(_judge_round(mode, golden, answers, time.monotonic() - start))
     return rounds
 
 
-def _answers(
-    client: Client, golden: Golden, requests: Sequence[np.ndarray], threads: int
-) -> list[_Answer]:
-    """Return the answer to each request, asked by `threads` threads that share the client."""
+def _ask(client: Client, golden: Golden, requests: _Requests, threads: int) -> list[_Answer]:
+    """Return the answer to each request, sent by `threads` threads that share the client."""
     deadline = time.monotonic() + PATIENCE * client.timeout
 
     def answer(rows: np.ndarray) -> _Answer:
         if time.monotonic() > deadline:
             raise ServerError(
-                f"{client.endpoint} needs more than {PATIENCE * client.timeout:g} s for "
-                f"{len(requests)} requests: give it more with --timeout"
+                f"{client.endpoint} takes more than {PATIENCE * client.timeout:g} s for "
+                f"{len(requests)} requests. Allow more time with --timeout"
             )
         return rows, *client.infer(golden.images[rows])
 
@@ -143,42 +136,39 @@ def _answers(
         pool.shutdown(cancel_futures=True)  # after a failure, no more requests start
 
 
-def _judged(mode: str, golden: Golden, answered: Sequence[_Answer], seconds: float) -> Round:
+def _judge_round(mode: str, golden: Golden, answers: Sequence[_Answer], seconds: float) -> Round:
     """Judge every answer by its image's bound, and list the images with the worst answers."""
-    rows = np.concatenate([asked for asked, _, _ in answered])  # (M,)
+    rows = np.concatenate([images for images, _, _ in answers])  # (M,)
     try:
-        judged = [
-            judge(golden.outputs[asked], outputs, golden.bounds[asked])
-            for asked, outputs, _ in answered
-        ]
-        judgement = Judgement(*map(np.concatenate, zip(*judged, strict=True)))
+        parts = [judge(golden.outputs[i], outputs, golden.bounds[i]) for i, outputs, _ in answers]
+        judgement = Judgement(*map(np.concatenate, zip(*parts, strict=True)))
         problems = judgement.problems(rows)
     except CheckFailedError as error:
         wanted = golden.outputs[rows]
         judgement = judge(wanted, np.full_like(wanted, np.nan), golden.bounds[rows])
         problems = [str(error)]
-    farthest: dict[int, int] = {}  # image -> its answer with the largest ratio
-    for answer in np.argsort(-judgement.ratios, kind="stable"):
-        farthest.setdefault(int(rows[answer]), int(answer))
+    order = np.argsort(-judgement.ratios, kind="stable")
+    # The place in that order of each image's worst answer.
+    worst = np.sort(np.unique(rows[order], return_index=True)[1])
     is_finite = np.isfinite(judgement.errors)
     return Round(
         mode=mode,
-        requests=len(answered),
+        requests=len(answers),
         images=len(rows),
         differing=int((judgement.is_changed | ~is_finite).sum()),
         max_abs_diff=_finite(judgement.errors.max()),
         max_ratio=_finite(judgement.ratios.max()),
         worst=tuple(
             WorstAnswer(
-                index=index,
+                index=int(rows[answer]),
                 expected=int(judgement.expected[answer]),
                 got=int(judgement.classes[answer]) if is_finite[answer] else None,
                 error=_finite(judgement.errors[answer]),
                 bound=float(judgement.bounds[answer]),
             )
-            for index, answer in list(farthest.items())[:WORST]
+            for answer in order[worst[:WORST]]
         ),
-        versions=tuple(sorted({version for _, _, version in answered})),
+        versions=tuple(sorted({version for _, _, version in answers})),
         seconds=seconds,
         problems=tuple(problems),
     )

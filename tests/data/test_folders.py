@@ -24,7 +24,7 @@ from pipeline.images.read import read_image
 from pipeline.repository import config_pbtxt
 from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
-from pipeline.training.recipes import Recipe, enough_epochs
+from pipeline.training.recipes import Recipe, choose_epochs
 from tests.conftest import REPOSITORY, Chain, error_line, link_server_environment
 
 
@@ -287,9 +287,9 @@ def test_training_on_what_was_not_fetched_names_the_command(folder: Path, tmp_pa
 def test_a_small_set_is_trained_for_two_hundred_steps(folder: Path, tmp_path: Path) -> None:
     dataset = f"folder:{folder}"
     cache = import_folder(dataset, tmp_path / "cache")
-    assert enough_epochs(Recipe(), dataset, cache) == 200
-    assert enough_epochs(Recipe(epochs=500), dataset, cache) == 500
-    assert enough_epochs(Recipe(), "mnist", cache) == 1
+    assert choose_epochs(Recipe(), dataset, cache) == 200
+    assert choose_epochs(Recipe(epochs=500), dataset, cache) == 500
+    assert choose_epochs(Recipe(), "mnist", cache) == 1
 
 
 # The whole chain

@@ -24,9 +24,9 @@ def test_a_graph_that_keeps_the_policy_passes_and_has_a_signature() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"batch": 2}, "is fixed at 2, not the axis 'batch': export it with dynamic_shapes="),
-        ({"batch": None}, "is dynamic without a name, not the axis 'batch'"),
-        ({"batch": "s77"}, "is called 's77', not the axis 'batch'"),
+        ({"batch": 2}, "is 2, not a dynamic axis 'batch'. Export it with dynamic_shapes="),
+        ({"batch": None}, "is unnamed, not a dynamic axis 'batch'"),
+        ({"batch": "s77"}, "is s77, not a dynamic axis 'batch'"),
         ({"outputs": ["y", "z"]}, "2 outputs"),
     ],
 )
@@ -41,7 +41,7 @@ def test_any_name_of_the_batch_is_accepted_where_none_is_demanded() -> None:
     )
 
 
-@pytest.mark.parametrize(("batch", "said"), [(2, "fixed at 2"), (None, "without a name")])
+@pytest.mark.parametrize(("batch", "said"), [(2, "x is 2, not"), (None, "x is unnamed")])
 def test_a_batch_without_a_name_is_refused_with_what_to_do(batch: int | None, said: str) -> None:
     with pytest.raises(CheckFailedError, match=said) as caught:
         graph.read_signature(small(batch), "it", batch=None)
@@ -51,26 +51,26 @@ def test_a_batch_without_a_name_is_refused_with_what_to_do(batch: int | None, sa
 def test_an_output_whose_batch_is_called_otherwise_is_refused() -> None:
     model = small("N")
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "M"
-    with pytest.raises(CheckFailedError, match="0 of y is called 'M', not the axis 'N'"):
+    with pytest.raises(CheckFailedError, match="0 of y is M, not a dynamic axis 'N'"):
         graph.read_signature(model, "it", batch=None)
 
 
 def test_an_open_dimension_besides_the_batch_is_refused() -> None:
     model = small()
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "wide"
-    with pytest.raises(CheckFailedError, match="open dimension"):
+    with pytest.raises(CheckFailedError, match="dynamic dimension other than the batch"):
         graph.read_signature(model, "it")
 
 
 @pytest.mark.parametrize("content", [b"this is no graph", b"\x08"])
 def test_bytes_that_are_no_graph_are_corrupt(content: bytes) -> None:
-    with pytest.raises(CorruptError, match="no ONNX file"):
+    with pytest.raises(CorruptError, match="not a valid ONNX file"):
         graph.parse(content, "it")
 
 
 def test_names_that_are_no_text_are_corrupt() -> None:
     content = small().SerializeToString().replace(b"small", b"sm\xffll")
-    with pytest.raises(CorruptError, match="a name in it is not UTF-8"):
+    with pytest.raises(CorruptError, match="a name that is not valid UTF-8"):
         graph.parse(content, "it")
 
 
@@ -89,7 +89,7 @@ def test_a_graph_of_too_many_parts_is_not_looked_into(
     cast = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
     model = small(nodes=[cast] * (100 if what == "nodes" else 1))
     model.graph.node[0].input.extend(["x"] * (100 if what == "names" else 0))
-    with pytest.raises(CheckFailedError, match="more than 100 parts and names"):
+    with pytest.raises(CheckFailedError, match="more than 100 parts"):
         graph.parse(model.SerializeToString(), "it")
 
 
@@ -187,7 +187,7 @@ def outside(tmp_path: Path, **entries: object) -> Path:
 
 
 def test_data_beside_the_model_is_taken_in(tmp_path: Path) -> None:
-    model = graph.inlined(outside(tmp_path, offset=8, length=16))
+    model = graph.read_inlined(outside(tmp_path, offset=8, length=16))
     (weight,) = model.graph.initializer
     assert weight.raw_data == bytes(range(8, 24))
     assert not weight.external_data
@@ -216,10 +216,10 @@ def gone(data: Path, secret: Path) -> None:
 @pytest.mark.parametrize(
     ("put", "said"),
     [
-        (symbolic, "the data of w lies in 'data', which is a symbolic link"),
-        (hard, "the data of w lies in 'data', which has 2 hard links"),
-        (pipe, "which cannot be read: no regular file"),
-        (gone, "which cannot be read: No such file"),
+        (symbolic, "the data of w in 'data' cannot be read: .*symbolic link"),
+        (hard, "the data of w in 'data' cannot be read: .*hard links"),
+        (pipe, "cannot be read: .*not regular file"),
+        (gone, "cannot be read: .*No such file"),
     ],
 )
 def test_data_in_anything_but_a_plain_file_is_refused(
@@ -228,30 +228,30 @@ def test_data_in_anything_but_a_plain_file_is_refused(
     path = outside(tmp_path, length=16)
     put(path.with_name("data"), tmp_path / "secret")
     with pytest.raises(CheckFailedError, match=said):
-        graph.inlined(path)
+        graph.read_inlined(path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "a\0b"])
 def test_data_whose_name_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckFailedError, match="the data of w lies in .* no plain file name"):
-        graph.inlined(outside(tmp_path, location=name, length=16))
+    with pytest.raises(CheckFailedError, match="the data of w in .* (is not in|cannot be read)"):
+        graph.read_inlined(outside(tmp_path, location=name, length=16))
 
 
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ({"offset": 20, "length": 16}, "from 20 for 16 bytes, beyond its end at 32"),
-        ({"offset": 8, "length": 12}, "12 bytes, which is not what its dims claim"),
-        ({"offset": 8}, "24 bytes, which is not"),
-        ({"offset": -8, "length": 16}, "at '-8', which is no offset"),
-        ({"length": "9" * 30}, "for a length"),
+        ({"offset": 20, "length": 16}, "cannot be read: .*exceeds"),
+        ({"offset": 8, "length": 12}, "has 12 bytes: its dims differ"),
+        ({"offset": 8}, "has 24 bytes: its dims differ"),
+        ({"offset": -8, "length": 16}, "cannot be read: .*non-negative"),
+        ({"length": "9" * 30}, "cannot be read: .*exceeds"),
     ],
 )
 def test_a_span_that_does_not_fit_is_refused(
     tmp_path: Path, entries: dict[str, object], said: str
 ) -> None:
     with pytest.raises(CheckFailedError, match=said):
-        graph.inlined(outside(tmp_path, **entries))
+        graph.read_inlined(outside(tmp_path, **entries))
 
 
 def test_a_model_and_its_data_beyond_the_size_cap_are_refused(
@@ -260,15 +260,15 @@ def test_a_model_and_its_data_beyond_the_size_cap_are_refused(
     path = outside(tmp_path, length=16)
     monkeypatch.setattr(graph, "MAX_BYTES", path.stat().st_size + 15)
     with pytest.raises(CheckFailedError, match="and its data are larger than"):
-        graph.inlined(path)
+        graph.read_inlined(path)
 
 
 @pytest.mark.parametrize("name", ["nothing", "."])
 def test_a_model_that_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(PipelineError, match="cannot read"):
-        graph.inlined(tmp_path / name)
+        graph.read_inlined(tmp_path / name)
 
 
 def test_a_model_in_one_file_is_read_as_it_is(tmp_path: Path) -> None:
     onnx.save(small(), tmp_path / "f.onnx")
-    assert graph.inlined(tmp_path / "f.onnx") == small()
+    assert graph.read_inlined(tmp_path / "f.onnx") == small()

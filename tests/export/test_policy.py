@@ -40,14 +40,18 @@ def test_the_policy_names_everything_that_breaks_it() -> None:
     foreign.graph.node[0].metadata_props.add(key="stack", value="File model.py")
     foreign.functions.add(name="f", domain="com.example")
     said = refusal(foreign)
-    for words in ("chance: Dropout", "normalization in training mode", "local functions: f"):
+    for words in (
+        "random operators: Dropout",
+        "normalization in training mode",
+        "local functions: f",
+    ):
         assert words in said
     for words in ("domain com.example", "control flow: If", "external data: w", "source paths"):
         assert words in said
 
 
 def test_a_graph_that_the_checker_refuses_is_refused() -> None:
-    with pytest.raises(CheckFailedError, match="no valid ONNX model"):
+    with pytest.raises(CheckFailedError, match="not a valid ONNX model"):
         check_policy(small(nodes=[helper.make_node("Cast", ["nowhere"], ["y"], to=1)]), "it")
 
 
@@ -116,13 +120,13 @@ def test_weights_among_the_inputs_pass_where_the_format_demands_it() -> None:
     model.ir_version = 3
     check_policy(model, "it")
     model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 1
-    assert "w is declared as another size than it has: [4]" in refusal(model)
+    assert "w is declared with another shape than it has: [4]" in refusal(model)
 
 
 def test_an_attribute_that_refers_to_a_function_is_refused_where_there_is_none() -> None:
     node = helper.make_node("Softmax", ["y"], ["z"], axis=1)
     node.attribute[0].ref_attr_name = "axis"
-    assert "an attribute that refers to a function's" in refusal(small(nodes=[CAST, node]))
+    assert "attributes that refer to those of a function" in refusal(small(nodes=[CAST, node]))
 
 
 def within(node: NodeProto) -> NodeProto:
@@ -200,8 +204,11 @@ def test_external_data_of_a_sparse_initializer_is_refused() -> None:
     ("node", "said"),
     [
         (helper.make_node("Gelu", ["x"], ["z"], domain="com.microsoft"), "domain com.microsoft"),
-        (helper.make_node("RandomNormal", [], ["z"], shape=[2]), "chance: RandomNormal"),
-        (helper.make_node("Dropout", ["x"], ["z"]), "chance: Dropout; export the model in eval"),
+        (helper.make_node("RandomNormal", [], ["z"], shape=[2]), "random operators: RandomNormal"),
+        (
+            helper.make_node("Dropout", ["x"], ["z"]),
+            "operators: Dropout; export the model in eval",
+        ),
         (helper.make_node("SequenceMap", ["x"], ["z"]), r"control flow: (If, )?SequenceMap"),
         (helper.make_node("Scan", ["x"], ["z"]), r"control flow: (If, )?Scan"),
         (
@@ -344,7 +351,7 @@ def test_work_that_grows_faster_than_the_number_of_images_is_refused() -> None:
     ]
     said = refusal(small(nodes=nodes, tensors=[numbers("n", 20, 1)]))
     assert "256 images take 1,897,190,244,384 " in said
-    assert f"multiply-adds, {128 * LITTLE_WORK:,} are allowed; MatMul a1 takes most" in said
+    assert f"multiply-adds, {128 * LITTLE_WORK:,} are allowed; MatMul a1 has the most" in said
 
 
 def test_a_graph_of_too_many_nodes_is_refused_at_once() -> None:
@@ -365,7 +372,7 @@ def test_a_graph_of_too_many_nodes_is_refused_at_once() -> None:
 def test_text_that_is_computed_is_refused_since_its_length_cannot_be_told(node: NodeProto) -> None:
     text = numpy_helper.from_array(np.array(["a" * 1000], object), "s")
     said = refusal(small(nodes=[CAST, node], tensors=[text, numbers("n", 10_000_000)]))
-    assert f"the size of z ({node.op_type}) cannot be told" in said
+    assert f"the size of z ({node.op_type}) is unknown" in said
 
 
 def test_shapes_that_take_too_many_nodes_to_compute_are_not_told(
@@ -378,7 +385,7 @@ def test_shapes_that_take_too_many_nodes_to_compute_are_not_told(
     model = small(nodes=nodes, tensors=[numbers("n", 3)])
     check_policy(model, "it")
     monkeypatch.setattr(sizes, "FOLDS", 8)
-    assert "the size of z (ConstantOfShape) cannot be told" in refusal(model)
+    assert "the size of z (ConstantOfShape) is unknown" in refusal(model)
 
 
 def made(name: str, *dims: int) -> list[NodeProto]:
@@ -453,7 +460,7 @@ def test_work_without_end_is_refused_with_its_count_and_the_node_that_takes_most
     costly |= {"upsampling": "Resize", "Einsum with an ellipsis": "Einsum"}
     assert re.search(
         rf"2 images take [\d,]+ multiply-adds, {MAX_WORK:,} are allowed; {costly.get(name, name)} "
-        r"\w+ takes most of all nodes, [\d,]+",
+        r"\w+ has the most, [\d,]+",
         said,
     )
 
@@ -552,7 +559,7 @@ def test_a_size_that_depends_on_the_image_is_refused(nodes: list[NodeProto]) -> 
         helper.make_node("Reshape", ["whole", "n"], ["i"]),
     ]
     said = refusal(small(nodes=[*before, *nodes], tensors=[ONE, numbers("n", 1)]))
-    assert f"the size of z ({nodes[0].op_type}) cannot be told" in said
+    assert f"the size of z ({nodes[0].op_type}) is unknown" in said
 
 
 def test_a_node_without_an_output_is_refused_and_not_computed() -> None:
@@ -564,14 +571,14 @@ def test_a_node_without_an_output_is_refused_and_not_computed() -> None:
 def test_many_values_that_are_too_large_together_are_refused() -> None:
     nodes = [helper.make_node("ConstantOfShape", ["n"], [f"v{i}"]) for i in range(20)]
     said = refusal(small(nodes=[CAST, *nodes], tensors=[numbers("n", 1 << 26)]))
-    assert "all values of 2 images take 5368709160 bytes together" in said
+    assert "all values of 2 images together take 5368709160 bytes" in said
 
 
 def test_a_value_declared_as_another_size_than_it_has_is_refused() -> None:
     model = small(nodes=[helper.make_node("Identity", ["x"], ["z"]), CAST])
     shape = [HUGE, 4]
     model.graph.value_info.append(helper.make_tensor_value_info("z", TensorProto.UINT8, shape))
-    assert "z is declared as another size than it has: [2, 4]" in refusal(model)
+    assert "z is declared with another shape than it has: [2, 4]" in refusal(model)
 
 
 def test_a_shape_computed_from_the_batch_is_told() -> None:
@@ -608,7 +615,7 @@ def test_a_tensor_that_does_not_hold_what_it_claims_is_refused(
 ) -> None:
     constant = helper.make_node("Constant", [], ["z"], value=tensor)
     model = small(nodes=[CAST, constant]) if is_attribute else small(tensors=[tensor])
-    assert "do not hold what their dims claim: w" in refusal(model)
+    assert "whose data do not match their dims: w" in refusal(model)
 
 
 @pytest.mark.parametrize(
@@ -633,7 +640,7 @@ def test_metadata_anywhere_but_on_the_model_is_refused(place: str) -> None:
     }
     parts[place].metadata_props.add(key="k", value="v")
     said = refusal(model)
-    assert "metadata of the exporter in its graph, source paths among it: '--scrub' leaves" in said
+    assert "metadata of the exporter, which may have source paths: '--scrub' leaves" in said
 
 
 @pytest.mark.parametrize("place", ["model", "graph", "node", "attribute", "input", "initializer"])
@@ -644,7 +651,7 @@ def test_a_doc_string_anywhere_is_refused(place: str) -> None:
     parts["attribute"] = node.attribute[0]
     parts |= {"input": model.graph.input[0], "initializer": model.graph.initializer[0]}
     parts[place].doc_string = "made on a Monday"
-    assert "doc strings, which may hold source paths: '--scrub' leaves" in refusal(model)
+    assert "doc strings, which may have source paths: '--scrub' leaves" in refusal(model)
 
 
 @pytest.mark.parametrize(
@@ -906,6 +913,6 @@ def test_a_network_exported_by_torch_and_scrubbed_keeps_the_policy(
         )
     assert path.with_name("f.onnx.data").exists()
     assert "external data" in refusal(onnx.load_model(path, load_external_data=False))
-    scrubbed = graph.parse(graph.scrub(graph.inlined(path), 10, {}), "it")
+    scrubbed = graph.parse(graph.scrub(graph.read_inlined(path), 10, {}), "it")
     check_policy(scrubbed, "it")
     assert graph.read_signature(scrubbed, "it", batch=None).images.shape == (1, 28, 28)

@@ -29,7 +29,7 @@ def test_a_node_that_fell_back_fails_and_is_named() -> None:
 
 
 def test_a_provider_that_was_not_loaded_is_an_error_that_says_what_it_needs() -> None:
-    with pytest.raises(PipelineError, match=f"cannot load its {CUDA} here: it needs an NVIDIA GPU"):
+    with pytest.raises(PipelineError, match=f"cannot load its {CUDA} here. Install"):
         require_provider("cuda", [CPU], [(CPU, "Conv a")])
 
 

@@ -12,7 +12,7 @@ from pipeline.export.targets import (
     SPANS,
     ExportConfig,
     Target,
-    loaded_by,
+    find_oldest,
     onnx_dialect,
     target,
 )
@@ -37,7 +37,7 @@ def test_a_release_loads_what_its_onnx_runtime_loads(release: str, wanted: Targe
     "text", ["", "latest", "24", "24.2", "2024.02", "24.00", "24.13", "24.0\u0662"]
 )
 def test_what_is_no_year_and_month_is_refused_with_the_known_range(text: str) -> None:
-    with pytest.raises(PipelineError, match=r"is no Triton release.*YY\.MM.*23\.09 to 26\.07"):
+    with pytest.raises(PipelineError, match=r"is not a Triton release.*YY\.MM.*23\.09 to 26\.07"):
         target(text)
 
 
@@ -47,7 +47,7 @@ def test_a_release_before_the_first_known_is_refused() -> None:
 
 
 def test_a_release_after_the_last_known_is_refused_with_what_loads_there() -> None:
-    with pytest.raises(PipelineError, match=r"26\.08 is newer.*Export for 26\.07.*later releases"):
+    with pytest.raises(PipelineError, match=r"26\.08 is too new.*Export for 26\.07: later"):
         target("26.08")
 
 
@@ -79,7 +79,7 @@ def test_an_opset_goes_with_the_ir_that_onnx_released_it_with(opset: int) -> Non
 def test_an_opset_that_the_exporter_does_not_write_is_refused(
     release: str | None, opset: int
 ) -> None:
-    with pytest.raises(PipelineError, match=f"opset {opset} cannot be exported: take 18 to 25"):
+    with pytest.raises(PipelineError, match=f"opset {opset} cannot be exported: choose 18 to 25"):
         onnx_dialect(release, opset)
 
 
@@ -117,22 +117,22 @@ def test_an_opset_above_the_releases_is_refused_with_a_way_out() -> None:
     with pytest.raises(PipelineError) as caught:
         onnx_dialect("24.02", 21)
     assert str(caught.value) == (
-        "Triton 24.02 cannot load opset 21: its ONNX Runtime 1.16 loads opset 19 at most. "
-        "Ask for no opset above that, or for Triton 24.05 or later"
+        "Triton 24.02 cannot load opset 21: its ONNX Runtime 1.16 loads up to 19. "
+        "Choose a lower opset, or Triton 24.05 or later"
     )
 
 
 def test_a_file_is_loaded_by_the_oldest_release_that_knows_its_opset_and_ir() -> None:
-    assert loaded_by(18, 9) == target("23.09")
-    assert loaded_by(19, 10) == target("24.05")
-    assert loaded_by(22, 10) == target("25.03")
-    assert loaded_by(24, 12) == target("26.02")
-    assert loaded_by(27, 13) is None
-    assert loaded_by(18, 14) is None
+    assert find_oldest(18, 9) == target("23.09")
+    assert find_oldest(19, 10) == target("24.05")
+    assert find_oldest(22, 10) == target("25.03")
+    assert find_oldest(24, 12) == target("26.02")
+    assert find_oldest(27, 13) is None
+    assert find_oldest(18, 14) is None
 
 
 def test_the_listing_has_a_line_for_each_span_and_one_for_the_default() -> None:
-    header, *lines, default = targets.listing().splitlines()
+    header, *lines, default = targets.format_targets().splitlines()
     assert header == "Triton        ONNX Runtime  loads up to      exported for it"
     assert [line.split()[0] for line in lines] == [span.releases for span in SPANS]
     assert lines[0].split(maxsplit=1)[1] == "1.16          opset 19, IR 9   opset 19, IR 9"

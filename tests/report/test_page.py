@@ -104,7 +104,7 @@ def test_worst_mistakes_on_the_page_are_those_of_the_predictions(chain: Chain) -
     assert first.truth_probability == pytest.approx(np.exp(truths[wrong].min()))
     assert collected.wrong == wrong.sum()
     assert (10_000 - collected.wrong) / 10_000 == summary["test_accuracy"]
-    raw = predictions.untempered(summary["temperature"])
+    raw = predictions.remove_temperature(summary["temperature"])
     loss = -raw[np.arange(10_000), predictions.labels].mean()
     assert loss == pytest.approx(summary["uncalibrated_loss"], rel=1e-4)
 

@@ -8,7 +8,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 from pipeline.repository.settings import PackageConfig
 from pipeline.serving.settings import ServeConfig
-from pipeline.training.recipes import RECIPES, Recipe, TrainConfig, recipe
+from pipeline.training.recipes import RECIPES, Recipe, TrainConfig, make_recipe
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_recipe_refuses_a_setting_that_makes_no_sense(wrong: dict[str, Any]) -
 
 
 def test_a_changed_recipe_keeps_its_other_fields() -> None:
-    changed = recipe("baseline", epochs=2, lr=None)
+    changed = make_recipe("baseline", epochs=2, lr=None)
     assert (changed.epochs, changed.lr) == (2, RECIPES["baseline"].lr)
 
 
@@ -62,8 +62,11 @@ def test_settings_are_checked_where_they_are_born() -> None:
 
 
 def test_clothes_are_mirrored_where_digits_are_bent_and_options_still_win() -> None:
-    digits, clothes = recipe("standard"), recipe("standard", "fashion-mnist", elastic=0.03)
+    digits, clothes = (
+        make_recipe("standard"),
+        make_recipe("standard", "fashion-mnist", elastic=0.03),
+    )
     assert (digits.mirror, clothes.mirror) == (0, 0.5)
     assert clothes.elastic == 0.03
     assert clothes.batch_size == digits.batch_size
-    assert recipe("quick", "fashion-mnist") == recipe("quick")  # it distorts nothing
+    assert make_recipe("quick", "fashion-mnist") == make_recipe("quick")  # it distorts nothing

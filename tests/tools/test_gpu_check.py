@@ -7,7 +7,7 @@ import torch
 
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.machine import machine
-from pipeline.training.recipes import TrainConfig, recipe
+from pipeline.training.recipes import TrainConfig, make_recipe
 from tests.conftest import Chain
 from tools import gpu_check
 from tools.provenance import write_figure
@@ -41,10 +41,10 @@ def test_a_test_that_failed_or_was_skipped_or_none_at_all_is_no_check(
 def test_the_check_trains_twice_exports_validates_and_is_signed(
     empty: Chain, short_proof: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig("quick", recipe("quick", epochs=0.125))
+    config = TrainConfig("quick", make_recipe("quick", epochs=0.125))
     asked: list[bool] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(True))
-    barely = TrainConfig("quick", recipe("quick", epochs=0.01))
+    barely = TrainConfig("quick", make_recipe("quick", epochs=0.01))
     with pytest.raises(CheckFailedError, match="less than 98.5%"):
         gpu_check.train_twice(empty.paths, "cpu", print, barely)
     monkeypatch.setattr(gpu_check, "LEAST_ACCURACY", 0.9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.training.augment import augment
-from pipeline.training.recipes import RECIPES, recipe
+from pipeline.training.recipes import RECIPES, make_recipe
 
 STILL: dict[str, Any] = {"rotate": 0, "stretch": 0, "shear": 0, "shift": 0, "elastic": 0}
 
@@ -25,7 +25,7 @@ def test_a_recipe_that_distorts_nothing_leaves_the_bytes_alone() -> None:
 def test_each_distortion_changes_each_image_and_keeps_it_a_stroke_on_paper(kind: str) -> None:
     torch.manual_seed(0)
     images = stroke()
-    distorted = augment(images, recipe("quick", **{**STILL, kind: 0.15}))
+    distorted = augment(images, make_recipe("quick", **{**STILL, kind: 0.15}))
     assert distorted.dtype == torch.float32
     assert distorted.shape == images.shape
     assert 0 <= distorted.min() <= distorted.max() <= 255.01
@@ -47,7 +47,7 @@ def test_the_same_seed_distorts_the_same_way() -> None:
 
 def test_a_shift_alone_moves_the_centre_of_mass_by_at_most_that() -> None:
     torch.manual_seed(0)
-    moved = augment(stroke(), recipe("quick", **{**STILL, "shift": 0.2}))
+    moved = augment(stroke(), make_recipe("quick", **{**STILL, "shift": 0.2}))
     columns = torch.arange(28.0)
     centre = (moved.sum(dim=(1, 2)) * columns).sum(dim=1) / moved.sum(dim=(1, 2, 3))
     away = (centre - 13.5).abs()  # in pixels; 0.2 of half the side is 2.8
@@ -57,7 +57,7 @@ def test_a_shift_alone_moves_the_centre_of_mass_by_at_most_that() -> None:
 def test_strokes_become_thicker_and_thinner_and_stay_where_they_are() -> None:
     torch.manual_seed(0)
     images = stroke()
-    redrawn = augment(images, recipe("quick", **{**STILL, "stroke": 0.9}))
+    redrawn = augment(images, make_recipe("quick", **{**STILL, "stroke": 0.9}))
     ink = redrawn.sum(dim=(1, 2, 3)) / images.float().sum(dim=(1, 2, 3))
     assert ink.min() < 0.75
     assert ink.max() > 1.25

@@ -21,8 +21,8 @@ from pipeline.data.splits import Split
 from pipeline.training import loop
 from pipeline.training.checkpoint import RunState, load_checkpoint, load_state, save_state
 from pipeline.training.device import choose_placement
-from pipeline.training.recipes import TrainConfig, recipe
-from pipeline.training.run import recorded_config
+from pipeline.training.recipes import TrainConfig, make_recipe
+from pipeline.training.run import read_config
 from tests.conftest import REPOSITORY, Chain, edit_json
 from tools.prove_resume import prove
 
@@ -59,7 +59,7 @@ def states() -> list[RunState]:
     """Three states of a short run on made images."""
     split = Split(np.zeros((64, 1, 28, 28), np.uint8), np.arange(64) % 10, tuple("0123456789"))
     saved: list[RunState] = []
-    settings = recipe("quick", epochs=4, batch_size=32)
+    settings = make_recipe("quick", epochs=4, batch_size=32)
     loop.train(
         TrainConfig(settings=settings), split, split, choose_placement("cpu"), save=saved.append
     )
@@ -182,11 +182,11 @@ def test_records_of_other_versions_are_read_and_values_of_another_type_are_named
     for file in (paths.summary, paths.run_config):
         edit_json(file, of_another_version)
     assert load_checkpoint(paths).summary.python == ""
-    config = recorded_config(paths)
+    config = read_config(paths)
     assert config == load_checkpoint(paths).config
     edit_json(paths.summary, lambda record: record.update(steps="7"))
     with pytest.raises(CorruptError, match=r"summary\.json is damaged .*steps"):
         load_checkpoint(paths)
     edit_json(paths.run_config, lambda record: record["settings"].update(epochs="7"))
     with pytest.raises(CorruptError, match=r"config\.json is damaged .*settings\.epochs"):
-        recorded_config(paths)
+        read_config(paths)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.evaluate import Metrics
 from pipeline.core.files import sha256
 from pipeline.data.splits import Split, load_split
 from pipeline.training import loop as train_module
@@ -27,11 +28,11 @@ from pipeline.training.loop import (
     learning_rate,
     train,
 )
-from pipeline.training.recipes import RECIPES, TrainConfig, recipe
+from pipeline.training.recipes import RECIPES, TrainConfig, make_recipe
 from pipeline.training.records import CURVE_POINTS
 from tests.conftest import Chain, edit_json, error_line, flip_bit
 
-SHORT = recipe("quick", epochs=4, batch_size=64)
+SHORT = make_recipe("quick", epochs=4, batch_size=64)
 CLASSES = tuple("0123456789")
 
 
@@ -75,7 +76,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(few: Split) -> 
 def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(
     few: Split, name: str, stops: tuple[int, ...]
 ) -> None:
-    config = TrainConfig(name, recipe(name, epochs=2, batch_size=64))
+    config = TrainConfig(name, make_recipe(name, epochs=2, batch_size=64))
     whole, _ = train(config, few, few, choose_placement("cpu"))
     for stop_after in stops:
         states: list[RunState] = []
@@ -97,7 +98,9 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_weights(
 
 @pytest.mark.slow
 def test_averaged_weights_are_what_is_judged_and_returned(few: Split) -> None:
-    recipes = [recipe("standard", epochs=2, batch_size=64, average=decay) for decay in (0, 0.9)]
+    recipes = [
+        make_recipe("standard", epochs=2, batch_size=64, average=decay) for decay in (0, 0.9)
+    ]
     plain, averaged = (
         train(TrainConfig(settings=settings), few, few, choose_placement("cpu"))[0]
         for settings in recipes
@@ -109,7 +112,7 @@ def test_averaged_weights_are_what_is_judged_and_returned(few: Split) -> None:
 
 
 def test_after_a_resume_the_averaged_weights_are_judged_at_once(few: Split) -> None:
-    config = TrainConfig(settings=recipe("quick", epochs=1, batch_size=64, average=0.9))
+    config = TrainConfig(settings=make_recipe("quick", epochs=1, batch_size=64, average=0.9))
     states: list[RunState] = []
 
     def keep(state: RunState) -> None:
@@ -134,20 +137,20 @@ def test_the_seconds_of_a_run_count_what_it_prepares_but_not_its_evaluation(
             now[0] += 100
             super().__init__(*args)
 
-    def judged(*_: object) -> float:
+    def judged(*_: object) -> Metrics:
         now[0] += 10_000
-        return 0.5
+        return Metrics(1, 0.5, 0.0)
 
     monkeypatch.setattr(train_module, "Batches", Slow)
-    monkeypatch.setattr(train_module, "_accuracy", judged)
+    monkeypatch.setattr(train_module, "evaluate", judged)
     monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    config = TrainConfig(settings=recipe("note", epochs=2))
+    config = TrainConfig(settings=make_recipe("note", epochs=2))
     _, progress = train(config, few, few, choose_placement("cpu"))
     assert progress.seconds == 100
 
 
 def test_a_loss_that_is_not_finite_stops_at_that_step(few: Split) -> None:
-    config = TrainConfig(settings=recipe("note", lr=1e30))
+    config = TrainConfig(settings=make_recipe("note", lr=1e30))
     with pytest.raises(PipelineError, match=r"loss is \w+ at step \d+ of \d+ with learning rate"):
         train(config, few, few, choose_placement("cpu"))
 
@@ -170,7 +173,9 @@ def test_every_epoch_visits_every_image_once_in_another_order() -> None:
     split = Split(images, np.zeros(100, np.int64), CLASSES)
     first, second, again = (
         torch.cat([batches.at(step)[0] for step in steps]).flatten().tolist()
-        for batches in [Batches(split, recipe("quick", batch_size=50), 0, choose_placement("cpu"))]
+        for batches in [
+            Batches(split, make_recipe("quick", batch_size=50), 0, choose_placement("cpu"))
+        ]
         for steps in ((0, 1), (2, 3), (0, 1))
     )
     assert sorted(first) == sorted(second) == list(range(100))
@@ -384,10 +389,10 @@ def test_the_quick_recipe_reads_989_of_1000_digits_and_more(empty: Chain) -> Non
 
 
 def test_distortion_fades_over_the_last_steps_where_the_recipe_says_so() -> None:
-    settings = recipe("standard", fade=0.25)
+    settings = make_recipe("standard", fade=0.25)
     strengths = [distortion(settings, step, 100) for step in (0, 74, 75, 80, 99)]
     assert strengths == pytest.approx([1, 1, 1, 0.8, 0.04])
-    assert distortion(recipe("standard", fade=0.0), 99, 100) == 1
+    assert distortion(make_recipe("standard", fade=0.0), 99, 100) == 1
 
 
 def test_a_line_of_progress_foresees_the_end_only_after_the_first_steps() -> None:

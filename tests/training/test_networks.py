@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.training.networks import MEAN, STD, Net, build, eager_predictor, shared
+from pipeline.training.networks import MEAN, STD, Net, build, eager_predictor, share_none
 from pipeline.training.recipes import RECIPES
 
 
@@ -31,7 +31,7 @@ def test_the_yardstick_is_the_classic_network() -> None:
 
 
 def test_normalization_is_part_of_the_model() -> None:
-    model = Net((128,), classes=10).eval()
+    model = Net(RECIPES["note"], classes=10).eval()
     paper, ink = torch.zeros(1, 1, 28, 28, dtype=torch.uint8), torch.full((1, 1, 28, 28), 255)
     seen = []
     model.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0, 0]))
@@ -51,8 +51,8 @@ def test_what_is_none_of_the_classes_is_shared_out_among_them() -> None:
     scores = torch.tensor([[2.0, 0.5, 1.0, 1.5], [1.0, 3.0, 0.0, -50.0]])  # the last: none of three
     parts = scores.softmax(dim=1)
     expected = (parts[:, :3] + parts[:, 3:] / 3).log()
-    assert torch.allclose(shared(scores), expected, atol=1e-6)
-    far = shared(torch.tensor([[0.0, 300.0, 0.0, 0.0], [0.0, 0.0, 0.0, 300.0]]))
+    assert torch.allclose(share_none(scores), expected, atol=1e-6)
+    far = share_none(torch.tensor([[0.0, 300.0, 0.0, 0.0], [0.0, 0.0, 0.0, 300.0]]))
     assert far[0].tolist() == pytest.approx([-300, 0, -300], abs=1.5)
     assert far[1].exp().tolist() == pytest.approx([1 / 3] * 3, abs=1e-4)
 

@@ -7,8 +7,8 @@ from pipeline.data.splits import Split
 from pipeline.training.device import choose_placement
 from pipeline.training.loop import Batches
 from pipeline.training.networks import DigitNorm
-from pipeline.training.outliers import TURNS, Outliers, _turned
-from pipeline.training.recipes import RECIPES, TrainConfig, recipe
+from pipeline.training.outliers import TURNS, Outliers, _turn
+from pipeline.training.recipes import RECIPES, TrainConfig, make_recipe
 
 CPU = torch.device("cpu")
 
@@ -23,13 +23,13 @@ def few() -> Split:
 def things(split: Split, seed: int) -> torch.Tensor:
     images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
     outliers = Outliers(images, labels, seed)
-    return torch.cat([outliers.written(40), outliers.painted(24)])
+    return torch.cat([outliers.draw_written(40), outliers.draw_painted(24)])
 
 
 @pytest.mark.slow
 def test_some_of_what_is_painted_is_a_spot_of_nothing_but_full_ink(few: Split) -> None:
     images, labels = torch.from_numpy(few.images), torch.from_numpy(few.labels)
-    painted = Outliers(images, labels, 0).painted(500)
+    painted = Outliers(images, labels, 0).draw_painted(500)
     is_full = ((painted == 0) | (painted == 255)).all(dim=(1, 2, 3))
     share = painted.count_nonzero(dim=(1, 2, 3)) / 28**2
     spots = painted[is_full & (share > 0.15) & (share < 0.9)]
@@ -51,7 +51,7 @@ def test_a_digit_is_turned_only_in_the_ways_that_make_no_digit() -> None:
     for digit, ways in TURNS.items():
         labels = torch.tensor([0, 1, digit])  # a 0 and a 1 are never taken
         torch.manual_seed(0)
-        turned = _turned(torch.cat([corner * 0, corner * 0, corner]), labels, 200)
+        turned = _turn(torch.cat([corner * 0, corner * 0, corner]), labels, 200)
         allowed = []
         for way in ways:
             thing = corner.mT if way & 4 else corner
@@ -65,12 +65,14 @@ def test_a_digit_is_turned_only_in_the_ways_that_make_no_digit() -> None:
 
 @pytest.mark.slow
 def test_things_follow_the_digits_of_a_batch_and_could_be_any_class(few: Split) -> None:
-    batches = Batches(few, recipe("standard", outliers=0.25), 0, choose_placement("cpu"))
+    batches = Batches(few, make_recipe("standard", outliers=0.25), 0, choose_placement("cpu"))
     images, targets = batches.at(0)
     assert images.shape == (160, 1, 28, 28)
     assert 0 <= images.min() <= images.max() <= 255.01
     labels = torch.from_numpy(few.labels)
-    plain, expected = Batches(few, recipe("standard", outliers=0), 0, choose_placement("cpu")).at(0)
+    plain, expected = Batches(
+        few, make_recipe("standard", outliers=0), 0, choose_placement("cpu")
+    ).at(0)
     assert plain.shape == (128, 1, 28, 28)
     assert expected.dtype == labels.dtype
     assert torch.equal(targets[:128].argmax(dim=1), expected)
@@ -111,9 +113,9 @@ def test_gradients_go_through_the_statistics_of_the_digits() -> None:
 def test_only_digits_are_trained_beside_things_that_are_none() -> None:
     assert RECIPES["standard"].outliers > 0
     for dataset in ("fashion-mnist", "folder:pictures"):
-        assert recipe("standard", dataset).outliers == 0
+        assert make_recipe("standard", dataset).outliers == 0
         with pytest.raises(PipelineError, match=f"{dataset} is trained without"):
             TrainConfig(settings=RECIPES["standard"], dataset=dataset)
-    assert recipe("standard", outliers=0.5).outliers == 0.5
-    with pytest.raises(PipelineError, match="outliers must be 0 to 1"):
-        recipe("standard", outliers=1.5)
+    assert make_recipe("standard", outliers=0.5).outliers == 0.5
+    with pytest.raises(PipelineError, match="outliers must be 0 to below 1"):
+        make_recipe("standard", outliers=1.5)

@@ -16,10 +16,10 @@ from torch import distributed
 from pipeline.core.errors import LostError, PipelineError
 from pipeline.core.files import sha256
 from pipeline.data.splits import Split
-from pipeline.training.device import Placement, agreed, process_group
+from pipeline.training.device import Placement, process_group, synchronize
 from pipeline.training.loop import Batches
 from pipeline.training.networks import build
-from pipeline.training.recipes import recipe
+from pipeline.training.recipes import make_recipe
 from tests import one_step
 from tests.conftest import REPOSITORY, Chain
 
@@ -50,7 +50,7 @@ def test_a_step_of_two_processes_is_the_step_of_one_on_the_same_batch(tmp_path: 
     assert two.pop("images").item() == 64
     assert one.keys() == two.keys()
     torch.manual_seed(0)
-    fresh = build(recipe("quick"), 10).state_dict()
+    fresh = build(make_recipe("quick"), 10).state_dict()
     weight = "classifier.weight"
     assert not torch.allclose(one[weight], fresh[weight], rtol=0, atol=1e-3)  # it did learn
     for name, value in one.items():
@@ -85,7 +85,7 @@ def test_a_lost_process_ends_the_job_with_a_message_and_the_rest_is_resumed(empt
     os.kill(second_process(job.pid), signal.SIGKILL)
     _, errors = job.communicate()
     assert job.returncode != 0
-    assert re.search("Error: process 0 of 2 lost another one of its job .* --resume", errors)
+    assert re.search("Error: process 0 of 2 lost another process .* --resume", errors)
     resumed = in_two_processes(*train, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming after step" in resumed.stderr
@@ -107,21 +107,21 @@ def second_process(parent: int) -> int:
 def test_the_processes_share_each_batch_without_overlap() -> None:
     images = np.zeros((64, 1, 28, 28), np.uint8)
     split = Split(images, np.arange(64), tuple("0123456789"))
-    settings = replace(recipe("quick"), batch_size=32)
+    settings = replace(make_recipe("quick"), batch_size=32)
 
     def labels(rank: int, processes: int) -> list[int]:
         placement = Placement(CPU, "", rank=rank, processes=processes)
         return Batches(split, settings, 0, placement).at(1)[1].tolist()
 
     assert sorted(labels(0, 2) + labels(1, 2)) == sorted(labels(0, 1))
-    with pytest.raises(PipelineError, match="a batch of 32 cannot be shared by 3 processes"):
+    with pytest.raises(PipelineError, match="a batch of 32 cannot be divided among 3 processes"):
         labels(0, 3)
 
 
 def test_a_single_process_asks_nobody() -> None:
     placement = Placement(CPU, "")
     with process_group(placement):
-        assert agreed(placement, 0.5, True) == (0.5, True)
+        assert synchronize(placement, 0.5, True) == (0.5, True)
 
 
 def test_a_bug_in_a_job_of_several_is_not_taken_for_a_lost_process(

@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.core.files import sha256
 from pipeline.core.paths import Paths
-from pipeline.validation.card import model_card
+from pipeline.validation.card import render_card
 from tests.conftest import Chain
 
 NET = """
@@ -61,7 +61,7 @@ def test_the_card_is_a_file_of_the_proof_and_follows_from_the_records(made: Chai
     manifest, validation = records(made.paths)
     card = made.paths.card.read_text()
     assert manifest["files"]["MODEL_CARD.md"] == sha256(made.paths.card)
-    assert card == model_card(manifest, validation)
+    assert card == render_card(manifest, validation)
     for name, digest in manifest["files"].items():
         assert (f"| `{name}` | `{digest}` |" in card) == (name != "MODEL_CARD.md")
 
@@ -100,7 +100,7 @@ def test_a_row_of_the_evaluation_is_what_the_proof_found(made: Chain) -> None:
     fp16 = {**fp32, "precision": "fp16", "flipped": 1234, "mcnemar_p": 0.03125}
     fp16 |= {"max_error": None, "ratio": None, "safety_factor": None, "images_per_second": {}}
     validation["variants"].append({**fp16, "accuracy": 0.99999, "size": 167_237})
-    card = model_card({**manifest, "precisions": ["fp32", "fp16"]}, validation)
+    card = render_card({**manifest, "precisions": ["fp32", "fp16"]}, validation)
     wanted = "| fp16 | > 99.99 % | 1,234 | 0.031 | not finite | unknown | unknown | 167 kB |"
     assert f"{wanted} unknown | unknown |\n" in card
     assert "fp16 may lose 0.02 points of accuracy" in card
@@ -127,9 +127,9 @@ def test_what_is_not_known_of_a_module_is_not_made_up(theirs: Paths) -> None:
     front = front_matter(card)
     assert front["license"] == "unknown"
     assert not front.keys() & {"datasets", "metrics", "model-index"}
-    assert "How the module was trained, and on what, is not known here." in card
+    assert "How the module was trained, and on what, is unknown." in card
     assert "| variant | class kept |" in card
-    assert "Nobody\n  labelled them" in card
+    assert "no labels, so the accuracy is unknown" in card
     assert "- **Module:** `card_nets:make`" in card
     assert "input | `images`: float32 [batch, 3, 4, 4]" in card
     assert str(theirs.root) not in card
@@ -137,23 +137,23 @@ def test_what_is_not_known_of_a_module_is_not_made_up(theirs: Paths) -> None:
 
 def test_the_card_of_a_file_from_elsewhere_says_so(theirs: Paths) -> None:
     manifest, validation = records(theirs)
-    card = model_card({**manifest, "is_given": True, "versions": {"torch": "none"}}, validation)
-    assert "**Exported:** elsewhere" in card
+    card = render_card({**manifest, "is_given": True, "versions": {"torch": "none"}}, validation)
+    assert "**Exported:** by another tool" in card
     assert f"| torch | {validation['versions']['torch']} (of the proof) |" in card
 
 
 def test_labelled_images_of_a_module_have_an_accuracy_but_no_data_set(theirs: Paths) -> None:
     manifest, validation = records(theirs)
-    front = front_matter(model_card(manifest, {**validation, "is_labelled": True}))
+    front = front_matter(render_card(manifest, {**validation, "is_labelled": True}))
     assert "datasets" not in front
     (result,) = front["model-index"][0]["results"]
-    assert result["dataset"] == {"name": "images that were handed in", "type": "unknown"}
+    assert result["dataset"] == {"name": "a user's images", "type": "unknown"}
 
 
 def test_a_local_folder_is_not_named(made: Chain) -> None:
     manifest, validation = records(made.paths)
     manifest["training"]["dataset"] = "folder:/somewhere/private/letters"
-    card = model_card(manifest, validation)
+    card = render_card(manifest, validation)
     assert "private" not in card
     assert "folder:" not in card
     assert "datasets" not in front_matter(card)
@@ -163,7 +163,7 @@ def test_a_local_folder_is_not_named(made: Chain) -> None:
 def test_another_data_set_is_called_by_its_name(made: Chain) -> None:
     manifest, validation = records(made.paths)
     manifest["training"]["dataset"] = "kmnist"
-    card = model_card(manifest, validation)
+    card = render_card(manifest, validation)
     assert front_matter(card)["datasets"] == ["kmnist"]
     assert "0 is paper" not in card
     assert "neither cropped nor centred" in card
@@ -174,7 +174,7 @@ def test_names_from_strangers_stay_text(made: Chain) -> None:
     strange = ["a|b", "``tick`", "two\nlines", "# no heading", "", *map(str, range(200))]
     manifest["classes"] = strange
     manifest["images"]["name"] = 'input"; import os  #'
-    card = model_card(manifest, validation)
+    card = render_card(manifest, validation)
     assert r"`a\|b`, ``` ``tick` ```, `two lines`, `# no heading`" in card
     assert "and 105 more, in `manifest.json`" in card
     assert '{"input\\"; import os  #": images}' in card

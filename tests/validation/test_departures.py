@@ -3,7 +3,7 @@ import onnx
 from onnx import numpy_helper
 
 from pipeline.core.evaluate import Predictor
-from pipeline.validation.explain import between, diagnose, from_weights
+from pipeline.validation.explain import compare_graphs, compare_weights, diagnose
 from tests.conftest import small
 
 WEIGHT = np.arange(1, 11, dtype=np.float32)
@@ -20,33 +20,33 @@ def changed(*places: int) -> np.ndarray:
 
 
 def test_a_value_that_changed_is_told_with_what_it_should_be() -> None:
-    said = from_weights({"w": WEIGHT}, graph_with(w=changed(2)))
+    said = compare_weights({"w": WEIGHT}, graph_with(w=changed(2)))
     assert said == ["w differs in 1 of 10 values, the first 4.5 instead of 3"]
-    assert from_weights({"w": WEIGHT}, graph_with(w=WEIGHT)) == []
+    assert compare_weights({"w": WEIGHT}, graph_with(w=WEIGHT)) == []
 
 
 def test_a_tensor_that_is_another_one_altogether_may_have_been_fused() -> None:
-    assert from_weights({"w": WEIGHT}, graph_with(w=WEIGHT * 2)) == []
+    assert compare_weights({"w": WEIGHT}, graph_with(w=WEIGHT * 2)) == []
     sparse = WEIGHT * (WEIGHT > 7)
-    assert from_weights({"w": sparse}, graph_with(w=sparse * 2)) == []
+    assert compare_weights({"w": sparse}, graph_with(w=sparse * 2)) == []
 
 
 def test_a_mean_or_a_scale_is_told_even_where_all_of_it_changed() -> None:
     mean = np.array([0.1307], np.float32)
-    assert from_weights({"m": mean}, graph_with(m=mean * 2)) == ["m is 0.2614 instead of 0.1307"]
-    assert from_weights({"m": mean}, graph_with(m=mean * 2), few=0) == []
+    assert compare_weights({"m": mean}, graph_with(m=mean * 2)) == ["m is 0.2614 instead of 0.1307"]
+    assert compare_weights({"m": mean}, graph_with(m=mean * 2), few=0) == []
 
 
 def test_two_graphs_are_compared_name_by_name_and_many_names_are_counted() -> None:
     made = graph_with(a=WEIGHT, b=WEIGHT)
-    assert between(made, made) == []
-    assert between(made, graph_with(a=WEIGHT)) == ["b is missing"]
-    assert between(made, graph_with(a=changed(0), b=WEIGHT[:3])) == [
+    assert compare_graphs(made, made) == []
+    assert compare_graphs(made, graph_with(a=WEIGHT)) == ["b is missing"]
+    assert compare_graphs(made, graph_with(a=changed(0), b=WEIGHT[:3])) == [
         "a differs in 1 of 10 values, the first 1.5 instead of 1",
         "b is float32 (3,) instead of float32 (10,)",
     ]
     others = graph_with(**{f"x{index}": WEIGHT for index in range(4)})
-    assert between(made, others) == ["2 tensors are missing and 4 are new"]
+    assert compare_graphs(made, others) == ["2 tensors are missing and 4 are new"]
 
 
 def test_rounding_that_depends_on_the_batch_is_no_cause() -> None:

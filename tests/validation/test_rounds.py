@@ -10,7 +10,7 @@ from pipeline.client.client import Client
 from pipeline.core.errors import ServerError
 from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden
-from pipeline.validation.rounds import Round, ask_golden, plans
+from pipeline.validation.rounds import Round, ask_golden, plan_requests
 
 COUNT, CLASSES = 20, 5
 OUTPUTS = np.log(np.random.default_rng(0).dirichlet(np.ones(CLASSES), COUNT))
@@ -44,7 +44,7 @@ def asked(change: Change) -> dict[str, Round]:
 def test_every_way_of_asking_asks_about_every_image_in_batches_that_the_server_takes(
     largest: int,
 ) -> None:
-    requests = plans(COUNT, largest)
+    requests = plan_requests(COUNT, largest)
     assert list(requests) == ["single", *(["batched"] if largest > 1 else []), "concurrent"]
     for rows in requests.values():
         assert set(np.concatenate(rows)) == set(range(COUNT))
@@ -52,12 +52,12 @@ def test_every_way_of_asking_asks_about_every_image_in_batches_that_the_server_t
     if largest > 1:  # a full batch, also where there are fewer images
         assert {len(rows) for rows in requests["batched"]} >= set(range(2, largest + 1))
     assert {len(rows) for rows in requests["single"]} == {1}
-    again = plans(COUNT, largest)["concurrent"]
+    again = plan_requests(COUNT, largest)["concurrent"]
     assert all(map(np.array_equal, again, requests["concurrent"]))
 
 
 def test_a_server_that_takes_thousands_at_once_is_asked_256() -> None:
-    assert max(len(rows) for rows in plans(COUNT, 4096)["batched"]) == 256
+    assert max(len(rows) for rows in plan_requests(COUNT, 4096)["batched"]) == 256
 
 
 def test_the_right_answers_pass_in_every_round_and_say_how_near_they_were() -> None:
@@ -157,5 +157,5 @@ def test_a_bug_in_a_thread_is_not_lost() -> None:
 
 
 def test_a_round_has_an_end() -> None:
-    with pytest.raises(ServerError, match="needs more than 1e-08 s for 20 requests.*--timeout"):
+    with pytest.raises(ServerError, match="takes more than 1e-08 s for 20 requests.*--timeout"):
         ask_golden(Asked(timeout=1e-9), GOLDEN)

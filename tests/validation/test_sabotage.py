@@ -20,13 +20,19 @@ from pipeline.core.errors import CheckFailedError
 from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES
 from pipeline.data.splits import load_split
-from pipeline.export.export import check_onnx, export_program, handed_in, signature_of, to_onnx
+from pipeline.export.export import (
+    check_onnx,
+    export_program,
+    read_third_party_onnx,
+    signature_of,
+    to_onnx,
+)
 from pipeline.export.sample import Sample
 from pipeline.export.subject import subject_of_run
 from pipeline.export.targets import ExportConfig
 from pipeline.export.variants import to_fp16, to_int8
 from pipeline.training.networks import Cnn
-from pipeline.validation.check_file import FileTrial, trial_of, try_file
+from pipeline.validation.check_file import FileTrial, try_file
 from pipeline.validation.compare import Criterion
 from tests import networks
 from tests.conftest import Chain, error_line, small
@@ -79,7 +85,7 @@ def bench(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     calibration = load_split("mnist", made.paths.data("mnist"), "train").images[:128]
     sample = Sample(test.images[:400], test.labels[:400], calibration)
     paths = Paths(tmp_path_factory.mktemp("sabotage"))
-    trial = trial_of(paths, subject, sample, CRITERION, "cpu", lambda line: None, "")
+    trial = FileTrial(paths, subject, sample, CRITERION, "cpu", lambda line: None, "")
     return Bench(trial, onnx_of(subject.model), calibration)
 
 
@@ -158,13 +164,13 @@ def swapped_labels(network: Cnn) -> nn.Module:
 
 
 NETWORKS: list[tuple[Sabotage, str]] = [
-    (dropout_left_on, "chance: Dropout; export the model in evaluation mode"),
+    (dropout_left_on, "random operators: Dropout; export the model in evaluation mode"),
     (wrong_mean, r"mean is 0\.1807 instead of 0\.1307"),
     (wrong_scale, r"std is 0\.3235\d* instead of 0\.3081"),
     (unfitted_temperature, r"temperature is 1\.25 instead of"),
     (largest_weight_by_a_hundredth, "classifier.weight differs in 1 of 960 values"),
     (smallest_weight_by_a_hundredth, "classifier.weight differs in 1 of 960 values"),
-    (swapped_labels, "labels are swapped: it says 5 for 3, 3 for 5"),
+    (swapped_labels, "labels are swapped: it answers 5 for 3, 3 for 5"),
     (lambda n: Wrapped(n, lambda images: 255 - images), "the ink is inverted"),
     (lambda n: Wrapped(n, lambda images: images.transpose(2, 3)), "images are transposed"),
     (lambda n: Wrapped(n, lambda images: images.flip(3)), "mirrored from left to right"),
@@ -273,7 +279,7 @@ def multiply_large_matrices(model: onnx.ModelProto) -> None:
 
 
 PATH = "/home" + "/alice/secret-project/train.py:33"
-WORK = "2 images take [0-9,]+ multiply-adds, .* are allowed; MatMul product1 takes most"
+WORK = "2 images take [0-9,]+ multiply-adds, .* are allowed; MatMul product1 has the most"
 
 
 @pytest.mark.slow
@@ -282,8 +288,8 @@ WORK = "2 images take [0-9,]+ multiply-adds, .* are allowed; MatMul product1 tak
     [
         (flip_the_last_bit_of_a_weight, "classifier.weight differs in 1 of 960 values"),
         (leave_the_norm_in_training_mode, "a batch normalization in training mode"),
-        (fix_the_batch, "dimension 0 of images is fixed at 2"),
-        (take_floats, "float32|no valid ONNX model"),
+        (fix_the_batch, "dimension 0 of images is 2, not"),
+        (take_floats, "float32|not a valid ONNX model"),
         (keep_a_custom_operator, "operators of domain com.example"),
         (ask_for_eight_gigabytes, r"huge \(ConstantOfShape\) takes 8589934592 bytes"),
         (import_another_opset, "the standard domain imported as 18 and 7"),
@@ -342,9 +348,9 @@ def test_data_in_another_file_is_refused_however_it_lies_there(tmp_path: Path, p
     path = folder / "model.onnx"
     path.write_bytes(small(tensors=[weight]).SerializeToString())
     with pytest.raises(CheckFailedError, match=f"external data: w in '{re.escape(location)}'"):
-        handed_in(path)
-    with pytest.raises(CheckFailedError, match="w lies in"):
-        handed_in(path, scrub=True)
+        read_third_party_onnx(path)
+    with pytest.raises(CheckFailedError, match="the data of w in"):
+        read_third_party_onnx(path, scrub=True)
 
 
 def twice_a_producer(content: bytes) -> bytes:
@@ -365,9 +371,9 @@ def test_bytes_outside_of_the_graph_are_refused_and_scrubbed(
     model.producer_name = "sound"
     path = tmp_path / "model.onnx"
     path.write_bytes(tamper(model.SerializeToString()))
-    with pytest.raises(CheckFailedError, match="bytes outside of its graph: '--scrub' leaves"):
-        handed_in(path)
-    assert PATH.encode() not in handed_in(path, scrub=True)
+    with pytest.raises(CheckFailedError, match="not part of its graph: '--scrub' leaves"):
+        read_third_party_onnx(path)
+    assert PATH.encode() not in read_third_party_onnx(path, scrub=True)
 
 
 @pytest.mark.parametrize("key", ["k", PATH])
@@ -380,8 +386,8 @@ def test_metadata_that_shows_a_source_path_is_refused_and_scrubbed(
     path = tmp_path / "model.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(CheckFailedError, match="source paths in metadata"):
-        handed_in(path)
-    content = handed_in(path, scrub=True)
+        read_third_party_onnx(path)
+    content = read_third_party_onnx(path, scrub=True)
     assert b"alice" not in content
     assert b"classes" in content
 
@@ -410,7 +416,7 @@ def test_int8_that_was_calibrated_on_blank_images_is_refused(bench: Bench) -> No
 
 @pytest.mark.slow
 def test_int8_without_any_image_to_calibrate_on_is_refused(bench: Bench) -> None:
-    with pytest.raises(CheckFailedError, match="int8 needs images to be calibrated on"):
+    with pytest.raises(CheckFailedError, match="int8 needs images for its calibration"):
         to_int8(bench.sound, 9, bench.calibration[:0])
 
 
@@ -526,10 +532,10 @@ def onnx_of_residual(factory: Callable[[], nn.Module]) -> bytes:
     [
         ("turncoat", networks.turncoat, r"not stable in float32: its largest error is \d"),
         ("swamped", networks.swamped, r"not stable in float32: its largest error is 0\.\d"),
-        ("counting", networks.residual, "answers a row differently when it is asked again"),
-        ("tiring", networks.residual, "answers a row differently when it is asked again"),
-        ("by_threads", networks.residual, "answers a row differently when it is asked again"),
-        ("by_address", networks.residual, "answers a row differently when it is asked again"),
+        ("counting", networks.residual, "second answer .* differs from its first in"),
+        ("tiring", networks.residual, "second answer .* differs from its first in"),
+        ("by_threads", networks.residual, "second answer .* differs from its first in"),
+        ("by_address", networks.residual, "second answer .* differs from its first in"),
     ],
 )
 def test_a_module_that_is_no_yardstick_is_refused(

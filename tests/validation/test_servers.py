@@ -25,7 +25,12 @@ from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden, pack_golden
 from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
-from pipeline.validation.servers import Yardstick, misnamed, stated_classes, yardstick_of
+from pipeline.validation.servers import (
+    ExpectedModel,
+    describe_mismatch,
+    load_expected,
+    read_classes,
+)
 from tests.conftest import Chain, edit_json, error_line, flip_bit, link_server_environment
 
 Served = tuple[Chain, dict[str, Any]]
@@ -88,7 +93,7 @@ def test_the_packaged_release_is_held_on_the_test_split_as_well(served: Served) 
     names = [row["name"] for row in record["test_split"]["rows"]]
     assert names == ["ONNX Runtime", url_of(server, "grpc")]
     assert record["golden"]["version"] == 1
-    assert record["notes"] == ["only grpc was asked: add http://HOST:PORT for the other"]
+    assert record["notes"] == ["http was not tested: add http://HOST:PORT"]
     assert not chain.paths.agreement.exists()  # the release's own proof is another record
 
 
@@ -164,8 +169,8 @@ def test_another_signature_digest_version_or_name_of_a_class_fails_with_3(
     arrays["images"] = arrays["images"][..., :27].astype(np.float32)
     write_bytes(tmp_path / "narrow.npz", pack_golden(Golden(**arrays)))
     said = fails(elsewhere, "--golden", str(tmp_path / "narrow.npz"))
-    assert "takes images [1, 28, 28], the golden set has [1, 28, 27]" in said
-    assert "takes uint8, the golden set has float32" in said
+    assert "images has shape [1, 28, 28], the golden set has [1, 28, 27]" in said
+    assert "images has type uint8, the golden set has float32" in said
 
     shutil.copytree(version, chain.paths.packaged / "2")
     config = config_pbtxt.read(chain.paths.packaged / "config.pbtxt")
@@ -179,8 +184,8 @@ def test_another_signature_digest_version_or_name_of_a_class_fails_with_3(
 
     edit_json(version / "manifest.json", edit)
     said = fails(elsewhere, *golden)
-    assert "with digest" in said
-    assert "is of 000000000000" in said
+    assert "serves version 1 with" in said
+    assert "golden set of 000000000000" in said
     assert "its config calls class 0 '0' instead of '1'" in said
     assert "its label file calls class 0 '0' instead of '1'" in said
 
@@ -406,53 +411,54 @@ def test_evidence_is_written_to_a_json_file_only(elsewhere: Chain, golden_file: 
     assert result.exit_code == 2
 
 
-def manifest_of(golden_file: Path, **changes: Any) -> Yardstick:
+def manifest_of(golden_file: Path, **changes: Any) -> ExpectedModel:
     digests = {"golden.npz": sha256(golden_file), "model.onnx": "a" * 64}
     manifest = {"classes": ["a", "b"], "files": {**digests, **changes}}
     write_bytes(golden_file.parent / "manifest.json", json.dumps(manifest).encode())
-    return yardstick_of(Chain(golden_file.parent).paths, {}, golden_file)
+    return load_expected(Chain(golden_file.parent).paths, {}, golden_file)
 
 
 def test_the_manifest_beside_a_golden_set_says_of_which_model_it_is(golden_file: Path) -> None:
-    alone = yardstick_of(Chain(golden_file.parent).paths, {}, golden_file)
-    assert (alone.sha256, alone.version, alone.classes) == (None, None, ())
+    alone = load_expected(Chain(golden_file.parent).paths, {}, golden_file)
+    assert (alone.sha256, alone.version, "classes" in alone.manifest) == (None, None, False)
     with_manifest = manifest_of(golden_file)
-    assert (with_manifest.sha256, with_manifest.classes) == ("a" * 64, ("a", "b"))
+    assert (with_manifest.sha256, with_manifest.manifest["classes"]) == ("a" * 64, ["a", "b"])
     with pytest.raises(CorruptError, match="in the manifest next to it"):
         manifest_of(golden_file, **{"golden.npz": "b" * 64})
     for strange in (b"[]", b"{", b'{"files": 1}', b'{"files": {"other": "c"}}'):
         write_bytes(golden_file.parent / "manifest.json", strange)
-        assert yardstick_of(Chain(golden_file.parent).paths, {}, golden_file).sha256 is None
+        assert load_expected(Chain(golden_file.parent).paths, {}, golden_file).sha256 is None
 
 
 def test_the_golden_set_of_a_variant_is_of_the_variants_file(golden_file: Path) -> None:
     variant = golden_file.rename(golden_file.with_name("golden.int8.npz"))
     digests = {variant.name: sha256(variant), "model.onnx": "a" * 64, "model.int8.onnx": "b" * 64}
     write_bytes(variant.parent / "manifest.json", json.dumps({"files": digests}).encode())
-    assert yardstick_of(Chain(variant.parent).paths, {}, variant).sha256 == "b" * 64
+    assert load_expected(Chain(variant.parent).paths, {}, variant).sha256 == "b" * 64
 
 
 def test_versions_that_answer_in_turn_are_no_release(golden_file: Path) -> None:
-    found = manifest_of(golden_file).identity(["1", "2"], None)
-    assert found == ["versions 1 and 2 answered in turn"]
+    found = manifest_of(golden_file).version_problems(["1", "2"], None)
+    assert found == ["several versions answered: 1, 2"]
 
 
 def test_names_of_classes_are_compared_one_by_one() -> None:
-    assert misnamed(("a", "b"), ("a", "b")) == misnamed((), ("a",)) == misnamed(("a",), ()) == ""
-    assert misnamed(("a", "c"), ("a", "b")) == "calls class 1 'c' instead of 'b'"
-    assert misnamed(("a",), ("a", "b")) == "has 1 classes instead of 2"
+    for names, wanted in ((("a", "b"), ("a", "b")), ((), ("a",)), (("a",), ())):
+        assert describe_mismatch(names, wanted) == ""
+    assert describe_mismatch(("a", "c"), ("a", "b")) == "calls class 1 'c' instead of 'b'"
+    assert describe_mismatch(("a",), ("a", "b")) == "has 1 classes instead of 2"
 
 
 def test_a_config_of_others_may_state_what_it_likes(golden_file: Path) -> None:
     config = config_pbtxt.ModelConfig()
-    assert stated_classes(config) == ()
+    assert read_classes(config) == ()
     for text in ("a, b", "3", "null"):
         config_pbtxt.set_parameter(config, "classes", text)
-        assert stated_classes(config) == ()
-    yardstick = manifest_of(golden_file)
-    assert yardstick.misfit(config) == ["takes 0 tensors and gives 0"]
+        assert read_classes(config) == ()
+    expected = manifest_of(golden_file)
+    assert expected.mismatches(config) == ["the model has 0 inputs and 0 outputs"]
     config.input.add(name="x", dims=[-1, 4], data_type=2)
     config.output.add(name="y", dims=[-1, 2], data_type=11)
-    assert yardstick.misfit(config) == []  # its batch is a dimension like the others
+    assert expected.mismatches(config) == []  # its batch is a dimension like the others
     config.input[0].data_type = 13
-    assert yardstick.misfit(config) == ["takes TYPE_STRING, the golden set has uint8"]
+    assert expected.mismatches(config) == ["x has type TYPE_STRING, the golden set has uint8"]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.export.targets import NEWEST, Target, loaded_by, target
+from pipeline.export.targets import NEWEST, Target, find_oldest, target
 from pipeline.repository.lint.backend import BACKEND, triton_type
 from pipeline.repository.lint.config import INPUTS, list_tensors
 from pipeline.repository.lint.files import ModelFolder
@@ -117,7 +117,7 @@ def check_completion(model: ModelFolder, version: int) -> Iterator[Finding]:
 def check_dialect(model: ModelFolder, version: int, wanted: Target | None) -> Iterator[Finding]:
     """Check opset and IR version against the Triton release, and for operators of other domains."""
     graph = model.graphs[version]
-    oldest, release = loaded_by(graph.opset, graph.ir_version), wanted or target(NEWEST)
+    oldest, release = find_oldest(graph.opset, graph.ir_version), wanted or target(NEWEST)
     if graph.opset > release.opset or graph.ir_version > release.ir_version:
         problem = f"opset {graph.opset}, IR {graph.ir_version}: Triton {release.releases} has ONNX "
         problem += f"Runtime {release.onnxruntime}, which loads opset {release.opset}, "
