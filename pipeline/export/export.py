@@ -112,14 +112,6 @@ def check_onnx(content: bytes, wanted: graph.Signature, name: str = "the exporte
         raise CheckFailedError(f"{name} {signature}; it should be one that {wanted}")
 
 
-def source_commit() -> str | None:
-    """Return the git commit of this code, or None without git or a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None
-
-
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that make an export."""
     return {library.__name__: library.__version__ for library in (torch, onnx, onnxruntime)}
@@ -238,6 +230,10 @@ def write_export(
         path = paths.variant(precision)
         files[path.name] = digest = write_bytes(path, content)
         exported.append(Exported(precision, path, digest, len(content), *astuple(config)))
+    commit = None  # without git or a repository
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     manifest = {
         "name": paths.name,
         **subject.origin,
@@ -251,7 +247,7 @@ def write_export(
         "weights_sha256": subject.weights_sha256,
         **asdict(config),
         "versions": library_versions(),
-        "source_commit": source_commit(),
+        "source_commit": commit,
     }
     write_json(paths.manifest, manifest)
     return exported

@@ -264,7 +264,7 @@ def _load_external(tensor: TensorProto, path: Path) -> None:
     except (ValidationError, ValueError, OSError) as error:
         raise CheckFailedError(f"{where} cannot be read: {error}") from error
     if len(tensor.raw_data) != raw_bytes(tensor):
-        raise CheckFailedError(f"{where} has {len(tensor.raw_data)} bytes: its dims differ")
+        raise CheckFailedError(f"{where} has {len(tensor.raw_data)} bytes, not {raw_bytes(tensor)}")
 
 
 def is_external(tensor: TensorProto) -> bool:

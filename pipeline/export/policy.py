@@ -120,26 +120,20 @@ def _check_sources(model: onnx.ModelProto, parts: list[Any]) -> Iterator[str]:
         yield f"metadata of the exporter, which may have source paths: {SCRUB}"
     if any(getattr(part, "doc_string", "") for part in parts):
         yield f"doc strings, which may have source paths: {SCRUB}"
-    public = graph.public_names(model)
-    shown = {
-        _describe_place(part, field, text): text
-        for part, field, text in graph.texts(model)
-        if field != "doc_string" and graph.shows_source(text)
-    }
+    public, shown = graph.public_names(model), {}
+    for part, field, text in graph.texts(model):
+        if field != "doc_string" and graph.shows_source(text):
+            place = f"the {field} '{text}'"
+            if isinstance(part, onnx.StringStringEntryProto):
+                place = f"metadata '{part.key}'"
+            elif isinstance(part, (onnx.ModelProto, onnx.GraphProto)):
+                place = field
+            shown[place] = text
     if used := sorted(public.intersection(shown.values())):
         fix = "clients use them, so export it with other names"
         yield f"source paths in the names of inputs or outputs, {_shorten(used)}: {fix}"
     if places := [place for place, text in shown.items() if text not in public]:
         yield f"source paths in {_shorten(places)}: {SCRUB}"
-
-
-def _describe_place(part: Any, field: str, text: str) -> str:
-    """Describe where a text stands, for a message."""
-    if isinstance(part, onnx.StringStringEntryProto):
-        return f"metadata '{part.key}'"
-    if isinstance(part, (onnx.ModelProto, onnx.GraphProto)):
-        return field
-    return f"the {field} '{text}'"
 
 
 def _check_data(nodes: list[NodeProto], tensors: list[TensorProto]) -> Iterator[str]:

@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import SGD, Adadelta, AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.core.errors import PipelineError
@@ -47,17 +48,6 @@ class TrainingProgress:
         if self.epoch < 0.02 * self.epochs:  # too early to estimate the remaining time
             return text
         return f"{text}, {self.images_per_second:,.0f} images/s, {left:.0f} s left"
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over the parameters of `model`."""
-    parameters, lr, decay = model.parameters(), recipe.lr, recipe.weight_decay
-    if recipe.optimizer == "adadelta":
-        return torch.optim.Adadelta(parameters, lr=lr, weight_decay=decay)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
-    betas = (recipe.beta1, recipe.beta2)
-    return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -136,7 +126,11 @@ class Learner:
         torch.manual_seed(config.seed)
         self.network = build(recipe, classes)
         self.model = prepare_network(self.network, placement, config.compiled)
-        self.optimizer = make_optimizer(self.network, recipe)
+        settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "adamw":
+            settings |= {"betas": (recipe.beta1, recipe.beta2), "fused": True}
+        optimizers = {"adamw": AdamW, "adadelta": Adadelta, "sgd": SGD}
+        self.optimizer = optimizers[recipe.optimizer](self.network.parameters(), **settings)
         self.average: AveragedModel | None = None
         if recipe.average:
             follow = get_ema_multi_avg_fn(recipe.average**FOLLOW_EVERY)  # type: ignore[no-untyped-call]  # torch's

@@ -52,7 +52,7 @@ class FileTrial:
     def __post_init__(self) -> None:
         images = self.sample.images
         self.rows = np.concatenate([images, compare.probe_images(images)])
-        self.report(f"the module in float64 on {len(self.rows):,} images")
+        self.report(f"running the module in float64 on {len(self.rows):,} images")
         reference = run_reference(self.subject, self.rows, self.sample, self.criterion)
         for outputs, dtype in ((reference.outputs, "float64"), (reference.eager, "float32")):
             is_finite = np.isfinite(outputs).all(axis=1)

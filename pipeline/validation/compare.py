@@ -351,7 +351,9 @@ def _list_problems(comparison: Comparison, ratio: float, lost: float) -> list[st
         wrong = np.flatnonzero(is_changed & (margins(reference.outputs) >= bounds))
         if len(wrong):
             change = f"row {wrong[0]} from {expected[wrong[0]]} to {classes[wrong[0]]}"
-            problems.append(f"{len(wrong):,} rows change class despite their margin: {change}")
+            problems.append(
+                f"{len(wrong):,} rows change class with a margin over their bound: {change}"
+            )
         flips, most = int(is_changed[:images].sum()), allowed_flips(criterion, images)
         if flips > most:
             problems.append(f"{flips:,} images change class, at most {most} may")

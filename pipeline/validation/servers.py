@@ -120,7 +120,9 @@ class ExpectedModel:
             problems.append(f"serves version {answered}, the repository selects {self.version}")
         if self.sha256 and digest and digest != self.sha256:
             golden = f"{self.file} is the golden set of {self.sha256[:12]}"
-            problems.append(f"serves version {versions[-1]} with {digest[:12]}, but {golden}")
+            problems.append(
+                f"serves version {versions[-1]} with digest {digest[:12]}, but {golden}"
+            )
         return problems
 
 

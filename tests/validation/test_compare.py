@@ -67,7 +67,7 @@ def test_eager_float32_itself_passes_with_its_figures() -> None:
         (lambda y: np.where(y == y, np.nan, 0).astype(np.float32), "row 0 differs by inf"),
         (
             lambda y: y[:, ::-1].copy(),
-            "rows change class despite their margin: row 0 from",
+            "with a margin over their bound: row 0 from",
         ),
         (lambda y: y.astype(np.float64), r"answers are float64 \(100, 10\), not float32"),
         (lambda y: y[:, :9], r"answers are float32 \(100, 9\), not"),

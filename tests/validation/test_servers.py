@@ -184,7 +184,7 @@ def test_another_signature_digest_version_or_name_of_a_class_fails_with_3(
 
     edit_json(version / "manifest.json", edit)
     said = fails(elsewhere, *golden)
-    assert "serves version 1 with" in said
+    assert "serves version 1 with digest" in said
     assert "golden set of 000000000000" in said
     assert "its config calls class 0 '0' instead of '1'" in said
     assert "its label file calls class 0 '0' instead of '1'" in said
