@@ -11,26 +11,19 @@ from pipeline.cli.command import Command, Settings, paths_of
 from pipeline.cli.options import dataset_option
 from pipeline.core.paths import Paths, model_name
 from pipeline.core.text import Lines
-from pipeline.training.recipes import (
-    DEFAULT_RECIPE,
-    RECIPES,
-    Recipe,
-    TrainConfig,
-    choose_epochs,
-    make_recipe,
-)
+from pipeline.training.recipes import RECIPES, Recipe, TrainConfig, choose_epochs, make_recipe
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for every field of a recipe; the default is the recipe's own value."""
-    default = RECIPES[DEFAULT_RECIPE]
+    name = TrainConfig.recipe
     for field in reversed(fields(Recipe)):
         kind = {int: int, float: float, str: str, bool: bool}.get(field.type)
         option = click.option(
             f"--{field.name.replace('_', '-')}",
             type=kind or _channels,
             metavar=None if kind else "N,N,...",
-            help=f"{field.metadata['help']}  [{DEFAULT_RECIPE}: {getattr(default, field.name)}]",
+            help=f"{field.metadata['help']}  [{name}: {getattr(RECIPES[name], field.name)}]",
         )
         command = option(command)
     return command
@@ -46,7 +39,7 @@ def _channels(value: str) -> tuple[int, ...]:
 @click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
-    default=DEFAULT_RECIPE,
+    default=TrainConfig.recipe,
     help="Network and training settings; the options below change single ones.",
 )
 @click.option("--seed", default=TrainConfig.seed, help="Seed of all random numbers.")
