@@ -66,24 +66,19 @@ class HttpConnection(Connection):
     def _library_faults(self) -> Iterator[None]:
         try:
             yield
+        except aiohttp.ClientConnectorDNSError as error:
+            raise Fault("unnamed", short(str(error.os_error))) from error
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise of_connection(error.certificate_error, is_connected=False) from error
+        except aiohttp.ClientConnectorError as error:  # includes TLS errors
+            raise of_connection(error.os_error, is_connected=False) from error
+        except aiohttp.ClientConnectionError as error:  # also of a client that was closed
+            raise Fault("lost", short(str(error)) or "it closed the connection") from error
+        except aiohttp.ClientPayloadError as error:
+            raise Fault("lost", "it closed the connection within an answer") from error
         except aiohttp.ClientError as error:
-            raise _fault(error) from error
+            raise Fault("alien", short(str(error)) or type(error).__name__) from error
         except InferenceServerException as error:
             raise Fault("alien", short(error.message())) from error
         except OSError as error:
             raise of_connection(error, is_connected=True) from error
-
-
-def _fault(error: aiohttp.ClientError) -> Fault:
-    """Return the fault of an error of aiohttp, which wraps the socket's errors."""
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return Fault("unnamed", short(str(error.os_error)))
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return of_connection(error.certificate_error, is_connected=False)
-    if isinstance(error, aiohttp.ClientConnectorError):  # includes TLS errors
-        return of_connection(error.os_error, is_connected=False)
-    if isinstance(error, aiohttp.ClientConnectionError):  # also of a client that was closed
-        return Fault("lost", short(str(error)) or "it closed the connection")
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return Fault("lost", "it closed the connection within an answer")
-    return Fault("alien", short(str(error)) or type(error).__name__)

@@ -10,6 +10,7 @@ the pixels that the model received, divided by 255.
 import contextlib
 import errno
 import fcntl
+import fileinput
 import json
 import logging
 import math
@@ -54,7 +55,7 @@ class PredictionLog:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         self.path, self.max_bytes = Path(path), max_bytes
         self.lost = 0  # predictions, in total
-        self._unsaid = 0  # of those, how many the log does not state yet
+        self._unreported = 0  # of those, how many the log does not state yet
         self._lock = threading.Lock()
         try:
             with self._opened() as descriptor:
@@ -87,28 +88,26 @@ class PredictionLog:
             for row, prediction in enumerate(predictions)
         ]
         for start in range(0, len(lines), LINES_AT_ONCE):
-            self._append(lines[start : start + LINES_AT_ONCE])
-
-    def _append(self, lines: Sequence[bytes]) -> None:
-        with self._lock:
-            gap = [_line(lost=self._unsaid)] if self._unsaid else []
-            try:
-                self._write(b"".join([*gap, *lines]))
-            except OSError as error:
-                if not self._unsaid:
-                    _logger.warning(
+            batch = lines[start : start + LINES_AT_ONCE]
+            with self._lock:
+                missing = self._unreported
+                gap = [_line(lost=missing)] if missing else []
+                try:
+                    self._write(b"".join([*gap, *batch]))
+                except OSError as error:
+                    message = (
                         "the prediction log %s cannot be written (%s): predictions continue, "
-                        "and those not logged are counted",
-                        self.path,
-                        error.strerror,
+                        "and those not logged are counted"
                     )
-                self.lost += len(lines)
-                self._unsaid += len(lines)
-                return
-            if gap:
+                    if not missing:
+                        _logger.warning(message, self.path, error.strerror)
+                    self.lost += len(batch)
+                    self._unreported += len(batch)
+                    continue
+                self._unreported = 0
+            if missing:
                 message = "the prediction log %s is written again; %d predictions are missing"
-                _logger.warning(message, self.path, self._unsaid)
-            self._unsaid = 0
+                _logger.warning(message, self.path, missing)
 
     def _write(self, content: bytes) -> None:
         """Append all of `content` or nothing, in one write; raise OSError if that fails."""
@@ -195,29 +194,16 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
     """
     logged, wanted = Logged(), (name, sha256)
     start = "" if since is None else since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    for line in _read_lines(path):
-        try:
-            record = json.loads(line)
-            time, lost = str(record["time"]), int(record.get("lost", 0))
-            if record["schema"] != SCHEMA or not isinstance(record.get("sha256"), str | None):
-                raise ValueError("another schema, or no digest")
-            if not lost:
-                model = LoggedModel(str(record["name"]), str(record["version"]), record["sha256"])
-                ink = None if record["ink"] is None else _share(record["ink"])
-                chance, is_sure = _share(record["probability"]), bool(record["sure"])
-                entry = Entry(time, str(record["class"]), chance, is_sure, ink)
-        except (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError):
-            logged.unreadable += 1
-            continue
-        if time < start:
-            continue
-        if lost:
-            logged.lost += lost
-        elif (model.name, model.sha256) == wanted:
-            logged.entries.append(entry)
-            logged.versions.add(model.version)
-        else:
-            logged.others[model] += 1
+    files = [file for file in (older_log(path), path) if file == path or file.exists()]
+    try:
+        with fileinput.input(files, mode="rb") as lines:
+            for line in lines:
+                _add_line(logged, line, wanted, start)
+    except OSError as error:
+        raise PipelineError(
+            f"cannot read the prediction log {path} ({error.strerror}): 'pipeline query' and "
+            "'pipeline web' write one with --prediction-log"
+        ) from error
     if logged.unreadable and not (logged.entries or logged.others or logged.lost):
         raise PipelineError(
             f"{path} is not a prediction log: write one with 'pipeline query IMAGE "
@@ -226,17 +212,30 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
     return logged
 
 
-def _read_lines(path: Path) -> Iterator[bytes]:
+def _add_line(logged: Logged, line: bytes, wanted: tuple[str, str], start: str) -> None:
+    """Add a line to the predictions of the `wanted` name and digest, unless older than `start`."""
     try:
-        for file in (older_log(path), path):
-            if file == path or file.exists():
-                with file.open("rb") as lines:
-                    yield from lines
-    except OSError as error:
-        raise PipelineError(
-            f"cannot read the prediction log {path} ({error.strerror}): 'pipeline query' and "
-            "'pipeline web' write one with --prediction-log"
-        ) from error
+        record = json.loads(line)
+        time, lost = str(record["time"]), int(record.get("lost", 0))
+        if record["schema"] != SCHEMA or not isinstance(record.get("sha256"), str | None):
+            raise ValueError("another schema, or no digest")
+        if not lost:
+            model = LoggedModel(str(record["name"]), str(record["version"]), record["sha256"])
+            ink = None if record["ink"] is None else _share(record["ink"])
+            chance, is_sure = _share(record["probability"]), bool(record["sure"])
+            entry = Entry(time, str(record["class"]), chance, is_sure, ink)
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError):
+        logged.unreadable += 1
+        return
+    if time < start:
+        return
+    if lost:
+        logged.lost += lost
+    elif (model.name, model.sha256) == wanted:
+        logged.entries.append(entry)
+        logged.versions.add(model.version)
+    else:
+        logged.others[model] += 1
 
 
 def _share(value: Any) -> float:
