@@ -21,6 +21,7 @@ from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
 from pipeline.repository import config_pbtxt
+from pipeline.repository.running import Server, is_alive, load_server
 from pipeline.serving import process, serve, supervise
 from pipeline.serving.settings import ServeConfig
 from tools.provenance import write_figure
@@ -62,14 +63,14 @@ def ask_of(paths: Paths) -> Traffic:
 def leftovers(ids: set[str]) -> list[str]:
     """List the processes and shared memory of these servers."""
     found = [str(path) for one in ids for path in Path("/dev/shm").glob(f"*{one}*")]
-    return found + [f"process {pid}" for one in ids for pid in serve.find_processes(one)]
+    return found + [f"process {pid}" for one in ids for pid in process.find_processes(one)]
 
 
-def await_another(paths: Paths, before: serve.Server) -> None:
+def await_another(paths: Paths, before: Server) -> None:
     """Wait until a server other than `before` is ready."""
     deadline = time.monotonic() + HANG_SECONDS
     while True:
-        now = serve.load_server(paths)
+        now = load_server(paths)
         if now and now.id != before.id and now.is_ready:
             return
         assert time.monotonic() < deadline, "the server does not come back"
@@ -78,11 +79,11 @@ def await_another(paths: Paths, before: serve.Server) -> None:
 
 def kill(paths: Paths, config: ServeConfig, kind: str, ids: set[str]) -> Kill:
     """Kill one part of the server, and wait until a complete server runs again."""
-    server = serve.load_server(paths)
+    server = load_server(paths)
     assert server
     ids.add(server.id)
     victims = {
-        "stub": set(serve.find_processes(server.id)) - {server.pid},
+        "stub": set(process.find_processes(server.id)) - {server.pid},
         "server": {server.pid},
         "supervisor": {server.supervisor_pid},
     }[kind]
@@ -90,7 +91,7 @@ def kill(paths: Paths, config: ServeConfig, kind: str, ids: set[str]) -> Kill:
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
     if kind == "supervisor":
-        while serve.is_alive(server.supervisor_pid, server.supervisor_start_time):
+        while is_alive(server.supervisor_pid, server.supervisor_start_time):
             time.sleep(process.POLL_SECONDS)
         supervise.detach(paths, config)  # cleans up the rest
     else:
@@ -116,7 +117,7 @@ def drain(paths: Paths, config: ServeConfig, running: Running, ids: set[str]) ->
 
     The time is in seconds.
     """
-    server = serve.load_server(paths)
+    server = load_server(paths)
     assert server
     ids.add(server.id)
     idle = http.client.HTTPConnection("127.0.0.1", config.http_port)
@@ -146,7 +147,7 @@ def main(result: Path, kills: int, drains: int) -> None:
                 running.await_more(BETWEEN)
                 print(f"kill {number + 1} of {kills}: {kind}", flush=True)
             drains_from = time.monotonic()
-            ids.add(str(getattr(serve.load_server(paths), "id", server.id)))
+            ids.add(str(getattr(load_server(paths), "id", server.id)))
             for number in range(drains):
                 drained.append(drain(paths, config, running, ids))
                 print(f"drain {number + 1} of {drains}: {drained[-1]:.1f} s", flush=True)

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.core.machine import machine
-from pipeline.serving import serve, supervise
+from pipeline.repository.running import Server, load_server
+from pipeline.serving import process, serve, supervise
 from pipeline.serving.settings import ServeConfig
 from tools.prove_kill import ask_of, leftovers, project
 from tools.provenance import write_figure
@@ -31,9 +32,9 @@ class Size:
     threads: int
 
 
-def size(server: serve.Server) -> Size:
+def size(server: Server) -> Size:
     """Measure the resources that tritonserver and its stubs hold now."""
-    pids = serve.find_processes(server.id)
+    pids = process.find_processes(server.id)
     status = [dict(_fields(pid)) for pid in pids]
     return Size(
         memory_bytes=1024 * sum(int(fields["VmRSS"].split()[0]) for fields in status),
@@ -63,7 +64,7 @@ def main(result: Path, requests: int) -> None:
                     sizes.append((running.requests, size(server)))
                     print(*sizes[-1], flush=True)
                 tally = running.stop()
-            restarts = getattr(serve.load_server(paths), "restarts", None)
+            restarts = getattr(load_server(paths), "restarts", None)
         finally:
             supervise.stop(paths)
     first, last = sizes[0][1], sizes[-1][1]

@@ -18,9 +18,10 @@ import numpy as np
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
+from pipeline.repository.running import Server
 from pipeline.repository.versions import list_versions
 from pipeline.serving import supervise, swap
-from pipeline.serving.serve import Server, with_free_ports
+from pipeline.serving.serve import with_free_ports
 from pipeline.serving.settings import ServeConfig
 from tools.provenance import write_figure
 from tools.readme import render_pages

@@ -30,8 +30,10 @@ from pipeline.core.paths import Paths
 from pipeline.export.runtime import onnx_predictor
 from pipeline.repository import config_pbtxt
 from pipeline.repository.release import Release, load_selected_releases
+from pipeline.repository.running import Server
 from pipeline.serving import tritonserver
-from pipeline.serving.serve import Server, find_processes, run_server, with_free_ports
+from pipeline.serving.process import find_processes
+from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import KEY_HEADER
 

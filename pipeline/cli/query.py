@@ -90,7 +90,7 @@ def query_command(
     """
     from pipeline.client.log import open_log
     from pipeline.client.query import ask_files
-    from pipeline.images.inputs import sources
+    from pipeline.images.inputs import list_sources
 
     if show and settings.json:
         raise click.UsageError("--show and --json exclude each other")
@@ -98,7 +98,7 @@ def query_command(
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that its encoding lacks
     log = open_log(prediction_log)
     connect = functools.partial(_connect, paths, log, **connection)
-    pictures = sources(images, _standard_input() if "-" in images else None)
+    pictures = list_sources(images, _standard_input() if "-" in images else None)
     with contextlib.closing(ask_files(connect, pictures, top, min_confidence)) as answers:
         count = _echo_answers(settings, answers, show)
     if count.failed:

@@ -16,7 +16,7 @@ from pipeline.core.text import Lines
 from pipeline.serving.settings import ServeConfig
 
 if TYPE_CHECKING:
-    from pipeline.serving.serve import Server
+    from pipeline.repository.running import Server
 
 
 def _is_free(context: click.Context, parameter: click.Parameter, value: str | None) -> bool:

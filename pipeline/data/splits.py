@@ -3,7 +3,7 @@
 import math
 import shlex
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Da
 
 # Shape letters: N images.
 
+Report = Callable[[str], None]
 RECORD = "dataset.json"  # next to the files of a data set that has no published digests
 
 
@@ -34,17 +35,15 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
     folder, fix = folder or Path("data") / data_name(name), fetch_command(name)
     path = folder / RECORD
     record = read_json(path, fix)
-    if record.get("source") != name:
-        raise PipelineError(
-            f"{folder} holds {record.get('source')}, a folder of the same name as {name}: rename "
-            f"one of the two, or remove {folder} and {fix}"
-        )
+    if (source := record.get("source")) != name:
+        fix = f"rename one of the two folders, or remove {folder} and {fix}"
+        raise PipelineError(f"{folder} holds {source}, a folder of the same name as {name}: {fix}")
     try:
-        a, b, c, d = (DataFile(file, **record["files"][file]) for file in NAMES)
+        files = tuple(DataFile(file, **record["files"][file]) for file in NAMES)
         classes, validation = tuple(map(str, record["classes"])), int(record["validation"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{path} is not a record of a data set: {fix}") from error
-    return Dataset(classes, a, b, c, d, validation=validation)
+    return Dataset(classes, files, validation=validation)
 
 
 def fetch_command(dataset: str, *options: str) -> str:
@@ -99,11 +98,21 @@ def verify(dataset: str, folder: Path) -> dict[str, str]:
     Raises PipelineError when a file is missing and CorruptError when its content is wrong.
     """
     for file in find_dataset(dataset, folder).files:
-        cached(folder, file, fetch_command(dataset))
+        read_cached(folder, file, fetch_command(dataset))
     return digests(dataset, folder)
 
 
-def cached(folder: Path, file: DataFile, fix: str) -> bytes:
+def is_intact(dataset: str, folder: Path, report: Report) -> bool:
+    """Return whether the cached files match their digests; report what is wrong if not."""
+    try:
+        verify(dataset, folder)
+    except PipelineError as error:
+        report(str(error))
+        return False
+    return True
+
+
+def read_cached(folder: Path, file: DataFile, fix: str) -> bytes:
     """Read a cached file; raise CorruptError unless its length and digest are correct."""
     path = folder / file.name
     if path.is_file() and (size := path.stat().st_size) != file.size:  # before the file is read
@@ -143,20 +152,17 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
     file is missing and CorruptError when its content is wrong.
     """
     row = find_dataset(dataset, folder)
-    images_file, labels_file, part = {
-        "train": (row.train_images, row.train_labels, slice(None, -row.validation)),
-        "validation": (row.train_images, row.train_labels, slice(-row.validation, None)),
-        "test": (row.test_images, row.test_labels, slice(None)),
-    }[name]
+    end = -row.validation
+    part = {"train": slice(end), "validation": slice(end, None), "test": slice(None)}[name]
+    images_file, labels_file = files = row.files[2:] if name == "test" else row.files[:2]
     fix = fetch_command(dataset)
     images, labels = (
-        read_idx(cached(folder, file, fix), folder / file.name, fix)
-        for file in (images_file, labels_file)
+        read_idx(read_cached(folder, file, fix), folder / file.name, fix) for file in files
     )
     if images.shape != (len(labels), 28, 28) or labels.shape != (len(images),):
-        files = f"{folder / images_file.name} and {labels_file.name}"
+        names = f"{folder / images_file.name} and {labels_file.name}"
         shapes = f"{images.shape} and {labels.shape}"
-        raise CorruptError(f"{files} have shapes that do not match, {shapes}: {fix}")
+        raise CorruptError(f"{names} have shapes that do not match, {shapes}: {fix}")
     if (highest := int(labels.max(initial=0))) >= len(row.classes):
         path = folder / labels_file.name
         raise CorruptError(f"{path} has label {highest}, for {len(row.classes)} classes: {fix}")

@@ -198,4 +198,4 @@ def _check_ports(paths: Paths, config: ServeConfig) -> str:
     if taken:
         problems = (f"{port} ({name}): {os.strerror(e.errno or 0)}" for name, port, e in taken)
         raise PipelineError("; ".join(problems))
-    return f"{', '.join(map(str, tritonserver.ports(config).values()))} are free"
+    return f"{', '.join(map(str, config.ports.values()))} are free"

@@ -29,40 +29,34 @@ HIT = 4096  # score of a strip that a line crosses; more than the number of colu
 RIDGE = 5  # at least this many levels between a line and the pixels next to it
 
 
-def reduced(levels: np.ndarray, factor: int) -> np.ndarray:
+def reduce_levels(levels: np.ndarray, factor: int) -> np.ndarray:
     """Reduce levels (H, W): each square of `factor` x `factor` pixels becomes its rounded mean."""
     if factor == 1:
         return levels.astype(np.int32)
-    starts = [np.arange(0, length, factor) for length in levels.shape]
+    height, width = levels.shape
+    starts = np.arange(0, height, factor), np.arange(0, width, factor)
     sums = np.add.reduceat(levels, starts[0], axis=0, dtype=np.int32)
     sums = np.add.reduceat(sums, starts[1], axis=1)
-    rows, columns = (
-        np.minimum(factor, length - start)
-        for start, length in zip(starts, levels.shape, strict=True)
-    )
+    rows, columns = np.diff(starts[0], append=height), np.diff(starts[1], append=width)
     count = rows[:, np.newaxis] * columns
     return np.asarray((sums + count // 2) // count, np.int32)
 
 
-def frame(levels: np.ndarray) -> np.ndarray:
+def border_levels(levels: np.ndarray) -> np.ndarray:
     """Return the levels along the picture's border (n,), which is most likely paper."""
-    height, width = levels.shape
-    edge = edge_of(levels)
-    if 2 * edge >= min(height, width):
-        return levels.ravel()
-    sides = levels[edge : height - edge]
-    parts = (levels[:edge], levels[height - edge :], sides[:, :edge], sides[:, width - edge :])
-    return np.concatenate([part.ravel() for part in parts])
+    edge = border_width(levels)
+    is_border = np.ones(levels.shape, bool)
+    is_border[edge:-edge, edge:-edge] = False
+    return levels[is_border]
 
 
-def edge_of(levels: np.ndarray) -> int:
+def border_width(levels: np.ndarray) -> int:
     """Return the width in pixels of the frame of a picture (H, W)."""
-    height, width = levels.shape
-    side: int = min(height, width)
+    side: int = min(levels.shape)
     return max(1, side // 14)
 
 
-def middle(levels: np.ndarray) -> int:
+def lower_median(levels: np.ndarray) -> int:
     """Return the lower median of levels 0 to 255: the first that half of them do not exceed."""
     below = np.cumsum(np.bincount(levels.ravel()))
     return int(np.searchsorted(below, (below[-1] + 1) // 2))
@@ -74,49 +68,49 @@ def find_ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
     An ink level is a pixel's distance from the paper; from the threshold on it is ink. The
     threshold is 0 if there is no ink.
     """
-    border = frame(gray)
-    paper = middle(border)
+    border = border_levels(gray)
+    paper = lower_median(border)
     if int((border == paper).sum()) * 3 >= 2 * len(border):  # drawn on a screen, or prepared
-        apart = gray - paper if _cubes(gray - paper) > 0 else paper - gray
-        raised, line = without_lines(np.maximum(apart, 0), 0)
+        apart = gray - paper if _sum_cubes(gray - paper) > 0 else paper - gray
+        raised, line = erase_lines(np.maximum(apart, 0), 0)
         highest = int(raised.max())
         threshold = max(highest // FAINT + 1, line // OF_LINES)
         return raised, threshold if highest >= max(MIN_CONTRAST, threshold) else 0, line > 0
-    raised = _raised(gray)
+    raised = _measure_ink(gray)
     for _ in range(SMOOTHINGS):
-        if _noise(raised, middle(raised)) <= MAX_NOISE:
+        if _estimate_noise(raised, lower_median(raised)) <= MAX_NOISE:
             break
         # The mean of the 3 x 3 pixels around each; the border's pixels are repeated outside.
         wide = np.pad(raised, 1, mode="edge")
         rows = wide[:-2] + wide[1:-1] + wide[2:]
         raised = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4) // 9
-    level = middle(raised)
-    noise = _noise(raised, level)
-    raised, line = without_lines(np.maximum(raised - level, 0), noise)
+    level = lower_median(raised)
+    noise = _estimate_noise(raised, level)
+    raised, line = erase_lines(np.maximum(raised - level, 0), noise)
     distance = max(MIN_CONTRAST // 2, MIN_DISTANCE * noise, line // OF_LINES)
-    threshold = max(_otsu(raised, distance), distance)
+    threshold = max(_find_threshold(raised, distance), distance)
     if raised.max() < max(MIN_CONTRAST, distance):
         return raised, 0, line > 0
     return np.maximum(raised - NOISE * noise, 0), max(threshold - NOISE * noise, 1), line > 0
 
 
-def _noise(raised: np.ndarray, level: int) -> int:
+def _estimate_noise(raised: np.ndarray, level: int) -> int:
     """Estimate the standard deviation of the paper's levels: 3/2 of the median distance."""
-    return 3 * middle(np.abs(raised - level)) // 2
+    return 3 * lower_median(np.abs(raised - level)) // 2
 
 
-def _cubes(distance: np.ndarray) -> int:
+def _sum_cubes(distance: np.ndarray) -> int:
     """Return the sum of cubes, which has the ink's sign: ink is rare and far from the paper."""
     return int((distance.astype(np.int64) ** 3).sum())
 
 
-def _raised(gray: np.ndarray) -> np.ndarray:
+def _measure_ink(gray: np.ndarray) -> np.ndarray:
     """Return each pixel's distance (H, W) from uneven paper, in the direction of the ink.
 
     The direction is brighter or darker than the paper; a pixel in the other direction gets 0.
     """
     factor = -(-max(gray.shape) // THUMBNAIL)
-    small = reduced(gray, factor)
+    small = reduce_levels(gray, factor)
     # The mean (H, W) of the square around each pixel; its side is half the longer side.
     half = max(1, max(small.shape) // 4)
     sums, counts = small.astype(np.int64), np.ones(small.shape, np.int64)
@@ -126,26 +120,26 @@ def _raised(gray: np.ndarray) -> np.ndarray:
         counts *= (last - first).reshape((-1, 1) if axis == 0 else (1, -1))
         summed = np.cumsum(np.insert(sums, 0, 0, axis=axis), axis=axis)
         sums = np.take(summed, last, axis=axis) - np.take(summed, first, axis=axis)
-    if _cubes(small - (sums + counts // 2) // counts) > 0:
-        bright = _enlarged(_paper(small), factor, gray.shape)
+    if _sum_cubes(small - (sums + counts // 2) // counts) > 0:
+        bright = _enlarge(_estimate_paper(small), factor, gray.shape)
         return np.asarray(np.maximum(gray - bright, 0))
-    paper = np.maximum(255 - _enlarged(_paper(255 - small), factor, gray.shape), 1)
+    paper = np.maximum(255 - _enlarge(_estimate_paper(255 - small), factor, gray.shape), 1)
     # Paper and ink reflect a share of the light, which stays the same in a shadow.
     return np.asarray((np.maximum(paper - gray, 0) * 255 + paper // 2) // paper)
 
 
-def _paper(small: np.ndarray) -> np.ndarray:
+def _estimate_paper(small: np.ndarray) -> np.ndarray:
     """Return the paper's level under each pixel (H, W), for ink that is brighter than paper.
 
     It is a morphological opening by a square: the minimum over each square, then the maximum of
     those. A stroke is narrower than the square, so it does not change the result.
     """
     side = max(3, max(small.shape) // STROKE)
-    levels = _continued(_continued(small, side - 1).T, side - 1).T
+    levels = _extrapolate(_extrapolate(small, side - 1).T, side - 1).T
     return slide(slide(levels, side, np.minimum), side, np.maximum)
 
 
-def _continued(levels: np.ndarray, by: int) -> np.ndarray:
+def _extrapolate(levels: np.ndarray, by: int) -> np.ndarray:
     """Extrapolate levels (H, W) by `by` columns on both sides, reflected at the border's level."""
     last = levels.shape[1] - 1
     steps = np.arange(1, by + 1)
@@ -160,16 +154,15 @@ def slide(
     """Return the extreme (minimum or maximum) of each `side` x `side` square in levels (H, W)."""
     for _ in (0, 1):
         done = 1
-        found = levels
         while done < side:
             step = min(done, side - done)
-            found = extreme(found[: len(found) - step], found[step:])
+            levels = extreme(levels[: len(levels) - step], levels[step:])
             done += step
-        levels = found.T
+        levels = levels.T
     return levels
 
 
-def _enlarged(small: np.ndarray, factor: int, shape: tuple[int, ...]) -> np.ndarray:
+def _enlarge(small: np.ndarray, factor: int, shape: tuple[int, ...]) -> np.ndarray:
     """Enlarge a thumbnail to `shape` (H, W) by linear interpolation, rounded to the nearest."""
     if factor == 1:
         return small
@@ -188,69 +181,62 @@ def _enlarged(small: np.ndarray, factor: int, shape: tuple[int, ...]) -> np.ndar
     return np.asarray((levels + whole // 2) // whole)
 
 
-def _otsu(raised: np.ndarray, distance: int) -> int:
+def _find_threshold(raised: np.ndarray, distance: int) -> int:
     """Return Otsu's threshold of the levels from `distance` on: it separates ink from fainter."""
     counts = np.bincount(raised.ravel(), minlength=256)
     counts[:distance] = 0
-    below = np.cumsum(counts)
-    mass = np.cumsum(counts * np.arange(len(counts)))
-    total, whole = int(below[-1]), int(mass[-1])
-    if not total:
+    levels = np.flatnonzero(counts)[:-1]
+    if not len(levels):
         return 0
-    best, found = -1.0, 0
-    for level in np.flatnonzero(counts)[:-1]:
-        count, sum_below = int(below[level]), int(mass[level])
-        apart = sum_below * (total - count) - (whole - sum_below) * count
-        spread = float(apart) * float(apart) / (float(count) * float(total - count))
-        if spread > best:
-            best, found = spread, int(level) + 1
-    return found
+    below, mass = np.cumsum(counts), np.cumsum(counts * np.arange(len(counts)))
+    count, rest = below[levels], below[-1] - below[levels]
+    apart = mass[levels] * rest - (mass[-1] - mass[levels]) * count
+    # The squares do not fit into 64-bit integers.
+    spread = apart.astype(np.float64) ** 2 / (count * rest).astype(np.float64)
+    return int(levels[spread.argmax()]) + 1
 
 
-def without_lines(levels: np.ndarray, noise: int) -> tuple[np.ndarray, int]:
+def erase_lines(levels: np.ndarray, noise: int) -> tuple[np.ndarray, int]:
     """Erase lines that cross the whole picture (H, W); return the ink levels and the lines' level.
 
     The lines' level is 0 if there are no lines.
     """
-    across, first = _without_rows(levels, noise)
-    upright, second = _without_rows(across.T, noise)
+    across, first = _erase_rows(levels, noise)
+    upright, second = _erase_rows(across.T, noise)
     return upright.T, max(first, second)
 
 
-def _without_rows(levels: np.ndarray, noise: int) -> tuple[np.ndarray, int]:
+def _erase_rows(levels: np.ndarray, noise: int) -> tuple[np.ndarray, int]:
     height, width = levels.shape
     gap = max(3, max(height, width) // 120)
     if width < STRIP * FEWEST_STRIPS or height < 8 * gap:
         return levels, 0
-    lines = _lines(levels, max(RIDGE, 2 * noise), gap)
-    levels = levels.copy()
-    found = [
-        _erase(levels, row + slope * (2 * np.arange(width) + 1 - width) // width, gap)
-        for slope, row in lines
-    ]
-    return levels, max(found, default=0)
+    lines = _find_lines(levels, max(RIDGE, 2 * noise), gap)
+    levels, line = levels.copy(), 0
+    for slope, row in lines:
+        rows = row + slope * (2 * np.arange(width) + 1 - width) // width
+        line = max(line, _erase_line(levels, rows, gap))
+    return levels, line
 
 
-def _lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
+def _find_lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
     """Return slope and middle row of each line, the surest first; empty if few lines are sure.
 
     The slope is how many rows the line falls from the middle column to the last.
     """
     height, width = levels.shape
-    beside = np.maximum(levels[: -2 * gap], levels[2 * gap :]) + ridge
-    is_ridge = np.zeros(levels.shape, bool)
-    is_ridge[gap:-gap] = levels[gap:-gap] > beside
-    near = is_ridge.copy()
-    near[1:] |= is_ridge[:-1]
-    near[:-1] |= is_ridge[1:]
+    around = np.maximum(levels[: -2 * gap], levels[2 * gap :]) + ridge
+    is_ridge = np.pad(levels[gap:-gap] > around, ((gap, gap), (0, 0)))
+    wide = np.pad(is_ridge, ((1, 1), (0, 0)))
+    is_near = wide[:-2] | is_ridge | wide[2:]
     strips = width // STRIP
     exact, count = (
-        found[:, : strips * STRIP].reshape(height, strips, STRIP).sum(axis=2)
-        for found in (is_ridge, near)
+        mask[:, : strips * STRIP].reshape(height, strips, STRIP).sum(axis=2)
+        for mask in (is_ridge, is_near)
     )
     steepest = width // STEEPEST
-    hits = np.zeros((height + 2 * steepest, strips), np.int32)  # (H + margin, C)
-    hits[steepest : steepest + height] = HIT * (2 * count >= STRIP) + exact
+    hits = np.int32(HIT) * (2 * count >= STRIP) + exact.astype(np.int32)  # (H, C)
+    hits = np.pad(hits, ((steepest, steepest), (0, 0)))  # (H + margin, C)
     slopes = np.arange(-steepest, steepest + 1)
     shifts = slopes[:, np.newaxis] * (2 * np.arange(strips) + 1 - strips) // strips  # (S, C)
     scores = np.zeros((len(slopes), height), np.int32)
@@ -270,28 +256,26 @@ def _lines(levels: np.ndarray, ridge: int, gap: int) -> list[tuple[int, int]]:
         scores[:, max(row - 2 * gap, 0) : row + 2 * gap + 1] = 0
 
 
-def _erase(levels: np.ndarray, rows: np.ndarray, gap: int) -> int:
+def _erase_line(levels: np.ndarray, rows: np.ndarray, gap: int) -> int:
     """Erase a line, keep ink that crosses it, return its level; `rows` (W,): its row per column."""
     height, width = levels.shape
     band = rows + np.arange(1 - gap, gap)[:, np.newaxis]  # (2 gap - 1, W)
     columns = np.arange(width)
     is_inside = (band >= 0) & (band < height)
     place = np.clip(band, 0, height - 1)
-    found = np.where(is_inside, levels[place, columns], 0)
-    line = int(np.sort(found.max(axis=0))[(width - 1) // 2])
+    inside = np.where(is_inside, levels[place, columns], 0)
+    line = int(np.sort(inside.max(axis=0))[(width - 1) // 2])
     above, below = (
         np.where((row >= 0) & (row < height), levels[np.clip(row, 0, height - 1), columns], 0)
         for row in (rows - gap, rows + gap)
     )
-    across = np.minimum(_spread(above), _spread(below))
-    kept = np.where(found > 2 * line, found, np.minimum(found, across))
+    across = np.minimum(_spread_levels(above), _spread_levels(below))
+    kept = np.where(inside > 2 * line, inside, np.minimum(inside, across))
     levels[place[is_inside], np.broadcast_to(columns, band.shape)[is_inside]] = kept[is_inside]
     return line
 
 
-def _spread(levels: np.ndarray) -> np.ndarray:
+def _spread_levels(levels: np.ndarray) -> np.ndarray:
     """Return the highest of each level and its two neighbours (W,)."""
-    spread = levels.copy()
-    spread[1:] = np.maximum(spread[1:], levels[:-1])
-    spread[:-1] = np.maximum(spread[:-1], levels[1:])
-    return spread
+    wide = np.pad(levels, 1, mode="edge")
+    return np.asarray(np.maximum(levels, np.maximum(wide[:-2], wide[2:])))

@@ -16,7 +16,7 @@ from pipeline.core.text import Lines
 from pipeline.images.read import MAX_FILE_BYTES, Picture, prepare_picture, read_picture
 
 STANDARD_INPUT = "-"
-_GIVE = "'-' takes a picture there, or the names of pictures, one a line"
+_FIX = "send a picture, or the names of pictures, one per line"
 MAX_NAME_BYTES = 2**16
 # The first bytes of the formats in images.FORMATS; a list of file names does not match.
 _PICTURE = re.compile(
@@ -35,18 +35,18 @@ class Source:
     error: str | None = None
 
 
-def sources(names: Iterable[str], standard_input: BinaryIO | None = None) -> Iterator[Source]:
+def list_sources(names: Iterable[str], standard_input: BinaryIO | None = None) -> Iterator[Source]:
     """Yield pictures from files, folders (recursive, sorted by name) and standard input."""
     for name in names:
         if name == STANDARD_INPUT and standard_input:
-            yield from _from_input(standard_input)
+            yield from _read_input(standard_input)
         elif os.path.isdir(name):
-            yield from _in_folder(name)
+            yield from _list_folder(name)
         else:
             yield Source(name)
 
 
-def _from_input(stream: BinaryIO) -> Iterator[Source]:
+def _read_input(stream: BinaryIO) -> Iterator[Source]:
     """Yield the picture that a stream holds, or the pictures whose names are its lines."""
     is_empty = True
     try:
@@ -60,16 +60,16 @@ def _from_input(stream: BinaryIO) -> Iterator[Source]:
         lines = iter(lambda: stream.readline(MAX_NAME_BYTES), b"")
         for line in itertools.chain(head.splitlines(), lines):
             if name := os.fsdecode(line.rstrip(b"\r\n")):
-                for source in sources([name]):
+                for source in list_sources([name]):
                     is_empty = False
                     yield source
     except OSError as error:
-        raise PipelineError(f"cannot read standard input ({error.strerror}): {_GIVE}") from error
+        raise PipelineError(f"cannot read standard input ({error.strerror}): {_FIX}") from error
     if is_empty:
-        yield Source(STANDARD_INPUT, error=f"standard input holds nothing: {_GIVE}")
+        yield Source(STANDARD_INPUT, error=f"standard input is empty: {_FIX}")
 
 
-def _in_folder(folder: str) -> Iterator[Source]:
+def _list_folder(folder: str) -> Iterator[Source]:
     """Yield every file below a folder that is not hidden; each folder once, so that links end."""
     is_empty, visited = True, set[tuple[int, int]]()
     waiting = [folder]
@@ -80,7 +80,7 @@ def _in_folder(folder: str) -> Iterator[Source]:
             names = sorted(os.listdir(path))
         except OSError as error:
             is_empty = False
-            reason = f"cannot read the folder {path} ({error.strerror}): check its rights"
+            reason = f"cannot read the folder {path} ({error.strerror}): check its permissions"
             yield Source(path, error=reason)
             continue
         if (status.st_dev, status.st_ino) in visited:
@@ -95,10 +95,10 @@ def _in_folder(folder: str) -> Iterator[Source]:
                 yield Source(child)
         waiting += reversed(below)
     if is_empty:
-        yield Source(folder, error=f"{folder} holds no files: name a folder of pictures")
+        yield Source(folder, error=f"{folder} has no files: name a folder of pictures")
 
 
-def text_of(name: str) -> str:
+def escape_name(name: str) -> str:
     """Escape bytes that are not UTF-8 in a file's name, or in a message with one."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 

@@ -18,7 +18,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_bytes
 from pipeline.core.signature import IMAGES
 from pipeline.images.crop import crop_digit
-from pipeline.images.ink import find_ink, frame, middle, reduced
+from pipeline.images.ink import border_levels, find_ink, lower_median, reduce_levels
 
 # Shape letters: H height, W width, of the current image. Gray levels go from 0 to 255.
 
@@ -32,7 +32,7 @@ WORK_SIDE = 640  # pixels; a larger image is first reduced to this
 BLANK = "{name} shows no ink on its paper: try another"
 LARGE = "{name} is larger than {allowed} bytes: reduce it"
 TOO_MANY_PIXELS = "{name} has {width} x {height} pixels, {allowed} are allowed: reduce it"
-UNREADABLE = "{name} cannot be read as an image ({reason}): give a whole {formats} file"
+UNREADABLE = "{name} cannot be read as an image ({reason}): use a complete {formats} file"
 
 
 class BlankError(PipelineError):
@@ -89,14 +89,14 @@ def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
         # Pillow warns of odd metadata, and of sizes that are refused here anyway.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _opened(source) as image:
+            with _open(source) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:  # from the header, before decoding
                     sizes = {"width": width, "height": height, "allowed": MAX_PIXELS}
                     raise PipelineError(TOO_MANY_PIXELS.format(name=name, **sizes))
                 if isinstance(source, bytes):  # a large JPEG is decoded at 1/2, 1/4, ... size
                     image.draft("L", (WORK_SIDE, WORK_SIDE))
-                return _upright(_gray(image), image)
+                return _turn_upright(_to_gray(image), image)
     except _DECODING_ERRORS as error:
         is_unknown = isinstance(error, UnidentifiedImageError)
         reason = "its format is unknown" if is_unknown else str(error) or type(error).__name__
@@ -108,15 +108,17 @@ def _read_file(path: Path) -> bytes:
     if os.path.isdir(path):  # Path.is_dir() raises where a name is too long
         raise PipelineError(f"{path} is a folder: name its files, {path}/*")
     if not os.path.isfile(path):
-        raise PipelineError(f"no image file {path}: check the name, and your rights in its folder")
+        raise PipelineError(f"{path} is not a file: check its name and its folder's permissions")
     try:
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise PipelineError(f"cannot read {path} ({error.strerror}): check its rights") from error
+        raise PipelineError(
+            f"cannot read {path} ({error.strerror}): check its permissions"
+        ) from error
 
 
-def _opened(
+def _open(
     source: bytes | Image.Image | np.ndarray,
 ) -> contextlib.AbstractContextManager[Image.Image]:
     if isinstance(source, bytes):
@@ -124,18 +126,14 @@ def _opened(
     if not isinstance(source, np.ndarray):
         return contextlib.nullcontext(source)  # the caller closes it
     if source.ndim not in (2, 3) or source.shape[2:] not in _CHANNELS or not source.size:
-        raise PipelineError(
-            f"an array of shape {list(source.shape)} is no picture: give gray levels (H, W) or "
-            "colours (H, W, 3)"
-        )
+        problem = f"an array of shape {list(source.shape)} is not a picture"
+        raise PipelineError(f"{problem}: use gray levels (H, W) or colours (H, W, 3)")
     if source.dtype.kind == "f" and not np.isfinite(source).all():
-        raise PipelineError(
-            "an array with NaN or infinity is no picture: look where they come from"
-        )
+        raise PipelineError("an array with NaN or infinity is not a picture: check its values")
     return contextlib.nullcontext(Image.fromarray(source))
 
 
-def _gray(image: Image.Image) -> np.ndarray:
+def _to_gray(image: Image.Image) -> np.ndarray:
     """Return the gray levels uint8 (H, W) of an image in any of Pillow's modes."""
     if image.mode[0] in "IF":  # 16 or 32 bits, of any range
         levels = np.nan_to_num(np.asarray(image, np.float32))
@@ -149,14 +147,14 @@ def _gray(image: Image.Image) -> np.ndarray:
     if mass == 255 * alpha.size:
         return np.asarray(levels, np.uint8)
     if 2 * mass > 255 * alpha.size:  # mostly opaque: its paper is opaque, too
-        paper = np.uint16(middle(levels[alpha > 127]))
+        paper = np.uint16(lower_median(levels[alpha > 127]))
     else:  # only ink is opaque: the paper is black or white, in contrast to it
         paper = np.uint16(0 if np.vdot(levels.astype(np.int64), alpha) > 127 * mass else 255)
     # At most 255 * 255 + 127, which 16 bits hold.
     return np.asarray((levels * alpha + paper * (255 - alpha) + 127) // 255, np.uint8)
 
 
-def _upright(gray: np.ndarray, image: Image.Image) -> np.ndarray:
+def _turn_upright(gray: np.ndarray, image: Image.Image) -> np.ndarray:
     """Turn a picture upright by its EXIF; ImageOps.exif_transpose fails on damaged EXIF."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -196,7 +194,7 @@ def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
     scale = side / max(gray.shape)
     height, width = (max(1, round(length * scale)) for length in gray.shape)
     how = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
-    canvas = np.full(IMAGES.shape, np.uint8(np.median(frame(gray))))
+    canvas = np.full(IMAGES.shape, np.uint8(np.median(border_levels(gray))))
     top, left = (side - height) // 2, (side - width) // 2
     resized = Image.fromarray(gray).resize((width, height), how)
     canvas[0, top : top + height, left : left + width] = np.asarray(resized)
@@ -207,13 +205,13 @@ def prepare(gray: np.ndarray) -> np.ndarray:
     """Prepare gray levels uint8 (H, W) as the model's input: uint8 (1, 28, 28), zeros if blank."""
     if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
         raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
-    levels, threshold, is_ruled = find_ink(reduced(gray, -(-max(gray.shape) // WORK_SIDE)))
+    levels, threshold, is_ruled = find_ink(reduce_levels(gray, -(-max(gray.shape) // WORK_SIDE)))
     if not threshold:
         return np.zeros(IMAGES.shape, np.uint8)
     return crop_digit(levels, threshold, is_ruled)[np.newaxis]
 
 
-def png(image: np.ndarray) -> bytes:
+def encode_png(image: np.ndarray) -> bytes:
     """Encode an image, uint8 (1, H, W) or (3, H, W), as the bytes of a PNG."""
     buffer = io.BytesIO()
     pixels = image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
@@ -221,7 +219,7 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def pictured(image: np.ndarray) -> np.ndarray | None:
+def to_picture(image: np.ndarray) -> np.ndarray | None:
     """Convert a model input of any type to a picture uint8 (1 or 3, H, W); None if impossible."""
     if image.ndim == 2:
         image = image[np.newaxis]
@@ -236,4 +234,4 @@ def pictured(image: np.ndarray) -> np.ndarray | None:
 
 def write_png(image: np.ndarray, path: Path) -> None:
     """Write an image, uint8 (1, 28, 28), as a grayscale PNG."""
-    write_bytes(path, png(image))
+    write_bytes(path, encode_png(image))

@@ -21,7 +21,7 @@ from pipeline.core.evaluate import (
     worst_mistakes,
 )
 from pipeline.data.splits import Split
-from pipeline.images.read import png
+from pipeline.images.read import encode_png
 from pipeline.report import figures
 from pipeline.training.records import Predictions
 
@@ -130,4 +130,4 @@ def _count_refused(
 
 def draw_picture(image: np.ndarray) -> str:
     """Return an image, uint8 (1, 28, 28), as a data: URL of a PNG."""
-    return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
 from pipeline.core.errors import CorruptError, PipelineError
-from pipeline.images.inputs import Source, look, text_of
+from pipeline.images.inputs import Source, escape_name, look
 
 NAMES, ID = ("image", "images"), "id"  # names of columns that are used by default
 NO_ID = "its id is null"  # reason for rejecting a row without an id
@@ -228,7 +228,7 @@ def _ids(
     if columns.id is None:
         if columns.root is None:
             return numbers, missing
-        name = text_of(str(path.relative_to(columns.root)))
+        name = escape_name(str(path.relative_to(columns.root)))
         return np.array([f"{name}:{number}" for number in numbers], object), missing
     column = batch.column(columns.id)
     missing = np.asarray(column.is_null())

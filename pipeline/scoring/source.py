@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import sha256, write_with
-from pipeline.images.inputs import Source, is_picture, look, sources, text_of
+from pipeline.images.inputs import Source, escape_name, is_picture, list_sources, look
 from pipeline.scoring import parquet
 from pipeline.scoring.parquet import Columns, Rows, Shard
 
@@ -63,7 +63,7 @@ def cut(
     if not path.exists():
         raise PipelineError(f"{path} does not exist: check the name")
     below = []
-    for source in sources([str(path)]) if path.is_dir() else ():
+    for source in list_sources([str(path)]) if path.is_dir() else ():
         if source.error:  # for example, a folder that cannot be read
             raise PipelineError(source.error)
         below.append(Path(source.name))
@@ -102,9 +102,9 @@ def read_shard(source: Cut, shard: Shard) -> Rows:
         images = np.frombuffer(content, np.uint8).reshape(shard.rows, *source.shape)
         ids = np.arange(shard.start, shard.start + shard.rows)
         return Rows(ids, images, np.full(shard.rows, "", object))
-    names = [text_of(str(Path(name).relative_to(source.path))) for name in shard.names]
+    names = [escape_name(str(Path(name).relative_to(source.path))) for name in shard.names]
     seen = look([Source(name) for name in shard.names], source.pictures)
-    results = [text_of(result) if isinstance(result, str) else result for result in seen]
+    results = [escape_name(result) if isinstance(result, str) else result for result in seen]
     return parquet.rows_of(np.array(names, object), results, source.shape)
 
 

@@ -89,10 +89,8 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
     if kind == "compose":  # Kubernetes gets both from a ConfigMap
         contents |= {"probe/probe.py": probe["probe_program"].encode(), "probe/image": digit}
     elif len(probe["probe_image"]) > MOST_PROBE_BYTES:
-        raise PipelineError(
-            f"an image of {paths.name} has {len(digit):,} bytes, too many for the ConfigMap of a "
-            "probe: write manifests of your own from the compose files"
-        )
+        size = f"an image of {paths.name} has {len(digit):,} bytes"
+        raise PipelineError(f"{size}, too many for the ConfigMap of a probe: use the compose files")
     for name, content in contents.items():
         write_bytes(folder / name, content)
     warnings = [_warn_if_unreadable(paths, kind)]
@@ -102,10 +100,9 @@ def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Dep
     compose, fill, manifests = (
         shlex.quote(str(folder / name)) for name in ("compose.yaml", "fill.yaml", "manifests")
     )
-    key = "$(openssl rand -hex 24)"
+    key, up = "$(openssl rand -hex 24)", "--profile cpu up --detach --wait"
     commands = {
-        "compose": f"TRITON_ADMIN_KEY={key} docker compose -f {compose} --profile cpu up --detach "
-        "--wait",
+        "compose": f"TRITON_ADMIN_KEY={key} docker compose -f {compose} {up}",
         "kubernetes": f"kubectl create secret generic {values['service']}-admin "
         f"--from-literal=key={key}, {fill} says how to fill the volume, kubectl apply -f "
         f"{manifests}",

@@ -94,9 +94,8 @@ class ServerProcess:
                             raise self.start_error() from error
                         time.sleep(POLL_SECONDS)
                 if name != self.id:
-                    raise PipelineError(
-                        f"{client.endpoint} is another server ({name}): choose other ports"
-                    )
+                    problem = f"{client.endpoint} is another server ({name})"
+                    raise PipelineError(f"{problem}: choose other ports")
 
     def start_error(self, is_refused: bool = False) -> ServerError:
         """Return the error for a server that ended, refused a model, or takes too long to start."""
@@ -165,28 +164,23 @@ def find_processes(server_id: str) -> list[int]:
     import psutil  # slow to import, and 'pipeline query' does not need it
 
     # The environment of another user's process is None, and that of a dead process is empty.
-    return [
-        process.pid
-        for process in psutil.process_iter(["environ"])
-        if (process.info["environ"] or {}).get(MARK) == server_id
-    ]
+    processes = psutil.process_iter(["environ"])
+    return [p.pid for p in processes if (p.info["environ"] or {}).get(MARK) == server_id]
 
 
 def find_dead_children(pid: int) -> list[int]:
     """Return the zombie children of `pid`: stubs that died and that it has not noticed yet."""
     import psutil
 
-    return [
-        process.pid
-        for process in psutil.process_iter(["ppid", "status"])
-        if (process.info["ppid"], process.info["status"]) == (pid, psutil.STATUS_ZOMBIE)
-    ]
+    processes, zombie = psutil.process_iter(["ppid", "status"]), (pid, psutil.STATUS_ZOMBIE)
+    return [p.pid for p in processes if (p.info["ppid"], p.info["status"]) == zombie]
 
 
 def clear(server_id: str, runtime: str) -> None:
     """Kill a server's processes, wait until they end, remove its shared memory and files."""
-    if runtime == "docker":
-        tritonserver.remove_container(server_id)
+    if runtime == "docker" and (docker := shutil.which("docker")):
+        # The container outlives the command that started it.
+        subprocess.run([docker, "rm", "--force", server_id], capture_output=True, check=False)
     for _ in poll(KILL_SECONDS):
         # Search every time: a process that is just starting is not recognized yet.
         left = find_processes(server_id)

@@ -117,12 +117,8 @@ MOST_BYTES = 64 * 1024 * 1024  # of a blank request; a larger one is not sent
 SECONDS = 20.0  # timeout of an answer
 
 
-class SilentError(Exception):
-    """The server gave no answer in time."""
-
-
-class GoneError(Exception):
-    """The server ended, or its log shows that it has crashed."""
+class NoAnswerError(Exception):
+    """The server gave no answer: it "hangs", or it "ends", at least by its log."""
 
 
 def _request(
@@ -130,8 +126,7 @@ def _request(
 ) -> tuple[int, bytes]:
     """Return status and body of the answer to a POST, or to a GET without a body.
 
-    `json_bytes` is the length of the JSON that precedes binary data. Raises SilentError or
-    GoneError if there is no answer.
+    `json_bytes` is the length of the JSON that precedes binary data. Raises NoAnswerError.
     """
     port, start = server.config.http_port, server.log.stat().st_size
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
@@ -147,12 +142,12 @@ def _request(
                 return response.status, response.read()
             has_crashed = re.search(r"^Signal \(", server.read_log(start), re.MULTILINE)
             if has_crashed or server.child.poll() is not None:
-                raise GoneError(path)
-        raise SilentError(path)
+                raise NoAnswerError("ends")
+        raise NoAnswerError("hangs")
     except TimeoutError as error:
-        raise SilentError(path) from error
+        raise NoAnswerError("hangs") from error
     except (OSError, http.client.HTTPException) as error:
-        raise GoneError(path) from error
+        raise NoAnswerError("ends") from error
     finally:
         connection.close()
 
@@ -224,10 +219,9 @@ def _try_model(server: ServerProcess, name: str, seconds: float) -> LiveTrial:
             cause, is_certain = _check_answers(server, name)
             outcome = ("wrong" if is_certain else "unanswered") if cause else "loads"
             _request(server, f"{action}/unload", seconds, b"{}")
-    except SilentError:
-        outcome, cause = "hangs", f"no answer in {seconds:g} s"
-    except GoneError:
-        outcome = "ends"
+    except NoAnswerError as error:
+        outcome = str(error)
+        cause = f"no answer in {seconds:g} s" if outcome == "hangs" else ""
     if outcome != "loads":
         cause = cause or tritonserver.find_cause(server.read_log(start))
     return LiveTrial(name, outcome, cause)

@@ -15,18 +15,14 @@ from pipeline.core.files import write_json
 from pipeline.core.paths import Paths
 from pipeline.repository.lint.check import require_loadable
 from pipeline.repository.release import Release, load_selected_releases
-from pipeline.repository.running import Server as Server
-from pipeline.repository.running import is_alive as is_alive
-from pipeline.repository.running import load_server as load_server
-from pipeline.repository.running import root
-from pipeline.repository.running import start_time as start_time
+from pipeline.repository.running import Server, root, start_time
 from pipeline.serving import ready, tritonserver
 from pipeline.serving.admin import Admin
 from pipeline.serving.process import ServerProcess, launch, poll
-from pipeline.serving.process import find_processes as find_processes
 from pipeline.serving.settings import ServeConfig
 
 FIX = "Check the server's environment, then package the model again"
+Releases = Mapping[str, Release]  # by model
 LOG_BYTES = 16 * 1024 * 1024  # of the server's log; one older generation is kept
 
 
@@ -74,10 +70,8 @@ def run_server(
     if config.host != "127.0.0.1" and runtime.kind == "wheel":
         raise PipelineError("the wheel's tritonserver is too old for a network: use 127.0.0.1")
     for service, port, error in tritonserver.find_taken_ports(config):
-        raise PipelineError(
-            f"port {port} ({service}) is taken: stop what listens there, choose another port with "
-            f"--{service}-port, or three free ports with --port auto"
-        ) from error
+        fix = f"choose another port with --{service}-port, or free ones with --port auto"
+        raise PipelineError(f"port {port} ({service}) is taken: {fix}") from error
     report(f"starting {runtime}")
     log = paths.server_log if is_recorded else None
     with launch(runtime, paths.repository, config, log) as process:
@@ -96,7 +90,7 @@ def run_server(
 
 
 def _describe(
-    paths: Paths, process: ServerProcess, releases: Mapping[str, Release], restarts: int, why: str
+    paths: Paths, process: ServerProcess, releases: Releases, restarts: int, why: str
 ) -> Server:
     """Return the record of a server that is starting, under this process as its supervisor."""
     return Server(
@@ -157,11 +151,7 @@ def write_record(paths: Paths, server: Server) -> None:
 
 
 def await_ready(
-    paths: Paths,
-    server: Server,
-    process: ServerProcess,
-    releases: Mapping[str, Release],
-    unchecked: set[str],
+    paths: Paths, server: Server, process: ServerProcess, releases: Releases, unchecked: set[str]
 ) -> None:
     """Return once all models answer their golden sets correctly over HTTP and gRPC."""
     deadline = time.monotonic() + process.config.start_seconds

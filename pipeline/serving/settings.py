@@ -25,6 +25,11 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require_choice("runtime", self.runtime, RUNTIMES)
-        ports = (self.http_port, self.grpc_port, self.metrics_port)
+        ports = tuple(self.ports.values())
         if len(set(ports)) < len(ports) or not all(0 < port < 65536 for port in ports):
             raise PipelineError(f"three different ports from 1 to 65535 are needed, got {ports}")
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The port of each of Triton's services, by name."""
+        return {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}

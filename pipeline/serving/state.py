@@ -15,9 +15,9 @@ from pipeline.core.errors import ServerError
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines, columns
 from pipeline.repository.release import Release, load_release
+from pipeline.repository.running import Server, is_alive, load_server
 from pipeline.serving.process import POLL_SECONDS
 from pipeline.serving.ready import ask_version, replay_golden
-from pipeline.serving.serve import Server, is_alive, load_server
 
 # Counters for each model and version, and a summary of the last minute's latencies.
 REQUESTS = "nv_inference_request_success"

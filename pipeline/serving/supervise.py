@@ -29,10 +29,10 @@ from pipeline.core.paths import Paths
 from pipeline.repository.golden import compare_golden
 from pipeline.repository.lint.check import require_loadable
 from pipeline.repository.release import Release, load_release, load_selected_releases
+from pipeline.repository.running import Server, is_alive, load_server
 from pipeline.serving import process, state
-from pipeline.serving.serve import Server, bound_log, drain, is_alive, load_server, run_server
+from pipeline.serving.serve import bound_log, drain, run_server
 from pipeline.serving.settings import ServeConfig
-from pipeline.serving.tritonserver import ports
 
 RESTART = signal.SIGUSR1  # asks a supervisor to restart its server
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -168,7 +168,7 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
     with process.end_by_sigterm(), locked(paths.exported / ".serve.lock"):
         refuse_second(paths)
         command = [sys.executable, "-m", "pipeline", "--root", str(paths.root), "serve"]
-        command += [f"--{service}-port={port}" for service, port in ports(config).items()]
+        command += [f"--{service}-port={port}" for service, port in config.ports.items()]
         command += [f"--runtime={config.runtime}", f"--start-seconds={config.start_seconds}"]
         command += [f"--profile={config.profile}"] if config.profile else []
         log = os.open(paths.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -301,9 +301,13 @@ class Canary:
     def __init__(self, paths: Paths, server: Server, releases: Mapping[str, Release]) -> None:
         self.paths, self.server, self.releases = paths, server, dict(releases)
         urls = (server.grpc_url, server.http_url)
+        stack = contextlib.ExitStack()
+        self.close = stack.close
         # No retries: the canary must see every miss.
         self.clients = {
-            name: [Client(url, name, CANARY_TIMEOUT, retries=0) for url in urls]
+            name: [
+                stack.enter_context(Client(url, name, CANARY_TIMEOUT, retries=0)) for url in urls
+            ]
             for name in releases
         }
         self.rounds = 0
@@ -340,12 +344,6 @@ class Canary:
             loads = state.read_loads(self.server.metrics_url, CANARY_TIMEOUT / 2)
             self.answered = sum(load.requests for load in loads.values())
         return self.answered > before
-
-    def close(self) -> None:
-        """Close the connections of all clients."""
-        for clients in self.clients.values():
-            for client in clients:
-                client.close()
 
     def _ask(self, name: str, client: Client) -> str | None:
         release = self.releases[name]

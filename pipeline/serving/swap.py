@@ -19,12 +19,12 @@ from pipeline.core.paths import Paths
 from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import GOLDEN_BATCHES, compare_golden
 from pipeline.repository.release import REPACKAGE, Release, check_release
-from pipeline.repository.running import find_server
+from pipeline.repository.running import Server, find_server, load_server
 from pipeline.repository.versions import Promotion, find_rollback_target, select_version
 from pipeline.serving import ready
 from pipeline.serving.admin import Admin
 from pipeline.serving.process import handle_signals
-from pipeline.serving.serve import Server, load_server, write_record
+from pipeline.serving.serve import write_record
 
 LOAD_SECONDS = 60.0  # timeout of a load
 ANSWER_SECONDS = 10.0

@@ -63,10 +63,7 @@ def find_runtime(paths: Paths, kind: str) -> ServerRuntime:
         if isinstance(runtime, ServerRuntime):
             return runtime
         missing.append(f"  {name}: {runtime}")
-    fix = (
-        f"Every command up to 'pipeline package' works here; the packaged repository runs where "
-        f"{IMAGE} runs"
-    )
+    fix = f"All up to 'pipeline package' works here; the model repository runs on {IMAGE}"
     raise PipelineError(Lines("tritonserver cannot run here:", *missing, fix))
 
 
@@ -92,11 +89,10 @@ def _find_wheel(paths: Paths) -> ServerRuntime | str:
     python = environment / "bin" / "python"
     servers = sorted(environment.glob("lib/python3.*/site-packages/pytriton/tritonserver"))
     if not environment.exists():
-        install = shlex.join([str(python), "-m", "pip", "install", "--no-deps", "-r"])
-        return (
-            f"{environment} does not exist: run 'make .venv-triton' (or python3 -m venv "
-            f"{shlex.quote(str(environment))} && {install} {shlex.quote(str(REQUIREMENTS))})"
-        )
+        pip = [str(python), "-m", "pip", "install", "--no-deps", "-r", str(REQUIREMENTS)]
+        venv = shlex.join(["python3", "-m", "venv", str(environment)])
+        steps = f"'make .venv-triton' (or {venv} && {shlex.join(pip)})"
+        return f"{environment} does not exist: run {steps}"
     if not python.exists() or not servers:
         lacks = "pytriton" if python.exists() else "bin/python"
         return f"{environment} lacks {lacks}: {REBUILD}"
@@ -106,20 +102,14 @@ def _find_wheel(paths: Paths) -> ServerRuntime | str:
     numpys = [path.stem.removeprefix("numpy-") for path in site.glob("numpy-*.dist-info")]
     numpy = numpys[0] if numpys else "1."
     if site.parent.name in ("python3.11", "python3.12") and not numpy.startswith("1."):
-        raise PipelineError(
-            f"{environment} has numpy {numpy}, with which tritonserver gives incorrect answers: "
-            f"{REBUILD}"
-        )
+        problem = f"numpy {numpy}, with which tritonserver gives incorrect answers"
+        raise PipelineError(f"{environment} has {problem}: {REBUILD}")
     # The stub is linked against libpython; it must be that of the environment's own Python.
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     libraries = os.pathsep.join([folder, str(site.absolute() / "nvidia_pytriton.libs")])
-    return ServerRuntime(
-        "wheel",
-        (str(servers[0].absolute() / "bin" / "tritonserver"),),
-        {"LD_LIBRARY_PATH": libraries},
-        python.absolute(),
-    )
+    program = (str(servers[0].absolute() / "bin" / "tritonserver"),)
+    return ServerRuntime("wheel", program, {"LD_LIBRARY_PATH": libraries}, python.absolute())
 
 
 def _find_docker(paths: Paths) -> ServerRuntime | str:
@@ -134,13 +124,6 @@ def _find_docker(paths: Paths) -> ServerRuntime | str:
     if done is None or not done.stdout.strip():
         return f"{program} gets no answer from Docker's engine: start the engine"
     return ServerRuntime("docker", (program, "run"), {})
-
-
-def remove_container(name: str) -> None:
-    """Kill and remove one of our containers: it outlives the command that started it."""
-    program = shutil.which("docker")
-    if program:
-        subprocess.run([program, "rm", "--force", name], capture_output=True, check=False)
 
 
 def scratch_parent() -> Path:
@@ -211,7 +194,7 @@ def build_command(
         f"--http-restricted-api={RESTRICTED}:{KEY_HEADER}={admin_key}",
         f"--grpc-restricted-protocol={RESTRICTED}:{KEY_HEADER}={admin_key}",
     ]
-    for service, port in ports(config).items():
+    for service, port in config.ports.items():
         arguments += [f"--{service}-address={host}", f"--{service}-port={port}"]
     if config.profile:
         arguments.append(f"--model-config-name={config.profile}")
@@ -222,7 +205,7 @@ def build_command(
         ]
     if not is_inside:
         return [*runtime.program, *arguments]
-    published = [f"-p={config.host}:{port}:{port}" for port in ports(config).values()]
+    published = [f"-p={config.host}:{port}:{port}" for port in config.ports.values()]
     source = f"source={repository}"
     if re.search('[,"]', source):  # --mount is parsed as a line of CSV, and -v is split at colons
         source = '"{}"'.format(source.replace('"', '""'))
@@ -231,15 +214,10 @@ def build_command(
     return [*runtime.program, "--rm", name, mount, *published, IMAGE, "tritonserver", *arguments]
 
 
-def ports(config: ServeConfig) -> dict[str, int]:
-    """Return the port of each of Triton's services, by name."""
-    return {"http": config.http_port, "grpc": config.grpc_port, "metrics": config.metrics_port}
-
-
 def find_taken_ports(config: ServeConfig) -> list[tuple[str, int, OSError]]:
     """Return each port that cannot be bound: its service, its number, and the error."""
     taken = []
-    for service, port in ports(config).items():
+    for service, port in config.ports.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -254,9 +232,8 @@ def build_environment(runtime: ServerRuntime) -> dict[str, str]:
 
     The stub uses only the packages of the first python3 on the PATH.
     """
-    inherited = {
-        key: v for key, v in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL"))
-    }
+    removed = ("PYTHON", "VIRTUAL")
+    inherited = {key: v for key, v in os.environ.items() if not key.startswith(removed)}
     if runtime.python:
         inherited["PATH"] = f"{runtime.python.parent}{os.pathsep}{inherited.get('PATH', '')}"
     return {**inherited, **runtime.environment}

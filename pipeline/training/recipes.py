@@ -207,6 +207,6 @@ def choose_epochs(recipe: Recipe, dataset: str, folder: Path) -> float:
     from pipeline.data.splits import find_dataset  # loads numpy, which --help has no use for
 
     pictures = find_dataset(dataset, folder)
-    images = pictures.train_labels.size - 8 - pictures.validation  # an IDX header has 8 bytes
+    images = pictures.files[1].size - 8 - pictures.validation  # an IDX header has 8 bytes
     steps = images // min(recipe.batch_size, images)  # in an epoch
     return max(recipe.epochs, float(math.ceil(MIN_STEPS / steps)))

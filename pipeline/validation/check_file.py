@@ -22,7 +22,7 @@ from pipeline.export.first_run import require_first_run
 from pipeline.export.runtime import onnx_predictor
 from pipeline.export.sample import Sample
 from pipeline.export.subject import Subject
-from pipeline.images.read import pictured, png
+from pipeline.images.read import encode_png, to_picture
 from pipeline.training.networks import eager_predictor
 from pipeline.validation import compare
 from pipeline.validation.compare import Comparison, Verdict
@@ -155,8 +155,8 @@ def _write_failure(trial: FileTrial, verdict: Verdict, comparison: Comparison) -
         chosen = {name: array[worst] for name, array in arrays.items()}
         write_bytes(paths.worst, pack_arrays({**chosen, "rows": worst}))
         for place, row in enumerate(worst, 1):
-            if (picture := pictured(trial.rows[row])) is not None:
-                write_bytes(paths.failed / f"worst-{place:02d}-row-{row}.png", png(picture))
+            if (picture := to_picture(trial.rows[row])) is not None:
+                write_bytes(paths.failed / f"worst-{place:02d}-row-{row}.png", encode_png(picture))
         file = paths.worst.relative_to(paths.root)
         options = " ".join(["", *trial.options.split(), "--replay", str(file)])
         replay.append(f"Replay them: pipeline validate{options}")

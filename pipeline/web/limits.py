@@ -51,22 +51,22 @@ def check_picture(content: bytes) -> None:
         raise RefusedError(400, f"the request has no body: send a {_FORMATS} picture")
     kinds = [k for k, begin in _BEGINNINGS.items() if re.match(begin, content, re.DOTALL)]
     if not kinds:
-        problem = _unreadable("its format is unknown")
-        raise RefusedError(415, f"{problem}, with curl by --data-binary @FILE, not -F or -d")
+        problem = _format_unreadable("its format is unknown")
+        raise RefusedError(415, f"{problem} (with curl: --data-binary @FILE, not -F or -d)")
     (kind,) = kinds
     if kind == "JPEG" and content.count(b"\xff\xda") > MAX_SCANS:
         raise RefusedError(413, f"the JPEG has more than {MAX_SCANS} scans: save it again")
-    width, height = _size(content, kind)
+    width, height = _read_size(content, kind)
     if width * height > MAX_PIXELS[kind]:
         sizes = {"width": width, "height": height, "allowed": MAX_PIXELS[kind]}
         raise RefusedError(413, TOO_MANY_PIXELS.format(name="the picture", **sizes))
 
 
-def _unreadable(reason: str) -> str:
+def _format_unreadable(reason: str) -> str:
     return UNREADABLE.format(name="the picture", reason=reason, formats=_FORMATS)
 
 
-def _size(content: bytes, kind: str) -> tuple[int, int]:
+def _read_size(content: bytes, kind: str) -> tuple[int, int]:
     """Return the canvas's width and height in pixels, from the header alone."""
     try:
         if kind != "WEBP":
@@ -77,20 +77,20 @@ def _size(content: bytes, kind: str) -> tuple[int, int]:
         # Pillow allocates a WebP's pixels when it opens it: take the size from the first chunk.
         chunk, data = content[12:16], content[20:30]
         if len(data) == 10 and chunk == b"VP8X":
-            return _number(data[4:7]) + 1, _number(data[7:10]) + 1
+            return _to_int(data[4:7]) + 1, _to_int(data[7:10]) + 1
         if len(data) == 10 and chunk == b"VP8 ":
-            return _number(data[6:8]) & 0x3FFF, _number(data[8:10]) & 0x3FFF
+            return _to_int(data[6:8]) & 0x3FFF, _to_int(data[8:10]) & 0x3FFF
         if len(data) == 10 and chunk == b"VP8L":
-            bits = _number(data[1:5])
+            bits = _to_int(data[1:5])
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         raise ValueError("the first chunk is not a picture's")
     except Image.DecompressionBombError as error:
         raise RefusedError(413, f"the picture has too many pixels ({error}): reduce it") from error
     except (OSError, SyntaxError, TypeError, ValueError, OverflowError) as error:
-        raise RefusedError(400, _unreadable("its header is damaged")) from error
+        raise RefusedError(400, _format_unreadable("its header is damaged")) from error
 
 
-def _number(data: bytes) -> int:
+def _to_int(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
@@ -102,7 +102,7 @@ def client_of(host: str) -> str:
     return f"{int(address) >> 64:x}::/64"
 
 
-def is_fair(wanted: int, *, mine: int, held: int, limit: int) -> bool:
+def is_fair(wanted: int, mine: int, held: int, limit: int) -> bool:
     """Return whether a client that holds `mine` of the `held` may hold `wanted` more of `limit`.
 
     It may hold as much as it leaves free: one client alone gets half of `limit`, n clients get
@@ -122,8 +122,7 @@ class Room:
 
     def enter(self, client: str) -> None:
         """Take a place for a client; raise FullError if that exceeds its fair share."""
-        mine, held = self.taken[client], self.taken.total()
-        if not is_fair(1, mine=mine, held=held, limit=self.requests):
+        if not is_fair(1, self.taken[client], self.taken.total(), self.requests):
             raise FullError("too many requests are in progress: try again")
         self.taken[client] += 1
 
@@ -134,8 +133,7 @@ class Room:
 
     def hold(self, client: str, count: int) -> None:
         """Hold `count` more bytes for a client; raise FullError if that exceeds its fair share."""
-        mine, held = self.held[client], self.held.total()
-        if not is_fair(count, mine=mine, held=held, limit=self.bytes):
+        if not is_fair(count, self.held[client], self.held.total(), self.bytes):
             raise FullError("too many large pictures are in progress: try again")
         self.held[client] += count
 

@@ -94,10 +94,9 @@ def bind_listener(config: GatewayConfig) -> Iterator[socket.socket]:
         try:
             listener.bind((config.host, config.port))
         except OSError as error:
-            raise PipelineError(
-                f"cannot listen on {config.host} port {config.port} ({error.strerror}): choose "
-                "another port with --port, or a free one with --port auto"
-            ) from error
+            where = f"{config.host} port {config.port} ({error.strerror})"
+            fix = "choose another port, or a free one with --port auto"
+            raise PipelineError(f"cannot listen on {where}: {fix}") from error
         yield listener
 
 
@@ -121,9 +120,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().connection_made(transport)
         self._buffer = bytearray(READ_BYTES)
         self._owner = client_of(self.client[0] if self.client else "::")
-        owners = [other._owner for other in self._others() if not other._is_refused]
-        mine, held = owners.count(self._owner), len(owners)
-        if is_fair(1, mine=mine, held=held, limit=MAX_CONNECTIONS):
+        owners = [other._owner for other in self._list_others() if not other._is_refused]
+        if is_fair(1, owners.count(self._owner), len(owners), MAX_CONNECTIONS):
             self.flow = _Flow(self)
             transport.set_write_buffer_limits(0)  # any unread byte calls pause_writing
             connection = transport.get_extra_info("socket")
@@ -190,11 +188,11 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._is_refused = True
         with contextlib.suppress(OSError):  # the client has closed it already
             self.transport.write_eof()
-        too_many = sum(other._is_refused for other in self._others()) >= MAX_REFUSED
+        too_many = sum(other._is_refused for other in self._list_others()) >= MAX_REFUSED
         seconds = 0 if too_many else REFUSED_SECONDS
         self._patience = self.loop.call_later(seconds, self.transport.abort)
 
-    def _others(self) -> list["Connection"]:
+    def _list_others(self) -> list["Connection"]:
         return [c for c in self.connections if isinstance(c, Connection) and c is not self]
 
     def _watch(self) -> None:

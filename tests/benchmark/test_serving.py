@@ -15,7 +15,7 @@ from pipeline.benchmark.serving import NOOP, ServeBenchmark, threads_of
 from pipeline.benchmark.timing import TimedRow, Until, Window, warm_up
 from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.repository import config_pbtxt
-from pipeline.serving.serve import load_server
+from pipeline.repository.running import load_server
 from pipeline.serving.tritonserver import KEY_HEADER
 from tests.conftest import Chain, error_line, link_server_environment
 

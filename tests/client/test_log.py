@@ -20,7 +20,7 @@ from pipeline.client.client import Client
 from pipeline.client.log import PredictionLog, older_log
 from pipeline.client.prediction import Prediction
 from pipeline.core.errors import PipelineError
-from pipeline.images.read import png
+from pipeline.images.read import encode_png
 from pipeline.web.link import Link
 from pipeline.web.settings import GatewayConfig
 from tests import fakes
@@ -47,7 +47,7 @@ def test_a_client_logs_a_line_for_each_image_and_never_pixels_or_names(
     scheme: str, tmp_path: Path
 ) -> None:
     log, picture = tmp_path / "log.jsonl", tmp_path / "secret.png"
-    picture.write_bytes(png(images(1)[0]))
+    picture.write_bytes(encode_png(images(1)[0]))
     server = fakes.http_server if scheme == "http" else fakes.grpc_server
     with (
         server(fakes.as_triton) as (port, _),
@@ -96,7 +96,7 @@ def test_nothing_is_logged_unless_somebody_asks_for_it(tmp_path: Path) -> None:
 
 
 def test_query_logs_what_it_is_told(tmp_path: Path) -> None:
-    (tmp_path / "digit.png").write_bytes(png(images(1)[0]))
+    (tmp_path / "digit.png").write_bytes(encode_png(images(1)[0]))
     with fakes.http_server(fakes.as_triton) as (port, _):
         arguments = ["query", "--url", f"http://127.0.0.1:{port}", str(tmp_path / "digit.png")]
         result = CliRunner().invoke(main, [*arguments, "--prediction-log", str(tmp_path / "log")])

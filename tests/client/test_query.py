@@ -174,7 +174,7 @@ def test_an_empty_folder_and_a_blank_picture_are_named_for_what_they_are(
     (tmp_path / "nothing").mkdir()
     result = empty.run("query", str(tmp_path / "nothing"), str(tmp_path / "blank.png"))
     assert result.exit_code == 1
-    assert f"{tmp_path / 'nothing'} holds no files" in result.stderr
+    assert f"{tmp_path / 'nothing'} has no files" in result.stderr
     assert "blank.png shows no ink" in result.stderr
     assert "1 of 1 images got no answer; 0 answered" in result.stderr
 
@@ -184,7 +184,7 @@ def test_an_empty_folder_is_one_line_and_counts_as_no_image(empty: Chain, tmp_pa
     result = empty.run("query", str(tmp_path / "nothing"))
     assert result.exit_code == 1
     assert len(result.output.splitlines()) == 1
-    assert error_line(result).endswith("nothing holds no files: name a folder of pictures")
+    assert error_line(result).endswith("nothing has no files: name a folder of pictures")
     file = str(stroke(tmp_path / "0.png"))
     with http_server(as_triton) as (port, _):
         url = f"http://127.0.0.1:{port}"
@@ -235,14 +235,14 @@ def test_a_name_that_is_no_text_is_printed_with_its_answer(tmp_path: Path) -> No
 def test_a_name_that_is_too_long_is_no_image_file(empty: Chain) -> None:
     result = empty.run("query", "x" * 300)
     assert result.exit_code == 1
-    assert "no image file xxx" in result.stderr
+    assert "xxx is not a file" in result.stderr
 
 
 @pytest.mark.slow
 def test_standard_input_that_holds_nothing_or_cannot_be_read_is_said_to(tmp_path: Path) -> None:
     (tmp_path / "nothing").touch()
     for flags, path, said in (
-        (os.O_RDONLY, tmp_path / "nothing", b"standard input holds nothing: '-' takes"),
+        (os.O_RDONLY, tmp_path / "nothing", b"standard input is empty: send"),
         (os.O_WRONLY, tmp_path / "nothing", b"cannot read standard input (Bad file descriptor)"),
     ):
         descriptor = os.open(path, flags)

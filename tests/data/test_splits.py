@@ -42,12 +42,8 @@ def contents(train: int = 60, test: int = 20, top_label: int = 9) -> dict[str, b
 
 
 def dataset_of(files: dict[str, bytes]) -> Dataset:
-    train_images, train_labels, test_images, test_labels = (
-        DataFile(name, sha256(files[name]), len(files[name])) for name in NAMES
-    )
-    return Dataset(
-        tuple("0123456789"), train_images, train_labels, test_images, test_labels, validation=10
-    )
+    rows = tuple(DataFile(name, sha256(files[name]), len(files[name])) for name in NAMES)
+    return Dataset(tuple("0123456789"), rows, validation=10)
 
 
 def write(folder: Path, files: dict[str, bytes], packed: bool = False) -> Path:
@@ -148,7 +144,7 @@ def test_the_splits_are_the_first_and_last_of_the_training_file_and_the_test_fil
 
 def test_mnist_trains_on_55000_images() -> None:
     row = DATASETS["mnist"]
-    assert (row.train_images.size - 16) // 28**2 - row.validation == 55_000
+    assert (row.files[0].size - 16) // 28**2 - row.validation == 55_000
 
 
 @pytest.mark.parametrize("name", NAMES)

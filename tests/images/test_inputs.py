@@ -20,8 +20,8 @@ from pipeline.client.query import (
     ask_files,
 )
 from pipeline.core.errors import ServerError
-from pipeline.images.inputs import Source, draw_image, sources
-from pipeline.images.read import png
+from pipeline.images.inputs import Source, draw_image, list_sources
+from pipeline.images.read import encode_png
 
 DIGIT = np.zeros((1, 28, 28), np.uint8)
 DIGIT[0, 8:20, 13:15] = 255
@@ -65,24 +65,26 @@ def test_a_folder_is_all_its_files_by_name_without_hidden_ones(tmp_path: Path) -
     for name in ("b/2", "a", "c", ".hidden"):
         (tmp_path / name).touch()
     expected = [str(tmp_path / name) for name in ("a", "c", "b/2")]
-    assert names(sources([str(tmp_path)])) == expected
+    assert names(list_sources([str(tmp_path)])) == expected
 
 
 def test_links_that_lead_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     (tmp_path / "again").symlink_to(tmp_path)
     (tmp_path / "itself").symlink_to(tmp_path / "itself")
-    assert names(sources([str(tmp_path)])) == [str(tmp_path / "a"), str(tmp_path / "itself")]
+    assert names(list_sources([str(tmp_path)])) == [str(tmp_path / "a"), str(tmp_path / "itself")]
 
 
 @pytest.mark.parametrize("lines", [b"BM.png\nP5\n\nx\n", b"BM.png\r\nP5\r\nx"])
 def test_lines_of_standard_input_are_names(lines: bytes) -> None:
-    assert names(sources(["-"], io.BytesIO(lines))) == ["BM.png", "P5", "x"]
+    assert names(list_sources(["-"], io.BytesIO(lines))) == ["BM.png", "P5", "x"]
 
 
-@pytest.mark.parametrize("content", [png(DIGIT), b"P5\n28 28\n255\n", b"BM\n\0\0\0\0\0\0\0rest"])
+@pytest.mark.parametrize(
+    "content", [encode_png(DIGIT), b"P5\n28 28\n255\n", b"BM\n\0\0\0\0\0\0\0rest"]
+)
 def test_a_picture_on_standard_input_is_one_source(content: bytes) -> None:
-    assert list(sources(["-"], io.BytesIO(content))) == [Source("standard input", content)]
+    assert list(list_sources(["-"], io.BytesIO(content))) == [Source("standard input", content)]
 
 
 def test_a_picture_is_drawn_with_half_blocks_or_plain_characters() -> None:
@@ -93,7 +95,7 @@ def test_a_picture_is_drawn_with_half_blocks_or_plain_characters() -> None:
 
 def test_a_million_pictures_are_read_no_further_than_a_few_batches_ahead() -> None:
     taken = itertools.count()
-    content = png(DIGIT)
+    content = encode_png(DIGIT)
     endless = (Source(str(next(taken)), content) for _ in itertools.count())
     answers = ask_files(connect(), endless, workers=1)
     found = [next(answers).file for _ in range(5 * FILES_AT_ONCE)]
@@ -110,7 +112,7 @@ def test_the_first_answers_do_not_wait_for_others() -> None:
 
     sizes: list[int] = []
     connected: Any = Curious
-    endless = (Source(str(n), png(DIGIT) if n != 9 else b"") for n in itertools.count())
+    endless = (Source(str(n), encode_png(DIGIT) if n != 9 else b"") for n in itertools.count())
     answers = ask_files(connected, endless, workers=1)
     assert [next(answers).file for _ in range(80)] == [str(index) for index in range(80)]
     answers.close()
@@ -120,7 +122,7 @@ def test_the_first_answers_do_not_wait_for_others() -> None:
 @pytest.mark.slow
 def test_processes_that_read_end_at_once_when_something_goes_wrong() -> None:
     before = set(multiprocessing.active_children())
-    slow = Source("slow", png(np.zeros((1, 7000, 7000), np.uint8)))
+    slow = Source("slow", encode_png(np.zeros((1, 7000, 7000), np.uint8)))
     with contextlib.suppress(KeyboardInterrupt), _Readers("digit", 2) as readers:
         futures = [readers.submit([slow] * 1000) for _ in range(2)]
         wait_until(lambda: all(future.running() for future in futures))
@@ -138,7 +140,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def test_a_server_that_dies_in_the_middle_is_said_once_after_what_it_answered() -> None:
-    found = [Source(str(index), png(DIGIT)) for index in range(5 * FILES_AT_ONCE)]
+    found = [Source(str(index), encode_png(DIGIT)) for index in range(5 * FILES_AT_ONCE)]
     answers = ask_files(connect(batches=4), found, workers=1)
     answered = sum(FIRST_BATCHES) + FILES_AT_ONCE
     assert len(list(itertools.islice(answers, answered))) == answered
@@ -147,7 +149,7 @@ def test_a_server_that_dies_in_the_middle_is_said_once_after_what_it_answered() 
 
 
 def test_below_the_confidence_that_was_asked_for_the_answer_is_not_sure() -> None:
-    (answer,) = ask_files(connect(), [Source("x", png(DIGIT))], min_confidence=0.7)
+    (answer,) = ask_files(connect(), [Source("x", encode_png(DIGIT))], min_confidence=0.7)
     assert str(answer) == "x: not sure  (perhaps 1 60.00%)"
     assert answer.record()["sure"] is False
     count = Count()

@@ -293,7 +293,7 @@ def test_what_is_no_image_is_one_line_that_names_the_file(
 def test_a_missing_file_a_folder_and_one_without_rights_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path, said in ((tmp_path / "missing.png", "no image file"), (tmp_path, "is a folder")):
+    for path, said in ((tmp_path / "missing.png", "is not a file"), (tmp_path, "is a folder")):
         with pytest.raises(PipelineError, match=said):
             read_image(path)
     path = tmp_path / "secret.png"
@@ -314,16 +314,16 @@ def test_a_name_that_is_too_long_and_a_folder_without_rights_are_no_image_file(
         raise PermissionError(13, "Permission denied")
 
     for path in (tmp_path / ("x" * 300), tmp_path / "zero\0"):
-        with pytest.raises(PipelineError, match="no image file"):
+        with pytest.raises(PipelineError, match="is not a file"):
             read_image(path)
     monkeypatch.setattr("os.stat", refuse)  # chmod does not stop root
-    with pytest.raises(PipelineError, match="no image file.*your rights"):
+    with pytest.raises(PipelineError, match="is not a file.*permissions"):
         read_image(tmp_path / "secret.png")
 
 
 @pytest.mark.parametrize("shape", [(), (9,), (0, 7), (7, 0, 3), (5, 9, 9), (9, 9, 1), (2, 9, 9, 3)])
 def test_an_array_of_another_shape_is_no_picture(shape: tuple[int, ...]) -> None:
-    with pytest.raises(PipelineError, match=r"is no picture: give gray levels \(H, W\)"):
+    with pytest.raises(PipelineError, match=r"is not a picture: use gray levels \(H, W\)"):
         read_image(np.zeros(shape, np.uint8))
 
 
@@ -331,7 +331,7 @@ def test_an_array_of_another_shape_is_no_picture(shape: tuple[int, ...]) -> None
 def test_an_array_with_what_is_no_number_is_no_picture(value: float) -> None:
     levels = np.zeros((50, 50), np.float32)
     levels[20, 20] = value
-    with pytest.raises(PipelineError, match="NaN or infinity is no picture"):
+    with pytest.raises(PipelineError, match="NaN or infinity is not a picture"):
         read_image(levels)
 
 

@@ -65,7 +65,7 @@ def client_that_awaits(file: Path, url: str) -> tuple[str, str]:
 def gateway(file: Path, url: str) -> tuple[str, str]:
     with pytest.raises(limits.RefusedError) as caught:
         _read(file.read_bytes(), "digit")
-    hint = ", with curl by --data-binary @FILE, not -F or -d"
+    hint = " (with curl: --data-binary @FILE, not -F or -d)"
     said = str(caught.value).removesuffix(hint)
     # It takes fewer formats, and not such large pictures.
     said = said.replace("PNG, JPEG or WebP", "PNG, JPEG, WebP, BMP, GIF, TIFF or PNM")
@@ -96,9 +96,9 @@ def folder_of_pictures(file: Path, url: str) -> tuple[str, str]:
 WAYS = (query, client, client_of_bytes, client_that_awaits, gateway, score, folder_of_pictures)
 PICTURES = {
     "shows no ink on its paper: try another": as_file(Image.new("L", (60, 40), "white")),
-    "cannot be read as an image (image file is truncated): give a whole "
+    "cannot be read as an image (image file is truncated): use a complete "
     "PNG, JPEG, WebP, BMP, GIF, TIFF or PNM file": as_file(seven())[:400],
-    "cannot be read as an image (its format is unknown): give a whole PNG, JPEG, WebP, BMP, GIF, "
+    "cannot be read as an image (its format is unknown): use a complete PNG, JPEG, WebP, BMP, GIF, "
     "TIFF or PNM file": b"I am no image.\n",
     "has 10000 x 8000 pixels, 50000000 are allowed: reduce it": png_header(10_000, 8_000),
 }

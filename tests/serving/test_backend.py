@@ -568,7 +568,7 @@ def test_the_arena_can_be_told_to_shrink_after_each_run(backend: Any) -> None:
     assert model._run_options.get_run_config_entry(key) == "cpu:0"
     [answer] = model.execute([request(images=pictures(1))])
     np.testing.assert_array_equal(answer.array("halves"), halves(pictures(1)))
-    options = backend.ort_settings.session_options(settings)
+    options = backend.ort_settings.make_session_options(settings)
     key = "session.use_device_allocator_for_initializers"
     assert options.get_session_config_entry(key) == "1"
 
@@ -619,7 +619,7 @@ def test_a_parameter_that_is_no_number_or_switch_is_refused(
 
 
 def test_parameters_become_session_options_and_unknown_ones_are_ignored(backend: Any) -> None:
-    options = backend.ort_settings.session_options(
+    options = backend.ort_settings.make_session_options(
         parameters(
             intra_op_thread_count="3",
             inter_op_thread_count="2",
@@ -639,7 +639,9 @@ def test_parameters_become_session_options_and_unknown_ones_are_ignored(backend:
     ("level", "name"), [(-1, "BASIC"), (0, "ALL"), (1, "EXTENDED"), (2, "DISABLE_ALL")]
 )
 def test_the_graph_level_is_the_native_backends(backend: Any, level: int, name: str) -> None:
-    options = backend.ort_settings.session_options(config(optimization={"graph": {"level": level}}))
+    options = backend.ort_settings.make_session_options(
+        config(optimization={"graph": {"level": level}})
+    )
     assert options.graph_optimization_level.name.endswith(name)
 
 
@@ -770,10 +772,10 @@ def test_an_error_is_cut_to_one_short_line_without_folders(backend: Any) -> None
         "Load model from /a b/net/3/model.onnx failed:\n /src/core/graph.cc:12 bad 1/2 of\t'/x/y z'"
     )
     backend.pb_utils.get_model_dir = lambda: "/a b/net/3"
-    assert backend.one_line(ValueError(text)) == (
+    assert backend.shorten(ValueError(text)) == (
         "Load model from model.onnx failed: graph.cc:12 bad 1/2 of 'y z'"
     )
-    assert len(backend.one_line(ValueError("long " * 1000))) == backend.MESSAGE_LENGTH
+    assert len(backend.shorten(ValueError("long " * 1000))) == backend.MESSAGE_LENGTH
 
 
 def completed(backend: Any, settings: Config) -> Config:

@@ -269,7 +269,7 @@ def test_the_health_checks_of_both_kinds_tell_a_right_server_from_none_or_anothe
     another = str((int(check[-2]) + 1) % 10)
     wrong = run(server["http_port"], another, "f")
     assert wrong.returncode == 1
-    assert f"class {another} should be ahead" in wrong.stderr
+    assert f"class {another} should be highest" in wrong.stderr
     assert run(server["http_port"], "10", "f").returncode == 1
     nobody = run(serve.find_free_ports(1)[0])
     assert nobody.returncode == 1

@@ -18,7 +18,8 @@ import yaml
 from pipeline.cli.command import Settings
 from pipeline.cli.serve import echo_server
 from pipeline.core.errors import PipelineError
-from pipeline.serving import process, serve, tritonserver
+from pipeline.repository import running
+from pipeline.serving import process, tritonserver
 from pipeline.serving.deploy import write_deployment
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import ServerRuntime
@@ -60,7 +61,7 @@ def test_the_whole_chain_works_in_a_folder_of_an_odd_name(
     assert odd.run("query", str(odd.root / "digits")).exit_code == 0
     assert odd.record("versions", "promote", "1")["is_served"]
     os.kill(server["pid"], signal.SIGKILL)
-    wait_until(lambda: (now := serve.load_server(odd.paths)) is not None and now.restarts == 1)
+    wait_until(lambda: (now := running.load_server(odd.paths)) is not None and now.restarts == 1)
     wait_until(lambda: odd.run("serve", "status").exit_code == 0)
     assert odd.record("serve", "stop")["done"].startswith("stopped the server")
     table = odd.record("validate", str(odd.paths.repository))
@@ -164,8 +165,8 @@ def test_what_serve_and_package_print_can_be_typed_in_a_folder_of_an_odd_name(
     next_command = chain.run("package").stdout.splitlines()[-1].removeprefix("next: ")
     repository = str(chain.paths.repository)
     assert shlex.split(next_command) == ["pipeline", "validate", repository]
-    fields: dict[str, Any] = dict.fromkeys(serve.Server.__dataclass_fields__, 1)
-    server = serve.Server(**{**fields, "models": {"handwriting": 1}})
+    fields: dict[str, Any] = dict.fromkeys(running.Server.__dataclass_fields__, 1)
+    server = running.Server(**{**fields, "models": {"handwriting": 1}})
     echo_server(Settings(chain.root), server)
     (line,) = re.findall("^try: (.*)$", capsys.readouterr().out, re.MULTILINE)
     assert f"@{chain.paths.packaged}/warmup/digit" in shlex.split(line)

@@ -29,6 +29,7 @@ from pipeline.core.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.core.files import locked, sha256, write_json
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
+from pipeline.repository import running
 from pipeline.repository.config_pbtxt import ModelConfig
 from pipeline.serving import process as server_process
 from pipeline.serving import serve, supervise, tritonserver
@@ -62,7 +63,7 @@ def assert_nothing_is_left() -> None:
     def orphans() -> list[str]:
         regions = [path.name for path in Path("/dev/shm").glob("*handwriting-*")]
         ids = {match[0] for name in regions if (match := re.search("handwriting-.{12}", name))}
-        return [server_id for server_id in ids if not serve.find_processes(server_id)]
+        return [server_id for server_id in ids if not server_process.find_processes(server_id)]
 
     wait_until(lambda: not orphans())
 
@@ -173,7 +174,7 @@ def test_the_python_that_serve_prints_gets_a_right_answer(
 ) -> None:
     chain, _ = served
     made.run("data", "sample", str(chain.root / "digits"), "--count", "1")
-    server = serve.load_server(chain.paths)
+    server = running.load_server(chain.paths)
     assert server
     echo_server(Settings(chain.root), server)
     (line,) = re.findall(r"^or: python (-c .*)$", capsys.readouterr().out, re.MULTILINE)
@@ -261,7 +262,7 @@ def ready_again(chain: Chain, before: dict[str, Any]) -> dict[str, Any]:
     """What `server.json` says once another server than `before` is ready."""
 
     def is_another() -> bool:
-        server = serve.load_server(chain.paths)
+        server = running.load_server(chain.paths)
         return server is not None and server.id != before["id"] and server.is_ready
 
     wait_until(is_another)
@@ -270,7 +271,7 @@ def ready_again(chain: Chain, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def stubs(server: dict[str, Any]) -> set[int]:
-    return set(serve.find_processes(server["id"])) - {server["pid"]}
+    return set(server_process.find_processes(server["id"])) - {server["pid"]}
 
 
 @pytest.mark.server
@@ -301,7 +302,7 @@ def test_a_server_that_hangs_or_answers_wrongly_is_started_again(servable: Chain
     os.kill(first["pid"], signal.SIGSTOP)
     second = ready_again(servable, first)
     assert "handwriting does not answer (no answer from" in second["why"]
-    server = serve.load_server(servable.paths)
+    server = running.load_server(servable.paths)
     assert server
     # The very model, with the classes in another order: Triton itself finds nothing wrong with it.
     model = onnx.load_model(servable.paths.onnx)
@@ -323,17 +324,17 @@ def test_a_server_that_hangs_or_answers_wrongly_is_started_again(servable: Chain
 def test_a_killed_supervisor_is_said_and_what_it_left_is_cleared(servable: Chain) -> None:
     server = servable.record("serve", "--detach", "--port", "auto")
     os.kill(server["supervisor_pid"], signal.SIGKILL)
-    wait_until(lambda: serve.start_time(server["supervisor_pid"]) is None)
+    wait_until(lambda: running.start_time(server["supervisor_pid"]) is None)
     status = servable.run("serve", "status")
     assert status.exit_code == 5
     assert "without its supervisor" in error_line(status)
     assert servable.run("serve", "restart").exit_code == 5
     again = servable.record("serve", "--detach", "--port", "auto")
-    assert serve.start_time(server["pid"]) is None
+    assert running.start_time(server["pid"]) is None
     os.kill(again["supervisor_pid"], signal.SIGKILL)
     os.kill(again["pid"], signal.SIGKILL)
     for pid in (again["supervisor_pid"], again["pid"]):
-        wait_until(lambda pid=pid: serve.start_time(pid) is None)  # type: ignore[misc]
+        wait_until(lambda pid=pid: running.start_time(pid) is None)  # type: ignore[misc]
     status = servable.run("serve", "status")
     assert status.exit_code == 5
     assert "has died: 'pipeline serve' starts another" in error_line(status)
@@ -383,13 +384,13 @@ def test_sigterm_while_a_detached_server_starts_leaves_nothing(servable: Chain) 
     command = [sys.executable, "-m", "pipeline", "--root", str(servable.root), "serve"]
     process = subprocess.Popen([*command, "--detach", "--port", "auto"])
     wait_until(servable.paths.server.exists)  # tritonserver was started
-    server = serve.load_server(servable.paths)
+    server = running.load_server(servable.paths)
     assert server
     process.terminate()  # as timeout(1) does
     assert process.wait(HANG_GUARD) == 130
     assert not servable.paths.server.exists()
     for pid in (server.pid, server.supervisor_pid):
-        assert serve.start_time(pid) is None
+        assert running.start_time(pid) is None
     assert_nothing_is_left()
 
 
@@ -429,7 +430,7 @@ def test_ctrl_c_stops_a_server_in_the_foreground_and_leaves_nothing(servable: Ch
     process.send_signal(signal.SIGINT)
     assert process.wait(HANG_GUARD) == 130
     process.stdout.close()
-    assert serve.start_time(pid) is None
+    assert running.start_time(pid) is None
     assert not servable.paths.server.exists()
     assert_nothing_is_left()
 
@@ -497,7 +498,7 @@ def test_a_server_with_another_network_is_not_ready_and_exits_3(servable: Chain)
     edit_json(manifest, lambda record: record["files"].update({"golden.npz": sha256(golden)}))
     assert servable.run("versions", "promote", "1").exit_code == 3  # without a server as well
     ports = serve.with_free_ports(ServeConfig())
-    flags = [f"--{service}-port={port}" for service, port in tritonserver.ports(ports).items()]
+    flags = [f"--{service}-port={port}" for service, port in ports.ports.items()]
     with answers_of(f"http://127.0.0.1:{ports.http_port}") as answers:
         result = servable.run("serve", "--detach", *flags)
     assert result.exit_code == 3
@@ -697,7 +698,7 @@ def test_status_of_no_server_says_so(chain: Chain) -> None:
 def pretend(chain: Chain, **changes: object) -> None:
     """A record of a server that died, with `changes`."""
     record: dict[str, object] = {
-        name: 2**22 for name in serve.Server.__dataclass_fields__ if name not in changes
+        name: 2**22 for name in running.Server.__dataclass_fields__ if name not in changes
     }
     record |= {"id": f"handwriting-{0:012x}", "admin_key": "", "runtime": "wheel", "profile": ""}
     record |= {"is_ready": True, "ready_at": 1.0, "why": "", "models": {"handwriting": 1}}
@@ -744,7 +745,9 @@ def left_of(server_id: str) -> subprocess.Popen[bytes]:
     mark = {server_process.MARK: server_id}
     process = subprocess.Popen(["sleep", "9"], env={**os.environ, **mark})
     deadline = time.monotonic() + HANG_GUARD
-    while process.pid not in serve.find_processes(server_id) and time.monotonic() < deadline:
+    while (
+        process.pid not in server_process.find_processes(server_id) and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
     return process
 
@@ -771,7 +774,7 @@ def test_a_stranger_that_has_the_pid_of_a_dead_supervisor_is_not_sent_a_signal(
     try:
         for command, exit_code in (("restart", 5), ("stop", 0)):
             record = dict.fromkeys(("pid", "supervisor_pid"), stranger.pid)
-            started = serve.start_time(stranger.pid)
+            started = running.start_time(stranger.pid)
             assert started
             times = dict.fromkeys(("start_time", "supervisor_start_time"), started)
             pretend(chain, **record, **times)
@@ -811,11 +814,11 @@ def test_a_second_server_of_a_project_is_refused_even_while_the_first_starts(cha
 
 
 def test_a_pid_that_came_again_is_not_our_server() -> None:
-    started = serve.start_time(os.getpid())
+    started = running.start_time(os.getpid())
     assert started
-    assert serve.is_alive(os.getpid(), started)
-    assert not serve.is_alive(os.getpid(), started + 1)
-    assert serve.start_time(2**22 + 1) is None
+    assert running.is_alive(os.getpid(), started)
+    assert not running.is_alive(os.getpid(), started + 1)
+    assert running.start_time(2**22 + 1) is None
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from pipeline.core.errors import PipelineError, ServerError
 from pipeline.data.splits import load_split
 from pipeline.repository import versions
 from pipeline.repository.release import load_release
+from pipeline.repository.running import Server, load_server
 from pipeline.serving import serve, swap
 from pipeline.serving.admin import Admin
-from pipeline.serving.serve import Server
 from tests.conftest import Chain, error_line, link_server_environment
 from tests.repository.test_versions import add_another, seal
 from tools.prove_swap import IMAGES, TOLERANCE, prove
@@ -40,7 +40,7 @@ def live(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chai
 
 
 def server_of(chain: Chain) -> Server:
-    server = serve.load_server(chain.paths)
+    server = load_server(chain.paths)
     assert server
     return server
 

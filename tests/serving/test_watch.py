@@ -13,9 +13,11 @@ import pytest
 
 from pipeline.core.errors import CorruptError, PipelineError, ServerError, SlowError
 from pipeline.core.paths import Paths
+from pipeline.repository import running
 from pipeline.repository.release import load_selected_releases
-from pipeline.serving import serve, state, supervise
-from pipeline.serving.serve import Server, bound_log
+from pipeline.repository.running import Server
+from pipeline.serving import state, supervise
+from pipeline.serving.serve import bound_log
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.state import Load
 from pipeline.serving.supervise import Canary, choose_pause
@@ -81,7 +83,7 @@ def test_a_miss_after_which_a_dead_process_is_found_is_the_end_at_once(made: Cha
     canary = canary_of(made, SlowError("late"))
     canary.server = replace(SERVER, pid=os.getpid())
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
-        while serve.start_time(child.pid):  # until it is a zombie, which nobody has waited for
+        while running.start_time(child.pid):  # until it is a zombie, which nobody has waited for
             os.sched_yield()
         assert canary.ask() == "handwriting's process died"
 

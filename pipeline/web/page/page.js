@@ -361,7 +361,7 @@ function showRefusal(response, error) {
   } else if (response.status === 503) {
     lose("The server does not answer", error);
   } else {
-    showFailure("Not answered", error);
+    showFailure("Request refused", error);
   }
 }
 
@@ -407,7 +407,7 @@ function showAnswer(answer, roundTrip) {
 
 function showModel({ model, version, sha256 }) {
   byId("model").textContent = `${model}, version ${version}`;
-  byId("digest").textContent = sha256 ? sha256.slice(0, 16) : "not stated";
+  byId("digest").textContent = sha256 ? sha256.slice(0, 16) : "unknown";
   byId("digest").title = sha256 ?? "";
 }
 
@@ -472,7 +472,7 @@ function setState(state, text) {
 function lose(verdict, detail) {
   forget();
   showFailure(verdict, detail);
-  setState("lost", "no server; looking for it");
+  setState("lost", "no server, retrying");
   clearTimeout(looking);
   looking = setTimeout(look, RETRY_MS);
 }

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 import ort_checks
 import triton_python_backend_utils as pb_utils
-from ort_settings import Config, LoadError, open_session, providers, run_options
+from ort_settings import Config, LoadError, choose_providers, make_run_options, open_session
 
 onnxruntime.disable_telemetry_events()  # no data of a user leaves the machine
 
@@ -41,7 +41,7 @@ class TritonPythonModel:
         for 20 seconds, or crash it.
         """
         try:
-            in_one_line(ort_checks.complete_config, auto_complete_model_config.as_dict())
+            run_step(ort_checks.complete_config, auto_complete_model_config.as_dict())
         except LoadError as error:
             error.__traceback__ = None  # or Triton appends our file and line to the message
             raise  # without an argument: any other form starts a new traceback
@@ -50,7 +50,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model, or refuse it with LoadError as the native backend does."""
         try:
-            in_one_line(self._open, json.loads(args["model_config"]), args)
+            run_step(self._open, json.loads(args["model_config"]), args)
         except LoadError as error:
             error.__traceback__ = None  # as above
             raise
@@ -58,8 +58,8 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request; requests of the same shape run as one batch."""
-        alike = self._alike(requests)
-        return self._answers(alike) if alike else self._sorted_out(requests)
+        columns = self._collect_columns(requests)
+        return self._answer(columns) if columns else self._answer_groups(requests)
 
     def finalize(self) -> None:
         """Release the session: its memory and its threads."""
@@ -67,8 +67,8 @@ class TritonPythonModel:
 
     def _open(self, config: Config, args: dict[str, str]) -> None:
         kind, device = args["model_instance_kind"], args["model_instance_device_id"]
-        self._session = open_session(config, providers(config, kind, device))
-        self._run_options = run_options(config)
+        self._session = open_session(config, choose_providers(config, kind, device))
+        self._run_options = make_run_options(config)
         ort_checks.check_config(config, self._session)
         self._batching = config["max_batch_size"] > 0
         self._outputs = [output["name"] for output in config["output"]]
@@ -78,18 +78,18 @@ class TritonPythonModel:
         self._scalars = {tensor.name for tensor in tensors if not tensor.shape}
         self._dims = {output["name"]: output["dims"] for output in config["output"]}
 
-    def _alike(self, requests: list[Any]) -> Columns | None:
+    def _collect_columns(self, requests: list[Any]) -> Columns | None:
         """Return the columns in the usual, fast case (one batched input, one shape), else None."""
         if not (self._batching and self._input):
             return None
         try:
             arrays = [np.from_dlpack(request.inputs()[0]) for request in requests]
-        except Exception:  # _sorted_out finds which request caused it
+        except Exception:  # _answer_groups finds which request caused it
             return None
         is_alike = len({array.shape[1:] for array in arrays}) == 1
         return {self._input: arrays} if is_alike else None
 
-    def _sorted_out(self, requests: list[Any]) -> list[Any]:
+    def _answer_groups(self, requests: list[Any]) -> list[Any]:
         """Answer requests of any inputs and shapes; one that fails does not affect the others."""
         answers: list[Any] = [None] * len(requests)
         groups: dict[Any, tuple[list[int], Columns]] = {}
@@ -97,7 +97,7 @@ class TritonPythonModel:
             try:
                 feeds = {tensor.name(): _from_triton(tensor) for tensor in request.inputs()}
             except Exception as error:  # of any kind: the other requests continue
-                answers[index] = refusal(error)
+                answers[index] = refuse(error)
                 continue
             shapes = frozenset((name, array.shape[1:]) for name, array in feeds.items())
             members, columns = groups.setdefault(shapes if self._batching else index, ([], {}))
@@ -105,22 +105,22 @@ class TritonPythonModel:
             for name, array in feeds.items():
                 columns.setdefault(name, []).append(array)
         for members, columns in groups.values():
-            for index, answer in zip(members, self._answers(columns), strict=True):
+            for index, answer in zip(members, self._answer(columns), strict=True):
                 answers[index] = answer
         return answers
 
-    def _answers(self, columns: Columns) -> list[Any]:
+    def _answer(self, columns: Columns) -> list[Any]:
         count = len(next(iter(columns.values())))
         try:
             return self._run(columns)
         except Exception as error:  # a client gets one line, and the server continues
             if count == 1:
-                return [refusal(error)]
+                return [refuse(error)]
         # Run each request alone, to find those that fail.
         every = (
             {name: [arrays[index]] for name, arrays in columns.items()} for index in range(count)
         )
-        return [self._answers(alone)[0] for alone in every]
+        return [self._answer(alone)[0] for alone in every]
 
     def _run(self, columns: Columns) -> list[Any]:
         feeds = {
@@ -171,13 +171,13 @@ def _to_triton(name: str, array: np.ndarray) -> Any:
     return tensor
 
 
-def refusal(error: Exception) -> Any:
+def refuse(error: Exception) -> Any:
     """Log the error; return the response that tells the client why there is no answer."""
     pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(one_line(error)))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(shorten(error)))
 
 
-def one_line(error: Exception) -> str:
+def shorten(error: Exception) -> str:
     """Return the error in the native backend's form, with file names without folders."""
     text = re.sub(r"\[ONNXRuntimeError\] : (\d+) : \w+ : ", r"onnx runtime error \1: ", str(error))
     text = text.replace(pb_utils.get_model_dir() + "/", "")
@@ -185,9 +185,9 @@ def one_line(error: Exception) -> str:
     return " ".join(text.split())[:MESSAGE_LENGTH]
 
 
-def in_one_line(step: Callable[..., None], config: Config, *more: Any) -> None:
+def run_step(step: Callable[..., None], config: Config, *more: Any) -> None:
     """Run a step of loading; raise every error as LoadError."""
     try:
         step(config, *more)
     except Exception as error:
-        raise LoadError(f"unable to load model '{config['name']}', {one_line(error)}") from error
+        raise LoadError(f"unable to load model '{config['name']}', {shorten(error)}") from error

@@ -2,7 +2,7 @@
 
 import numpy as np
 import onnxruntime
-from ort_settings import CPU, Config, LoadError, open_session, providers, require_present
+from ort_settings import CPU, Config, LoadError, choose_providers, open_session, require_present
 
 DEFAULT_MAX_BATCH_SIZE = 4  # Triton's default
 DATA_TYPES = {  # ONNX Runtime's names to Triton's
@@ -42,7 +42,7 @@ def check_config(config: Config, session: onnxruntime.InferenceSession) -> None:
     for role, nodes in (("input", inputs), ("output", session.get_outputs())):
         named = {node.name: node for node in nodes}
         for spec in config[role]:
-            name, asked = spec["name"], spec["data_type"]
+            name, stated = spec["name"], spec["data_type"]
             if spec.get("optional") and is_batched:
                 raise LoadError(
                     f"optional input '{name}' is not supported for models that support batching"
@@ -53,9 +53,9 @@ def check_config(config: Config, session: onnxruntime.InferenceSession) -> None:
                 allowed = f"allowed {role}s are: {', '.join(sorted(named))}"
                 raise LoadError(f"unexpected inference {role} '{name}', {allowed}")
             provided = _data_type(named[name])
-            if asked != provided:
+            if stated != provided:
                 raise LoadError(
-                    f"configuration expects datatype {asked} for {role} '{name}', model provides "
+                    f"configuration expects datatype {stated} for {role} '{name}', model provides "
                     f"{provided}"
                 )
             _check_dims(role, spec, _shape_of(named[name]), is_batched)
@@ -68,13 +68,13 @@ def _check_dims(role: str, spec: Config, provided: list[int], is_batched: bool) 
         raise LoadError(
             f"{tensor}: for the model to support batching the shape should have at least 1 "
             "dimension and the first dimension must be -1; but shape expected by the model is "
-            f"{_spelled(provided)}"
+            f"{_format(provided)}"
         )
     if not provided:
         if any(dim != 1 for dim in dims):
             raise LoadError(
                 f"scalar {tensor}, should only provide 1 in the model configuration when the model "
-                f"doesn't support batching. Model configuration provided: {_spelled(dims)}."
+                f"doesn't support batching. Model configuration provided: {_format(dims)}."
             )
         return
     full = [-1, *dims] if is_batched else [*dims]
@@ -88,20 +88,20 @@ def _check_dims(role: str, spec: Config, provided: list[int], is_batched: bool) 
             "shape, making complete "
         )
         raise LoadError(
-            f"{tensor}: the model expects {len(provided)} dimensions (shape {_spelled(provided)}) "
+            f"{tensor}: the model expects {len(provided)} dimensions (shape {_format(provided)}) "
             f"but the model configuration specifies {len(full)} dimensions "
-            f"({note if is_batched else ''}shape {_spelled(full)})"
+            f"({note if is_batched else ''}shape {_format(full)})"
         )
 
 
-def _spelled(shape: list[int]) -> str:
+def _format(shape: list[int]) -> str:
     return str(shape).replace(" ", "")
 
 
 def complete_config(config: Config) -> None:
     """Complete the config; raise LoadError, before any instance starts, if it is wrong."""
     kinds = {group.get("kind") for group in config.get("instance_group", [])}
-    require_present(providers(config, "GPU" if "KIND_GPU" in kinds else "CPU", "0"))
+    require_present(choose_providers(config, "GPU" if "KIND_GPU" in kinds else "CPU", "0"))
     session = open_session(config, [CPU])
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if not (config["input"] and config["output"]):
@@ -115,12 +115,12 @@ def complete_config(config: Config) -> None:
                 "while non-zero max_batch_size is specified"
             )
         batch_dims = 1 if config["max_batch_size"] else 0
-        config["input"] = config["input"] or [_described(node, batch_dims) for node in inputs]
-        config["output"] = config["output"] or [_described(node, batch_dims) for node in outputs]
+        config["input"] = config["input"] or [_describe(node, batch_dims) for node in inputs]
+        config["output"] = config["output"] or [_describe(node, batch_dims) for node in outputs]
     check_config(config, session)
 
 
-def _described(node: onnxruntime.NodeArg, batch_dims: int) -> Config:
+def _describe(node: onnxruntime.NodeArg, batch_dims: int) -> Config:
     dims = _shape_of(node)[batch_dims:]
     spec = {"name": node.name, "data_type": _data_type(node)}
     if dims:

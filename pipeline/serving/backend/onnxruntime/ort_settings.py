@@ -14,12 +14,7 @@ CUDA_WORDS = {  # parameters of CUDA's provider: its words by their numbers; def
 }
 CUDA_VALUES = {"gpu_mem_limit": str(2**64 - 1), "do_copy_in_default_stream": "1"}
 CUDA_SWITCHES = ("do_copy_in_default_stream", "use_ep_level_unified_stream")
-TENSORRT_PRECISIONS = {
-    "FP32": None,
-    "FP16": "trt_fp16_enable",
-    "BF16": "trt_bf16_enable",
-    "INT8": "trt_int8_enable",
-}
+TENSORRT_PRECISIONS = ("FP32", "FP16", "BF16", "INT8")
 TENSORRT_RENAMED = {
     "max_workspace_size_bytes": "trt_max_workspace_size",
     "int8_calibration_table_name": "trt_int8_calibration_table_name",
@@ -69,7 +64,7 @@ def _switch(value: str) -> bool:
     return SWITCHES[value.lower()]
 
 
-def session_options(config: Config) -> onnxruntime.SessionOptions:
+def make_session_options(config: Config) -> onnxruntime.SessionOptions:
     """Return the config's parameters and graph level as ONNX Runtime's session options."""
     mode = _number(_parameter(config, "execution_mode", "0"))
     if mode not in (0, 1):
@@ -95,7 +90,7 @@ def session_options(config: Config) -> onnxruntime.SessionOptions:
     return options
 
 
-def run_options(config: Config) -> onnxruntime.RunOptions | None:
+def make_run_options(config: Config) -> onnxruntime.RunOptions | None:
     """Return the options of each run; None if the config has none."""
     key = "memory.enable_memory_arena_shrinkage"
     if key not in config.get("parameters", {}):
@@ -105,24 +100,23 @@ def run_options(config: Config) -> onnxruntime.RunOptions | None:
     return options
 
 
-def providers(config: Config, kind: str, device: str) -> list[Provider]:
+def choose_providers(config: Config, kind: str, device: str) -> list[Provider]:
     """Return the execution providers that the config asks for, preferred first, the CPU last."""
     accelerators = config.get("optimization", {}).get("execution_accelerators", {})
     chosen: list[Provider] = []
     if kind in ("GPU", "AUTO"):
         options: dict[str, str] = {}
         for accelerator in accelerators.get("gpu_execution_accelerator", []):
-            asked = accelerator.get("parameters", {})
+            parameters = accelerator.get("parameters", {})
             if accelerator["name"] == "tensorrt":
-                chosen.append(
-                    ("TensorrtExecutionProvider", _tensorrt(asked) | {"device_id": device})
-                )
+                tensorrt = _read_tensorrt(parameters) | {"device_id": device}
+                chosen.append(("TensorrtExecutionProvider", tensorrt))
             elif accelerator["name"] == "cuda":
                 for name in CUDA_SWITCHES:
-                    _switch(asked.get(name, "on"))
-                options |= {name: value for name, value in asked.items() if value}
+                    _switch(parameters.get(name, "on"))
+                options |= {name: value for name, value in parameters.items() if value}
             else:
-                raise _unknown(accelerator)
+                raise _make_unknown_error(accelerator)
         if "parameters" in config:  # these four override the accelerator's, even if not set
             options |= {
                 name: _parameter(config, name, usual) for name, usual in CUDA_VALUES.items()
@@ -135,24 +129,24 @@ def providers(config: Config, kind: str, device: str) -> list[Provider]:
         chosen.append(("CUDAExecutionProvider", options | {"device_id": device}))
     for accelerator in accelerators.get("cpu_execution_accelerator", []):
         if accelerator["name"] != "openvino":
-            raise _unknown(accelerator)
+            raise _make_unknown_error(accelerator)
         chosen.append(("OpenVINOExecutionProvider", {"device_type": "CPU"}))
     return [*chosen, CPU]
 
 
-def _unknown(accelerator: Config) -> LoadError:
+def _make_unknown_error(accelerator: Config) -> LoadError:
     return LoadError(f"unknown Execution Accelerator '{accelerator['name']}' is requested")
 
 
-def _tensorrt(asked: dict[str, str]) -> dict[str, str]:
+def _read_tensorrt(parameters: dict[str, str]) -> dict[str, str]:
     """Return TensorRT's options by ONNX Runtime's names; its Python accepts only True, False."""
     options = {}
-    for key, value in asked.items():
+    for key, value in parameters.items():
         name = TENSORRT_RENAMED.get(key, key)
         if key == "precision_mode":
             if value not in TENSORRT_PRECISIONS:
                 raise LoadError(f"unsupported precision mode '{value}' is requested")
-            options |= {switch: "True"} if (switch := TENSORRT_PRECISIONS[value]) else {}
+            options |= {} if value == "FP32" else {f"trt_{value.lower()}_enable": "True"}
         elif key in TENSORRT_SWITCHES:
             options[name] = str(_switch(value))
         elif key in TENSORRT_NUMBERS:
@@ -182,7 +176,7 @@ def open_session(config: Config, chosen: list[Provider]) -> onnxruntime.Inferenc
     if not os.path.isfile(path):
         raise LoadError(f"unable to find '{os.path.relpath(path, os.path.dirname(folder))}'")
     require_present(chosen)
-    options = session_options(config)
+    options = make_session_options(config)
     # Without fallback: or the CPU silently replaces a GPU that fails later.
     session = onnxruntime.InferenceSession(path, options, chosen, enable_fallback=0)
     for name, _ in chosen:

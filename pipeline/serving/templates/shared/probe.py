@@ -1,4 +1,4 @@
-"""Exit 0 when a Triton knows an image: probe.py URL IMAGE CLASS TYPE. Otherwise 1, and why.
+"""Exit 0 if Triton classifies an image correctly, else 1: probe.py URL IMAGE CLASS TYPE.
 
 Health endpoints stay green while every inference fails, so a health check has to infer. Runs
 inside NVIDIA's container, with nothing but Python.
@@ -9,17 +9,17 @@ import struct
 import sys
 import urllib.parse
 
-SECONDS = 4.0  # below the time-out of whoever runs this
+SECONDS = 4.0  # below the timeout of the probe that runs this
 
 
 def is_ahead(values: list[float], expected: int) -> bool:
-    """Whether that class is ahead of all others: of equal values none is, and no NaN counts."""
+    """Return whether the class is above all others; not if values are equal or NaN."""
     others = values[:expected] + values[expected + 1 :]
     return all(values[expected] > value for value in others)
 
 
-def problem_of(url: str, file: str, expected: str, letter: str) -> str:
-    """Say what is wrong with the answer of the model at `url` to an image's bytes, if anything."""
+def find_problem(url: str, file: str, expected: str, letter: str) -> str:
+    """Return what is wrong with the answer of the model at `url` to an image, or ""."""
     place = urllib.parse.urlsplit(url)
     connection = http.client.HTTPConnection(place.netloc, timeout=SECONDS)
     # Closed, because an idle connection would hold up the server's end.
@@ -36,11 +36,11 @@ def problem_of(url: str, file: str, expected: str, letter: str) -> str:
     except (OSError, http.client.HTTPException, ValueError, TypeError, struct.error) as error:
         return f"no answer from {url}: {error}"
     if int(expected) >= len(values):
-        return f"{url} knows {len(values)} classes, the image is of class {expected}"
+        return f"{url} has {len(values)} classes, the image is of class {expected}"
     if is_ahead(values, int(expected)):
         return ""
-    return f"{url} answers {values[:20]}, class {expected} should be ahead"
+    return f"{url} answers {values[:20]}, class {expected} should be highest"
 
 
 if __name__ == "__main__":
-    sys.exit(problem_of(*sys.argv[1:]) or 0)
+    sys.exit(find_problem(*sys.argv[1:]) or 0)
