@@ -658,10 +658,13 @@ def test_an_instance_on_a_gpu_asks_for_cuda_with_the_configs_settings(backend: A
         "do_copy_in_default_stream": "1",
         "device_id": "1",
     }
-    assert backend.providers(settings, "GPU", "1") == [("CUDAExecutionProvider", options), CPU]
-    assert backend.providers(settings, "CPU", "0") == [CPU]
+    assert backend.choose_providers(settings, "GPU", "1") == [
+        ("CUDAExecutionProvider", options),
+        CPU,
+    ]
+    assert backend.choose_providers(settings, "CPU", "0") == [CPU]
     del settings["parameters"]
-    ((_, of_block), _) = backend.providers(settings, "GPU", "1")
+    ((_, of_block), _) = backend.choose_providers(settings, "GPU", "1")
     assert of_block == {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT", "device_id": "1"}
 
 
@@ -718,7 +721,7 @@ def test_tensorrt_comes_before_cuda_with_its_settings_in_onnx_runtimes_words(bac
         "trt_profile_max_shapes": "",
     }
     block = {"name": "tensorrt", "parameters": asked}
-    (name, options), cuda, cpu = backend.providers(gpu(block), "GPU", "1")
+    (name, options), cuda, cpu = backend.choose_providers(gpu(block), "GPU", "1")
     assert (name, cuda[0], cpu) == ("TensorrtExecutionProvider", "CUDAExecutionProvider", CPU)
     assert options == {
         "trt_fp16_enable": "True",
