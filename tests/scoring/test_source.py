@@ -187,7 +187,7 @@ def test_a_link_to_nowhere_and_a_name_that_is_no_utf_8_do_not_stop_the_others(
     assert ids[:3] == ["day\\xe9.png", "gone.png", "no\\xe9.png"]
     np.testing.assert_array_equal(images[3:], IMAGES)
     assert (reasons[0], set(reasons[3:])) == ("", {""})
-    assert "no image file" in reasons[1]
+    assert "is not a file" in reasons[1]
     assert "no\\xe9.png cannot be read as an image" in pa.array(reasons)[2].as_py()
     (folder / "gone.png").unlink()
     assert cut_(folder).digest != source.digest
@@ -323,7 +323,7 @@ def test_no_source_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="nowhere does not exist: check the name"):
         cut_(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PipelineError, match="empty holds no files: name a folder"):
+    with pytest.raises(PipelineError, match="empty has no files: name a folder"):
         cut_(tmp_path / "empty")
 
 
