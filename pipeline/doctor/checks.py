@@ -87,7 +87,7 @@ def _try_server(runtime: tritonserver.ServerRuntime, paths: Paths, model: Path) 
     (model.parent.parent / "config.pbtxt").write_text(_CONFIG)
     (trial,) = try_models(model.parents[2], ["doctor"], paths)
     if trial.outcome != "loads":
-        raise PipelineError(f"{runtime}: the test model {trial.outcome!r}: {trial.cause}")
+        raise PipelineError(f"{runtime}: a test model has outcome {trial.outcome!r}: {trial.cause}")
     return f"{runtime}: started, loaded a model, answered"
 
 

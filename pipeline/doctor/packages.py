@@ -19,7 +19,7 @@ from pipeline.core.text import Lines, format_count
 
 DISTRIBUTION = "handwriting-pipeline"
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest for which the packages are built
-PROBE_SECONDS = 60.0
+PROBE_SECONDS = 60.0  # far longer than any library takes to start
 
 Level = Literal["ok", "warning", "problem"]
 

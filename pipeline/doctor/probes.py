@@ -17,7 +17,7 @@ def torch_facts() -> dict[str, Any]:
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if torch.ones(8).sum().item() != 8:
-        raise PipelineError("torch cannot add")
+        raise PipelineError("torch computes an incorrect sum")
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
@@ -44,7 +44,7 @@ def runtime_facts(model: Path) -> dict[str, Any]:
         failing[name] = ""
         try:
             if onnx_predictor(model.read_bytes(), 1, name)(np.ones((1, 2), np.float32)).sum() != 4:
-                failing[name] = "its results are incorrect"
+                failing[name] = "it computes an incorrect result"
         except PipelineError as error:
             failing[name] = str(error)
     return {"version": onnxruntime.__version__, "providers": failing}

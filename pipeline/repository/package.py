@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.core import files
 from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.core.paths import MODEL_NAMES, Paths, packaged_name
+from pipeline.core.paths import Paths, packaged_name
 from pipeline.core.signature import pictures_of
 from pipeline.export import graph
 from pipeline.export.policy import check_policy
@@ -98,10 +98,8 @@ def _check_export(paths: Paths, config: PackageConfig) -> list[_Variant]:
     manifest = files.check_manifest(paths.export, EXPORT)
     if not paths.validation.exists():
         failed = f" (its last validation failed: {paths.failed})" if paths.failed.exists() else ""
-        named = "" if paths.name == MODEL_NAMES["mnist"] else f" --name {paths.name}"
-        raise CheckFailedError(
-            f"{paths.onnx} is not validated{failed}: run 'pipeline validate{named}' first"
-        )
+        command = f"pipeline validate{paths.name_option}"
+        raise CheckFailedError(f"{paths.onnx} is not validated{failed}: run '{command}' first")
     validation = files.read_json(paths.validation, VALIDATE)
     variants = validation.get("variants", [])
     if validation.get("passed") is not True or not variants:
@@ -214,19 +212,18 @@ def _next_version(packaged: Path, base: ModelConfig) -> tuple[int, ModelConfig |
     if not path.exists():
         return version, None
     old = config_pbtxt.read(path)
-    for what, read in (("classes", config_pbtxt.classes), ("tensors", _read_tensors)):
-        before, after = read(old), read(base)
+    tensors = [
+        [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in (*m.input, *m.output)]
+        for m in (old, base)
+    ]
+    classes = [config_pbtxt.classes(m) for m in (old, base)]
+    for what, (before, after) in (("classes", classes), ("tensors", tensors)):
         if before != after:
             raise CheckFailedError(
                 f"version {version} would change the {what} of {packaged} from {before} to "
                 f"{after}. Package it with another name (--name)"
             )
     return version, old
-
-
-def _read_tensors(message: ModelConfig) -> tuple[object, ...]:
-    tensors = (*message.input, *message.output)
-    return tuple((tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in tensors)
 
 
 def upload_order(packaged: Path, version: int, onnx: str) -> list[Path]:

@@ -28,7 +28,7 @@ ASKED = "asked for"
 ON_GPU = ("gpu", "tensorrt-fp16")
 SIDE_BY_SIDE = ("latency", "throughput")  # several sessions, one for each core
 MOST_INSTANCES = 8  # unless --instances says more: each has its own copy of the weights
-DELAY_US, LONG_DELAY_US = 500, 2000
+DELAY_US, LONG_DELAY_US = 500, 2000  # microseconds that a request waits for its batch
 LONG = 36  # characters of a value that are shown, at most
 
 

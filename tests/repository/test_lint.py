@@ -179,7 +179,7 @@ def test_warnings_do_not_close_the_gate(repository: Path) -> None:
 
 
 def test_a_missing_repository_and_an_empty_one_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="does not exist: run"):
+    with pytest.raises(PipelineError, match="is not a folder: run"):
         lint_repository(tmp_path / "none")
     assert "has no model" in errors(tmp_path)[0]
     assert str(lint_repository(tmp_path)).splitlines()[-1].startswith("no model: 1 error")

@@ -99,7 +99,7 @@ def lint_repository(repository: Path, target: Target | None = None) -> LintResul
     repository at that path, or if the path is the folder of a model.
     """
     if not repository.is_dir():
-        raise PipelineError(f"{repository} does not exist: run 'pipeline package' first")
+        raise PipelineError(f"{repository} is not a folder: run 'pipeline package' first")
     folders = sorted(entry for entry in repository.iterdir() if entry.is_dir())
     if (repository / CONFIG).is_file() and any(repository.glob("[0-9]*/model.onnx")):
         parent = repository.absolute().parent

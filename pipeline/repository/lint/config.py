@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,30 +70,27 @@ def check_batching(model: ModelFolder) -> Iterator[Finding]:
 
 def check_scheduling(model: ModelFolder) -> Iterator[Finding]:
     """Check the priorities and the response cache."""
-    for at, problem, fix in _check_scheduling(model.config.message):
-        yield model.config.finding("scheduling", at, problem, fix, VALIDATE)
-
-
-def _check_scheduling(message: Any) -> Problems:
-    batcher, levels = message.dynamic_batching, message.dynamic_batching.priority_levels
+    message, batcher = model.config.message, model.config.message.dynamic_batching
+    finding, levels = partial(model.config.finding, "scheduling"), batcher.priority_levels
     if levels and not 1 <= batcher.default_priority_level <= levels:
+        at, fix = "dynamic_batching.priority_levels", "set default_priority_level"
         problem = f"default priority level must be in range [1, {levels}]"
-        yield "dynamic_batching.priority_levels", problem, "set default_priority_level"
+        yield finding(at, problem, fix, VALIDATE)
     for level in batcher.priority_queue_policy:
         if levels and not 1 <= level <= levels:
             problem = f"priority queue policy must have priority level in range [1, {levels}]"
             at = f"dynamic_batching.priority_queue_policy[{level}]"
-            yield at, problem, "choose another level"
+            yield finding(at, problem, "choose another level", VALIDATE)
     if batcher.preserve_ordering and levels > 1:
         problem = "Only one priority level is allowed when 'preserve_ordering' is true"
-        yield "dynamic_batching.preserve_ordering", problem, "leave one of them out"
+        yield finding("dynamic_batching.preserve_ordering", problem, "leave one out", VALIDATE)
     for is_used, feature in (
         (message.HasField("sequence_batching"), "sequence batching scheduler"),
         (message.model_transaction_policy.decoupled, "'decoupled' transaction policy"),
     ):
         if message.response_cache.enable and is_used:
             problem = f"Response Cache does not currently support a model with {feature}"
-            yield "response_cache", problem, "disable the response cache"
+            yield finding("response_cache", problem, "disable the response cache", VALIDATE)
 
 
 def check_tensors(model: ModelFolder) -> Iterator[Finding]:
