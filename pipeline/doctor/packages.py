@@ -19,7 +19,7 @@ from pipeline.core.text import Lines, format_count
 
 DISTRIBUTION = "handwriting-pipeline"
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest for which the packages are built
-PROBE_SECONDS = 60.0  # far longer than any library takes to start
+TIMEOUT = 60.0  # far longer than any library takes to start
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -163,11 +163,9 @@ def _probe(*arguments: str) -> dict[str, Any]:
     """Run a probe in a process; return its facts, or raise PipelineError with the reason."""
     command = [sys.executable, "-m", "pipeline.doctor.probes", *arguments]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=PROBE_SECONDS
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
     except subprocess.TimeoutExpired as error:
-        raise PipelineError(f"does not start within {PROBE_SECONDS:g} s") from error
+        raise PipelineError(f"does not start within {TIMEOUT:g} s") from error
     if done.returncode:
         lines = done.stderr.split("\n")
         reason = next((line for line in reversed(lines) if line.strip()), "")

@@ -288,6 +288,7 @@ def holm(chances: Mapping[str, float]) -> dict[str, float]:
 
 
 Counts = tuple[int, ...]  # of predictions, by class or by bin
+Edges = tuple[float, ...]  # of bins
 
 
 def _run_checks(
@@ -306,11 +307,11 @@ def _run_checks(
     edges, counts = profile.confidence_edges, profile.confidence_counts
     checks = [
         shift.as_check("classes", ARCSINE, f"class {profile.classes[at]}: {change}"),
-        _compare_distributions("confidence", edges, counts, confidence, config.confidence),
+        _compare_bins("confidence", edges, counts, confidence, config.confidence),
     ]
     if profile.ink_counts is not None and ink is not None:
         edges, counts = profile.ink_edges, profile.ink_counts
-        checks.append(_compare_distributions("ink", edges, counts, ink, config.ink))
+        checks.append(_compare_bins("ink", edges, counts, ink, config.ink))
         checks.append(_compare_tails(edges, counts, ink, config))
     if profile.unsure is not None:
         shift = share_shift(profile.unsure, of, unsure, images, config.unsure)
@@ -323,17 +324,13 @@ def _format_change(before: float, now: float) -> str:
     return f"{before:.1%} -> {now:.1%}"
 
 
-def _compare_distributions(
-    name: str, edges: tuple[float, ...], before: Counts, now: Counts, allowed: float
-) -> DriftCheck:
-    shift = distribution_shift(np.array(before), np.array(now), allowed)
+def _compare_bins(name: str, edges: Edges, before: Counts, now: Counts, limit: float) -> DriftCheck:
+    shift = distribution_shift(np.array(before), np.array(now), limit)
     change = _format_change(*(sum(counts[: shift.at]) / sum(counts) for counts in (before, now)))
     return shift.as_check(name, SMIRNOV, f"{name} below {edges[shift.at]:.6g}: {change}")
 
 
-def _compare_tails(
-    edges: tuple[float, ...], before: Counts, now: Counts, config: DriftConfig
-) -> DriftCheck:
+def _compare_tails(edges: Edges, before: Counts, now: Counts, config: DriftConfig) -> DriftCheck:
     """Test the share in the reference's tails.
 
     A few unusual images do not move the whole distribution, so the test for "ink" misses them.

@@ -46,11 +46,8 @@ class Listing:
         rows = []
         for entry in self.versions:
             accuracy = "unknown" if entry.accuracy is None else f"{entry.accuracy:.2%}"
-            marks = {
-                "selected": entry.is_selected,
-                "previous": entry.is_previous,
-                "served": entry.version == self.served,
-            }
+            marks = {"selected": entry.is_selected, "previous": entry.is_previous}
+            marks["served"] = entry.version == self.served
             described = ((entry.sha256 or "")[:12], entry.precision, accuracy)
             cells = ("", "", "") if entry.problem else described
             rows.append((entry.version, *cells, ", ".join(filter(marks.get, marks))))
