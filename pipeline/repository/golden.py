@@ -12,6 +12,7 @@ from numpy.lib import format as npy
 
 from pipeline.core.errors import CheckFailedError, CorruptError
 from pipeline.core.evaluate import Predictor, judge, margins, predict
+from pipeline.core.files import pack_arrays
 from pipeline.core.text import Lines
 
 GOLDEN_IMAGES = 100  # in all, divided evenly among the classes
@@ -123,9 +124,7 @@ _ARRAYS = tuple(Golden.__dataclass_fields__)
 
 def pack_golden(golden: Golden) -> bytes:
     """Return the golden set as the bytes of an .npz file; equal sets give equal bytes."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: getattr(golden, name) for name in _ARRAYS})
-    return buffer.getvalue()
+    return pack_arrays({name: getattr(golden, name) for name in _ARRAYS})
 
 
 def unpack_golden(content: bytes, name: str) -> Golden:

@@ -180,7 +180,16 @@ def _write_validation(
                 "allowed_flips": verdict.flipped + trial.criterion.ties,
             }
         )
-    digests[paths.evidence.name] = files.write_bytes(paths.evidence, _pack_evidence(trial, results))
+    evidence = {  # what the report shows of each row
+        "labels": reference.labels,
+        "margins": margins(reference.outputs).astype(np.float32),
+        "reference": reference.outputs.argmax(axis=1).astype(np.int32),
+    }
+    for precision, comparison in results.items():
+        evidence[f"errors_{precision}"] = comparison.errors.astype(np.float32)
+        evidence[f"said_{precision}"] = comparison.classes.astype(np.int32)
+    content = files.pack_arrays(evidence)
+    digests[paths.evidence.name] = files.write_bytes(paths.evidence, content)
     record = {**check_file.make_record(trial), "passed": True, "variants": variants}
     digests[paths.validation.name] = files.write_json(paths.validation, record)
     card = render_card({**manifest, "files": digests}, record)
@@ -214,17 +223,3 @@ def _make_profile(
         classes=tuple(manifest["classes"]),
         min_probability=manifest.get("min_probability"),
     )
-
-
-def _pack_evidence(trial: check_file.FileTrial, results: Results) -> bytes:
-    """Return what the report shows of each row, as the bytes of an .npz file."""
-    reference = trial.reference
-    arrays = {
-        "labels": reference.labels,
-        "margins": margins(reference.outputs).astype(np.float32),
-        "reference": reference.outputs.argmax(axis=1).astype(np.int32),
-    }
-    for precision, comparison in results.items():
-        arrays[f"errors_{precision}"] = comparison.errors.astype(np.float32)
-        arrays[f"said_{precision}"] = comparison.classes.astype(np.int32)
-    return files.pack_arrays(arrays)
