@@ -22,7 +22,7 @@ from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
 from pipeline.training.checkpoint import load_state
 from pipeline.training.device import choose_placement
-from pipeline.training.run import read_config, run_identity
+from pipeline.training.run import read_run_config, run_identity
 from tools.provenance import write_figure
 from tools.readme import render_pages
 
@@ -94,7 +94,7 @@ def kill_once(
 
 def what_is_wrong(paths: Paths) -> str:
     """Return why the state after a kill cannot be resumed from; empty if it can."""
-    config = read_config(paths)
+    config = read_run_config(paths)
     if config is None:
         return ""  # killed before it wrote anything
     try:

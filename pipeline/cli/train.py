@@ -82,7 +82,7 @@ def train_command(
       pipeline train
       pipeline train --recipe baseline --run yardstick --resume
     """
-    from pipeline.training.run import read_config, train_run
+    from pipeline.training.run import read_run_config, train_run
 
     paths = paths_of(settings, run=run or model_name(dataset))
     values = make_recipe(recipe, dataset, **changes)
@@ -92,7 +92,7 @@ def train_command(
     source_of = click.get_current_context().get_parameter_source
     deciding = ("recipe", "seed", "device", "compiled", *changes)
     if resume and all(source_of(name) == ParameterSource.DEFAULT for name in deciding):
-        config = read_config(paths) or config
+        config = read_run_config(paths) or config
     say, update = settings.say, settings.update
     # Hundreds of short epochs do not need one line each.
     on_epoch = say if config.settings.epochs <= 50 else update

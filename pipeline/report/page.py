@@ -24,7 +24,7 @@ from pipeline.report.speeds import MEASURE, Speeds, read_speeds
 from pipeline.training.augment import draw_examples
 from pipeline.training.recipes import RECIPES, TrainConfig
 from pipeline.training.records import Predictions, load_predictions
-from pipeline.training.run import read_config
+from pipeline.training.run import read_run_config
 from pipeline.validation.agreement import Table, read_agreement
 from pipeline.validation.card import percent
 
@@ -105,7 +105,7 @@ def collect(paths: Paths) -> Page:
         )
     unfinished = f"the run is not finished; finish it with '{train_command} --resume'"
     summary = read_json(paths.summary, unfinished)
-    config = read_config(paths) or TrainConfig()
+    config = read_run_config(paths) or TrainConfig()
     predictions: Predictions | None = None
     if digest := summary.get("predictions_sha256"):
         predictions = load_predictions(paths, str(digest))

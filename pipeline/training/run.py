@@ -134,7 +134,7 @@ def _conclude(
     write_json(paths.summary, asdict(summary))
 
 
-def read_config(paths: Paths) -> TrainConfig | None:
+def read_run_config(paths: Paths) -> TrainConfig | None:
     """Return the config that the run in this folder was started with, or None without a run."""
     if not paths.run_config.exists():
         return None

@@ -25,7 +25,7 @@ from pipeline.export.subject import Subject
 from pipeline.images.read import encode_png, to_picture
 from pipeline.training.networks import eager_predictor
 from pipeline.validation import compare
-from pipeline.validation.compare import Comparison, Verdict
+from pipeline.validation.compare import FileResult, Verdict
 from pipeline.validation.explain import compare_graphs, compare_weights, diagnose
 from pipeline.validation.reference import reference_predictor, require_steady
 
@@ -93,7 +93,7 @@ def load_predictors(
 
 def try_file(
     trial: FileTrial, precision: str, content: bytes, made: Mapping[str, bytes]
-) -> Comparison:
+) -> FileResult:
     """Compare a file with its module.
 
     `made` has the files that its module exports to, by precision; it is empty for a file from
@@ -102,10 +102,10 @@ def try_file(
     subject, reference, is_made = trial.subject, trial.reference, precision in made
     is_ours = made.get(precision) == content
     predictors = load_predictors(content, trial.criterion, trial.provider, is_ours)
-    comparison = compare.compare_file(
+    result = compare.compare_file(
         precision, predictors, trial.rows, reference, trial.criterion, trial.report
     )
-    verdict, candidate = compare.make_verdict(comparison), next(iter(predictors.values()))
+    verdict, candidate = compare.make_verdict(result), next(iter(predictors.values()))
     problems = [*verdict.problems, *compare.list_accepted(candidate, trial.rows)]
     weights = {name: t.cpu().numpy() for name, t in subject.model.state_dict().items()}
     model = graph.parse(content, "the file")
@@ -115,7 +115,7 @@ def try_file(
     if precision == "fp32" and not made and compare_weights(weights, model, few=0):
         problems.append("the file has other weights than its module")
     if not problems:
-        return comparison
+        return result
     images = trial.rows[: len(reference.labels)]
     reasons = diagnose(candidate, images, reference.outputs, subject.classes)
     if is_made:
@@ -124,10 +124,10 @@ def try_file(
         reasons += [f"against its module's export, {change}" for change in changes]
     elif precision == "fp32":
         reasons += [f"against the module, {text}" for text in compare_weights(weights, model)]
-    raise _write_failure(trial, replace(verdict, problems=(*reasons[:10], *problems)), comparison)
+    raise _write_failure(trial, replace(verdict, problems=(*reasons[:10], *problems)), result)
 
 
-def _write_failure(trial: FileTrial, verdict: Verdict, comparison: Comparison) -> CheckFailedError:
+def _write_failure(trial: FileTrial, verdict: Verdict, result: FileResult) -> CheckFailedError:
     """Write the record and the worst rows, as pictures and as arrays; return the error to raise.
 
     In a lower precision, flips come first: larger errors alone are not a failure there.
@@ -137,8 +137,8 @@ def _write_failure(trial: FileTrial, verdict: Verdict, comparison: Comparison) -
     record = {**make_record(trial), "passed": False, "variants": [asdict(verdict)]}
     write_json(paths.failed / paths.validation.name, record)
     replay = []
-    if comparison.errors.any():  # otherwise the file never ran
-        rank = comparison.errors / comparison.bounds
+    if result.errors.any():  # otherwise the file never ran
+        rank = result.errors / result.bounds
         if verdict.precision != "fp32":
             rank[[flip.row for flip in verdict.flips]] = np.inf
         worst = np.argsort(-rank, kind="stable")[:WORST]
@@ -149,8 +149,8 @@ def _write_failure(trial: FileTrial, verdict: Verdict, comparison: Comparison) -
             "labels": labels,
             "reference": reference.outputs,
             "eager": reference.eager,
-            "outputs": comparison.outputs,
-            "allowed": comparison.bounds,
+            "outputs": result.outputs,
+            "allowed": result.bounds,
         }
         chosen = {name: array[worst] for name, array in arrays.items()}
         write_bytes(paths.worst, pack_arrays({**chosen, "rows": worst}))

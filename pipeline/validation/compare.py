@@ -1,4 +1,4 @@
-"""Comparison of an exported file with its module in float64, image by image. Needs numpy only.
+"""FileResult of an exported file with its module in float64, image by image. Needs numpy only.
 
 Also makes images that no data set has: probes, and images that a graph must refuse.
 """
@@ -198,7 +198,7 @@ def plan_runs(criterion: Criterion, count: int) -> Iterator[Run]:
 
 
 @dataclass
-class Comparison:
+class FileResult:
     """Results of one file's runs over the rows, collected run by run."""
 
     precision: str
@@ -253,16 +253,16 @@ def compare_file(
     reference: Reference,
     criterion: Criterion,
     report: Report = lambda line: None,
-) -> Comparison:
+) -> FileResult:
     """Compare a file with the reference on rows (N, ...), in all runs of the criterion.
 
     `candidates` has a predictor of the file for each number of threads. For fp32, each row must lie
     within its bound of the reference. In a lower precision, it must lie within that bound of the
     file's own first answer, in every batch and at every place in it.
     """
-    comparison = Comparison(precision, reference, criterion)
+    result = FileResult(precision, reference, criterion)
     for run in plan_runs(criterion, len(rows)):
-        if any(len(beyond) > SETTLED * len(rows) for beyond in comparison.beyond.values()):
+        if any(len(beyond) > SETTLED * len(rows) for beyond in result.beyond.values()):
             break  # more runs would show nothing new
         every_size = f"every batch size to {criterion.largest_batch}"
         report(f"{precision}: {run if run.is_whole else every_size}")
@@ -275,13 +275,13 @@ def compare_file(
             start = time.perf_counter()
             outputs = predict(candidate, images, run.size)
             seconds = time.perf_counter() - start
-            comparison.add(run, outputs)
+            result.add(run, outputs)
         except CheckFailedError as error:
-            comparison.problems.append(f"{run}: {error}")
+            result.problems.append(f"{run}: {error}")
             continue
         if is_timed:
-            comparison.speeds[str(run.threads)] = len(images) / seconds
-    return comparison
+            result.speeds[str(run.threads)] = len(images) / seconds
+    return result
 
 
 def shift(images: np.ndarray) -> np.ndarray:
@@ -291,13 +291,13 @@ def shift(images: np.ndarray) -> np.ndarray:
     return moved
 
 
-def make_verdict(comparison: Comparison) -> Verdict:
+def make_verdict(result: FileResult) -> Verdict:
     """Return the verdict on a file after all its runs."""
-    reference, criterion = comparison.reference, comparison.criterion
-    first = reference.eager if comparison.first is None else comparison.first
-    classes, expected = comparison.classes, reference.outputs.argmax(axis=1)
+    reference, criterion = result.reference, result.criterion
+    first = reference.eager if result.first is None else result.first
+    classes, expected = result.classes, reference.outputs.argmax(axis=1)
     margin = margins(reference.outputs)
-    images, largest = len(reference.labels), float(comparison.errors.max())
+    images, largest = len(reference.labels), float(result.errors.max())
     flips = np.flatnonzero((classes != expected)[:images])
     listed = flips[:LISTED]
     columns = (listed, reference.labels[listed], expected[listed], classes[listed], margin[listed])
@@ -308,7 +308,7 @@ def make_verdict(comparison: Comparison) -> Verdict:
     lost = reference.accuracy(reference.outputs) - reference.accuracy(first)
     is_finite = bool(np.isfinite(largest))
     return Verdict(
-        precision=comparison.precision,
+        precision=result.precision,
         images=images,
         probes=len(expected) - images,
         batch_sizes=criterion.batch_sizes,
@@ -320,33 +320,33 @@ def make_verdict(comparison: Comparison) -> Verdict:
         flips=tuple(Flip(*row) for row in zip(*(c.tolist() for c in columns), strict=True)),
         mcnemar_p=mcnemar(reference.is_right(reference.outputs), reference.is_right(first)),
         max_error=largest if is_finite else None,
-        mean_error=float(comparison.errors.mean()) if is_finite else None,
+        mean_error=float(result.errors.mean()) if is_finite else None,
         eager_error=eager_error,
         ratio=ratio if is_finite else None,
         safety_factor=float(margin[:images].min()) / largest if is_finite and largest else None,
-        images_per_second=comparison.speeds,
-        problems=(*comparison.problems, *_list_problems(comparison, ratio, lost)),
+        images_per_second=result.speeds,
+        problems=(*result.problems, *_list_problems(result, ratio, lost)),
     )
 
 
-def _list_problems(comparison: Comparison, ratio: float, lost: float) -> list[str]:
+def _list_problems(result: FileResult, ratio: float, lost: float) -> list[str]:
     """List the problems of a file; `ratio` is that of the errors, `lost` the lost accuracy."""
-    reference, bounds, errors = comparison.reference, comparison.bounds, comparison.errors
-    precision, images = comparison.precision, len(reference.labels)
-    criterion, problems = comparison.criterion, []
-    if comparison.beyond:
-        rows = np.unique(np.concatenate([*comparison.beyond.values()]))
+    reference, bounds, errors = result.reference, result.bounds, result.errors
+    precision, images = result.precision, len(reference.labels)
+    criterion, problems = result.criterion, []
+    if result.beyond:
+        rows = np.unique(np.concatenate([*result.beyond.values()]))
         reason = f"row {rows[0]} differs from its answer in the first run"
         if precision == "fp32":
             worst = rows[(errors[rows] / bounds[rows]).argmax()]
             reason = f"row {worst} differs by {errors[worst]:.3g}, {bounds[worst]:.3g} is allowed"
-        runs = list(comparison.beyond)
+        runs = list(result.beyond)
         where = "; ".join(runs[:3]) + (f" and {len(runs) - 3} more runs" if len(runs) > 3 else "")
         count = f"{len(rows):,} of {len(errors):,} rows"
         problems.append(f"{count} differ by more than their bound ({where}): {reason}")
     if precision == "fp32":
         # Only a few images may change class, each with a margin below its bound.
-        classes, expected = comparison.classes, reference.outputs.argmax(axis=1)
+        classes, expected = result.classes, reference.outputs.argmax(axis=1)
         is_changed = classes != expected
         wrong = np.flatnonzero(is_changed & (margins(reference.outputs) >= bounds))
         if len(wrong):

@@ -24,7 +24,7 @@ from pipeline.validation import check_file, compare
 from pipeline.validation.card import render_card
 
 CRITERION = compare.Criterion()
-Results = Mapping[str, compare.Comparison]  # by precision, fp32 first
+Results = Mapping[str, compare.FileResult]  # by precision, fp32 first
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def replay(
     verdicts = []
     for precision, content in contents.items():
         predictors = check_file.load_predictors(content, CRITERION, provider)
-        comparison = compare.compare_file(precision, predictors, rows, reference, CRITERION)
-        verdicts.append(compare.make_verdict(comparison))
+        result = compare.compare_file(precision, predictors, rows, reference, CRITERION)
+        verdicts.append(compare.make_verdict(result))
     return verdicts
 
 
@@ -155,10 +155,10 @@ def _write_validation(
     digests, variants = dict(manifest["files"]), []
     images, outputs = trial.rows[:count], reference.outputs[:count]
     bounds, golden_sets = {}, {}  # bounds of each served row against the reference, float64 (N,)
-    for precision, comparison in results.items():
+    for precision, result in results.items():
         # In lower precision twice its own measured error: other hardware rounds differently.
-        own = compare.compute_bounds(reference.outputs, comparison.errors, trial.criterion)
-        bounds[precision] = bound = comparison.bounds if precision == "fp32" else own
+        own = compare.compute_bounds(reference.outputs, result.errors, trial.criterion)
+        bounds[precision] = bound = result.bounds if precision == "fp32" else own
         golden_sets[precision] = choose_golden(images, reference.labels, outputs, bound[:count])
     verdicts = {precision: compare.make_verdict(results[precision]) for precision in results}
     for precision, verdict in verdicts.items():
@@ -185,9 +185,9 @@ def _write_validation(
         "margins": margins(reference.outputs).astype(np.float32),
         "reference": reference.outputs.argmax(axis=1).astype(np.int32),
     }
-    for precision, comparison in results.items():
-        evidence[f"errors_{precision}"] = comparison.errors.astype(np.float32)
-        evidence[f"said_{precision}"] = comparison.classes.astype(np.int32)
+    for precision, result in results.items():
+        evidence[f"errors_{precision}"] = result.errors.astype(np.float32)
+        evidence[f"said_{precision}"] = result.classes.astype(np.int32)
     content = files.pack_arrays(evidence)
     digests[paths.evidence.name] = files.write_bytes(paths.evidence, content)
     record = {**check_file.make_record(trial), "passed": True, "variants": variants}

@@ -22,7 +22,7 @@ from pipeline.training import loop
 from pipeline.training.checkpoint import RunState, load_checkpoint, load_state, save_state
 from pipeline.training.device import choose_placement
 from pipeline.training.recipes import TrainConfig, make_recipe
-from pipeline.training.run import read_config
+from pipeline.training.run import read_run_config
 from tests.conftest import REPOSITORY, Chain, edit_json
 from tools.prove_resume import prove
 
@@ -182,11 +182,11 @@ def test_records_of_other_versions_are_read_and_values_of_another_type_are_named
     for file in (paths.summary, paths.run_config):
         edit_json(file, of_another_version)
     assert load_checkpoint(paths).summary.python == ""
-    config = read_config(paths)
+    config = read_run_config(paths)
     assert config == load_checkpoint(paths).config
     edit_json(paths.summary, lambda record: record.update(steps="7"))
     with pytest.raises(CorruptError, match=r"summary\.json is damaged .*steps"):
         load_checkpoint(paths)
     edit_json(paths.run_config, lambda record: record["settings"].update(epochs="7"))
     with pytest.raises(CorruptError, match=r"config\.json is damaged .*settings\.epochs"):
-        read_config(paths)
+        read_run_config(paths)
