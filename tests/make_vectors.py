@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 from pipeline.data.splits import load_split
 from pipeline.images.read import read_image
 from tools import photos as photo_light
-from tools.photos import SCENES, Scene, photo
+from tools.photos import SCENES, Scene, take_photo
 
 VECTORS = Path(__file__).parent / "vectors"
 LARGER = {"ruled": (300, 400), "squared": (240, 320), "camera": (300, 400)}
@@ -29,7 +29,7 @@ def photos(digits: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
         scene = make(rng)
         shape = scene.shape if name == "tiny" else LARGER.get(name, (132, 176))
         scene = replace(scene, shape=shape, enlarged=1, orientation=1, mode="RGB")
-        content = photo(digits[number], scene, rng)
+        content = take_photo(digits[number], scene, rng)
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         yield name.replace(" ", "-"), picture.convert("RGB" if name in COLOURED else "L")
 
@@ -57,8 +57,8 @@ def drawn(digits: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
     yield "hairline-drawn", _lines([(30, 20), (90, 25), (60, 120)], 1)
     yield "two-strokes", _lines([(30, 20), (90, 25)], 8, [(60, 40), (55, 120)])
     yield "specks", _lines([(30, 20), (90, 25), (60, 120)], 9, [(5, 130), (6, 131)])
-    scene = Scene((200, 260), lines=photo_light.squared, texture=0, noise=0, quality=0)
-    content = photo(digits[10], scene, np.random.default_rng(3))
+    scene = Scene((200, 260), lines=photo_light.square_lines, texture=0, noise=0, quality=0)
+    content = take_photo(digits[10], scene, np.random.default_rng(3))
     yield "squared-drawn", Image.open(io.BytesIO(content)).convert("L")
 
 

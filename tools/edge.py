@@ -18,7 +18,7 @@ def run_tool(main: Callable[[list[str]], None]) -> None:
         raise SystemExit(failure.exit_code) from failure
 
 
-def result_parser(description: str | None) -> argparse.ArgumentParser:
+def make_result_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser for the file of a result and the name of the measured model."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("result", type=Path)

@@ -46,19 +46,14 @@ def gpu_check(
     skipped, or when a training does not reach LEAST_ACCURACY.
     """
     if not signed_off_by.strip():
-        raise PipelineError("somebody must answer for the check: make gpu-check SIGNED='your name'")
+        raise PipelineError("the check needs your name: make gpu-check SIGNED='your name'")
     placement = choose_placement("cuda")
     report(f"running the tests that need {placement}")
     tests = run_gpu_tests()
-    report("training twice: as it is, and compiled")
-    plain, compiled = train_twice(paths, "cuda", report)
-    check = {
-        "command": "make gpu-check",
-        **machine(),
-        "signed_off_by": signed_off_by.strip(),
-        "tests": tests,  # marked gpu, all passed, none skipped
-        **checked_export(paths, plain, compiled, report),
-    }
+    report("training twice: plain, and compiled")
+    exported = check_export(paths, *train_twice(paths, "cuda", report), report)
+    signed = {"command": "make gpu-check", "signed_off_by": signed_off_by.strip()}
+    check = {**signed, **machine(), "tests": tests, **exported}
     write_figure("gpu", result, check)
     return check
 
@@ -70,19 +65,17 @@ def run_gpu_tests() -> int:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={result}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise CheckFailedError(
-                Lines("the tests marked gpu failed:", *done.stdout[-3000:].splitlines())
-            )
-        return passed(result)
+            lines = done.stdout[-3000:].splitlines()
+            raise CheckFailedError(Lines("the tests marked gpu failed:", *lines))
+        return count_passed(result)
 
 
-def passed(result: Path) -> int:
+def count_passed(result: Path) -> int:
     """Return the number of tests in a JUnit file; raise CheckFailedError unless all passed."""
-    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
-    for suite in ElementTree.parse(result).iter("testsuite"):
-        for key in counts:
-            counts[key] += int(suite.get(key, "0"))
-    if not counts["tests"] or counts["failures"] + counts["errors"] + counts["skipped"]:
+    suites = list(ElementTree.parse(result).iter("testsuite"))
+    keys = ("tests", "failures", "errors", "skipped")
+    counts = {key: sum(int(suite.get(key, "0")) for suite in suites) for key in keys}
+    if not counts["tests"] or sum(counts.values()) > counts["tests"]:
         raise CheckFailedError(f"not every test marked gpu ran and passed: {counts}")
     return counts["tests"]
 
@@ -94,20 +87,18 @@ def train_twice(
 
     Raises CheckFailedError when a test accuracy is below LEAST_ACCURACY.
     """
-    asked = replace(config or TrainConfig("quick", RECIPES["quick"]), device=device)
-    summaries = []
-    for compiled in (True, False):  # the plain run last, since it is exported
-        done = train_run(replace(paths, run=NAME), replace(asked, compiled=compiled), report=report)
-        if done.test_accuracy < LEAST_ACCURACY:
-            raise CheckFailedError(
-                f"trained on {done.device} it reads {done.test_accuracy:.2%} of the test digits, "
-                f"less than {LEAST_ACCURACY:.1%}"
-            )
-        summaries.append(done)
-    return summaries[1], summaries[0]
+    config = replace(config or TrainConfig("quick", RECIPES["quick"]), device=device)
+    paths = replace(paths, run=NAME)
+    compiled = train_run(paths, replace(config, compiled=True), report=report)
+    plain = train_run(paths, config, report=report)  # last, since it is exported
+    for summary in (compiled, plain):
+        if summary.test_accuracy < LEAST_ACCURACY:
+            accuracy = f"{summary.test_accuracy:.2%}, less than {LEAST_ACCURACY:.1%}"
+            raise CheckFailedError(f"the accuracy on {summary.device} is {accuracy}")
+    return plain, compiled
 
 
-def checked_export(
+def check_export(
     paths: Paths, plain: Summary, compiled: Summary, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """Export and validate the trained network with ONNX Runtime; return the fields to record."""
@@ -116,7 +107,7 @@ def checked_export(
     is_cuda = plain.device.startswith("cuda")
     # The validation on the CPU is kept; ONNX Runtime on the GPU has to pass it as well.
     on_gpu = validate_export(of_check, provider="cuda", report=report) if is_cuda else None
-    proof = validate_export(of_check, report=report)
+    on_cpu = validate_export(of_check, report=report)
     capability = torch.cuda.get_device_capability() if is_cuda else ()
     return {
         "device": plain.device,  # as device.py describes it, with precision and TF32
@@ -128,7 +119,7 @@ def checked_export(
         "compiled_test_accuracy": compiled.test_accuracy,  # the same through torch.compile
         "compiled_train_seconds": compiled.train_seconds,  # compilation included
         # ONNX Runtime's errors against the reference: on the CPU, and on CUDA without TF32.
-        "max_error": proof.verdicts[0].max_error,
+        "max_error": on_cpu.verdicts[0].max_error,
         "max_error_on_gpu": on_gpu.verdicts[0].max_error if on_gpu else None,
         "weights_sha256": plain.weights_sha256,
     }
@@ -138,7 +129,7 @@ def main(arguments: list[str]) -> None:
     """Run the check, keep the result, and render it into the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--signed-off-by", required=True, help="who ran it and answers for it")
+    parser.add_argument("--signed-off-by", required=True, help="your name")
     given = parser.parse_args(arguments)
     check = gpu_check(Paths(), given.signed_off_by, given.result, print_now)
     files = [given.result, *render_pages()]

@@ -43,76 +43,71 @@ class Kind:
     is_counted: bool = True  # has to be refused; False for lookalikes of digits
 
 
-def kinds(clothes: Path, seed: int = 0) -> list[Kind]:
+def make_kinds(clothes: Path, seed: int = 0) -> list[Kind]:
     """Make the images of every kind; `clothes` is the folder of Fashion-MNIST's cache."""
     rng = np.random.default_rng(seed)
     worn = load_split("fashion-mnist", clothes, "test").images  # first: it may be missing
-    (others, similar), (held_back, also) = letters(FONTS), letters(FONTS_HELD_BACK)
+    (others, similar), (held_back, also) = draw_letters(FONTS), draw_letters(FONTS_HELD_BACK)
+    drawn_signs = draw_signs((*FONTS, *FONTS_HELD_BACK))
     return [
         Kind("clothes (Fashion-MNIST)", worn),
         Kind("clothes, dark on light", 255 - worn),
         Kind(f"letters of {len(FONTS)} fonts", others),
         Kind(f"letters of {len(FONTS_HELD_BACK)} fonts (held back)", held_back),
-        Kind("scribbles", _each(scribble, rng)),
-        Kind("zigzags (held back)", _each(zigzag, rng)),
-        Kind("uniform noise", _each(uniform, rng)),
-        Kind("Gaussian noise", _each(gaussian, rng)),
-        Kind("blank paper", _each(blank, rng)),
+        Kind("scribbles", _repeat(scribble, rng)),
+        Kind("zigzags (held back)", _repeat(zigzag, rng)),
+        Kind("uniform noise", _repeat(uniform, rng)),
+        Kind("Gaussian noise", _repeat(gaussian, rng)),
+        Kind("blank paper", _repeat(blank, rng)),
         Kind(
             f"letters that may be digits ({' '.join(sorted(LOOKALIKES, key=str.lower))})",
             np.concatenate([similar, also]),
             is_counted=False,
         ),
-        Kind(f"signs ({' '.join(SIGNS)})", signs((*FONTS, *FONTS_HELD_BACK)), is_counted=False),
+        Kind(f"signs ({' '.join(SIGNS)})", drawn_signs, is_counted=False),
     ]
 
 
-def _each(
+def _repeat(
     make: Callable[[np.random.Generator], np.ndarray], rng: np.random.Generator
 ) -> np.ndarray:
     return np.stack([make(rng) for _ in range(EACH)])
 
 
-def letters(fonts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def draw_letters(fonts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Draw the letters of fonts, prepared as pictures of digits are, (N, 1, 28, 28).
 
     The second array has the letters that may be digits.
     """
-    drawn: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    for name in fonts:
-        font = _font(name)
-        for letter in LETTERS:
-            drawn[letter in LOOKALIKES].append(prepare(_letter(letter, font)))
-    return np.stack(drawn[False]), np.stack(drawn[True])
+    images = [(c in LOOKALIKES, _draw(c, font)) for font in map(_load_font, fonts) for c in LETTERS]
+    others, similar = ([image for alike, image in images if alike == k] for k in (False, True))
+    return np.stack(others), np.stack(similar)
 
 
-def signs(fonts: tuple[str, ...]) -> np.ndarray:
+def draw_signs(fonts: tuple[str, ...]) -> np.ndarray:
     """Draw the signs of fonts, prepared as pictures of digits are, (N, 1, 28, 28)."""
-    drawn = [_letter(sign, font) for font in map(_font, fonts) for sign in SIGNS]
-    return np.stack([prepare(picture) for picture in drawn])
+    return np.stack([_draw(sign, font) for font in map(_load_font, fonts) for sign in SIGNS])
 
 
-def _font(name: str) -> ImageFont.FreeTypeFont:
-    if name != PILLOWS:
-        return ImageFont.truetype(_font_folder() / f"{name}.ttf", SIDE // 2)
-    font = ImageFont.load_default(SIDE // 2)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    return font
+def _load_font(name: str) -> ImageFont.FreeTypeFont:
+    """Load a font of matplotlib's, without importing matplotlib, or Pillow's own."""
+    if name == PILLOWS:
+        font = ImageFont.load_default(SIDE // 2)
+        assert isinstance(font, ImageFont.FreeTypeFont)
+        return font
+    spec = importlib.util.find_spec("matplotlib")
+    assert spec is not None
+    assert spec.origin
+    folder = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
+    return ImageFont.truetype(folder / f"{name}.ttf", SIDE // 2)
 
 
-def _font_folder() -> Path:
-    """Return the folder of matplotlib's fonts, without importing matplotlib."""
-    found = importlib.util.find_spec("matplotlib")
-    assert found
-    assert found.origin
-    return Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"
-
-
-def _letter(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
+def _draw(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
+    """Draw a letter in the middle of the paper, prepared as pictures of digits are."""
     ink, paper = INK_ON_PAPER
     canvas = Image.new("L", (SIDE, SIDE), paper)
     ImageDraw.Draw(canvas).text((SIDE / 2, SIDE / 2), letter, ink, font, anchor="mm")
-    return np.asarray(canvas)
+    return prepare(np.asarray(canvas))
 
 
 def scribble(rng: np.random.Generator) -> np.ndarray:
@@ -123,7 +118,7 @@ def scribble(rng: np.random.Generator) -> np.ndarray:
     speeds = np.arange(1, SWINGS + 1)[:, None, None] * rng.uniform(0.8, 1.2, (SWINGS, 2, 1))
     path = (swings * np.sin(speeds * time + phases)).sum(axis=0)  # (2, P)
     path -= (path.max(axis=1, keepdims=True) + path.min(axis=1, keepdims=True)) / 2
-    return _drawn(path / np.abs(path).max(axis=1, keepdims=True), rng)
+    return _draw_path(path / np.abs(path).max(axis=1, keepdims=True), rng)
 
 
 def zigzag(rng: np.random.Generator) -> np.ndarray:
@@ -134,10 +129,10 @@ def zigzag(rng: np.random.Generator) -> np.ndarray:
     turn = rng.uniform(0, np.pi)
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     path = turned @ np.stack([along, across])  # (2, P)
-    return _drawn(path / np.abs(path).max(), rng)
+    return _draw_path(path / np.abs(path).max(), rng)
 
 
-def _drawn(path: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _draw_path(path: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw a path (2, P) from -1 to 1 with a random pen, prepared as pictures of digits are."""
     ink, paper = INK_ON_PAPER
     canvas = Image.new("L", (SIDE, SIDE), paper)

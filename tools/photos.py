@@ -15,6 +15,9 @@ from PIL import ExifTags, Image, ImageFilter
 
 Rng = np.random.Generator
 Shape = tuple[int, int]  # H, W
+Colour = tuple[int, int, int]
+BICUBIC, Turn = Image.Resampling.BICUBIC, Image.Transpose
+STORED = {3: Turn.ROTATE_180, 6: Turn.ROTATE_90, 8: Turn.ROTATE_270}  # by EXIF orientation
 
 
 def _smooth(rng: Rng, shape: Shape, cells: int) -> np.ndarray:
@@ -22,7 +25,7 @@ def _smooth(rng: Rng, shape: Shape, cells: int) -> np.ndarray:
     rows = max(2, round(cells * shape[0] / max(shape)))
     columns = max(2, round(cells * shape[1] / max(shape)))
     coarse = Image.fromarray(rng.standard_normal((rows, columns), np.float32))
-    return np.asarray(coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+    return np.asarray(coarse.resize((shape[1], shape[0]), BICUBIC))
 
 
 def _plane(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
@@ -35,8 +38,8 @@ def _plane(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 def texture(rng: Rng, shape: Shape, strength: float) -> np.ndarray:
     """Make the unevenness (H, W) of paper, at fine to coarse scales."""
     cells = (max(shape) // 2, max(shape) // 8, 12)
-    layers = [_smooth(rng, shape, count) for count in cells]
-    return strength * (0.6 * layers[0] + 0.5 * layers[1] + 0.6 * layers[2])
+    fine, middle, coarse = (_smooth(rng, shape, count) for count in cells)
+    return strength * (0.6 * fine + 0.5 * middle + 0.6 * coarse)
 
 
 def gradient(rng: Rng, shape: Shape) -> np.ndarray:
@@ -44,8 +47,8 @@ def gradient(rng: Rng, shape: Shape) -> np.ndarray:
     y, x = _plane(shape)
     angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.6)
     across = x * float(np.cos(angle)) + y * float(np.sin(angle))
-    lit: np.ndarray = (1 - fall * (across + 0.5)) * (1 - rng.uniform(0, 0.4) * (x * x + y * y))
-    return lit * rng.uniform(0.75, 1.0)
+    lit = (1 - fall * (across + 0.5)) * (1 - rng.uniform(0, 0.4) * (x * x + y * y))
+    return np.asarray(lit * rng.uniform(0.75, 1.0))
 
 
 def shadow(rng: Rng, shape: Shape) -> np.ndarray:
@@ -56,8 +59,7 @@ def shadow(rng: Rng, shape: Shape) -> np.ndarray:
     across = x * float(np.cos(angle)) + y * float(np.sin(angle)) + bend * (x * x - y * y)
     softness = rng.uniform(0.01, 0.06)
     edge = 1 / (1 + np.exp(-np.clip((across - place) / softness, -30, 30)))
-    lit: np.ndarray = gradient(rng, shape) ** 0.5 * (1 - rng.uniform(0.3, 0.6) * edge)
-    return lit
+    return np.asarray(gradient(rng, shape) ** 0.5 * (1 - rng.uniform(0.3, 0.6) * edge))
 
 
 def glare(rng: Rng, shape: Shape) -> np.ndarray:
@@ -65,11 +67,10 @@ def glare(rng: Rng, shape: Shape) -> np.ndarray:
     y, x = _plane(shape)
     at_y, at_x = rng.uniform(-0.5, 0.5, 2)
     spot = np.exp(-((x - at_x) ** 2 + (y - at_y) ** 2) / rng.uniform(0.01, 0.05))
-    lit: np.ndarray = gradient(rng, shape) * (1 + rng.uniform(0.1, 0.4) * spot)
-    return lit
+    return np.asarray(gradient(rng, shape) * (1 + rng.uniform(0.1, 0.4) * spot))
 
 
-def crumpled(rng: Rng, shape: Shape) -> np.ndarray:
+def crumple(rng: Rng, shape: Shape) -> np.ndarray:
     """Make the light (H, W) on folded paper: facets of different brightness."""
     y, x = _plane(shape)
     lit = np.ones(shape, np.float32)
@@ -80,7 +81,7 @@ def crumpled(rng: Rng, shape: Shape) -> np.ndarray:
     return lit * gradient(rng, shape) ** 0.6
 
 
-def ruled(rng: Rng, shape: Shape, upright: bool = False) -> np.ndarray:
+def rule_lines(rng: Rng, shape: Shape, upright: bool = False) -> np.ndarray:
     """Make the darkness (H, W) of lines across the picture, 0 to 1."""
     y, x = _plane(shape)
     high = max(shape)
@@ -89,19 +90,17 @@ def ruled(rng: Rng, shape: Shape, upright: bool = False) -> np.ndarray:
     along = along + tilt * (y if upright else x) * high
     spacing, width = high * rng.uniform(0.06, 0.14), max(1.0, high / 640 * rng.uniform(1, 2.2))
     off = np.abs((along / spacing + rng.random()) % 1 - 0.5) * spacing
-    dark: np.ndarray = np.clip(width / 2 + 0.5 - off, 0, 1) * rng.uniform(0.2, 0.5)
-    return dark
+    return np.asarray(np.clip(width / 2 + 0.5 - off, 0, 1) * rng.uniform(0.2, 0.5))
 
 
-def squared(rng: Rng, shape: Shape) -> np.ndarray:
-    """Make the darkness (H, W) of the lines of squared paper, 0 to 1."""
-    state = rng.integers(2**31)
-    across = ruled(np.random.default_rng(state), shape)
-    upright = ruled(np.random.default_rng(state), shape, upright=True)
-    return np.asarray(np.maximum(across, upright))
+def square_lines(rng: Rng, shape: Shape) -> np.ndarray:
+    """Make the darkness (H, W) of the lines of square_lines paper, 0 to 1."""
+    seed = rng.integers(2**31)
+    both = (rule_lines(np.random.default_rng(seed), shape, upright) for upright in (False, True))
+    return np.asarray(np.maximum(*both))
 
 
-def seen_askew(image: Image.Image, by: float, rng: Rng) -> Image.Image:
+def skew(image: Image.Image, by: float, rng: Rng) -> Image.Image:
     """Distort the picture as by a camera that is not straight above it."""
     width, height = image.size
     corners = np.array(((0, 0), (width, 0), (width, height), (0, height)), np.float64)
@@ -111,22 +110,19 @@ def seen_askew(image: Image.Image, by: float, rng: Rng) -> Image.Image:
     for (x, y), (u, v) in zip(corners, seen, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         values += [u, v]
-    solved = np.linalg.solve(np.array(rows), np.array(values))
-    how = Image.Resampling.BICUBIC
-    return image.transform(image.size, Image.Transform.PERSPECTIVE, tuple(solved), how)
+    solved = tuple(np.linalg.solve(np.array(rows), np.array(values)))
+    return image.transform(image.size, Image.Transform.PERSPECTIVE, solved, BICUBIC)
 
 
-def turned(image: Image.Image, degrees: float) -> Image.Image:
+def turn(image: Image.Image, degrees: float) -> Image.Image:
     """Turn the picture, and crop it so that no corner is empty."""
     width, height = image.size
     sine = abs(np.sin(np.radians(degrees)))
     edge_x, edge_y = round(height * sine / 2) + 1, round(width * sine / 2) + 1
-    return image.rotate(degrees, Image.Resampling.BICUBIC).crop(
-        (edge_x, edge_y, width - edge_x, height - edge_y)
-    )
+    return image.rotate(degrees, BICUBIC).crop((edge_x, edge_y, width - edge_x, height - edge_y))
 
 
-def thinned(ink: np.ndarray) -> np.ndarray:
+def thin(ink: np.ndarray) -> np.ndarray:
     """Return the skeleton of ink, bool (H, W): strokes one pixel wide (Zhang and Suen 1984)."""
     ink = np.pad(ink, 1)
     while True:
@@ -150,16 +146,16 @@ def thinned(ink: np.ndarray) -> np.ndarray:
 class Scene:
     """Conditions of a picture: pen, paper, light and camera."""
 
-    shape: tuple[int, int] = (360, 480)  # H, W
+    shape: Shape = (360, 480)
     share: tuple[float, float] = (0.3, 0.65)  # the digit's height by the picture's shorter side
     pen: str = "own"  # the digit's own stroke, or thick, or hair
     turn: float = 4.0  # largest turn of the digit, in degrees
-    paper: tuple[int, int, int] = (236, 232, 222)
-    ink: tuple[int, int, int] = (38, 40, 58)
+    paper: Colour = (236, 232, 222)
+    ink: Colour = (38, 40, 58)
     opacity: tuple[float, float] = (0.8, 1.0)  # of the ink
     texture: float = 0.01  # of the paper, as a fraction of its level
-    lines: Callable[[Rng, tuple[int, int]], np.ndarray] | None = None  # darkness (H, W), 0 to 1
-    lighting: Callable[[Rng, tuple[int, int]], np.ndarray] | None = None  # factor (H, W)
+    lines: Callable[[Rng, Shape], np.ndarray] | None = None  # darkness (H, W), 0 to 1
+    lighting: Callable[[Rng, Shape], np.ndarray] | None = None  # factor (H, W)
     perspective: float = 0.0  # largest shift of a corner, as a fraction of each side
     camera: float = 0.0  # largest turn of the picture, in degrees
     blur: tuple[float, float] = (0.0, 0.8)  # radius in pixels
@@ -170,106 +166,98 @@ class Scene:
     enlarged: int = 1  # enlargement by the camera, in each direction
 
 
-def _jittered(colour: tuple[int, int, int], rng: Rng, by: float = 12) -> np.ndarray:
-    return np.clip(np.add(colour, rng.uniform(-by, by, 3)), 0, 255).astype(np.float32)
+def _jitter(colour: Colour, rng: Rng) -> np.ndarray:
+    return np.clip(np.add(colour, rng.uniform(-12, 12, 3)), 0, 255).astype(np.float32)
 
 
-def glyph(digit: np.ndarray, side: float, pen: str, rng: Rng) -> np.ndarray:
+def _to_picture(levels: np.ndarray) -> Image.Image:
+    """Convert levels, clipped to 0 to 255, to a picture."""
+    return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+
+
+def draw_glyph(digit: np.ndarray, side: float, pen: str, rng: Rng) -> np.ndarray:
     """Draw a digit (28, 28) `side` pixels high with sharp edges; return its coverage."""
     length = max(8, round(side * 28 / 20))
     fine = 168 if pen == "hair" else length
-    large = Image.fromarray(digit).resize((fine, fine), Image.Resampling.BICUBIC)
+    large = Image.fromarray(digit).resize((fine, fine), BICUBIC)
     large = large.filter(ImageFilter.GaussianBlur(fine / 60))
     if pen == "thick":
-        large = large.filter(
-            ImageFilter.MaxFilter(2 * max(1, round(side * rng.uniform(0.02, 0.045))) + 1)
-        )
+        width = 2 * max(1, round(side * rng.uniform(0.02, 0.045))) + 1
+        large = large.filter(ImageFilter.MaxFilter(width))
         large = large.filter(ImageFilter.GaussianBlur(fine / 100))
     if pen == "hair":
         width = max(1, round(rng.uniform(1.0, 2.2)))
-        return _hairline(thinned(np.asarray(large) > 150), length, width)
+        return _draw_hairline(thin(np.asarray(large) > 150), length, width)
     gain = max(1.0, length / 28 / 1.5)
     return np.clip((np.asarray(large, np.float32) - 120) * gain / 255 + 0.5, 0, 1)
 
 
-def _hairline(thin: np.ndarray, length: int, width: int) -> np.ndarray:
+def _draw_hairline(skeleton: np.ndarray, length: int, width: int) -> np.ndarray:
     """Draw a skeleton as a line about `width` pixels wide, in a square of `length` pixels."""
-    large = np.asarray(
-        Image.fromarray((thin * 255).astype(np.uint8)).resize((length, length)), np.float32
-    )
-    picture = Image.fromarray(np.clip(large * 2.5 * length / 168, 0, 255).astype(np.uint8))
-    skeleton = thinned(np.asarray(picture) > 100)
-    line = Image.fromarray((skeleton * 255).astype(np.uint8))
+    large = np.asarray(_to_picture(skeleton * 255).resize((length, length)), np.float32)
+    picture = _to_picture(large * 2.5 * length / 168)
+    line = _to_picture(thin(np.asarray(picture) > 100) * 255)
     if width > 1:
         line = line.filter(ImageFilter.MaxFilter(3))
     return np.asarray(line.filter(ImageFilter.GaussianBlur(0.5)), np.float32) / 255
 
 
-def drawn(digit: np.ndarray, scene: Scene, rng: Rng) -> np.ndarray:
+def draw_digit(digit: np.ndarray, scene: Scene, rng: Rng) -> np.ndarray:
     """Draw a digit at a random place in the picture; return its coverage (H, W)."""
     height, width = scene.shape
     side = rng.uniform(*scene.share) * min(scene.shape)
-    coverage = glyph(digit, side, scene.pen, rng)
-    picture = Image.fromarray((coverage * 255).astype(np.uint8))
-    picture = picture.rotate(rng.uniform(-scene.turn, scene.turn), Image.Resampling.BICUBIC)
-    room_x, room_y = width - picture.width, height - picture.height
+    coverage = draw_glyph(digit, side, scene.pen, rng)
+    picture = _to_picture(coverage * 255).rotate(rng.uniform(-scene.turn, scene.turn), BICUBIC)
+    rooms = (width - picture.width, height - picture.height)
     edge = scene.perspective + scene.camera / 60  # a margin that the camera may cut off
-    x, y = (round(rng.uniform(edge, 1 - edge) * room) for room in (room_x, room_y))
+    x, y = (round(rng.uniform(edge, 1 - edge) * room) for room in rooms)
     canvas = Image.new("L", (width, height))
     canvas.paste(picture, (x, y))
     return np.asarray(canvas, np.float32) / 255
 
 
-def photo(digit: np.ndarray, scene: Scene, rng: Rng) -> bytes:
+def take_photo(digit: np.ndarray, scene: Scene, rng: Rng) -> bytes:
     """Make a picture of a digit, uint8 (28, 28), in a scene; return the content of its file."""
-    coverage = drawn(digit, scene, rng)[..., np.newaxis] * rng.uniform(*scene.opacity)
+    coverage = draw_digit(digit, scene, rng)[..., np.newaxis] * rng.uniform(*scene.opacity)
     paper = np.ones((*scene.shape, 1), np.float32)
     if scene.texture:
         paper = paper + texture(rng, scene.shape, scene.texture)[..., np.newaxis]
-    paper = paper * _jittered(scene.paper, rng)
+    paper = paper * _jitter(scene.paper, rng)
     if scene.lines:
         dark = scene.lines(rng, scene.shape)[..., np.newaxis]
         paper = paper * (1 - dark * np.array((1.0, 0.75, 0.45), np.float32))
-    picture = paper * (1 - coverage) + _jittered(scene.ink, rng) * coverage
+    picture = paper * (1 - coverage) + _jitter(scene.ink, rng) * coverage
     if scene.lighting:
         picture = picture * scene.lighting(rng, scene.shape)[..., np.newaxis]
-    return _taken(picture, scene, rng)
+    return _take(picture, scene, rng)
 
 
-def _taken(picture: np.ndarray, scene: Scene, rng: Rng) -> bytes:
+def _take(picture: np.ndarray, scene: Scene, rng: Rng) -> bytes:
     """Photograph the levels (H, W, 3) with the scene's camera; return the content of the file."""
-    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    image = _to_picture(picture)
     if scene.perspective:
-        image = seen_askew(image, scene.perspective, rng)
+        image = skew(image, scene.perspective, rng)
     if scene.camera:
-        image = turned(image, rng.uniform(-scene.camera, scene.camera))
+        image = turn(image, rng.uniform(-scene.camera, scene.camera))
     image = image.resize([scene.enlarged * length for length in image.size])
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*scene.blur)))
     if scene.noise:
         levels = np.asarray(image, np.float32)
-        levels = levels + rng.standard_normal(levels.shape, np.float32) * scene.noise
-        image = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
-    return _file(image.convert(scene.mode), scene)
+        image = _to_picture(levels + rng.standard_normal(levels.shape, np.float32) * scene.noise)
+    return _encode(image.convert(scene.mode), scene)
 
 
-def _file(image: Image.Image, scene: Scene) -> bytes:
+def _encode(image: Image.Image, scene: Scene) -> bytes:
     buffer = io.BytesIO()
     if not scene.quality:
         image.save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = scene.orientation
-    if scene.orientation in _STORED:
-        image = image.transpose(_STORED[scene.orientation])
+    if scene.orientation in STORED:
+        image = image.transpose(STORED[scene.orientation])
     image.save(buffer, "JPEG", quality=scene.quality, exif=exif)
     return buffer.getvalue()
-
-
-_STORED = {
-    3: Image.Transpose.ROTATE_180,
-    6: Image.Transpose.ROTATE_90,
-    8: Image.Transpose.ROTATE_270,
-}
 
 
 def _coloured(rng: Rng) -> Scene:
@@ -299,14 +287,14 @@ def _screenshot(rng: Rng) -> Scene:
     )
 
 
-_RULED = Scene(lines=ruled, ink=(28, 40, 110), lighting=gradient, turn=3)
+_RULED = Scene(lines=rule_lines, ink=(28, 40, 110), lighting=gradient, turn=3)
 SCENES: dict[str, Callable[[Rng], Scene]] = {
     "scan": lambda rng: Scene((420, 340), paper=(250, 250, 248), noise=3, mode="L"),
     "phone": lambda rng: Scene(lighting=gradient),
     "shadow": lambda rng: Scene(lighting=shadow),
     "texture": lambda rng: Scene(texture=0.07, paper=(205, 190, 160), lighting=gradient),
     "ruled": lambda rng: _RULED,
-    "squared": lambda rng: replace(_RULED, lines=squared),
+    "squared": lambda rng: replace(_RULED, lines=square_lines),
     "blur": lambda rng: Scene(blur=(2, 5), lighting=gradient),
     "perspective": lambda rng: Scene(perspective=0.12, lighting=gradient),
     "noise": lambda rng: Scene(noise=22, lighting=gradient),
@@ -325,32 +313,31 @@ SCENES: dict[str, Callable[[Rng], Scene]] = {
     "camera": lambda rng: replace(_RULED, camera=7.0),
     "screenshot": _screenshot,
     # Held back: nothing was tuned on these.
-    "crumpled": lambda rng: Scene(texture=0.02, lighting=crumpled),
+    "crumpled": lambda rng: Scene(texture=0.02, lighting=crumple),
     "whiteboard": lambda rng: Scene(
         paper=(205, 210, 214), ink=(40, 60, 150), lighting=glare, perspective=0.08
     ),
     "pencil on squares": lambda rng: Scene(
-        lines=squared, ink=(95, 95, 98), opacity=(0.7, 0.95), lighting=gradient
+        lines=square_lines, ink=(95, 95, 98), opacity=(0.7, 0.95), lighting=gradient
     ),
 }
 HELD_BACK = ("crumpled", "whiteboard", "pencil on squares")
 
 
-def pictures(condition: str, digits: np.ndarray, seed: int = 0) -> Iterator[bytes]:
+def make_pictures(condition: str, digits: np.ndarray, seed: int = 0) -> Iterator[bytes]:
     """Yield digits, uint8 (N, 1, 28, 28), as contents of files under a condition, by seed."""
     number = list(SCENES).index(condition)
     for index, digit in enumerate(digits):
         rng = np.random.default_rng((seed, number, index))
         scene = SCENES[condition](rng)
-        yield (
-            _cut_out(digit[0], scene, rng) if scene.mode == "RGBA" else photo(digit[0], scene, rng)
-        )
+        make = _cut_out if scene.mode == "RGBA" else take_photo
+        yield make(digit[0], scene, rng)
 
 
 def _cut_out(digit: np.ndarray, scene: Scene, rng: Rng) -> bytes:
     """Make a PNG of the ink alone; other pixels are transparent."""
-    coverage = drawn(digit, scene, rng) * 255
+    coverage = draw_digit(digit, scene, rng) * 255
     levels = np.empty((*scene.shape, 4), np.uint8)
-    levels[..., :3] = _jittered(scene.ink, rng)
+    levels[..., :3] = _jitter(scene.ink, rng)
     levels[..., 3] = coverage
-    return _file(Image.fromarray(levels), scene)
+    return _encode(Image.fromarray(levels), scene)

@@ -26,7 +26,7 @@ from pipeline.core.files import read_json, sha256, write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.serving import tritonserver
-from tools.provenance import sources_digest, write_figure
+from tools.provenance import hash_sources, write_figure
 from tools.readme import render_pages
 
 SHARE = 0.2  # the slowed backend sleeps for this share of its time in addition
@@ -170,7 +170,7 @@ def prove(parts: Path, folder: Path, times: int) -> Record:
 
 def main(result: Path, times: int) -> None:
     """Plant a slowdown and a loss, measure the same code `times` times, and write the result."""
-    parts = Path("exported") / "compare" / sources_digest("compare")[:12]
+    parts = Path("exported") / "compare" / hash_sources("compare")[:12]
     with tempfile.TemporaryDirectory(prefix="handwriting-compare-") as folder:
         found = prove(parts, Path(folder), times)
     record = {

@@ -19,7 +19,7 @@ from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
 from pipeline.serving.tritonserver import IMAGE
 from pipeline.validation.servers import ServerEvidence, require_passed, validate_servers
-from tools.edge import print_now, result_parser, run_tool
+from tools.edge import make_result_parser, print_now, run_tool
 from tools.provenance import write_figure
 from tools.readme import RESULTS, render_pages
 
@@ -97,7 +97,7 @@ def prove(paths: Paths, kind: str, result: Path, report: Say) -> ServerEvidence:
 
 def main(arguments: list[str]) -> None:
     """Validate, keep the result, and render it into the pages."""
-    parser = result_parser(__doc__)
+    parser = make_result_parser(__doc__)
     parser.add_argument("--root", type=Path, default=Paths.root)
     parser.add_argument("--runtime", choices=["docker", "path", "wheel"], default="docker")
     given = parser.parse_args(arguments)

@@ -21,8 +21,8 @@ from pipeline.core.text import Lines
 from pipeline.data.splits import load_split
 from pipeline.export.runtime import onnx_predictor
 from pipeline.images.read import read_image
-from tools.edge import print_now, result_parser, run_tool
-from tools.photos import HELD_BACK, SCENES, pictures
+from tools.edge import make_result_parser, print_now, run_tool
+from tools.photos import HELD_BACK, SCENES, make_pictures
 from tools.readme import keep_result
 
 DIGITS, SHORT = 200, 20  # of each condition
@@ -56,8 +56,8 @@ class Photos:
         """Return the result as a JSON object."""
         fields = asdict(self)
         config = {"digits": fields.pop("digits"), "seed": SEED}
-        names = {"held_back_names": HELD_BACK}
-        return {"what": "photos", **machine(), **fields, "config": config, **names}
+        fixed = {"what": "photos", "config": config, "held_back_names": HELD_BACK}
+        return {**fixed, **machine(), **fields}
 
     def __str__(self) -> str:
         rows = map(astuple, (*self.rows, self.tuned, self.held_back, self.total))
@@ -71,7 +71,7 @@ def benchmark_photos(
 ) -> Photos:
     """Read pictures of test digits with the exported model in ONNX Runtime."""
     if not paths.onnx.exists():
-        raise PipelineError(f"no model at {paths.onnx}: run 'pipeline export' first")
+        raise PipelineError(f"there is no model at {paths.onnx}: run 'pipeline export' first")
     content = paths.onnx.read_bytes()
     predictor = onnx_predictor(content, 1)
     digits = load_split("mnist", paths.data("mnist"), "test")
@@ -79,35 +79,27 @@ def benchmark_photos(
     for place, name in enumerate(SCENES):
         report(f"{name}: {count} digits")
         chosen = np.random.default_rng((SEED, place)).choice(len(digits), count, replace=False)
-        files = pictures(name, digits.images[chosen], SEED)
+        files = make_pictures(name, digits.images[chosen], SEED)
         outputs = predict(predictor, np.stack([read_image(content) for content in files]))
         answers[name] = outputs, digits.labels[chosen]
-    sums = {
-        "all but held back": [name for name in answers if name not in HELD_BACK],
-        "held back": list(HELD_BACK),
-        "total": list(answers),
-    }
-    summed = [
-        _condition(row, *map(np.concatenate, zip(*(answers[name] for name in names), strict=True)))
-        for row, names in sums.items()
-    ]
-    rows = tuple(_condition(name, *answer) for name, answer in answers.items())
+    tuned = [name for name in answers if name not in HELD_BACK]
+    sums = {"all but held back": tuned, "held back": list(HELD_BACK), "total": list(answers)}
+    rows = tuple(_score(name, [answer]) for name, answer in answers.items())
+    summed = (_score(row, [answers[name] for name in names]) for row, names in sums.items())
     return Photos(paths.name, sha256(content), count, rows, *summed)
 
 
-def _condition(name: str, outputs: np.ndarray, labels: np.ndarray) -> Condition:
-    return Condition(
-        name,
-        len(labels),
-        score(outputs, labels).accuracy,
-        float(np.exp(outputs.max(axis=1)).mean()),
-        calibration_error(outputs, labels),
-    )
+def _score(name: str, answers: list[tuple[np.ndarray, np.ndarray]]) -> Condition:
+    """Score the outputs (N, K) and labels (N,) of one or several conditions together."""
+    outputs, labels = map(np.concatenate, zip(*answers, strict=True))
+    accuracy, confidence = score(outputs, labels).accuracy, np.exp(outputs.max(axis=1)).mean()
+    error = calibration_error(outputs, labels)
+    return Condition(name, len(labels), accuracy, float(confidence), error)
 
 
 def main(arguments: list[str]) -> None:
     """Measure, and keep the result."""
-    parser = result_parser(__doc__)
+    parser = make_result_parser(__doc__)
     parser.add_argument("--short", action="store_true", help="for seconds, not minutes")
     given = parser.parse_args(arguments)
     count = SHORT if given.short else DIGITS

@@ -6,6 +6,7 @@ python -m tools.prove_unsure RESULT [--name NAME]
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 from pipeline.core.errors import PipelineError
@@ -16,8 +17,8 @@ from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 from pipeline.data.splits import scored_split
 from pipeline.export.runtime import onnx_predictor
-from tools.edge import result_parser, run_tool
-from tools.nondigits import kinds
+from tools.edge import make_result_parser, run_tool
+from tools.nondigits import make_kinds
 from tools.readme import keep_result
 
 EXPORT = "run 'pipeline export' again"
@@ -65,9 +66,8 @@ class Unsure:
         cells = [(row.name, f"{row.images:,}", f"{row.share:.2%}") for row in rows]
         return Lines(
             *tabulate(cells, ("not sure of", "images", "refused")).splitlines(),
-            f"what is no digit: {self.share:.2%} refused, the mean of its kinds without the "
-            "letters that may be digits and the signs; refused is what is below "
-            f"{self.min_probability:g}",
+            f"refused (probability below {self.min_probability:g}): {self.share:.2%} of what is "
+            "not a digit, as the mean of its kinds without lookalike letters and signs",
         )
 
 
@@ -79,38 +79,38 @@ def measure_unsure(paths: Paths) -> Unsure:
     manifest = check_manifest(paths.export, EXPORT)
     training, threshold = manifest.get("training"), manifest.get("min_probability")
     if not training or training["dataset"] != "mnist":
-        raise PipelineError(
-            f"{paths.name} reads no digits, and what it should refuse is not known here: choose a "
-            "model of MNIST with --name"
-        )
+        raise PipelineError(f"{paths.name} was not trained on MNIST: choose another --name")
     if threshold is None:
-        raise PipelineError(
-            f"{paths.name} has no threshold, it was trained before there was one: run 'pipeline "
-            f"train --run {manifest['run']}', then 'pipeline export --run {manifest['run']}'"
-        )
+        run = manifest["run"]
+        fix = f"run 'pipeline train --run {run}', then 'pipeline export --run {run}'"
+        raise PipelineError(f"{paths.name} is an old model without a threshold: {fix}")
     content = check_digest(paths.onnx, manifest["files"].get(paths.onnx.name), EXPORT)
     test = scored_split(training, manifest["data_sha256"], paths.data("mnist"))
     predictor = onnx_predictor(content)
     outputs = predict(predictor, test.images)
     refused, right = is_refused(outputs, threshold), outputs.argmax(axis=1) == test.labels
-    rows = []
-    for kind in kinds(paths.data("fashion-mnist")):
-        of_kind = is_refused(predict(predictor, kind.images), threshold)
-        rows.append(Row(kind.name, len(of_kind), int(of_kind.sum()), kind.is_counted))
+
+    def count(name: str, refused: np.ndarray, is_counted: bool = True) -> Row:
+        return Row(name, len(refused), int(refused.sum()), is_counted)
+
+    rows = (
+        count(kind.name, is_refused(predict(predictor, kind.images), threshold), kind.is_counted)
+        for kind in make_kinds(paths.data("fashion-mnist"))
+    )
     return Unsure(
         name=paths.name,
         sha256=manifest["files"][paths.onnx.name],
         min_probability=threshold,
         rows=tuple(rows),
-        digits=Row("test digits", len(test), int(refused.sum())),
-        right=Row("read rightly", int(right.sum()), int(refused[right].sum())),
-        wrong=Row("read wrongly", int((~right).sum()), int(refused[~right].sum())),
+        digits=count("test digits", refused),
+        right=count("read rightly", refused[right]),
+        wrong=count("read wrongly", refused[~right]),
     )
 
 
 def main(arguments: list[str]) -> None:
     """Measure, and keep the result."""
-    given = result_parser(__doc__).parse_args(arguments)
+    given = make_result_parser(__doc__).parse_args(arguments)
     measured = measure_unsure(Paths(name=given.name))
     print(measured)
     keep_result("unsure", given.result, f"make prove-unsure NAME={given.name}", measured.record())

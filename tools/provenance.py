@@ -18,9 +18,8 @@ from pipeline.training.recipes import RECIPES
 PACKAGE = Path(__file__).parent.parent / "pipeline"  # the sources are relative to it
 MEASURE = "measure it with 'make figures'"
 NETWORK = "training/augment training/outliers training/networks training/loop"
-BACKEND = " ".join(
-    f"serving/backend/onnxruntime/{name}" for name in ("model", "ort_checks", "ort_settings")
-)
+_BACKEND = "serving/backend/onnxruntime"
+BACKEND = f"{_BACKEND}/model {_BACKEND}/ort_checks {_BACKEND}/ort_settings"
 SERVER = f"serving/serve serving/process serving/ready repository/config_pbtxt {BACKEND}"
 RULES = "images/read images/ink images/crop"
 TIMING = "benchmark/timing benchmark/load benchmark/load_http benchmark/serving"
@@ -59,16 +58,18 @@ SOURCES = {
 _MODULE_PATH = re.compile(r"\bpipeline(\.\w+)+")
 
 
-def sources_digest(figure: str, *settings: object) -> str:
+def hash_sources(figure: str, *settings: object) -> str:
     """Return one SHA-256 of the code and the settings that decide a figure.
 
     Moving code within a file, or to another one of these sources, does not change the digest.
     """
-    texts = {text for name in SOURCES[figure] for text in statements((PACKAGE / name).read_text())}
+    texts = {
+        text for name in SOURCES[figure] for text in list_statements((PACKAGE / name).read_text())
+    }
     return sha256(repr((sorted(texts), settings)).encode())
 
 
-def statements(source: str) -> list[str]:
+def list_statements(source: str) -> list[str]:
     """Return the syntax of each top-level statement as text, the same on every Python from 3.11.
 
     What does not decide a measurement is left out: layout, comments, imports, docstrings, and the
@@ -117,9 +118,9 @@ def _syntax(value: object, modules: set[str]) -> str:
             return repr(value)
 
 
-def recipe_digest(recipe: str) -> str:
+def hash_recipe(recipe: str) -> str:
     """Return the digest of a row of the training table, which does not depend on other recipes."""
-    return sources_digest("training", RECIPES.get(recipe))
+    return hash_sources("training", RECIPES.get(recipe))
 
 
 def write_figure(name: str, file: Path, record: Mapping[str, Any]) -> None:
@@ -129,40 +130,38 @@ def write_figure(name: str, file: Path, record: Mapping[str, Any]) -> None:
     """
     figure = dict(record)
     if name != "training":
-        figure["sources_sha256"] = sources_digest(name)
-    write_json(file, {**figure, "content_sha256": _content_digest(figure)})
+        figure["sources_sha256"] = hash_sources(name)
+    write_json(file, {**figure, "content_sha256": _hash_content(figure)})
 
 
 def read_figure(file: Path) -> dict[str, Any]:
     """Read a measured result; CorruptError if its content does not match its digest."""
     figure = read_json(file, MEASURE)
-    recorded, actual = str(figure.get("content_sha256")), _content_digest(figure)
+    recorded, actual = str(figure.get("content_sha256")), _hash_content(figure)
     if recorded != actual:
-        raise CorruptError(
-            f"{file} does not match the digest of its content (recorded {recorded[:12]}, found "
-            f"{actual[:12]}): a measured number is not edited, measure it again with "
-            f"'{figure.get('command', 'make figures')}'"
-        )
+        command, digests = figure.get("command"), f"recorded {recorded[:12]}, found {actual[:12]}"
+        message = f"{file} does not match the digest of its content ({digests})"
+        raise CorruptError(f"{message}: measure it again with '{command or 'make figures'}'")
     return figure
 
 
-def _content_digest(figure: Mapping[str, Any]) -> str:
+def _hash_content(figure: Mapping[str, Any]) -> str:
     """Return one SHA-256 of a figure's content, independent of its file's indentation."""
     content = {k: v for k, v in figure.items() if k not in ("schema", "content_sha256")}
     return sha256(json.dumps(content).encode())
 
 
-def stale(figures: Path) -> list[str]:
+def list_stale(figures: Path) -> list[str]:
     """List the figures, and rows of the training table, that were measured on other sources."""
-    found = []
+    names = []
     for path in sorted(figures.glob("*.json")):
         record = read_figure(path)
         if path.stem == "training":
             digests = {row["recipe"]: row.get("sources_sha256") for row in record["rows"]}
-            rows = [recipe for recipe in digests if digests[recipe] != recipe_digest(recipe)]
-            found += [f"{path.name} ({', '.join(rows)})"] if rows else []
+            rows = [recipe for recipe in digests if digests[recipe] != hash_recipe(recipe)]
+            names += [f"{path.name} ({', '.join(rows)})"] if rows else []
         elif path.stem not in SOURCES:
-            raise PipelineError(f"{path}: nothing says which sources decide it")
-        elif record.get("sources_sha256") != sources_digest(path.stem):
-            found.append(path.name)
-    return found
+            raise PipelineError(f"{path.name} has no sources in provenance.py")
+        elif record.get("sources_sha256") != hash_sources(path.stem):
+            names.append(path.name)
+    return names

@@ -20,7 +20,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_json, write_bytes
 from pipeline.core.machine import machine
 from tools.edge import run_tool
-from tools.provenance import MEASURE, read_figure, recipe_digest, write_figure
+from tools.provenance import MEASURE, hash_recipe, read_figure, write_figure
 
 PAGES = (Path("README.md"), Path("docs/results.md"))  # the pages that have blocks of results
 PROSE_WIDTH = 116  # of a line, in characters
@@ -52,17 +52,17 @@ def keep_result(name: str, file: Path, command: str, record: Mapping[str, Any]) 
     print(f"wrote {file}")
 
 
-def agreement_figure(agreement: Path, summary: Path) -> dict[str, Any]:
+def read_agreement_figure(agreement: Path, summary: Path) -> dict[str, Any]:
     """Read the agreement of a model's runtimes, and the quoted fields of its run's summary."""
     proof, training = read_json(agreement, MEASURE), read_json(summary, MEASURE)
     keys = ("recipe", "parameters", "test_accuracy", "train_seconds", "device")
     return {**proof, "training": {key: training[key] for key in keys}}
 
 
-def training_figure(rows: Sequence[dict[str, Any]], figure: Path) -> dict[str, Any]:
+def merge_training_figure(rows: Sequence[dict[str, Any]], figure: Path) -> dict[str, Any]:
     """Merge measured rows into a figure; its rows of other recipes stay unchanged."""
     measured = {
-        row["recipe"]: {**row, **machine(), "sources_sha256": recipe_digest(row["recipe"])}
+        row["recipe"]: {**row, **machine(), "sources_sha256": hash_recipe(row["recipe"])}
         for row in rows
     }
     if figure.exists():
@@ -80,25 +80,25 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     figure = RESULTS / f"{given.kind}.json"
     if given.kind == "agreement":
-        record = agreement_figure(*given.files)
+        record = read_agreement_figure(*given.files)
         keep_result("agreement", figure, "make figures", record)
     elif given.kind == "serving":
         record = read_json(given.files[0], MEASURE)
         keep_result("serving", figure, f"make prove-serving NAME={record['name']}", record)
     elif given.kind == "training":
-        record = training_figure(json.loads(given.files[0].read_text())["rows"], figure)
+        record = merge_training_figure(json.loads(given.files[0].read_text())["rows"], figure)
         keep_result("training", figure, "make prove-training", record)
     else:
         render_pages()
 
 
-def block(name: str, figures: Path) -> str:
+def render_block(name: str, figures: Path) -> str:
     """Render a block of a page from its result, or state that there is no measurement yet."""
     if name not in BLOCKS:
-        raise PipelineError(f"a page asks for figures {name!r}, which nothing renders")
+        raise PipelineError(f"a page has figures {name!r}, which no template renders")
     figure = figures / f"{name}.json"
     if figure.exists() or name == "agreement":
-        text = markdown(name, read_figure(figure))
+        text = render_macro(name, read_figure(figure))
     else:
         text = NOT_VERIFIED if name == "gpu" else f"*Not measured yet*: `make prove-{name}`."
     if name != "gpu":
@@ -106,11 +106,11 @@ def block(name: str, figures: Path) -> str:
     native = figures / "native.json"
     record = read_figure(native) if native.exists() else {}
     is_native = record.get("passed") is True and record.get("runtime") in ("docker", "path")
-    native_text = markdown("native", record) if is_native else NATIVE_NOT_VERIFIED
+    native_text = render_macro("native", record) if is_native else NATIVE_NOT_VERIFIED
     return f"{text} {native_text}"
 
 
-def markdown(name: str, figure: Mapping[str, Any]) -> str:
+def render_macro(name: str, figure: Mapping[str, Any]) -> str:
     """Render a result by its macro in `readme.md.jinja`."""
     return str(getattr(_TEMPLATE.module, name)(figure)).strip()
 
@@ -125,16 +125,20 @@ def wrap(text: str) -> str:
     )
 
 
-def rendered(page: str, figures: Path) -> str:
+def render_page(page: str, figures: Path) -> str:
     """Return `page` with every figures block rendered again from its JSON."""
-    return _BLOCK.sub(lambda match: f"{match[1]}{wrap(block(match[2], figures))}\n{match[3]}", page)
+
+    def render(match: re.Match[str]) -> str:
+        return f"{match[1]}{wrap(render_block(match[2], figures))}\n{match[3]}"
+
+    return _BLOCK.sub(render, page)
 
 
 def render_pages(root: Path = Path(), figures: Path = RESULTS) -> list[Path]:
     """Write the results into the existing pages below `root`; return those pages."""
     pages = [root / page for page in PAGES if (root / page).exists()]
     for page in pages:
-        write_bytes(page, rendered(page.read_text(), figures).encode())
+        write_bytes(page, render_page(page.read_text(), figures).encode())
     return pages
 
 

@@ -135,10 +135,19 @@ def compare_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comp
     try:
         names = {_label(row): row["name"] for row in before["rows"]}
         speeds = list(_compare_rounds(before, after, "speed"))
-        latencies = _compare_rounds(before, after, "latency")
-        changes = (*speeds, *latencies, *_compare_accuracies(before, after))
+        changes = [*speeds, *_compare_rounds(before, after, "latency")]
+        scores = after.get("scores", {})
+        for name, score in before.get("scores", {}).items():
+            if name in scores:  # without noise, as the images are the same
+                old, new = float(score["accuracy"]), float(scores[name]["accuracy"])
+                if not (0 <= old <= 1 and 0 <= new <= 1):
+                    raise ValueError(f"{old} or {new} is not an accuracy")
+                verdict = _judge(new - old, LESS_ACCURATE)
+                changes.append(RowChange(name, "accuracy", old, new, 0.0, verdict))
         of_model = sum(names[change.row] not in NOT_OF_MODEL for change in speeds)
-        return Comparison(changes, _missing(before, after), _missing(after, before), of_model)
+        return Comparison(
+            tuple(changes), _find_missing(before, after), _find_missing(after, before), of_model
+        )
     except UNSOUND as error:
         message = f"the measurement is damaged ({type(error).__name__}: {error}): {FIX}"
         raise PipelineError(message) from error
@@ -178,7 +187,7 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{row['name']}, {row['way']}, batch {row['batch']}, concurrency {row['concurrency']}"
 
 
-def _missing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
+def _find_missing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the rows and accuracies that the first record has and the second lacks."""
     rows, scores = ({_label(row) for row in theirs["rows"]}, theirs.get("scores", {}))
     return (
@@ -187,7 +196,7 @@ def _missing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, .
     )
 
 
-def _rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
+def _read_rounds(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
     """Return logarithms of the faster half of each row's rounds, relative to the yardstick."""
     rounds = {}
     for row in record["rows"]:
@@ -217,7 +226,7 @@ def _compare_rounds(
     before: Mapping[str, Any], after: Mapping[str, Any], what: str
 ) -> Iterator[RowChange]:
     """Yield the change of each row in both records, by median and spread of its rounds."""
-    olds, news = _rounds(before, what), _rounds(after, what)
+    olds, news = _read_rounds(before, what), _read_rounds(after, what)
     others = [
         {_label(row): row.get("others", 0.0) for row in record["rows"]}
         for record in (before, after)
@@ -235,19 +244,8 @@ def _compare_rounds(
         noise = math.expm1(SPREADS[fewest] * max(spread, usual)) + shared
         old, new = (math.exp(statistics.median(rounds[row])) for rounds in (olds, news))
         limit = max(SLOWER, noise if new > old else noise / (1 + noise))  # half is as far as double
-        yield RowChange(row, what, old, new, noise, _verdict(new / old - 1, limit))
+        yield RowChange(row, what, old, new, noise, _judge(new / old - 1, limit))
 
 
-def _compare_accuracies(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[RowChange]:
-    """Yield the change of each accuracy in both records; without noise, as images are equal."""
-    news = after.get("scores", {})
-    for name, score in before.get("scores", {}).items():
-        if name in news:
-            old, new = float(score["accuracy"]), float(news[name]["accuracy"])
-            if not (0 <= old <= 1 and 0 <= new <= 1):
-                raise ValueError(f"{old} or {new} is not an accuracy")
-            yield RowChange(name, "accuracy", old, new, 0.0, _verdict(new - old, LESS_ACCURATE))
-
-
-def _verdict(change: float, limit: float) -> str:
+def _judge(change: float, limit: float) -> str:
     return "same" if abs(change) <= limit else "worse" if change < 0 else "better"

@@ -74,23 +74,25 @@ def _build_request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> byte
     return bytes(message.SerializeToString())
 
 
-def keep_asking(address: str, asked: Questions, concurrency: int, seconds: float) -> Window:
+def keep_asking(address: str, questions: Questions, concurrency: int, seconds: float) -> Window:
     """Measure a closed loop of `concurrency` requests for `seconds`, checking every class."""
     begin = time.perf_counter() + warm_up(seconds)
-    latencies, answers, failed = _WAYS[asked.way].ask(
-        address, asked.requests, concurrency, begin, begin + seconds
+    latencies, answers, failed = _WAYS[questions.way].ask(
+        address, questions.requests, concurrency, begin, begin + seconds
     )
-    return Window(seconds, asked.batch, np.array(latencies), count_wrong(asked, answers), failed)
+    return Window(
+        seconds, questions.batch, np.array(latencies), count_wrong(questions, answers), failed
+    )
 
 
-def count_wrong(asked: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
+def count_wrong(questions: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
     """Count the images whose answer has a wrong class; a turn selects the request's classes."""
     wrong = 0
     for turn, answer in answers:
-        classes = asked.classes[turn % len(asked.classes)]
+        classes = questions.classes[turn % len(questions.classes)]
         try:
-            content = _WAYS[asked.way].content(answer)
-            outputs = np.frombuffer(content, asked.dtype).reshape(len(classes), -1)
+            content = _WAYS[questions.way].content(answer)
+            outputs = np.frombuffer(content, questions.dtype).reshape(len(classes), -1)
             wrong += count_errors(outputs, classes)
         except (DecodeError, ValueError):  # not exactly one output, or not one row per image
             wrong += len(classes)
@@ -184,10 +186,10 @@ class ServerLoad:
         requests = stats.inference_stats.success.count
         return ModelCounters(stats.inference_count, stats.execution_count, requests, parts)
 
-    def measure(self, name: str, asked: Questions, concurrency: int, seconds: float) -> Window:
+    def measure(self, name: str, questions: Questions, concurrency: int, seconds: float) -> Window:
         """Measure a window of a closed loop on the model, with the server's own times."""
-        address = self.addresses[asked.way]
-        ask = functools.partial(keep_asking, address, asked, concurrency)
+        address = self.addresses[questions.way]
+        ask = functools.partial(keep_asking, address, questions, concurrency)
         return self.count_during(name, lambda: measure_answered(ask, seconds))
 
     def count_during(self, name: str, measure: Callable[[], Window]) -> Window:
@@ -277,7 +279,7 @@ def drive(send: Send, times: np.ndarray, clock: Clock, patience: float) -> Sent:
 
 def run_open_loop(
     address: str,
-    asked: Questions,
+    questions: Questions,
     rate: float,
     seconds: float,
     seed: int,
@@ -286,12 +288,12 @@ def run_open_loop(
     """Measure an open loop of `rate` requests per second, checking the class of every answer."""
     before = warm_up(seconds)
     times = draw_arrivals(rate, before + seconds, seed)
-    with _WAYS[asked.way].sender(address, asked.requests) as send:
+    with _WAYS[questions.way].sender(address, questions.requests) as send:
         sent = drive(send, times, clock, TIMEOUT)
     answers = [(turn, answer) for turn, answer in enumerate(sent.answers) if answer is not None]
-    wrong, failed = count_wrong(asked, answers), len(times) - len(answers)
+    wrong, failed = count_wrong(questions, answers), len(times) - len(answers)
     counted = sent.after(sent.start + before)
-    return Window(seconds, asked.batch, counted.latencies, wrong, failed, late=counted.late)
+    return Window(seconds, questions.batch, counted.latencies, wrong, failed, late=counted.late)
 
 
 @contextmanager
@@ -326,7 +328,7 @@ class _Way:
 
 _WAYS = {
     "grpc": _Way(
-        _build_request, lambda *asked: asyncio.run(_ask_all(*asked)), _open_grpc, _content_of
+        _build_request, lambda *load: asyncio.run(_ask_all(*load)), _open_grpc, _content_of
     ),
     "http": _Way(load_http.build_request, load_http.ask_all, _open_http, load_http.content_of),
 }

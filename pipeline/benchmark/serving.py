@@ -74,15 +74,14 @@ def copy_packaged(paths: Paths, repository: Path) -> Paths:
 
     Raises PipelineError if there is no packaged model, or if it does not accept batches of MANY.
     """
-    if not (paths.packaged / "config.pbtxt").exists():
-        raise PipelineError(f"no model at {paths.packaged}: run 'pipeline package' first")
-    largest = config_pbtxt.read(paths.packaged / "config.pbtxt").max_batch_size
+    packaged = paths.packaged
+    if not (packaged / "config.pbtxt").exists():
+        raise PipelineError(f"there is no model at {packaged}: run 'pipeline package' first")
+    largest = config_pbtxt.read(packaged / "config.pbtxt").max_batch_size
     if largest < MANY:
-        raise PipelineError(
-            f"{paths.packaged} takes batches of {largest} at most, and {MANY} are measured: "
-            f"package it with --max-batch-size {MANY}"
-        )
-    shutil.copytree(paths.packaged, repository / paths.name)
+        message = f"{packaged} takes batches of {largest}: package it with --max-batch-size {MANY}"
+        raise PipelineError(message)
+    shutil.copytree(packaged, repository / paths.name)
     return replace(paths, repository_folder=repository)
 
 
@@ -109,12 +108,6 @@ def add_models(served: Paths) -> Configs:
     return {config.name: config for config in (own, noop, profile)}
 
 
-def threads_of(message: config_pbtxt.ModelConfig) -> int:
-    """Return how many threads compute for a model: threads per session times sessions."""
-    of_session = int(config_pbtxt.parameter(message, "intra_op_thread_count") or 0)
-    return of_session * sum(int(group.count) for group in message.instance_group)
-
-
 class Cell(NamedTuple):
     """One measured setup: the model, the way, images per request and concurrency."""
 
@@ -138,14 +131,12 @@ class Serving:
     def ratios(self) -> dict[str, dict[str, Any]]:
         """Return the two ratios that show the cost of serving: see `timing.divide_speeds`."""
         rows = {(row.name, row.way, row.batch, row.concurrency): row for row in self.rows}
-        single, noop = (rows[name, "grpc", 1, 32] for name in (self.name, NOOP))
-        many = rows[profile_name(self.name), "http", MANY, 8]
-        return {
-            "single_of_noop": timing.divide_speeds(single, noop),
-            "batch64_of_in_process": timing.divide_speeds(
-                many, rows[RUNTIME, "in process", MANY, 1]
-            ),
+        many, local = (profile_name(self.name), "http", MANY, 8), (RUNTIME, "in process", MANY, 1)
+        pairs = {
+            "single_of_noop": ((self.name, "grpc", 1, 32), (NOOP, "grpc", 1, 32)),
+            "batch64_of_in_process": (many, local),
         }
+        return {name: timing.divide_speeds(rows[a], rows[b]) for name, (a, b) in pairs.items()}
 
     def record(self) -> dict[str, Any]:
         """Return the result as values for JSON."""
@@ -156,9 +147,7 @@ class Serving:
             **{key: getattr(self, key) for key in ("name", "version", "sha256", "threads")},
             "config": asdict(self.config),
             "rows": [row.record() for row in self.rows],
-            "scores": {
-                f"{row.name}, {row.way}": asdict(row.score) for row in self.rows if row.score
-            },
+            "scores": {f"{r.name}, {r.way}": asdict(r.score) for r in self.rows if r.score},
             "ratios": {name: parts["of_medians"] for name, parts in pairs.items()},
             "pairs": pairs,
         }
@@ -166,9 +155,8 @@ class Serving:
     def ratio_lines(self) -> list[str]:
         """Return the two ratios as lines of text."""
         meanings = (
-            "single images, 32 at once, next to a model that computes nothing",
-            f"batches of {MANY} under the {PROFILE} profile, next to ONNX Runtime in process, "
-            f"{self.threads} threads each",
+            "single images, concurrency 32, compared with a model that computes nothing",
+            f"batches of {MANY}, {PROFILE} profile, compared with ONNX Runtime in process",
         )
         return [
             f"{parts['of_medians']:.2f} ({parts['min']:.2f} to {parts['max']:.2f}) {meaning}"
@@ -192,13 +180,13 @@ def benchmark_serving(
         release = load_selected_releases(served)[paths.name]
         with run_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
             http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
-            with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as asked:
+            with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as server_load:
                 configs = add_models(served)
                 for name in configs:
                     if name != served.name:
-                        asked.load(name)
+                        server_load.load(name)
                 scores = score_served(paths, server, release, list(configs), reference, report)
-                bench = _Bench(asked, served.name, configs, release, config)
+                bench = _Bench(server_load, served.name, configs, release, config)
                 rows = bench.rows(report)
                 scores = {
                     (name, way): replace(score, peak_bytes=measure_peak_bytes(server, name))
@@ -266,7 +254,7 @@ def measure_peak_bytes(server: Server, name: str) -> int:
 class _Bench:
     """A server with all models loaded, and the settings of the measurement."""
 
-    asked: load.ServerLoad
+    server: load.ServerLoad
     name: str  # of the packaged model
     configs: Configs
     release: Release
@@ -274,8 +262,10 @@ class _Bench:
 
     @property
     def threads(self) -> int:
-        """The number of threads that compute under the profile, and in process."""
-        return threads_of(self.configs[profile_name(self.name)])
+        """The threads of all sessions, under the profile and in process."""
+        config = self.configs[profile_name(self.name)]
+        of_session = int(config_pbtxt.parameter(config, "intra_op_thread_count") or 0)
+        return of_session * sum(int(group.count) for group in config.instance_group)
 
     def rows(self, report: Report) -> tuple[TimedRow, ...]:
         """Measure a row for each cell, with the yardstick's first and the open loops' last."""
@@ -308,8 +298,8 @@ class _Bench:
             batches = workers.choose_batches(self.release.golden, cell.batch)
             ask = functools.partial(timing.run_closed_loop, predictor, *batches)
             return functools.partial(timing.measure_answered, ask, seconds)
-        asked = self._build_questions(cell)
-        return lambda: self.asked.measure(cell.name, asked, cell.concurrency, seconds)
+        questions = self._build_questions(cell)
+        return lambda: self.server.measure(cell.name, questions, cell.concurrency, seconds)
 
     def _build_questions(self, cell: Cell) -> load.Questions:
         images, classes = workers.choose_batches(self.release.golden, cell.batch)
@@ -334,10 +324,12 @@ class _Bench:
         windows = timing.take_turns(measures, {cell: cell for cell in rates}, Until(3, 3))
         return [TimedRow(*cell, tuple(windows[cell]), rate=rate) for cell, rate in rates.items()]
 
-    def _run_open_loop(self, asked: load.Questions, rate: float, seeds: Iterator[int]) -> Window:
+    def _run_open_loop(
+        self, questions: load.Questions, rate: float, seeds: Iterator[int]
+    ) -> Window:
         """Measure a window of an open loop, long enough for LEAST_ARRIVALS requests on average."""
         seconds = max(self.config.open_seconds, LEAST_ARRIVALS / rate)
-        address = self.asked.addresses[asked.way]
-        return self.asked.count_during(
-            self.name, lambda: run_open_loop(address, asked, rate, seconds, next(seeds))
+        address = self.server.addresses[questions.way]
+        return self.server.count_during(
+            self.name, lambda: run_open_loop(address, questions, rate, seconds, next(seeds))
         )

@@ -19,41 +19,37 @@ LATENCY = tuple(f"p{part} ms" for part in PERCENTILES)
 SPLIT = ("formed", "queue us", "input us", "infer us", "output us")
 
 
-def tables(rows: Sequence[TimedRow]) -> str:
+def format_tables(rows: Sequence[TimedRow]) -> str:
     """Format speeds, latencies and the server's part of each row, and remarks on doubtful rows.
 
     No line is wider than 100 columns.
     """
     speeds, latencies, splits = [], [], []
     for row in rows:
-        asked, latency, split, score = _asked(row), row.latency_ms(), row.split(), row.score
+        label, latency, split, score = _label(row), row.latency_ms(), row.split(), row.score
         images = [f"{speed:,.0f}" for speed in (row.speed, min(row.speeds), max(row.speeds))]
         if score:
             memory = f"{score.peak_bytes / MEBIBYTE:,.0f}"
             images += [f"{score.accuracy:.2%}", f"{score.differing}", memory]
-        speeds.append([*asked, *images])
-        latencies.append([*asked, *_percentiles(latency, 1, ".2f")])
+        speeds.append([*label, *images])
+        latencies.append([*label, *_format_percentiles(latency, 1, ".2f")])
         if split:
             parts = (f"{split[part]:,.0f}" for part in PARTS)
-            splits.append([*asked, f"{split['batch']:.1f}", *parts])
-    lines = [
-        columns(("", *ASKED, *SPEED), speeds),
-        "",
-        columns(("latency", *ASKED, *LATENCY), latencies),
-        "",
-    ]
+            splits.append([*label, f"{split['batch']:.1f}", *parts])
+    lines = [columns(("", *ASKED, *SPEED), speeds), ""]
+    lines += [columns(("latency", *ASKED, *LATENCY), latencies), ""]
     if splits:
         lines += [columns(("in the server, each request", *ASKED, *SPLIT), splits), ""]
-    return Lines(*lines, *_remarks(rows))
+    return Lines(*lines, *_collect_remarks(rows))
 
 
-def _percentiles(latency_ms: Mapping[str, float], factor: float, how: str) -> list[str]:
+def _format_percentiles(latency_ms: Mapping[str, float], factor: float, how: str) -> list[str]:
     """Format the percentiles times `factor`; those that are not known are empty."""
     values = [latency_ms.get(f"p{part}") for part in PERCENTILES]
     return ["" if ms is None else f"{factor * ms:{how}}" for ms in values]
 
 
-def _asked(row: TimedRow) -> list[str]:
+def _label(row: TimedRow) -> list[str]:
     """Return a row's name, images per request, and concurrency or requests per second."""
     name = f"{row.name}, {row.way}" if row.way in ("grpc", "http") else row.name
     if len(name) > WIDEST:
@@ -61,23 +57,19 @@ def _asked(row: TimedRow) -> list[str]:
     return [name, str(row.batch), f"{row.rate:,.0f}/s" if row.rate else str(row.concurrency)]
 
 
-def _remarks(rows: Sequence[TimedRow]) -> list[str]:
+def _collect_remarks(rows: Sequence[TimedRow]) -> list[str]:
     """Return remarks on rows that are not reliable."""
-    restless = [", ".join(_asked(row)) for row in rows if not row.is_settled]
+    restless = [", ".join(_label(row)) for row in rows if not row.is_settled]
     remarks = []
     if restless:
-        remarks.append(
-            f"{len(restless)} of {len(rows)} did not settle (last {LAST} windows within "
-            f"{WITHIN:.0%}): {'; '.join(restless)}"
-        )
+        count, listed = f"{len(restless)} of {len(rows)}", "; ".join(restless)
+        remarks.append(f"{count} did not settle within {WITHIN:.0%} in {LAST} windows: {listed}")
     for row in rows:
         if row.is_behind:
             # At the highest percentile for which there are enough requests.
             late = [f" by {ms:.1f} ms ({part})" for part, ms in row.late_ms().items()][-1:]
-            remarks.append(
-                f"the client of {', '.join(_asked(row))} was late{''.join(late)}, which adds to "
-                "its latencies"
-            )
+            name = ", ".join(_label(row))
+            remarks.append(f"the client of {name} was late{''.join(late)}, which adds to latencies")
     others = max((row.others for row in rows), default=0.0)
     return [*remarks, f"other processes used up to {others:.0%} of the machine's cores"]
 
@@ -111,12 +103,9 @@ def csv_of(rows: Sequence[TimedRow]) -> str:
     for row in rows:
         split, latency, score = row.split(), row.latency_ms(), row.score
         asking = ("", f"{row.rate:.1f}") if row.rate else (row.concurrency, "")
-        writer.writerow(
-            (
-                *(row.name, row.way, row.batch, *asking, f"{row.speed:.1f}"),
-                *(f"{split[part]:.0f}" if part in split else "" for part in PARTS),
-                *_percentiles(latency, 1e3, ".0f"),
-                *((score.accuracy, score.differing, score.peak_bytes) if score else ("", "", "")),
-            )
-        )
+        cells = [row.name, row.way, row.batch, *asking, f"{row.speed:.1f}"]
+        cells += [f"{split[part]:.0f}" if part in split else "" for part in PARTS]
+        cells += _format_percentiles(latency, 1e3, ".0f")
+        cells += [score.accuracy, score.differing, score.peak_bytes] if score else [""] * 3
+        writer.writerow(cells)
     return text.getvalue()

@@ -113,11 +113,11 @@ class TimedRow:
 
     def latency_ms(self) -> dict[str, float]:
         """Return percentiles over the requests of all windows, if enough requests are slower."""
-        return _percentiles(self.joined.latencies)
+        return _compute_percentiles(self.joined.latencies)
 
     def late_ms(self) -> dict[str, float]:
         """Return percentiles of how late an open loop's client sent its requests."""
-        return _percentiles(self.joined.late)
+        return _compute_percentiles(self.joined.late)
 
     @property
     def is_behind(self) -> bool:
@@ -165,7 +165,7 @@ class TimedRow:
         }
 
 
-def _percentiles(seconds: np.ndarray) -> dict[str, float]:
+def _compute_percentiles(seconds: np.ndarray) -> dict[str, float]:
     """Return percentiles in milliseconds, those with enough slower requests."""
     parts = [part for part in PERCENTILES if len(seconds) * (100 - part) >= 100 * BEYOND]
     return {f"p{part}": float(np.percentile(seconds, part) * 1e3) for part in parts}

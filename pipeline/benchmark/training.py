@@ -90,7 +90,7 @@ def count_multiply_adds(recipe: str) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _yardstick_seconds(train_split: Split, validation: Split) -> float:
+def _estimate_seconds(train_split: Split, validation: Split) -> float:
     """Estimate the seconds of all of baseline's epochs, from a fraction of one epoch."""
     settings = replace(RECIPES[YARDSTICK], epochs=YARDSTICK_EPOCHS)
     placement = choose_placement("cpu")
@@ -129,10 +129,10 @@ def benchmark_training(
                     trial = SeedTrial(**record["trial"])
             if not trial:
                 remove(of_trial.trial)
-                before = _yardstick_seconds(train_split, few)
-                done = train_run(of_trial, config, resume, on_step=on_step)
-                seconds = (before + _yardstick_seconds(train_split, few)) / 2
-                trial = SeedTrial(seed, done.test_accuracy, done.train_seconds, seconds)
+                before = _estimate_seconds(train_split, few)
+                summary = train_run(of_trial, config, resume, on_step=on_step)
+                seconds = (before + _estimate_seconds(train_split, few)) / 2
+                trial = SeedTrial(seed, summary.test_accuracy, summary.train_seconds, seconds)
                 write_json(of_trial.trial, {"config": config.record(), "trial": asdict(trial)})
             trials.append(trial)
             report(f"{recipe}, seed {seed}: {trial.test_accuracy:.2%}, 1/{1 / trial.share:,.0f}")

@@ -108,7 +108,7 @@ def _work(
 ) -> None:
     """Answer questions until the asking process closes the connection."""
     os.environ["OMP_NUM_THREADS"] = str(runtime.threads)
-    load = functools.cache(functools.partial(_predictor, paths, runtime, manifest))
+    load = functools.cache(functools.partial(_load_predictor, paths, runtime, manifest))
     while True:
         try:
             kind, *arguments = connection.recv()
@@ -130,7 +130,7 @@ def _work(
             connection.send(error)
 
 
-def _predictor(paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]) -> Predictor:
+def _load_predictor(paths: Paths, runtime: LocalRuntime, manifest: dict[str, Any]) -> Predictor:
     """Return the runtime's predictor; import torch only for eager PyTorch, as it takes memory."""
     if runtime.name == EAGER:
         import torch

@@ -42,11 +42,7 @@ MOST_A_SECOND = 1_000_000  # requests; their times are drawn before the first is
     type=click.FloatRange(1, MOST_A_SECOND),
     help="serve: requests per second in the open loop.  [default: half of the closed loop's]",
 )
-@click.option(
-    "--recipes",
-    default="quick,record,standard",
-    help="train: recipes, separated by commas.",
-)
+@click.option("--recipes", default="quick,record,standard", help="train: recipes to measure.")
 @click.option(
     "--seeds",
     type=click.IntRange(1, 10),
@@ -84,7 +80,11 @@ def benchmark_command(
       pipeline benchmark --what infer --compare before.json
       pipeline benchmark --what serve --name quick
     """
-    _require_used(what)
+    source_of = click.get_current_context().get_parameter_source
+    for option, kinds in USED_BY.items():
+        if source_of(option) is ParameterSource.COMMANDLINE and what not in kinds:
+            valid = " or ".join(f"--what {kind}" for kind in kinds)
+            raise click.UsageError(f"--{option} needs {valid}, not --what {what}")
     if rate is not None and math.isnan(rate):
         raise click.BadParameter("nan is not a rate", param_hint="'--rate'")
     if what != "train":
@@ -100,16 +100,6 @@ def benchmark_command(
     settings.result(record, Lines(*rows), "pipeline train")
 
 
-def _require_used(what: str) -> None:
-    """Raise UsageError for an option on the command line that this kind of benchmark ignores."""
-    context = click.get_current_context()
-    for option, kinds in USED_BY.items():
-        is_given = context.get_parameter_source(option) is ParameterSource.COMMANDLINE
-        if is_given and what not in kinds:
-            valid = " or ".join(f"--what {kind}" for kind in kinds)
-            raise click.UsageError(f"--{option} needs {valid}, not --what {what}")
-
-
 def _measure_speed(
     settings: Settings,
     paths: Paths,
@@ -119,32 +109,30 @@ def _measure_speed(
     compare: Path | None,
 ) -> None:
     """Measure each kind and compare it with an earlier measurement; repeat what seems slower."""
-    from pipeline.benchmark.compare import (
-        compare_records,
-        confirm,
-        read_measurements,
-        require_no_worse,
-    )
-    from pipeline.benchmark.table import csv_of, require_writable, tables
+    from pipeline.benchmark import compare as comparison
+    from pipeline.benchmark.table import csv_of, format_tables, require_writable
 
     if csv:
         require_writable(csv)
-    before = read_measurements(compare, kinds, paths.name) if compare else {}
+    before = comparison.read_measurements(compare, kinds, paths.name) if compare else {}
     results = measure(kinds)
-    compared = {kind: compare_records(before[kind], results[kind].record()) for kind in before}
+
+    def compare_with_before(kind: str) -> comparison.Comparison:
+        return comparison.compare_records(before[kind], results[kind].record())
+
+    compared = {kind: compare_with_before(kind) for kind in before}
     if doubtful := tuple(kind for kind, changes in compared.items() if changes.is_doubtful):
         settings.say("some rows seem slower: measuring them again")
         results |= measure(doubtful)
         for kind in doubtful:
-            again = compare_records(before[kind], results[kind].record())
-            compared[kind] = confirm(compared[kind], again)
+            compared[kind] = comparison.confirm(compared[kind], compare_with_before(kind))
     rows = [row for result in results.values() for row in result.rows]
     records = {kind: result.record() for kind, result in results.items()}
     record = records[kinds[0]]
     if len(kinds) > 1:
         record = {"what": "all", **records, "rows": [row.record() for row in rows]}
     files = {"infer": paths.inference, "serve": paths.serving}
-    lines = [tables(rows), *(results["serve"].ratio_lines() if "serve" in results else [])]
+    lines = [format_tables(rows), *(results["serve"].ratio_lines() if "serve" in results else [])]
     lines += [f"wrote {files[kind]}" for kind in results]
     if csv:
         write_bytes(csv, csv_of(rows).encode())
@@ -154,7 +142,7 @@ def _measure_speed(
         lines += [Lines(f"compared with {compare}:", changes) for changes in compared.values()]
     settings.result(record, Lines(*lines), "pipeline serve")
     for changes in compared.values():
-        require_no_worse(changes)
+        comparison.require_no_worse(changes)
 
 
 def _measure(

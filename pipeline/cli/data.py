@@ -96,12 +96,7 @@ def path_command(settings: Settings, dataset: str) -> None:
 @data_group.command("sample")
 @dataset_option
 @click.argument("folder", type=folder_type)
-@click.option(
-    "--count",
-    default=10,
-    type=click.IntRange(1, 10_000),
-    help="Number of images.",
-)
+@click.option("--count", default=10, type=click.IntRange(1, 10_000), help="Number of images.")
 @click.pass_obj
 def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -> None:
     """Write some test images to FOLDER as PNG files, to try queries with.

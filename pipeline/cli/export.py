@@ -20,10 +20,6 @@ from pipeline.repository.settings import PackageConfig
 if TYPE_CHECKING:
     from pipeline.export.sample import Sample
 
-triton_option = click.option(
-    "--target-triton", metavar="YY.MM", help="Oldest Triton release that must load the model."
-)
-
 
 def module_options(command: Any) -> Any:
     """Add the options that name a third-party module, and the images to validate it on."""
@@ -37,7 +33,7 @@ def module_options(command: Any) -> Any:
     return command
 
 
-def _precisions(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+def _parse_precisions(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
     precisions = [part.strip() for part in value.split(",")]
     for precision in precisions:
         if precision not in PRECISIONS:
@@ -51,10 +47,10 @@ def _precisions(context: click.Context, parameter: click.Parameter, value: str) 
 @click.option(
     "--precision",
     default="fp32",
-    callback=_precisions,
-    help=f"Precisions to export, separated by commas: {', '.join(PRECISIONS)}.",
+    callback=_parse_precisions,
+    help=f"Precisions, separated by commas: {', '.join(PRECISIONS)}.",
 )
-@triton_option
+@click.option("--target-triton", metavar="YY.MM", help="Oldest Triton that must load the model.")
 @click.option("--opset", type=int, help="ONNX opset.  [default: 18, or the target's highest]")
 @click.option("--list-targets", is_flag=True, help="List what each Triton release loads, and exit.")
 @module_options
@@ -91,9 +87,9 @@ def export_command(
     if module:
         from pipeline.export.subject import subject_of_module
 
-        paths = named_paths(settings, name)
+        paths = paths_of_module(settings, name)
         sample = sample_of(images, labels, calibration)
-        subject = subject_of_module(module, sample, settings.root, class_names(classes))
+        subject = subject_of_module(module, sample, settings.root, read_class_names(classes))
         exported = export_module(paths, subject, sample, config, precisions, settings.say)
     else:
         if images or labels or classes or calibration:
@@ -110,7 +106,7 @@ def export_command(
     settings.result(record, Lines(*lines), f"pipeline validate{paths.name_option}")
 
 
-def named_paths(settings: Settings, name: str | None) -> Paths:
+def paths_of_module(settings: Settings, name: str | None) -> Paths:
     """Return the paths for a third-party module's export; raise UsageError without a name."""
     if not name:
         raise click.UsageError("--module needs --name, the name of the exported model")
@@ -128,7 +124,7 @@ def sample_of(images: Path | None, labels: Path | None, calibration: Path | None
     return read_sample(images, labels, calibration)
 
 
-def class_names(classes: str | None) -> Sequence[str]:
+def read_class_names(classes: str | None) -> Sequence[str]:
     """Return the class names from the command line or a file; empty if none are given."""
     if not classes:
         return ()

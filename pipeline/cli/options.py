@@ -68,6 +68,12 @@ class UrlType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes non
         return value
 
 
+def explain_missing(error: ModuleNotFoundError, extra: str) -> PipelineError:
+    """Return the error for a command whose optional packages are not installed."""
+    message = f"{error.name} is missing: run pip install '.[{extra}]' in the project's folder"
+    return PipelineError(message)
+
+
 name_option = click.option("--name", help="Name of the model.  [default: handwriting]")
 dataset_option = click.option(
     "--dataset",
@@ -76,9 +82,7 @@ dataset_option = click.option(
     help="Data set, or a folder with a folder of pictures for each class.",
 )
 prediction_log_option = click.option(
-    "--prediction-log",
-    type=path_type,
-    help="File to append predictions to, for 'pipeline drift'; no images or file names.",
+    "--prediction-log", type=path_type, help="File to append predictions to, for 'pipeline drift'."
 )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.client.query import Answer, Count
 
 
-def _headers(
+def _parse_headers(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, str]:
     pairs = [value.partition("=") for value in values]
@@ -38,24 +38,17 @@ def _headers(
     type=UrlType(),
     help="Server: http://HOST:PORT or grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
-@click.option(
-    "--ca", type=path_type, help="PEM file of the server's certificate authority, for TLS."
-)
+@click.option("--ca", type=path_type, help="PEM file of the server's authority, for TLS.")
 @click.option("--certificate", type=path_type, help="PEM file of the client certificate, for TLS.")
 @click.option("--key", type=path_type, help="PEM file of the client certificate's private key.")
 @click.option(
     "--header",
     multiple=True,
     metavar="NAME=VALUE",
-    callback=_headers,
+    callback=_parse_headers,
     help="Header to send with each request, such as a key; repeatable.",
 )
-@click.option(
-    "--timeout",
-    type=seconds_type,
-    default=10.0,
-    help="Most seconds to wait for an answer.",
-)
+@click.option("--timeout", type=seconds_type, default=10.0, help="Most seconds for an answer.")
 @click.option("--top", default=3, type=count_type, help="Number of classes in an answer.")
 @click.option(
     "--min-confidence",
@@ -98,15 +91,13 @@ def query_command(
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that its encoding lacks
     log = open_log(prediction_log)
     connect = functools.partial(_connect, paths, log, **connection)
-    pictures = list_sources(images, _standard_input() if "-" in images else None)
+    pictures = list_sources(images, _open_standard_input() if "-" in images else None)
     with contextlib.closing(ask_files(connect, pictures, top, min_confidence)) as answers:
         count = _echo_answers(settings, answers, show)
     if count.failed:
         raise PipelineError(f"{count.failed} of {count.total} images got no answer; {count}")
     if log and log.lost:
-        raise PipelineError(
-            f"{log.lost} of {count.total} predictions could not be written to {log.path}"
-        )
+        raise PipelineError(f"{log.path} lacks {log.lost} of {count.total} predictions")
     if count.total > 1:
         settings.say(count)
     if count.empty:
@@ -159,7 +150,7 @@ def _echo_answers(settings: Settings, answers: "Iterable[Answer]", show: bool) -
     return count
 
 
-def _standard_input() -> BinaryIO:
+def _open_standard_input() -> BinaryIO:
     """Open another stream on standard input: Python cannot end while a thread reads sys.stdin."""
     try:
         return open(sys.stdin.fileno(), "rb", closefd=False)

@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -35,24 +36,20 @@ def report_command(settings: Settings, run: str | None, name: str | None, table:
     elif not run and paths.manifest.exists():
         manifest = read_json(paths.manifest, "run 'pipeline export' again")
         paths = replace(paths, run=str(manifest.get("run", paths.run)))
-    if table:
-        agreement = read_agreement(paths)
-        text = Lines(agreement, f"read {paths.agreement}")
-        settings.result(asdict(agreement), text, "pipeline serve")
-        return
-    if paths.images.exists() and not run:
-        raise PipelineError(
-            f"{paths.name} was not trained here, so it has no run to report on. Read {paths.card}"
-        )
-    from pipeline.report.page import write_page  # imports torch
+    record: dict[str, Any] = {}
+    lines, then = list[object](), "pipeline serve"
+    if not table:
+        if paths.images.exists() and not run:
+            raise PipelineError(f"{paths.name} was not trained here: it has only {paths.card}")
+        from pipeline.report.page import write_page  # imports torch
 
-    page = write_page(paths)
-    record, lines = {"run": paths.run, "page": str(paths.page)}, [f"wrote {paths.page}"]
-    if paths.agreement.exists():
+        then = write_page(paths).then
+        record, lines = {"run": paths.run, "page": str(paths.page)}, [f"wrote {paths.page}"]
+    if table or paths.agreement.exists():
         agreement = read_agreement(paths)
         record |= asdict(agreement)
-        lines = [str(agreement), f"read {paths.agreement}", *lines]
-    settings.result(record, Lines(*lines), page.then)
+        lines = [agreement, f"read {paths.agreement}", *lines]
+    settings.result(record, Lines(*lines), then)
 
 
 class TimeType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
@@ -73,16 +70,8 @@ class TimeType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes no
 
 @click.command(cls=Command)
 @click.argument("log", type=file_type)
-@click.option(
-    "--reference",
-    type=file_type,
-    help="Reference profile to compare with.  [default: the selected version's]",
-)
-@click.option(
-    "--model-version",
-    type=count_type,
-    help="Version whose predictions are compared.  [default: the selected one]",
-)
+@click.option("--reference", type=file_type, help="Reference profile.  [default: the version's]")
+@click.option("--model-version", type=count_type, help="Version.  [default: the selected one]")
 @click.option("--since", type=TimeType(), help="Time of the oldest prediction to use (UTC).")
 @click.option("--last", type=count_type, help="Number of predictions to use, the newest.")
 @pass_paths

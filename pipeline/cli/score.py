@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from pipeline.cli.command import Command, Settings, pass_paths
-from pipeline.cli.options import folder_type, path_type, settings_options
+from pipeline.cli.options import explain_missing, folder_type, path_type, settings_options
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 from pipeline.scoring.settings import ScoreConfig
 
 
-def reader_command(output: Path) -> str:
+def format_reader_command(output: Path) -> str:
     """Return the shell command that shows the first answers."""
     code = f"import pyarrow.parquet as p; print(p.read_table({str(output)!r}).slice(0, 9))"
     return f"python -c {shlex.quote(code)}"
@@ -22,19 +22,10 @@ def reader_command(output: Path) -> str:
 
 @click.command(cls=Command)
 @click.argument("source", type=path_type)
-@click.option(
-    "--output",
-    required=True,
-    type=folder_type,
-    help="Folder for the answers; an incomplete one is completed.",
-)
+@click.option("--output", required=True, type=folder_type, help="Folder for the answers.")
 @settings_options(ScoreConfig)
-@click.option(
-    "--image-column", help="Parquet: column of images.  [default: the only one that can be]"
-)
-@click.option(
-    "--id-column", help="Parquet: column of ids.  [default: id if it exists, else row numbers]"
-)
+@click.option("--image-column", help="Parquet: column of images.  [default: the only one]")
+@click.option("--id-column", help="Parquet: column of ids.  [default: id, or row numbers]")
 @pass_paths
 def score_command(
     settings: Settings,
@@ -70,14 +61,10 @@ def score_command(
 
         load(config.address)
     except ModuleNotFoundError as error:
-        raise PipelineError(
-            f"scoring needs {error.name}: run pip install '.[batch]' in the project's folder"
-        ) from error
+        raise explain_missing(error, "batch") from error
     columns = Columns(image_column, id_column)
     scored = score_source(paths, source, output, config, columns, settings.update)
-    settings.result(asdict(scored), scored, reader_command(output))
+    settings.result(asdict(scored), scored, format_reader_command(output))
     if scored.rejected:
-        raise PipelineError(
-            f"{scored.rejected:,} of {scored.images:,} images could not be read; the reasons are "
-            f"in {output}/_rejected"
-        )
+        count, reasons = f"{scored.rejected:,} of {scored.images:,}", f"{output}/_rejected"
+        raise PipelineError(f"{count} images could not be read; the reasons are in {reasons}")

@@ -19,19 +19,16 @@ if TYPE_CHECKING:
     from pipeline.repository.running import Server
 
 
-def _is_free(context: click.Context, parameter: click.Parameter, value: str | None) -> bool:
+def _parse_port(context: click.Context, parameter: click.Parameter, value: str | None) -> bool:
     """Return whether to take free ports; raise BadParameter for a number: three are needed."""
     if value not in (None, "auto", "0"):
-        raise click.BadParameter(
-            f"{value!r} is not 'auto' or 0: a server needs three ports, set by --http-port, "
-            "--grpc-port and --metrics-port"
-        )
+        raise click.BadParameter(f"{value!r} is not 'auto' or 0: set each port with its own option")
     return value is not None
 
 
 @click.group(cls=Group, invoke_without_command=True)
 @settings_options(ServeConfig, http_port=int, grpc_port=int, metrics_port=int, start_seconds=float)
-@click.option("--port", metavar="auto", callback=_is_free, help="auto or 0: take three free ports.")
+@click.option("--port", metavar="auto", callback=_parse_port, help="auto or 0: three free ports.")
 @click.option("--detach", is_flag=True, help="Return when the server is ready; keep it running.")
 @click.pass_context
 def serve(context: click.Context, /, port: bool, detach: bool, **changes: Any) -> None:
@@ -116,12 +113,7 @@ def status_command(settings: Settings, watch: bool) -> None:
 
 
 @serve.command("logs")
-@click.option(
-    "--lines",
-    default=50,
-    type=click.IntRange(0),
-    help="Number of lines to show of each log.",
-)
+@click.option("--lines", default=50, type=click.IntRange(0), help="Lines to show of each log.")
 @click.option("--follow", is_flag=True, help="Then show new lines, until Ctrl-C.")
 @click.pass_obj
 def logs_command(settings: Settings, lines: int, follow: bool) -> None:

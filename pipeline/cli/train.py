@@ -21,16 +21,12 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         kind = {int: int, float: float, str: str, bool: bool}.get(field.type)
         option = click.option(
             f"--{field.name.replace('_', '-')}",
-            type=kind or _channels,
+            type=kind or (lambda value: tuple(map(int, value.split(",")))),
             metavar=None if kind else "N,N,...",
             help=f"{field.metadata['help']}  [{name}: {getattr(RECIPES[name], field.name)}]",
         )
         command = option(command)
     return command
-
-
-def _channels(value: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in value.split(","))
 
 
 @click.command(cls=Command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli.command import Command, Settings, paths_of
-from pipeline.cli.export import class_names, module_options, named_paths, sample_of
+from pipeline.cli.export import module_options, paths_of_module, read_class_names, sample_of
 from pipeline.cli.options import file_type, name_option, path_type, seconds_type
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.paths import PRECISIONS, Paths
@@ -36,22 +36,13 @@ if TYPE_CHECKING:
     default="cpu",
     help="Device on which ONNX Runtime must run every node.",
 )
-@click.option(
-    "--golden",
-    type=path_type,
-    help="Golden set to send to a URL.  [default: the packaged version's]",
-)
+@click.option("--golden", type=path_type, help="Golden set for a URL.  [default: the packaged one]")
 @click.option(
     "--evidence",
     type=file_type,
     help="File for the answers of a URL.  [default: exported/NAME/replay.json]",
 )
-@click.option(
-    "--timeout",
-    type=seconds_type,
-    default=60.0,
-    help="Most seconds for a call to a URL.",
-)
+@click.option("--timeout", type=seconds_type, default=60.0, help="Most seconds per call to a URL.")
 @click.pass_obj
 def validate_command(
     settings: Settings,
@@ -130,11 +121,8 @@ def _paths_of(onnx: Path) -> Paths:
     folder = onnx.resolve().parent
     paths = Paths(folder.parent.parent, name=folder.name, run=folder.name)
     if onnx.resolve() not in map(paths.variant, PRECISIONS):
-        raise PipelineError(
-            f"{onnx} is not an export of this project (exported/NAME/model.onnx). Compare it with "
-            f"its module: pipeline validate --onnx {onnx} --module package.module:factory --images "
-            "FILE.npz"
-        )
+        message = f"{onnx} is not exported/NAME/model.onnx: use --onnx and --module for other files"
+        raise PipelineError(message)
     return paths
 
 
@@ -154,10 +142,10 @@ def _validate_onnx(
     module = given["module"]
     if not module:
         raise click.UsageError("--onnx needs --module, the module that it was exported from")
-    paths = named_paths(settings, name or onnx.stem)
+    paths = paths_of_module(settings, name or onnx.stem)
     content = read_third_party_onnx(onnx, scrub)
     sample = sample_of(replay or given["images"], given["labels"], None)
-    subject = subject_of_module(module, sample, settings.root, class_names(given["classes"]))
+    subject = subject_of_module(module, sample, settings.root, read_class_names(given["classes"]))
     if replay:
         verdicts = export.replay(subject, {"fp32": content}, sample, provider=provider)
         _echo_replay(settings, verdicts)
@@ -195,6 +183,5 @@ def _echo_replay(settings: Settings, verdicts: Sequence["Verdict"]) -> None:
     record = {"passed": not problems, "variants": [asdict(verdict) for verdict in verdicts]}
     settings.result(record, Lines(*verdicts))
     if problems:
-        raise CheckFailedError(
-            Lines("these images fail:", *(f"  {problem}" for problem in problems[:10]))
-        )
+        listed = (f"  {problem}" for problem in problems[:10])
+        raise CheckFailedError(Lines("these images fail:", *listed))

@@ -6,8 +6,7 @@ from typing import Any
 import click
 
 from pipeline.cli.command import Command, Settings, pass_paths
-from pipeline.cli.options import UrlType, prediction_log_option, settings_options
-from pipeline.core.errors import PipelineError
+from pipeline.cli.options import UrlType, explain_missing, prediction_log_option, settings_options
 from pipeline.core.paths import Paths
 from pipeline.web.settings import GatewayConfig
 
@@ -55,9 +54,7 @@ def web_command(
     try:
         from pipeline.web.server import serve_page
     except ModuleNotFoundError as error:
-        raise PipelineError(
-            f"the page needs {error.name}: run pip install '.[web]' in the project's folder"
-        ) from error
+        raise explain_missing(error, "web") from error
 
     def report(address: str) -> None:
         server = url or "our server"

@@ -43,16 +43,6 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """Fractions of the test images that are refused, as the model is too unsure about them."""
-
-    min_probability: float  # the threshold, 0 to 1
-    right: float  # fraction of the right answers, 0 to 1
-    wrong: float | None  # fraction of the wrong answers; None if there are none
-    all: float
-
-
-@dataclass(frozen=True)
 class Answers:
     """Contents of the section on the run's predictions."""
 
@@ -64,7 +54,7 @@ class Answers:
     mistakes: tuple[Mistake, ...]
     scores: tuple[ClassScore, ...]
     figures: tuple[Markup, ...]
-    refused: Refused | None  # None for old runs, which recorded no threshold
+    refused: Mapping[str, float | None] | None  # None for old runs, which recorded no threshold
 
 
 def collect_answers(
@@ -116,16 +106,17 @@ def collect_answers(
 
 def _count_refused(
     outputs: np.ndarray, labels: np.ndarray, min_probability: float | None
-) -> Refused | None:
+) -> Mapping[str, float | None] | None:
+    """Return the threshold, and the fractions of answers below it; None without a threshold."""
     if min_probability is None:
         return None
     refused, right = is_refused(outputs, min_probability), outputs.argmax(axis=1) == labels
-    return Refused(
-        min_probability=min_probability,
-        right=float(refused[right].mean()) if right.any() else 0.0,
-        wrong=float(refused[~right].mean()) if not right.all() else None,
-        all=float(refused.mean()),
-    )
+    return {
+        "min_probability": min_probability,
+        "total": float(refused.mean()),
+        "right": float(refused[right].mean()) if right.any() else 0.0,
+        "wrong": float(refused[~right].mean()) if not right.all() else None,
+    }
 
 
 def draw_picture(image: np.ndarray) -> str:

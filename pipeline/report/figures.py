@@ -18,32 +18,18 @@ SIZE = (5.2, 3.1)  # inches; a page scales it
 MARGIN_BINS = 60
 # Placeholder colours for Matplotlib; in the SVG the page's CSS variables replace them.
 INK, MUTED, GRID, ACCENT, SECOND = ("#010203", "#010204", "#010205", "#010206", "#010207")
-_VARIABLES = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    GRID: "var(--line)",
-    ACCENT: "var(--accent)",
-    SECOND: "var(--second)",
-}
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", ACCENT: "accent", SECOND: "second"}
+_MUTED_PARTS = ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor", "legend.labelcolor")
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "font.size": 10,
+    "svg.fonttype": "none",
+    "font.size": 10,  # text stays text, in the page's font
     "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "legend.frameon": False,
-    "legend.labelcolor": MUTED,
     "lines.linewidth": 1.8,
+    "grid.linewidth": 0.7,
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GRID),
+    **dict.fromkeys(_MUTED_PARTS, MUTED),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
 }
 Line = Mapping[str, Any]  # a line of metrics.jsonl
 
@@ -52,13 +38,13 @@ Line = Mapping[str, Any]  # a line of metrics.jsonl
 def draw_losses(lines: Sequence[Line]) -> str:
     """Draw the training loss over the epochs, and its running mean."""
     epochs, losses = ([line[key] for line in lines] for key in ("epoch", "loss"))
-    figure, axes = _axes("epoch", "training loss (nats)")
+    figure, axes = _make_axes("epoch", "training loss (nats)")
     axes.plot(epochs, losses, ".", color=MUTED, alpha=0.45, ms=4, mew=0, label="one batch")
     axes.plot(epochs, list(_smooth(losses)), color=ACCENT, label="running mean")
     if min(losses) > 0:
         _use_logarithm(axes, "y")
     axes.legend(loc="upper right")
-    return svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
+    return to_svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
 
 
 @rc_context(STYLE)
@@ -67,7 +53,7 @@ def draw_accuracies(lines: Sequence[Line]) -> str:
     measured = [line for line in lines if "validation_accuracy" in line]
     epochs = [line["epoch"] for line in measured]
     percent = [100 * line["validation_accuracy"] for line in measured]
-    figure, axes = _axes("epoch", "validation accuracy (%)")
+    figure, axes = _make_axes("epoch", "validation accuracy (%)")
     axes.plot(epochs, percent, "o-", color=ACCENT, ms=5)
     end = (epochs[-1], percent[-1])
     axes.annotate(
@@ -77,13 +63,13 @@ def draw_accuracies(lines: Sequence[Line]) -> str:
     room = max(0.2, 0.15 * (max(percent) - min(percent)))
     axes.set_ylim(min(percent) - room, min(100.0, max(percent) + room))
     axes.ticklabel_format(axis="y", useOffset=False)
-    return svg(figure, "accuracy", f"validation accuracy, at last {percent[-1]:.2f} %")
+    return to_svg(figure, "accuracy", f"validation accuracy, at last {percent[-1]:.2f} %")
 
 
 @rc_context(STYLE)
 def draw_reliability(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     """Draw accuracy over mean probability, before and after the temperature was fitted."""
-    figure, axes = _axes("mean probability", "accuracy")
+    figure, axes = _make_axes("mean probability", "accuracy")
     axes.plot([0, 1], [0, 1], ls=(0, (2, 3)), lw=1.2, color=MUTED, label="calibrated")
     axes.plot(*_points(before), "s--", color=SECOND, ms=4, lw=1.2, label="before")
     confidences, accuracies = _points(after)
@@ -92,13 +78,13 @@ def draw_reliability(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     axes.plot(confidences, accuracies, "o-", color=ACCENT, ms=4.5, label="after")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
     axes.legend(loc="upper left")
-    return svg(figure, "reliability", "accuracy by mean probability")
+    return to_svg(figure, "reliability", "accuracy by mean probability")
 
 
 @rc_context(STYLE)
 def draw_confidence(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     """Draw the number of images over mean probability, before and after the temperature."""
-    figure, axes = _axes("mean probability", "images")
+    figure, axes = _make_axes("mean probability", "images")
     series = ((before, SECOND, "s--", "before"), (after, ACCENT, "o-", "after"))
     for bins, colour, marker, label in series:
         counts = [b.images for b in bins]
@@ -106,7 +92,7 @@ def draw_confidence(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     _use_logarithm(axes, "y")
     axes.set_xlim(0, 1.02)
     axes.legend(loc="upper left")
-    return svg(figure, "histogram", "images by mean probability")
+    return to_svg(figure, "histogram", "images by mean probability")
 
 
 @rc_context(STYLE)
@@ -115,7 +101,7 @@ def draw_margins(margins: Sequence[float], largest: Mapping[str, float]) -> str:
     positive = [margin for margin in margins if margin > 0] or [1.0]
     low, high = min(positive) / 1.1, max(positive) * 1.1
     step = (high / low) ** (1 / MARGIN_BINS)
-    figure, axes = _axes("margin of the likeliest class (nats)", "images")
+    figure, axes = _make_axes("margin of the likeliest class (nats)", "images")
     edges = [low * step**index for index in range(MARGIN_BINS + 1)]
     axes.hist(positive, edges, histtype="stepfilled", color=ACCENT, alpha=0.35, lw=0)
     styles = zip((INK, SECOND, ACCENT), ("-", "--", ":"), strict=True)
@@ -126,13 +112,13 @@ def draw_margins(margins: Sequence[float], largest: Mapping[str, float]) -> str:
     axes.set_ylim(bottom=0.7)
     if largest:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, title="largest error")
-    return svg(figure, "margins", "images by their margin, and the largest errors")
+    return to_svg(figure, "margins", "images by their margin, and the largest errors")
 
 
 @rc_context(STYLE)
 def draw_rates(classes: Sequence[str], before: Sequence[float], now: Sequence[float]) -> str:
     """Draw the percentage of answers with each class, in the reference profile and in a log."""
-    figure, axes = _axes("class", "answers (%)")
+    figure, axes = _make_axes("class", "answers (%)")
     places = range(len(classes))
     series = ((before, -0.2, MUTED, "reference"), (now, 0.2, ACCENT, "log"))
     for rates, shift, colour, label in series:
@@ -141,7 +127,7 @@ def draw_rates(classes: Sequence[str], before: Sequence[float], now: Sequence[fl
     axes.set_xticks(list(places), list(classes), rotation=90 if len(classes) > 12 else 0)
     axes.grid(visible=False, axis="x")
     _add_legend_above(axes, 2)
-    return svg(figure, "rates", "rate of each class, in the reference and in the log")
+    return to_svg(figure, "rates", "rate of each class, in the reference and in the log")
 
 
 @rc_context(STYLE)
@@ -152,7 +138,7 @@ def draw_shares(
 
     The counts are those of the bins between `edges`.
     """
-    figure, axes = _axes(what, "images below it (%)")
+    figure, axes = _make_axes(what, "images below it (%)")
     series = ((before, MUTED, "--", "reference"), (now, ACCENT, "-", "log"))
     for counts, colour, dashes, label in series:
         shares = [100 * part / sum(counts) for part in accumulate(counts, initial=0)]
@@ -168,7 +154,7 @@ def draw_shares(
         axes.set(xlim=(0, 1 - least), xticks=[0, 0.9, 0.99, 0.999, 0.9999, 0.99999])
         axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
     _add_legend_above(axes, 2)
-    return svg(figure, f"below-{what}", f"the share of images below each {what}")
+    return to_svg(figure, f"below-{what}", f"the share of images below each {what}")
 
 
 def _add_legend_above(axes: Axes, columns: int) -> None:
@@ -176,7 +162,7 @@ def _add_legend_above(axes: Axes, columns: int) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, **narrow)
 
 
-def _axes(x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
+def _make_axes(x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
@@ -203,7 +189,7 @@ def _smooth(values: Sequence[float]) -> Iterable[float]:
         yield mean / total
 
 
-def svg(figure: Figure, name: str, label: str) -> str:
+def to_svg(figure: Figure, name: str, label: str) -> str:
     """Return the figure as an `<svg>` element whose bytes depend only on its content.
 
     IDs are salted with `name`, so that figures in one page share no ID.
@@ -220,7 +206,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     body = re.sub(r"font-family: [^;\"]*", "", body)
     for colour, variable in _VARIABLES.items():
-        body = body.replace(colour, variable)
+        body = body.replace(colour, f"var(--{variable})")
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body.strip()}'
 
 
@@ -236,7 +222,7 @@ def draw_throughput(
 
     The ceiling is the speed of a model that computes nothing, measured in the same way.
     """
-    figure, axes = _axes_of_rows(labels, "images per second")
+    figure, axes = _make_rows(labels, "images per second")
     places = range(len(labels))
     least, median, most = ([speed[key] for speed in speeds] for key in ("min", "median", "max"))
     axes.barh(places, median, color=ACCENT, alpha=0.45, height=0.66)
@@ -246,7 +232,7 @@ def draw_throughput(
         axes.plot(marks, places, "|", color=SECOND, ms=8, mew=2, label="empty model")
     axes.set_xlim(left=min(speed for speed in least if speed > 0) / 2)
     _add_legend_above(axes, 4)
-    return svg(figure, "throughput", "images per second of each row, least to most")
+    return to_svg(figure, "throughput", "images per second of each row, least to most")
 
 
 @rc_context(STYLE)
@@ -258,7 +244,7 @@ def draw_latencies(
     Rows without percentiles are left out.
     """
     shown = [row for row in zip(labels, percentiles, is_open, strict=True) if row[1]]
-    figure, axes = _axes_of_rows([label for label, _, _ in shown], "latency (ms)")
+    figure, axes = _make_rows([label for label, _, _ in shown], "latency (ms)")
     for place, (_, values, of_open_loop) in enumerate(shown):
         colour = SECOND if of_open_loop else ACCENT
         axes.hlines(place, min(values.values()), max(values.values()), color=colour, lw=1.2)
@@ -269,12 +255,12 @@ def draw_latencies(
         axes.plot([], [], MARKS[name][0], color=MUTED, label=name.replace("p90", "p90, p95"))
     axes.plot([], [], "-", color=SECOND, label="open loop")
     _add_legend_above(axes, 4)
-    return svg(figure, "latencies", "percentiles of each row's latency in milliseconds")
+    return to_svg(figure, "latencies", "percentiles of each row's latency in milliseconds")
 
 
-def _axes_of_rows(labels: Sequence[str], x: str) -> tuple[Figure, Axes]:
+def _make_rows(labels: Sequence[str], x: str) -> tuple[Figure, Axes]:
     """Create axes with a row for each label, the first on top, and a logarithmic x scale."""
-    figure, axes = _axes(x, "", (WIDTH, REST + ROW * len(labels)))
+    figure, axes = _make_axes(x, "", (WIDTH, REST + ROW * len(labels)))
     _use_logarithm(axes, "x")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)

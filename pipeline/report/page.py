@@ -30,6 +30,8 @@ from pipeline.validation.card import percent
 
 DIGITS, DRAWS = 8, 6  # rows and columns of the distorted digits
 Record = Mapping[str, Any]
+# A class, a training image of it, and random distortions of that by the recipe, as data: URLs.
+Distorted = tuple[str, str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,6 @@ class Note:
 
     text: str
     command: str = ""
-
-
-@dataclass(frozen=True)
-class Distorted:
-    """A training image and random distortions of it by the recipe, as data: URLs."""
-
-    label: str
-    original: str
-    draws: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,10 +92,8 @@ def collect(paths: Paths) -> Page:
     """Collect the page's content from the files of the run and its export."""
     train_command = f"pipeline train --run {paths.run}"
     if not paths.run_folder.exists():
-        raise PipelineError(
-            f"{paths.run_folder} does not exist: run '{train_command}' first, or choose another "
-            "--run"
-        )
+        message = f"no run {paths.run}: run '{train_command}' first, or choose another --run"
+        raise PipelineError(message)
     unfinished = f"the run is not finished; finish it with '{train_command} --resume'"
     summary = read_json(paths.summary, unfinished)
     config = read_run_config(paths) or TrainConfig()
@@ -135,7 +126,7 @@ def collect(paths: Paths) -> Page:
         settings=_list_settings(config),
         digests=_list_digests(paths, config, summary, manifest),
         export=manifest if isinstance(manifest, Note) else None,
-        then=manifest.command if isinstance(manifest, Note) else _then(paths),
+        then=manifest.command if isinstance(manifest, Note) else _find_next_command(paths),
     )
 
 
@@ -161,7 +152,7 @@ def _read_manifest(paths: Paths, summary: Record) -> dict[str, Any] | Note:
     return manifest
 
 
-def _then(paths: Paths) -> str:
+def _find_next_command(paths: Paths) -> str:
     """Return the next command after the export, by the files that are still missing."""
     if not paths.validation.exists():
         return f"pipeline validate{paths.name_option}"
@@ -178,7 +169,7 @@ def _read_export(
     """Read the export's evidence, agreement, drift and speeds, or a Note for each missing one."""
     option, model = paths.name_option, manifest["files"].get(paths.onnx.name)
     agreement: Table | Note = Note(
-        "This model has not been validated on a server yet", _then(paths)
+        "This model has not been validated on a server yet", _find_next_command(paths)
     )
     if paths.agreement.exists():
         agreement = read_agreement(paths)
@@ -220,7 +211,7 @@ def _distort(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
     images = train.images[chosen]
     rows = zip(present, images, draw_examples(images, config.settings, DRAWS), strict=True)
     return tuple(
-        Distorted(train.classes[label], draw_picture(image), tuple(map(draw_picture, draws)))
+        (train.classes[label], draw_picture(image), tuple(map(draw_picture, draws)))
         for label, image, draws in rows
     )
 

@@ -20,18 +20,8 @@ HOST = "{measured_at:.10}, {machine[processor]} with {machine[cores]} cores"
 WAYS = {"grpc": "Triton, gRPC", "http": "Triton, HTTP"}
 
 
-@dataclass(frozen=True)
-class SpeedCells:
-    """A row of the table, as text."""
-
-    name: str
-    way: str
-    batch: int
-    asking: str  # concurrency, or the rate of an open loop
-    cells: tuple[str, ...]
-
-
 HEADERS = (
+    *("model", "protocol", "images per request", "concurrency or rate"),
     *("images/s", "least", "most"),
     *(f"p{part}" for part in PERCENTILES),
     *("queue", "input", "infer", "output", "batch formed"),
@@ -44,7 +34,7 @@ class Speeds:
     """Contents of the section on the export's speed."""
 
     headers: tuple[str, ...]
-    rows: tuple[SpeedCells, ...]
+    rows: tuple[tuple[str, ...], ...]  # the cells of each
     figures: tuple[Markup, ...]
     measured: tuple[tuple[str, str], ...]  # what was measured; the date and the machine
     remarks: tuple[str, ...]
@@ -75,7 +65,7 @@ def read_speeds(paths: Paths, digest: str) -> Speeds | None:
         rows=tuple(map(_format_row, shown)),
         figures=tuple(map(Markup, charts)),
         measured=tuple((what, HOST.format_map(record)) for what, record in records.items()),
-        remarks=_remarks(shown),
+        remarks=_collect_remarks(shown),
     )
 
 
@@ -83,7 +73,7 @@ def _setup(row: Mapping[str, Any]) -> tuple[str, int, int]:
     return row["way"], row["batch"], row["concurrency"]
 
 
-def _asking(row: Mapping[str, Any]) -> str:
+def _format_asking(row: Mapping[str, Any]) -> str:
     return f"{row['rate']:,.0f}/s" if row.get("rate") else str(row["concurrency"])
 
 
@@ -92,29 +82,29 @@ def _label(row: Mapping[str, Any]) -> str:
     if row["way"] not in WAYS:
         return f"{row['name']}: {row['batch']}"
     profile = f", {row['name'].rpartition('-')[2]}" if row["name"].endswith("-throughput") else ""
-    return f"{WAYS[row['way']]}{profile}: {row['batch']}, {_asking(row)}"
+    return f"{WAYS[row['way']]}{profile}: {row['batch']}, {_format_asking(row)}"
 
 
-def _format_row(row: Mapping[str, Any]) -> SpeedCells:
+def _format_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     speed, split = row["images_per_second"], row["server"]
     accuracy, peak = row.get("accuracy"), row.get("peak_bytes")
-    cells = (
+    return (
+        *(row["name"], row["way"], str(row["batch"]), _format_asking(row)),
         *(f"{speed[part]:,.0f}" for part in ("median", "min", "max")),
-        *(_number(row["latency_ms"].get(f"p{part}"), 2) for part in PERCENTILES),
-        *(_number(split[part] / 1e3 if split else None, 2) for part in PARTS),
-        _number(split.get("batch"), 1),
+        *(_format_number(row["latency_ms"].get(f"p{part}"), 2) for part in PERCENTILES),
+        *(_format_number(split[part] / 1e3 if split else None, 2) for part in PARTS),
+        _format_number(split.get("batch"), 1),
         "" if accuracy is None else f"{accuracy:.2%}",
         str(row.get("differing", "")),
         "" if peak is None else f"{peak / MEBIBYTE:,.0f} MiB",
     )
-    return SpeedCells(row["name"], row["way"], row["batch"], _asking(row), cells)
 
 
-def _number(value: float | None, digits: int) -> str:
+def _format_number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _remarks(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+def _collect_remarks(rows: list[dict[str, Any]]) -> tuple[str, ...]:
     restless = sum(not row.get("settled", True) for row in rows)
     others = max(row.get("others", 0.0) for row in rows)
     remarks = []

@@ -45,7 +45,7 @@ def load(address: str | None) -> None:
 
 
 @contextlib.contextmanager
-def connected(address: str | None, cpus: int) -> Iterator[None]:
+def connect(address: str | None, cpus: int) -> Iterator[None]:
     """Connect to Ray until the end of the block: the cluster at `address`, or a local instance.
 
     The local instance has `cpus` CPUs. An existing connection of this process is used, and is not

@@ -4,7 +4,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pipeline.core.files import locked, remove
 from pipeline.core.machine import cores
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
-from pipeline.scoring.cluster import connected
+from pipeline.scoring.cluster import connect
 from pipeline.scoring.parquet import Columns, Shard
 from pipeline.scoring.settings import ScoreConfig
 from pipeline.scoring.source import Cut, cut
@@ -23,10 +23,10 @@ from pipeline.scoring.worker import (
     Reader,
     Scorer,
     ScoringModel,
-    begin,
+    begin_job,
+    count_repeated_ids,
     read_counts,
-    repeated_ids,
-    selected_model,
+    read_selected_model,
 )
 
 
@@ -90,7 +90,7 @@ def score_source(
     Raises PipelineError for an invalid source, for a folder that holds another job, and while
     another process writes into it.
     """
-    model = selected_model(paths)
+    model = read_selected_model(paths)
     folder = Folder(Path(os.path.abspath(output)))
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise PipelineError(f"{output} lies in {source}: choose an --output outside it")
@@ -103,26 +103,24 @@ def score_source(
                 remove(folder.path)
             raise
         missing, before = _survey(folder, whole)
-        ran = _run(whole, missing, model, folder, config, report) if missing else _Run()
+        run = _run(whole, missing, model, folder, config, report) if missing else _Run()
         remove(folder.unpacked)
         missing, counts = _survey(folder, whole)
         if missing:
             file = folder.part(missing[0].index)
             raise PipelineError(f"{file} is incomplete: run the same command again")
         parts = [shard.index for shard in whole.shards]
-        repeated = repeated_ids(folder, parts, counts.scored)
-    seconds = ran.last - ran.first
+        repeated = count_repeated_ids(folder, parts, counts.scored)
+    seconds = run.last - run.first
     rate = round((counts.images - before.images) / seconds, 1) if seconds else None
     return Scored(
+        **asdict(counts),
         output=str(output),
         images=counts.images,
-        scored=counts.scored,
-        rejected=counts.rejected,
-        unsure=counts.unsure,
         repeated=repeated,
         resumed=before.images,
-        workers=ran.workers,
-        start_seconds=round(ran.first - ran.begun, 3),
+        workers=run.workers,
+        start_seconds=round(run.first - run.begun, 3),
         seconds=round(seconds, 3),
         images_per_second=rate,
         name=model.name,
@@ -150,7 +148,7 @@ def _cut_and_record(
         "top": config.top,
         "rows": config.rows,
     }
-    begin(folder, job)
+    begin_job(folder, job)
     return whole
 
 
@@ -185,24 +183,24 @@ def _run(
 ) -> _Run:
     """Score the missing shards, with one worker for each core or GPU by default."""
     begun = time.time()
-    with connected(config.address, config.workers or cores()):
-        import ray  # only after `connected` has set the variables that it reads
+    with connect(config.address, config.workers or cores()):
+        import ray  # only after `connect` has set the variables that it reads
 
         kind = "CPU" if config.provider == "cpu" else "GPU"
         available = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
         if not available:
             raise PipelineError(f"Ray has no {kind}: without a GPU, use '--provider cpu'")
-        ran = _Run(min(config.workers or available, available, len(missing)), begun)
+        run = _Run(min(config.workers or available, available, len(missing)), begun)
         left, done = sum(shard.rows for shard in missing), 0
-        for row in _stream(replace(whole, shards=()), missing, model, folder, config, ran.workers):
+        for row in _stream(replace(whole, shards=()), missing, model, folder, config, run.workers):
             if row["failed"]:
                 raise pickle.loads(row["failed"])
-            ran.first = min(ran.first or row["begun"], row["begun"])
-            ran.last = max(ran.last, row["ended"])
+            run.first = min(run.first or row["begun"], row["begun"])
+            run.last = max(run.last, row["ended"])
             done += row["images"]
-            rate = done / (ran.last - ran.first)
+            rate = done / (run.last - run.first)
             report(JobProgress(whole.rows - left + done, whole.rows, rate))
-    return ran
+    return run
 
 
 def _stream(
@@ -240,8 +238,6 @@ def _stream(
     except UserCodeException:  # a bug in this code
         raise
     except RayError as error:
-        last_line = str(error).strip().rpartition("\n")[2]
-        raise PipelineError(
-            f"Ray failed ({type(error).__name__}: {last_line}): run the same command again to "
-            "continue, with fewer --workers if memory was short"
-        ) from error
+        kind, last_line = type(error).__name__, str(error).strip().rpartition("\n")[2]
+        message = f"Ray failed ({kind}: {last_line}): run the same command again to continue"
+        raise PipelineError(message) from error

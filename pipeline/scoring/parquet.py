@@ -93,10 +93,9 @@ def choose_columns(
         schema = first.schema_arrow
     for name in (wanted.image, wanted.id):
         if name and name not in schema.names:
-            raise PipelineError(
-                f"{paths[0]} has no column {name!r}. Its columns are {', '.join(schema.names)}"
-            )
-    image = _image_column(paths[0], schema, shape, wanted.image)
+            message = f"{paths[0]} has no column {name!r}. Its columns are {schema.names}"
+            raise PipelineError(message)
+    image = _choose_image(paths[0], schema, shape, wanted.image)
     if pictures == "arrays" and _is_bytes(schema.field(image).type):
         raise PipelineError(f"{paths[0]} has pictures, but the model takes only arrays")
     key = wanted.id or (ID if ID in schema.names else None)
@@ -105,18 +104,16 @@ def choose_columns(
             types = {field.name: field.type for field in file.schema_arrow}
         for name in (image, key):
             if name and types.get(name) != schema.field(name).type:
-                raise PipelineError(
-                    f"{path} has no column {name!r} of the type {schema.field(name).type}, as "
-                    f"{paths[0]} has: score it separately"
-                )
+                message = f"{path} has no {name!r} of the type in {paths[0]}: score it separately"
+                raise PipelineError(message)
     return Columns(image, key, str(root) if key is None and len(paths) > 1 else None)
 
 
-def _image_column(path: Path, schema: Any, shape: tuple[int, ...], wanted: str | None) -> str:
+def _choose_image(path: Path, schema: Any, shape: tuple[int, ...], wanted: str | None) -> str:
     """Return the only column that can hold images: pictures as bytes, or lists of integers."""
     names = []
     for field in schema:
-        depth, values = _nested(field.type)
+        depth, values = _unnest(field.type)
         if _is_bytes(field.type) or (depth and pa.types.is_integer(values)):
             names.append(str(field.name))
     if wanted:
@@ -125,10 +122,9 @@ def _image_column(path: Path, schema: Any, shape: tuple[int, ...], wanted: str |
         names = [name for name in names if name in NAMES] or names
     if len(names) != 1:
         types = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        problem = f"{' and '.join(names)} may both be" if names else "no column has"
         raise PipelineError(
-            f"{path}: {problem} images (bytes of pictures, or integers of shape {list(shape)}). "
-            f"The columns are {types}. Choose one with --image-column"
+            f"{path} has {len(names)} columns that can hold images of shape {list(shape)} "
+            f"({types}): choose one with --image-column"
         )
     return names[0]
 
@@ -140,13 +136,13 @@ def _is_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _nested(kind: Any) -> tuple[int, Any]:
+def _unnest(kind: Any) -> tuple[int, Any]:
     """Return the number of nested lists, 0 if the type is not a list, and the values' type."""
     if isinstance(kind, pa.BaseExtensionType):
-        return _nested(kind.storage_type)
+        return _unnest(kind.storage_type)
     if not isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
         return 0, kind
-    depth, values = _nested(kind.value_type)
+    depth, values = _unnest(kind.value_type)
     return 1 + depth, values
 
 
@@ -187,7 +183,7 @@ def read_rows(shard: Shard, shape: tuple[int, ...], pictures: str, columns: Colu
                 if low < high:
                     number = shard.start + row + low - begin
                     taken = batch.slice(low, high - low)
-                    parts.append(_rows(path, taken, number, shape, pictures, columns))
+                    parts.append(_convert_batch(path, taken, number, shape, pictures, columns))
                 row += len(batch)
                 if row >= end:
                     break
@@ -197,11 +193,11 @@ def read_rows(shard: Shard, shape: tuple[int, ...], pictures: str, columns: Colu
     return Rows(np.concatenate(ids), np.concatenate(images), np.concatenate(reasons))
 
 
-def _rows(
+def _convert_batch(
     path: Path, batch: Any, first: int, shape: tuple[int, ...], pictures: str, columns: Columns
 ) -> Rows:
     numbers = np.arange(first, first + len(batch))
-    ids, missing = _ids(path, batch, numbers, columns)
+    ids, missing = _read_ids(path, batch, numbers, columns)
     column = batch.column(columns.image)
     while isinstance(column, pa.ExtensionArray):
         column = column.storage
@@ -211,7 +207,7 @@ def _rows(
         contents = zip(map(str, ids), column.to_pylist(), strict=True)
         files = [Source(i, c, "its image is null" if c is None else None) for i, c in contents]
         rows = rows_of(ids, look(files, pictures), shape)
-    elif (pixels := _pixels(column, shape)) is not None:
+    elif (pixels := _read_pixels(column, shape)) is not None:
         images = pixels.reshape(len(batch), *shape)
         rows = Rows(ids, images, np.full(len(batch), "", object))
     else:
@@ -220,7 +216,7 @@ def _rows(
     return rows
 
 
-def _ids(
+def _read_ids(
     path: Path, batch: Any, numbers: np.ndarray, columns: Columns
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids (N,) of a batch, and the mask of null ids, replaced by the row's number."""
@@ -240,9 +236,9 @@ def _ids(
     return np.array([f"row {n}" if i is None else str(i) for i, n in texts], object), missing
 
 
-def _pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+def _read_pixels(column: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     """Return the pixels of all rows, uint8 (N * C * H * W,), or None if any row is invalid."""
-    depth, _ = _nested(column.type)
+    depth, _ = _unnest(column.type)
     # An image may be flat, or without axes of size 1.
     lengths = (math.prod(shape),) if depth == 1 else shape[max(0, len(shape) - depth) :]
     if len(lengths) != depth or math.prod(lengths) != math.prod(shape):

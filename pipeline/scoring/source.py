@@ -5,7 +5,6 @@
 import gzip
 import math
 import os
-import shlex
 import shutil
 import struct
 import zlib
@@ -67,23 +66,21 @@ def cut(
         if source.error:  # for example, a folder that cannot be read
             raise PipelineError(source.error)
         below.append(Path(source.name))
-    kind, columns, files = "parquet", None, _parquet_files(path, below)
+    kind, columns, files = "parquet", None, _find_parquet(path, below)
     if files:
         columns = parquet.choose_columns(path, files, shape, pictures, wanted)
         shards = list(parquet.cut_files(files, rows))
     elif path.is_dir():
         if pictures == "arrays":
-            raise PipelineError(
-                f"{path} has pictures, but the model takes only arrays: give Parquet, IDX or .npy"
-            )
+            raise PipelineError(f"{path} has pictures, but the model takes only arrays")
         kind, files = "pictures", below
-        shards = list(_pictures(files, min(rows, PICTURES_A_SHARD)))
+        shards = list(_cut_pictures(files, min(rows, PICTURES_A_SHARD)))
     else:
         kind, files = "arrays", [path]
-        shards = list(_arrays(_plain(path, unpacked), path, shape, rows))
+        shards = list(_cut_arrays(_decompress(path, unpacked), path, shape, rows))
     if not shards:
         raise PipelineError(f"{path} holds no images: give {KINDS}")
-    return Cut(str(path), kind, _digest(path, files), shape, pictures, tuple(shards), columns)
+    return Cut(str(path), kind, _hash_files(path, files), shape, pictures, tuple(shards), columns)
 
 
 def read_shard(source: Cut, shard: Shard) -> Rows:
@@ -108,7 +105,7 @@ def read_shard(source: Cut, shard: Shard) -> Rows:
     return parquet.rows_of(np.array(names, object), results, source.shape)
 
 
-def _digest(path: Path, files: Iterable[Path]) -> str:
+def _hash_files(path: Path, files: Iterable[Path]) -> str:
     """Return one SHA-256 that changes when a file is added, removed, or written again."""
     lines = []
     for file in files:
@@ -122,7 +119,7 @@ def _digest(path: Path, files: Iterable[Path]) -> str:
     return sha256("".join(lines).encode(errors="surrogateescape"))
 
 
-def _parquet_files(path: Path, below: list[Path]) -> list[Path]:
+def _find_parquet(path: Path, below: list[Path]) -> list[Path]:
     """List the Parquet files at `path`; skip names that begin with '.' or '_', as other readers do.
 
     Raises PipelineError when the folder also holds other files that can be scored.
@@ -134,10 +131,8 @@ def _parquet_files(path: Path, below: list[Path]) -> list[Path]:
     for other in visible if files else ():
         head = _read_head(other) if other.suffix != ".parquet" and other.is_file() else b""
         if is_picture(head) or head.startswith((_IDX, _NPY, _PARQUET)):
-            raise PipelineError(
-                f"{path} holds Parquet ({files[0]}) and other images ({other}): move one of them "
-                "to another folder"
-            )
+            message = f"{path} holds Parquet and other images ({files[0]}, {other}): separate them"
+            raise PipelineError(message)
     return files
 
 
@@ -150,13 +145,13 @@ def _read_head(path: Path) -> bytes:
         raise PipelineError(message) from error
 
 
-def _pictures(files: list[Path], rows: int) -> Iterator[Shard]:
+def _cut_pictures(files: list[Path], rows: int) -> Iterator[Shard]:
     for index, start in enumerate(range(0, len(files), rows)):
         names = tuple(map(str, files[start : start + rows]))
         yield Shard(index, os.path.dirname(names[0]), len(names), start, names=names)
 
 
-def _plain(path: Path, unpacked: Path) -> Path:
+def _decompress(path: Path, unpacked: Path) -> Path:
     """Return the file itself, or, if it is gzipped, the file of its decompressed content.
 
     Raises CorruptError when it cannot be decompressed.
@@ -177,37 +172,32 @@ def _plain(path: Path, unpacked: Path) -> Path:
     return unpacked
 
 
-def _arrays(file: Path, path: Path, shape: tuple[int, ...], rows: int) -> Iterator[Shard]:
+def _cut_arrays(file: Path, path: Path, shape: tuple[int, ...], rows: int) -> Iterator[Shard]:
     """Yield the shards of a file of arrays; `path` is the user's name for it.
 
     Raises PipelineError for arrays of another shape, and CorruptError for a truncated file.
     """
     with file.open("rb") as opened:
         is_npy = _read_head(file).startswith(_NPY)
-        images, *own_shape = _npy_shape(opened, path) if is_npy else _idx_shape(opened, path)
+        images, *own_shape = _read_npy(opened, path) if is_npy else _read_idx(opened, path)
         offset = opened.tell()
-    size, length = math.prod(shape), file.stat().st_size
+    size = math.prod(shape)
+    length, stated = file.stat().st_size - offset, images * size
     if math.prod(own_shape) != size:
-        raise PipelineError(
-            f"{path} holds arrays of shape {own_shape}, the model takes {list(shape)}"
-        )
-    if length != offset + images * size:
-        raise CorruptError(
-            f"{path} is incomplete: its header says {images:,} images of {size} bytes, but it has "
-            f"{length - offset:,} bytes. Get it again"
-        )
+        message = f"{path} holds arrays of shape {own_shape}, the model takes {list(shape)}"
+        raise PipelineError(message)
+    if length != stated:
+        raise CorruptError(f"{path} has {length:,} bytes of images, not {stated:,}: get it again")
     for index, start in enumerate(range(0, images, rows)):
         count = min(rows, images - start)
         yield Shard(index, str(file), count, start, offset + start * size)
 
 
-def _idx_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
+def _read_idx(file: BinaryIO, path: Path) -> tuple[int, ...]:
     head = file.read(4)
     if head[:3] != _IDX or not head[3:]:
-        raise PipelineError(
-            f"{path} is not in a format that can be scored: give {KINDS}. For one picture use "
-            f"'pipeline query {shlex.quote(str(path))}'"
-        )
+        message = f"{path} cannot be scored: give {KINDS}; or use 'pipeline query' for a picture"
+        raise PipelineError(message)
     content = file.read(4 * head[3])
     if len(content) != 4 * head[3] or not content:
         raise CorruptError(f"{path} ends inside its header: get it again")
@@ -215,7 +205,7 @@ def _idx_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
     return shape
 
 
-def _npy_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
+def _read_npy(file: BinaryIO, path: Path) -> tuple[int, ...]:
     """Read the shape from the header of a .npy, up to the position of the first value.
 
     Raises CorruptError for an unreadable header, and PipelineError for another type or order.
@@ -229,8 +219,6 @@ def _npy_shape(file: BinaryIO, path: Path) -> tuple[int, ...]:
     except (SyntaxError, TypeError, ValueError) as error:
         raise CorruptError(f"the header of {path} is damaged: write it again") from error
     if dtype != np.uint8 or is_fortran or not shape:
-        raise PipelineError(
-            f"{path} holds {dtype.str} of shape {list(shape)}: give uint8 in C order, "
-            "np.save(path, np.ascontiguousarray(images, np.uint8))"
-        )
+        message = f"{path} holds {dtype.str} {list(shape)}: save uint8 in C order, images first"
+        raise PipelineError(message)
     return tuple(shape)

@@ -50,7 +50,7 @@ class ScoringModel:
     min_probability: float  # below it an answer is not sure
 
 
-def selected_model(paths: Paths) -> ScoringModel:
+def read_selected_model(paths: Paths) -> ScoringModel:
     """Check the files and digests of the packaged model's selected version; return it.
 
     Raises PipelineError when a check fails, or when the model does not take batches of uint8 images
@@ -62,20 +62,17 @@ def selected_model(paths: Paths) -> ScoringModel:
     images = config.input[0]
     shape = tuple(images.dims)
     if config_pbtxt.dtype(images) != "uint8" or min(shape) < 1 or not config.max_batch_size:
-        raise PipelineError(
-            f"{paths.name} takes {config_pbtxt.dtype(images)} {list(shape)}, but 'pipeline score' "
-            "needs a model for batches of uint8 images of one size: use 'pipeline serve'"
-        )
+        raise PipelineError(f"{paths.name} does not take batches of uint8 images of one size")
     return ScoringModel(
-        paths.name,
-        str(release.version),
-        os.path.abspath(release.folder / paths.onnx.name),
-        release.sha256,
-        config_pbtxt.classes(config),
-        config_pbtxt.kind(config),
-        config_pbtxt.pictures(config),
-        shape,
-        config_pbtxt.min_probability(config),
+        name=paths.name,
+        version=str(release.version),
+        path=os.path.abspath(release.folder / paths.onnx.name),
+        digest=release.sha256,
+        classes=config_pbtxt.classes(config),
+        kind=config_pbtxt.kind(config),
+        pictures=config_pbtxt.pictures(config),
+        shape=shape,
+        min_probability=config_pbtxt.min_probability(config),
     )
 
 
@@ -98,27 +95,13 @@ class Counts:
         )
 
 
-@dataclass(frozen=True)
 class Folder:
     """The files of a job. Readers of the result skip names that begin with '_' or '.'."""
 
-    path: Path
-
-    @property
-    def job(self) -> Path:
-        return self.path / "_job.json"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "_lock"
-
-    @property
-    def unpacked(self) -> Path:
-        return self.path / "_unpacked"
-
-    @property
-    def rejected_folder(self) -> Path:
-        return self.path / "_rejected"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job, self.lock = path / "_job.json", path / "_lock"
+        self.unpacked, self.rejected_folder = path / "_unpacked", path / "_rejected"
 
     def part(self, index: int) -> Path:
         return self.path / f"part-{index:06}.parquet"
@@ -127,7 +110,7 @@ class Folder:
         return self.rejected_folder / f"part-{index:06}.parquet"
 
 
-def begin(folder: Folder, record: Mapping[str, Any]) -> None:
+def begin_job(folder: Folder, record: Mapping[str, Any]) -> None:
     """Record the job in its folder, or check that the folder holds this job.
 
     The caller holds the lock. Raises PipelineError when the folder holds another job or any other
@@ -135,19 +118,17 @@ def begin(folder: Folder, record: Mapping[str, Any]) -> None:
     """
     for below in (folder.path, folder.rejected_folder):
         clear_temporary(below)
-    fix = f"choose another --output, or remove {folder.path} to start again"
+    fix = f"Choose another --output, or remove {folder.path} to start again"
     if not folder.job.exists():
         if set(folder.path.iterdir()) - {folder.lock, folder.unpacked}:
-            raise PipelineError(f"{folder.path} holds other files, but no scoring job: {fix}")
+            raise PipelineError(f"{folder.path} holds other files, but no scoring job. {fix}")
         write_json(folder.job, record)
         return
     before = read_json(folder.job, fix)
     for key, value in record.items():
         if before.get(key) != value:
-            raise PipelineError(
-                f"{folder.path} holds the answers of another job, whose {key} is "
-                f"{before.get(key)} and not {value}: {fix}"
-            )
+            change = f"its {key} is {before.get(key)}, not {value}"
+            raise PipelineError(f"{folder.path} holds another job: {change}. {fix}")
 
 
 def read_counts(folder: Folder, index: int, rows: int) -> Counts | None:
@@ -163,7 +144,7 @@ def read_counts(folder: Folder, index: int, rows: int) -> Counts | None:
     return counts if counts.images == rows else None
 
 
-def repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
+def count_repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
     """Count the ids that occur more than once in these parts' `rows` answers, by 64-bit hashes.
 
     If there are many answers, the parts are read several times, each time for another share of the
@@ -173,7 +154,7 @@ def repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
     for turn in range(passes):
         shares = [np.zeros(0, np.uint64)]
         for index in parts:
-            hashes = _hashes(folder.part(index))
+            hashes = _hash_ids(folder.part(index))
             shares.append(hashes[(hashes >> np.uint64(40)) % np.uint64(passes) == turn])
         hashes = np.sort(np.concatenate(shares))
         same = np.append(hashes[1:] == hashes[:-1], False)
@@ -181,7 +162,7 @@ def repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
     return repeated
 
 
-def _hashes(part: Path) -> np.ndarray:
+def _hash_ids(part: Path) -> np.ndarray:
     """Return a 64-bit hash (N,) of each id of a part; different integers have different hashes."""
     with pq.ParquetFile(part) as file:
         ids = file.read(["id"])["id"]
@@ -206,7 +187,7 @@ def score_rows(
         outputs = predict(predictor, images, config.batch_size)
     is_finite = np.isfinite(outputs).all(axis=1)
     reasons[valid[~is_finite]] = "the model's answer is not finite"
-    table, unsure = _answers(rows.ids[valid[is_finite]], outputs[is_finite], model, config.top)
+    table, unsure = _make_answers(rows.ids[valid[is_finite]], outputs[is_finite], model, config.top)
     bad = np.flatnonzero(reasons != "")
     ids = [  # a row without an id gets its number
         f"row {key}" if reason == NO_ID and not isinstance(key, str) else str(key)
@@ -216,7 +197,7 @@ def score_rows(
     return table, rejected, Counts(len(table), len(bad), unsure)
 
 
-def _answers(
+def _make_answers(
     ids: np.ndarray, outputs: np.ndarray, model: ScoringModel, top: int
 ) -> tuple[pa.Table, int]:
     """Return a table with a row for each output (K,), and the number of unsure rows."""
@@ -233,14 +214,13 @@ def _answers(
         ["label", "probability"],
     )
     kind = {"i": pa.int64(), "u": pa.uint64()}.get(ids.dtype.kind, pa.string())
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * best)
     table = pa.table(
         {
             "id": pa.array(ids, kind),
             "label": labels.take(pa.array(order[:, 0])),
             "probability": pa.array(chances[:, 0].astype(np.float32)),
-            "top": pa.ListArray.from_arrays(
-                pa.array(np.arange(count + 1, dtype=np.int32) * best), ranked
-            ),
+            "top": pa.ListArray.from_arrays(offsets, ranked),
             "sure": pa.array(sure),
             "version": pa.repeat(pa.scalar(model.version), count),
             "digest": pa.repeat(pa.scalar(model.digest), count),
@@ -313,19 +293,14 @@ def _error_row(error: PipelineError | OSError, path: str) -> dict[str, np.ndarra
     `path` is what was read or written, used for an OSError that does not name its file.
     """
     if isinstance(error, OSError):
-        error = PipelineError(
-            f"a worker cannot use {error.filename or path} ({error.strerror or error}): check its "
-            "disk and permissions, and run the command again"
-        )
+        file, reason = error.filename or path, error.strerror or error
+        error = PipelineError(f"a worker cannot use {file} ({reason}): run the command again")
     return _report_row(0, 0.0, 0.0, pickle.dumps(error))
 
 
 def _report_row(
     images: int, begun: float, ended: float, failed: bytes = b""
 ) -> dict[str, np.ndarray]:
-    return {
-        "images": np.array([images]),
-        "begun": np.array([begun]),
-        "ended": np.array([ended]),
-        "failed": np.array([failed], object),
-    }
+    counts = {"images": images, "begun": begun, "ended": ended}
+    row = {name: np.array([count]) for name, count in counts.items()}
+    return {**row, "failed": np.array([failed], object)}

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.benchmark import load, load_http, serving, timing
 from pipeline.benchmark.load import draw_arrivals, run_open_loop
-from pipeline.benchmark.serving import NOOP, ServeBenchmark, threads_of
+from pipeline.benchmark.serving import NOOP, ServeBenchmark, profile_name
 from pipeline.benchmark.timing import TimedRow, Until, Window, warm_up
 from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.repository import config_pbtxt
@@ -163,7 +163,7 @@ def test_a_model_that_takes_smaller_batches_only_is_refused(empty: Chain) -> Non
     (empty.paths.packaged / "config.pbtxt").write_text('name: "handwriting" max_batch_size: 8')
     result = empty.run("benchmark", "--what", "serve")
     assert result.exit_code == 1
-    assert "takes batches of 8 at most" in error_line(result)
+    assert "takes batches of 8: package it with" in error_line(result)
 
 
 def test_a_model_that_is_not_packaged_has_nothing_to_measure(empty: Chain) -> None:
@@ -176,4 +176,5 @@ def test_a_runtime_in_process_has_as_many_threads_as_all_sessions_of_the_server(
     message = config_pbtxt.ModelConfig()
     message.instance_group.add(count=2)
     config_pbtxt.set_parameter(message, "intra_op_thread_count", "3")
-    assert threads_of(message) == 6
+    configs = {profile_name("net"): message}
+    assert serving._Bench(Mock(), "net", configs, Mock(), ServeBenchmark()).threads == 6

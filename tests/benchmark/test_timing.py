@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.benchmark.table import PARTS, SPEED, csv_of, tables
+from pipeline.benchmark.table import PARTS, SPEED, csv_of, format_tables
 from pipeline.benchmark.timing import (
     Score,
     TimedRow,
@@ -69,7 +69,7 @@ def test_a_ratio_is_of_the_medians_and_of_each_pair() -> None:
 
 def test_a_row_without_any_answer_says_so() -> None:
     assert row(0).record()["latency_ms"] == {}
-    assert "nan" not in tables([row(0)])
+    assert "nan" not in format_tables([row(0)])
 
 
 def test_a_percentile_is_claimed_where_ten_requests_lie_beyond_it() -> None:
@@ -112,7 +112,7 @@ def test_the_table_has_scores_the_servers_part_and_says_what_not_to_trust() -> N
     late = replace(window(2000, split=split), late=np.full(2000, 0.001), others=0.3)
     score = Score(100, 0.875, 2, 9 << 20)
     open_row = TimedRow("net", "grpc", 1, 0, (late,), rate=1600.0, score=score)
-    text = tables([open_row, row(100, 100, 100)]).splitlines()
+    text = format_tables([open_row, row(100, 100, 100)]).splitlines()
     assert text[0].split() == ["batch", "asking", *SPEED]
     assert text[1].split()[:4] == ["net,", "grpc", "1", "1,600/s"]
     assert text[1].split()[4:] == [*["64,000"] * 3, "87.50%", "2", "9"]
@@ -122,7 +122,9 @@ def test_the_table_has_scores_the_servers_part_and_says_what_not_to_trust() -> N
     assert "the client of net, grpc, 1, 1,600/s was late by 1.0 ms" in text[12]
     assert text[13] == "other processes used up to 30% of the machine's cores"
     few = replace(late, latencies=np.full(3, 0.001), late=np.full(3, 0.001))
-    assert "1/s was late, which adds to" in tables([replace(open_row, windows=(few,), rate=1)])
+    assert "1/s was late, which adds to" in format_tables(
+        [replace(open_row, windows=(few,), rate=1)]
+    )
 
 
 @pytest.mark.parametrize("name", ["handwriting-throughput", "a-model-with-a-very-long-name-" * 2])
@@ -130,7 +132,7 @@ def test_no_table_is_wider_than_100_columns(name: str) -> None:
     split = dict.fromkeys((*PARTS, "batch"), 123456.0)
     windows = tuple(Window(1.0, 64, np.full(n, 9.999), split=split) for n in (1000, 9000, 2000))
     wide = TimedRow(name, "http", 64, 32, windows, score=Score(10_000, 0.9958, 10_000, 9 << 30))
-    text = tables([wide, replace(wide, rate=100_000.0)])
+    text = format_tables([wide, replace(wide, rate=100_000.0)])
     *lines, _, _ = text.splitlines()  # the remarks are sentences
     assert max(map(len, lines)) <= 100
     assert lines[1].startswith(name[:14])

@@ -12,7 +12,7 @@ from pipeline.training.recipes import RECIPES
 from tests.conftest import Chain, error_line
 from tools import readme
 from tools.provenance import read_figure
-from tools.readme import PAGES, RESULTS, markdown, training_figure, wrap
+from tools.readme import PAGES, RESULTS, merge_training_figure, render_macro, wrap
 
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
@@ -54,9 +54,9 @@ def test_the_benchmark_trains_and_scores_and_its_rows_are_kept_among_the_others(
     readme.main(["training", "printed.json"])
     figure = read_figure(RESULTS / "training.json")
     assert figure["command"] == "make prove-training"
-    assert wrap(markdown("training", figure)) in PAGES[0].read_text()
-    assert "| `quick` | 101,770 |" in markdown("training", figure)
-    both = training_figure([{**row, "recipe": "best"}], RESULTS / "training.json")
+    assert wrap(render_macro("training", figure)) in PAGES[0].read_text()
+    assert "| `quick` | 101,770 |" in render_macro("training", figure)
+    both = merge_training_figure([{**row, "recipe": "best"}], RESULTS / "training.json")
     assert {kept["recipe"] for kept in both["rows"]} == {"best", "quick"}
 
 
@@ -78,7 +78,7 @@ def test_a_benchmark_goes_on_where_it_stopped(
 def test_the_table_says_how_long_quick_takes_beside_the_record() -> None:
     trials = (SeedTrial(1, 0.99, 5, 1000),)
     row = {**TrainingRow("quick", 1, 1, trials).record(), **machine()}
-    table = markdown(
+    table = render_macro(
         "training", {"command": "c", "rows": [row, {**row, "recipe": "record", "share": 0.01}]}
     )
     assert "`quick` takes 0.50 of the time of `record`" in table

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from pyarrow import parquet as pq
 
 from pipeline.cli.main import main
-from pipeline.cli.score import reader_command
+from pipeline.cli.score import format_reader_command
 from pipeline.client.prediction import to_prediction
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.evaluate import predict
@@ -31,7 +31,7 @@ from pipeline.export.runtime import onnx_predictor
 from pipeline.images.read import read_image
 from pipeline.repository import config_pbtxt
 from pipeline.scoring import worker
-from pipeline.scoring.cluster import SCRATCH, connected
+from pipeline.scoring.cluster import SCRATCH, connect
 from pipeline.scoring.job import score_source
 from pipeline.scoring.parquet import Columns, Rows
 from pipeline.scoring.settings import ScoreConfig
@@ -42,10 +42,10 @@ from pipeline.scoring.worker import (
     Reader,
     Scorer,
     ScoringModel,
-    begin,
+    begin_job,
     read_counts,
+    read_selected_model,
     score_rows,
-    selected_model,
     write,
 )
 from tests.conftest import Chain, error_line
@@ -139,9 +139,9 @@ def test_ids_that_repeat_are_counted_over_all_parts(
             index,
             *score_rows(rows, MODEL, lambda images: OUTPUTS[: len(images)], TOP_2),
         )
-    assert worker.repeated_ids(Folder(tmp_path), range(3), len(ids)) == 3
-    assert worker.repeated_ids(Folder(tmp_path), [0], 3) == 0
-    assert worker.repeated_ids(Folder(tmp_path), [], 0) == 0
+    assert worker.count_repeated_ids(Folder(tmp_path), range(3), len(ids)) == 3
+    assert worker.count_repeated_ids(Folder(tmp_path), [0], 3) == 0
+    assert worker.count_repeated_ids(Folder(tmp_path), [], 0) == 0
 
 
 def test_a_shard_without_any_image_has_an_empty_file_of_the_same_columns() -> None:
@@ -166,12 +166,12 @@ def test_only_files_that_are_whole_count_as_finished(tmp_path: Path) -> None:
 
 def test_a_job_goes_on_only_with_the_same_source_and_model(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    begin(folder, RECORD)
+    begin_job(folder, RECORD)
     (tmp_path / ".part-000000.parquet.0123abcd.tmp").touch()
-    begin(folder, RECORD)
+    begin_job(folder, RECORD)
     assert not list(tmp_path.glob(".*.tmp"))
-    with pytest.raises(PipelineError, match="whose digest is f+ and not e+: choose another"):
-        begin(folder, {**RECORD, "digest": "e" * 64})
+    with pytest.raises(PipelineError, match="its digest is f+, not e+. Choose another"):
+        begin_job(folder, {**RECORD, "digest": "e" * 64})
 
 
 def test_a_source_that_is_none_leaves_no_folder_and_one_that_was_there_stays(
@@ -189,7 +189,7 @@ def test_a_source_that_is_none_leaves_no_folder_and_one_that_was_there_stays(
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(PipelineError, match="holds other files, but no scoring job"):
-        begin(Folder(tmp_path), RECORD)
+        begin_job(Folder(tmp_path), RECORD)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -217,7 +217,7 @@ def test_one_that_runs_keeps_others_out_of_its_folder(made: Chain, tmp_path: Pat
 @pytest.fixture(scope="module")
 def a_ray() -> Iterator[None]:
     """One Ray for all the tests here that score in this process."""
-    with connected(None, 2):
+    with connect(None, 2):
         yield
 
 
@@ -265,7 +265,7 @@ def test_a_source_gets_the_answers_of_onnx_runtime_in_process(
 
 
 def test_what_reads_the_answers_can_be_typed_whatever_the_folder_is_called() -> None:
-    command = shlex.split(reader_command(Path("it's scored")))
+    command = shlex.split(format_reader_command(Path("it's scored")))
     assert command[:2] == ["python", "-c"]
     compile(command[2], "next", "exec")
     assert repr("it's scored") in command[2]
@@ -327,7 +327,7 @@ def test_what_is_lost_is_scored_again_and_nothing_else(
     nothing = score_source(made.paths, source, out, config, Columns())
     assert (nothing.resumed, nothing.workers, nothing.images_per_second) == (100, 0, None)
     source.write_bytes(idx(digits[:90, 0]))
-    with pytest.raises(PipelineError, match="whose source_digest is .*start again"):
+    with pytest.raises(PipelineError, match="its source_digest is .*start again"):
         score_source(made.paths, source, out, config, Columns())
 
 
@@ -398,13 +398,13 @@ def test_what_the_system_refuses_a_worker_is_an_error_in_a_line(
     source.unlink()
     shard = {"shard": np.array([pickle.dumps(whole.shards[0])], object)}
     error = pickle.loads(Reader(whole)(shard)["failed"][0])
-    assert str(error).startswith(f"a worker cannot use {source} (No such file or directory): check")
+    assert str(error).startswith(f"a worker cannot use {source} (No such file or directory): ")
 
 
 def test_a_worker_without_its_model_says_so_with_its_first_shard(
     made: Chain, digits: np.ndarray, tmp_path: Path
 ) -> None:
-    model = replace(selected_model(made.paths), path=str(tmp_path / "model.onnx"))
+    model = replace(read_selected_model(made.paths), path=str(tmp_path / "model.onnx"))
     source = tmp_path / "source"
     source.write_bytes(idx(digits[:, 0]))
     whole = cut(source, (1, 28, 28), "digit", 100, tmp_path / "unused", Columns())

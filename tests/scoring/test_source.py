@@ -155,7 +155,7 @@ def test_parquet_beside_something_else_to_score_is_refused(tmp_path: Path, conte
     assert cut_(tmp_path).rows == 50
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "more").write_bytes(content)
-    with pytest.raises(PipelineError, match=r"Parquet .*a.parquet\) and .*below/more\): move"):
+    with pytest.raises(PipelineError, match=r"Parquet and .*a.parquet, .*below/more\): sep"):
         cut_(tmp_path)
 
 
@@ -259,11 +259,11 @@ def test_the_columns_can_be_named(tmp_path: Path) -> None:
     flat = COLUMNS["flat"]
     table = pa.table({"one": flat, "two": flat, "key": list(range(100, 150))})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(PipelineError, match="one and two may both be images.*--image-column"):
+    with pytest.raises(PipelineError, match="2 columns that can hold images.*--image-column"):
         cut_(tmp_path / "a.parquet")
     ids, _, _ = everything(cut_(tmp_path / "a.parquet", columns=Columns("two", "key")))
     assert ids == list(range(100, 150))
-    with pytest.raises(PipelineError, match="has no column 'three'. Its columns are one, two, key"):
+    with pytest.raises(PipelineError, match="no column 'three'. Its columns are .'one', 'two', 'k"):
         cut_(tmp_path / "a.parquet", columns=Columns("three"))
     with pytest.raises(PipelineError, match="has no column 'name'"):
         cut_(tmp_path / "a.parquet", columns=Columns("one", "name"))
@@ -285,12 +285,12 @@ def saved(array: np.ndarray) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message", "kind"),
     [
-        (b"", "not in a format that", PipelineError),
-        (b"hello", "not in a format that", PipelineError),
-        (PICTURES[0], "pipeline query .*", PipelineError),
+        (b"", "cannot be scored: give", PipelineError),
+        (b"hello", "cannot be scored: give", PipelineError),
+        (PICTURES[0], "pipeline query", PipelineError),
         (idx(np.zeros(5, np.uint8)), r"arrays of shape \[\], the model takes", PipelineError),
         (idx(IMAGES[:0, 0]), "holds no images", PipelineError),
-        (idx(IMAGES[:, 0])[:-1], "is incomplete: its header says 50 images", CorruptError),
+        (idx(IMAGES[:, 0])[:-1], "39,199 bytes of images, not 39,200", CorruptError),
         (b"\0\0\x08\x03\0", "ends inside its header", CorruptError),
         (gzip.compress(idx(IMAGES[:, 0]), mtime=0)[:-20], "cannot be decompressed", CorruptError),
         (
@@ -303,9 +303,9 @@ def saved(array: np.ndarray) -> bytes:
             "cannot be decompressed.*-3",
             CorruptError,
         ),
-        (saved(IMAGES)[:-1], "is incomplete", CorruptError),
+        (saved(IMAGES)[:-1], "bytes of images, not", CorruptError),
         (saved(IMAGES.astype(np.float32)), "holds <f4", PipelineError),
-        (saved(np.asfortranarray(IMAGES[:, 0])), "uint8 in C order", PipelineError),
+        (saved(np.asfortranarray(IMAGES[:, 0])), "save uint8 in C order", PipelineError),
         (saved(IMAGES)[:20], "header of .* is damaged", CorruptError),
         (b"PAR1 and no more", "is not a readable Parquet file", CorruptError),
     ],

@@ -11,7 +11,7 @@ from pipeline.training.recipes import TrainConfig, make_recipe
 from tests.conftest import Chain
 from tools import gpu_check
 from tools.provenance import write_figure
-from tools.readme import NOT_VERIFIED, markdown, rendered
+from tools.readme import NOT_VERIFIED, render_macro, render_page
 
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="{}" skipped="{}"/></testsuites>'
 
@@ -21,7 +21,7 @@ def test_without_a_gpu_the_check_says_so_and_writes_nothing(empty: Chain) -> Non
     result = empty.root / "gpu.json"
     with pytest.raises(PipelineError, match="no CUDA device"):
         gpu_check.gpu_check(empty.paths, "Ada", result)
-    with pytest.raises(PipelineError, match="somebody must answer for the check"):
+    with pytest.raises(PipelineError, match="the check needs your name"):
         gpu_check.gpu_check(empty.paths, " ", result)
     assert not result.exists()
 
@@ -32,9 +32,9 @@ def test_a_test_that_failed_or_was_skipped_or_none_at_all_is_no_check(
 ) -> None:
     (tmp_path / "tests.xml").write_text(JUNIT.format(*counts))
     with pytest.raises(CheckFailedError, match="not every test marked gpu ran and passed"):
-        gpu_check.passed(tmp_path / "tests.xml")
+        gpu_check.count_passed(tmp_path / "tests.xml")
     (tmp_path / "tests.xml").write_text(JUNIT.format(3, 0, 0, 0))
-    assert gpu_check.passed(tmp_path / "tests.xml") == 3
+    assert gpu_check.count_passed(tmp_path / "tests.xml") == 3
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_the_check_trains_twice_exports_validates_and_is_signed(
     monkeypatch.setattr(gpu_check, "LEAST_ACCURACY", 0.9)
     plain, compiled = gpu_check.train_twice(empty.paths, "cpu", print, config)
     assert len(asked) == 2
-    check = gpu_check.checked_export(empty.paths, plain, compiled, print)
+    check = gpu_check.check_export(empty.paths, plain, compiled, print)
     assert check["test_accuracy"] == plain.test_accuracy > 0.9
     assert 0 < check["max_error"] < 1e-4
     assert check["max_error_on_gpu"] is None  # there is none here
@@ -58,12 +58,12 @@ def test_the_check_trains_twice_exports_validates_and_is_signed(
     assert json.loads(exported.manifest.read_text())["files"].keys() >= {"model.onnx"}
     signed = {"command": "make gpu-check", "signed_off_by": "Ada", "tests": 3}
     record = {**signed, **machine(), **check}
-    assert f"verified by Ada on {record['measured_at'][:10]}" in markdown("gpu", record)
+    assert f"verified by Ada on {record['measured_at'][:10]}" in render_macro("gpu", record)
 
 
 def test_the_readme_says_not_verified_until_somebody_has_signed(tmp_path: Path) -> None:
     readme = "<!-- figures:gpu -->\n<!-- /figures -->"
-    assert NOT_VERIFIED in " ".join(rendered(readme, tmp_path).split())
+    assert NOT_VERIFIED in " ".join(render_page(readme, tmp_path).split())
     record = {
         "command": "make gpu-check",
         "signed_off_by": "Ada",
@@ -77,4 +77,4 @@ def test_the_readme_says_not_verified_until_somebody_has_signed(tmp_path: Path) 
         "compiled_train_seconds": 20.0,
     }
     write_figure("gpu", tmp_path / "gpu.json", record)
-    assert "GPU: verified by Ada" in rendered(readme, tmp_path)
+    assert "GPU: verified by Ada" in render_page(readme, tmp_path)

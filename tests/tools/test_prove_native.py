@@ -13,7 +13,7 @@ from pipeline.serving.tritonserver import IMAGE
 from tests.conftest import REPOSITORY, Chain, link_server_environment
 from tools import prove_native
 from tools.provenance import write_figure
-from tools.readme import NATIVE_NOT_VERIFIED, RESULTS, rendered
+from tools.readme import NATIVE_NOT_VERIFIED, RESULTS, render_page
 
 BLOCK = "<!-- figures:gpu -->\n<!-- /figures -->"
 # A docker whose container is the wheel's server on this machine: it takes the command line apart.
@@ -89,7 +89,7 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     assert not chain.paths.replay.exists()
     # A wrong server's evidence takes its place, and the README says no more than before.
     write_figure("native", native, {**record, "passed": False})
-    assert NATIVE_NOT_VERIFIED in " ".join(rendered(BLOCK, results).split())
+    assert NATIVE_NOT_VERIFIED in " ".join(render_page(BLOCK, results).split())
 
 
 def test_evidence_of_a_native_backend_is_told_in_the_readme(tmp_path: Path) -> None:
@@ -107,15 +107,15 @@ def test_evidence_of_a_native_backend_is_told_in_the_readme(tmp_path: Path) -> N
         "servers": [{"server": {"version": "2.60"}, "rounds": [each]} for each in rounds],
     }
     write_figure("native", tmp_path / "native.json", record)
-    text = " ".join(rendered(BLOCK, tmp_path).split())
+    text = " ".join(render_page(BLOCK, tmp_path).split())
     assert "verified on 2026-11-30 with `make prove-native` (an image; Triton 2.60)" in text
     assert "1,400 answers about 100 golden images over HTTP and gRPC, one by one" in text
-    assert "largest difference 2.0e-06, 20% of what the proof allows at most." in text
+    assert "largest difference 2.0e-06, 20% of the largest allowed difference." in text
 
 
 def test_the_wheel_is_no_native_backend(tmp_path: Path) -> None:
     write_figure("native", tmp_path / "native.json", {"passed": True, "runtime": "wheel"})
-    assert NATIVE_NOT_VERIFIED in " ".join(rendered(BLOCK, tmp_path).split())
+    assert NATIVE_NOT_VERIFIED in " ".join(render_page(BLOCK, tmp_path).split())
 
 
 def test_without_docker_it_is_one_line_exit_1_and_nothing_is_written(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from pipeline.core.errors import PipelineError
 from pipeline.data.splits import load_split
 from tests.conftest import Chain
 from tools import prove_photos
-from tools.photos import HELD_BACK, SCENES, pictures
+from tools.photos import HELD_BACK, SCENES, make_pictures
 from tools.provenance import read_figure
-from tools.readme import PAGES, RESULTS, rendered
+from tools.readme import PAGES, RESULTS, render_page
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +31,16 @@ def test_there_are_more_than_twelve_conditions_and_three_are_held_back() -> None
 
 @pytest.mark.parametrize("condition", [name for name in SCENES if name != "huge"])
 def test_a_condition_makes_the_same_files_from_a_seed(condition: str, digits: np.ndarray) -> None:
-    first = list(pictures(condition, digits, seed=1))
-    assert first == list(pictures(condition, digits, seed=1))
-    assert first != list(pictures(condition, digits, seed=2))
+    first = list(make_pictures(condition, digits, seed=1))
+    assert first == list(make_pictures(condition, digits, seed=1))
+    assert first != list(make_pictures(condition, digits, seed=2))
     picture = Image.open(io.BytesIO(first[0]))
     assert picture.mode in ("L", "RGB", "RGBA")
     assert np.ptp(np.asarray(picture)) > 40
 
 
 def test_a_rotated_photo_says_so_in_its_exif(digits: np.ndarray) -> None:
-    for content in pictures("exif", digits):
+    for content in make_pictures("exif", digits):
         picture = Image.open(io.BytesIO(content))
         assert picture.getexif()[ExifTags.Base.Orientation] in (3, 6, 8)
 
@@ -64,9 +64,9 @@ def test_the_proof_reports_each_condition_and_what_was_held_back_apart(
         assert 0 <= row["accuracy"] <= 1
         assert 0 <= row["calibration_error"] <= 1
     table = PAGES[0].read_text()
-    assert "| crumpled (held back) |" in table
+    assert "| crumple (held back) |" in table
     assert "| phone |" in table
-    assert rendered(table, RESULTS) == table
+    assert render_page(table, RESULTS) == table
 
 
 def test_photos_need_an_exported_model(empty: Chain) -> None:

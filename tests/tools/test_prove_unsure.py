@@ -8,7 +8,7 @@ from pipeline.core.errors import PipelineError
 from tests.conftest import REPOSITORY, Chain, edit_json
 from tools import nondigits, prove_unsure
 from tools.provenance import read_figure
-from tools.readme import PAGES, RESULTS, rendered
+from tools.readme import PAGES, RESULTS, render_page
 
 CLOTHES = REPOSITORY / "data" / "fashion-mnist"
 
@@ -39,7 +39,7 @@ def test_the_things_to_measure_with_are_the_same_every_time() -> None:
 @pytest.mark.slow
 def test_letters_are_of_every_font_and_all_have_ink() -> None:
     for fonts in (nondigits.FONTS, nondigits.FONTS_HELD_BACK):
-        others, similar = nondigits.letters(fonts)
+        others, similar = nondigits.draw_letters(fonts)
         assert len(others) + len(similar) == 52 * len(fonts)
         assert len(similar) == len(nondigits.LOOKALIKES) * len(fonts)
         assert all(image.max() == 255 for image in (*others, *similar))
@@ -58,7 +58,7 @@ def test_the_proof_says_how_much_of_each_kind_is_refused_and_tells_the_readme(
     RESULTS.mkdir(parents=True)
     block = "<!-- figures:unsure -->\n<!-- /figures -->\n"
     PAGES[0].write_text(block)
-    assert "*Not measured yet*: `make prove-unsure`" in rendered(block, RESULTS)
+    assert "*Not measured yet*: `make prove-unsure`" in render_page(block, RESULTS)
     prove_unsure.main([str(RESULTS / "unsure.json")])
     record = read_figure(RESULTS / "unsure.json")
     right, wrong = record["right"], record["wrong"]
@@ -88,7 +88,7 @@ def test_a_model_of_no_digits_or_without_a_threshold_is_not_measured(chain: Chai
         prove_unsure.measure_unsure(chain.paths)
     chain.paths.manifest.write_bytes(before)
     edit_json(chain.paths.manifest, set_dataset)
-    with pytest.raises(PipelineError, match="reads no digits"):
+    with pytest.raises(PipelineError, match="was not trained on MNIST"):
         prove_unsure.measure_unsure(chain.paths)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.core.files import sha256
 from tools import provenance
-from tools.provenance import sources_digest, statements
+from tools.provenance import hash_sources, list_statements
 
 SAMPLE = '''
 """A module."""
@@ -49,7 +49,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_python_writes_the_syntax_alike() -> None:
-    digest = sha256("\n".join(statements(SAMPLE)).encode())
+    digest = sha256("\n".join(list_statements(SAMPLE)).encode())
     assert digest == "9fb1694d25dba0f186105fffe0eccd3c104b90e9408a36c35611bd493b72925d"
 
 
@@ -60,21 +60,21 @@ def test_layout_comments_docstrings_and_imports_do_not_count() -> None:
         'def half(\n    x: float,\n) -> float:\n    """Half."""\n    import sys\n'
         "    return math.floor(x) / 2  # rounded\n"
     )
-    assert statements(plain) == statements(told)
+    assert list_statements(plain) == list_statements(told)
 
 
 def test_where_a_definition_is_imported_from_does_not_count() -> None:
     by_module = "from pipeline import store\ndigest = store.sha256(b'')\n"
     by_name = "from pipeline.store import sha256\ndigest = sha256(b'')\n"
     another = "from pipeline.store import read_json\ndigest = read_json(b'')\n"
-    assert statements(by_module) == statements(by_name) != statements(another)
+    assert list_statements(by_module) == list_statements(by_name) != list_statements(another)
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [("3", "4"), ("-0.5", "0.5"), ("PipelineError(", "ValueError("), (">{", "<{")]
 )
 def test_a_change_of_the_code_counts(old: str, new: str) -> None:
-    assert statements(SAMPLE.replace(old, new)) != statements(SAMPLE)
+    assert list_statements(SAMPLE.replace(old, new)) != list_statements(SAMPLE)
 
 
 def test_code_that_moves_to_another_source_keeps_the_figures_digest(
@@ -86,7 +86,7 @@ def test_code_that_moves_to_another_source_keeps_the_figures_digest(
     for first, second in ((one, two), (two, one), ("", one + two)):
         (package / "a.py").write_text(first)
         (package / "b.py").write_text(second)
-        digests.add(sources_digest("swap"))
+        digests.add(hash_sources("swap"))
     assert len(digests) == 1
     (package / "a.py").write_text(one.replace("1", "2"))
-    assert sources_digest("swap") not in digests
+    assert hash_sources("swap") not in digests

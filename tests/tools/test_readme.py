@@ -17,10 +17,10 @@ from tests.report.test_page import proven
 from tools import readme as report
 from tools.provenance import (
     SOURCES,
+    hash_recipe,
+    hash_sources,
+    list_stale,
     read_figure,
-    recipe_digest,
-    sources_digest,
-    stale,
     write_figure,
 )
 
@@ -31,7 +31,7 @@ FIGURES = REPOSITORY / report.RESULTS
 def test_the_pages_show_the_figures_as_they_were_measured(page: Path) -> None:
     text = (REPOSITORY / page).read_text()
     assert "<!-- figures:agreement -->" in text
-    assert report.rendered(text, FIGURES) == text, "python -m tools.readme"
+    assert report.render_page(text, FIGURES) == text, "python -m tools.readme"
 
 
 def test_every_result_is_shown_on_a_page() -> None:
@@ -58,12 +58,12 @@ def test_a_figure_with_an_edited_number_is_not_rendered(name: str, tmp_path: Pat
         before, place[key] = place[key], place[key] + 1
         file.write_text(json.dumps(record))
         with pytest.raises(CorruptError, match=f"{name}.json.*its content.*{record['command']}'"):
-            report.rendered(block, tmp_path)
+            report.render_page(block, tmp_path)
         with pytest.raises(CorruptError, match=f"{name}.json.*its content"):
-            stale(tmp_path)
+            list_stale(tmp_path)
         place[key] = before
     file.write_text(json.dumps(record))  # its numbers count, not how it is written
-    assert report.rendered(block, tmp_path) != block
+    assert report.render_page(block, tmp_path) != block
 
 
 # What is a number in the README's prose and transcripts, and no measurement.
@@ -127,26 +127,26 @@ def test_stale_figures_are_listed(tmp_path: Path) -> None:
     figures.mkdir()
     for name in ("swap", "soak"):
         write_figure(name, figures / f"{name}.json", {})
-    rows = [{"recipe": name, "sources_sha256": recipe_digest(name)} for name in RECIPES]
+    rows = [{"recipe": name, "sources_sha256": hash_recipe(name)} for name in RECIPES]
     write_figure("training", figures / "training.json", {"rows": rows})
-    assert stale(figures) == []
+    assert list_stale(figures) == []
     write_figure("soak", figures / "swap.json", {})  # whose sources are others
     rows[0]["sources_sha256"] = "0" * 64
     write_figure("training", figures / "training.json", {"rows": rows})
-    assert stale(figures) == ["swap.json", "training.json (quick)"]
+    assert list_stale(figures) == ["swap.json", "training.json (quick)"]
 
 
 def test_a_change_of_a_recipe_makes_its_own_row_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {name: recipe_digest(name) for name in ("quick", "standard")}
+    before = {name: hash_recipe(name) for name in ("quick", "standard")}
     monkeypatch.setitem(RECIPES, "standard", replace(RECIPES["standard"], epochs=10))
-    assert recipe_digest("quick") == before["quick"]
-    assert recipe_digest("standard") != before["standard"]
+    assert hash_recipe("quick") == before["quick"]
+    assert hash_recipe("standard") != before["standard"]
 
 
 def test_every_figure_that_is_kept_or_asked_for_says_which_sources_decide_it() -> None:
     kept = {path.stem for path in FIGURES.glob("*.json")}
     assert SOURCES.keys() >= kept | report.BLOCKS
-    if old := stale(FIGURES):  # told, not failed: a change need not be measured at once
+    if old := list_stale(FIGURES):  # told, not failed: a change need not be measured at once
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.warn(f"measured on other sources: {', '.join(old)}", stacklevel=1)
@@ -171,7 +171,7 @@ def test_figures_are_kept_and_rendered_into_the_readme(
     assert "old" not in text
     assert "Measured by `make figures`" in text
     figure = read_figure(report.RESULTS / "agreement.json")
-    assert figure["sources_sha256"] == sources_digest("agreement")
+    assert figure["sources_sha256"] == hash_sources("agreement")
     assert figure["training"]["recipe"] == "quick"
     report.PAGES[0].write_text(text.replace("Measured", "Guessed"))
     report.main([])
@@ -192,16 +192,16 @@ def test_a_measurement_of_serving_is_kept_with_the_command_that_measures_it(
 
 
 def test_figures_that_nothing_renders_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="'speed', which nothing renders"):
-        report.rendered("<!-- figures:speed -->\n<!-- /figures -->", tmp_path)
+    with pytest.raises(PipelineError, match="'speed', which no template renders"):
+        report.render_page("<!-- figures:speed -->\n<!-- /figures -->", tmp_path)
 
 
 def test_old_runtimes_are_shown_with_the_file_that_each_ran(tmp_path: Path) -> None:
     block = "<!-- figures:runtimes -->\n<!-- /figures -->"
-    assert "*Not measured yet*: `make prove-runtimes`." in report.rendered(block, tmp_path)
+    assert "*Not measured yet*: `make prove-runtimes`." in report.render_page(block, tmp_path)
     shutil.copy(FIGURES / "runtimes.json", tmp_path)
     figure = json.loads((FIGURES / "runtimes.json").read_text())
-    lines = report.rendered(block, tmp_path).splitlines()
+    lines = report.render_page(block, tmp_path).splitlines()
     rows = [line for line in lines if line.startswith("| 1.")]
     assert len(rows) == len(figure["rows"])
     assert rows[0].startswith("| 1.16.3 | 23.09-24.02 | opset 18, IR 9 (the default) | 0 of 10,000")

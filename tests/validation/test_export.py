@@ -130,7 +130,7 @@ def test_validate_takes_the_file_itself_too_but_no_stray_one(chain: Chain) -> No
     stray.write_bytes(b"")
     result = chain.run("validate", str(stray))
     assert result.exit_code == 1
-    assert "is not an export of this project" in error_line(result)
+    assert "is not exported/NAME/model.onnx" in error_line(result)
     assert f"pipeline validate --onnx {stray} --module" in error_line(result)
 
 
