@@ -124,7 +124,7 @@ _ARRAYS = tuple(Golden.__dataclass_fields__)
 
 def pack_golden(golden: Golden) -> bytes:
     """Return the golden set as the bytes of an .npz file; equal sets give equal bytes."""
-    return pack_arrays({name: getattr(golden, name) for name in _ARRAYS})
+    return pack_arrays(vars(golden))
 
 
 def unpack_golden(content: bytes, name: str) -> Golden:

@@ -98,8 +98,7 @@ def ink_of(images: np.ndarray) -> np.ndarray | None:
     """
     if images.dtype != np.uint8:
         return None
-    mean: np.ndarray = images.reshape(len(images), -1).mean(axis=1) / 255
-    return mean
+    return np.asarray(images.reshape(len(images), -1).mean(axis=1) / 255)
 
 
 def count_bins(values: np.ndarray, edges: tuple[float, ...]) -> tuple[int, ...]:
