@@ -15,7 +15,7 @@ from pipeline.core.files import check_digest, check_manifest
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
-from pipeline.data.splits import scored_split
+from pipeline.data.splits import load_scored_split
 from pipeline.export.runtime import onnx_predictor
 from tools.edge import make_result_parser, run_tool
 from tools.nondigits import make_kinds
@@ -85,7 +85,7 @@ def measure_unsure(paths: Paths) -> Unsure:
         fix = f"run 'pipeline train --run {run}', then 'pipeline export --run {run}'"
         raise PipelineError(f"{paths.name} is an old model without a threshold: {fix}")
     content = check_digest(paths.onnx, manifest["files"].get(paths.onnx.name), EXPORT)
-    test = scored_split(training, manifest["data_sha256"], paths.data("mnist"))
+    test = load_scored_split(training, manifest["data_sha256"], paths.data("mnist"))
     predictor = onnx_predictor(content)
     outputs = predict(predictor, test.images)
     refused, right = is_refused(outputs, threshold), outputs.argmax(axis=1) == test.labels

@@ -29,7 +29,7 @@ from pipeline.core.evaluate import Predictor, margins, predict, score
 from pipeline.core.files import check_digest
 from pipeline.core.machine import peak_bytes
 from pipeline.core.paths import Paths
-from pipeline.data.splits import scored_split
+from pipeline.data.splits import load_scored_split
 from pipeline.export.sample import read_sample
 from pipeline.repository.golden import Golden, unpack_golden
 
@@ -154,7 +154,7 @@ def load_scored_images(
         sample = read_sample(paths.images)
         return sample.images, sample.labels
     training = manifest["training"]
-    test = scored_split(training, manifest["data_sha256"], paths.data(training["dataset"]))
+    test = load_scored_split(training, manifest["data_sha256"], paths.data(training["dataset"]))
     return test.images, test.labels
 
 

@@ -188,12 +188,9 @@ def _assign_splits(
     problems: list[str] = []
     parts: dict[bytes, int] = {}
     for label, name in enumerate(classes):
-        of_class = [digests[place] for place in np.flatnonzero(labels == label)]
-        distinct = sorted(set(of_class))
+        distinct = sorted({digests[place] for place in np.flatnonzero(labels == label)})
         if len(distinct) < len(SPLITS):
-            copies = len(of_class) - len(distinct)
-            has = f"it has {len(distinct)}, and {copies} copies"
-            problems.append(f"{name} needs 3 pictures, to train, to validate and to test: {has}")
+            problems.append(f"{name} needs 3 different pictures, it has {len(distinct)}")
             continue
         chances = [int.from_bytes(digest[:8], "big") / 2**64 for digest in distinct]
         tests = sum(chance < TEST_SHARE for chance in chances)

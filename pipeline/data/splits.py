@@ -171,7 +171,9 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
     return Split(images, labels[part].astype(np.int64), row.classes)
 
 
-def scored_split(training: Mapping[str, Any], sha256s: Mapping[str, str], folder: Path) -> Split:
+def load_scored_split(
+    training: Mapping[str, Any], sha256s: Mapping[str, str], folder: Path
+) -> Split:
     """Load the test split that a run was scored on, from its recorded data set and digests.
 
     Raises PipelineError when the data set has been fetched again since, with other pictures.

@@ -19,7 +19,7 @@ from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.files import check_digest
 from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES, TensorSpec, is_label, log_probabilities
-from pipeline.data.splits import load_split, scored_split
+from pipeline.data.splits import load_scored_split, load_split
 from pipeline.export.sample import Sample, read_sample
 from pipeline.training.checkpoint import load_checkpoint
 
@@ -167,5 +167,5 @@ def load_sample(paths: Paths, manifest: dict[str, Any]) -> Sample:
         check_digest(paths.images, manifest.get("images_sha256"), EXPORT)
         return read_sample(paths.images)
     training, folder = manifest["training"], paths.data(manifest["training"]["dataset"])
-    test = scored_split(training, manifest["data_sha256"], folder)
+    test = load_scored_split(training, manifest["data_sha256"], folder)
     return Sample(test.images, test.labels, load_split(training["dataset"], folder, "train").images)

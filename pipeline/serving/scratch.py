@@ -54,13 +54,12 @@ class LiveTrial:
 def lint_live(linted: LintResult, paths: Paths, seconds: float = LOAD_SECONDS) -> LintResult:
     """Add to `linted` what a temporary server finds; the repository is not changed."""
     findings = list(linted.findings)
+    levels: dict[str, Level] = {"not judged": "note", "unanswered": "warning"}
     for trial in try_models(linted.repository, linted.models, paths, seconds):
         if trial.outcome == "loads":
             continue
         file = linted.repository / trial.model / CONFIG
-        level: Level = "error"
-        if trial.outcome in ("not judged", "unanswered"):
-            level = "note" if trial.outcome == "not judged" else "warning"
+        level = levels.get(trial.outcome, "error")
         problem = _OUTCOMES.get(trial.outcome, "not judged on a server here")
         message = f"{problem}: {trial.cause}"
         findings.append(Finding("live", level, file, message, source=trial.source))

@@ -63,7 +63,7 @@ def find_runtime(paths: Paths, kind: str) -> ServerRuntime:
         if isinstance(runtime, ServerRuntime):
             return runtime
         missing.append(f"  {name}: {runtime}")
-    fix = f"All up to 'pipeline package' works here; the model repository runs on {IMAGE}"
+    fix = f"All commands up to 'package' work here; {IMAGE} can serve the model repository"
     raise PipelineError(Lines("tritonserver cannot run here:", *missing, fix))
 
 
@@ -102,8 +102,7 @@ def _find_wheel(paths: Paths) -> ServerRuntime | str:
     numpys = [path.stem.removeprefix("numpy-") for path in site.glob("numpy-*.dist-info")]
     numpy = numpys[0] if numpys else "1."
     if site.parent.name in ("python3.11", "python3.12") and not numpy.startswith("1."):
-        problem = f"numpy {numpy}, with which tritonserver gives incorrect answers"
-        raise PipelineError(f"{environment} has {problem}: {REBUILD}")
+        raise PipelineError(f"{environment} has numpy {numpy} and needs numpy 1: {REBUILD}")
     # The stub is linked against libpython; it must be that of the environment's own Python.
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -242,10 +241,6 @@ def build_environment(runtime: ServerRuntime) -> dict[str, str]:
 _ERROR = re.compile(r"^E\d{4} \S+ +\d+ [\w.]+:\d+\] (.*)$", re.MULTILINE)
 # Lines that only repeat that something failed, without a reason.
 _VAGUE = ("failed to load all models", "CudaDriverHelper has not been initialized")
-# Starts the line that names model, version and reason; earlier errors are part of that reason.
-_VERDICT = "failed to load '"
-# Docker's own reason; its later lines only refer to its help.
-_NO_ENGINE = "Cannot connect to the Docker daemon"
 
 
 def find_cause(log: str) -> str:
@@ -261,7 +256,9 @@ def find_cause(log: str) -> str:
         return str(parsing[-1])
     errors: list[str] = [match.strip().strip('"') for match in _ERROR.findall(log)]
     telling = [error for error in errors if not error.startswith(_VAGUE)]
-    verdicts = [error for error in telling if error.startswith(_VERDICT)]
+    # This line names model, version and reason; earlier errors are part of that reason.
+    verdicts = [error for error in telling if error.startswith("failed to load '")]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    refusals = [line for line in lines if _NO_ENGINE in line]
+    # Docker's own reason; its later lines only refer to its help.
+    refusals = [line for line in lines if "Cannot connect to the Docker daemon" in line]
     return [*verdicts, *telling, *refusals, *lines[-1:], "its log is empty"][0]

@@ -330,10 +330,10 @@ def _ask_test_split(
     if not training or not (folder := paths.data(training["dataset"])).is_dir():
         return
     # Not needed to replay a golden set.
-    from pipeline.data.splits import scored_split
+    from pipeline.data.splits import load_scored_split
     from pipeline.export.runtime import onnx_predictor
 
-    split = scored_split(training, release.manifest["data_sha256"], folder)
+    split = load_scored_split(training, release.manifest["data_sha256"], folder)
     predictors = {"ONNX Runtime": onnx_predictor(release.onnx)}
     predictors |= {url: triton_predictor(client) for url, client in clients.items()}
     rows = measure_agreement(predictors, split.images, split.labels)

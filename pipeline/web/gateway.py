@@ -62,11 +62,6 @@ class Ticket:
             content += chunk
         return bytes(content)
 
-    def enter(self) -> None:
-        """Take a place; raise FullError if the client may not have one."""
-        self.room.enter(self.client)
-        self.has_place = True
-
     def leave(self) -> None:
         """Release everything once the thread that works for the request, if any, has ended."""
         if self.job and not self.job.done():
@@ -148,7 +143,8 @@ class Gateway:
         try:
             async with asyncio.timeout(self.config.timeout):
                 content = await ticket.read_body(request)
-                ticket.enter()  # only now: a slow body must not hold a place
+                self.room.enter(ticket.client)  # only now: a slow body must not hold a place
+                ticket.has_place = True
                 record = await self._answer(content, ticket)
         except TimeoutError as error:
             raise FullError(f"no answer in {self.config.timeout:g} s: try again") from error

@@ -134,7 +134,7 @@ def test_a_photo_can_be_dropped_pasted_or_chosen(
         sheet.page.get_by_role("button", name="Clear").click()
         sheet.expect_answer("Nothing drawn yet")
         sheet.give("drop", b"no picture", "text/plain")
-        sheet.expect_answer("Not a picture that can be read here")
+        sheet.expect_answer("This file is not a PNG, JPEG or WebP")
         sheet.give("drop", b"no picture", "image/png")
         sheet.expect_answer("The picture cannot be read")
         sheet.give("drop", encoded(Image.new("L", (4000, 3000), "white"), "PNG"))

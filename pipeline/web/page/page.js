@@ -1,16 +1,16 @@
-// The page: what is drawn goes to the gateway, its answer is shown. Nothing is kept.
+// The page: sends the drawing to the gateway and shows its answer. Stores nothing.
 
 const SIDE = 560; // pixels of the canvas; its size on the screen may differ
-const PEN = SIDE / 13; // as wide as MNIST's strokes are, of a digit that fills the paper
-const STEP = SIDE / 28; // of the keyboard's pen
+const PEN = SIDE / 13; // width of a stroke, as in MNIST for a digit that fills the paper
+const STEP = SIDE / 28; // of the pen moved by the keyboard
 const SHEET = 280; // pixels of a drawing as it is sent
-const WAIT_MS = 60; // between a change and the question about it
-const SPEAK_MS = 700; // of quiet, before the answer is spoken
+const WAIT_MS = 60; // between a change and its request
+const SPEAK_MS = 700; // without a new answer, before the answer is spoken
 const TIMEOUT_MS = 15_000;
-const RETRY_MS = 1_500; // between two looks for a server that was lost
+const RETRY_MS = 1_500; // between two attempts to reach a lost server
 const MAX_BYTES = 10 * 2 ** 20; // the gateway refuses more ...
 const MAX_PIXELS = 8_900_000; // ... and more of these
-const REDUCED_SIDE = 1600; // what is too large is reduced to this: no PNG of it has more bytes
+const REDUCED_SIDE = 1600; // larger pictures are reduced to this: no PNG of it exceeds MAX_BYTES
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
 const byId = (id) => document.getElementById(id);
@@ -20,9 +20,9 @@ const context = canvas.getContext("2d");
 // What was put on the paper, in order: strokes, each a list of {x, y, width}, and pictures,
 // each {blob, sheet}. A picture takes the place of all before it, a stroke that of a picture.
 let marks = [];
-let stroke = null; // that is being drawn
+let stroke = null; // the one being drawn
 let pen = { x: SIDE / 2, y: SIDE / 2, isDown: false, isShown: false }; // the keyboard's
-let inputs = 0; // a picture that is still being read gives way to what comes after it
+let inputs = 0; // counts inputs: a picture that is still being read is dropped if another input follows
 
 const isPicture = (mark) => !Array.isArray(mark);
 const isEmpty = () => !marks.length;
@@ -55,7 +55,7 @@ function sheetOf(width, height) {
   return [sheet, sheet.getContext("2d")];
 }
 
-function drawn(bitmap, longest) {
+function drawScaled(bitmap, longest) {
   const scale = longest / Math.max(bitmap.width, bitmap.height);
   const sizes = [bitmap.width, bitmap.height].map((size) => Math.max(1, Math.round(size * scale)));
   const [sheet, target] = sheetOf(...sizes);
@@ -63,9 +63,9 @@ function drawn(bitmap, longest) {
   return [sheet, target];
 }
 
-// A given picture as the paper shows it in either theme, with a paper of its own.
-function shown(bitmap) {
-  const [sheet, target] = drawn(bitmap, SIDE);
+// Draws a given picture as the paper shows it in either theme, on an opaque background.
+function drawOnPaper(bitmap) {
+  const [sheet, target] = drawScaled(bitmap, SIDE);
   const { data } = target.getImageData(0, 0, sheet.width, sheet.height);
   target.globalCompositeOperation = "destination-over";
   target.fillStyle = isBrightOnNothing(data) ? "black" : "white";
@@ -73,7 +73,7 @@ function shown(bitmap) {
   return sheet;
 }
 
-// Whether it is bright ink and else transparent: RULES.md takes its paper to be black.
+// Whether a picture is bright ink on transparent paper, which RULES.md treats as black.
 function isBrightOnNothing(data) {
   let [light, alphas] = [0, 0];
   for (let i = 0; i < data.length; i += 4) {
@@ -110,7 +110,7 @@ function paintNow() {
   for (const id of ["undo", "clear", "save"]) byId(id).disabled = isEmpty();
 }
 
-// The picture as a file: what was given as it is, what was drawn as black on white.
+// Returns the picture as a file: a given one unchanged, a drawing as black on white.
 function asBlob() {
   if (picture()) return Promise.resolve(picture().blob);
   const [sheet, target] = sheetOf(SHEET, SHEET);
@@ -121,14 +121,14 @@ function asBlob() {
   return new Promise((resolve) => sheet.toBlob(resolve, "image/png"));
 }
 
-function changed() {
+function update() {
   paint();
   showSnippet();
   if (isEmpty()) showNothing();
-  else later();
+  else askLater();
 }
 
-function place(event) {
+function locate(event) {
   const box = canvas.getBoundingClientRect();
   const scale = SIDE / box.width;
   // A pen's pressure widens its stroke; a mouse and a finger have none to speak of.
@@ -143,7 +143,7 @@ function begin(points) {
 }
 
 // Ends the stroke, whether pointer or keyboard drew it.
-function lift() {
+function endStroke() {
   stroke = null;
   pen.isDown = false;
 }
@@ -156,21 +156,21 @@ canvas.addEventListener("pointerdown", (event) => {
   canvas.focus({ preventScroll: true, focusVisible: false });
   canvas.setPointerCapture(event.pointerId);
   pen.isShown = pen.isDown = false;
-  begin([place(event)]);
-  changed();
+  begin([locate(event)]);
+  update();
 });
 
 canvas.addEventListener("pointermove", (event) => {
   if (!stroke || pen.isDown || !isDrawing(event)) return;
   const events = event.getCoalescedEvents?.() ?? [];
-  stroke.push(...(events.length ? events : [event]).map(place));
-  changed();
+  stroke.push(...(events.length ? events : [event]).map(locate));
+  update();
 });
 
 for (const name of ["pointerup", "pointercancel"]) {
   canvas.addEventListener(name, (event) => {
     if (!isDrawing(event)) return;
-    lift();
+    endStroke();
     paint();
   });
 }
@@ -178,16 +178,16 @@ for (const name of ["pointerup", "pointercancel"]) {
 function undo() {
   inputs += 1;
   marks.pop();
-  lift();
-  changed();
+  endStroke();
+  update();
 }
 
 function clear() {
   inputs += 1;
   marks = [];
-  lift();
+  endStroke();
   pen = { ...pen, x: SIDE / 2, y: SIDE / 2 };
-  changed();
+  update();
 }
 
 for (const [id, action] of [["undo", undo], ["clear", clear]]) {
@@ -210,7 +210,7 @@ canvas.addEventListener("keydown", (event) => {
     pen.isDown = !pen.isDown;
     if (pen.isDown) begin([{ x: pen.x, y: pen.y, width: PEN }]);
     else stroke = null;
-    say(pen.isDown ? "pen down" : "pen up");
+    speak(pen.isDown ? "pen down" : "pen up");
   } else if (event.key in MOVES) {
     const [x, y] = MOVES[event.key];
     const step = event.shiftKey ? 3 * STEP : STEP;
@@ -220,7 +220,7 @@ canvas.addEventListener("keydown", (event) => {
     return;
   }
   event.preventDefault();
-  changed();
+  update();
 });
 
 canvas.addEventListener("focus", () => {
@@ -230,7 +230,7 @@ canvas.addEventListener("focus", () => {
 
 canvas.addEventListener("blur", () => {
   pen.isShown = false;
-  lift();
+  endStroke();
   paint();
 });
 
@@ -241,31 +241,31 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-// --- a picture that is given
+// --- given pictures
 
 async function take(file) {
-  forget();
+  cancelRequest();
   const turn = (inputs += 1);
   if (!KINDS.includes(file.type)) {
-    showFailure("Not a picture that can be read here", "Give a PNG, JPEG or WebP.");
+    showFailure("This file is not a PNG, JPEG or WebP", "Choose another file.");
     return;
   }
   try {
     const bitmap = await createImageBitmap(file);
     const isLarge = file.size > MAX_BYTES || bitmap.width * bitmap.height > MAX_PIXELS;
-    const blob = isLarge ? await reduced(bitmap, file.type) : file;
+    const blob = isLarge ? await reduce(bitmap, file.type) : file;
     if (turn !== inputs) return;
-    lift();
-    marks.push({ blob, sheet: shown(bitmap) });
-    changed();
+    endStroke();
+    marks.push({ blob, sheet: drawOnPaper(bitmap) });
+    update();
   } catch {
-    if (turn === inputs) showFailure("The picture cannot be read", "Is it damaged? Give another one.");
+    if (turn === inputs) showFailure("The picture cannot be read", "It may be damaged. Choose another one.");
   }
 }
 
-function reduced(bitmap, type) {
-  const [sheet] = drawn(bitmap, Math.min(REDUCED_SIDE, Math.max(bitmap.width, bitmap.height)));
-  // A JPEG would make black of what is transparent.
+function reduce(bitmap, type) {
+  const [sheet] = drawScaled(bitmap, Math.min(REDUCED_SIDE, Math.max(bitmap.width, bitmap.height)));
+  // A JPEG would make transparent pixels black.
   const kind = type === "image/jpeg" ? type : "image/png";
   return new Promise((resolve) => sheet.toBlob(resolve, kind, 0.92));
 }
@@ -314,18 +314,18 @@ byId("save").addEventListener("click", async () => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 });
 
-// --- asking: one question at a time, and the newest picture is always asked about last
+// --- requests: one at a time, and the newest picture is always sent last
 
 let timer = 0;
 let isAsking = false;
-let isStale = false; // what is asked about has changed since
-let wanted = 0; // which paper: an answer about one that was cleared is not shown
+let isStale = false; // the picture has changed since the request began
+let wanted = 0; // number of the paper: the answer about a cleared one is not shown
 
-function later() {
+function askLater() {
   if (!timer) timer = setTimeout(ask, WAIT_MS);
 }
 
-function forget() {
+function cancelRequest() {
   clearTimeout(timer);
   timer = 0;
   isStale = false;
@@ -348,10 +348,10 @@ async function ask() {
     if (response.ok) showAnswer(answer, performance.now() - start);
     else showRefusal(response, answer.error);
   } catch {
-    if (paper === wanted) lose("The gateway does not answer", "Is 'pipeline web' still running?");
+    if (paper === wanted) showLost("The gateway does not answer", "Is 'pipeline web' still running?");
   } finally {
     isAsking = false;
-    if (isStale) later();
+    if (isStale) askLater();
   }
 }
 
@@ -359,13 +359,13 @@ function showRefusal(response, error) {
   if (response.status === 422) {
     showFailure("No digit found", "There is too little ink on the paper.");
   } else if (response.status === 503) {
-    lose("The server does not answer", error);
+    showLost("The server does not answer", error);
   } else {
     showFailure("Request refused", error);
   }
 }
 
-// --- what is shown
+// --- output
 
 const percent = (value, over = "over ") =>
   value > 0.9994 ? `${over}99.9 %` : `${(100 * value).toFixed(1)} %`;
@@ -373,13 +373,13 @@ const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.
 const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
 let speaking = 0;
-function say(text) {
+function speak(text) {
   clearTimeout(speaking);
   if (byId("spoken").textContent !== text) byId("spoken").textContent = text;
 }
-function sayLater(text) {
+function speakLater(text) {
   clearTimeout(speaking);
-  speaking = setTimeout(say, SPEAK_MS, text);
+  speaking = setTimeout(speak, SPEAK_MS, text);
 }
 
 function show(state, label, verdict, detail) {
@@ -395,7 +395,7 @@ function showAnswer(answer, roundTrip) {
   const share = percent(answer.probability);
   if (answer.sure) show("sure", answer.label, `It is ${answer.label}`, `${share} likely`);
   else show("unsure", "?", "Not sure", `Perhaps ${answer.label}, ${share} likely`);
-  sayLater(`${byId("verdict").textContent}. ${byId("detail").textContent}`);
+  speakLater(`${byId("verdict").textContent}. ${byId("detail").textContent}`);
   showBars(answer.classes, Object.fromEntries(answer.top), answer.label);
   showSeen(Uint8Array.from(atob(answer.seen), (letter) => letter.charCodeAt(0)));
   byId("round-trip").textContent = milliseconds(roundTrip);
@@ -448,16 +448,16 @@ function forgetAnswer() {
 }
 
 function showNothing() {
-  forget();
+  cancelRequest();
   show("empty", "–", "Nothing drawn yet", "The answer appears while you draw.");
   forgetAnswer();
-  say("");
+  speak("");
 }
 
 function showFailure(verdict, detail) {
   show("failed", "–", verdict, detail);
   forgetAnswer();
-  say(`${verdict}. ${sentence(detail)}`);
+  speak(`${verdict}. ${sentence(detail)}`);
 }
 
 // --- the server: lost, and found again
@@ -469,20 +469,20 @@ function setState(state, text) {
   byId("state-text").textContent = text;
 }
 
-function lose(verdict, detail) {
-  forget();
+function showLost(verdict, detail) {
+  cancelRequest();
   showFailure(verdict, detail);
   setState("lost", "no server, retrying");
   clearTimeout(looking);
-  looking = setTimeout(look, RETRY_MS);
+  looking = setTimeout(checkServer, RETRY_MS);
 }
 
-async function look() {
+async function checkServer() {
   try {
     const response = await fetch("readyz", { signal: AbortSignal.timeout(TIMEOUT_MS) });
     const record = await response.json();
     if (!response.ok) {
-      lose("The server does not answer", record.error);
+      showLost("The server does not answer", record.error);
       return;
     }
     setState("ready", `${record.model} is ready`);
@@ -491,9 +491,9 @@ async function look() {
     byId("title").textContent = document.title = isDigits ? "Draw a digit" : "Draw or give a picture";
     if (!byId("bars").children.length) showBars(record.classes);
     if (isEmpty()) showNothing();
-    else later();
+    else askLater();
   } catch {
-    lose("The gateway does not answer", "Is 'pipeline web' still running?");
+    showLost("The gateway does not answer", "Is 'pipeline web' still running?");
   }
 }
 
@@ -529,7 +529,7 @@ function choose(tab) {
 }
 
 function showSnippet() {
-  const tab = tabs.find((one) => one.tabIndex === 0);
+  const tab = tabs.find((other) => other.tabIndex === 0);
   byId("saved").textContent = fileName();
   byId("snippet").textContent = SNIPPETS[tab.id.replace("tab-", "")](fileName());
 }
@@ -546,19 +546,19 @@ tabs.forEach((tab, index) => {
 });
 
 byId("copy").addEventListener("click", async () => {
-  let said = "Copied";
+  let message = "Copied";
   try {
     await navigator.clipboard.writeText(byId("snippet").textContent);
-  } catch { // not over plain http from another machine: select it, for the reader to copy
+  } catch { // the clipboard needs https or localhost: select the text, for the reader to copy
     getSelection().selectAllChildren(byId("snippet"));
-    said = "Selected";
+    message = "Selected";
   }
-  byId("copy").textContent = said;
-  say(said);
+  byId("copy").textContent = message;
+  speak(message);
   setTimeout(() => { byId("copy").textContent = "Copy"; }, 1500);
 });
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 choose(tabs[0]);
 paint();
-look();
+checkServer();
