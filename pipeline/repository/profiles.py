@@ -125,8 +125,8 @@ def choices(profile: str, base: ModelConfig, config: PackageConfig) -> list[Choi
         reason = "one session for each GPU: batches fill it, and a second one needs its own memory"
     elif profile in SIDE_BY_SIDE:
         instances = min(cores, MOST_INSTANCES)
-        reason = f"min({format_count(cores, 'core')}, {MOST_INSTANCES}) = {instances}: "
-        reason += "threads of one session wait for each other, sessions do not"
+        limit = f"min({format_count(cores, 'core')}, {MOST_INSTANCES}) = {instances}"
+        reason = f"{limit}: threads of one session wait for each other, sessions do not"
     if config.instances:
         instances, reason = config.instances, ASKED
     largest = config.max_batch_size

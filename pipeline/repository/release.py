@@ -105,10 +105,9 @@ def load_selected_releases(paths: Paths, profile: str = "") -> dict[str, Release
         if not is_stated and not any(folder.glob("*/manifest.json")):  # not packaged by us
             onnx = next(iter(sorted(folder.glob("*/*.onnx"))), folder / "1" / "model.onnx")
             raise PipelineError(
-                f"{folder} has no evidence. Validate its file, then package it: pipeline validate "
-                f"--onnx {shlex.quote(str(onnx))} --module package.module:factory --images FILE.npz"
-                f"; or serve it as it is: tritonserver --model-repository="
-                f"{shlex.quote(str(folder.parent))}"
+                f"{folder} has no evidence. Run: pipeline validate --onnx {shlex.quote(str(onnx))} "
+                "--module package.module:factory --images FILE.npz; or serve it without evidence: "
+                f"tritonserver --model-repository={shlex.quote(str(folder.parent))}"
             )
         version = require_selected(path, config)
         releases[folder.name] = load_release(paths.named(folder.name), version, [(path, config)])

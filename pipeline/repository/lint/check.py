@@ -107,9 +107,8 @@ def lint_repository(repository: Path, target: Target | None = None) -> LintResul
     findings = [finding for folder in folders for finding in lint_model(folder, target)]
     mode = repository.stat().st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        problem, fix = "is writable by everyone: any user here can add a model", "chmod o-w"
-        finding = Finding("world-writable", "error", repository, problem, f"{fix} {repository}")
-        findings.append(finding)
+        problem, fix = "is writable by everyone: any user can add models", f"chmod o-w {repository}"
+        findings.append(Finding("world-writable", "error", repository, problem, fix))
     if not folders:
         problem = "has no model; a server would be ready, but answer nothing"
         findings = [Finding("no-model", "error", repository, problem, "run 'pipeline package'")]
