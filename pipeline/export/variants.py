@@ -41,14 +41,9 @@ def to_fp16(content: bytes, ir_version: int) -> bytes:
     model = graph.parse(content, "the fp32 file")
     metadata = graph.metadata(model)
     half = convert_float_to_float16(model, keep_io_types=True)
-    _sort(half.graph)
-    return graph.scrub(half, ir_version, metadata)
-
-
-def _sort(part: onnx.GraphProto) -> None:
-    """Sort nodes after those that they depend on: the converter appends its casts at the end."""
-    missing = {name for node in part.node for name in node.output}
-    waiting, ordered = list(part.node), []
+    # Each node goes after those that it depends on: the converter appends its casts at the end.
+    waiting, ordered = list(half.graph.node), []
+    missing = {name for node in waiting for name in node.output}
     while waiting:
         ready = [node for node in waiting if missing.isdisjoint(node.input)]
         if not ready:
@@ -56,8 +51,9 @@ def _sort(part: onnx.GraphProto) -> None:
         ordered += ready
         missing -= {name for node in ready for name in node.output}
         waiting = [node for node in waiting if node not in ready]
-    del part.node[:]
-    part.node.extend(ordered)
+    del half.graph.node[:]
+    half.graph.node.extend(ordered)
+    return graph.scrub(half, ir_version, metadata)
 
 
 def to_int8(content: bytes, ir_version: int, images: np.ndarray) -> bytes:
