@@ -102,7 +102,7 @@ def test_a_second_server_in_the_same_project_is_refused(served: Served) -> None:
     chain, _ = served
     result = chain.run("serve", "--detach", "--port", "auto")
     assert result.exit_code == 1
-    assert "a server runs already" in error_line(result)
+    assert "is already running" in error_line(result)
 
 
 @pytest.mark.server
@@ -559,11 +559,11 @@ def test_a_model_that_would_have_the_server_run_a_command_is_not_served(chain: C
     for command in (["serve", "--port", "auto"], ["validate", str(chain.paths.repository)]):
         result = chain.run(*command)
         assert result.exit_code == 3
-        assert f"may have the server run '$(touch {ran})'" in error_line(result)
+        assert f"may run '$(touch {ran})'" in error_line(result)
     config.write_text(text.replace('backend: "onnxruntime"', 'backend: "python"', 1))
     result = chain.run("validate", str(chain.paths.repository))
     assert result.exit_code == 3
-    assert "it is for the backend python" in error_line(result)
+    assert "the backend is python, not ONNX Runtime" in error_line(result)
     config.write_text(text)
     stub = chain.paths.packaged / "triton_python_backend_stub"
     stub.write_text(f"#!/bin/sh\ntouch {ran}\n")
