@@ -289,9 +289,7 @@ def proxy(port: int, swaps: bool, most: int = 1_000_000) -> Iterator[str]:
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             connection = http.client.HTTPConnection("127.0.0.1", port)
-            headers = dict(self.headers)
-            headers.pop("Accept-Encoding", None)  # compressed answers would not be of one length
-            connection.request(self.command, self.path, body, headers)
+            connection.request(self.command, self.path, body, dict(self.headers))
             response = connection.getresponse()
             answer = response.read()
             answer = swapped(answer) if swaps and is_inference else answer
