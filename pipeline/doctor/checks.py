@@ -34,13 +34,17 @@ REMOUNT = "mount -o remount,size=1G /dev/shm  # of a container: --shm-size=1g"
 
 def examine(paths: Paths, config: ServeConfig = ServeConfig()) -> Examination:
     """Check everything that the main job needs; run the slow checks in parallel."""
+    # A model that doubles its input.
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "doctor", [x], [y])
+    double = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     with (
         tempfile.TemporaryDirectory(prefix="handwriting-doctor-") as scratch,
         ThreadPoolExecutor() as pool,
     ):
         model = Path(scratch) / "models" / "doctor" / "1" / "model.onnx"
         model.parent.mkdir(parents=True)
-        model.write_bytes(_build_model())
+        model.write_bytes(double.SerializeToString())
         checks = list_checks(paths, model, config).items()
         jobs = [pool.submit(run_check, what, *check) for what, check in checks]
         quick = packages.run_quick_checks()
@@ -53,11 +57,19 @@ def list_checks(
     paths: Paths, model: Path, config: ServeConfig
 ) -> dict[str, tuple[str, Callable[[], Result]]]:
     """Return each slow check with the fix if it raises, by what is checked; `model` is a test."""
+    if tritonserver.fits_wheel():
+        # An existing environment is removed first: make does not check one that it has built.
+        is_there = os.path.lexists(paths.triton_environment)
+        install_server = REBUILD_SERVER if is_there else "make .venv-triton"
+    else:
+        has_docker = shutil.which("docker") is not None
+        no_docker = _USE_DOCKER.format("Linux on x86-64")
+        install_server = "start Docker's engine" if has_docker else no_docker
     permit = f"chmod u+rwx {paths.root.absolute()}"
     return {
         "torch": (packages.rebuild(), packages.check_torch),
         "ONNX Runtime": (packages.rebuild(), lambda: packages.check_providers(model)),
-        "tritonserver": (_fix_server(paths), lambda: _check_server(paths, model)),
+        "tritonserver": (install_server, lambda: _check_server(paths, model)),
         "data": ("pipeline data fetch", lambda: _check_data(paths)),
         "folders": (permit, lambda: _check_folders(paths)),
         "disk": (permit, lambda: _check_disk(paths)),
@@ -89,25 +101,6 @@ def _try_server(runtime: tritonserver.ServerRuntime, paths: Paths, model: Path) 
     if trial.outcome != "loads":
         raise PipelineError(f"{runtime}: a test model has outcome {trial.outcome!r}: {trial.cause}")
     return f"{runtime}: started, loaded a model, answered"
-
-
-def _fix_server(paths: Paths) -> str:
-    """Return the command or advice that installs a server here.
-
-    An existing environment is removed first, because make does not check one that it has built.
-    """
-    if not tritonserver.fits_wheel():
-        has_docker = shutil.which("docker") is not None
-        return "start Docker's engine" if has_docker else _USE_DOCKER.format("Linux on x86-64")
-    return REBUILD_SERVER if os.path.lexists(paths.triton_environment) else "make .venv-triton"
-
-
-def _build_model() -> bytes:
-    """Return an ONNX model, as bytes, that doubles its input."""
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "doctor", [x], [y])
-    opset = [helper.make_opsetid("", 17)]
-    return bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
 
 
 _CONFIG = """\

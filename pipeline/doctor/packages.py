@@ -130,21 +130,21 @@ def check_packages() -> str:
         required = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError as error:
         raise PipelineError(f"{DISTRIBUTION} is not installed") from error
-    if problems := list(filter(None, map(_check_requirement, map(Requirement, required)))):
+    problems = []
+    for requirement in map(Requirement, required):
+        name, needed = requirement.name, requirement.specifier
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue  # not for this machine
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{name} is missing")
+            continue
+        if not needed.contains(version, prereleases=True):
+            problems.append(f"{name} {version}, but {needed} is needed")
+    if problems:
         raise PipelineError("; ".join(problems))
     return "as required by pyproject.toml"
-
-
-def _check_requirement(requirement: Requirement) -> str:
-    """Return why a requirement is not met; "" if it is met or does not apply to this machine."""
-    if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-        return ""
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{requirement.name} is missing"
-    is_met = requirement.specifier.contains(version, prereleases=True)
-    return "" if is_met else f"{requirement.name} {version}, but {requirement.specifier} is needed"
 
 
 def check_runtimes() -> Result:

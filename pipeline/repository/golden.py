@@ -83,17 +83,12 @@ def choose_golden(
     if len(present) <= MOST_CLASSES:
         groups = [rows[labels[rows] == label] for label in present]
         share = max(2, GOLDEN_IMAGES // len(present))
-    chosen = np.concatenate([_take_ends(group, ahead, share) for group in groups])
-    return Golden(images, labels, outputs, bounds).select(chosen)
-
-
-def _take_ends(rows: np.ndarray, ahead: np.ndarray, count: int) -> np.ndarray:
-    """Return `count` of `rows`: half with the largest margins, then half with the smallest."""
-    ranked = rows[np.argsort(-ahead[rows], kind="stable")]
-    if len(ranked) <= count:
-        return ranked
-    hardest = ranked[::-1][: count // 2]
-    return np.concatenate([ranked[: count - len(hardest)], hardest])
+    chosen: list[int] = []
+    for group in groups:
+        ranked = group[np.argsort(-ahead[group], kind="stable")].tolist()
+        hardest = ranked[::-1][: share // 2] if len(ranked) > share else []
+        chosen += ranked[: share - len(hardest)] + hardest
+    return Golden(images, labels, outputs, bounds).select(np.array(chosen))
 
 
 def compare_golden(golden: Golden, candidate: Predictor, sizes: tuple[int, ...]) -> GoldenResult:

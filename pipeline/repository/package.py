@@ -149,7 +149,15 @@ def _add_version(paths: Paths, variant: _Variant, config: PackageConfig) -> Pack
         version, old = _next_version(model.packaged, variant.base)
         is_selected = old is None or find_server(model) is None
         if old and not is_selected:
-            _refuse_change(old, variant.base, config)
+            new_config = profiles.build_config("config", variant.base, config)
+            before, after = map(config_pbtxt.run_settings, (old, new_config))
+            keys = sorted({*before, *after})
+            if changed := [key for key in keys if before.get(key) != after.get(key)]:
+                raise PipelineError(
+                    f"the config of {variant.name}, which is being served, would change "
+                    f"({', '.join(changed)}). Use the same options as before, or run 'pipeline "
+                    "serve stop' first"
+                )
         folder = model.packaged / str(version)
         with files.create_folder(folder) as new:
             contents = variant.contents.items()
@@ -189,18 +197,6 @@ def _record_version(variant: _Variant, version: int, message: ModelConfig) -> No
     if threshold is not None:
         key = f"{config_pbtxt.MIN_PROBABILITY}.{version}"
         config_pbtxt.set_parameter(message, key, str(threshold))
-
-
-def _refuse_change(old: ModelConfig, base: ModelConfig, config: PackageConfig) -> None:
-    """Raise PipelineError if the settings that run the served model would change."""
-    new = profiles.build_config("config", base, config)
-    before, after = config_pbtxt.run_settings(old), config_pbtxt.run_settings(new)
-    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    if changed:
-        raise PipelineError(
-            f"the config of {base.name}, which is being served, would change ({', '.join(changed)})"
-            ". Use the same options as before, or run 'pipeline serve stop' first"
-        )
 
 
 def _next_version(packaged: Path, base: ModelConfig) -> tuple[int, ModelConfig | None]:
@@ -249,21 +245,16 @@ def write_tar(packaged: Path, version: int, onnx: str, archive: Path) -> str:
             for path in upload_order(packaged, version, onnx):
                 member = tarfile.TarInfo(str(Path(packaged.name, path.relative_to(packaged))))
                 content = path.read_bytes()
-                if path.suffix == ".pbtxt":
-                    content = _config_of_only(version, path)
+                if path.suffix == ".pbtxt":  # as in a repository with only this version
+                    message = config_pbtxt.read(path)
+                    for key in (*config_pbtxt.version_parameters(message), config_pbtxt.PREVIOUS):
+                        if not key.endswith(f".{version}"):
+                            message.parameters.pop(key, None)
+                    message.ClearField("version_policy")  # the selected one is not in the tar
+                    config_pbtxt.select(message, version)
+                    content = config_pbtxt.to_text(message).encode()
                 # Owner, group and time stay 0, the mode 0644, so that the tar is reproducible.
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
     return files.write_with(archive, write)
-
-
-def _config_of_only(version: int, path: Path) -> bytes:
-    """Return the config's text as it is in a repository with only this version."""
-    message = config_pbtxt.read(path)
-    for key in (*config_pbtxt.version_parameters(message), config_pbtxt.PREVIOUS):
-        if not key.endswith(f".{version}"):
-            message.parameters.pop(key, None)
-    message.ClearField("version_policy")  # the version selected before is not in the tar
-    config_pbtxt.select(message, version)
-    return config_pbtxt.to_text(message).encode()
