@@ -49,6 +49,7 @@ def make_kinds(clothes: Path, seed: int = 0) -> list[Kind]:
     worn = load_split("fashion-mnist", clothes, "test").images  # first: it may be missing
     (others, similar), (held_back, also) = draw_letters(FONTS), draw_letters(FONTS_HELD_BACK)
     drawn_signs = draw_signs((*FONTS, *FONTS_HELD_BACK))
+    alike = " ".join(sorted(LOOKALIKES, key=str.lower))
     return [
         Kind("clothes (Fashion-MNIST)", worn),
         Kind("clothes, dark on light", 255 - worn),
@@ -59,11 +60,7 @@ def make_kinds(clothes: Path, seed: int = 0) -> list[Kind]:
         Kind("uniform noise", _repeat(uniform, rng)),
         Kind("Gaussian noise", _repeat(gaussian, rng)),
         Kind("blank paper", _repeat(blank, rng)),
-        Kind(
-            f"letters that may be digits ({' '.join(sorted(LOOKALIKES, key=str.lower))})",
-            np.concatenate([similar, also]),
-            is_counted=False,
-        ),
+        Kind(f"letters that may be digits ({alike})", np.concatenate([similar, also]), False),
         Kind(f"signs ({' '.join(SIGNS)})", drawn_signs, is_counted=False),
     ]
 

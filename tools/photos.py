@@ -94,7 +94,7 @@ def rule_lines(rng: Rng, shape: Shape, upright: bool = False) -> np.ndarray:
 
 
 def square_lines(rng: Rng, shape: Shape) -> np.ndarray:
-    """Make the darkness (H, W) of the lines of square_lines paper, 0 to 1."""
+    """Make the darkness (H, W) of the lines of squared paper, 0 to 1."""
     seed = rng.integers(2**31)
     both = (rule_lines(np.random.default_rng(seed), shape, upright) for upright in (False, True))
     return np.asarray(np.maximum(*both))

@@ -49,7 +49,7 @@ class Answers:
     images: int
     wrong: int
     interval: tuple[float, float]  # of the accuracy, 95 %
-    matrix: tuple[tuple[tuple[int, int], ...], ...]  # (count, shade 0 to SHADES) by truth, answer
+    matrix: list[list[list[int]]]  # [count, shade 0 to SHADES] by truth and answer
     confusions: tuple[tuple[str, str, int], ...]  # truth, prediction, count; the most frequent
     mistakes: tuple[Mistake, ...]
     scores: tuple[ClassScore, ...]
@@ -70,19 +70,15 @@ def collect_answers(
     wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes only
     shades = np.ceil(SHADES * np.sqrt(wrong / max(1, wrong.max()))).astype(int)
     order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
-    cells = [divmod(int(cell), len(classes)) for cell in order]
+    cells = [divmod(int(cell), len(classes)) for cell in order if wrong.flat[cell]]
     return Answers(
         images=images,
         wrong=images - right,
         interval=wilson_interval(right, images),
-        matrix=tuple(
-            tuple(zip(*rows, strict=True))
-            for rows in zip(counts.tolist(), shades.tolist(), strict=True)
-        ),
+        matrix=np.stack([counts, shades], axis=2).tolist(),
         confusions=tuple(
             (classes[truth], classes[predicted], int(wrong[truth, predicted]))
             for truth, predicted in cells
-            if wrong[truth, predicted]
         ),
         mistakes=tuple(
             Mistake(

@@ -75,10 +75,8 @@ def connect(address: str | None, cpus: int) -> Iterator[None]:
             folder = str(stack.enter_context(_scratch_folder()))
             with _silence_stderr():
                 ray.init(include_dashboard=False, _temp_dir=folder, **options)
-        try:
-            yield
-        finally:
-            ray.shutdown()
+        stack.callback(ray.shutdown)
+        yield
 
 
 @contextlib.contextmanager

@@ -156,9 +156,8 @@ def count_repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
         for index in parts:
             hashes = _hash_ids(folder.part(index))
             shares.append(hashes[(hashes >> np.uint64(40)) % np.uint64(passes) == turn])
-        hashes = np.sort(np.concatenate(shares))
-        same = np.append(hashes[1:] == hashes[:-1], False)
-        repeated += int(np.count_nonzero(same[:-1] & ~same[1:]))  # ends of runs of equal hashes
+        _, counts = np.unique(np.concatenate(shares), return_counts=True)
+        repeated += int(np.count_nonzero(counts > 1))
     return repeated
 
 

@@ -64,7 +64,7 @@ def test_the_proof_reports_each_condition_and_what_was_held_back_apart(
         assert 0 <= row["accuracy"] <= 1
         assert 0 <= row["calibration_error"] <= 1
     table = PAGES[0].read_text()
-    assert "| crumple (held back) |" in table
+    assert "| crumpled (held back) |" in table
     assert "| phone |" in table
     assert render_page(table, RESULTS) == table
 
