@@ -48,7 +48,7 @@ def _parse_headers(
     callback=_parse_headers,
     help="Header to send with each request, such as a key; repeatable.",
 )
-@click.option("--timeout", type=seconds_type, default=10.0, help="Most seconds for an answer.")
+@click.option("--timeout", type=seconds_type, default=10.0, help="Seconds to wait for an answer.")
 @click.option("--top", default=3, type=count_type, help="Number of classes in an answer.")
 @click.option(
     "--min-confidence",

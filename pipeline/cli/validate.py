@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     type=file_type,
     help="File for the answers of a URL.  [default: exported/NAME/replay.json]",
 )
-@click.option("--timeout", type=seconds_type, default=60.0, help="Most seconds per call to a URL.")
+@click.option("--timeout", type=seconds_type, default=60.0, help="Seconds to wait for a URL.")
 @click.pass_obj
 def validate_command(
     settings: Settings,

@@ -12,7 +12,7 @@ PROFILE = "[default: each profile's]"
 class PackageConfig:
     """How Triton runs the packaged model; each profile derives what is None (see profiles.py)."""
 
-    max_batch_size: int = setting(64, "Most images in a batch.")
+    max_batch_size: int = setting(64, "Maximum number of images in a batch.")
     max_queue_delay_us: int | None = setting(None, f"Microseconds to wait for a batch.  {PROFILE}")
     instances: int | None = setting(None, f"Copies of the model that run concurrently.  {PROFILE}")
     intra_op_threads: int | None = setting(None, f"Threads of a copy in an operator.  {PROFILE}")

@@ -18,7 +18,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     runtime: str = setting("auto", "Where to find tritonserver.", choices=RUNTIMES)
     profile: str = setting("", "Triton config profile, such as latency.  [default: config.pbtxt]")
-    start_seconds: float = setting(60.0, "Most seconds until the server is ready.")
+    start_seconds: float = setting(60.0, "Seconds to wait until the server is ready.")
     stop_seconds: float = 10.0  # to answer accepted requests, and to end
     canary_seconds: float = 1.0  # between two requests of the canary
     failed_starts: int = 5  # in a row, after which the supervisor gives up

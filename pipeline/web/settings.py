@@ -15,9 +15,9 @@ class GatewayConfig:
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(8080, "Port to listen on; auto or 0 is a free one.")
     allow_hosts: tuple[str, ...] = setting((), _HOSTS, option="allow-host", metavar="NAME")
-    timeout: float = setting(10.0, "Most seconds for a whole request, its upload included.")
+    timeout: float = setting(10.0, "Seconds for a whole request, its upload included.")
     # Half of them for one client alone; further requests are refused with 503.
-    requests: int = setting(64, "Most concurrent requests.")
+    requests: int = setting(64, "Maximum number of concurrent requests.")
     decoders: int = 2  # threads
 
     def __post_init__(self) -> None:
