@@ -303,7 +303,7 @@ def _validate_server(url: str, client: Client, expected: ExpectedModel) -> Serve
         if config.output[0].label_filename:
             names["its label file"] = client.labels(expected.golden.images[0])
         wanted = expected.manifest.get("classes") or names["its config"]
-        wrong = {where: describe_mismatch(found, wanted) for where, found in names.items()}
+        wrong = {where: describe_mismatch(told, wanted) for where, told in names.items()}
         problems += [f"{where} {problem}" for where, problem in wrong.items() if problem]
     notes = [] if digest else [f"{url} states no digest: only its answers were compared"]
     if config.max_batch_size > LARGEST:
