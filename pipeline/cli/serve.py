@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def _parse_port(context: click.Context, parameter: click.Parameter, value: str | None) -> bool:
     """Return whether to take free ports; raise BadParameter for a number: three are needed."""
     if value not in (None, "auto", "0"):
-        raise click.BadParameter(f"{value!r} is not 'auto' or 0: set each port with its own option")
+        message = f"{value!r} is not auto or 0: use --http-port, --grpc-port and --metrics-port"
+        raise click.BadParameter(message)
     return value is not None
 
 

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -40,7 +40,12 @@ def draw_losses(lines: Sequence[Line]) -> str:
     epochs, losses = ([line[key] for line in lines] for key in ("epoch", "loss"))
     figure, axes = _make_axes("epoch", "training loss (nats)")
     axes.plot(epochs, losses, ".", color=MUTED, alpha=0.45, ms=4, mew=0, label="one batch")
-    axes.plot(epochs, list(_smooth(losses)), color=ACCENT, label="running mean")
+    # A running mean over about a twelfth of the values.
+    weight, mean, total, means = 1 - 1 / max(1.0, len(losses) / 12), 0.0, 0.0, []
+    for loss in losses:
+        mean, total = weight * mean + loss, weight * total + 1
+        means.append(mean / total)
+    axes.plot(epochs, means, color=ACCENT, label="running mean")
     if min(losses) > 0:
         _use_logarithm(axes, "y")
     axes.legend(loc="upper right")
@@ -179,14 +184,6 @@ def _use_logarithm(axes: Axes, which: str) -> None:
 
 def _points(bins: Sequence[Bin]) -> tuple[list[float], list[float]]:
     return [b.confidence for b in bins], [b.accuracy for b in bins]
-
-
-def _smooth(values: Sequence[float]) -> Iterable[float]:
-    """Yield a running mean over about a twelfth of the values."""
-    weight, mean, total = 1 - 1 / max(1.0, len(values) / 12), 0.0, 0.0
-    for value in values:
-        mean, total = weight * mean + value, weight * total + 1
-        yield mean / total
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:

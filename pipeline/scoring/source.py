@@ -73,8 +73,11 @@ def cut(
     elif path.is_dir():
         if pictures == "arrays":
             raise PipelineError(f"{path} has pictures, but the model takes only arrays")
-        kind, files = "pictures", below
-        shards = list(_cut_pictures(files, min(rows, PICTURES_A_SHARD)))
+        kind, files, shards = "pictures", below, []
+        size = min(rows, PICTURES_A_SHARD)
+        for index, start in enumerate(range(0, len(files), size)):
+            names = tuple(map(str, files[start : start + size]))
+            shards.append(Shard(index, os.path.dirname(names[0]), len(names), start, names=names))
     else:
         kind, files = "arrays", [path]
         shards = list(_cut_arrays(_decompress(path, unpacked), path, shape, rows))
@@ -143,12 +146,6 @@ def _read_head(path: Path) -> bytes:
     except OSError as error:
         message = f"cannot read {path} ({error.strerror}): check its permissions"
         raise PipelineError(message) from error
-
-
-def _cut_pictures(files: list[Path], rows: int) -> Iterator[Shard]:
-    for index, start in enumerate(range(0, len(files), rows)):
-        names = tuple(map(str, files[start : start + rows]))
-        yield Shard(index, os.path.dirname(names[0]), len(names), start, names=names)
 
 
 def _decompress(path: Path, unpacked: Path) -> Path:
