@@ -239,7 +239,10 @@ def score_served(
 
 
 def measure_peak_bytes(server: Server, name: str) -> int:
-    """Return the peak bytes of tritonserver and a model's stubs; shared memory counts in each."""
+    """Return the peak memory of tritonserver plus that of the model's stubs, in bytes.
+
+    Memory that several processes share is counted once for each of them.
+    """
     total = 0
     for pid in find_processes(server.id):
         try:

@@ -52,7 +52,7 @@ class Window:
 
 
 def join_windows(windows: Sequence[Window]) -> Window:
-    """Join windows of the same requests into one."""
+    """Join windows of one setup, measured at different times, into one long window."""
     return replace(
         windows[0],
         seconds=sum(window.seconds for window in windows),

@@ -67,7 +67,10 @@ def run_yardstick(seconds: float) -> Window:
 
 
 def join_yardstick(windows: list[list[Window]]) -> TimedRow:
-    """Join the yardstick's windows, given by place in a round, into one window per round."""
+    """Return the yardstick's row: its windows of one round, joined into one, for every round.
+
+    `windows` has a list for each place in a round, with one window for each round.
+    """
     rounds = zip(*windows, strict=True)
     return TimedRow(YARDSTICK, "numpy", 1, 1, tuple(join_windows(of_round) for of_round in rounds))
 
@@ -171,7 +174,10 @@ def score_predictor(
 
 
 def choose_batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return batches of golden images whose class no rounding can change, and their classes."""
+    """Return batches of golden images, and their classes; only images whose class is safe.
+
+    A class is safe if its margin is more than twice the image's bound.
+    """
     is_sure = margins(golden.outputs) > 2 * golden.bounds
     images, classes = golden.images[is_sure], golden.outputs[is_sure].argmax(axis=1)
     if not len(images):

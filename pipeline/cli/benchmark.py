@@ -46,7 +46,7 @@ MOST_A_SECOND = 1_000_000  # requests; their times are drawn before the first is
 @click.option(
     "--seeds",
     type=click.IntRange(1, 10),
-    help="train: trials per recipe.  [default: 5 for a short recipe, else 3]",
+    help="train: trials per recipe.  [default: 5 for quick and record, else 3]",
 )
 @click.option("--resume", is_flag=True, help="train: keep finished trials, continue the last one.")
 @pass_paths

@@ -29,7 +29,8 @@ UNUSABLE = (
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or the user's quota on it
-TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0  # between two updates of a progress line
+# Between two updates of a progress line.
+TERMINAL_SECONDS, VERBOSE_SECONDS, LOG_SECONDS = 0.1, 1.0, 10.0
 
 
 def echo(text: object, *, err: bool = False, nl: bool = True) -> None:
@@ -57,9 +58,13 @@ class Settings:
             echo(line, err=True)
 
     def update(self, line: object) -> None:
-        """Print progress that the next line replaces; to a file or a pipe, a line every 10 s."""
-        is_terminal, now = sys.stderr.isatty(), time.monotonic()
+        """Print progress that the next line replaces; to a file or a pipe, a line every 10 s.
+
+        With --verbose, each line stays, and there is one every second.
+        """
+        is_terminal, now = sys.stderr.isatty() and not self.verbose, time.monotonic()
         pause = TERMINAL_SECONDS if is_terminal else LOG_SECONDS
+        pause = VERBOSE_SECONDS if self.verbose else pause
         if self.quiet or self.silent or now - self.updated < pause:
             return
         self.updated = now
@@ -130,7 +135,9 @@ class Command(click.Command):
         add("--root", type=folder_type, help=root)
         add("--json", is_flag=True, help="Print the result as JSON.")
         add("-q", "--quiet", is_flag=True, help="Print no progress on standard error.")
-        add("-v", "--verbose", is_flag=True, help="Print more progress on standard error.")
+        add(
+            "-v", "--verbose", is_flag=True, help="Print progress every second, in lines that stay."
+        )
         add("--debug", is_flag=True, help="Print the traceback of an error, too.")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.cli.command import Command, Settings, pass_paths, paths_of, read_model_name
-from pipeline.cli.options import file_type, name_option, settings_options
+from pipeline.cli.options import file_type, settings_options
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import PRECISIONS, TAKEN, Paths
 from pipeline.core.text import Lines
@@ -43,7 +43,7 @@ def _parse_precisions(context: click.Context, parameter: click.Parameter, value:
 
 @click.command(cls=Command)
 @click.option("--run", help="Run to export.  [default: the value of --name]")
-@name_option
+@click.option("--name", help="Name of the model.  [default: that of the run's data set]")
 @click.option(
     "--precision",
     default="fp32",
@@ -54,7 +54,11 @@ def _parse_precisions(context: click.Context, parameter: click.Parameter, value:
 @click.option("--opset", type=int, help="ONNX opset.  [default: 18, or the target's highest]")
 @click.option("--list-targets", is_flag=True, help="List what each Triton release loads, and exit.")
 @module_options
-@click.option("--calibration", type=file_type, help="Images to calibrate int8 (.npz or .npy).")
+@click.option(
+    "--calibration",
+    type=file_type,
+    help="Images to calibrate int8 of a --module (.npz or .npy).  [default: --images]",
+)
 @click.pass_obj
 def export_command(
     settings: Settings,
@@ -153,7 +157,7 @@ def read_class_names(classes: str | None) -> Sequence[str]:
 @click.option(
     "--deploy",
     type=click.Choice(["compose", "kubernetes"]),
-    help="Write deployment files for the packaged model; package nothing.",
+    help="Write files to run the selected version with Compose or Kubernetes; package nothing.",
 )
 @click.option("--target-triton", metavar="YY.MM", help="Triton release for --deploy.")
 @pass_paths

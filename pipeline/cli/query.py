@@ -38,7 +38,11 @@ def _parse_headers(
     type=UrlType(),
     help="Server: http://HOST:PORT or grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
-@click.option("--ca", type=path_type, help="PEM file of the server's authority, for TLS.")
+@click.option(
+    "--ca",
+    type=path_type,
+    help="PEM file of the authority (CA) that signed the server's certificate.",
+)
 @click.option("--certificate", type=path_type, help="PEM file of the client certificate, for TLS.")
 @click.option("--key", type=path_type, help="PEM file of the client certificate's private key.")
 @click.option(

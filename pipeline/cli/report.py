@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pipeline.cli.command import Command, Settings, pass_paths, paths_of, read_model_name
-from pipeline.cli.options import count_type, file_type, name_option
+from pipeline.cli.options import count_type, file_type
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_json
 from pipeline.core.paths import Paths
@@ -17,7 +17,7 @@ from pipeline.core.text import Lines
 
 @click.command(cls=Command)
 @click.option("--run", help="Run to report on.  [default: the exported run]")
-@name_option
+@click.option("--name", help="Name of the model.  [default: that of the run's data set]")
 @click.option("--table", is_flag=True, help="Show how the runtimes agreed; write no page.")
 @click.pass_obj
 def report_command(settings: Settings, run: str | None, name: str | None, table: bool) -> None:
@@ -88,9 +88,9 @@ def drift_command(
     """Compare a prediction log with the model's reference profile.
 
     Compares class rates, confidence, ink and the share of "not sure". Exits with 3 if one changed
-    by more than is allowed, and not by chance; with 1 if the log has too few predictions. A row
-    shows the effect (of rates and shares, their change; of confidence and ink, the largest
-    difference of the two distributions), the allowed effect, and the test's statistic and p.
+    significantly by more than is allowed; with 1 if the log has too few predictions. A row shows
+    the effect, the allowed effect, and the test's statistic and p. The effect of a rate or share
+    is its change; that of confidence or ink is the largest difference of the two distributions.
 
     \b
     Example:

@@ -41,8 +41,9 @@ def score_command(
 
     SOURCE is Parquet (a file or a folder; a column of picture files as bytes, or of lists of
     pixels), IDX (also .gz), .npy of uint8, or a folder of pictures. The answers are Parquet, a row
-    for each image: id, label, probability, top, sure, version, digest. An image that cannot be
-    read does not stop the job: _rejected/ has its id and the reason, and the exit code is 1.
+    for each image: id, label, probability, top, sure, version and digest (SHA-256) of the model. An
+    image that cannot be read does not stop the job: _rejected/ has its id and the reason, and the
+    exit code is 1.
 
     After an interruption, repeat the command to continue. --json prints a summary, not the
     answers. On a Ray cluster, every node needs this package, and SOURCE and the output folder

@@ -115,7 +115,9 @@ def status_command(settings: Settings, watch: bool) -> None:
 
 @serve.command("logs")
 @click.option("--lines", default=50, type=click.IntRange(0), help="Lines to show of each log.")
-@click.option("--follow", is_flag=True, help="Then show new lines, until Ctrl-C.")
+@click.option(
+    "--follow", is_flag=True, help="After that, show new lines of tritonserver's log, until Ctrl-C."
+)
 @click.pass_obj
 def logs_command(settings: Settings, lines: int, follow: bool) -> None:
     """Show the last lines of the logs of the supervisor and of tritonserver.

@@ -9,7 +9,7 @@ import click
 
 from pipeline.cli.command import Command, Settings, paths_of
 from pipeline.cli.export import module_options, paths_of_module, read_class_names, sample_of
-from pipeline.cli.options import file_type, name_option, path_type, seconds_type
+from pipeline.cli.options import file_type, path_type, seconds_type
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.paths import PRECISIONS, Paths
 from pipeline.core.text import Lines
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("targets", nargs=-1, metavar="[FILE | REPOSITORY | URL...]")
-@name_option
+@click.option("--name", help="Name of the model.  [default: handwriting, or --onnx's name]")
 @click.option("--onnx", type=file_type, help="ONNX file from another tool; needs --module.")
 @click.option("--scrub", is_flag=True, help="Validate a copy without source paths, in one file.")
 @module_options
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     type=file_type,
     help="File for the answers of a URL.  [default: exported/NAME/replay.json]",
 )
-@click.option("--timeout", type=seconds_type, default=60.0, help="Seconds to wait for a URL.")
+@click.option(
+    "--timeout", type=seconds_type, default=60.0, help="Seconds to wait for each answer of a URL."
+)
 @click.pass_obj
 def validate_command(
     settings: Settings,

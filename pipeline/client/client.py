@@ -151,8 +151,8 @@ class Client(BaseClient):
         if is_forked or (_Loop.is_grpc_lost and self.endpoint.is_grpc):
             call.close()
             raise PipelineError(
-                "this process was forked from one with a client: make a new client here, over "
-                "HTTP, or start processes by 'spawn', which gRPC needs"
+                "a client does not work after a fork: make a new client in this process. gRPC does "
+                "not work here at all: use an HTTP URL, or start processes with 'spawn'"
             )
         future = asyncio.run_coroutine_threadsafe(call, _Loop.get())
         try:

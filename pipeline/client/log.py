@@ -2,7 +2,8 @@
 
 Each line is a JSON object for one image: `schema`, `time` (UTC), `name`, `version`, `sha256` of the
 model's file, `class`, `probability`, `sure` (by the model's own threshold) and `ink`, the mean of
-the pixels that the model received, divided by 255.
+the pixels that the model received, divided by 255; it is null for images that are not uint8. A
+line with only `schema`, `time` and `lost` tells how many predictions before it are missing.
 """
 
 # Shape letters: N images.

@@ -1,8 +1,9 @@
 """First run of an ONNX file from another tool, in a separate process with limits.
 
-The graph policy computes sizes and work from the graph. What it cannot see (an operator that is
-slow on some numbers, extra work at one batch size, a crash of ONNX Runtime) ends that process only.
-Run as `python -m pipeline.export.first_run BYTES SECONDS`, with the file on standard input.
+The graph policy computes sizes and work from the graph. Some faults it cannot see: an operator
+that is slow on some numbers, extra work at one batch size, a crash of ONNX Runtime. Here they end
+only this process. Run as `python -m pipeline.export.first_run BYTES SECONDS`, where BYTES limits
+the memory and SECONDS the CPU time, with the file on standard input.
 """
 
 import contextlib

@@ -170,9 +170,9 @@ def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> 
 
 
 def list_overridable(model: onnx.ModelProto) -> list[ValueInfoProto]:
-    """Return the inputs that have an initializer which a client may override.
+    """List the inputs that a client may leave out, because an initializer is their default.
 
-    From IR version 4 on an initializer is only the default of such an input; before, a constant.
+    Before IR version 4, initializers are constants, so the list is empty.
     """
     stored = {tensor.name for tensor in model.graph.initializer}
     stored |= {tensor.values.name for tensor in model.graph.sparse_initializer}

@@ -89,8 +89,9 @@ def subject_of_module(
     names = tuple(classes) or tuple(map(str, range(count)))
     if len(names) != count:
         raise PipelineError(f"{module} has {count} classes, but {len(names)} names are given")
-    if len(set(names)) < count or not all(map(is_label, names)):
-        raise PipelineError(f"class names must be distinct, one line each: {', '.join(names)}")
+    if bad := sorted({name for name in names if names.count(name) > 1 or not is_label(name)}):
+        problem = "are repeated, empty or have control characters"
+        raise PipelineError(f"class names {bad} {problem}: give {count} others with --classes")
     if sample.labels is not None and not 0 <= sample.labels.min() <= sample.labels.max() < count:
         labels = f"{sample.labels.min()} to {sample.labels.max()}"
         raise PipelineError(f"labels are {labels}, but the module's classes are 0 to {count - 1}")

@@ -100,7 +100,10 @@ def _estimate_noise(raised: np.ndarray, level: int) -> int:
 
 
 def _sum_cubes(distance: np.ndarray) -> int:
-    """Return the sum of cubes, which has the ink's sign: ink is rare and far from the paper."""
+    """Return the sum of the cubed distances from the paper; it is positive if ink is brighter.
+
+    Ink is rare but far from the paper, so it decides the sign.
+    """
     return int((distance.astype(np.int64) ** 3).sum())
 
 

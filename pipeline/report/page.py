@@ -89,7 +89,7 @@ def render(page: Page) -> str:
 
 
 def collect(paths: Paths) -> Page:
-    """Collect the page's content from the files of the run and its export."""
+    """Collect the page's content from the run, its export and the cached data set."""
     train_command = f"pipeline train --run {paths.run}"
     if not paths.run_folder.exists():
         message = f"no run {paths.run}: run '{train_command}' first, or choose another --run"

@@ -192,7 +192,10 @@ def _set_threads(profile: str, cores: int, instances: int, config: PackageConfig
 
 
 def _set_tensorrt(base: ModelConfig, config: PackageConfig) -> list[Choice]:
-    """Return TensorRT's choices; only keys that the native backend knows, others fail the load."""
+    """Return TensorRT's choices, with no key that the native backend does not know.
+
+    Triton refuses to load a model with any other key.
+    """
     images, largest = base.input[0], config.max_batch_size
     options = {
         "precision_mode": ("FP16", "for the fp16 variant: an fp32 file would fail its golden set"),

@@ -149,8 +149,8 @@ def find_profile(
             raise PipelineError(f"{folder} does not exist: see 'pipeline versions list'")
     elif version or not paths.manifest.exists():
         raise PipelineError(
-            f"{paths.packaged} does not exist: package the model, or give the reference profile "
-            "from a version's folder with --reference"
+            f"{paths.packaged} does not exist: run 'pipeline package', or name a version's "
+            "reference profile with --reference FILE"
         )
     else:
         folder = paths.export

@@ -95,7 +95,7 @@ def choose_columns(
         if name and name not in schema.names:
             message = f"{paths[0]} has no column {name!r}. Its columns are {schema.names}"
             raise PipelineError(message)
-    image = _choose_image(paths[0], schema, shape, wanted.image)
+    image = _choose_image(paths[0], schema, wanted.image)
     if pictures == "arrays" and _is_bytes(schema.field(image).type):
         raise PipelineError(f"{paths[0]} has pictures, but the model takes only arrays")
     key = wanted.id or (ID if ID in schema.names else None)
@@ -109,7 +109,7 @@ def choose_columns(
     return Columns(image, key, str(root) if key is None and len(paths) > 1 else None)
 
 
-def _choose_image(path: Path, schema: Any, shape: tuple[int, ...], wanted: str | None) -> str:
+def _choose_image(path: Path, schema: Any, wanted: str | None) -> str:
     """Return the only column that can hold images: pictures as bytes, or lists of integers."""
     names = []
     for field in schema:
@@ -122,10 +122,12 @@ def _choose_image(path: Path, schema: Any, shape: tuple[int, ...], wanted: str |
         names = [name for name in names if name in NAMES] or names
     if len(names) != 1:
         types = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        raise PipelineError(
-            f"{path} has {len(names)} columns that can hold images of shape {list(shape)} "
-            f"({types}): choose one with --image-column"
-        )
+        if names:
+            several = f"{len(names)} columns that can hold images ({', '.join(names)})"
+            raise PipelineError(f"{path} has {several}: choose one with --image-column")
+        column = f"column {wanted!r}" if wanted else "column"
+        kinds = "pictures (bytes) or of lists of integers"
+        raise PipelineError(f"{path} has no {column} of {kinds}; its columns are {types}")
     return names[0]
 
 

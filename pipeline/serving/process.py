@@ -177,7 +177,7 @@ def find_dead_children(pid: int) -> list[int]:
 
 
 def clear(server_id: str, runtime: str) -> None:
-    """Kill a server's processes, wait until they end, remove its shared memory and files."""
+    """Kill a server's processes, then remove its shared memory and scratch folders."""
     if runtime == "docker" and (docker := shutil.which("docker")):
         # The container outlives the command that started it.
         subprocess.run([docker, "rm", "--force", server_id], capture_output=True, check=False)

@@ -104,4 +104,6 @@ def require_golden(server: Server, name: str, release: Release, what: str, fix: 
             replay_golden(client, release.golden).require_passed(problem, fix)
             answering = ask_version(client)
         if answering != release.version:
-            raise CheckFailedError(f"version {answering} answers over {url}, not {what}. {fix}")
+            raise CheckFailedError(
+                f"{url} answers with version {answering} instead of {what}. {fix}"
+            )

@@ -89,7 +89,8 @@ def measure_agreement(
 def require_agreement(table: Table, limits: Limits) -> None:
     """Raise CheckFailedError when a row differs from the first by more than the limits."""
     mismatches = [
-        f"{row.name}: {row.differing} differing classes, largest difference {row.max_abs_diff}"
+        f"{row.name}: {row.differing} images with another class, largest difference "
+        f"{'not finite' if row.max_abs_diff is None else row.max_abs_diff}"
         for row in table.rows
         if row.differing > limits.differing
         or row.max_abs_diff is None
@@ -98,7 +99,8 @@ def require_agreement(table: Table, limits: Limits) -> None:
     if mismatches:
         raise CheckFailedError(
             f"{table.name}: answers differ from the reference ({table.rows[0].name}) by more than "
-            f"{limits.max_abs_diff:.3g} or {limits.differing} classes: {'; '.join(mismatches)}"
+            f"{limits.max_abs_diff:.3g}, or in the class of more than {limits.differing} images: "
+            f"{'; '.join(mismatches)}"
         )
 
 

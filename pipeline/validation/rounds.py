@@ -94,7 +94,7 @@ def plan_requests(count: int, largest: int) -> dict[str, list[np.ndarray]]:
 
 
 def _mix(rng: np.random.Generator, count: int, largest: int) -> list[np.ndarray]:
-    """Split all images, in random order, into batches of random sizes up to `largest`."""
+    """Split all images' indices, in random order, into batches of random sizes up to `largest`."""
     sizes = rng.integers(1, largest + 1, size=count)
     return [rows for rows in np.split(rng.permutation(count), np.cumsum(sizes)) if len(rows)]
 

@@ -24,4 +24,6 @@ class GatewayConfig:
         if not self.timeout > 0:
             raise PipelineError(f"the timeout must be above 0 seconds, got {self.timeout}")
         if self.requests < 1 or self.decoders < 1:
-            raise PipelineError("requests and decoders must be at least 1")
+            raise PipelineError(
+                f"requests and decoders must be at least 1, got {self.requests} and {self.decoders}"
+            )

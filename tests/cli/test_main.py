@@ -288,3 +288,18 @@ def test_an_empty_name_in_a_file_of_settings_is_not_the_default(empty: Chain) ->
     result = empty.run("--config", str(empty.root / "settings.toml"), "versions", "list")
     assert result.exit_code == 1
     assert error_line(result).startswith("'' is not a valid name")
+
+
+def test_verbose_keeps_a_line_of_progress_every_second(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("pipeline.cli.command.time.monotonic", lambda: now[0])
+    for is_verbose, lines in ((False, ["step 100", "step 200"]), (True, 20)):
+        now[0] = 0.0
+        settings = Settings(verbose=is_verbose, updated=0.0)
+        for step in range(201):
+            now[0] = step / 10
+            settings.update(f"step {step}")
+        shown = capsys.readouterr().err.splitlines()
+        assert (len(shown) if is_verbose else shown) == lines

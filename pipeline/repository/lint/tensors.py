@@ -115,7 +115,7 @@ def check_completion(model: ModelFolder, version: int) -> Iterator[Finding]:
 
 
 def check_dialect(model: ModelFolder, version: int, wanted: Target | None) -> Iterator[Finding]:
-    """Check opset and IR version against the Triton release, and for operators of other domains."""
+    """Check opset and IR version against the Triton release, and custom operators for a library."""
     graph = model.graphs[version]
     oldest, release = find_oldest(graph.opset, graph.ir_version), wanted or target(NEWEST)
     if graph.opset > release.opset or graph.ir_version > release.ir_version:
