@@ -33,14 +33,14 @@ def host_names(bound: str, allowed: tuple[str, ...] = ()) -> frozenset[str]:
     return frozenset(name.lower() for name in (*LOOPBACK, bound, *allowed))
 
 
-def check_host(host: str | None, names: frozenset[str]) -> None:
-    """Raise RefusedError unless the Host header is one of `names`.
+def check_request(method: str, headers: Mapping[str, str], names: frozenset[str]) -> None:
+    """Raise RefusedError unless the Host header is one of `names` and no other site sends this.
 
-    This stops DNS rebinding: a page whose own name was made to point here sends that name. If the
-    gateway listens on every address (0.0.0.0 or ::), any IP address is accepted, since only names
-    can be rebound.
+    The first stops DNS rebinding: a page whose own name was made to point here sends that name. If
+    the gateway listens on every address (0.0.0.0 or ::), any IP address is accepted, since only
+    names can be rebound. The second is for requests that send something; programs send no Origin.
     """
-    name = None
+    name, host = None, headers.get("host", "")
     if host and not any(letter in host for letter in "/\\@?# \t,"):
         with contextlib.suppress(ValueError):
             parts = urlsplit(f"//{host}")
@@ -54,6 +54,15 @@ def check_host(host: str | None, names: frozenset[str]) -> None:
             is_ours = bool(ipaddress.ip_address(name))
     if not is_ours:
         raise RefusedError(421, f"the host {name} is not allowed: add --allow-host {name}")
+    if method in ("GET", "HEAD"):
+        return
+    site = headers.get("sec-fetch-site")
+    if site not in (None, "same-origin", "none"):
+        raise RefusedError(403, f"a page of another site ({site}) may not send requests here")
+    scheme, _, rest = headers.get("origin", "").partition("://")
+    is_ours = scheme in ("http", "https") and rest.lower() == host.lower()
+    if "origin" in headers and not is_ours:
+        raise RefusedError(403, "a page of another origin may not send requests here")
 
 
 def stated_length(headers: Mapping[str, str]) -> int:
@@ -130,9 +139,7 @@ class Guard:
 
         app = self._app
         try:
-            check_host(headers.get("host"), self._names)
-            if scope["method"] not in ("GET", "HEAD"):
-                _check_origin(headers)
+            check_request(scope["method"], headers, self._names)
         except RefusedError as error:
             app = JSONResponse({"error": str(error)}, error.status)
         try:
@@ -140,14 +147,3 @@ class Guard:
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._counters.count(path, status, time.monotonic() - start)
-
-
-def _check_origin(headers: Mapping[str, str]) -> None:
-    """Raise RefusedError for a request from a page of another site; programs send no Origin."""
-    site = headers.get("sec-fetch-site")
-    if site not in (None, "same-origin", "none"):
-        raise RefusedError(403, f"a page of another site ({site}) may not send requests here")
-    scheme, _, rest = headers.get("origin", "").partition("://")
-    is_ours = scheme in ("http", "https") and rest.lower() == headers.get("host", "").lower()
-    if "origin" in headers and not is_ours:
-        raise RefusedError(403, "a page of another origin may not send requests here")

@@ -25,7 +25,7 @@ from pipeline.core.paths import Paths
 from pipeline.images.read import read_image
 from pipeline.repository.running import Server, root
 from pipeline.web.gateway import PAGE
-from pipeline.web.guard import HEADERS, check_host, host_names
+from pipeline.web.guard import HEADERS, check_request, host_names
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
 from pipeline.web.link import Link, find_url
 from pipeline.web.server import READ_BYTES, Connection, bind_listener, page_url
@@ -177,9 +177,9 @@ def test_a_preflight_of_another_site_learns_nothing(gateway: Served) -> None:
 
 def test_on_all_addresses_any_address_will_do_but_no_name() -> None:
     names = host_names("0.0.0.0")
-    check_host("192.168.0.7:8080", names)
+    check_request("GET", {"host": "192.168.0.7:8080"}, names)
     with pytest.raises(RefusedError, match="--allow-host evil.example"):
-        check_host("evil.example", names)
+        check_request("GET", {"host": "evil.example"}, names)
 
 
 # What may be sent

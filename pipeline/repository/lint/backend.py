@@ -105,8 +105,15 @@ def check_parameters(model: ModelFolder) -> Iterator[Finding]:
     """Check the parameters that the backend reads, and names close to theirs; ignore all others."""
     config, on_gpu = model.config, runs_on_gpu(model.config.message)
     for key, holder in config.message.parameters.items():
-        at = f"parameters[{key}]"
-        if problem := _check_parameter(key, holder.string_value):
+        at, value, problem = f"parameters[{key}]", holder.string_value, ""
+        largest, number = {"execution_mode": 1, **_FOR_CUDA}.get(key), re.match(_NUMBER, value)
+        if key in _FLAGS:
+            problem = _check_value("switch", key, value)
+        elif number and largest is not None and not 0 <= int(number[0]) <= largest:
+            problem = f"unsupported {key} value '{value}', expected are 0 to {largest}"
+        elif key in (*_NUMBERS, *_FOR_CUDA):
+            problem = _check_value("number", key, value)
+        if problem:
             level: Level = "warning" if key in _FOR_CUDA and not on_gpu else "error"
             source = f"{BACKEND} {'LoadModel' if key in _FOR_CUDA else 'ModelState'}"
             yield config.finding("parameters", at, problem, 'such as "1"', source, level)
@@ -131,18 +138,6 @@ def check_threshold(model: ModelFolder) -> Iterator[Finding]:
         problem = f"'{holder.string_value}' is not a probability, and clients use 0 instead"
         fix = "write a number from 0 to 1, or package the model again"
         yield model.config.finding("min-probability", f"parameters[{key}]", problem, fix)
-
-
-def _check_parameter(key: str, value: str) -> str:
-    """Return what is wrong with the value of a parameter that the backend reads; "" if nothing."""
-    if key in _FLAGS:
-        return _check_value("switch", key, value)
-    if key not in (*_NUMBERS, *_FOR_CUDA):
-        return ""
-    largest, number = {"execution_mode": 1, **_FOR_CUDA}.get(key), re.match(_NUMBER, value)
-    if number and largest is not None and not 0 <= int(number[0]) <= largest:
-        return f"unsupported {key} value '{value}', expected are 0 to {largest}"
-    return _check_value("number", key, value)
 
 
 _NUMBER = r"\s*[+-]?\d+"

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2
@@ -206,20 +205,18 @@ def check_labels(model: ModelFolder) -> Iterator[Finding]:
         if problem:
             at = f"output[{index}].label_filename"
             yield model.config.finding("labels", at, problem, fix, source)
-        elif output.dims and -1 not in output.dims:
-            yield from _check_labels(path, output.name, math.prod(output.dims))
-
-
-def _check_labels(path: Path, output: str, classes: int) -> Iterator[Finding]:
-    lines = path.read_bytes().split(b"\n")
-    count = len(lines) - (not lines[-1])
-    problem = f"has {count} labels for the {classes} classes of '{output}'"
-    if count < classes:
-        problem += "; Triton's classification extension gives the other classes empty labels"
-        yield Finding("labels", "error", path, problem, "write one label a line", count or None)
-    elif count > classes:
-        fix = "check that line n is the label of class n - 1"
-        yield Finding("labels", "warning", path, problem, fix, classes + 1)
-    elif any(line.endswith(b"\r") for line in lines):
-        problem = "has Windows line ends, which Triton keeps as part of the labels"
-        yield Finding("labels", "warning", path, problem, "save it with Unix line ends", 1)
+        if problem or not output.dims or -1 in output.dims:
+            continue
+        lines, classes = path.read_bytes().split(b"\n"), math.prod(output.dims)
+        count = len(lines) - (not lines[-1])
+        problem = f"has {count} labels for the {classes} classes of '{output.name}'"
+        if count < classes:
+            problem += "; Triton's classification extension gives the other classes empty labels"
+            fix = "write one label a line"
+            yield Finding("labels", "error", path, problem, fix, count or None)
+        elif count > classes:
+            fix = "check that line n is the label of class n - 1"
+            yield Finding("labels", "warning", path, problem, fix, classes + 1)
+        elif any(line.endswith(b"\r") for line in lines):
+            problem = "has Windows line ends, which Triton keeps as part of the labels"
+            yield Finding("labels", "warning", path, problem, "save it with Unix line ends", 1)
