@@ -128,11 +128,6 @@ async def _ask_all(
     return latencies, answers, failed
 
 
-def _content_of(answer: bytes) -> bytes:
-    (content,) = service_pb2.ModelInferResponse.FromString(answer).raw_output_contents
-    return bytes(content)
-
-
 @dataclass(frozen=True)
 class ModelCounters:
     """Triton's counters of a model since it was loaded."""
@@ -328,7 +323,10 @@ class _Way:
 
 _WAYS = {
     "grpc": _Way(
-        _build_request, lambda *load: asyncio.run(_ask_all(*load)), _open_grpc, _content_of
+        _build_request,
+        lambda *load: asyncio.run(_ask_all(*load)),
+        _open_grpc,
+        lambda answer: service_pb2.ModelInferResponse.FromString(answer).raw_output_contents[0],
     ),
     "http": _Way(load_http.build_request, load_http.ask_all, _open_http, load_http.content_of),
 }

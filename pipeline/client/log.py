@@ -35,6 +35,7 @@ from pipeline.repository.reference_profile import ink_of
 MAX_BYTES = 64 * 1024 * 1024  # about 300,000 predictions; then it replaces the older FILE.1
 LINES_AT_ONCE = 1000
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_UNREADABLE = (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError)
 _logger = logging.getLogger(__name__)
 
 
@@ -199,7 +200,29 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
     try:
         with fileinput.input(files, mode="rb") as lines:
             for line in lines:
-                _add_line(logged, line, wanted, start)
+                try:
+                    record = json.loads(line)
+                    time, lost = str(record["time"]), int(record.get("lost", 0))
+                    digest = record.get("sha256")
+                    if record["schema"] != SCHEMA or not isinstance(digest, str | None):
+                        raise ValueError("another schema, or no digest")
+                    if not lost:
+                        model = LoggedModel(str(record["name"]), str(record["version"]), digest)
+                        ink = None if record["ink"] is None else _share(record["ink"])
+                        chance, is_sure = _share(record["probability"]), bool(record["sure"])
+                        entry = Entry(time, str(record["class"]), chance, is_sure, ink)
+                except _UNREADABLE:
+                    logged.unreadable += 1
+                    continue
+                if time < start:
+                    continue
+                if lost:
+                    logged.lost += lost
+                elif (model.name, model.sha256) == wanted:
+                    logged.entries.append(entry)
+                    logged.versions.add(model.version)
+                else:
+                    logged.others[model] += 1
     except OSError as error:
         raise PipelineError(
             f"cannot read the prediction log {path} ({error.strerror}): 'pipeline query' and "
@@ -211,32 +234,6 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
             "--prediction-log FILE'"
         )
     return logged
-
-
-def _add_line(logged: Logged, line: bytes, wanted: tuple[str, str], start: str) -> None:
-    """Add a line to the predictions of the `wanted` name and digest, unless older than `start`."""
-    try:
-        record = json.loads(line)
-        time, lost = str(record["time"]), int(record.get("lost", 0))
-        if record["schema"] != SCHEMA or not isinstance(record.get("sha256"), str | None):
-            raise ValueError("another schema, or no digest")
-        if not lost:
-            model = LoggedModel(str(record["name"]), str(record["version"]), record["sha256"])
-            ink = None if record["ink"] is None else _share(record["ink"])
-            chance, is_sure = _share(record["probability"]), bool(record["sure"])
-            entry = Entry(time, str(record["class"]), chance, is_sure, ink)
-    except (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError):
-        logged.unreadable += 1
-        return
-    if time < start:
-        return
-    if lost:
-        logged.lost += lost
-    elif (model.name, model.sha256) == wanted:
-        logged.entries.append(entry)
-        logged.versions.add(model.version)
-    else:
-        logged.others[model] += 1
 
 
 def _share(value: Any) -> float:

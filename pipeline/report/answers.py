@@ -65,6 +65,15 @@ def collect_answers(
     classes = [str(name) for name in summary["classes"]]
     counts = confusion(outputs, labels)
     images, right = len(labels), int(counts.trace())
+    refused: dict[str, float | None] | None = None
+    if (min_probability := summary.get("min_probability")) is not None:
+        is_unsure, is_right = is_refused(outputs, min_probability), outputs.argmax(axis=1) == labels
+        refused = {
+            "min_probability": min_probability,
+            "total": float(is_unsure.mean()),
+            "right": float(is_unsure[is_right].mean()) if right else 0.0,
+            "wrong": float(is_unsure[~is_right].mean()) if right < images else None,
+        }
     before = reliability(predictions.remove_temperature(summary["temperature"]), labels)
     after = reliability(outputs, labels)
     wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes only
@@ -96,23 +105,8 @@ def collect_answers(
             Markup(figures.draw_reliability(before, after)),
             Markup(figures.draw_confidence(before, after)),
         ),
-        refused=_count_refused(outputs, labels, summary.get("min_probability")),
+        refused=refused,
     )
-
-
-def _count_refused(
-    outputs: np.ndarray, labels: np.ndarray, min_probability: float | None
-) -> Mapping[str, float | None] | None:
-    """Return the threshold, and the fractions of answers below it; None without a threshold."""
-    if min_probability is None:
-        return None
-    refused, right = is_refused(outputs, min_probability), outputs.argmax(axis=1) == labels
-    return {
-        "min_probability": min_probability,
-        "total": float(refused.mean()),
-        "right": float(refused[right].mean()) if right.any() else 0.0,
-        "wrong": float(refused[~right].mean()) if not right.all() else None,
-    }
 
 
 def draw_picture(image: np.ndarray) -> str:

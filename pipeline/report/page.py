@@ -109,6 +109,13 @@ def collect(paths: Paths) -> Page:
     evidence, agreement, drift, speeds = (
         (manifest,) * 4 if isinstance(manifest, Note) else _read_export(paths, manifest, pictured)
     )
+    settings, own = (
+        {
+            name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            for name, value in asdict(recipe).items()
+        }
+        for recipe in (config.settings, RECIPES.get(config.recipe, config.settings))
+    )
     return Page(
         run=paths.run,
         name=paths.name,
@@ -123,7 +130,10 @@ def collect(paths: Paths) -> Page:
         agreement=agreement,
         drift=drift,
         speeds=speeds,
-        settings=_list_settings(config),
+        settings=tuple(
+            (name, value, "" if own[name] == value else own[name])
+            for name, value in settings.items()
+        ),
         digests=_list_digests(paths, config, summary, manifest),
         export=manifest if isinstance(manifest, Note) else None,
         then=manifest.command if isinstance(manifest, Note) else _find_next_command(paths),
@@ -213,19 +223,6 @@ def _distort(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
     return tuple(
         (train.classes[label], draw_picture(image), tuple(map(draw_picture, draws)))
         for label, image, draws in rows
-    )
-
-
-def _list_settings(config: TrainConfig) -> tuple[tuple[str, str, str], ...]:
-    """Return each setting's name and value, and the recipe's own value if it differs."""
-
-    def text(value: object) -> str:
-        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-    own = asdict(RECIPES[config.recipe]) if config.recipe in RECIPES else {}
-    return tuple(
-        (name, text(value), "" if own.get(name, value) == value else text(own[name]))
-        for name, value in asdict(config.settings).items()
     )
 
 

@@ -175,8 +175,19 @@ def _cut_arrays(file: Path, path: Path, shape: tuple[int, ...], rows: int) -> It
     Raises PipelineError for arrays of another shape, and CorruptError for a truncated file.
     """
     with file.open("rb") as opened:
-        is_npy = _read_head(file).startswith(_NPY)
-        images, *own_shape = _read_npy(opened, path) if is_npy else _read_idx(opened, path)
+        head = _read_head(file)
+        if head.startswith(_NPY):
+            images, *own_shape = _read_npy(opened, path)
+        elif head[:3] == _IDX and head[3:4]:
+            header = opened.read(4 + 4 * head[3])[4:]
+            if len(header) != 4 * head[3] or not header:
+                raise CorruptError(f"{path} ends inside its header: get it again")
+            images, *own_shape = struct.unpack(f">{head[3]}I", header)
+        else:
+            message = (
+                f"{path} cannot be scored: give {KINDS}; or use 'pipeline query' for a picture"
+            )
+            raise PipelineError(message)
         offset = opened.tell()
     size = math.prod(shape)
     length, stated = file.stat().st_size - offset, images * size
@@ -188,18 +199,6 @@ def _cut_arrays(file: Path, path: Path, shape: tuple[int, ...], rows: int) -> It
     for index, start in enumerate(range(0, images, rows)):
         count = min(rows, images - start)
         yield Shard(index, str(file), count, start, offset + start * size)
-
-
-def _read_idx(file: BinaryIO, path: Path) -> tuple[int, ...]:
-    head = file.read(4)
-    if head[:3] != _IDX or not head[3:]:
-        message = f"{path} cannot be scored: give {KINDS}; or use 'pipeline query' for a picture"
-        raise PipelineError(message)
-    content = file.read(4 * head[3])
-    if len(content) != 4 * head[3] or not content:
-        raise CorruptError(f"{path} ends inside its header: get it again")
-    shape: tuple[int, ...] = struct.unpack(f">{head[3]}I", content)
-    return shape
 
 
 def _read_npy(file: BinaryIO, path: Path) -> tuple[int, ...]:

@@ -154,24 +154,18 @@ def count_repeated_ids(folder: Folder, parts: Sequence[int], rows: int) -> int:
     for turn in range(passes):
         shares = [np.zeros(0, np.uint64)]
         for index in parts:
-            hashes = _hash_ids(folder.part(index))
+            with pq.ParquetFile(folder.part(index)) as file:
+                ids = file.read(["id"])["id"]
+            if pa.types.is_integer(ids.type):  # different integers have different hashes
+                numbers = ids.to_numpy().astype(np.uint64)
+            else:
+                numbers = np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
+            # Multiply by an odd number, so that the high bits vary as well.
+            hashes = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
             shares.append(hashes[(hashes >> np.uint64(40)) % np.uint64(passes) == turn])
         _, counts = np.unique(np.concatenate(shares), return_counts=True)
         repeated += int(np.count_nonzero(counts > 1))
     return repeated
-
-
-def _hash_ids(part: Path) -> np.ndarray:
-    """Return a 64-bit hash (N,) of each id of a part; different integers have different hashes."""
-    with pq.ParquetFile(part) as file:
-        ids = file.read(["id"])["id"]
-    if pa.types.is_integer(ids.type):
-        numbers = ids.to_numpy().astype(np.uint64)
-    else:
-        numbers = np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids)).astype(np.uint64)
-    # Multiply by an odd number, so that the high bits vary as well.
-    mixed: np.ndarray = numbers * np.uint64(0x9E3779B97F4A7C15)
-    return mixed
 
 
 def score_rows(

@@ -123,7 +123,14 @@ def _draw_strokes(count: int, device: torch.device) -> Tensor:
     steps = torch.stack([heading.sin(), heading.cos()], dim=-1) * length[..., None]
     walks = _bend(steps.cumsum(dim=1)[:, :, None])
     curls = _bend(_spread(count, STROKES + 2, 1, 2, device=device) * 1.4)  # between random points
-    segments = _segments(count, device)
+    # Segments: half of them begin where the previous one ends, and half are straight.
+    shape = (count, STROKES, 1, 2)
+    ends = torch.randint(-1, 2, (2, *shape), device=device) + _spread(2, *shape, device=device) / 8
+    begin, end = ends
+    goes_on, is_bent = torch.rand(2, *shape[:-1], 1, device=device) < 0.5
+    begin = torch.where(goes_on, end.roll(1, dims=1), begin)
+    bends = (begin + end) / 2 + _spread(*shape, device=device) * 1.2 * is_bent
+    segments = (begin, bends, end)
     first, second, third = (
         torch.where(is_line, torch.where(is_walk, walk, curl), segment)
         for walk, curl, segment in zip(walks, curls, segments, strict=True)
@@ -177,19 +184,6 @@ def _measure_distances(paths: Tensor, width: Tensor) -> Tensor:
     field.scatter_reduce_(1, pixel.flatten(1), away.flatten(1), "amin")
     framed: Tensor = field.view(-1, 1, side, side)
     return framed[:, :, NEAR:-NEAR, NEAR:-NEAR]
-
-
-def _segments(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where strokes begin, what they bend towards, and where they end: (M, S, 1, 2) each.
-
-    Half of them begin where the previous one ends, and half are straight.
-    """
-    shape = (count, STROKES, 1, 2)
-    ends = torch.randint(-1, 2, (2, *shape), device=device) + _spread(2, *shape, device=device) / 8
-    begin, end = ends
-    goes_on, is_bent = torch.rand(2, *shape[:-1], 1, device=device) < 0.5
-    begin = torch.where(goes_on, end.roll(1, dims=1), begin)
-    return begin, (begin + end) / 2 + _spread(*shape, device=device) * 1.2 * is_bent, end
 
 
 def _bend(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:

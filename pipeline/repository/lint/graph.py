@@ -178,26 +178,22 @@ def _check_external(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
             entries = {entry.key: entry.value for entry in part.external_data}
             by_location.setdefault(entries.get("location", ""), []).append((part, entries))
     for location, parts in by_location.items():
+        place, problem = PurePosixPath(location), ""
         fix = f"put the file next to {path.name}, or export one file"
-        problem = _find_misplacement(path.parent, location)
+        if not location or place.is_absolute() or ".." in place.parts or "\0" in location:
+            problem = "is not in the version's folder"
+        else:
+            try:
+                if not stat.S_ISREG(os.lstat(path.parent / place).st_mode):
+                    problem = "is not a regular file"
+            except OSError as error:
+                problem = f"cannot be read: {error.strerror}"
         if not problem:
             fix = f"copy '{location}' again, together with {path.name}"
             problem = _find_gap(parts, (path.parent / location).stat().st_size)
         if problem:
             problem = f"the data of {parts[0][0].name or 'a tensor'} in '{location}' {problem}"
             yield Finding("external-data", "error", path, problem, fix, source=FILE)
-
-
-def _find_misplacement(folder: Path, location: str) -> str:
-    """Return why a weights file must not be read; "" if it may be."""
-    place = PurePosixPath(location)
-    if not location or place.is_absolute() or ".." in place.parts or "\0" in location:
-        return "is not in the version's folder"
-    try:
-        facts = os.lstat(folder / place)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return "" if stat.S_ISREG(facts.st_mode) else "is not a regular file"
 
 
 def _find_gap(parts: Iterable[tuple[Any, dict[str, str]]], size: int) -> str:
