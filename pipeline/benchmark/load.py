@@ -128,6 +128,11 @@ async def _ask_all(
     return latencies, answers, failed
 
 
+def _content_of(answer: bytes) -> bytes:
+    (content,) = service_pb2.ModelInferResponse.FromString(answer).raw_output_contents
+    return bytes(content)
+
+
 @dataclass(frozen=True)
 class ModelCounters:
     """Triton's counters of a model since it was loaded."""
@@ -326,7 +331,7 @@ _WAYS = {
         _build_request,
         lambda *load: asyncio.run(_ask_all(*load)),
         _open_grpc,
-        lambda answer: service_pb2.ModelInferResponse.FromString(answer).raw_output_contents[0],
+        _content_of,
     ),
     "http": _Way(load_http.build_request, load_http.ask_all, _open_http, load_http.content_of),
 }

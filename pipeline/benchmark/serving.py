@@ -69,22 +69,6 @@ def profile_name(name: str) -> str:
     return f"{name}-{PROFILE}"
 
 
-def copy_packaged(paths: Paths, repository: Path) -> Paths:
-    """Copy only the packaged model into the new `repository`; return its paths.
-
-    Raises PipelineError if there is no packaged model, or if it does not accept batches of MANY.
-    """
-    packaged = paths.packaged
-    if not (packaged / "config.pbtxt").exists():
-        raise PipelineError(f"there is no model at {packaged}: run 'pipeline package' first")
-    largest = config_pbtxt.read(packaged / "config.pbtxt").max_batch_size
-    if largest < MANY:
-        message = f"{packaged} takes batches of {largest}: package it with --max-batch-size {MANY}"
-        raise PipelineError(message)
-    shutil.copytree(packaged, repository / paths.name)
-    return replace(paths, repository_folder=repository)
-
-
 def add_models(served: Paths) -> Configs:
     """Add the no-op model, and the model under its profile; return the configs of all three."""
     own = config_pbtxt.read(served.packaged / "config.pbtxt")
@@ -173,10 +157,18 @@ def benchmark_serving(
     """Serve the selected version next to a no-op model, measure both, write serving.json.
 
     `reference` holds eager PyTorch's classes of the test split (N,), if already known.
-    Raises CheckFailedError if an answer was wrong or missing.
+    Raises CheckFailedError if an answer was wrong or missing, and PipelineError if there is no
+    packaged model, or if it does not accept batches of MANY.
     """
+    if not (paths.packaged / "config.pbtxt").exists():
+        raise PipelineError(f"there is no model at {paths.packaged}: run 'pipeline package' first")
+    largest = config_pbtxt.read(paths.packaged / "config.pbtxt").max_batch_size
+    if largest < MANY:
+        fix = f"package it with --max-batch-size {MANY}"
+        raise PipelineError(f"{paths.packaged} takes batches of {largest}: {fix}")
     with tempfile.TemporaryDirectory(prefix="handwriting-benchmark-") as scratch:
-        served = copy_packaged(paths, Path(scratch) / "models")
+        served = replace(paths, repository_folder=Path(scratch) / "models")
+        shutil.copytree(paths.packaged, served.packaged)
         release = load_selected_releases(served)[paths.name]
         with run_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
             http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
