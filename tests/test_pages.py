@@ -61,7 +61,10 @@ def test_every_make_target_of_a_page_exists(line: str) -> None:
 
 @pytest.mark.slow
 def test_the_chain_of_the_api_page_makes_a_packaged_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    short_proof: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     chain = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "api.md").read_text(), re.S)[
         0
