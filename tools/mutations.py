@@ -112,16 +112,20 @@ class Case:
     source: str = ""  # where Triton's code decides it
 
 
-def static_fault(one: Case, findings: Sequence[Finding]) -> str:
+def static_fault(case: Case, findings: Sequence[Finding]) -> str:
     """Return how lint's findings on a case differ from the expected ones; empty if they match."""
-    said = {level: {f.rule for f in findings if f.level == level} for level in ("error", "warning")}
-    is_error = one.expected in (REFUSED, WRONG, NATIVE) and one.rule
+    reported = {
+        level: {f.rule for f in findings if f.level == level} for level in ("error", "warning")
+    }
+    is_error = case.expected in (REFUSED, WRONG, NATIVE) and case.rule
     if is_error:
-        return "" if one.rule in said["error"] else f"no error of {one.rule} among {said}"
-    if said["error"]:
-        return f"refused by {said['error']}"
-    wanted = {one.rule} if one.rule else set()
-    return "" if said["warning"] == wanted else f"warned of {said['warning']}, not of {wanted}"
+        return "" if case.rule in reported["error"] else f"no error of {case.rule} among {reported}"
+    if reported["error"]:
+        return f"refused by {reported['error']}"
+    wanted = {case.rule} if case.rule else set()
+    return (
+        "" if reported["warning"] == wanted else f"warned of {reported['warning']}, not of {wanted}"
+    )
 
 
 CASES: list[Case] = []
@@ -1212,6 +1216,6 @@ def digest_of_a_version_that_went(folder: Path) -> None:
 
 def build(repository: Path, cases: Sequence[Case] = CASES) -> None:
     """Write a repository with a model for each case, named after the case."""
-    for one in cases:
-        write_model(repository / one.name)
-        one.mutate(repository / one.name)
+    for case in cases:
+        write_model(repository / case.name)
+        case.mutate(repository / case.name)

@@ -71,20 +71,20 @@ def measured(root: Path, *options: str, how: tuple[str, ...] = ("-m", "pipeline"
 
 
 def kept(record: Record, file: Path) -> Path:
-    """Write the record to a file, for comparison with the next one; return the file."""
+    """Write the record to a file, for comparison with the next measurement; return the file."""
     file.write_text(json.dumps(record))
     return file
 
 
 def worse(record: Record) -> list[Record]:
     """Return the rows that got worse."""
-    changes = [change for one in record["compared"] for change in one["changes"]]
+    changes = [change for measurement in record["compared"] for change in measurement["changes"]]
     return [change for change in changes if change["verdict"] == "worse"]
 
 
 def seen(record: Record) -> list[float]:
     """Return the smallest change that each comparison could detect."""
-    return [one["seen"] for one in record["compared"]]
+    return [measurement["seen"] for measurement in record["compared"]]
 
 
 def damaged(root: Path) -> None:
@@ -120,11 +120,11 @@ def slowdown(folder: Path) -> Record:
     for attempt in range(1, ATTEMPTS + 1):
         before = kept(measured(Path(), "--what", "serve"), folder / f"before-{attempt}.json")
         after = measured(Path(), "--what", "serve", "--compare", str(before), how=how)
-        found = worse(after)
-        print(attempt, after["exit"], seen(after), *found, sep="\n", flush=True)
-        if all(change["row"].startswith("handwriting") for change in found):
+        results = worse(after)
+        print(attempt, after["exit"], seen(after), *results, sep="\n", flush=True)
+        if all(change["row"].startswith("handwriting") for change in results):
             break
-    return {"exit": after["exit"], "worse": found, "seen": seen(after), "attempts": attempt}
+    return {"exit": after["exit"], "worse": results, "seen": seen(after), "attempts": attempt}
 
 
 def loss(folder: Path) -> Record:
@@ -133,23 +133,23 @@ def loss(folder: Path) -> Record:
     before = kept(measured(root, "--what", "infer", "--short"), folder / "right.json")
     damaged(root)
     after = measured(root, "--what", "infer", "--short", "--compare", str(before))
-    found = [change for change in worse(after) if change["what"] == "accuracy"]
-    print(after["exit"], *found, sep="\n", flush=True)
-    return {"exit": after["exit"], "worse": found}
+    results = [change for change in worse(after) if change["what"] == "accuracy"]
+    print(after["exit"], *results, sep="\n", flush=True)
+    return {"exit": after["exit"], "worse": results}
 
 
-def same(folder: Path, times: int, found: list[Record]) -> Iterator[list[Record]]:
+def same(folder: Path, times: int, results: list[Record]) -> Iterator[list[Record]]:
     """Measure the same code until there are `times` results; yield them after each.
 
-    Each measurement is compared with the one before.
+    Each measurement is compared with the measurement before.
     """
     before = kept(measured(Path(), "--what", "all", "--short"), folder / "0.json")
-    for turn in range(len(found) + 1, times + 1):
+    for turn in range(len(results) + 1, times + 1):
         after = measured(Path(), "--what", "all", "--short", "--compare", str(before))
         before = kept(after, folder / f"{turn}.json")
-        found.append({"exit": after["exit"], "worse": worse(after), "seen": seen(after)})
-        print(turn, found[-1], flush=True)
-        yield found
+        results.append({"exit": after["exit"], "worse": worse(after), "seen": seen(after)})
+        print(turn, results[-1], flush=True)
+        yield results
 
 
 def prove(parts: Path, folder: Path, times: int) -> Record:
@@ -158,9 +158,9 @@ def prove(parts: Path, folder: Path, times: int) -> Record:
         if not (parts / f"{name}.json").exists():
             write_json(parts / f"{name}.json", find(folder))
     alike = parts / "same.json"
-    found = read_json(alike, MEND)["found"] if alike.exists() else []
-    if len(found) < times:
-        for so_far in same(folder, times, found):
+    results = read_json(alike, MEND)["found"] if alike.exists() else []
+    if len(results) < times:
+        for so_far in same(folder, times, results):
             write_json(alike, {"found": so_far})
     slow, wrong, alike_record = (
         read_json(parts / f"{name}.json", MEND) for name in ("slowdown", "loss", "same")
@@ -172,19 +172,19 @@ def main(result: Path, times: int) -> None:
     """Plant a slowdown and a loss, measure the same code `times` times, and write the result."""
     parts = Path("exported") / "compare" / hash_sources("compare")[:12]
     with tempfile.TemporaryDirectory(prefix="handwriting-compare-") as folder:
-        found = prove(parts, Path(folder), times)
+        results = prove(parts, Path(folder), times)
     record = {
         "command": "make prove-compare",
         **machine(),
         "share": SHARE,
-        **found,
+        **results,
     }
-    slow, wrong = found["slowdown"], found["loss"]
-    assert slow["exit"] == wrong["exit"] == 3, found
-    assert slow["worse"], found
-    assert all(change["row"].startswith("handwriting") for change in slow["worse"]), found
-    assert wrong["worse"], found
-    assert [one["exit"] for one in found["same"]] == [0] * times, found
+    slow, wrong = results["slowdown"], results["loss"]
+    assert slow["exit"] == wrong["exit"] == 3, results
+    assert slow["worse"], results
+    assert all(change["row"].startswith("handwriting") for change in slow["worse"]), results
+    assert wrong["worse"], results
+    assert [measurement["exit"] for measurement in results["same"]] == [0] * times, results
     write_figure("compare", result, record)
     render_pages()
     print(f"wrote {result}")

@@ -225,8 +225,8 @@ def trespass(gateway: Gateway) -> int:
     content = gateway.pictures[0]
     length = f"Content-Length: {len(content)}\r\n\r\n".encode()
     for attempt, (headers, status) in ATTEMPTS.items():
-        found = gateway.raw(b"POST /classify HTTP/1.1\r\n" + headers + length + content)
-        assert found == status, (attempt, found)
+        answer = gateway.raw(b"POST /classify HTTP/1.1\r\n" + headers + length + content)
+        assert answer == status, (attempt, answer)
     return len(ATTEMPTS)
 
 

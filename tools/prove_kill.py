@@ -62,8 +62,10 @@ def ask_of(paths: Paths) -> Traffic:
 
 def leftovers(ids: set[str]) -> list[str]:
     """List the processes and shared memory of these servers."""
-    found = [str(path) for one in ids for path in Path("/dev/shm").glob(f"*{one}*")]
-    return found + [f"process {pid}" for one in ids for pid in process.find_processes(one)]
+    left = [str(path) for server_id in ids for path in Path("/dev/shm").glob(f"*{server_id}*")]
+    return left + [
+        f"process {pid}" for server_id in ids for pid in process.find_processes(server_id)
+    ]
 
 
 def await_another(paths: Paths, before: Server) -> None:
@@ -154,10 +156,12 @@ def main(result: Path, kills: int, drains: int) -> None:
             supervise.stop(paths)
             tally = running.stop()
     time.sleep(PAUSE_SECONDS)
-    ends = [one.at for one in done[1:]] + [drains_from]
+    ends = [kill.at for kill in done[1:]] + [drains_from]
     outages = {
         kind: [
-            outage(tally, one.at, e) for one, e in zip(done, ends, strict=True) if one.kind == kind
+            outage(tally, kill.at, e)
+            for kill, e in zip(done, ends, strict=True)
+            if kill.kind == kind
         ]
         for kind in KINDS
     }

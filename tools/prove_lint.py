@@ -121,18 +121,18 @@ def main() -> None:
     """Check every case with lint and a server, and keep the table."""
     os.umask(0o022)
     rows = table()
-    for one in rows:
-        mark = "WRONG" if one["fault"] else "right"
+    for row in rows:
+        mark = "WRONG" if row["fault"] else "right"
         print(
-            f"{mark}  {one['case']:36} {one['expected']:16} {one['static']:24} "
-            f"{one['live']:11} {one['fault'] or one['cause']}"
+            f"{mark}  {row['case']:36} {row['expected']:16} {row['static']:24} "
+            f"{row['live']:11} {row['fault'] or row['cause']}"
         )
     right = {LOADS, UNTRIED}
     record: dict[str, Any] = {
         "command": COMMAND,
-        "mutations": sum(one["expected"] not in right for one in rows),
-        "sound": sum(one["expected"] in right for one in rows),
-        "faults": sum(bool(one["fault"]) for one in rows),
+        "mutations": sum(row["expected"] not in right for row in rows),
+        "sound": sum(row["expected"] in right for row in rows),
+        "faults": sum(bool(row["fault"]) for row in rows),
         "corpus": corpus(),
         "cases": rows,
     }

@@ -47,14 +47,14 @@ def image_digest(report: Say) -> str:
     if running.returncode:
         raise PipelineError(f"docker cannot be used here: {_last_line(running.stderr)}")
     asked = ("image", "inspect", "--format", '{{join .RepoDigests " "}}', IMAGE)
-    found = docker(*asked)
-    if found.returncode:
+    result = docker(*asked)
+    if result.returncode:
         report(f"pulling {IMAGE}, some gigabytes")
         pulled = docker("pull", "--quiet", IMAGE)
         if pulled.returncode:
             raise PipelineError(f"{IMAGE} cannot be pulled: {_last_line(pulled.stderr)}")
-        found = docker(*asked)
-    return found.stdout.strip()
+        result = docker(*asked)
+    return result.stdout.strip()
 
 
 def _last_line(text: str) -> str:

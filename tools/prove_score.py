@@ -41,11 +41,11 @@ MAY_GROW = 0.1  # growth of the peak, as a fraction of the peak with fewer image
 def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Shift each image (N, 28, 28) by up to two pixels in each direction."""
     moves = rng.integers(-2, 3, (len(images), 2))
-    found = np.empty_like(images)
+    moved = np.empty_like(images)
     for move in np.unique(moves, axis=0):
         chosen = (moves == move).all(axis=1)
-        found[chosen] = np.roll(images[chosen], tuple(move), (1, 2))
-    return found
+        moved[chosen] = np.roll(images[chosen], tuple(move), (1, 2))
+    return moved
 
 
 def write_source(path: Path, images: int) -> None:
@@ -60,13 +60,15 @@ def write_source(path: Path, images: int) -> None:
 
 def tree(pid: int) -> set[int]:
     """Return a process and all its descendants."""
-    found = {pid}
+    pids = {pid}
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found |= {one for child in path.read_text().split() for one in tree(int(child))}
+            pids |= {
+                pid_below for child in path.read_text().split() for pid_below in tree(int(child))
+            }
         except OSError:  # it ended meanwhile
             continue
-    return found
+    return pids
 
 
 def memory(pid: int) -> int:
@@ -138,21 +140,21 @@ def interrupt(source: Path, output: Path, parts: int) -> int:
 
 def in_process(onnx: bytes, images: np.ndarray) -> dict[str, float]:
     """Measure ONNX Runtime in this process, on all cores: images/s by sessions and batch size."""
-    found = {}
+    results = {}
     for batch in BATCHES:
         predictor = onnx_predictor(onnx, cores())
         predictor(images[:batch])
         start = time.perf_counter()
         predict(predictor, images, batch)
-        found[f"one session, batches of {batch}"] = len(images) / (time.perf_counter() - start)
+        results[f"one session, batches of {batch}"] = len(images) / (time.perf_counter() - start)
     predictors = [onnx_predictor(onnx, 1) for _ in range(cores())]
     halves = np.array_split(images, cores())
     with ThreadPoolExecutor(cores()) as pool:
         start = time.perf_counter()
         list(pool.map(predict, predictors, halves, [BATCHES[0]] * cores()))
         name = f"a session for each core, batches of {BATCHES[0]}"
-        found[name] = len(images) / (time.perf_counter() - start)
-    return found
+        results[name] = len(images) / (time.perf_counter() - start)
+    return results
 
 
 def digest(output: Path) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def prove(folder: Path, images: int) -> dict[str, Any]:
     killed, total = folder / "killed", len(list((folder / "whole").glob("part-*")))
     kills = [interrupt(source, killed, total * part // 3) for part in (1, 2)]
     resumed, _ = whole(source, killed)
-    wanted, found = digest(folder / "whole"), digest(killed)
+    wanted, results = digest(folder / "whole"), digest(killed)
     rates = {name: (before[name] + after[name]) / 2 for name in before}
     left = [str(path) for path in killed.glob(".*")]
     return {
@@ -205,7 +207,7 @@ def prove(folder: Path, images: int) -> dict[str, Any]:
         "kills": [{"files": files, "of": total} for files in kills],
         "resumed": resumed["resumed"],
         "uninterrupted": wanted,
-        "killed": found,
+        "killed": results,
         "left": [*left, *map(str, Path(tempfile.gettempdir()).glob(f"{SCRATCH}-*"))],
     }
 
@@ -213,18 +215,21 @@ def prove(folder: Path, images: int) -> dict[str, Any]:
 def main(result: Path, images: int) -> None:
     """Run the comparison, check it, and write the result."""
     with tempfile.TemporaryDirectory() as folder:
-        found = prove(Path(folder), images)
-    record = {"command": "make prove-score", **machine(), **found}
+        results = prove(Path(folder), images)
+    record = {"command": "make prove-score", **machine(), **results}
     print(json.dumps(record, indent=2))
-    assert found["killed"] == found["uninterrupted"]
-    assert found["killed"]["rows"] == images
-    assert found["killed"]["are_ids_right"]
-    assert 0 < found["resumed"] < images
-    assert not found["left"]
+    assert results["killed"] == results["uninterrupted"]
+    assert results["killed"]["rows"] == images
+    assert results["killed"]["are_ids_right"]
+    assert 0 < results["resumed"] < images
+    assert not results["left"]
     write_figure("score", result, record)
     render_pages()
     print(f"wrote {result}")
-    if found["ratio"] < LEAST or found["peak_bytes"] > (1 + MAY_GROW) * found["fewer_peak_bytes"]:
+    if (
+        results["ratio"] < LEAST
+        or results["peak_bytes"] > (1 + MAY_GROW) * results["fewer_peak_bytes"]
+    ):
         raise SystemExit(3)
 
 

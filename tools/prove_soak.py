@@ -76,7 +76,7 @@ def main(result: Path, requests: int) -> None:
         "failed": tally.failed,
         "restarts": restarts,
         "grown_bytes": last.memory_bytes - first.memory_bytes,
-        "sizes": [{"requests": count, **asdict(one)} for count, one in sizes],
+        "sizes": [{"requests": count, **asdict(tally)} for count, tally in sizes],
     }
     print(record)
     assert (tally.wrong, tally.failed, restarts) == (0, 0, 0)

@@ -72,7 +72,7 @@ def prove(
 
     The numbers are `promotes` and `requests`. Each client waits `pause` seconds after a request.
     """
-    numbers = [one.version for one in list_versions(paths).versions]
+    numbers = [version.version for version in list_versions(paths).versions]
     outputs = expected(paths, numbers, images)
     first, second = (outputs[number] for number in numbers)
     urls = (server.http_url, server.grpc_url) * 2
@@ -96,7 +96,7 @@ def prove(
         seconds=round(time.monotonic() - begin, 1),
         slowest_request_seconds=round(tally.slowest, 3),
         median_promote_seconds=round(statistics.median(seconds), 2),
-        problems=tuple(f"{one.url}: {one.message}" for one in tally.problems[:5]),
+        problems=tuple(f"{problem.url}: {problem.message}" for problem in tally.problems[:5]),
     )
 
 

@@ -91,7 +91,7 @@ def lost(tally: Tally) -> list[Event]:
     A client keeps one connection as long as requests succeed, so only its first failure after a
     correct answer can be such a request; each later one used a new connection.
     """
-    found = []
+    lost = []
     for client in {event.client for event in tally.events}:
         was_right = True
         for event in (event for event in tally.events if event.client == client):
@@ -100,9 +100,9 @@ def lost(tally: Tally) -> list[Event]:
                 and event.kind == "failed"
                 and not any(r in event.message for r in REFUSALS)
             ):
-                found.append(event)
+                lost.append(event)
             was_right = event.kind == "right"
-    return found
+    return lost
 
 
 def expected(paths: Paths, versions: Sequence[int], images: np.ndarray) -> dict[int, np.ndarray]:
@@ -114,10 +114,10 @@ def expected(paths: Paths, versions: Sequence[int], images: np.ndarray) -> dict[
 
 def judge(ask: Traffic, rows: slice, outputs: np.ndarray, version: str) -> str:
     """Return what is wrong with the outputs (B, K) of `version` for these images, or ''."""
-    known = ask.outputs_by_version.get(int(version) if version.isdigit() else -1)
-    if known is None:
+    outputs = ask.outputs_by_version.get(int(version) if version.isdigit() else -1)
+    if outputs is None:
         return f"version {version!r} answered"
-    expected = known[rows]
+    expected = outputs[rows]
     if outputs.shape != expected.shape:
         return f"version {version} answered {outputs.shape} instead of {expected.shape}"
     apart = float(np.abs(outputs - expected).max())

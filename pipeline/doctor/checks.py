@@ -160,10 +160,10 @@ def _find_write_problem(folder: Path) -> str:
 
 def _check_disk(paths: Paths) -> str:
     free = shutil.disk_usage(_find_existing(paths.root)).free
-    found = f"{free / (1 << 30):.1f} GiB are free"
+    space = f"{free / (1 << 30):.1f} GiB are free"
     if free < DISK_BYTES:
-        raise Problem(f"{found}, but 1 GiB is needed", "make clean")
-    return found
+        raise Problem(f"{space}, but 1 GiB is needed", "make clean")
+    return space
 
 
 def _check_shared_memory() -> Result:
@@ -171,12 +171,12 @@ def _check_shared_memory() -> Result:
     if not folder.is_dir():
         return []  # not Linux, so the server in the wheel cannot run either
     free = shutil.disk_usage(folder).free
-    found = f"{free >> 20} MiB are free in {folder}"
+    space = f"{free >> 20} MiB are free in {folder}"
     if problem := _find_write_problem(folder):
         raise PipelineError(f"{folder}: {problem}")
     if free < SHARED_BYTES:
-        raise PipelineError(f"{found}, but the server needs {SHARED_BYTES >> 20}")
-    return found
+        raise PipelineError(f"{space}, but the server needs {SHARED_BYTES >> 20}")
+    return space
 
 
 def _check_ports(paths: Paths, config: ServeConfig) -> str:

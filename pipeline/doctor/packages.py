@@ -37,8 +37,8 @@ class Check:
 class Problem(PipelineError):
     """A problem with its own fix, instead of the one that all problems of its check have."""
 
-    def __init__(self, found: str, fix: str) -> None:
-        super().__init__(found)
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem)
         self.fix = fix
 
 
@@ -190,11 +190,11 @@ def check_gpus(of_torch: Iterable[Check]) -> Result:
     command = [str(program), "--query-gpu=name,driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False) if program else None
     names = "; ".join(done.stdout.split("\n")).strip("; ") if done else ""
-    found = names or f"{len(devices)}, not described by the driver"
+    gpus = names or f"{len(devices)}, not described by the driver"
     if any("trains on the CPU" in check.found for check in of_torch):
         fix = rebuild("TORCH_INDEX=URL") + "  # of torch's builds for your CUDA"
-        return [Check("warning", "GPU", f"{found}; torch does not use it", fix)]
-    return found
+        return [Check("warning", "GPU", f"{gpus}; torch does not use it", fix)]
+    return gpus
 
 
 def check_providers(model: Path) -> list[Check]:

@@ -153,15 +153,15 @@ def scrub(model: onnx.ModelProto, ir_version: int, metadata: dict[str, str]) -> 
     """
     model.ir_version = ir_version
     model.DiscardUnknownFields()
-    found = list(message_parts(model))
-    for part in found:
+    parts = list(message_parts(model))
+    for part in parts:
         for field in {"metadata_props", "doc_string"}.intersection(part.DESCRIPTOR.fields_by_name):
             part.ClearField(field)
     for value in list_overridable(model):
         model.graph.input.remove(value)
     _rename(model)
     model.graph.name = model.graph.name or "graph"  # the checker requires a name
-    used = STANDARD | {part.domain for part in found if isinstance(part, onnx.NodeProto)}
+    used = STANDARD | {part.domain for part in parts if isinstance(part, onnx.NodeProto)}
     for entry in [entry for entry in model.opset_import if entry.domain not in used]:
         model.opset_import.remove(entry)
     for key in sorted(metadata):

@@ -48,16 +48,18 @@ _IR_VERSIONS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 def span(release: str) -> Target:
     """Return the span of a release `YY.MM`.
 
-    Raises PipelineError, which names the known releases, when it is in no span.
+    Raises PipelineError, which names the supported releases, when it is in no span.
     """
-    known = f"releases {OLDEST} to {NEWEST} are known"
+    supported = f"releases {OLDEST} to {NEWEST} are known"
     if not re.fullmatch(r"[0-9]{2}\.(0[1-9]|1[0-2])", release):
-        raise PipelineError(f"{release!r} is not a Triton release (YY.MM); {known}")
+        raise PipelineError(f"{release!r} is not a Triton release (YY.MM); {supported}")
     if release < OLDEST:
-        raise PipelineError(f"Triton {release} is too old: {known}. Take one of their containers")
+        raise PipelineError(
+            f"Triton {release} is too old: {supported}. Take one of their containers"
+        )
     if release > NEWEST:
         raise PipelineError(
-            f"Triton {release} is too new: {known}. Export for {NEWEST}: later releases load that "
+            f"Triton {release} is too new: {supported}. Export for {NEWEST}: later releases load that "
             "as well, since ONNX Runtime is backward compatible"
         )
     return next(span for span in SPANS if release <= span.last)
