@@ -59,8 +59,8 @@ def span(release: str) -> Target:
         )
     if release > NEWEST:
         raise PipelineError(
-            f"Triton {release} is too new: {supported}. Export for {NEWEST}: later releases load that "
-            "as well, since ONNX Runtime is backward compatible"
+            f"Triton {release} is too new: {supported}. Export for {NEWEST}: later releases load "
+            "that as well, since ONNX Runtime is backward compatible"
         )
     return next(span for span in SPANS if release <= span.last)
 
