@@ -114,10 +114,10 @@ def expected(paths: Paths, versions: Sequence[int], images: np.ndarray) -> dict[
 
 def judge(ask: Traffic, rows: slice, outputs: np.ndarray, version: str) -> str:
     """Return what is wrong with the outputs (B, K) of `version` for these images, or ''."""
-    outputs = ask.outputs_by_version.get(int(version) if version.isdigit() else -1)
-    if outputs is None:
+    recorded = ask.outputs_by_version.get(int(version) if version.isdigit() else -1)
+    if recorded is None:
         return f"version {version!r} answered"
-    expected = outputs[rows]
+    expected = recorded[rows]
     if outputs.shape != expected.shape:
         return f"version {version} answered {outputs.shape} instead of {expected.shape}"
     apart = float(np.abs(outputs - expected).max())
