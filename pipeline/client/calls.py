@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.client.connection import Connection, connector
 from pipeline.client.endpoint import Certificates, endpoint, require_usable
-from pipeline.client.faults import PASSING, Fault, explained
+from pipeline.client.faults import PASSING, Fault, explain_fault
 from pipeline.client.log import PredictionLog, open_log
 from pipeline.client.prediction import (
     Image,
@@ -105,7 +105,7 @@ class BaseClient:
                 yield deadline
         except TimeoutError as error:
             if deadline.preparing is None:
-                raise self._failed(Fault("slow", "no answer in time"), deadline) from error
+                raise self._make_error(Fault("slow", "no answer in time"), deadline) from error
             ready, count = deadline.preparing
             raise SlowError(
                 f"{ready} of {count} pictures were ready in {deadline.timeout:g} s: "
@@ -135,7 +135,7 @@ class BaseClient:
                 pause = max(fault.pause, FIRST_PAUSE * 2 ** (times - 1) * random.uniform(0.5, 1.5))
                 may_retry = may_repeat and fault.kind in PASSING and times <= self._retries
                 if not may_retry or pause >= deadline.left:
-                    raise self._failed(fault, deadline, times) from fault
+                    raise self._make_error(fault, deadline, times) from fault
             await asyncio.sleep(pause)
 
     async def _close(self) -> None:
@@ -201,7 +201,7 @@ class BaseClient:
             try:
                 classes = config_pbtxt.classes(config)
             except (ValueError, TypeError, RecursionError) as error:
-                raise self._failed(Fault("alien", str(error)), deadline) from error
+                raise self._make_error(Fault("alien", str(error)), deadline) from error
             predictions += [to_prediction(row, config, classes, version, top) for row in outputs]
         return predictions
 
@@ -242,7 +242,7 @@ class BaseClient:
                     _, index, *label = entry.decode().split(":", 2)
                     names[int(index)] = label[0] if label else index
             except (ValueError, AttributeError) as error:
-                raise self._failed(Fault("alien", str(error)), deadline) from error
+                raise self._make_error(Fault("alien", str(error)), deadline) from error
         return tuple(names.get(index, str(index)) for index in range(count))
 
     async def _ask_outputs(
@@ -266,8 +266,8 @@ class BaseClient:
             )
         return config
 
-    def _failed(self, fault: Fault, deadline: Deadline, times: int = 1) -> PipelineError:
-        return explained(
+    def _make_error(self, fault: Fault, deadline: Deadline, times: int = 1) -> PipelineError:
+        return explain_fault(
             fault,
             self.endpoint,
             name=self.name,

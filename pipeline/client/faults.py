@@ -1,4 +1,4 @@
-"""Faults between a client and a server: their kinds, and how they are explained to a user."""
+"""Faults between a client and a server: their kinds, and how they are explain_fault to a user."""
 
 import json
 import re
@@ -132,7 +132,7 @@ def of_connection(error: BaseException, is_connected: bool) -> Fault:
     return Fault(kind, short(str(error)) or type(error).__name__)
 
 
-def explained(
+def explain_fault(
     fault: Fault, where: Endpoint, *, name: str, version: str, timeout: float, times: int
 ) -> PipelineError:
     """Return the error that tells a user what was tried, and how to fix it.

@@ -60,7 +60,7 @@ class PredictionLog:
         self._unreported = 0  # of those, how many the log does not state yet
         self._lock = threading.Lock()
         try:
-            with self._opened() as descriptor:
+            with self._open() as descriptor:
                 mode = os.fstat(descriptor).st_mode
         except OSError as error:
             raise PipelineError(
@@ -114,7 +114,7 @@ class PredictionLog:
     def _write(self, content: bytes) -> None:
         """Append all of `content` or nothing, in one write; raise OSError if that fails."""
         while True:
-            with self._opened() as descriptor:
+            with self._open() as descriptor:
                 size = os.fstat(descriptor).st_size
                 if size > 0 and size + len(content) > self.max_bytes:  # it is full
                     os.replace(self.path, older_log(self.path))  # safe: the lock is held
@@ -125,7 +125,7 @@ class PredictionLog:
                 return
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
+    def _open(self) -> Iterator[int]:
         """Yield a descriptor of the file now at the path, locked against other writers."""
         while True:
             descriptor = os.open(self.path, _FLAGS, 0o600)

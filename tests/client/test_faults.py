@@ -566,7 +566,7 @@ def test_files_that_are_no_certificates_are_named(ours: Authority, tmp_path: Pat
 
 def test_an_unknown_model_has_one_message_for_python_and_the_command_line() -> None:
     fault, where = faults.Fault("unknown", "Request for unknown model"), endpoint("http://x:8000")
-    error = faults.explained(fault, where, name="nobody", version="", timeout=1.0, times=1)
+    error = faults.explain_fault(fault, where, name="nobody", version="", timeout=1.0, times=1)
     assert str(error) == (
         "http://x:8000 does not serve a model 'nobody': choose another name (--name), or try again "
         "in a moment if the server has just started; 'pipeline serve status' lists its models"
