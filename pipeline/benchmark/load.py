@@ -86,7 +86,10 @@ def keep_asking(address: str, questions: Questions, concurrency: int, seconds: f
 
 
 def count_wrong(questions: Questions, answers: Iterable[tuple[int, bytes]]) -> int:
-    """Count the images whose answer has a wrong class; a turn selects the request's classes."""
+    """Count the images answered with a wrong class; `answers` are (request number, bytes).
+
+    All images of an unreadable answer count as wrong.
+    """
     wrong = 0
     for turn, answer in answers:
         classes = questions.classes[turn % len(questions.classes)]

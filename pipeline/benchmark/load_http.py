@@ -133,7 +133,7 @@ def _answer(connection: socket.socket) -> bytes:
         answer += _more(connection, answer)
     length = _LENGTH.search(answer)
     if not answer.startswith(_OK) or not length:
-        raise ValueError(f"no answer: {answer[:100]!r}")
+        raise ValueError(f"the answer is not 200 OK with a Content-Length: {answer[:100]!r}")
     whole = answer.index(b"\r\n\r\n") + 4 + int(length[1])
     while len(answer) < whole:
         answer += _more(connection, answer)

@@ -51,7 +51,9 @@ def _parse_precisions(context: click.Context, parameter: click.Parameter, value:
     help=f"Precisions, separated by commas: {', '.join(PRECISIONS)}.",
 )
 @click.option("--target-triton", metavar="YY.MM", help="Oldest Triton that must load the model.")
-@click.option("--opset", type=int, help="ONNX opset.  [default: 18, or the target's highest]")
+@click.option(
+    "--opset", type=int, help="ONNX opset.  [default: 18, or the highest of --target-triton]"
+)
 @click.option("--list-targets", is_flag=True, help="List what each Triton release loads, and exit.")
 @module_options
 @click.option(

@@ -31,7 +31,7 @@ from pipeline.cli.web import web_command
 )
 @click.version_option(package_name="handwriting-pipeline", prog_name="pipeline")
 def main() -> None:
-    """Run a command; Click shows the help text above."""
+    """Run a command; the help text is in the decorator."""
 
 
 for command in (

@@ -71,7 +71,9 @@ class TimeType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes no
 @click.command(cls=Command)
 @click.argument("log", type=file_type)
 @click.option("--reference", type=file_type, help="Reference profile.  [default: the version's]")
-@click.option("--model-version", type=count_type, help="Version.  [default: the selected one]")
+@click.option(
+    "--model-version", type=count_type, help="Version to compare with.  [default: the selected one]"
+)
 @click.option("--since", type=TimeType(), help="Time of the oldest prediction to use (UTC).")
 @click.option("--last", type=count_type, help="Number of predictions to use, the newest.")
 @pass_paths

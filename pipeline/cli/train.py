@@ -52,7 +52,9 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default=0,
     help="Steps between checkpoints; 0: only after each epoch.",
 )
-@click.option("--resume", is_flag=True, help="Continue an interrupted run, with its settings.")
+@click.option(
+    "--resume", is_flag=True, help="Continue an interrupted run, with its settings by default."
+)
 @recipe_options
 @click.pass_obj
 def train_command(
@@ -70,8 +72,9 @@ def train_command(
 ) -> None:
     """Train a network on a data set.
 
-    A small folder of pictures is trained for 200 steps, more epochs than the recipe has. A
-    finished run of the same name is moved to previous/ in its folder and replaces the one there.
+    On a small folder of pictures it trains for more epochs than the recipe has, until 200 steps are
+    done, unless --epochs is given. A finished run of the same name is moved to previous/ in its
+    folder and replaces the one there.
 
     \b
     Example:

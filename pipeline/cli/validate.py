@@ -62,12 +62,13 @@ def validate_command(
 ) -> None:
     """Validate an export, an ONNX file, a model repository, or running servers.
 
-    Without a target, runs the exported files in ONNX Runtime and compares them with their module
-    in float64; with --onnx, compares a file from another tool with its --module. With a
+    Without a target, or with the FILE of an export, runs the exported files in ONNX Runtime and
+    compares them with their module in float64; with --onnx, compares a file from another tool with
+    its --module. With a
     REPOSITORY, serves it temporarily and compares all runtimes, for each model or only for --name.
     With URLs, replays the golden set on running servers, one image at a time, in batches and
-    concurrently; this needs neither torch nor data. Exits with 3 if an answer is wrong: the
-    evidence file names it.
+    concurrently; this needs neither torch nor data. Exits with 3 if an answer is wrong; with URLs,
+    the evidence file names it.
 
     \b
     Example:
@@ -85,6 +86,8 @@ def validate_command(
         _validate_onnx(settings, name, onnx, scrub, provider, replay, module)
     elif any(module.values()):
         raise click.UsageError("--module, --images, --labels and --classes need --onnx")
+    elif replay and targets:
+        raise click.UsageError("--replay compares the exported files: give no target with it")
     elif replay:
         from pipeline.export.sample import read_sample
         from pipeline.validation.export import replay_export

@@ -29,7 +29,7 @@ class AsyncClient(BaseClient):
         return await self._infer(images, timeout)
 
     async def config(self) -> config_pbtxt.ModelConfig:
-        """Return the served model's configuration, which is requested once."""
+        """Return the model's configuration, requested once, and again after a lost server."""
         return await self._get_config()
 
     async def metadata(self, of_model: bool = False) -> dict[str, Any]:

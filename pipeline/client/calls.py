@@ -144,7 +144,7 @@ class BaseClient:
             await connection.close()
 
     async def _ask_config(self, deadline: Deadline) -> config_pbtxt.ModelConfig:
-        """Return the served model's configuration, which is requested once."""
+        """Return the model's configuration, requested once, and again after a lost server."""
         config = self._config
         if config is None:
             config = self._config = await self._ask(
@@ -248,7 +248,10 @@ class BaseClient:
     async def _ask_outputs(
         self, images: np.ndarray, deadline: Deadline, class_count: int = 0
     ) -> tuple[np.ndarray, str]:
-        """Return the outputs of one request's images. An inference changes nothing: repeat it."""
+        """Return the outputs of one request's images, and the version that answered.
+
+        Repeats the request after a temporary fault, since an inference changes nothing.
+        """
         config = await self._one_tensor(deadline)
         return await self._ask(
             lambda connection: connection.infer(

@@ -83,10 +83,10 @@ class Client(BaseClient):
     `url` is http, https, grpc or grpcs://HOST:PORT. Every failure is a PipelineError that says
     what was tried and how to fix it; it is a ServerError if there was no answer. `timeout`, in
     seconds, is for a whole call: all its requests and all retries. After a temporary fault (a
-    refused or lost connection, a server with too much to do) a request is repeated up to `retries`
-    times, after pauses of random length; that is safe because an inference changes nothing on the
-    server. No proxy is used. Close the client after use. Its predictions are appended to
-    `prediction_log`, a file's path, if it is given.
+    refused or lost connection, a server that is overloaded or without the model for a moment) a
+    request is repeated up to `retries` times, after pauses of random length; that is safe because
+    an inference changes nothing on the server. No proxy is used. Close the client after use. Its
+    predictions are appended to `prediction_log`, a file's path, if it is given.
     """
 
     def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
@@ -107,7 +107,7 @@ class Client(BaseClient):
         return self._run(self._infer(images, timeout))
 
     def config(self) -> config_pbtxt.ModelConfig:
-        """Return the served model's configuration, which is requested once."""
+        """Return the model's configuration, requested once, and again after a lost server."""
         return self._run(self._get_config())
 
     def pictures(self) -> str:

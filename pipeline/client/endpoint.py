@@ -53,7 +53,7 @@ def endpoint(url: str) -> Endpoint:
         raise PipelineError(f"{url!r} has no valid port or host: {error}") from error
     if "@" in parts.netloc or parts.query or parts.fragment:  # not shown: may be a password
         raise PipelineError(
-            f"the URL of a server has no user, password or query; keys go into `headers`: {_WRITE}"
+            f"a server's URL has no user, password, query or fragment (keys: `headers`): {_WRITE}"
         )
     if parts.scheme not in _PORTS or not parts.hostname or parts.path not in ("", "/"):
         raise PipelineError(f"{url!r} is not the URL of a server: {_WRITE}")

@@ -1,4 +1,4 @@
-"""Faults between a client and a server: their kinds, and how they are explain_fault to a user."""
+"""Faults between a client and a server: their kinds, and how they are explained to a user."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Queries of a served model: about many files, and as a predictor."""
+"""Queries of a served model about many files, and a predictor that asks a served model."""
 
 import contextlib
 import queue

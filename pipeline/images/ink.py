@@ -166,7 +166,10 @@ def slide(
 
 
 def _enlarge(small: np.ndarray, factor: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Enlarge a thumbnail to `shape` (H, W) by linear interpolation, rounded to the nearest."""
+    """Enlarge a thumbnail to `shape` (H, W) by linear interpolation, rounded to integers.
+
+    `factor` is how many times smaller the thumbnail is.
+    """
     if factor == 1:
         return small
     levels = small

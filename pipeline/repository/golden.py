@@ -77,7 +77,10 @@ def choose_golden(
     ahead = margins(outputs)
     rows = np.flatnonzero(ahead > bounds)
     if not len(rows):
-        raise CheckFailedError("no image can be golden: every bound exceeds the margin")
+        raise CheckFailedError(
+            "no image is fit for the golden set: the allowed error of each is at least the lead of "
+            "its best class over the second. Train longer, or give clearer --images"
+        )
     present = np.unique(labels[rows])
     groups, share = [rows], GOLDEN_IMAGES
     if len(present) <= MOST_CLASSES:

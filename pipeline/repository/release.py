@@ -47,7 +47,9 @@ def load_release(
     """
     folder = paths.packaged / str(version)
     if not folder.is_dir():
-        raise PipelineError(f"{folder} does not exist: package the model, or use --golden FILE")
+        raise PipelineError(
+            f"{folder} does not exist: run 'pipeline package', or see 'pipeline versions'"
+        )
     manifest = check_manifest(folder, REPACKAGE)
     digests, golden_path = manifest["files"], folder / paths.golden.name
     sha256 = digests.get(paths.onnx.name)
@@ -57,8 +59,8 @@ def load_release(
         stated = config_pbtxt.digest(config, str(version))
         if stated != sha256:
             raise CheckFailedError(
-                f"{path} states digest {str(stated)[:12]} for version {version}, whose model.onnx "
-                f"has {sha256[:12]}: {REPACKAGE}"
+                f"the config {path} states digest {str(stated)[:12]} for version {version}, but "
+                f"model.onnx of that version has digest {sha256[:12]}: {REPACKAGE}"
             )
     validation, precision = folder / paths.validation.name, str(manifest.get("precision"))
     variants = read_json(validation, REPACKAGE).get("variants", ())

@@ -163,7 +163,7 @@ class _Run:
 
 
 def _survey(folder: Folder, whole: Cut) -> tuple[list[Shard], Counts]:
-    """Return the shards whose files are missing or incomplete, and the counts of the others."""
+    """Return the shards with missing or incomplete files, and the image counts of the others."""
     missing, counts = [], Counts()
     for shard in whole.shards:
         if of_shard := read_counts(folder, shard.index, shard.rows):
@@ -189,7 +189,8 @@ def _run(
         kind = "CPU" if config.provider == "cpu" else "GPU"
         available = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
         if not available:
-            raise PipelineError(f"Ray has no {kind}: without a GPU, use '--provider cpu'")
+            fix = "use --provider cpu" if kind == "GPU" else "start a worker node"
+            raise PipelineError(f"the Ray cluster has no {kind}: {fix}")
         run = _Run(min(config.workers or available, available, len(missing)), begun)
         left, done = sum(shard.rows for shard in missing), 0
         for row in _stream(replace(whole, shards=()), missing, model, folder, config, run.workers):

@@ -72,7 +72,8 @@ def cut(
         shards = list(parquet.cut_files(files, rows))
     elif path.is_dir():
         if pictures == "arrays":
-            raise PipelineError(f"{path} has pictures, but the model takes only arrays")
+            fix = "give an .npy, IDX or Parquet file"
+            raise PipelineError(f"{path} is a folder, but the model takes only arrays: {fix}")
         kind, files, shards = "pictures", below, []
         size = min(rows, PICTURES_A_SHARD)
         for index, start in enumerate(range(0, len(files), size)):

@@ -68,8 +68,9 @@ class Deployment:
 def write_deployment(paths: Paths, kind: str, release: str | None = None) -> Deployment:
     """Write the files that run the selected version of a packaged model on a Triton release.
 
-    Raises PipelineError if nothing is packaged or the Triton release cannot load the model, and
-    CorruptError if a packaged file changed.
+    `kind` is compose or kubernetes. Raises PipelineError if nothing is packaged, if the Triton
+    release cannot load the model or if an image is too large for a probe, and CorruptError if a
+    packaged file changed.
     """
     config = config_pbtxt.read(paths.packaged / config_pbtxt.CONFIG)
     version = config_pbtxt.selected_version(config)
@@ -126,11 +127,11 @@ def _choose_image(packaged: Release, release: str | None) -> str:
     opset, ir_version = packaged.manifest["opset"], packaged.manifest["ir_version"]
     if opset > triton.opset or ir_version > triton.ir_version:
         oldest = targets.find_oldest(opset, ir_version)
-        later = f"take Triton {oldest.releases} or later, or " if oldest else ""
+        later = f"Use Triton {oldest.releases} or later, or export" if oldest else "Export"
         raise PipelineError(
             f"Triton {triton.releases} cannot load {packaged.folder}: the model has opset {opset} "
-            f"and IR {ir_version}, ONNX Runtime {triton.onnxruntime} loads up to opset "
-            f"{triton.opset} and IR {triton.ir_version}: {later}export it with "
+            f"and IR {ir_version}, but the release's ONNX Runtime {triton.onnxruntime} loads only "
+            f"opset {triton.opset} and IR {triton.ir_version} or lower. {later} it with "
             f"--target-triton {triton.releases}, validate it and package it"
         )
     return f"{repository}:{triton.releases}-py3"

@@ -31,7 +31,10 @@ def ask_version(client: Client) -> int:
     """Return the version that answers an inference on one blank image; 0 if not a number."""
     images = client.config().input[0]
     if any(dim < 1 for dim in images.dims):
-        raise PipelineError(f"{client.name} at {client.endpoint} has no fixed shape of its images")
+        raise PipelineError(
+            f"{client.name} at {client.endpoint} takes images of variable shape "
+            f"{list(images.dims)}: serve a model whose dims are all fixed"
+        )
     version = client.infer(np.zeros((1, *images.dims), config_pbtxt.dtype(images)))[1]
     return int(version) if version.isdigit() else 0
 

@@ -35,6 +35,8 @@ Report = Callable[[str], None]
 def promote(paths: Paths, version: int, report: Report = lambda line: None) -> Promotion:
     """Select a version; if our server runs, serve that version from now on.
 
+    Without a server, ONNX Runtime answers the golden set in this process.
+
     Raises PipelineError if there is no such version, CorruptError if a file changed,
     CheckFailedError if a config states another digest or if the candidate is not loaded or gives
     incorrect answers, and ServerError if the server gives no answer. After an error, the version

@@ -228,7 +228,7 @@ def _progress(
     if not math.isfinite(loss):
         raise PipelineError(
             f"the loss is {loss} at step {done} of {batches.steps} with learning rate {lr:.3g}: "
-            "try a smaller --lr. The last checkpoint is kept"
+            "try a smaller --lr"
         )
     return TrainingProgress(
         epoch=done / batches.steps_per_epoch,

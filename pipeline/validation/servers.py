@@ -195,7 +195,7 @@ class ServerEvidence:
     @property
     def protocols(self) -> tuple[str, ...]:
         """The protocols over which the model was tested."""
-        tested = {served.url.partition(":")[0] for served in self.servers}
+        tested = {served.url.partition(":")[0].removesuffix("s") for served in self.servers}
         return tuple(protocol for protocol in PROTOCOLS if protocol in tested)
 
     @property

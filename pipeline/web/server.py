@@ -170,7 +170,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._refuse()
 
     def shutdown(self) -> None:
-        """Close when the answer under way is sent; uvicorn calls this when the server ends."""
+        """Close after the answer under way; abort if refused. Uvicorn calls this at its end."""
         if self._is_refused:
             self.transport.abort()
         else:

@@ -133,7 +133,7 @@ def test_a_version_whose_digest_one_config_states_otherwise_is_not_promoted(chai
     profile.write_text(profile.read_text().replace(sha256(chain.paths.onnx), "0" * 64))
     result = chain.run("versions", "promote", "1")
     assert result.exit_code == 3
-    assert f"{profile} states digest 000000000000 for version 1" in error_line(result)
+    assert f"{profile} states digest 000000000000 for version 1, but" in error_line(result)
     assert selection(chain) == {(2, 1)}
 
 

@@ -190,7 +190,7 @@ def check_instances(model: ModelFolder) -> Iterator[Finding]:
 
 
 def check_labels(model: ModelFolder) -> Iterator[Finding]:
-    """Check the label files against the number of classes."""
+    """Check that label files exist in the model's folder and fit the classes."""
     for index, output in enumerate(model.config.message.output):
         path, problem = model.folder / output.label_filename, ""
         if not output.label_filename:

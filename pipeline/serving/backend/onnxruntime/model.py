@@ -151,7 +151,10 @@ class TritonPythonModel:
 
 
 def _from_triton(tensor: Any) -> np.ndarray:
-    """Return the tensor as an array that shares its memory; strings, not in DLPack, as a copy."""
+    """Return the tensor as an array that shares its memory, or strings as a copy.
+
+    DLPack, which shares it, has no strings.
+    """
     try:
         return np.from_dlpack(tensor)
     except Exception:
