@@ -25,8 +25,10 @@ from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden, pack_golden
 from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
+from pipeline.validation import servers
 from pipeline.validation.servers import (
     ExpectedModel,
+    ServerEvidence,
     describe_mismatch,
     load_expected,
     read_classes,
@@ -462,3 +464,19 @@ def test_a_config_of_others_may_state_what_it_likes(golden_file: Path) -> None:
     assert expected.mismatches(config) == []  # its batch is a dimension like the others
     config.input[0].data_type = 13
     assert expected.mismatches(config) == ["x has type TYPE_STRING, the golden set has uint8"]
+
+
+def test_protocols_count_with_tls_as_without() -> None:
+    evidence = ServerEvidence("handwriting", 1.0)
+    for url in ("https://host", "grpcs://host:8001"):
+        evidence.servers.append(servers.Served(url, {}, {}, "1", None, (), (), ()))
+    assert evidence.protocols == ("http", "grpc")
+    assert evidence.notes == ()
+
+
+def test_a_replay_takes_no_target(empty: Chain, tmp_path: Path) -> None:
+    (tmp_path / "rows.npz").touch()
+    given = ("--replay", str(tmp_path / "rows.npz"), "http://127.0.0.1:1")
+    result = empty.run("validate", *given)
+    assert result.exit_code == 2
+    assert "give no target with it" in error_line(result)
