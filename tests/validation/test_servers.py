@@ -469,7 +469,7 @@ def test_a_config_of_others_may_state_what_it_likes(golden_file: Path) -> None:
 def test_protocols_count_with_tls_as_without() -> None:
     evidence = ServerEvidence("handwriting", 1.0)
     for url in ("https://host", "grpcs://host:8001"):
-        evidence.servers.append(servers.Served(url, {}, {}, "1", None, (), (), ()))
+        evidence.servers.append(servers.Served(url, {"name": "a"}, {}, "1", None, (), (), ()))
     assert evidence.protocols == ("http", "grpc")
     assert evidence.notes == ()
 
