@@ -137,7 +137,11 @@ def load_expected(paths: Paths, clients: Clients, file: Path | None = None) -> E
         config = paths.packaged / "config.pbtxt"
         is_packaged = config.is_file()
         version = config_pbtxt.selected_version(config_pbtxt.read(config)) if is_packaged else None
-        release = load_release(paths, version or ask_version(next(iter(clients.values()))))
+        version = version or ask_version(next(iter(clients.values())))
+        if not (paths.packaged / str(version)).is_dir():
+            folder = paths.packaged / str(version)
+            raise PipelineError(f"{folder} does not exist: name a golden set with --golden FILE")
+        release = load_release(paths, version)
         golden = release.folder / paths.golden.name
         return ExpectedModel(golden, release.golden, release.manifest, release)
     try:
