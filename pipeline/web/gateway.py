@@ -33,6 +33,7 @@ TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".png": "image/png",
 }
 RETRY = {"retry-after": "1"}  # s
 READY_SECONDS = 1.0  # how long an answer to /readyz is reused, so that probes are not a load

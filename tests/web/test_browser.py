@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from pipeline.client.client import Client
 from pipeline.data.splits import load_split
@@ -85,11 +85,16 @@ def photo(digit: np.ndarray) -> bytes:
 def test_digits_drawn_with_the_mouse_are_read_while_they_are_drawn(
     browser: Browser, url: str, digits: Digits
 ) -> None:
+    frames = ("#paper", "#label", "#seen")  # of what is drawn, answered and sent
     with opened(browser, url) as sheet:
         sheet.expect_answer("Nothing drawn yet")
         for label, image in sorted(digits.items())[::2]:
+            for frame in frames:
+                expect(sheet.page.locator(frame)).to_have_css("border-top-style", "dashed")
             sheet.draw(strokes_of(image))
             sheet.expect_answer(f"It is {label}")
+            for frame in frames:
+                expect(sheet.page.locator(frame)).not_to_have_css("border-top-style", "dashed")
             sheet.page.keyboard.press("Escape")
             sheet.expect_answer("Nothing drawn yet")
         assert sheet.complaints == []
@@ -105,6 +110,9 @@ def test_the_page_shows_what_was_answered_and_how(
         expect(page.locator(".bars li")).to_have_count(10)
         expect(page.locator(".bars li.first b")).to_have_text("3")
         np.testing.assert_array_equal(sheet.seen(), prepare(digits["3"][0]))
+        expect(page.locator("#model")).not_to_be_visible()
+        page.get_by_text("Times and model").click()
+        expect(page.locator("#model")).to_be_visible()
         expect(page.locator("#model")).to_have_text("handwriting, version 1")
         config = config_pbtxt.read(shop.paths.packaged / "config.pbtxt")
         digest = page.locator("#digest").inner_text()
@@ -114,6 +122,25 @@ def test_the_page_shows_what_was_answered_and_how(
             expect(page.locator(name)).to_contain_text(" ms")
         sheet.shoot(SHOTS, "desktop-light")
         assert sheet.findings() == []
+        page.evaluate("() => { document.querySelector('.bars b').textContent = 'a long name'; }")
+        tracks = [track.bounding_box() for track in page.locator(".bars .track").all()]
+        assert len({track["x"] for track in tracks if track}) == 1  # all labels in one column
+
+
+def test_without_a_threshold_the_page_says_nothing_about_being_sure(
+    browser: Browser, url: str, digits: Digits
+) -> None:
+    def answer(route: Route) -> None:
+        response = route.fetch()
+        route.fulfill(response=response, json={**response.json(), "sure": None})
+
+    with opened(browser, url) as sheet:
+        sheet.page.route("**/classify", answer)
+        sheet.draw(strokes_of(digits["3"]))
+        sheet.expect_answer("Read as 3")
+        expect(sheet.page.locator("#label")).to_have_text("3")
+        assert "sure" not in sheet.page.locator("#answer").inner_text()
+        assert sheet.complaints == []
 
 
 def test_a_photo_can_be_dropped_pasted_or_chosen(
@@ -231,6 +258,24 @@ def test_on_a_phone_a_finger_draws_and_nothing_is_cut_off(
         assert sheet.page.evaluate(width) <= PHONE["width"]
         expect(sheet.page.locator("#verdict")).to_be_in_viewport()
         assert sheet.findings() == []
+        code = sheet.page.get_by_label("Example code")
+        expect(code).to_have_class("more")  # it fades where the line goes on
+        code.evaluate("(element) => { element.scrollLeft = element.scrollWidth; }")
+        expect(code).not_to_have_class("more")
+        sheet.page.get_by_label("A handwritten 7").tap()
+        sheet.expect_answer("It is 7")
+        sheet.page.get_by_role("button", name="Undo").tap()
+        sheet.expect_answer("It is 4")
+        sheet.page.set_viewport_size({"width": 844, "height": 390})
+        sheet.page.evaluate("() => scrollTo(0, 0)")
+        paper = sheet.page.locator("#paper").bounding_box()
+        assert paper
+        assert paper["height"] <= 0.8 * 390
+        for part in ("#paper", "#verdict", "#samples", ".bars li:last-child"):
+            expect(sheet.page.locator(part)).to_be_in_viewport(ratio=1)
+        assert sheet.page.evaluate(width) <= 844
+        sheet.shoot(SHOTS, "landscape")
+        assert sheet.findings() == []
         assert sheet.complaints == []
 
 
@@ -268,13 +313,17 @@ def test_the_keyboard_alone_is_enough(browser: Browser, url: str) -> None:
         expect(sheet.page.locator("#spoken")).to_contain_text("It is 1")
         sheet.shoot(SHOTS, "keyboard")
         names = []
-        for _ in range(6):
+        keys.press("?")
+        expect(sheet.page.locator("#help")).to_be_visible()
+        keys.press("?")
+        expect(sheet.page.locator("#help")).not_to_be_visible()
+        for _ in range(8):
             keys.press("Tab")
             names.append(sheet.page.evaluate("() => document.activeElement.textContent"))
             outline = "() => getComputedStyle(document.activeElement).outlineStyle"
             assert sheet.page.evaluate(outline) == "solid"
-        assert names[:5] == ["Undo", "Clear", "Save", "Choose picture", "curl"]
-        keys.press("Shift+Tab")
+        buttons = ["Undo", "Clear", "Save", "Choose picture", "?", "", "Times and model", "curl"]
+        assert names == buttons  # the sample digits are one stop, without text
         keys.press("ArrowRight")
         expect(sheet.page.locator("#snippet")).to_contain_text("import json")
         keys.press("Escape")

@@ -22,6 +22,7 @@ from PIL import Image
 from pipeline.core.errors import PipelineError, ServerError, SlowError
 from pipeline.core.files import write_json
 from pipeline.core.paths import Paths
+from pipeline.data.splits import load_split
 from pipeline.images.read import read_image
 from pipeline.repository.running import Server, root
 from pipeline.web.gateway import PAGE
@@ -74,7 +75,8 @@ def gateway(triton: type[Player]) -> Iterator[Served]:
 
 
 def test_the_page_and_its_files_come_with_headers_that_keep_others_out(gateway: Served) -> None:
-    for path, kind in (("/", "html"), ("/page.css", "css"), ("/page.js", "javascript")):
+    kinds = {"/": "html", "/page.css": "css", "/page.js": "javascript", "/samples.png": "png"}
+    for path, kind in kinds.items():
         reply = gateway.ask(path=path)
         assert (reply.status, kind in reply.headers["content-type"]) == (200, True)
         assert {name: reply.headers[name] for name in HEADERS} == HEADERS
@@ -93,10 +95,19 @@ def test_the_page_needs_nothing_that_its_policy_forbids() -> None:
     html = (PAGE / "index.html").read_text()
     assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:|<script(?![^>]*\ssrc=)", html)
     for file in PAGE.iterdir():
+        if file.suffix == ".png":
+            continue
         text = re.sub(r"http://www\.w3\.org/2000/svg", "", file.read_text())
         assert "http://" not in text, file
         assert "https://" not in text, file
         assert "localStorage" not in text, file
+
+
+def test_the_sample_digits_are_the_second_test_image_of_each_class_of_mnist(empty: Chain) -> None:
+    test = load_split("mnist", empty.paths.data("mnist"), "test")
+    samples = [test.images[np.flatnonzero(test.labels == digit)[1], 0] for digit in range(10)]
+    with Image.open(PAGE / "samples.png") as tiles:
+        np.testing.assert_array_equal(255 - np.asarray(tiles), np.hstack(samples))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])

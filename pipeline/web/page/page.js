@@ -18,10 +18,11 @@ const canvas = byId("canvas");
 const context = canvas.getContext("2d");
 
 // What was put on the paper, in order: strokes, each a list of {x, y, width}, and pictures,
-// each {blob, sheet}. A picture takes the place of all before it, a stroke that of a picture.
+// each {blob, sheet, side}. A picture takes the place of all before it, a stroke that of a picture.
 let marks = [];
 let stroke = null; // the one being drawn
 let pen = { x: SIDE / 2, y: SIDE / 2, isDown: false, isShown: false }; // the keyboard's
+let parts = []; // boxes in what was sent: left, top, right, bottom; the answer is for the first
 let inputs = 0; // counts inputs: a picture that is still being read is dropped if another input follows
 
 const isPicture = (mark) => !Array.isArray(mark);
@@ -106,8 +107,26 @@ function paintNow() {
     context.stroke();
     context.setLineDash([]);
   }
+  if (parts.length > 1) outlineParts();
   byId("hint").hidden = !isEmpty() || pen.isShown;
+  byId("paper").classList.toggle("empty", isEmpty());
   for (const id of ["undo", "clear", "save"]) byId(id).disabled = isEmpty();
+}
+
+// Outlines what was read, and dashed what else is in the picture.
+function outlineParts() {
+  const { side, sheet } = picture() ?? { side: SHEET, sheet: canvas };
+  const scale = SIDE / side;
+  const [x, y] = [(SIDE - sheet.width) / 2, (SIDE - sheet.height) / 2];
+  context.lineWidth = 4;
+  context.strokeStyle = getComputedStyle(canvas).caretColor;
+  parts.forEach(([left, top, right, bottom], index) => {
+    context.setLineDash(index ? [4, 10] : []);
+    context.globalAlpha = index ? 0.6 : 1;
+    context.strokeRect(x + left * scale - 6, y + top * scale - 6, (right - left) * scale + 12, (bottom - top) * scale + 12);
+  });
+  context.setLineDash([]);
+  context.globalAlpha = 1;
 }
 
 // Returns the picture as a file: a given one unchanged, a drawing as black on white.
@@ -234,9 +253,17 @@ canvas.addEventListener("blur", () => {
   paint();
 });
 
+function toggleHelp() {
+  byId("keys").hidden = !byId("keys").hidden;
+  byId("help-button").setAttribute("aria-expanded", String(!byId("keys").hidden));
+}
+
+byId("help-button").addEventListener("click", toggleHelp);
+
 document.addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && !event.shiftKey && event.key.toLowerCase() === "z") undo();
   else if (event.key === "Escape") clear();
+  else if (event.key === "?") toggleHelp();
   else return;
   event.preventDefault();
 });
@@ -256,7 +283,8 @@ async function take(file) {
     const blob = isLarge ? await reduce(bitmap, file.type) : file;
     if (turn !== inputs) return;
     endStroke();
-    marks.push({ blob, sheet: drawOnPaper(bitmap) });
+    const side = Math.max(bitmap.width, bitmap.height);
+    marks.push({ blob, sheet: drawOnPaper(bitmap), side: isLarge ? Math.min(REDUCED_SIDE, side) : side });
     update();
   } catch {
     if (turn === inputs) showFailure("The picture cannot be read", "It may be damaged. Choose another one.");
@@ -299,6 +327,43 @@ document.addEventListener("drop", (event) => {
   const file = firstFile(event.dataTransfer);
   if (file) take(file);
 });
+
+// Shows the digits to try, one for each class 0 to 9: tiles of one picture.
+async function showSamples() {
+  const row = byId("samples").querySelector("div");
+  if (row.children.length) return;
+  const response = await fetch("samples.png");
+  const tiles = await createImageBitmap(await response.blob());
+  const side = tiles.height;
+  for (let digit = 0; digit < tiles.width / side; digit += 1) {
+    const [tile, target] = sheetOf(side, side);
+    target.drawImage(tiles, -digit * side, 0);
+    const button = document.createElement("button");
+    button.type = "button";
+    button.setAttribute("aria-label", `A handwritten ${digit}`);
+    button.append(tile);
+    button.addEventListener("click", () => tile.toBlob(take, "image/png"));
+    row.append(button);
+  }
+  rove([...row.children]);
+  byId("samples").hidden = byId("credit").hidden = false;
+}
+
+// Makes one stop for Tab of some buttons: arrow keys go from one to the next.
+function rove(buttons, choose = () => {}) {
+  const select = (chosen) => buttons.forEach((button) => { button.tabIndex = button === chosen ? 0 : -1; });
+  buttons.forEach((button, index) => {
+    button.addEventListener("focus", () => select(button));
+    button.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = buttons[(index + step + buttons.length) % buttons.length];
+      next.focus();
+      choose(next);
+    });
+  });
+  select(buttons[0]);
+}
 
 // digit.png, digit.jpeg or digit.webp
 function fileName() {
@@ -393,8 +458,13 @@ function show(state, label, verdict, detail) {
 
 function showAnswer(answer, roundTrip) {
   const share = percent(answer.probability);
-  if (answer.sure) show("sure", answer.label, `It is ${answer.label}`, `${share} likely`);
-  else show("unsure", "?", "Not sure", `Perhaps ${answer.label}, ${share} likely`);
+  if (answer.sure === false) show("unsure", "?", "Not sure", `Perhaps ${answer.label}, ${share} likely`);
+  else if (answer.sure) show("sure", answer.label, `It is ${answer.label}`, `${share} likely`);
+  else show("read", answer.label, `Read as ${answer.label}`, `${share} likely`); // no threshold
+  parts = answer.parts ?? [];
+  byId("parts").hidden = parts.length < 2;
+  byId("parts").textContent = `${parts.length} parts found; the answer is for the outlined one.`;
+  paint();
   speakLater(`${byId("verdict").textContent}. ${byId("detail").textContent}`);
   showBars(answer.classes, Object.fromEntries(answer.top), answer.label);
   showSeen(Uint8Array.from(atob(answer.seen), (letter) => letter.charCodeAt(0)));
@@ -435,7 +505,12 @@ function bar(name) {
 }
 
 function showSeen(levels) {
+  byId("seen").classList.toggle("empty", !levels);
   const target = byId("seen").getContext("2d");
+  if (!levels) {
+    target.clearRect(0, 0, 28, 28);
+    return;
+  }
   const image = target.createImageData(28, 28);
   levels.forEach((level, index) => image.data.set([level, level, level, 255], 4 * index));
   target.putImageData(image, 0, 0);
@@ -443,19 +518,21 @@ function showSeen(levels) {
 
 function forgetAnswer() {
   showBars([...byId("bars").querySelectorAll("b")].map((label) => label.textContent));
-  showSeen(new Uint8Array(28 * 28));
+  showSeen(null);
+  parts = [];
+  byId("parts").hidden = true;
   byId("round-trip").textContent = byId("server-time").textContent = "–";
 }
 
 function showNothing() {
   cancelRequest();
-  show("empty", "–", "Nothing drawn yet", "The answer appears while you draw.");
+  show("empty", "", "Nothing drawn yet", "The answer appears while you draw.");
   forgetAnswer();
   speak("");
 }
 
 function showFailure(verdict, detail) {
-  show("failed", "–", verdict, detail);
+  show("failed", "", verdict, detail);
   forgetAnswer();
   speak(`${verdict}. ${sentence(detail)}`);
 }
@@ -490,6 +567,7 @@ async function checkServer() {
     const isDigits = record.classes.join("") === "0123456789";
     byId("title").textContent = document.title = isDigits ? "Draw a digit" : "Draw or give a picture";
     if (!byId("bars").children.length) showBars(record.classes);
+    if (isDigits) await showSamples();
     if (isEmpty()) showNothing();
     else askLater();
   } catch {
@@ -508,42 +586,40 @@ with open("${name}", "rb") as file:
     request = urllib.request.Request("${address}", file.read())
 with urllib.request.urlopen(request) as response:
     answer = json.load(response)
-print(answer["label"] if answer["sure"] else "not sure", answer["probability"])`,
+print("not sure" if answer["sure"] is False else answer["label"], answer["probability"])`,
   javascript: (name) => `// node ask.mjs: Node 18 or newer
 import { readFile } from "node:fs/promises";
 
 const body = await readFile("${name}");
 const response = await fetch("${address}", { method: "POST", body });
 const answer = await response.json();
-console.log(answer.sure ? answer.label : "not sure", answer.probability);`,
+console.log(answer.sure === false ? "not sure" : answer.label, answer.probability);`,
 };
 const tabs = [...document.querySelectorAll("[role=tab]")];
+const code = byId("snippet").parentElement;
 
 function choose(tab) {
-  for (const other of tabs) {
-    other.setAttribute("aria-selected", String(other === tab));
-    other.tabIndex = other === tab ? 0 : -1;
-  }
+  for (const other of tabs) other.setAttribute("aria-selected", String(other === tab));
   byId("code").setAttribute("aria-labelledby", tab.id);
   showSnippet();
 }
 
 function showSnippet() {
-  const tab = tabs.find((other) => other.tabIndex === 0);
+  const tab = tabs.find((other) => other.getAttribute("aria-selected") === "true");
   byId("saved").textContent = fileName();
   byId("snippet").textContent = SNIPPETS[tab.id.replace("tab-", "")](fileName());
+  showMore();
 }
 
-tabs.forEach((tab, index) => {
-  tab.addEventListener("click", () => choose(tab));
-  tab.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    const next = tabs[(index + step + tabs.length) % tabs.length];
-    next.focus();
-    choose(next);
-  });
-});
+// Shows whether the lines go on to the right.
+function showMore() {
+  code.classList.toggle("more", code.scrollWidth - code.clientWidth - code.scrollLeft > 1);
+}
+
+for (const tab of tabs) tab.addEventListener("click", () => choose(tab));
+rove(tabs, choose);
+code.addEventListener("scroll", showMore);
+new ResizeObserver(showMore).observe(code);
 
 byId("copy").addEventListener("click", async () => {
   let message = "Copied";
