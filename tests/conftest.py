@@ -128,8 +128,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return Chain(folder / "made")
 
 
-FEW = 2_000  # of the 10,000 test images, all of which `make all` asks about
-APART = 16  # batch sizes
+FEW = 500  # of the 10,000 test images, all of which `make all` asks about
+APART = 32  # batch sizes
 
 
 @contextlib.contextmanager

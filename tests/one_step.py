@@ -1,6 +1,5 @@
-"""One training step of the quick network, in as many processes as torchrun starts: see the test."""
+"""One training step of the quick network, alone or in two processes: see the test."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +34,3 @@ def main(file: Path) -> None:
                 name: value.contiguous() for name, value in learner.network.state_dict().items()
             }
             save_file({**tensors, "images": torch.tensor(len(images_))}, file)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -63,18 +63,19 @@ def validate_export(
         files.remove(path)
     for precision, content in contents.items():
         export.check_onnx(content, signature, str(paths.variant(precision)))
-    options = "" if paths.name == MODEL_NAMES["mnist"] else f"--name {paths.name}"
-    trial = check_file.FileTrial(paths, subject, sample, CRITERION, provider, report, options)
     # Exporting the module again must give the same bytes. That cannot be checked for a file from
     # another tool; other versions of the libraries are refused.
+    is_given = manifest.get("is_given")
+    versions, here = manifest["versions"], export.library_versions()
+    if not is_given and versions != here:
+        raise CheckFailedError(
+            f"{paths.export} was exported with {versions}, but {here} are installed: its bytes "
+            f"cannot be made again to compare them. {EXPORT}"
+        )
+    options = "" if paths.name == MODEL_NAMES["mnist"] else f"--name {paths.name}"
+    trial = check_file.FileTrial(paths, subject, sample, CRITERION, provider, report, options)
     made: Mapping[str, bytes] = {}
-    if not manifest.get("is_given"):
-        versions, here = manifest["versions"], export.library_versions()
-        if versions != here:
-            raise CheckFailedError(
-                f"{paths.export} was exported with {versions}, but {here} are installed: its bytes "
-                f"cannot be made again to compare them. {EXPORT}"
-            )
+    if not is_given:
         report("exporting the module again, to compare the bytes")
         precisions, images = manifest["precisions"], sample.calibration
         _, made = export.make_files(subject, config, precisions, images)

@@ -41,17 +41,17 @@ def test_a_test_that_failed_or_was_skipped_or_none_at_all_is_no_check(
 def test_the_check_trains_twice_exports_validates_and_is_signed(
     empty: Chain, short_proof: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig("quick", make_recipe("quick", epochs=0.125))
+    config = TrainConfig("quick", make_recipe("quick", epochs=0.03))
     asked: list[bool] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(True))
     barely = TrainConfig("quick", make_recipe("quick", epochs=0.01))
     with pytest.raises(CheckFailedError, match="less than 98.5%"):
         gpu_check.train_twice(empty.paths, "cpu", print, barely)
-    monkeypatch.setattr(gpu_check, "LEAST_ACCURACY", 0.9)
+    monkeypatch.setattr(gpu_check, "LEAST_ACCURACY", 0.5)
     plain, compiled = gpu_check.train_twice(empty.paths, "cpu", print, config)
     assert len(asked) == 2
     check = gpu_check.check_export(empty.paths, plain, compiled, print)
-    assert check["test_accuracy"] == plain.test_accuracy > 0.9
+    assert check["test_accuracy"] == plain.test_accuracy > 0.5
     assert 0 < check["max_error"] < 1e-4
     assert check["max_error_on_gpu"] is None  # there is none here
     exported = replace(empty.paths, name=gpu_check.NAME)

@@ -22,29 +22,17 @@ from pipeline.training.networks import build
 from pipeline.training.recipes import make_recipe
 from tests import one_step
 from tests.conftest import REPOSITORY, Chain
+from tests.ranks import exit_codes, run_pipeline, start_two
 
 CPU = torch.device("cpu")
-TWO = [
-    *(sys.executable, "-m", "torch.distributed.run"),
-    *("--standalone", "--nproc-per-node", "2"),
-]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-
-
-def in_two_processes(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*TWO, *command], env=environment(), capture_output=True, text=True, check=False
-    )
+TRAIN = ["train", "--recipe", "quick", "--epochs", "0.04"]
 
 
 @pytest.mark.slow
 def test_a_step_of_two_processes_is_the_step_of_one_on_the_same_batch(tmp_path: Path) -> None:
     one_step.main(tmp_path / "one")
-    shared = in_two_processes(one_step.__file__, str(tmp_path / "two"))
-    assert shared.returncode == 0, shared.stderr
+    processes = start_two(one_step.main, tmp_path / "two", log=tmp_path / "log")
+    assert exit_codes(processes) == [0, 0], (tmp_path / "log").read_text()
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
     assert one.pop("images").item() == 128
     assert two.pop("images").item() == 64
@@ -60,48 +48,34 @@ def test_a_step_of_two_processes_is_the_step_of_one_on_the_same_batch(tmp_path: 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_job_with_a_message_and_the_rest_is_resumed(empty: Chain) -> None:
     # After "--" torchrun does not take our --run for the beginning of its own --run-path.
-    train = [
-        "-m",
-        "--",
-        "pipeline",
-        "--root",
-        str(empty.root),
-        "train",
-        "--recipe",
-        "quick",
-        "--epochs",
-        "0.04",
-    ]
-    whole = in_two_processes(*train, "--run", "whole")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    root = ["--root", str(empty.root)]
+    whole = subprocess.run(
+        [sys.executable, *torchrun, "pipeline", *root, *TRAIN, "--run", "whole"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert whole.returncode == 0, whole.stderr
     assert whole.stderr.count("training whole with") == 1  # the first process speaks for all
     assert "1 thread in each of 2 processes" in whole.stderr
-    train += ["--save-every", "1", "--run", "cut"]
-    job = subprocess.Popen([*TWO, *train], env=environment(), stderr=subprocess.PIPE, text=True)
+    log = empty.root / "log"
+    cut = [*root, *TRAIN, "--save-every", "1", "--run", "cut"]
+    job = start_two(run_pipeline, *cut, log=log)
     checkpoint = empty.root / "runs" / "cut" / "checkpoint" / "latest.json"
     while not checkpoint.exists():
-        assert job.poll() is None
+        assert job[0].is_alive(), log.read_text()
         time.sleep(0.01)
-    os.kill(second_process(job.pid), signal.SIGKILL)
-    _, errors = job.communicate()
-    assert job.returncode != 0
-    assert re.search("Error: process 0 of 2 lost another process .* --resume", errors)
-    resumed = in_two_processes(*train, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming after step" in resumed.stderr
+    job[1].kill()
+    assert exit_codes(job) == [LostError.exit_code, -signal.SIGKILL]
+    assert re.search("Error: process 0 of 2 lost another process .* --resume", log.read_text())
+    assert exit_codes(start_two(run_pipeline, *cut, "--resume", log=log)) == [0, 0], log.read_text()
+    assert "resuming after step" in log.read_text()
     runs = [empty.root / "runs" / run / "model.safetensors" for run in ("whole", "cut")]
     assert sha256(runs[0]) == sha256(runs[1])
-    alone = empty.run("train", "--recipe", "quick", "--epochs", "0.04", "--run", "cut", "--resume")
+    alone = empty.run(*TRAIN, "--run", "cut", "--resume")
     assert alone.exit_code == 0  # it is finished: how many processes made it is no setting
-
-
-def second_process(parent: int) -> int:
-    """The process of rank 1 among the children of torchrun's."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    for child in children:
-        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
-    raise AssertionError("no process of rank 1")
 
 
 def test_the_processes_share_each_batch_without_overlap() -> None:
