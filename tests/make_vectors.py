@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.data.splits import load_split
-from pipeline.images.read import read_image
+from pipeline.images.read import find_digit, read_gray
 from tools import photos as photo_light
 from tools.photos import SCENES, Scene, take_photo
 
@@ -56,6 +56,10 @@ def drawn(digits: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
     yield "gray-on-gray", ink.point(lambda level: 100 + level // 4)
     yield "hairline-drawn", _lines([(30, 20), (90, 25), (60, 120)], 1)
     yield "two-strokes", _lines([(30, 20), (90, 25)], 8, [(60, 40), (55, 120)])
+    pair = Image.new("L", (700, 300), 240)
+    for index, place in ((11, (60, 40)), (12, (230, 70)), (13, (480, 30))):
+        pair.paste(ImageOps.invert(Image.fromarray(digits[index]).resize((200, 200))), place)
+    yield "several", pair
     yield "specks", _lines([(30, 20), (90, 25), (60, 120)], 9, [(5, 130), (6, 131)])
     scene = Scene((200, 260), lines=photo_light.square_lines, texture=0, noise=0, quality=0)
     content = take_photo(digits[10], scene, np.random.default_rng(3))
@@ -91,15 +95,18 @@ def _lines(first: list[tuple[int, int]], width: int, *more: list[tuple[int, int]
 
 
 def main() -> None:
-    """Write the pictures as NAME.png, and what they become to expected.json."""
+    """Write the pictures as NAME.png, what they become to expected.json and parts.json."""
     split = load_split("mnist", Path(__file__).parent.parent / "data" / "mnist", "test")
     VECTORS.mkdir(exist_ok=True)
-    expected = {}
+    expected, parts = {}, {}
     for name, picture in (*photos(split.images[100:, 0]), *drawn(split.images[:, 0]), *blank()):
         picture.save(VECTORS / f"{name}.png", optimize=True)
-        expected[name] = read_image(VECTORS / f"{name}.png").tobytes().hex()
-    lines = ",\n".join(f'"{name}": {json.dumps(found)}' for name, found in expected.items())
-    (VECTORS / "expected.json").write_text(f"{{\n{lines}\n}}\n")
+        gray, shape = read_gray(VECTORS / f"{name}.png")
+        prepared = find_digit(gray, shape)
+        expected[name], parts[name] = prepared.image.tobytes().hex(), prepared.parts
+    for file, found in (("expected.json", expected), ("parts.json", parts)):
+        lines = ",\n".join(f'"{name}": {json.dumps(value)}' for name, value in found.items())
+        (VECTORS / file).write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

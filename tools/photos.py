@@ -164,6 +164,7 @@ class Scene:
     orientation: int = 1  # EXIF
     mode: str = "RGB"
     enlarged: int = 1  # enlargement by the camera, in each direction
+    margins: tuple[float, ...] = ()  # one is left around the ink, as a fraction of its longer side
 
 
 def _jitter(colour: Colour, rng: Rng) -> np.ndarray:
@@ -229,11 +230,14 @@ def take_photo(digit: np.ndarray, scene: Scene, rng: Rng) -> bytes:
     picture = paper * (1 - coverage) + _jitter(scene.ink, rng) * coverage
     if scene.lighting:
         picture = picture * scene.lighting(rng, scene.shape)[..., np.newaxis]
-    return _take(picture, scene, rng)
+    return _take(picture, coverage[..., 0], scene, rng)
 
 
-def _take(picture: np.ndarray, scene: Scene, rng: Rng) -> bytes:
-    """Photograph the levels (H, W, 3) with the scene's camera; return the content of the file."""
+def _take(picture: np.ndarray, coverage: np.ndarray, scene: Scene, rng: Rng) -> bytes:
+    """Photograph the levels (H, W, 3) with the scene's camera; return the content of the file.
+
+    A scene with margins has a straight camera, and its picture is cut to the ink (H, W).
+    """
     image = _to_picture(picture)
     if scene.perspective:
         image = skew(image, scene.perspective, rng)
@@ -244,6 +248,11 @@ def _take(picture: np.ndarray, scene: Scene, rng: Rng) -> bytes:
     if scene.noise:
         levels = np.asarray(image, np.float32)
         image = _to_picture(levels + rng.standard_normal(levels.shape, np.float32) * scene.noise)
+    if scene.margins:
+        y, x = np.nonzero(coverage > coverage.max() / 2)
+        left, top, right, bottom = x.min(), y.min(), x.max() + 1, y.max() + 1
+        edge = round(rng.choice(scene.margins) * max(right - left, bottom - top))
+        image = image.crop((left - edge, top - edge, right + edge, bottom + edge))
     return _encode(image.convert(scene.mode), scene)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from pipeline.client.prediction import (
     to_prediction,
 )
 from pipeline.core.errors import PipelineError, SlowError
+from pipeline.images.read import Box, Prepared
 from pipeline.repository import config_pbtxt
 
 TIMEOUT = 10.0  # seconds for a whole call
@@ -171,8 +172,11 @@ class BaseClient:
             config = await self._one_tensor(deadline)
             pictures = [single for image in given for single in split_images(image, config)]
             size, answers, asked = max(1, config.max_batch_size), [], []
+            parts = list[tuple[Box, ...]]()
             for start in range(0, len(pictures), size):
-                arrays = await _prepare(pictures, slice(start, start + size), config, deadline)
+                batch = await _prepare(pictures, slice(start, start + size), config, deadline)
+                arrays = np.stack([prepared.image for prepared in batch])
+                parts += [prepared.parts for prepared in batch]
                 outputs, version = await self._ask_outputs(arrays, deadline)
                 if not _is_of_classes(outputs):
                     shape = list(outputs.shape[1:])
@@ -182,6 +186,10 @@ class BaseClient:
                 answers.append((outputs, version))
                 asked += [arrays] if self._log else []
             predictions = await self._predictions(answers, top, deadline)
+            predictions = [
+                replace(prediction, parts=boxes)
+                for prediction, boxes in zip(predictions, parts, strict=True)
+            ]
             for index, arrays in enumerate(asked):
                 await self._write_log(arrays, predictions[index * size :][:size])
         return predictions
@@ -282,25 +290,25 @@ class BaseClient:
 
 async def _prepare(
     pictures: list[Image], batch: slice, config: config_pbtxt.ModelConfig, deadline: Deadline
-) -> np.ndarray:
-    """Return a batch of pictures as the model takes them, (N, ...); the deadline counts them."""
+) -> list[Prepared]:
+    """Return a batch of pictures as the model takes them; the deadline counts them."""
 
-    def prepare() -> np.ndarray:
-        arrays = []
+    def prepare() -> list[Prepared]:
+        prepared = []
         for picture in pictures[batch]:
             if deadline.left <= 0:
                 break  # the call was given up
-            arrays.append(to_input(picture, config))
-            deadline.preparing = batch.start + len(arrays), len(pictures)
-        return np.stack(arrays)
+            prepared.append(to_input(picture, config))
+            deadline.preparing = batch.start + len(prepared), len(pictures)
+        return prepared
 
     if all(as_sent(picture, config) for picture in pictures[batch]):
-        arrays = prepare()  # at once: a thread costs more
+        prepared = prepare()  # immediately: a thread costs more
     else:
         deadline.preparing = batch.start, len(pictures)
-        arrays = await asyncio.to_thread(prepare)
+        prepared = await asyncio.to_thread(prepare)
     deadline.preparing = None
-    return arrays
+    return prepared
 
 
 def _is_of_classes(outputs: np.ndarray) -> bool:

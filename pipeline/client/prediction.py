@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from pipeline.core.errors import PipelineError
-from pipeline.images.read import Picture, prepare_picture
+from pipeline.images.read import Box, Picture, Prepared, prepare_picture
 from pipeline.repository import config_pbtxt
 
 Image = Picture | str  # a string is the path of a file
@@ -27,6 +27,9 @@ class Prediction:
     version: str  # of the model that answered
     sha256: str | None  # of its file, as the server's config states it
     is_sure: bool = True  # its probability is at or above the model's threshold
+    # Boxes of the digits (or others) in the picture: left, top, right, bottom in its pixels. The
+    # answer is for the first. Empty for an array that was sent unchanged, and a whole picture.
+    parts: tuple[Box, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Return the prediction as a JSON object."""
@@ -101,15 +104,15 @@ def split_images(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
     return [image]
 
 
-def to_input(image: Image, config: config_pbtxt.ModelConfig) -> np.ndarray:
+def to_input(image: Image, config: config_pbtxt.ModelConfig) -> Prepared:
     """Convert one of the `split_images` to the model's input; raise PipelineError if unfit."""
     if as_sent(image, config):
-        array = image
+        prepared = Prepared(image)
     else:
         picture = Path(image) if isinstance(image, str) else image
-        array = prepare_picture(picture, pictures=config_pbtxt.pictures(config))
-    require_fit(array[np.newaxis], config)
-    return array
+        prepared = prepare_picture(picture, pictures=config_pbtxt.pictures(config))
+    require_fit(prepared.image[np.newaxis], config)
+    return prepared
 
 
 def as_sent(image: Image, config: config_pbtxt.ModelConfig) -> TypeGuard[np.ndarray]:

@@ -18,6 +18,7 @@ from pipeline.client.client import Client, Prediction
 from pipeline.core.errors import PipelineError
 from pipeline.core.machine import cores
 from pipeline.images.inputs import Source, look, read_source
+from pipeline.images.read import Prepared, read_picture
 
 FILES_AT_ONCE = 64
 # Sizes of the first batches, which this process reads: the first answer does not wait for others,
@@ -26,7 +27,7 @@ FIRST_BATCHES = (1, 8, FILES_AT_ONCE)
 UNDER_WAY = 6  # batches that are being read, or wait to be sent
 LINGER = 0.02  # seconds that a batch waits for one more name
 NOT_SURE = "not sure"
-Seen = list[np.ndarray | str]  # for each picture, its image or the reason why there is none
+Seen = list[Prepared | str]  # for each picture, the reason why there is none, or what is sent
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,17 @@ class Answer:
         if not self.prediction:
             return f"{self.file}: {self.error}"
         ranked = [f"{label} {chance:.2%}" for label, chance in self.prediction.top]
-        if not self.prediction.is_sure:
-            return f"{self.file}: {NOT_SURE}  (perhaps {', '.join(ranked)})"
         also = f"  (then {', '.join(ranked[1:])})" if ranked[1:] else ""
-        return f"{self.file}: {self.prediction.label}  {self.prediction.probability:.2%}{also}"
+        text = f"{self.prediction.label}  {self.prediction.probability:.2%}{also}"
+        if not self.prediction.is_sure:
+            text = f"{NOT_SURE}  (perhaps {', '.join(ranked)})"
+        if len(parts := self.prediction.parts) > 1:
+            left, top, right, bottom = parts[0]
+            text += (
+                f"\n  {len(parts)} parts found; the answer is for the heaviest, at x {left} to "
+                f"{right}, y {top} to {bottom} (pixels)"
+            )
+        return f"{self.file}: {text}"
 
 
 @dataclass
@@ -95,22 +103,18 @@ def ask_files(
         names = _Names(sources)
         client: Client | None = None
         while (client is None or names.is_starting) and (batch := names.take(wait=True)):
-            seen = [read_source(source) for source in batch]  # gray levels, or an error
-            if client is None and any(isinstance(gray, np.ndarray) for gray in seen):
-                client = stack.enter_context(connect())
+            seen: Seen = []
+            if client is None:  # connect only if there is a picture to ask about
+                checked = [read_source(source, read_picture) for source in batch]
+                seen = [problem for problem in checked if isinstance(problem, str)]
+            if len(seen) < len(batch):
+                client = client or stack.enter_context(connect())
                 pictures = client.pictures()
                 if pictures == "arrays":
                     raise PipelineError(
                         f"{client.name} takes only arrays: use pipeline.client from Python"
                     )
-            if client is not None:
-                held = [
-                    Source(source.name, error=gray)
-                    if isinstance(gray, str)
-                    else Source(source.name, gray)
-                    for source, gray in zip(batch, seen, strict=True)
-                ]
-                seen = look(held, pictures)
+                seen = look(batch, pictures)
             yield from _answers(client, batch, seen, top, min_confidence)
         if client is None:
             return
@@ -141,17 +145,17 @@ def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], 
 def _answers(
     client: Client | None, batch: list[Source], seen: Seen, top: int, min_confidence: float | None
 ) -> Iterator[Answer]:
-    images = [image for image in seen if isinstance(image, np.ndarray)]
+    images = [prepared.image for prepared in seen if isinstance(prepared, Prepared)]
     predictions = iter(client.classify(images, top) if client and images else ())
-    for source, image in zip(batch, seen, strict=True):
-        if isinstance(image, str):
-            yield Answer(source.name, None, image, is_picture=source.error is None)
+    for source, prepared in zip(batch, seen, strict=True):
+        if isinstance(prepared, str):
+            yield Answer(source.name, None, prepared, is_picture=source.error is None)
             continue
-        prediction = next(predictions)
+        prediction = replace(next(predictions), parts=prepared.parts)
         if min_confidence is not None:
             is_sure = prediction.probability >= min_confidence
             prediction = replace(prediction, is_sure=is_sure)
-        yield Answer(source.name, prediction, image=image)
+        yield Answer(source.name, prediction, image=prepared.image)
 
 
 class _Names:

@@ -213,7 +213,8 @@ def _prepare_images(dataset: str, folder: Path, names: list[str], update: Report
     clock = time.monotonic()
     for place, name in enumerate(names):
         try:
-            images[place] = prepare_picture(folder / name, pictures=pictures_of(dataset))[0]
+            prepared = prepare_picture(folder / name, pictures=pictures_of(dataset))
+            images[place] = prepared.image[0]
         except PipelineError as error:
             problems.append(str(error))
             continue

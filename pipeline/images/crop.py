@@ -13,24 +13,30 @@ from pipeline.images.ink import border_width, slide
 DIGIT = 20  # pixels of the longer side of a digit in MNIST
 FULL = 16  # at least this many pixels get the highest level
 THIN = 26  # in 1/20 of an MNIST pixel: thinner strokes are widened to this width
-SMALLEST = 40  # a part with less than the digit's mass divided by this is a speck
-NEAR = 4  # a part is near if its distance is at most the digit's side divided by this
+SMALLEST = 40  # a piece with less than the digit's mass divided by this is a speck
+NEAR = 4  # a piece is near if its distance is at most the digit's side divided by this
+LIGHTEST = 8  # a piece with less than the digit's mass divided by this begins no other part
+SHORTEST = 4  # nor does a piece that is shorter than the digit's side divided by this
+MOST = 16  # parts that are listed
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the last two exclusive
 
 
-def crop_digit(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
-    """Crop the digit from ink levels (H, W): uint8 (28, 28), zeros if ruled paper has no digit."""
+def crop_digit(ink: np.ndarray, threshold: int, is_ruled: bool) -> tuple[np.ndarray, list[Box]]:
+    """Crop the digit from ink levels (H, W): uint8 (28, 28), and the boxes of all parts.
+
+    The digit's box is the first. Returns zeros and no boxes if ruled paper has no digit.
+    """
     mask = ink >= threshold
     if is_ruled:  # drop what the lines leave in the frame, where they end at the picture's border
         edge = border_width(mask)
-        labels, count = label_parts(mask)
+        labels, count = label_pieces(mask)
         reaches_in = np.bincount(labels[edge:-edge, edge:-edge].ravel(), minlength=count + 1) > 0
         mask &= reaches_in[labels]
     if not mask.any():
-        return np.zeros(IMAGES.shape[1:], np.uint8)
-    kept = _select_digit(ink, mask)
-    rows, columns = np.flatnonzero(kept.any(axis=1)), np.flatnonzero(kept.any(axis=0))
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    side = int(max(bottom - top, right - left))
+        return np.zeros(IMAGES.shape[1:], np.uint8), []
+    kept, boxes = _find_parts(ink, mask)
+    left, top, right, bottom = boxes[0]
+    side = max(bottom - top, right - left)
     edge = 2 * (side // DIGIT + 1)  # margin in pixels: one MNIST pixel and a thick stroke
     box = np.s_[top : bottom + 2 * edge, left : right + 2 * edge]  # padded: zeros outside
     window, levels = _pad(kept, edge)[box], _pad(ink, edge)[box]
@@ -44,7 +50,7 @@ def crop_digit(ink: np.ndarray, threshold: int, is_ruled: bool) -> np.ndarray:
     levels = _grow(levels, grown) if grown else levels
     side += 2 * grown
     height, width = bottom - top + 2 * grown, right - left + 2 * grown
-    return _centre(_scale(levels, edge - grown, height, width, side))
+    return _centre(_scale(levels, edge - grown, height, width, side)), boxes
 
 
 def _grow(levels: np.ndarray, by: int) -> np.ndarray:
@@ -59,44 +65,62 @@ def _pad(levels: np.ndarray, by: int) -> np.ndarray:
     return wide
 
 
-def _select_digit(ink: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the digit's mask (H, W): its heaviest part, and near parts that are not specks."""
-    labels, count = label_parts(mask)
-    if count == 1:
-        return mask
-    where = labels[mask] - 1
+def _find_parts(ink: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[Box]]:
+    """Return the digit's mask (H, W), and the boxes of the parts of the mask, the digit's first.
+
+    The digit is the heaviest piece with pieces near it that are not specks. Other pieces are parts
+    as well, each with those near it, if they are not much lighter or smaller than the digit.
+    """
+    labels, count = label_pieces(mask)
+    where, places = labels[mask] - 1, np.nonzero(mask)[::-1]
     mass = np.bincount(where, ink[mask], count).astype(np.int64)
-    y, x = np.nonzero(mask)
-    height, width = mask.shape
-    tops, lefts = np.full(count, height), np.full(count, width)
-    bottoms, rights = np.zeros(count, np.int64), np.zeros(count, np.int64)  # inclusive
-    for first, last, places in ((tops, bottoms, y), (lefts, rights, x)):
-        np.minimum.at(first, where, places)
-        np.maximum.at(last, where, places)
-    at_border = (tops == 0) | (lefts == 0) | (bottoms == height - 1) | (rights == width - 1)
+    # Of each piece: left and top, then right and bottom, exclusive (2, count).
+    first, last = np.full((2, count), max(mask.shape)), np.zeros((2, count), np.int64)
+    for axis in (0, 1):
+        np.minimum.at(first[axis], where, places[axis])
+        np.maximum.at(last[axis], where, places[axis] + 1)
+    at_border = ((first == 0) | (last == [[side] for side in mask.shape[::-1]])).any(axis=0)
     inside = np.where(at_border, 0, mass)
     main = int(inside.argmax()) if inside.max() * 8 >= mass.max() else int(mass.argmax())
-    possible = mass * SMALLEST >= mass[main]
-    if not at_border[main]:
-        possible &= ~at_border
-    chosen = np.arange(count) == main
+    free = ~at_border | at_border[main]
+    boxes = list[Box]()
     while True:
-        top, bottom = tops[chosen].min(), bottoms[chosen].max()
-        left, right = lefts[chosen].min(), rights[chosen].max()
-        near = max(bottom - top, right - left) // NEAR + 1
-        gap_y = np.maximum(tops - bottom, top - bottoms)
-        gap_x = np.maximum(lefts - right, left - rights)
-        more = possible & ~chosen & (np.maximum(gap_y, gap_x) <= near)
+        chosen = _join_pieces(main, free & (mass * SMALLEST >= mass[main]), first, last)
+        free &= ~chosen
+        box = (*first[:, chosen].min(axis=1).tolist(), *last[:, chosen].max(axis=1).tolist())
+        if not boxes:
+            digit = np.asarray(np.concatenate([[False], chosen])[labels])
+            side, least = max(box[2] - box[0], box[3] - box[1]), mass[chosen].sum()
+            free &= (mass * LIGHTEST >= least) & ((last - first).max(axis=0) * SHORTEST >= side)
+        boxes.append(box)
+        if not free.any() or len(boxes) == MOST:
+            return digit, boxes
+        main = int(np.where(free, mass, 0).argmax())
+
+
+def _join_pieces(
+    main: int, possible: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> np.ndarray:
+    """Return which of the possible pieces (count,) make one part with the piece `main`."""
+    chosen: np.ndarray = np.arange(len(possible)) == main
+    while True:
+        start, end = first[:, chosen].min(axis=1)[:, None], last[:, chosen].max(axis=1)[:, None]
+        gap = np.maximum(first - end, start - last).max(axis=0)
+        width, height = np.maximum(last, end) - np.minimum(first, start)  # of both together
+        lower = np.minimum(last - first, end - start)[1]
+        is_next = (width > height) & (4 * lower >= 3 * height)  # another digit, next to this one
+        near = (int((end - start).max()) - 1) // NEAR
+        more = possible & ~chosen & (gap <= near) & ~is_next
         if not more.any():
-            return np.asarray(np.concatenate([[False], chosen])[labels])
+            return chosen
         chosen |= more
 
 
-def label_parts(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the labels (H, W) of the connected parts of a mask, from 1, and their count.
+def label_pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the labels (H, W) of the connected pieces of a mask, from 1, and their count.
 
     Pixels that touch at a corner are connected. Each run of pixels in a row is merged with the
-    runs that it touches in the row above. Parts are numbered in the order of their first runs.
+    runs that it touches in the row above. Pieces are numbered in the order of their first runs.
     """
     height, width = mask.shape
     padded = np.zeros((height, width + 1), np.int8)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.text import Lines
-from pipeline.images.read import MAX_FILE_BYTES, Picture, prepare_picture, read_picture
+from pipeline.images.read import MAX_FILE_BYTES, Picture, Prepared, prepare_picture
 
+T = TypeVar("T")
 STANDARD_INPUT = "-"
 _FIX = "send a picture, or the names of pictures, one per line"
 MAX_NAME_BYTES = 2**16
@@ -31,7 +32,7 @@ class Source:
     """A picture to classify: a file or its bytes; or the reason why there is no picture."""
 
     name: str
-    content: bytes | np.ndarray | None = None  # None: the content of the file called `name`
+    content: bytes | None = None  # None: the content of the file called `name`
     error: str | None = None
 
 
@@ -108,24 +109,22 @@ def is_picture(head: bytes) -> bool:
     return bool(_PICTURE.match(head))
 
 
-def read_source(
-    source: Source, read: Callable[[Picture, str], np.ndarray] = read_picture
-) -> np.ndarray | str:
-    """Return what `read` makes of a source (default: gray levels (H, W)), or the error message."""
+def look(batch: list[Source], pictures: str) -> list[Prepared | str]:
+    """Prepare each source as the model takes it; return the error message where that fails.
+
+    Processes run it in parallel.
+    """
+    return [read_source(source, partial(prepare_picture, pictures=pictures)) for source in batch]
+
+
+def read_source(source: Source, read: Callable[[Picture, str], T]) -> T | str:
+    """Return what `read` makes of a source, or the error message."""
     if source.error:
         return source.error
     try:
         return read(Path(source.name) if source.content is None else source.content, source.name)
     except (PipelineError, OSError) as error:  # an OSError: no permission for its folder
         return str(error)
-
-
-def look(batch: list[Source], pictures: str) -> list[np.ndarray | str]:
-    """Return each source's image as the model takes it, or the error message.
-
-    Processes run it in parallel.
-    """
-    return [read_source(source, partial(prepare_picture, pictures=pictures)) for source in batch]
 
 
 def draw_image(image: np.ndarray, is_unicode: bool) -> str:

@@ -10,6 +10,7 @@ import os
 import struct
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -17,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_bytes
 from pipeline.core.signature import IMAGES
+from pipeline.images.crop import Box as Box
 from pipeline.images.crop import crop_digit
 from pipeline.images.ink import border_levels, find_ink, lower_median, reduce_levels
 
@@ -39,32 +41,40 @@ class BlankError(PipelineError):
     """Error for a picture that shows nothing."""
 
 
-def prepare_picture(
-    source: Picture, name: str = "the image", pictures: str = "digit"
-) -> np.ndarray:
-    """Convert a picture in any form to the model's input, uint8 (1, 28, 28).
+class Prepared(NamedTuple):
+    """A picture as the model takes it, and where its parts are, such as several digits."""
+
+    image: np.ndarray  # uint8 (1, 28, 28)
+    # In pixels of the upright picture; the first is in the image. Empty for a `whole` picture.
+    parts: tuple[Box, ...] = ()
+
+
+def prepare_picture(source: Picture, name: str = "the image", pictures: str = "digit") -> Prepared:
+    """Convert a picture in any form to the model's input, uint8 (1, 28, 28), and find its parts.
 
     Every input path (files, clients, the page, scoring, folders of pictures) calls this function,
     so all of them refuse the same pictures with the same messages. Raises PipelineError for a
     picture that cannot be read or is too large, and BlankError for one that shows nothing.
     """
     name = str(source) if isinstance(source, Path) else name
-    image = fit(read_picture(source, name), pictures)
-    if pictures == "digit" and not image.any():
+    gray, shape = read_picture(source, name)
+    if pictures != "digit":
+        return Prepared(fit(gray, pictures))
+    prepared = find_digit(gray, shape)
+    if not prepared.parts:
         raise BlankError(BLANK.format(name=name))
-    return image
+    return prepared
 
 
-def read_picture(source: Picture, name: str) -> np.ndarray:
-    """Read the gray levels uint8 (H, W) of a picture; raise BlankError if all are equal.
+def read_picture(source: Picture, name: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read a picture as `read_gray` does; raise BlankError if all its levels are equal.
 
-    A picture of one even level shows nothing to any model. Raises PipelineError as
-    `prepare_picture` does.
+    A picture of one even level shows nothing to any model.
     """
-    gray = read_gray(source, name)
+    gray, shape = read_gray(source, name)
     if not np.ptp(gray):
         raise BlankError(BLANK.format(name=name))
-    return gray
+    return gray, shape
 
 
 def read_image(source: Picture, name: str = "the image", pictures: str = "digit") -> np.ndarray:
@@ -73,13 +83,14 @@ def read_image(source: Picture, name: str = "the image", pictures: str = "digit"
     A `digit` has 0 for paper and 255 for ink, zeros if it is blank; a `whole` picture has its
     gray levels. `name` is the name in messages of an image that is given as bytes.
     """
-    return fit(read_gray(source, name), pictures)
+    return fit(read_gray(source, name)[0], pictures)
 
 
-def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
-    """Read the gray levels uint8 (H, W) of a picture, upright and without alpha.
+def read_gray(source: Picture, name: str = "the image") -> tuple[np.ndarray, tuple[int, int]]:
+    """Read the gray levels uint8 (H, W) of a picture, upright and without alpha, and its shape.
 
-    Raises PipelineError for a picture that cannot be read or is too large.
+    A large JPEG is read at 1/2, 1/4 or 1/8 of its shape. Raises PipelineError for a picture that
+    cannot be read or is too large.
     """
     if isinstance(source, Path):
         name, source = str(source), _read_file(source)
@@ -96,7 +107,11 @@ def read_gray(source: Picture, name: str = "the image") -> np.ndarray:
                     raise PipelineError(TOO_MANY_PIXELS.format(name=name, **sizes))
                 if isinstance(source, bytes):  # a large JPEG is decoded at 1/2, 1/4, ... size
                     image.draft("L", (WORK_SIDE, WORK_SIDE))
-                return _turn_upright(_to_gray(image), image)
+                gray, turn = _to_gray(image), _find_turn(image)
+                if turn is None:
+                    return gray, (height, width)
+                upright = np.asarray(Image.fromarray(gray).transpose(turn))
+                return upright, (width, height) if turn in _SIDEWAYS else (height, width)
     except _DECODING_ERRORS as error:
         is_unknown = isinstance(error, UnidentifiedImageError)
         reason = "its format is unknown" if is_unknown else str(error) or type(error).__name__
@@ -154,13 +169,12 @@ def _to_gray(image: Image.Image) -> np.ndarray:
     return np.asarray((levels * alpha + paper * (255 - alpha) + 127) // 255, np.uint8)
 
 
-def _turn_upright(gray: np.ndarray, image: Image.Image) -> np.ndarray:
-    """Turn a picture upright by its EXIF; ImageOps.exif_transpose fails on damaged EXIF."""
+def _find_turn(image: Image.Image) -> Image.Transpose | None:
+    """Return how a picture is turned upright; ImageOps.exif_transpose fails on damaged EXIF."""
     try:
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except (*_DECODING_ERRORS, struct.error):  # a picture with damaged EXIF is used as it is
-        return gray
-    return gray if turn is None else np.asarray(Image.fromarray(gray).transpose(turn))
+        return None
 
 
 _UPRIGHT: dict[object, Image.Transpose] = {
@@ -172,6 +186,7 @@ _UPRIGHT: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 # What Pillow raises for content that it cannot decode, determined with damaged files.
 _DECODING_ERRORS = (
     OSError,  # includes UnidentifiedImageError
@@ -203,12 +218,22 @@ def fit(gray: np.ndarray, pictures: str) -> np.ndarray:
 
 def prepare(gray: np.ndarray) -> np.ndarray:
     """Prepare gray levels uint8 (H, W) as the model's input: uint8 (1, 28, 28), zeros if blank."""
+    return find_digit(gray, gray.shape).image
+
+
+def find_digit(gray: np.ndarray, shape: tuple[int, ...]) -> Prepared:
+    """Prepare gray levels uint8 (H, W) of a picture of that shape; zeros, no parts if blank."""
     if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
         raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
-    levels, threshold, is_ruled = find_ink(reduce_levels(gray, -(-max(gray.shape) // WORK_SIDE)))
+    factor = -(-max(gray.shape) // WORK_SIDE)
+    levels, threshold, is_ruled = find_ink(reduce_levels(gray, factor))
     if not threshold:
-        return np.zeros(IMAGES.shape, np.uint8)
-    return crop_digit(levels, threshold, is_ruled)[np.newaxis]
+        return Prepared(np.zeros(IMAGES.shape, np.uint8))
+    image, boxes = crop_digit(levels, threshold, is_ruled)
+    scale = factor * round(max(shape) / max(gray.shape))  # from the ink's pixels to the picture's
+    ends = (*shape[::-1], *shape[::-1])
+    parts = [[min(scale * at, end) for at, end in zip(box, ends, strict=True)] for box in boxes]
+    return Prepared(image[np.newaxis], tuple(map(tuple, parts)))
 
 
 def encode_png(image: np.ndarray) -> bytes:

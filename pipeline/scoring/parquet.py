@@ -208,7 +208,8 @@ def _convert_batch(
             column = pc.struct_field(column, "bytes")
         contents = zip(map(str, ids), column.to_pylist(), strict=True)
         files = [Source(i, c, "its image is null" if c is None else None) for i, c in contents]
-        rows = rows_of(ids, look(files, pictures), shape)
+        seen = [found if isinstance(found, str) else found.image for found in look(files, pictures)]
+        rows = rows_of(ids, seen, shape)
     elif (pixels := _read_pixels(column, shape)) is not None:
         images = pixels.reshape(len(batch), *shape)
         rows = Rows(ids, images, np.full(len(batch), "", object))

@@ -105,7 +105,7 @@ def read_shard(source: Cut, shard: Shard) -> Rows:
         return Rows(ids, images, np.full(shard.rows, "", object))
     names = [escape_name(str(Path(name).relative_to(source.path))) for name in shard.names]
     seen = look([Source(name) for name in shard.names], source.pictures)
-    results = [escape_name(result) if isinstance(result, str) else result for result in seen]
+    results = [escape_name(result) if isinstance(result, str) else result.image for result in seen]
     return parquet.rows_of(np.array(names, object), results, source.shape)
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from pipeline.client.log import PredictionLog
 from pipeline.core.errors import PipelineError, ServerError
-from pipeline.images.read import LARGE, BlankError, prepare_picture
+from pipeline.images.read import LARGE, BlankError, Prepared, prepare_picture
 from pipeline.repository import config_pbtxt
 from pipeline.web.guard import Guard, RequestCounters, host_names, stated_length
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
@@ -47,7 +47,7 @@ class Ticket:
     client: str
     held: int = 0  # bytes
     has_place: bool = False
-    job: "Future[np.ndarray] | None" = None  # a thread that has begun cannot be stopped
+    job: "Future[Prepared] | None" = None  # a thread that has begun cannot be stopped
 
     async def read_body(self, request: Request) -> bytes:
         """Return the body; raise RefusedError as soon as it is too long or there is no room."""
@@ -162,23 +162,27 @@ class Gateway:
         if pictures == "arrays":
             raise ServerError(f"{self.link.name} takes arrays, not pictures: choose another --name")
         ticket.job = self._pool.submit(_read, content, pictures)
-        image = await asyncio.wrap_future(ticket.job)
+        prepared = await asyncio.wrap_future(ticket.job)
         classes = config_pbtxt.classes(config)
         start = time.monotonic()
-        prediction = await self.link.ask(image, len(classes))
+        prediction = await self.link.ask(prepared.image, len(classes))
         milliseconds = (time.monotonic() - start) * 1000
         if log := self.log:
-            await asyncio.to_thread(log.add, self.link.name, image[np.newaxis], [prediction])
+            await asyncio.to_thread(
+                log.add, self.link.name, prepared.image[np.newaxis], [prediction]
+            )
         return {
-            **prediction.record(),
+            **replace(prediction, parts=prepared.parts).record(),
             "model": self.link.name,
             "classes": classes,
-            "seen": base64.b64encode(image.tobytes()).decode(),  # 28 rows of 28, 255 is ink
+            "seen": base64.b64encode(
+                prepared.image.tobytes()
+            ).decode(),  # 28 rows of 28, 255 is ink
             "model_ms": round(milliseconds, 2),
         }
 
 
-def _read(content: bytes, pictures: str) -> np.ndarray:
+def _read(content: bytes, pictures: str) -> Prepared:
     """Convert a picture to the model's input; raise RefusedError if it is unreadable or blank."""
     check_picture(content)
     try:

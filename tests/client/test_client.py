@@ -20,7 +20,7 @@ from PIL import Image
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.client import Client, Prediction
 from pipeline.core.errors import PipelineError, ServerError, SlowError
-from pipeline.images.read import write_png
+from pipeline.images.read import Prepared, write_png
 from tests.conftest import REPOSITORY
 from tests.fakes import (
     DIGEST,
@@ -108,9 +108,9 @@ def test_more_images_than_a_batch_holds_are_split_in_order(
 def test_time_that_went_into_reading_pictures_is_not_the_servers_fault(
     classify: Classify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(*arguments: Any, **options: Any) -> np.ndarray:
+    def slow(*arguments: Any, **options: Any) -> Prepared:
         time.sleep(0.3)
-        return np.zeros((1, 28, 28), np.uint8)
+        return Prepared(np.zeros((1, 28, 28), np.uint8))
 
     monkeypatch.setattr("pipeline.client.prediction.prepare_picture", slow)
     message = r"^[23] of 9 pictures were ready in 0.7 s: raise the timeout, or ask about fewer"
@@ -125,9 +125,9 @@ def test_no_more_pictures_are_prepared_than_the_next_request_takes(
 ) -> None:
     events: list[str] = []
 
-    def read(*arguments: Any, **options: Any) -> np.ndarray:
+    def read(*arguments: Any, **options: Any) -> Prepared:
         events.append("read")
-        return np.zeros((1, 28, 28), np.uint8)
+        return Prepared(np.zeros((1, 28, 28), np.uint8))
 
     def before(method: str, asked: Asked) -> None:
         events.append(method)

@@ -155,3 +155,17 @@ def test_below_the_confidence_that_was_asked_for_the_answer_is_not_sure() -> Non
     count = Count()
     count.add(answer)
     assert str(count) == "1 answered (1 of them not sure)"
+
+
+def test_an_answer_about_one_of_several_digits_says_so_and_where_all_are() -> None:
+    sheet = np.zeros((1, 100, 200), np.uint8)
+    sheet[0, 20:50, 20:26] = sheet[0, 20:60, 120:130] = 255
+    one, several = ask_files(
+        connect(), [Source("one", encode_png(DIGIT)), Source("two", encode_png(sheet))]
+    )
+    assert str(one).splitlines() == ["one: 1  60.00%"]
+    assert str(several).splitlines() == [
+        "two: 1  60.00%",
+        "  2 parts found; the answer is for the heaviest, at x 120 to 130, y 20 to 60 (pixels)",
+    ]
+    assert several.record()["parts"] == ((120, 20, 130, 60), (20, 20, 26, 50))

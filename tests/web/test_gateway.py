@@ -23,7 +23,7 @@ from pipeline.core.errors import PipelineError, ServerError, SlowError
 from pipeline.core.files import write_json
 from pipeline.core.paths import Paths
 from pipeline.data.splits import load_split
-from pipeline.images.read import read_image
+from pipeline.images.read import prepare_picture, read_image
 from pipeline.repository.running import Server, root
 from pipeline.web.gateway import PAGE
 from pipeline.web.guard import HEADERS, check_request, host_names
@@ -122,6 +122,8 @@ def test_a_picture_is_answered_with_all_that_the_page_shows(gateway: Served, kin
     assert "".join(answer["classes"]) == "0123456789"
     seen = np.frombuffer(base64.b64decode(answer["seen"]), np.uint8).reshape(1, 28, 28)
     np.testing.assert_array_equal(seen, read_image(content))
+    assert answer["parts"] == [list(box) for box in prepare_picture(content).parts]
+    assert len(answer["parts"]) == 1
     assert 0 <= answer["model_ms"] <= answer["server_ms"]
     assert reply.headers["server-timing"].startswith("total;dur=")
 

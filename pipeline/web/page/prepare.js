@@ -1,5 +1,7 @@
 // A picture of a digit as the model takes it, by the rules of RULES.md, in whole numbers only.
 // prepare(rgba, width, height) -> Uint8Array(784): 0 is paper, 255 is ink; zeros without ink.
+// prepareParts(rgba, width, height) -> {image, parts}: the same, and the boxes of the parts,
+// [left, top, right, bottom] in pixels of the picture; the first is in the image.
 // A picture here is {w, h, v}: v has the levels, row by row.
 
 const WORK_SIDE = 640;
@@ -26,6 +28,9 @@ const FULL = 16;
 const THIN = 26;
 const SMALLEST = 40;
 const NEAR = 4;
+const LIGHTEST = 8;
+const SHORTEST = 4;
+const MOST = 16;
 
 const div = (a, b) => Math.floor(a / b);
 const clip = (x, low, high) => Math.max(low, Math.min(high, x));
@@ -33,10 +38,20 @@ const picture = (w, h) => ({ w, h, v: new Int32Array(w * h) });
 const mapped = (p, f) => ({ w: p.w, h: p.h, v: p.v.map(f) });
 
 export function prepare(rgba, width, height) {
-  const found = ink(reduced(gray(rgba, width, height), Math.ceil(Math.max(width, height) / WORK_SIDE)));
-  if (!found.threshold) return new Uint8Array(SIDE * SIDE);
-  return fitted(found.levels, found.threshold, found.isRuled);
+  return prepareParts(rgba, width, height).image;
 }
+
+export function prepareParts(rgba, width, height) {
+  const factor = Math.ceil(Math.max(width, height) / WORK_SIDE);
+  const found = ink(reduced(gray(rgba, width, height), factor));
+  const { image, boxes } = found.threshold
+    ? fitted(found.levels, found.threshold, found.isRuled)
+    : blank();
+  const ends = [width, height, width, height];
+  return { image, parts: boxes.map((box) => box.map((at, i) => Math.min(factor * at, ends[i]))) };
+}
+
+const blank = () => ({ image: new Uint8Array(SIDE * SIDE), boxes: [] });
 
 // 1. Gray levels
 
@@ -366,15 +381,9 @@ function erase(p, rowOf, gap) {
 // 4. The digit
 
 function fitted(levels, threshold, isRuled) {
-  const kept = keptOf(levels, threshold, isRuled);
-  if (!largest(kept.v)) return new Uint8Array(SIDE * SIDE);
-  let [top, bottom, left, right] = [levels.h, 0, levels.w, 0];
-  for (let y = 0; y < levels.h; y++)
-    for (let x = 0; x < levels.w; x++)
-      if (kept.v[y * kept.w + x]) {
-        [top, bottom] = [Math.min(top, y), Math.max(bottom, y + 1)];
-        [left, right] = [Math.min(left, x), Math.max(right, x + 1)];
-      }
+  const { kept, boxes } = digitOf(levels, threshold, isRuled);
+  if (!boxes.length) return blank();
+  const [left, top, right, bottom] = boxes[0];
   const side = Math.max(bottom - top, right - left);
   const edge = 2 * (div(side, DIGIT) + 1);
   const cut = (p) => windowOf(p, top - edge, bottom + edge, left - edge, right + edge);
@@ -384,7 +393,7 @@ function fitted(levels, threshold, isRuled) {
   const by = thickening(mask, side);
   const thick = by ? grown(cleaned, by) : cleaned;
   const box = [edge - by, edge - by, bottom - top + 2 * by, right - left + 2 * by];
-  return centred(full(scaled(thick, box, side + 2 * by)));
+  return { image: centred(full(scaled(thick, box, side + 2 * by))), boxes };
 }
 
 function windowOf(p, top, bottom, left, right) {
@@ -412,69 +421,99 @@ function thickening(mask, side) {
   return Math.min(Math.max(0, div((THIN - width) * side, 2 * DIGIT * 20)), div(side, DIGIT));
 }
 
-function keptOf(levels, threshold, isRuled) {
+// The mask of the digit, and the boxes of all parts, the digit's first.
+function digitOf(levels, threshold, isRuled) {
   const mask = mapped(levels, (x) => (x >= threshold ? 1 : 0));
-  const { labels, boxes } = partsOf(mask, levels);
-  const chosen = chosenOf(boxes.filter((box) => box.reachesIn || !isRuled));
-  return { ...mask, v: labels.map((label) => (label && chosen.has(boxes[label - 1]) ? 1 : 0)) };
+  const { labels, pieces } = piecesOf(mask, levels);
+  const parts = partsOf(pieces.filter((piece) => piece.reachesIn || !isRuled));
+  const kept = { ...mask, v: labels.map((label) => (label && parts[0]?.has(pieces[label - 1]) ? 1 : 0)) };
+  return { kept, boxes: parts.map((part) => boxOf([...part])) };
 }
 
-// Each part is flooded from its first pixel; its box is inclusive.
-function partsOf(mask, levels) {
+// Each piece is flooded from its first pixel; its box is [left, top, right, bottom], exclusive.
+function piecesOf(mask, levels) {
   const labels = new Int32Array(mask.v.length);
-  const boxes = [];
+  const pieces = [];
   const isInside = insideOf(mask);
   for (let first = 0; first < labels.length; first++) {
     if (!mask.v[first] || labels[first]) continue;
-    const box = { mass: 0, reachesIn: false, top: mask.h, bottom: 0, left: mask.w, right: 0 };
-    boxes.push(box);
-    labels[first] = boxes.length;
+    const piece = { mass: 0, reachesIn: false, box: [mask.w, mask.h, 0, 0] };
+    pieces.push(piece);
+    labels[first] = pieces.length;
     const open = [first];
     while (open.length) {
       const i = open.pop();
       const [y, x] = [div(i, mask.w), i % mask.w];
-      box.mass += levels.v[i];
-      box.reachesIn ||= isInside(y, x);
-      [box.top, box.bottom] = [Math.min(box.top, y), Math.max(box.bottom, y)];
-      [box.left, box.right] = [Math.min(box.left, x), Math.max(box.right, x)];
+      piece.mass += levels.v[i];
+      piece.reachesIn ||= isInside(y, x);
+      piece.box = around(piece.box, [x, y, x + 1, y + 1]);
       for (let v = Math.max(y - 1, 0); v <= Math.min(y + 1, mask.h - 1); v++)
         for (let u = Math.max(x - 1, 0); u <= Math.min(x + 1, mask.w - 1); u++) {
           const j = v * mask.w + u;
           if (mask.v[j] && !labels[j]) {
-            labels[j] = boxes.length;
+            labels[j] = pieces.length;
             open.push(j);
           }
         }
     }
-    box.atBorder = !box.top || !box.left || box.bottom === mask.h - 1 || box.right === mask.w - 1;
+    const [left, top, right, bottom] = piece.box;
+    piece.atBorder = !left || !top || right === mask.w || bottom === mask.h;
   }
-  return { labels, boxes };
+  return { labels, pieces };
 }
 
-// The set of those boxes that make the digit.
-function chosenOf(boxes) {
-  if (!boxes.length) return new Set();
-  const heaviest = (part) =>
-    part.reduce((best, box) => (best === null || box.mass > best.mass ? box : best), null);
-  const all = heaviest(boxes);
-  const inside = heaviest(boxes.filter((box) => !box.atBorder));
-  const main = inside && inside.mass * 8 >= all.mass ? inside : all;
-  const isPossible = (box) => box.mass * SMALLEST >= main.mass && (main.atBorder || !box.atBorder);
-  const chosen = new Set([main]);
-  let { top, bottom, left, right } = main;
+// The smallest box around two.
+function around([left, top, right, bottom], [l, t, r, b]) {
+  return [Math.min(left, l), Math.min(top, t), Math.max(right, r), Math.max(bottom, b)];
+}
+
+const boxOf = (pieces) => pieces.map((piece) => piece.box).reduce(around);
+const sidesOf = ([left, top, right, bottom]) => [right - left, bottom - top];
+const massOf = (pieces) => pieces.reduce((sum, piece) => sum + piece.mass, 0);
+
+function heaviest(pieces) {
+  return pieces.reduce((best, piece) => (best && best.mass >= piece.mass ? best : piece), null);
+}
+
+// The parts, each a set of pieces; the digit is the first.
+function partsOf(pieces) {
+  if (!pieces.length) return [];
+  const all = heaviest(pieces);
+  const inside = heaviest(pieces.filter((piece) => !piece.atBorder));
+  let main = inside && inside.mass * 8 >= all.mass ? inside : all;
+  let free = main.atBorder ? pieces : pieces.filter((piece) => !piece.atBorder);
+  const parts = [];
   for (;;) {
-    const near = div(Math.max(bottom - top, right - left), NEAR) + 1;
-    const more = boxes.filter((box) => {
-      const gapY = Math.max(box.top - bottom, top - box.bottom);
-      const gapX = Math.max(box.left - right, left - box.right);
-      return !chosen.has(box) && isPossible(box) && Math.max(gapY, gapX) <= near;
-    });
-    if (!more.length) return chosen;
-    for (const box of more) {
-      chosen.add(box);
-      [top, bottom] = [Math.min(top, box.top), Math.max(bottom, box.bottom)];
-      [left, right] = [Math.min(left, box.left), Math.max(right, box.right)];
+    const part = joined(main, free.filter((piece) => piece.mass * SMALLEST >= main.mass));
+    free = free.filter((piece) => !part.has(piece));
+    if (!parts.length) {
+      const side = Math.max(...sidesOf(boxOf([...part])));
+      const least = massOf([...part]);
+      free = free.filter(
+        ({ mass, box }) => mass * LIGHTEST >= least && Math.max(...sidesOf(box)) * SHORTEST >= side,
+      );
     }
+    parts.push(part);
+    if (!free.length || parts.length === MOST) return parts;
+    main = heaviest(free);
+  }
+}
+
+// The set of those possible pieces that make one part with the piece `main`.
+function joined(main, possible) {
+  const part = new Set([main]);
+  for (;;) {
+    const box = boxOf([...part]);
+    const near = div(Math.max(...sidesOf(box)) - 1, NEAR);
+    const more = possible.filter((piece) => {
+      const gaps = [0, 1].map((i) => Math.max(piece.box[i] - box[i + 2], box[i] - piece.box[i + 2]));
+      const [width, height] = sidesOf(around(box, piece.box));
+      const lower = Math.min(sidesOf(box)[1], sidesOf(piece.box)[1]);
+      const isNext = width > height && 4 * lower >= 3 * height; // another digit, next to this one
+      return !part.has(piece) && Math.max(...gaps) <= near && !isNext;
+    });
+    if (!more.length) return part;
+    more.forEach((piece) => part.add(piece));
   }
 }
 
