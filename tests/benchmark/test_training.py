@@ -42,13 +42,13 @@ def test_the_benchmark_trains_and_scores_and_its_rows_are_kept_among_the_others(
     empty: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "YARDSTICK_EPOCHS", 0.002)
-    monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=1))
+    monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=0.2))
     monkeypatch.chdir(empty.root)
     PAGES[0].write_text("<!-- figures:training -->\n<!-- /figures -->\n")
     RESULTS.mkdir(parents=True)
     result = empty.run("--json", "benchmark", "--recipes", "quick", "--seeds", "1")
     (row,) = json.loads(result.stdout)["rows"]
-    assert row["trials"][0]["test_accuracy"] > 0.85
+    assert row["trials"][0]["test_accuracy"] > 0.7
     assert row["share"] > 0
     Path("printed.json").write_text(result.stdout)
     readme.main(["training", "printed.json"])

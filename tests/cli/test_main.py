@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -13,7 +14,8 @@ from click.testing import CliRunner
 
 from pipeline.cli.command import Settings
 from pipeline.cli.main import main
-from pipeline.training.recipes import DEFAULT_RECIPE, RECIPES, TrainConfig
+from pipeline.core.errors import PipelineError
+from pipeline.training.recipes import DEFAULT_RECIPE, RECIPES
 from tests.conftest import REPOSITORY, Chain, error_line
 
 PIPELINE = [sys.executable, "-m", "pipeline"]
@@ -93,10 +95,11 @@ def test_flag_wins_over_environment_over_file_over_default(
     settings = empty.root / "settings.toml"
     settings.write_text("[train]\nseed = 3\nepochs = 0.01\nlr = 0.5\n")
     monkeypatch.setenv("HANDWRITING_TRAIN_LR", "0.25")
+    train = Mock(side_effect=PipelineError("that is enough"))
+    monkeypatch.setattr("pipeline.training.run.train_run", train)
     for arguments in (["--config", str(settings), "train"], ["train", "--config", str(settings)]):
-        result = empty.run(*arguments, "--seed", "4")
-        assert result.exit_code == 0, result.output
-        config = TrainConfig.from_record(json.loads(empty.paths.run_config.read_text()))
+        assert "that is enough" in error_line(empty.run(*arguments, "--seed", "4"))
+        _, config, *_ = train.call_args.args
         assert (config.seed, config.settings.epochs, config.settings.lr) == (4, 0.01, 0.25)
         assert config.settings.batch_size == RECIPES[DEFAULT_RECIPE].batch_size
 

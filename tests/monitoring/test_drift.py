@@ -24,6 +24,7 @@ from pipeline.repository.reference_profile import (
 )
 from tests.conftest import REPOSITORY, Chain, edit_json, error_line, flip_bit
 
+Served = tuple[Chain, dict[str, Any]]
 CLOTHES = REPOSITORY / "data" / "fashion-mnist"
 SIZES = (1000, 3000, 10_000)
 
@@ -321,7 +322,7 @@ def test_a_version_of_old_has_no_profile_and_is_told_how_to_make_one(
 
 @pytest.mark.server
 def test_what_a_server_is_asked_is_watched_from_the_client_to_the_verdict(
-    served: tuple[Chain, dict[str, Any]], bench: Bench, tmp_path: Path
+    served: Served, bench: Bench, tmp_path: Path
 ) -> None:
     chain, server = served
     log, asked = tmp_path / "log", bench.images[rows(4, 1000)]

@@ -35,7 +35,7 @@ from tools.mutations import (
 TRIED = (
     *("misspelt_field", "name_of_another", "version_that_is_not_there"),
     *("file_cut_off", "labels_missing", "unknown_tensorrt_parameter", "memory_for_one_image"),
-    *("rows_of_a_batch_added_up", "scalar_output", "no_config_at_all"),
+    *("rows_of_a_batch_added_up", "scalar_output", "no_config_at_all", "types_that_do_not_meet"),
     "version_beyond_all_numbers",
 )
 
@@ -95,6 +95,7 @@ def test_a_server_makes_of_each_case_what_is_expected(tmp_path: Path) -> None:
     assert 'no field named "max_bach_size"' in causes["misspelt_field"]
     assert "unexpected directory name" in causes["name_of_another"]
     assert "shape {1,2,4}" in causes["memory_for_one_image"]
+    assert "bound to different types" in causes["types_that_do_not_meet"]
     assert "crashes" in causes["version_beyond_all_numbers"]
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -109,16 +110,20 @@ def test_what_package_makes_is_clean_on_a_server_too(made: Chain) -> None:
     assert record["models"] == ["handwriting"]
 
 
-@pytest.mark.server
-def test_what_a_server_refuses_exits_with_3_and_its_cause_in_a_line(tmp_path: Path) -> None:
+def test_what_a_server_refuses_exits_with_3_and_its_cause_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (case,) = (case for case in CASES if case.name == "types_that_do_not_meet")
     build(tmp_path, [case])
+    cause = "input 'a' is bound to different types"
+    trials = [LiveTrial(case.name, "refused", cause)]
+    monkeypatch.setattr("pipeline.serving.scratch.try_models", lambda *_: trials)
     command = ["--root", str(REPOSITORY), "lint", str(tmp_path), "--live"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 3
     line = result.stdout.splitlines()[0]
     assert line.startswith(f"{tmp_path / case.name / 'config.pbtxt'}: error: does not load: ")
-    assert "bound to different types" in line
+    assert line.endswith(cause)
 
 
 def test_a_clean_repository_exits_with_0_and_says_what_to_type_next(repository: Path) -> None:

@@ -283,7 +283,7 @@ def test_a_profile_that_the_repository_has_not_is_not_served(chain: Chain) -> No
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("profile", ["cpu", "latency", "throughput"])
+@pytest.mark.parametrize("profile", ["cpu", "throughput"])
 def test_a_profile_is_served_warm_and_answers_rightly(servable: Chain, profile: str) -> None:
     # Ready means: right on the golden set over both protocols.
     servable.record("serve", "--detach", "--port", "auto", "--profile", profile)
