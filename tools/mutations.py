@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.core.files import sha256
+from pipeline.repository import config_pbtxt
 from pipeline.repository.lint.text import Finding
 
 # The expected result of a case, and the outcomes of a local server that match it:
@@ -19,6 +21,7 @@ REFUSED = "refused"  # by Triton or its backend
 WRONG = "wrong"  # it loads, but serves something unintended, or is unsafe
 NATIVE = "native"  # refused where there is a GPU or the native backend, whose source is cited
 SILENT = "answers wrongly"  # it loads, and only a request shows the fault
+WAITS = "waits"  # it loads, and a request that is alone gets no answer
 LOADS = "loads"  # and is correct, maybe with a warning
 UNTRIED = "loads natively"  # and is correct; this project's backend may not run it with numpy 2
 ON_A_SERVER = {
@@ -26,6 +29,7 @@ ON_A_SERVER = {
     WRONG: ("loads",),
     NATIVE: ("not judged",),
     SILENT: ("wrong",),
+    WAITS: ("hangs",),
     LOADS: ("loads",),
     UNTRIED: ("loads", "not judged"),
 }
@@ -155,6 +159,14 @@ def append(folder: Path, text: str) -> None:
     (folder / "config.pbtxt").write_text((folder / "config.pbtxt").read_text() + text)
 
 
+def set_parameter(folder: Path, key: str, value: str) -> None:
+    """Add a parameter to a model's config, or change it."""
+    path = folder / "config.pbtxt"
+    message = config_pbtxt.read(path)
+    message.parameters[key].string_value = value
+    path.write_text(text_format.MessageToString(message, as_utf8=True))
+
+
 def save(folder: Path, model: onnx.ModelProto, version: str = "1") -> None:
     """Write a model as a version."""
     (folder / version).mkdir(exist_ok=True)
@@ -173,6 +185,9 @@ def bare(folder: Path, text: str = "", model: onnx.ModelProto | None = None) -> 
 
 MODEL_CONFIG = "core src/model_config_utils.cc"
 BACKEND = "onnxruntime_backend src/onnxruntime.cc"
+STOI = "backend src/backend_common.cc"
+PARSE = "onnxruntime include/onnxruntime/core/common/parse_string.h"
+SHRINK = "onnxruntime onnxruntime/core/session/inference_session.cc"
 
 
 # --- the config's text ---
@@ -722,6 +737,85 @@ def arena_perhaps(folder: Path) -> None:
     append(folder, 'parameters { key: "enable_mem_arena" value { string_value: "maybe" } }\n')
 
 
+@case(REFUSED, "parameters", STOI)
+def threads_beyond_32_bits(folder: Path) -> None:
+    """std::stoi throws what nobody catches, and NVIDIA's server aborts."""
+    set_parameter(folder, "intra_op_thread_count", "2147483648")
+
+
+@case(REFUSED, "parameters", STOI)
+def mode_beyond_all_numbers(folder: Path) -> None:
+    """The same of the execution mode, with more digits than Python converts."""
+    set_parameter(folder, "execution_mode", "-" + "9" * 5000)
+
+
+@case(REFUSED, "parameters", STOI)
+def threads_in_arabic_digits(folder: Path) -> None:
+    """std::stoi reads ASCII digits only."""
+    set_parameter(folder, "intra_op_thread_count", "\u0661")
+
+
+@case(REFUSED, "parameters", STOI)
+def mode_in_full_width(folder: Path) -> None:
+    """A digit from a Japanese keyboard."""
+    set_parameter(folder, "execution_mode", "\uff11")
+
+
+@case(REFUSED, "parameters", STOI)
+def threads_after_a_wide_blank(folder: Path) -> None:
+    """std::stoi skips ASCII blanks only."""
+    set_parameter(folder, "inter_op_thread_count", "\u00a01")
+
+
+@case(REFUSED, "parameters", STOI)
+def threads_left_empty(folder: Path) -> None:
+    """There is no number to read."""
+    set_parameter(folder, "inter_op_thread_count", "")
+
+
+@case(REFUSED, "parameters", STOI)
+def threads_with_two_signs(folder: Path) -> None:
+    """A number has one sign."""
+    set_parameter(folder, "inter_op_thread_count", "+-1")
+
+
+@case(REFUSED, "parameters", STOI)
+def arena_with_a_blank(folder: Path) -> None:
+    """A switch is compared as it stands."""
+    set_parameter(folder, "enable_mem_arena", "true ")
+
+
+@case(REFUSED, "parameters", SHRINK)
+def shrinkage_switched_on(folder: Path) -> None:
+    """The value lists memory arenas: each run fails, and so does the warm-up."""
+    set_parameter(folder, "memory.enable_memory_arena_shrinkage", "true")
+
+
+@case(REFUSED, "parameters", SHRINK)
+def shrinkage_of_a_gpu_that_is_not_used(folder: Path) -> None:
+    """A session on the CPU has no arena of a GPU."""
+    set_parameter(folder, "memory.enable_memory_arena_shrinkage", "gpu:0")
+
+
+@case(REFUSED, "parameters", SHRINK)
+def shrinkage_without_an_arena(folder: Path) -> None:
+    """The arena that shall shrink is switched off."""
+    set_parameter(folder, "memory.enable_memory_arena_shrinkage", "cpu:0")
+    set_parameter(folder, "enable_mem_arena", "0")
+
+
+@case(REFUSED, "model-file", "backend src/backend_common.cc JoinPath")
+def file_by_its_whole_path(folder: Path) -> None:
+    """The backend appends the path to that of the version, where there is no such file."""
+    append(folder, f'default_model_filename: "{folder / "1" / "model.onnx"}"\n')
+
+
+@case(REFUSED, "instance-group", "core src/rate_limiter.cc")
+def only_a_passive_instance(folder: Path) -> None:
+    """No instance runs the requests, and the first one ends the server."""
+    edit(folder, "kind: KIND_CPU", "kind: KIND_CPU\n  passive: true")
+
+
 # --- labels and warm-up ---
 
 
@@ -855,6 +949,64 @@ def unknown_cudnn_search(folder: Path) -> None:
     """There are three ways to search."""
     edit(folder, "count: 1\n  kind: KIND_CPU", GPU)
     append(folder, 'parameters { key: "cudnn_conv_algo_search" value { string_value: "3" } }\n')
+
+
+@case(NATIVE, "parameters", STOI)
+def cudnn_search_beyond_32_bits(folder: Path) -> None:
+    """The server aborts when it loads the model on a GPU."""
+    edit(folder, "count: 1\n  kind: KIND_CPU", GPU)
+    set_parameter(folder, "cudnn_conv_algo_search", "99999999999")
+
+
+@case(NATIVE, "parameters", PARSE)
+def gpu_memory_with_a_unit(folder: Path) -> None:
+    """ONNX Runtime reads bytes, and the whole text."""
+    edit(folder, "count: 1\n  kind: KIND_CPU", GPU)
+    set_parameter(folder, "gpu_mem_limit", "8 GB")
+
+
+@case(NATIVE, "accelerator", STOI)
+def workspace_beyond_64_bits(folder: Path) -> None:
+    """std::stoull throws what nobody catches."""
+    accelerated(
+        folder,
+        "tensorrt",
+        'parameters { key: "max_workspace_size_bytes" value: "18446744073709551616" }',
+    )
+
+
+@case(NATIVE, "accelerator", PARSE)
+def workspace_below_zero(folder: Path) -> None:
+    """std::stoull accepts it, and ONNX Runtime does not."""
+    accelerated(folder, "tensorrt", 'parameters { key: "max_workspace_size_bytes" value: "-1" }')
+
+
+@case(NATIVE, "accelerator", PARSE)
+def workspace_with_a_unit(folder: Path) -> None:
+    """The backend reads the number, and ONNX Runtime refuses the whole text."""
+    accelerated(folder, "tensorrt", 'parameters { key: "max_workspace_size_bytes" value: "1G" }')
+
+
+@case(NATIVE, "accelerator", STOI)
+def tensorrt_level_beyond_32_bits(folder: Path) -> None:
+    """The same of one of TensorRT's other numbers."""
+    accelerated(
+        folder,
+        "tensorrt",
+        'parameters { key: "trt_builder_optimization_level" value: "5000000000" }',
+    )
+
+
+@case(NATIVE, "accelerator", PARSE)
+def cache_switched_on(folder: Path) -> None:
+    """The backend reads "on", and ONNX Runtime, which gets it as well, does not."""
+    accelerated(folder, "tensorrt", 'parameters { key: "trt_engine_cache_enable" value: "on" }')
+
+
+@case(NATIVE, "accelerator", PARSE)
+def cuda_option_in_words(folder: Path) -> None:
+    """ONNX Runtime reads 0, 1, true and false."""
+    accelerated(folder, "cuda", 'parameters { key: "use_tf32" value: "no" }')
 
 
 # --- what loads and is right ---
@@ -1136,6 +1288,53 @@ def scalar_output(folder: Path) -> None:
     )
 
 
+@case(LOADS)
+def number_between_blanks(folder: Path) -> None:
+    """std::stoi skips blanks, takes a plus sign, and minds no blanks after the number."""
+    set_parameter(folder, "intra_op_thread_count", " \t+01\n")
+
+
+@case(LOADS)
+def switches_in_capitals(folder: Path) -> None:
+    """Switches are read in any case."""
+    set_parameter(folder, "enable_mem_arena", "ON")
+    set_parameter(folder, "enable_mem_pattern", "False")
+
+
+@case(LOADS)
+def arena_that_shrinks(folder: Path) -> None:
+    """As ONNX Runtime's documentation writes it."""
+    set_parameter(folder, "memory.enable_memory_arena_shrinkage", "cpu:0")
+
+
+@case(LOADS)
+def file_with_a_slash(folder: Path) -> None:
+    """The backend appends it to the version's path, where the file is."""
+    append(folder, 'default_model_filename: "/model.onnx"\n')
+
+
+@case(LOADS)
+def opset_of_newer_releases(folder: Path) -> None:
+    """A note says which releases load it."""
+    save(folder, graph(opset=23, ir_version=11))
+
+
+@case(UNTRIED, source=BACKEND)
+def brain_floats(folder: Path) -> None:
+    """The native backend has bfloat16 since 26.03, as a note says."""
+    tensors = [
+        [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["batch", 2])]
+        for name in ("x", "y")
+    ]
+    bare(
+        folder,
+        'backend: "onnxruntime"\nmax_batch_size: 4\n'
+        'input { name: "x" data_type: TYPE_BF16 dims: 2 }\n'
+        'output { name: "y" data_type: TYPE_BF16 dims: 2 }\n',
+        graph([helper.make_node("Identity", ["x"], ["y"])], inputs=tensors[0], outputs=tensors[1]),
+    )
+
+
 @case(UNTRIED, source=BACKEND)
 def strings(folder: Path) -> None:
     """The native backend takes strings."""
@@ -1171,6 +1370,64 @@ def threads_beyond_the_cores(folder: Path) -> None:
 def parameter_nearly_known(folder: Path) -> None:
     """The backend ignores what it does not know."""
     edit(folder, "intra_op_thread_count", "intra_op_threads_count")
+
+
+@case(LOADS, "parameters", STOI)
+def threads_with_a_unit(folder: Path) -> None:
+    """std::stoi reads the number before the text."""
+    set_parameter(folder, "intra_op_thread_count", "1 thread")
+
+
+@case(LOADS, "parameters", STOI)
+def threads_of_one_and_a_half(folder: Path) -> None:
+    """std::stoi reads 1."""
+    set_parameter(folder, "intra_op_thread_count", "1.5")
+
+
+@case(LOADS, "parameters", STOI)
+def threads_in_hexadecimal(folder: Path) -> None:
+    """std::stoi reads the 0 before the x."""
+    set_parameter(folder, "inter_op_thread_count", "0x2")
+
+
+@case(LOADS, "parameters", STOI)
+def mode_with_a_letter(folder: Path) -> None:
+    """std::stoi reads 1."""
+    set_parameter(folder, "execution_mode", "1x")
+
+
+@case(LOADS, "parameters", BACKEND)
+def threads_below_zero(folder: Path) -> None:
+    """The backend leaves ONNX Runtime's default."""
+    set_parameter(folder, "inter_op_thread_count", "-2")
+
+
+@case(LOADS, "parameters", BACKEND)
+def allocator_in_words(folder: Path) -> None:
+    """ONNX Runtime compares with "1"."""
+    set_parameter(folder, "session.use_device_allocator_for_initializers", "true")
+
+
+@case(LOADS, "parameters", BACKEND)
+def option_of_onnx_runtime(folder: Path) -> None:
+    """The backend passes only two of them on."""
+    set_parameter(folder, "session.disable_prepacking", "1")
+
+
+@case(LOADS, "instance-group", "core src/rate_limiter.cc")
+def passive_instance_beside_another(folder: Path) -> None:
+    """The other one answers."""
+    append(folder, "instance_group { count: 1 kind: KIND_CPU passive: true }\n")
+
+
+@case(WAITS, "queue-delay", "core src/dynamic_batch_scheduler.cc")
+def delay_of_an_hour(folder: Path) -> None:
+    """A request waits for others to fill its batch."""
+    edit(
+        folder,
+        "dynamic_batching {",
+        "dynamic_batching {\n  max_queue_delay_microseconds: 3600000000",
+    )
 
 
 @case(LOADS, "accelerator")

@@ -259,7 +259,7 @@ class _Bench:
     def threads(self) -> int:
         """The threads of all sessions, under the profile and in process."""
         config = self.configs[profile_name(self.name)]
-        of_session = int(config_pbtxt.parameter(config, "intra_op_thread_count") or 0)
+        of_session = config_pbtxt.thread_count(config)
         return of_session * sum(int(group.count) for group in config.instance_group)
 
     def rows(self, report: Report) -> tuple[TimedRow, ...]:

@@ -13,6 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_bytes
 from pipeline.core.signature import TensorSpec
+from pipeline.repository.ort_values import read_integer
 from pipeline.repository.settings import PackageConfig
 
 LABELS, WARMUP = "labels.txt", "digit"
@@ -140,6 +141,14 @@ def find_commands(folder: Path, message: ModelConfig) -> list[str]:
     return unsafe + ([str(folder / STUB)] if (folder / STUB).exists() else [])
 
 
+def thread_count(message: ModelConfig) -> int:
+    """Return the threads of a session as the backend reads them; 0, one for each core, if none."""
+    try:
+        return max(0, read_integer(parameter(message, "intra_op_thread_count") or "0")[0])
+    except (ValueError, OverflowError):
+        return 0
+
+
 def pictures(message: ModelConfig) -> str:
     """Return how pictures become this model's images (see signature.pictures_of)."""
     return parameter(message, "pictures") or "digit"
@@ -183,7 +192,7 @@ def selected_version(message: ModelConfig) -> int | None:
 def previous(message: ModelConfig) -> int | None:
     """Return the version that was selected before, or None."""
     stated = parameter(message, PREVIOUS) or ""
-    return int(stated) if stated.isdigit() else None
+    return int(stated) if stated.isdecimal() else None
 
 
 def select(message: ModelConfig, version: int) -> None:

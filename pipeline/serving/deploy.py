@@ -172,7 +172,7 @@ def _make_values(
     # Escape "$", so that Compose finds no variable in this YAML string.
     source = os.path.relpath(paths.packaged, paths.deployment(kind)).replace("$", "$$")
     source = source if source.startswith((".", "/")) else f"./{source}"
-    threads = int(config_pbtxt.parameter(config, "intra_op_thread_count") or 1)
+    threads = config_pbtxt.thread_count(config) or 1
     instances = sum(group.count for group in config.instance_group) or 1
     delay_us = int(config.dynamic_batching.max_queue_delay_microseconds)
     scale_us = max(2000, 4 * delay_us)

@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
+from pipeline.repository import ort_values
 from pipeline.serving.settings import ServeConfig
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.05-py3"
@@ -171,6 +172,7 @@ def copy_backends(runtime: ServerRuntime, folder: Path) -> None:
     shutil.copytree(server / "backends" / "python", folder / "python")
     shutil.copy2(stub, folder / "python" / stub.name)
     shutil.copytree(BACKENDS / "onnxruntime", folder / "onnxruntime")
+    shutil.copy2(ort_values.__file__, folder / "onnxruntime")  # the rules that lint has as well
 
 
 def build_command(

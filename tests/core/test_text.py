@@ -56,7 +56,7 @@ WITH_LINE_BREAKS = {
         "benchmark/load_http",
         "serving/scratch",
         "repository/lint/text",
-        "repository/lint/backend",
+        "repository/ort_values",
         "doctor/packages",
         "doctor/checks",
         "scoring/job",

@@ -22,11 +22,14 @@ from tools.mutations import (
     CASES,
     ON_A_SERVER,
     Case,
+    accelerated,
     bare,
     build,
     edit,
+    external,
     graph,
     save,
+    set_parameter,
     static_fault,
     write_model,
 )
@@ -228,6 +231,92 @@ def test_an_unknown_target_is_refused(repository: Path) -> None:
     result = CliRunner().invoke(main, ["lint", str(repository), "--target-triton", "99.01"])
     assert result.exit_code == 1
     assert "99.01" in error_line(result)
+
+
+BRAIN_FLOATS = "Triton 24.10 has no bfloat16 tensors: 26.03 is the first that has"
+
+
+def test_bfloat16_is_refused_for_a_release_without_it(mutated: Path) -> None:
+    folder = mutated / "brain_floats"
+    (finding,) = lint_model(folder, target("24.10"))
+    assert (finding.rule, finding.level, finding.message) == ("tensor-type", "error", BRAIN_FLOATS)
+    assert "26.03 or later" in finding.fix
+    assert not list(lint_model(folder, target("26.03")))
+    (finding,) = lint_model(folder)
+    assert (finding.level, finding.message) == (
+        "note",
+        "opset 18, IR 9, bfloat16: Triton 26.03 and later load it",
+    )
+
+
+def test_without_a_release_a_note_says_which_ones_load_the_file(mutated: Path) -> None:
+    folder = mutated / "opset_of_newer_releases"
+    (finding,) = lint_model(folder)
+    assert finding.level == "note"
+    assert finding.message == "opset 23, IR 11: Triton 25.08 and later load it"
+    assert "--target-triton" in finding.fix
+    assert not list(lint_model(folder, target("25.08")))
+    (finding,) = lint_model(folder, target("25.07"))
+    assert (finding.rule, finding.level) == ("dialect", "error")
+
+
+def test_a_precision_is_refused_for_a_release_without_it(repository: Path) -> None:
+    folder = repository / "net"
+    accelerated(folder, "tensorrt", 'parameters { key: "precision_mode" value: "BF16" }')
+    assert not list(lint_model(folder, target("26.02")))
+    (finding,) = lint_model(folder, target("26.01"))
+    assert "Triton 26.01 has no BF16" in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("intra_op_thread_count", "2 threads", "reads '2 threads' as 2, and ignores the rest"),
+        ("inter_op_thread_count", "-3", "reads '-3' as 0, the default"),
+        ("execution_mode", "0x1", "reads '0x1' as 0, and ignores the rest"),
+        ("session.use_device_allocator_for_initializers", "on", "reads 'on' as 0"),
+        ("memory.enable_memory_arena_shrinkages", "cpu:0", "ignores the parameter"),
+    ],
+)
+def test_a_value_that_is_read_otherwise_is_a_warning_that_says_how(
+    repository: Path, key: str, value: str, words: str
+) -> None:
+    set_parameter(repository / "net", key, value)
+    warnings = [f for f in lint_repository(repository).findings if f.rule == "parameters"]
+    assert [(f.level, words in f.message, bool(f.line)) for f in warnings] == [
+        ("warning", True, True)
+    ]
+
+
+@pytest.mark.parametrize("value", ["4097", "2147483647"])
+def test_threads_that_no_machine_starts_are_an_error(repository: Path, value: str) -> None:
+    set_parameter(repository / "net", "intra_op_thread_count", value)
+    assert f"a session with {value} threads may never start" in errors(repository)[0]
+
+
+@pytest.mark.parametrize("value", ["cpu", "cpu:", "cpu:0;", "cpu:00", "cpu:0;cpu:0", "cpu:0:1"])
+def test_every_spelling_of_an_arena_that_onnx_runtime_takes_is_taken(
+    repository: Path, value: str
+) -> None:
+    set_parameter(repository / "net", "memory.enable_memory_arena_shrinkage", value)
+    assert not lint_repository(repository).findings
+
+
+@pytest.mark.parametrize("value", ["CPU:0", "cpu:1", " cpu:0", "cpu:0,gpu:0", ";", "cpu:x", "1"])
+def test_an_arena_that_onnx_runtime_does_not_find_is_an_error(repository: Path, value: str) -> None:
+    set_parameter(repository / "net", "memory.enable_memory_arena_shrinkage", value)
+    assert "every run fails, since '" in errors(repository)[0]
+
+
+def test_numbers_of_thousands_of_digits_are_no_crash(repository: Path) -> None:
+    set_parameter(repository / "net", f"sha256.{'9' * 5000}", "x")
+    set_parameter(repository / "net", "sha256.\u0661", "x")
+    assert not lint_repository(repository).findings
+    external(repository / "net", "weights.bin", 16)
+    model = onnx.load(repository / "net" / "1" / "model.onnx", load_external_data=False)
+    model.graph.initializer[0].external_data[1].value = "9" * 5000
+    (repository / "net" / "1" / "model.onnx").write_bytes(model.SerializeToString())
+    assert "has an invalid offset" in errors(repository)[0]
 
 
 def test_a_profile_is_linted_as_the_config_is(repository: Path) -> None:

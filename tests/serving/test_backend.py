@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pipeline.repository import ort_values
 from tests.conftest import REPOSITORY
 
 CPU: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
@@ -92,6 +93,7 @@ def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utilities)
     monkeypatch.setattr(Tensor, "capsules", [], raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path, str(BACKEND.parent)])  # as Triton has it
+    monkeypatch.setitem(sys.modules, "ort_values", ort_values)  # of which a server gets a copy
     specification = importlib.util.spec_from_file_location("backend_under_test", BACKEND)
     assert specification
     assert specification.loader
@@ -606,7 +608,9 @@ def test_dims_are_compared_as_reshaped(backend: Any, folder: Path) -> None:
     ("name", "value", "message"),
     [
         ("intra_op_thread_count", "many", "failed to convert 'many' to integral number"),
-        ("inter_op_thread_count", "1.5", "failed to convert '1.5' to integral number"),
+        ("inter_op_thread_count", "", "failed to convert '' to integral number"),
+        ("inter_op_thread_count", "\u0663", "failed to convert '\u0663' to integral number"),
+        ("execution_mode", "9" * 5000, "is too large: the native backend aborts the server"),
         ("execution_mode", "2", "Expected values for execution_mode are 0 or 1 but got 2 ."),
         ("enable_mem_arena", "maybe", "failed to convert 'maybe' to boolean"),
     ],
@@ -633,6 +637,24 @@ def test_parameters_become_session_options_and_unknown_ones_are_ignored(backend:
     assert options.execution_mode == onnxruntime.ExecutionMode.ORT_PARALLEL
     assert not options.enable_cpu_mem_arena
     assert not options.enable_mem_pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "threads"),
+    [("2 threads", 2), ("1.5", 1), ("0x2", 0), (" \t+3", 3), ("2\n", 2), ("-4", 0), ("007", 7)],
+)
+def test_a_number_is_read_as_far_as_it_goes(backend: Any, text: str, threads: int) -> None:
+    options = backend.ort_settings.make_session_options(
+        parameters(intra_op_thread_count=text, execution_mode="1x")
+    )
+    assert options.intra_op_num_threads == threads
+    assert options.execution_mode == onnxruntime.ExecutionMode.ORT_PARALLEL
+
+
+def test_an_absolute_file_name_is_one_in_the_version_folder(backend: Any, net: Path) -> None:
+    line = refused(backend, config(default_model_filename=str(net)))
+    assert line == f"unable to load model 'net', unable to find '3{net}'"
+    started(backend, config(default_model_filename="/model.onnx"))
 
 
 @pytest.mark.parametrize(
@@ -697,6 +719,16 @@ def test_an_instance_on_a_gpu_asks_for_cuda_with_the_configs_settings(backend: A
             {},
             "failed to convert 'one' to integral number",
         ),
+        (
+            {"name": "tensorrt", "parameters": {"trt_engine_cache_enable": "on"}},
+            {},
+            'Failed to parse value: "on"',
+        ),
+        (
+            {"name": "tensorrt", "parameters": {"max_workspace_size_bytes": "1 GB"}},
+            {},
+            'Failed to parse value: "1 GB"',
+        ),
     ],
 )
 @pytest.mark.usefixtures("net")
@@ -716,7 +748,7 @@ def test_tensorrt_comes_before_cuda_with_its_settings_in_onnx_runtimes_words(bac
         "max_workspace_size_bytes": "1000",
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": "cache",
-        "int8_use_native_calibration_table": "off",
+        "int8_use_native_calibration_table": "false",
         "trt_profile_min_shapes": "images:1x1x28x28",
         "trt_profile_max_shapes": "",
     }

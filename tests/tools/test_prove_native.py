@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from pipeline.core.errors import PipelineError
+from pipeline.core.files import sha256
 from pipeline.serving import tritonserver
-from pipeline.serving.tritonserver import IMAGE
+from pipeline.serving.tritonserver import IMAGE, ServerRuntime
 from tests.conftest import REPOSITORY, Chain, link_server_environment
 from tools import prove_native
 from tools.provenance import write_figure
@@ -20,11 +22,14 @@ BLOCK = "<!-- figures:gpu -->\n<!-- /figures -->"
 DOCKER = """#!{python}
 import os, sys
 with open({calls!r}, "a") as calls:
-    print(*sys.argv[1:], file=calls)
+    print(*" ".join(sys.argv[1:]).split(), file=calls)
 if sys.argv[1] == "info":
     print("27.1")
 if sys.argv[1:3] == ["image", "inspect"]:
     print("the-image@sha256:abc")
+if "--entrypoint=python3" in sys.argv:
+    assert sys.argv[-1] == "/opt/tritonserver/backends/onnxruntime"
+    os.execv(sys.executable, [sys.executable, *sys.argv[-3:-1], {library!r}])
 if sys.argv[1] == "run":
     options, command = sys.argv[2:sys.argv.index({image!r})], sys.argv[sys.argv.index({image!r}):]
     given = dict(option.split("=", 1) for option in options if "=" in option)
@@ -50,6 +55,34 @@ def put_on_path(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
+def put_native_backend(folder: Path) -> Path:
+    """Make a folder with the libraries of a native backend: this environment's ONNX Runtime."""
+    folder.mkdir()
+    (folder / "libtriton_onnxruntime.so").write_bytes(b"a native backend")
+    capi = Path(onnxruntime.__file__).parent / "capi"
+    (library,) = capi.glob("libonnxruntime.so.*")
+    (folder / "libonnxruntime.so").symlink_to(library)
+    return folder
+
+
+def test_a_native_backend_on_the_path_is_told_by_its_digest_and_its_onnx_runtime(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "backends").mkdir()
+    folder = put_native_backend(tmp_path / "backends" / "onnxruntime")
+    runtime = ServerRuntime("path", (str(tmp_path / "bin" / "tritonserver"),), {})
+    expected = {
+        "origin": f"the build in {folder}",
+        "sha256": sha256(b"a native backend"),
+        "onnxruntime": onnxruntime.__version__,
+    }
+    assert prove_native.describe_backend(runtime, None) == expected
+    (folder / "libonnxruntime.so").unlink()
+    described = prove_native.describe_backend(runtime, None)
+    assert described["origin"] == expected["origin"]
+    assert "libonnxruntime.so" in described["problem"]
+
+
 @pytest.mark.server
 def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,6 +99,7 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
         path=f"{wheel.python.parent if wheel.python else ''}:",
         program=wheel.program[0],
         backends=str(tmp_path / "backends"),
+        library=str(put_native_backend(tmp_path / "native")),
     )
     put_on_path(tmp_path / "bin", script, monkeypatch)
     readme = chain.root / "README.md"
@@ -78,14 +112,19 @@ def test_the_flow_of_docker_ends_with_evidence_a_readme_and_no_container(
     assert (record["passed"], record["runtime"], record["image"]) == (True, "docker", IMAGE)
     assert record["image_digest"] == "the-image@sha256:abc"
     assert record["protocols"] == ["http", "grpc"]
+    assert record["backend"] == {
+        "origin": "NVIDIA's image the-image@sha256:abc",
+        "sha256": sha256(b"a native backend"),
+        "onnxruntime": onnxruntime.__version__,
+    }
     date = record["measured_at"][:10]
     assert f"native backend: verified on {date} with `make prove-native`" in " ".join(
         readme.read_text().split()
     )
     asked = [line.split() for line in calls.read_text().splitlines()]
     asked = [line for line in asked if line[0] != "info"]  # whether the engine answers
-    assert [line[0] for line in asked] == ["image", "run", "rm"]
-    assert f"--name={asked[2][2]}" in asked[1]
+    assert [line[0] for line in asked] == ["image", "run", "run", "rm"]
+    assert f"--name={asked[3][2]}" in asked[2]
     assert not chain.paths.replay.exists()
     # A wrong server's evidence takes its place, and the README says no more than before.
     write_figure("native", native, {**record, "passed": False})
@@ -102,13 +141,15 @@ def test_evidence_of_a_native_backend_is_told_in_the_readme(tmp_path: Path) -> N
         "runs_on": "an image",
         "command": "make prove-native",
         "measured_at": "2026-11-30",
+        "backend": {"onnxruntime": "1.24.4"},
         "golden": {"images": 100},
         "protocols": ["http", "grpc"],
         "servers": [{"server": {"version": "2.60"}, "rounds": [each]} for each in rounds],
     }
     write_figure("native", tmp_path / "native.json", record)
     text = " ".join(render_page(BLOCK, tmp_path).split())
-    assert "verified on 2026-11-30 with `make prove-native` (an image; Triton 2.60)" in text
+    versions = "Triton 2.60, ONNX Runtime 1.24.4"
+    assert f"verified on 2026-11-30 with `make prove-native` (an image; {versions})" in text
     assert "1,400 answers about 100 golden images over HTTP and gRPC, one by one" in text
     assert "largest difference 2.0e-06, 20% of the largest allowed difference." in text
 

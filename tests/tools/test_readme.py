@@ -72,6 +72,7 @@ NOT_MEASURED = re.compile(
     # versions
     r"|Python 3\.11 to 3\.13|Node 18|Triton 2\.51|since 23\.09|26\.05 or later|opset 18"
     r"|glibc 2\.35|python3\.12|\(1\.1\.1 fails"
+    r"|`\"[^`]*\"`"  # values of a config
     # exit codes, and what is shown of a signature
     r"|\b70 a bug|130 interrupted|\| (70|130) \||\b(400|413|422|503)\b|port = 9000"
     r"|255 is ink|28 ?x ?28|\[batch, [\d, ]+\]|last 40 bytes|-c 40"

@@ -13,6 +13,7 @@ from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
+from pipeline.repository import config_pbtxt, ort_values
 from pipeline.repository.config_pbtxt import MIN_PROBABILITY
 from pipeline.repository.lint.config import KINDS
 from pipeline.repository.lint.files import ModelFolder
@@ -92,39 +93,63 @@ def _check_entry(model: ModelFolder, name: str, entry: Any, tensor: Any) -> Prob
         yield "input_data_file", problem, "write a whole request"
 
 
-SWITCHES = ("true", "on", "1", "false", "off", "0")
-_NUMBERS = ("execution_mode", "intra_op_thread_count", "inter_op_thread_count")
-_TEXTS = ("memory.enable_memory_arena_shrinkage", "session.use_device_allocator_for_initializers")
-_FLAGS = ("enable_mem_arena", "enable_mem_pattern")
-_FOR_CUDA = {"cudnn_conv_algo_search": 2, "arena_extend_strategy": 1}  # largest valid values
-OF_CUDA = (*_FOR_CUDA, "gpu_mem_limit", "do_copy_in_default_stream")
-KNOWN = (*_NUMBERS, *_FLAGS, *_TEXTS, *OF_CUDA)
+OF_CUDA = [key for key in ort_values.PARAMETERS if key in ort_values.CUDA]
+MOST_THREADS = 4096  # of a session; more take minutes to start, or do not start
+_OF_RUNTIME = ("session.", "memory.", "ep.")  # prefixes of ONNX Runtime's own options
+_FIXES = dict.fromkeys(("switch", "flag"), 'write "true" or "false"')
+_FIXES["precision"] = f"there are {', '.join(ort_values.PRECISIONS)}"
 
 
 def check_parameters(model: ModelFolder) -> Iterator[Finding]:
     """Check the parameters that the backend reads, and names close to theirs; ignore all others."""
     config, on_gpu = model.config, runs_on_gpu(model.config.message)
     for key, holder in config.message.parameters.items():
-        at, value, problem = f"parameters[{key}]", holder.string_value, ""
-        largest, number = {"execution_mode": 1, **_FOR_CUDA}.get(key), re.match(_NUMBER, value)
-        if key in _FLAGS:
-            problem = _check_value("switch", key, value)
-        elif number and largest is not None and not 0 <= int(number[0]) <= largest:
-            problem = f"unsupported {key} value '{value}', expected are 0 to {largest}"
-        elif key in (*_NUMBERS, *_FOR_CUDA):
-            problem = _check_value("number", key, value)
-        if problem:
-            level: Level = "warning" if key in _FOR_CUDA and not on_gpu else "error"
-            source = f"{BACKEND} {'LoadModel' if key in _FOR_CUDA else 'ModelState'}"
-            yield config.finding("parameters", at, problem, 'such as "1"', source, level)
-        elif key not in KNOWN and (close := difflib.get_close_matches(key, KNOWN, 1, 0.85)):
-            problem, fix = f"the backend ignores the parameter {key}", f"did you mean {close[0]}?"
+        at, reader = f"parameters[{key}]", "LoadModel" if key in OF_CUDA else "ModelState"
+        if key in ort_values.PARAMETERS:
+            for problem, fix, level in _check_parameter(model, key, holder.string_value):
+                unused: Level = "warning" if key in OF_CUDA and not on_gpu else level
+                problem, source = f"{key}: {problem}", f"{BACKEND} {reader}"
+                yield config.finding("parameters", at, problem, fix, source, unused)
+            continue
+        close = difflib.get_close_matches(key, ort_values.PARAMETERS, 1, 0.85)
+        if close or key.startswith(_OF_RUNTIME):
+            problem = f"the backend ignores the parameter {key}"
+            fix = f"did you mean {close[0]}?" if close else "leave it out"
             yield config.finding("parameters", at, problem, fix, level="warning")
     graph_level = config.message.optimization.graph.level
     if graph_level not in (-1, 0, 1, 2):
         at, problem = "optimization.graph.level", f"the backend ignores the level {graph_level}"
         fix = "-1 is basic, 1 extended, 2 none"
         yield config.finding("parameters", at, problem, fix, level="warning")
+
+
+def _check_parameter(model: ModelFolder, key: str, value: str) -> Iterator[tuple[str, str, Level]]:
+    """Yield what is wrong with the value of a parameter, how to fix it, and the level."""
+    kind, message = ort_values.PARAMETERS[key], model.config.message
+    if problem := ort_values.find_problem(kind, value):
+        yield problem, _FIXES.get(kind.removeprefix("runtime "), 'such as "1"'), "error"
+    elif key == ort_values.DEVICE_ALLOCATOR and value not in ("0", "1"):
+        yield f"ONNX Runtime reads '{value}' as 0", 'write "1" or "0"', "warning"
+    elif key == ort_values.SHRINKAGE and value:
+        arena = config_pbtxt.parameter(message, "enable_mem_arena") or "on"
+        names = r"cpu(:|:-?0+(:.*)?)?" * ort_values.SWITCHES.get(arena.lower(), True)
+        on_cpu = {KINDS.KIND_CPU} == {group.kind for group in message.instance_group}
+        names += r"|gpu(:\d*)?" * (not on_cpu)
+        for name in value.removesuffix(";").split(";"):
+            if not re.fullmatch(names, name, re.ASCII):
+                problem = f"every run fails, since '{name}' is not a memory arena of the model"
+                yield problem, 'write "cpu:0", or leave it out', "error"
+    elif kind == "number":
+        (number, rest), choices = ort_values.read_integer(value), ort_values.CHOICES.get(key)
+        if choices and number not in range(len(choices)):
+            problem = f"unsupported value '{value}', expected are 0 to {len(choices) - 1}"
+            yield problem, 'such as "1"', "error"
+        elif key == "intra_op_thread_count" and number > MOST_THREADS:
+            yield f"a session with {number} threads may never start", 'such as "1"', "error"
+        elif rest.strip() or number < 0:
+            meaning = f"{number}, and ignores the rest" if rest.strip() else "0, the default"
+            fix = f'write "{max(0, number)}"'
+            yield f"the backend reads '{value}' as {meaning}", fix, "warning"
 
 
 def check_threshold(model: ModelFolder) -> Iterator[Finding]:
@@ -140,67 +165,24 @@ def check_threshold(model: ModelFolder) -> Iterator[Finding]:
         yield model.config.finding("min-probability", f"parameters[{key}]", problem, fix)
 
 
-_NUMBER = r"\s*[+-]?\d+"
-
-
-def _check_value(kind: str, key: str, value: str) -> str:
-    """Return what is wrong with a value that must be of this kind (see _FIXES); "" if nothing."""
-    if kind == "switch" and value.lower() not in SWITCHES:
-        return f"failed to convert '{value}' to boolean, as {key}"
-    if kind == "number" and not re.match(_NUMBER, value):
-        return f"failed to convert '{value}' to integral number, as {key}"
-    if kind == "precision" and value not in ("FP32", "FP16", "BF16", "INT8"):
-        return f"unsupported precision mode '{value}' is requested"
-    return ""
-
-
 def runs_on_gpu(message: Any) -> bool:
     """Return whether the config asks for an instance on a GPU, on any machine."""
     return any(group.kind == KINDS.KIND_GPU for group in message.instance_group)
 
 
-# TensorRT's parameters, by the kind of their value.
-_TENSORRT_KINDS = {
-    "switch": """int8_use_native_calibration_table trt_build_heuristics_enable trt_cuda_graph_enable
-        trt_context_memory_sharing_enable trt_detailed_build_log trt_dla_enable trt_dump_subgraphs
-        trt_dump_ep_context_model trt_engine_cache_enable trt_force_sequential_engine_build
-        trt_force_timing_cache trt_layer_norm_fp32_fallback trt_sparsity_enable
-        trt_timing_cache_enable""",
-    "number": """max_workspace_size_bytes trt_auxiliary_streams trt_builder_optimization_level
-        trt_dla_core trt_ep_context_embed_mode trt_max_partition_iterations
-        trt_min_subgraph_size""",
-    "text": """int8_calibration_table_name trt_engine_cache_path trt_engine_cache_prefix
-        trt_ep_context_file_path trt_extra_plugin_lib_paths trt_profile_max_shapes
-        trt_profile_min_shapes trt_profile_opt_shapes trt_tactic_sources trt_timing_cache_path""",
-    "precision": "precision_mode",
-}
-# CUDA's, of which the backend converts two.
-_CUDA_KINDS = {
-    "switch": "do_copy_in_default_stream use_ep_level_unified_stream",
-    "text": """arena_extend_strategy cudnn_conv1d_pad_to_nc1d cudnn_conv_algo_search device_id
-        cudnn_conv_use_max_workspace default_memory_arena_cfg enable_cuda_graph fuse_conv_bias
-        enable_skip_layer_norm_strict_mode gpu_external_alloc gpu_external_empty_cache
-        gpu_external_free gpu_mem_limit has_user_compute_stream prefer_nhwc sdpa_kernel
-        tunable_op_enable tunable_op_max_tuning_duration_ms tunable_op_tuning_enable use_tf32
-        user_compute_stream""",
-}
-_FIXES = {
-    "switch": 'write "true" or "false"',
-    "number": "write a number",
-    "precision": "there are FP32, FP16, BF16 and INT8",
-}
 # For each device and accelerator, the kinds of its parameters; without kinds, any parameter.
 _ACCELERATORS: dict[str, dict[str, dict[str, str]]] = {
-    "gpu": {"cuda": _CUDA_KINDS, "tensorrt": _TENSORRT_KINDS},
+    "gpu": {"cuda": ort_values.CUDA, "tensorrt": ort_values.TENSORRT},
     "cpu": {"openvino": {}},
 }
+BFLOAT16_PRECISION = "26.02"  # the first release that knows it
 _PROFILES = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
 
 
 def check_accelerators(model: ModelFolder) -> Iterator[Finding]:
     """Check the accelerators and their options against the backend's source.
 
-    Without a GPU, the source is the only reference for CUDA and TensorRT.
+    Without a GPU, the source is the only reference for ort_values.CUDA and TensorRT.
     """
     config, source = model.config, f"{BACKEND} LoadModel"
     requested = config.message.optimization.execution_accelerators
@@ -211,7 +193,7 @@ def check_accelerators(model: ModelFolder) -> Iterator[Finding]:
         field = f"{device}_execution_accelerator"
         for index, accelerator in enumerate(getattr(requested, field)):
             at = f"optimization.execution_accelerators.{field}[{index}]"
-            for part, problem, fix in _check_accelerator(accelerator, supported, config.message):
+            for part, problem, fix in _check_accelerator(accelerator, supported, model):
                 yield config.finding("accelerator", f"{at}.{part}", problem, fix, source, level)
             for key in OF_CUDA if (device, accelerator.name) == ("gpu", "cuda") else ():
                 if key in accelerator.parameters:
@@ -221,24 +203,30 @@ def check_accelerators(model: ModelFolder) -> Iterator[Finding]:
 
 
 def _check_accelerator(
-    accelerator: Any, supported: Mapping[str, Mapping[str, str]], message: Any
+    accelerator: Any, supported: Mapping[str, Mapping[str, str]], model: ModelFolder
 ) -> Problems:
     name, given = accelerator.name, dict(accelerator.parameters)
     if name not in supported:
         problem = f"unknown Execution Accelerator '{name}' is requested"
         yield "name", problem, f"there are: {', '.join(supported)}"
         return
-    kind_of = {key: kind for kind, keys in supported[name].items() for key in keys.split()}
+    kind_of = supported[name]
     for key, value in given.items() if kind_of else ():
-        if key not in kind_of:
+        if value == "BF16" and model.target and model.target.first < BFLOAT16_PRECISION:
+            problem = f"Triton {model.target.first} has no BF16"
+            yield f"parameters[{key}]", problem, f"serve with {BFLOAT16_PRECISION} or later"
+        elif key not in kind_of:
             problem = f"unknown parameter '{key}' is provided for the accelerator '{name}'"
             close = difflib.get_close_matches(key, kind_of, 1)
             fix = f"did you mean {close[0]}?" if close else "leave it out"
             yield f"parameters[{key}]", problem, fix
-        elif problem := _check_value(kind_of[key], key, value):
-            yield f"parameters[{key}]", problem, _FIXES[kind_of[key]]
+        elif problem := ort_values.find_problem(kind_of[key], value):
+            kind = kind_of[key].removeprefix("runtime ")
+            at, fix = f"parameters[{key}]", _FIXES.get(kind, "write a number")
+            if value or kind == kind_of[key]:  # empty, it is not passed on to ONNX Runtime
+                yield at, f"{key}: {problem}", fix
     # The shapes for which TensorRT builds its engine: NAME:1x3x8, with commas between inputs.
-    inputs = {tensor.name for tensor in message.input}
+    inputs = {tensor.name for tensor in model.config.message.input}
     shapes = {key: given[key] for key in _PROFILES if key in given and name == "tensorrt"}
     for key, value in shapes.items():
         if len(shapes) < len(_PROFILES):
@@ -246,6 +234,6 @@ def _check_accelerator(
             yield f"parameters[{key}]", problem, f"give {', '.join(_PROFILES)}"
         for part in value.split(","):
             tensor, _, shape = part.rpartition(":")
-            if not re.fullmatch(r"\d+(x\d+)*", shape) or (inputs and tensor not in inputs):
+            if not re.fullmatch(r"[0-9]+(x[0-9]+)*", shape) or (inputs and tensor not in inputs):
                 fix = f"write NAME:1x3x8 for the inputs {', '.join(sorted(inputs))}"
                 yield f"parameters[{key}]", f"'{part}' is not an input with its shape", fix

@@ -136,7 +136,7 @@ def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
         if isinstance(config, Finding):
             yield config
             continue
-        model = ModelFolder(folder, config, versions, digest=digest)
+        model = ModelFolder(folder, config, versions, digest=digest, target=target)
         for rule in OF_ANY_BACKEND:
             yield from rule(model)
         if not files.is_onnx(config.message, folder):
@@ -153,7 +153,7 @@ def lint_model(folder: Path, target: Target | None = None) -> Iterator[Finding]:
         for version in graphs:
             yield from tensors.check_described_tensors(model, version)
             yield from tensors.check_completion(model, version)
-            yield from tensors.check_dialect(model, version, target)
+            yield from tensors.check_dialect(model, version)
 
 
 def _check_other_backend(model: ModelFolder) -> Finding:

@@ -17,6 +17,8 @@ VALIDATE = f"{CORE} ValidateModelConfig"
 INITIALIZE = "core src/model_repository_manager/model_repository_manager.cc InitializeModelInfo"
 KINDS = model_config_pb2.ModelInstanceGroup
 INPUTS = "onnxruntime_backend src/onnxruntime.cc ValidateInputs"
+LONGEST_DELAY = 1_000_000  # microseconds that a request may wait for others without a warning
+RATES = "core src/rate_limiter.cc EnqueuePayload"
 CPU_COUNT = 2  # instances that Triton starts for KIND_CPU without a count
 ONNX_PLATFORM = "onnxruntime_onnx"
 # Backends in NVIDIA's container, which lint does not check.
@@ -49,17 +51,22 @@ def check_batching(model: ModelFolder) -> Iterator[Finding]:
     if largest < 0:
         problem = f"'max_batch_size' must be non-negative value for {model.folder.name}"
         yield config.finding("max-batch-size", "max_batch_size", problem, "write 0", VALIDATE)
-    for field, sizes in (
-        ("dynamic_batching", message.dynamic_batching.preferred_batch_size),
-        ("sequence_batching.oldest", message.sequence_batching.oldest.preferred_batch_size),
+    for field, batcher in (
+        ("dynamic_batching", message.dynamic_batching),
+        ("sequence_batching.oldest", message.sequence_batching.oldest),
+        ("sequence_batching.direct", message.sequence_batching.direct),
     ):
-        for index, size in enumerate(sizes):
+        for index, size in enumerate(getattr(batcher, "preferred_batch_size", ())):
             if not 0 < size <= largest:
                 rule = "be positive" if size <= 0 else "be <= max batch size"
                 kind, at = field.partition("_")[0], f"{field}.preferred_batch_size[{index}]"
                 problem = f"{kind} batching preferred size must {rule}, got {size}"
                 fix = f"use sizes from 1 to {largest}" if largest > 0 else "set max_batch_size"
                 yield config.finding("preferred-sizes", at, problem, fix, VALIDATE)
+        if (delay := batcher.max_queue_delay_microseconds) > LONGEST_DELAY:
+            problem = f"a request waits for {delay / 1e6:,.0f} s unless others fill its batch"
+            at, fix = f"{field}.max_queue_delay_microseconds", "such as 100"
+            yield config.finding("queue-delay", at, problem, fix, level="warning")
     # If the config is not complete, Triton fills in max_batch_size.
     if message.HasField("dynamic_batching") and 0 <= largest <= 1 and model.is_complete:
         problem = f"dynamic_batching has no effect with a max_batch_size of {largest}"
@@ -166,21 +173,26 @@ def _count_elements(dims: Sequence[int]) -> list[int]:
 def check_instances(model: ModelFolder) -> Iterator[Finding]:
     """Check the instance groups, and that all threads together fit this machine's cores."""
     config, message, source = model.config, model.config.message, f"{CORE} ValidateInstanceGroup"
+    groups = [group for group in message.instance_group if not group.passive]
     for index, group in enumerate(message.instance_group):
         kind, at = KINDS.Kind.Name(group.kind), f"instance_group[{index}]"
         if group.gpus and kind in ("KIND_CPU", "KIND_MODEL"):
             problem = f"instance group has kind {kind} but specifies one or more GPUs"
             fix = "leave gpus out, or write kind: KIND_GPU"
             yield config.finding("instance-group", f"{at}.gpus", problem, fix, source)
+        if group.passive:
+            level: Level = "warning" if groups else "error"
+            problem = "passive instances never run; without others, a request kills the server"
+            fix, field = "leave it out", f"{at}.passive"
+            yield config.finding("instance-group", field, problem, fix, RATES, level)
         if group.profile:
             problem = "specifies profile field which is only supported for TensorRT models"
             fix = "leave it out; the TensorRT accelerator has trt_profile_* parameters"
             yield config.finding("instance-group", f"{at}.profile", problem, fix, source)
-    on_cpu = (group for group in message.instance_group if group.kind == KINDS.KIND_CPU)
+    on_cpu = (group for group in groups if group.kind == KINDS.KIND_CPU)
     count = sum(group.count if group.count > 0 else CPU_COUNT for group in on_cpu)
     sessions = count * max(1, len(model.selected))
-    text = config_pbtxt.parameter(message, "intra_op_thread_count") or ""
-    cores, threads = machine.cores(), int(text) if text.isdecimal() else 0
+    cores, threads = machine.cores(), config_pbtxt.thread_count(message)
     if sessions * (threads or cores) > cores and (sessions > 1 or threads > cores):
         each = f"{threads} threads" if threads else "a thread for each core"
         problem = f"{sessions} instances with {each} share the {cores} cores here"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import sha256
+from pipeline.export.targets import Target
 from pipeline.repository import config_pbtxt
 from pipeline.repository.lint.graph import Graph
 from pipeline.repository.lint.text import Config, Finding, Level
@@ -18,7 +19,8 @@ ONNX = "model.onnx"  # if the config names no other file
 DEFAULT_BATCH = 4  # filled in by Triton if the config does not describe the tensors
 LARGEST_VERSION = 2**63 - 1
 VERSIONS = "core src/model_repository_manager/model_lifecycle.cc VersionsToLoad"
-_INTEGER = re.compile(r"\s*([+-]?[0-9]+)")  # as std::stoll parses: a numeric prefix is enough
+# As std::stoll parses: a numeric prefix is enough.
+_INTEGER = re.compile(r"\s*([+-]?[0-9]+)", re.ASCII)
 _REPACKAGE = "package it again, or restore the original file"
 
 
@@ -31,6 +33,7 @@ class ModelFolder:
     versions: Mapping[int, Path]  # number -> folder, as Triton reads them
     graphs: Mapping[int, Graph] = field(default_factory=dict)
     digest: Callable[[Path], str] = sha256  # of a file; cached where several configs are checked
+    target: Target | None = None  # the Triton release that will serve it, if it is stated
 
     @property
     def filename(self) -> str:
@@ -52,7 +55,8 @@ class ModelFolder:
 
     def file(self, version: int) -> Path:
         """Return the path of a version's file; a large model may be a folder that contains it."""
-        path = self.versions[version] / self.filename
+        # Triton only appends, so an absolute path is one in the version's folder too.
+        path = self.versions[version] / self.filename.lstrip("/")
         return path / ONNX if path.is_dir() else path
 
     @property
@@ -130,6 +134,8 @@ def check_version_files(model: ModelFolder) -> Iterator[Finding]:
             if version not in chosen:
                 problem += " once the version policy selects the version"
             fix = f"put {model.filename} there, remove the folder, or set default_model_filename"
+            if model.filename.startswith("/"):
+                fix = "default_model_filename is looked for in the version's folder, even this one"
             source = "onnxruntime_backend src/onnxruntime.cc LoadModel"
             yield Finding("model-file", level, path, problem, fix, source=source)
 
@@ -200,7 +206,7 @@ def check_stated_digests(model: ModelFolder) -> Iterator[Finding]:
     """Check the versions' files against the digests that the config states."""
     for key, value in model.config.message.parameters.items():
         version = key.removeprefix("sha256.")
-        if version == key or not version.isdecimal():
+        if version == key or not re.fullmatch("[0-9]{1,18}", version):
             continue
         at, stated = f"parameters[{key}]", value.string_value
         if int(version) not in model.versions:

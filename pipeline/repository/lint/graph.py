@@ -1,6 +1,7 @@
 """The tensors and errors of a model file as ONNX Runtime sees them. Runs no model."""
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -200,7 +201,7 @@ def _find_gap(parts: Iterable[tuple[Any, dict[str, str]]], size: int) -> str:
     """Return why a weights file of `size` bytes does not have all data; "" if it has."""
     for tensor, entries in parts:
         offset, length = entries.get("offset", "0"), entries.get("length", "")
-        if not offset.isdecimal() or not (length.isdecimal() or not length):
+        if not re.fullmatch("[0-9]{1,18}", offset) or not re.fullmatch("[0-9]{0,18}", length):
             return f"has an invalid offset '{offset}' or length '{length}'"
         needed = raw_bytes(tensor)
         if length and needed is not None and int(length) != needed:

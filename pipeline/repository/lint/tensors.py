@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.export.targets import NEWEST, Target, find_oldest, target
+from pipeline.export.targets import NEWEST, OLDEST, find_oldest, target
 from pipeline.repository.lint.backend import BACKEND, triton_type
 from pipeline.repository.lint.config import INPUTS, list_tensors
 from pipeline.repository.lint.files import ModelFolder
@@ -12,6 +12,7 @@ from pipeline.repository.lint.text import Finding, Level
 
 UTILS = "onnxruntime_backend src/onnxruntime_utils.cc"
 OLDEST_OPSET = 7  # ONNX Runtime has all operators from this opset on
+BFLOAT16_RELEASE = "26.03"  # the first whose backend has bfloat16 inputs and outputs
 COMPARE = f"{UTILS} CompareDimsSupported"
 
 
@@ -114,17 +115,31 @@ def check_completion(model: ModelFolder, version: int) -> Iterator[Finding]:
                 yield Finding("tensor-type", "error", graph.path, problem, fix, source=UTILS)
 
 
-def check_dialect(model: ModelFolder, version: int, wanted: Target | None) -> Iterator[Finding]:
-    """Check opset and IR version against the Triton release, and custom operators for a library."""
-    graph = model.graphs[version]
-    oldest, release = find_oldest(graph.opset, graph.ir_version), wanted or target(NEWEST)
+def check_dialect(model: ModelFolder, version: int) -> Iterator[Finding]:
+    """Check opset, IR version and types against the Triton release, and custom operators.
+
+    Without a release, state in a note which of them load the model, if not all do.
+    """
+    graph, release = model.graphs[version], model.target or target(NEWEST)
+    oldest = find_oldest(graph.opset, graph.ir_version)
+    types = {tensor.data_type for tensor in (*graph.inputs.values(), *graph.outputs.values())}
+    has_bfloat16 = "TYPE_BF16" in types
+    first = max(oldest.first if oldest else "", BFLOAT16_RELEASE * has_bfloat16)
+    needs = f"opset {graph.opset}, IR {graph.ir_version}"
     if graph.opset > release.opset or graph.ir_version > release.ir_version:
-        problem = f"opset {graph.opset}, IR {graph.ir_version}: Triton {release.releases} has ONNX "
-        problem += f"Runtime {release.onnxruntime}, which loads opset {release.opset}, "
-        problem += f"IR {release.ir_version} at most"
-        later = f", or serve it with {oldest.releases} or later" if oldest else ""
+        problem = f"{needs}: Triton {release.releases} has ONNX Runtime {release.onnxruntime}, "
+        problem += f"which loads opset {release.opset}, IR {release.ir_version} at most"
+        later = f", or serve it with {first} or later" if oldest else ""
         fix = f"export it with --target-triton {release.releases}{later}"
         yield Finding("dialect", "error", graph.path, problem, fix, source=FILE)
+    elif release.first < first:
+        problem = f"Triton {release.first} has no bfloat16 tensors: {first} is the first that has"
+        fix = f"export it with float32 inputs and outputs, or serve it with {first} or later"
+        yield Finding("tensor-type", "error", graph.path, problem, fix, source=UTILS)
+    elif not model.target and first > OLDEST:
+        problem = f"{needs}{', bfloat16' * has_bfloat16}: Triton {first} and later load it"
+        fix = "name the release that will serve it with --target-triton"
+        yield Finding("dialect", "note", graph.path, problem, fix, source=FILE)
     if 0 < graph.opset < OLDEST_OPSET:
         problem = f"opset {graph.opset} is below {OLDEST_OPSET}: ONNX Runtime lacks some operators"
         fix = "convert it with onnx.version_converter, or try it with --live"

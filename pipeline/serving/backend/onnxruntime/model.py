@@ -183,7 +183,7 @@ def refuse(error: Exception) -> Any:
 def shorten(error: Exception) -> str:
     """Return the error in the native backend's form, with file names without folders."""
     text = re.sub(r"\[ONNXRuntimeError\] : (\d+) : \w+ : ", r"onnx runtime error \1: ", str(error))
-    text = text.replace(pb_utils.get_model_dir() + "/", "")
+    text = re.sub(rf"(?<![\w/]){re.escape(pb_utils.get_model_dir())}/", "", text)
     text = re.sub(r"(?<![\w./])/(?:[^\s/'\":]+/)+", "", text)
     return " ".join(text.split())[:MESSAGE_LENGTH]
 
