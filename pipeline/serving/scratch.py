@@ -33,7 +33,7 @@ _LIMITS = re.compile(
 )
 _OUTCOMES = {
     "refused": "does not load",
-    "hangs": "never loads",
+    "hangs": "never loads, or never answers",
     "ends": "takes the whole server down",
     "unready": "is not ready",
     "wrong": "loads, but its answers are incorrect",

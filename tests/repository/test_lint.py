@@ -233,6 +233,22 @@ def test_an_unknown_target_is_refused(repository: Path) -> None:
     assert "99.01" in error_line(result)
 
 
+@pytest.mark.parametrize(
+    ("case", "fix"),
+    [
+        ("bracket_left_open", "close the bracket that is open before output"),
+        ("shrinkage_without_an_arena", "switch enable_mem_arena on"),
+        ("latest_of_none", "write num_versions: 1"),
+        ("gpu_memory_with_a_unit", "write a plain number of bytes"),
+        ("delay_of_an_hour", "write microseconds, such as 100"),
+        ("only_a_passive_instance", "leave passive out"),
+        ("file_by_its_whole_path", "Triton appends it to the version's path: write the name alone"),
+    ],
+)
+def test_the_fix_is_one_that_helps(mutated: Path, case: str, fix: str) -> None:
+    assert [finding.fix for finding in lint_model(mutated / case)] == [fix]
+
+
 BRAIN_FLOATS = "Triton 24.10 has no bfloat16 tensors: 26.03 is the first that has"
 
 
@@ -398,7 +414,7 @@ def test_the_threads_of_all_instances_are_counted(repository: Path) -> None:
     edit(repository / "net", "count: 1", "count: 10000")
     (finding,) = lint_repository(repository).findings
     assert (finding.rule, finding.level) == ("threads", "warning")
-    assert "10000 instances with 1 threads share the" in finding.message
+    assert "10,000 instances with 1 thread for the" in finding.message
 
 
 def test_a_shape_that_the_graph_computes_is_left_to_a_server(repository: Path) -> None:

@@ -95,8 +95,8 @@ def _check_entry(model: ModelFolder, name: str, entry: Any, tensor: Any) -> Prob
 
 OF_CUDA = [key for key in ort_values.PARAMETERS if key in ort_values.CUDA]
 MOST_THREADS = 4096  # of a session; more take minutes to start, or do not start
-_OF_RUNTIME = ("session.", "memory.", "ep.")  # prefixes of ONNX Runtime's own options
 _FIXES = dict.fromkeys(("switch", "flag"), 'write "true" or "false"')
+_FIXES |= {"size": "write a plain number of bytes", "integer": "write a plain number"}
 _FIXES["precision"] = f"there are {', '.join(ort_values.PRECISIONS)}"
 
 
@@ -112,7 +112,7 @@ def check_parameters(model: ModelFolder) -> Iterator[Finding]:
                 yield config.finding("parameters", at, problem, fix, source, unused)
             continue
         close = difflib.get_close_matches(key, ort_values.PARAMETERS, 1, 0.85)
-        if close or key.startswith(_OF_RUNTIME):
+        if close or key.startswith(("session.", "memory.", "ep.")):  # ONNX Runtime's own options
             problem = f"the backend ignores the parameter {key}"
             fix = f"did you mean {close[0]}?" if close else "leave it out"
             yield config.finding("parameters", at, problem, fix, level="warning")
@@ -132,13 +132,18 @@ def _check_parameter(model: ModelFolder, key: str, value: str) -> Iterator[tuple
         yield f"ONNX Runtime reads '{value}' as 0", 'write "1" or "0"', "warning"
     elif key == ort_values.SHRINKAGE and value:
         arena = config_pbtxt.parameter(message, "enable_mem_arena") or "on"
-        names = r"cpu(:|:-?0+(:.*)?)?" * ort_values.SWITCHES.get(arena.lower(), True)
+        has_arena = ort_values.SWITCHES.get(arena.lower(), True)
+        names = r"cpu(:|:-?0+(:.*)?)?" * has_arena
         on_cpu = {KINDS.KIND_CPU} == {group.kind for group in message.instance_group}
         names += r"|gpu(:\d*)?" * (not on_cpu)
         for name in value.removesuffix(";").split(";"):
             if not re.fullmatch(names, name, re.ASCII):
                 problem = f"every run fails, since '{name}' is not a memory arena of the model"
-                yield problem, 'write "cpu:0", or leave it out', "error"
+                yield (
+                    problem,
+                    'write "cpu:0"' if has_arena else "switch enable_mem_arena on",
+                    "error",
+                )
     elif kind == "number":
         (number, rest), choices = ort_values.read_integer(value), ort_values.CHOICES.get(key)
         if choices and number not in range(len(choices)):
@@ -222,7 +227,7 @@ def _check_accelerator(
             yield f"parameters[{key}]", problem, fix
         elif problem := ort_values.find_problem(kind_of[key], value):
             kind = kind_of[key].removeprefix("runtime ")
-            at, fix = f"parameters[{key}]", _FIXES.get(kind, "write a number")
+            at, fix = f"parameters[{key}]", _FIXES[kind]
             if value or kind == kind_of[key]:  # empty, it is not passed on to ONNX Runtime
                 yield at, f"{key}: {problem}", fix
     # The shapes for which TensorRT builds its engine: NAME:1x3x8, with commas between inputs.

@@ -8,6 +8,7 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2
 
 from pipeline.core import machine
+from pipeline.core.text import format_count
 from pipeline.repository import config_pbtxt
 from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.text import Finding, Level, Problems
@@ -18,7 +19,6 @@ INITIALIZE = "core src/model_repository_manager/model_repository_manager.cc Init
 KINDS = model_config_pb2.ModelInstanceGroup
 INPUTS = "onnxruntime_backend src/onnxruntime.cc ValidateInputs"
 LONGEST_DELAY = 1_000_000  # microseconds that a request may wait for others without a warning
-RATES = "core src/rate_limiter.cc EnqueuePayload"
 CPU_COUNT = 2  # instances that Triton starts for KIND_CPU without a count
 ONNX_PLATFORM = "onnxruntime_onnx"
 # Backends in NVIDIA's container, which lint does not check.
@@ -65,7 +65,7 @@ def check_batching(model: ModelFolder) -> Iterator[Finding]:
                 yield config.finding("preferred-sizes", at, problem, fix, VALIDATE)
         if (delay := batcher.max_queue_delay_microseconds) > LONGEST_DELAY:
             problem = f"a request waits for {delay / 1e6:,.0f} s unless others fill its batch"
-            at, fix = f"{field}.max_queue_delay_microseconds", "such as 100"
+            at, fix = f"{field}.max_queue_delay_microseconds", "write microseconds, such as 100"
             yield config.finding("queue-delay", at, problem, fix, level="warning")
     # If the config is not complete, Triton fills in max_batch_size.
     if message.HasField("dynamic_batching") and 0 <= largest <= 1 and model.is_complete:
@@ -183,19 +183,18 @@ def check_instances(model: ModelFolder) -> Iterator[Finding]:
         if group.passive:
             level: Level = "warning" if groups else "error"
             problem = "passive instances never run; without others, a request kills the server"
-            fix, field = "leave it out", f"{at}.passive"
-            yield config.finding("instance-group", field, problem, fix, RATES, level)
+            fix, field, caller = "leave passive out", f"{at}.passive", "core src/rate_limiter.cc"
+            yield config.finding("instance-group", field, problem, fix, caller, level)
         if group.profile:
             problem = "specifies profile field which is only supported for TensorRT models"
             fix = "leave it out; the TensorRT accelerator has trt_profile_* parameters"
             yield config.finding("instance-group", f"{at}.profile", problem, fix, source)
-    on_cpu = (group for group in groups if group.kind == KINDS.KIND_CPU)
-    count = sum(group.count if group.count > 0 else CPU_COUNT for group in on_cpu)
+    count = sum(max(g.count, 0) or CPU_COUNT for g in groups if g.kind == KINDS.KIND_CPU)
     sessions = count * max(1, len(model.selected))
     cores, threads = machine.cores(), config_pbtxt.thread_count(message)
     if sessions * (threads or cores) > cores and (sessions > 1 or threads > cores):
-        each = f"{threads} threads" if threads else "a thread for each core"
-        problem = f"{sessions} instances with {each} share the {cores} cores here"
+        each = format_count(threads, "thread") if threads else "a thread for each core"
+        problem = f"{format_count(sessions, 'instance')} with {each} for the {cores} cores here"
         fix = f"set intra_op_thread_count to {max(1, cores // max(1, sessions))}, or lower count"
         at = "parameters[intra_op_thread_count]" if threads else "instance_group"
         yield config.finding("threads", at, problem, fix, level="warning")

@@ -124,7 +124,8 @@ def check_version_files(model: ModelFolder) -> Iterator[Finding]:
     if not chosen:
         problem = "at least one version must be available under the version policy"
         put = f"put the model into {model.folder / '1' / model.filename}"
-        fix = have if model.versions else put
+        is_latest = config.message.version_policy.HasField("latest")
+        fix = ("write num_versions: 1" if is_latest else have) if model.versions else put
         yield config.finding("no-version", "version_policy", problem, fix, VERSIONS)
     for version, path in model.versions.items():
         if (version in chosen or path.is_dir()) and not model.file(version).is_file():
@@ -135,7 +136,7 @@ def check_version_files(model: ModelFolder) -> Iterator[Finding]:
                 problem += " once the version policy selects the version"
             fix = f"put {model.filename} there, remove the folder, or set default_model_filename"
             if model.filename.startswith("/"):
-                fix = "default_model_filename is looked for in the version's folder, even this one"
+                fix = "Triton appends it to the version's path: write the name alone"
             source = "onnxruntime_backend src/onnxruntime.cc LoadModel"
             yield Finding("model-file", level, path, problem, fix, source=source)
 

@@ -71,12 +71,8 @@ def read_config(path: Path) -> Config | Finding:
     except text_format.ParseError as error:
         cause = re.sub(r"^\d+:\d+ ?: ", "", str(error)).replace("\n", " ")
         column = f", column {error.GetColumn()}" if error.GetColumn() else ""
-        problem, fix, line = (
-            f"does not parse{column}: {cause}",
-            _suggest_fix(cause),
-            error.GetLine(),
-        )
-        return Finding("config-text", "error", path, problem, fix, line, PARSER)
+        problem, line = f"does not parse{column}: {cause}", error.GetLine()
+        return Finding("config-text", "error", path, problem, _suggest_fix(cause), line, PARSER)
     return Config(path, message, find_field_lines(text))
 
 
@@ -101,6 +97,8 @@ def _suggest_fix(cause: str) -> str:
     if unknown[2] in _SYNONYMS:
         return f"did you mean {_SYNONYMS[unknown[2]]}?"
     outer, *inner = unknown[1].split(".")
+    if unknown[2] in ModelConfig.DESCRIPTOR.fields_by_name:
+        return f"close the bracket that is open before {unknown[2]}"
     file = ModelConfig.DESCRIPTOR.file
     kind: Any = file.message_types_by_name.get(outer) or file.enum_types_by_name.get(outer)
     for name in inner:
