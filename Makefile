@@ -21,9 +21,11 @@ PYTHON ?= python3
 NPROC ?= 1
 # The browser that 'make system' installs; empty where there is one: make system CHROMIUM=
 CHROMIUM ?= chromium
-# A package index for another build of torch, CPU-only say: make .venv TORCH_INDEX=URL
-TORCH_INDEX ?=
+# The package index that torch comes from; empty for pip's own: make .venv TORCH_INDEX=URL
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell $(PYTHON) tools/torch_index.py $(CPU_INDEX))
 
+NAME_OPTION := $(if $(filter handwriting,$(NAME)),, --name $(NAME))
 PIPELINE := .venv/bin/pipeline
 TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalone --nproc-per-node
 TOOL := .venv/bin/python -m tools
@@ -53,7 +55,9 @@ export: $(ONNX) ## export it to ONNX (NAME, PRECISION=fp32,fp16,int8)
 validate: $(VALIDATION) ## prove what was exported against its module in float64
 package: $(PACKAGED) ## add it to the Triton model repository
 prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
-	@$(PIPELINE) report --run $(RUN) --name $(NAME) --table
+	@set -o pipefail; $(PIPELINE) report --run $(RUN) --name $(NAME) --table | sed '/^next: /d'
+	@printf '%s\n' '' 'To serve it, and to ask it on a page or about a picture:' 'source .venv/bin/activate' \
+		'pipeline serve --detach' 'pipeline web$(NAME_OPTION)'
 
 # A folder of pictures is looked through each time; its files stay as they are unless it changed.
 $(DATA) &: $(if $(filter folder:%,$(DATASET)),FORCE) | .venv/done
@@ -102,8 +106,10 @@ stop: ## stop a server that 'pipeline serve --detach' started
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt pip
-	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt --no-deps torch --index-url $(TORCH_INDEX))
 	@echo "installing the project's environment (some minutes the first time)"
+	@index="$(TORCH_INDEX)"; test -z "$$index" || { echo "torch comes from $$index"; \
+		$(PIP) install -q -c constraints.txt --no-deps torch --index-url "$$index"; } \
+		|| test $(origin TORCH_INDEX) = file
 	$(PIP) install -q -c constraints.txt -e '.[web,batch]' --group dev
 	@touch $@
 

@@ -168,6 +168,14 @@ def empty(tmp_path: Path) -> Chain:
 
 
 @pytest.fixture
+def no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package without this repository's environments next to it, but with a Makefile."""
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "Makefile").touch()
+    monkeypatch.setattr("pipeline.core.paths.CHECKOUT", tmp_path / "checkout")
+
+
+@pytest.fixture
 def chain(made: Chain, tmp_path: Path) -> Chain:
     """A copy of the small chain, to be changed."""
     root = tmp_path / "chain"

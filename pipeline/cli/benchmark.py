@@ -1,7 +1,6 @@
 """The benchmark command: recipes, an export in its runtimes, and a served model."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +9,18 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from pipeline.cli.command import Command, Settings, pass_paths
-from pipeline.cli.options import path_type
+from pipeline.cli.command import Command, Settings, next_of_packaged, pass_paths
+from pipeline.cli.options import Number, path_type
 from pipeline.core.files import write_bytes
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
 
-KINDS = ("train", "infer", "serve", "all")  # all: infer and serve
+KINDS = {
+    "train": "the recipes: accuracy and time, for some seeds",
+    "infer": "an export in its runtimes: PyTorch and ONNX Runtime, without a server",
+    "serve": "the packaged model on a temporary server: latency and rate under load",
+    "all": "infer, then serve",
+}
 SPEED = ("infer", "serve", "all")
 # The kinds that use an option, for options that not all kinds use.
 USED_BY: dict[str, tuple[str, ...]] = {
@@ -30,8 +34,7 @@ MOST_A_SECOND = 1_000_000  # requests; their times are drawn before the first is
 @click.command(cls=Command)
 @click.option(
     "--what",
-    type=click.Choice(KINDS),
-    default="train",
+    type=click.Choice(tuple(KINDS)),
     help="What to measure: recipes, the runtimes of an export, a served model, or the last two.",
 )
 @click.option("--short", is_flag=True, help="infer, serve: measure for seconds, not minutes.")
@@ -39,7 +42,7 @@ MOST_A_SECOND = 1_000_000  # requests; their times are drawn before the first is
 @click.option("--compare", type=path_type, help="infer, serve: earlier JSON to compare with.")
 @click.option(
     "--rate",
-    type=click.FloatRange(1, MOST_A_SECOND),
+    type=Number(1, MOST_A_SECOND),
     help="serve: requests per second in the open loop.  [default: half of the closed loop's]",
 )
 @click.option("--recipes", default="quick,record,standard", help="train: recipes to measure.")
@@ -54,7 +57,7 @@ def benchmark_command(
     settings: Settings,
     paths: Paths,
     /,
-    what: str,
+    what: str | None,
     short: bool,
     csv: Path | None,
     compare: Path | None,
@@ -80,17 +83,18 @@ def benchmark_command(
       pipeline benchmark --what infer --compare before.json
       pipeline benchmark --what serve --name quick
     """
+    if what is None:
+        kinds = (f"  --what {kind:<7} {measured}" for kind, measured in KINDS.items())
+        raise click.UsageError(Lines("say what to measure:", *kinds))
     source_of = click.get_current_context().get_parameter_source
-    for option, kinds in USED_BY.items():
-        if source_of(option) is ParameterSource.COMMANDLINE and what not in kinds:
-            valid = " or ".join(f"--what {kind}" for kind in kinds)
+    for option, users in USED_BY.items():
+        if source_of(option) is ParameterSource.COMMANDLINE and what not in users:
+            valid = " or ".join(f"--what {kind}" for kind in users)
             raise click.UsageError(f"--{option} needs {valid}, not --what {what}")
-    if rate is not None and math.isnan(rate):
-        raise click.BadParameter("nan is not a rate", param_hint="'--rate'")
     if what != "train":
-        kinds = ("infer", "serve") if what == "all" else (what,)
+        measured = ("infer", "serve") if what == "all" else (what,)
         measure = functools.partial(_measure, settings, paths, short, rate)
-        _measure_speed(settings, paths, kinds, measure, csv, compare)
+        _measure_speed(settings, paths, measured, measure, csv, compare)
         return
     from pipeline.benchmark.training import benchmark_training
 
@@ -140,7 +144,7 @@ def _measure_speed(
     if compared:
         record = {**record, "compared": [changes.record() for changes in compared.values()]}
         lines += [Lines(f"compared with {compare}:", changes) for changes in compared.values()]
-    settings.result(record, Lines(*lines), "pipeline serve")
+    settings.result(record, Lines(*lines), next_of_packaged(paths))
     for changes in compared.values():
         comparison.require_no_worse(changes)
 

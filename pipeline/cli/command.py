@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import file_type, folder_type, name_option
+from pipeline.cli.options import UNITS, file_type, folder_type, name_option
 from pipeline.core.errors import LostError, PipelineError
 from pipeline.core.files import read_json
-from pipeline.core.paths import Paths, model_name, require_printable
+from pipeline.core.paths import Paths, format_make, list_names, model_name, require_printable
 from pipeline.core.text import Lines, escape
 
 BUG, INTERRUPTED = 70, 130
@@ -125,6 +125,9 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.short_help = self.get_short_help_str(1000)  # Click's default cuts it at 45 characters
+        for parameter in self.params:
+            parameter.metavar = parameter.metavar or UNITS.get(str(parameter.name))
 
         def add(*names: str, callback: Any = _store, **settings: Any) -> None:
             option = click.Option(names, expose_value=False, callback=callback, **settings)
@@ -154,6 +157,10 @@ class Group(Command, click.Group):
     """A group of commands; the only place where errors become exit codes."""
 
     command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the commands in the order of work, in which they were added."""
+        return list(self.commands)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line; never returns when Click is in standalone mode."""
@@ -221,7 +228,7 @@ def _message_of(error: PipelineError | OSError | ModuleNotFoundError) -> str | N
             return None
         return (
             f"this command needs {error.name}, which is not installed for {sys.executable}. Run "
-            "'make .venv' in the project's folder, then use .venv/bin/pipeline"
+            f"'{format_make('.venv')}', then use the 'pipeline' in its .venv/bin"
         )
     if error.errno in UNUSABLE:
         return f"cannot use {error.filename} ({error.strerror}): check its permissions and type"
@@ -242,6 +249,28 @@ def paths_of(settings: Settings, name: str | None = None, run: str | None = None
     return Paths(settings.root, name=name, run=run or name)
 
 
+def next_of_packaged(paths: Paths) -> str:
+    """Return the next command for a packaged model: it depends on what the server serves now."""
+    from pipeline.repository.running import find_running
+
+    server = None
+    with contextlib.suppress(PipelineError):  # a damaged record: 'pipeline serve' explains it
+        server = find_running(paths)
+    if server is None:
+        return "pipeline serve --detach"
+    asking = f"pipeline query{paths.name_option} IMAGE, pipeline web{paths.name_option}"
+    return asking if paths.name in server.models else "pipeline serve restart"
+
+
+def require_model(paths: Paths) -> None:
+    """Raise PipelineError, with the names that exist, unless the model is exported or packaged."""
+    names = paths.find_models()
+    if paths.name not in names:
+        raise PipelineError(
+            f"there is no model {paths.name!r} here: {list_names(paths.name, names)}"
+        )
+
+
 def read_model_name(paths: Paths) -> str:
     """Return the name of the model of the run's data set."""
     if not paths.run_config.exists():
@@ -257,6 +286,9 @@ def pass_paths(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.pass_obj
     @functools.wraps(command)
     def call(settings: Settings, /, name: str | None, **options: Any) -> Any:
-        return command(settings, paths_of(settings, name), **options)
+        paths = paths_of(settings, name)
+        if name and not (options.get("url") or options.get("reference")):
+            require_model(paths)
+        return command(settings, paths, **options)
 
     return call

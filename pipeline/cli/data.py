@@ -107,6 +107,7 @@ def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -
     """
     from pipeline.data.splits import load_split
     from pipeline.images.read import write_png
+    from pipeline.repository.running import find_running
 
     split = load_split(dataset, paths_of(settings).data(dataset), "test")
     files = [folder / f"{index:05d}.png" for index in range(min(count, len(split)))]
@@ -117,4 +118,5 @@ def sample_command(settings: Settings, dataset: str, folder: Path, count: int) -
     text = f"wrote {len(files)} images to {folder}, which show {listed}"
     record = {"files": [str(file) for file in files], "labels": labels}
     name = "" if dataset in MODEL_NAMES else f" --name {model_name(dataset)}"
-    settings.result(record, text, f"pipeline query{name} {shlex.quote(str(folder))}")
+    serve = "" if find_running(paths_of(settings)) else "pipeline serve --detach && "
+    settings.result(record, text, f"{serve}pipeline query{name} {shlex.quote(str(folder))}")

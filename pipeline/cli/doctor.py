@@ -2,7 +2,8 @@
 
 import click
 
-from pipeline.cli.command import Command, Settings, paths_of
+from pipeline.cli.command import Command, Settings, next_of_packaged, paths_of
+from pipeline.core.paths import format_make
 
 
 @click.command(cls=Command)
@@ -19,14 +20,17 @@ def doctor_command(settings: Settings) -> None:
     """
     from pipeline.doctor import packages
 
-    settings.say("checking this machine with a temporary server")
     try:
         from pipeline.doctor.checks import examine
     except Exception as error:  # any error of a library that does not fit other packages
         examination = packages.examine_packages(error)
     else:
+        settings.say("checking this machine with a temporary server")
         examination = examine(paths_of(settings))
-    next_step = "pipeline serve" if paths_of(settings).packaged.exists() else "make all"
+    paths = paths_of(settings)
+    next_step = next_of_packaged(paths) if paths.packaged.exists() else format_make("all")
+    if packages.is_client_only():
+        next_step = "pipeline query --url grpc://HOST:8001 IMAGE"
     then = "" if examination.count("problem") else next_step
     settings.result(examination.record(), examination, then)
     packages.require_no_problem(examination)

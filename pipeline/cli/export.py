@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,7 @@ def read_class_names(classes: str | None) -> Sequence[str]:
 
 
 @click.command(cls=Command)
-@settings_options(PackageConfig, **{field.name: int for field in fields(PackageConfig)})
+@settings_options(PackageConfig)
 @click.option(
     "--explain",
     is_flag=False,

@@ -35,9 +35,9 @@ def main() -> None:
 
 
 for command in (
-    *(data_group, serve, train_command, export_command, validate_command, package_command),
-    *(versions_group, lint_command, report_command, benchmark_command, doctor_command),
-    *(web_command, query_command, drift_command, score_command),
+    *(data_group, train_command, export_command, validate_command, package_command),
+    *(versions_group, lint_command, serve, query_command, web_command, score_command),
+    *(report_command, drift_command, benchmark_command, doctor_command),
 ):
     main.add_command(command)
 

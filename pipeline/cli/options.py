@@ -1,71 +1,78 @@
 """Types of options, and the options and decorators that several commands share."""
 
-import difflib
+import math
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.paths import FOLDER, NAME_RULE, TAKEN, data_name, is_name
+from pipeline.core.paths import FOLDER, NAME_RULE, TAKEN, data_name, is_name, list_names
 from pipeline.data.catalog import DATASETS, DEFAULT_DATASET
 
 # Types of options and arguments.
 path_type = click.Path(path_type=Path)
 file_type = click.Path(path_type=Path, dir_okay=False)
 folder_type = click.Path(path_type=Path, file_okay=False)
-seconds_type = click.FloatRange(min=0, min_open=True)
 count_type = click.IntRange(1)
 
+# What the values of options are, by the option's name, where its type does not tell.
+UNITS = (
+    {"name": "NAME", "run": "NAME", "seed": "N", "opset": "N", "model_version": "N"}
+    | {"timeout": "SECONDS", "save_every": "STEPS", "rate": "REQUESTS/S", "seeds": "TRIALS"}
+    | {"top": "CLASSES", "count": "IMAGES", "lines": "LINES", "last": "PREDICTIONS"}
+    | {"module": "PACKAGE:FACTORY", "classes": "NAME,...|FILE", "min_confidence": "PROBABILITY"}
+    | {"precision": "PRECISION,...", "recipes": "RECIPE,..."}
+    | {"image_column": "COLUMN", "id_column": "COLUMN", "url": "URL", "since": "TIME"}
+)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class DatasetType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
-    """The type of a data set's name: one of the catalog, or `folder:` and a path, made absolute."""
+class Number(click.FloatRange):
+    """The type of a number in a range; NaN is in no range."""
 
-    name = "dataset"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join(DATASETS)}|{FOLDER}PATH]"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in DATASETS:
-            return value
-        if not value.startswith(FOLDER):
-            close = difflib.get_close_matches(value, DATASETS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            valid = f"{', '.join(map(repr, DATASETS))}, or {FOLDER}PATH for a folder of pictures"
-            self.fail(f"{value!r} is not one of {valid}.{hint}", param, ctx)
-        path = value.removeprefix(FOLDER)
-        if not path:
-            self.fail(f"{value!r} has no path: write {FOLDER}PATH", param, ctx)
-        # Not resolved: a link gives a folder another name.
-        dataset = FOLDER + os.path.abspath(os.path.expanduser(path))
-        name = data_name(dataset)
-        fix = "rename the folder, or link to it under another name (ln -s)"
-        if not is_name(name):
-            self.fail(f"the folder's name {name!r} is not valid ({NAME_RULE}): {fix}", param, ctx)
-        if name in {*DATASETS, *TAKEN}:
-            self.fail(f"the folder's name {name!r} is reserved: {fix}", param, ctx)
-        return dataset
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail("nan is not a number", param, ctx)
+        return number
 
 
-class UrlType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
-    """The type of a server's URL, as a client accepts it."""
+seconds_type = Number(min=0, min_open=True)
 
-    name = "url"
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from pipeline.client.endpoint import endpoint
-
-        try:
-            endpoint(value)
-        except PipelineError as error:
-            self.fail(str(error), param, ctx)
+def parse_dataset(value: str) -> str:
+    """Parse a data set's name: one of the catalog, or `folder:` and a path, made absolute."""
+    if value in DATASETS:
         return value
+    path = value.removeprefix(FOLDER)
+    if not path or path == value:
+        valid = list_names(value, [*DATASETS, f"{FOLDER}PATH"])
+        fix = f"{FOLDER}PATH is a folder of pictures"
+        raise click.BadParameter(f"{value!r} is not a data set: {fix}; {valid}")
+    # Not resolved: a link gives a folder another name.
+    dataset = FOLDER + os.path.abspath(os.path.expanduser(path))
+    name = data_name(dataset)
+    fix = "rename the folder, or link to it under another name (ln -s)"
+    if not is_name(name):
+        raise click.BadParameter(f"the folder's name {name!r} is not valid ({NAME_RULE}): {fix}")
+    if name in {*DATASETS, *TAKEN}:
+        raise click.BadParameter(f"the folder's name {name!r} is reserved: {fix}")
+    return dataset
+
+
+def parse_url(value: str) -> str:
+    """Check a server's URL as a client does."""
+    from pipeline.client.endpoint import endpoint
+
+    try:
+        endpoint(value)
+    except PipelineError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
 
 
 def explain_missing(error: ModuleNotFoundError, extra: str) -> PipelineError:
@@ -77,38 +84,51 @@ def explain_missing(error: ModuleNotFoundError, extra: str) -> PipelineError:
 name_option = click.option("--name", help="Name of the model.  [default: handwriting]")
 dataset_option = click.option(
     "--dataset",
-    type=DatasetType(),
+    type=parse_dataset,
+    metavar=f"[{'|'.join(DATASETS)}|{FOLDER}PATH]",
     default=DEFAULT_DATASET,
     help="Data set, or a folder with a folder of pictures for each class.",
 )
-prediction_log_option = click.option(
+log_option = click.option(
     "--prediction-log", type=path_type, help="File to append predictions to, for 'pipeline drift'."
 )
 
 
-def settings_options(settings: type, **types: Any) -> Decorator:
+def settings_options(
+    settings: type, base: tuple[str, Any] | None = None, **types: Any
+) -> Decorator:
     """Return a decorator that adds an option for each field of a settings class with a help text.
 
-    An option's default and choices are the field's; `types` gives option types, by the field's
-    name, that its own type does not tell.
+    An option's default, choices, limits and unit are the field's; `types` gives option types, by
+    the field's name, that the field does not tell. With a `base`, settings and their name, no
+    option has a default: the help texts show the base's values.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for setting in reversed(fields(settings)):
-            if "help" not in setting.metadata:
+        for item in reversed(fields(settings)):
+            hints, name = item.metadata, item.name.replace("_", "-")
+            if "help" not in hints:
                 continue
-            choices = setting.metadata.get("choices")
-            kinds = {int: count_type, int | None: count_type, float: seconds_type}
-            kind = click.Choice(choices) if choices else types.get(setting.name)
+            text, default = hints["help"], item.default
+            kind = types.get(item.name)
+            if "choices" in hints:
+                kind = click.Choice(hints["choices"])
+            elif kind is None and "limits" in hints:
+                number = Number if item.type is float else click.IntRange
+                kind = number(**asdict(hints["limits"]))
+            if base:
+                value = getattr(base[1], item.name)
+                shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                text, default = f"{text}  [{base[0]}: {shown}]", None
             command = click.option(
-                f"--{setting.metadata.get('option', setting.name.replace('_', '-'))}",
-                setting.name,
-                type=kind or kinds.get(setting.type),
-                multiple=setting.type == tuple[str, ...],
-                default=setting.default,
-                show_default=setting.default not in ((), ""),
-                metavar=setting.metadata.get("metavar"),
-                help=setting.metadata["help"],
+                f"--{name}/--no-{name}" if item.type is bool else f"--{hints.get('option', name)}",
+                item.name,
+                type=kind,
+                multiple=item.type == tuple[str, ...],
+                default=default,
+                show_default=default is not False and default not in ((), ""),
+                metavar=hints.get("unit"),
+                help=text,
             )(command)
         return command
 

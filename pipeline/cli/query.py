@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from pipeline.cli.command import Command, Settings, echo, pass_paths
-from pipeline.cli.options import UrlType, count_type, path_type, prediction_log_option, seconds_type
+from pipeline.cli.options import Number, count_type, log_option, parse_url, path_type, seconds_type
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 
@@ -35,7 +35,7 @@ def _parse_headers(
 @click.argument("images", nargs=-1, required=True, metavar="FILE|FOLDER|-...", type=click.Path())
 @click.option(
     "--url",
-    type=UrlType(),
+    type=parse_url,
     help="Server: http://HOST:PORT or grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
 @click.option(
@@ -56,11 +56,11 @@ def _parse_headers(
 @click.option("--top", default=3, type=count_type, help="Number of classes in an answer.")
 @click.option(
     "--min-confidence",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="Probability (0 to 1) below which an answer is 'not sure'.  [default: the model's own]",
 )
 @click.option("--show", is_flag=True, help="Draw each image as the model received it.")
-@prediction_log_option
+@log_option
 @pass_paths
 def query_command(
     settings: Settings,
@@ -98,13 +98,13 @@ def query_command(
     pictures = list_sources(images, _open_standard_input() if "-" in images else None)
     with contextlib.closing(ask_files(connect, pictures, top, min_confidence)) as answers:
         count = _echo_answers(settings, answers, show)
-    if count.failed:
+    if count.failed and count.total > 1:
         raise PipelineError(f"{count.failed} of {count.total} images got no answer; {count}")
     if log and log.lost:
         raise PipelineError(f"{log.path} lacks {log.lost} of {count.total} predictions")
     if count.total > 1:
         settings.say(count)
-    if count.empty:
+    if count.empty or count.failed:
         raise click.exceptions.Exit(PipelineError.exit_code)  # a line above says why
 
 

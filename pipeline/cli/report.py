@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from pipeline.cli.command import Command, Settings, pass_paths, paths_of, read_model_name
+from pipeline.cli.command import (
+    Command,
+    Settings,
+    next_of_packaged,
+    pass_paths,
+    paths_of,
+    read_model_name,
+)
 from pipeline.cli.options import count_type, file_type
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_json
@@ -37,7 +44,7 @@ def report_command(settings: Settings, run: str | None, name: str | None, table:
         manifest = read_json(paths.manifest, "run 'pipeline export' again")
         paths = replace(paths, run=str(manifest.get("run", paths.run)))
     record: dict[str, Any] = {}
-    lines, then = list[object](), "pipeline serve"
+    lines, then = list[object](), ""
     if not table:
         if paths.images.exists() and not run:
             raise PipelineError(f"{paths.name} was not trained here: it has only {paths.card}")
@@ -49,23 +56,17 @@ def report_command(settings: Settings, run: str | None, name: str | None, table:
         agreement = read_agreement(paths)
         record |= asdict(agreement)
         lines = [agreement, f"read {paths.agreement}", *lines]
-    settings.result(record, Lines(*lines), then)
+    settings.result(record, Lines(*lines), then or next_of_packaged(paths))
 
 
-class TimeType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes none
-    """The type of a time in ISO 8601; UTC unless it names an offset."""
-
-    name = "time"
-
-    def convert(
-        self, value: str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> datetime:
-        try:
-            time = datetime.fromisoformat(value)
-        except ValueError:
-            example = "write 2026-11-23 or 2026-11-23T18:30:00Z"
-            self.fail(f"{value!r} is not a valid time: {example}", param, ctx)
-        return time if time.tzinfo else time.replace(tzinfo=UTC)
+def _parse_time(value: str) -> datetime:
+    """Parse a time in ISO 8601; UTC unless it names an offset."""
+    try:
+        time = datetime.fromisoformat(value)
+    except ValueError as error:
+        example = "write 2026-11-23 or 2026-11-23T18:30:00Z"
+        raise click.BadParameter(f"{value!r} is not a valid time: {example}") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 @click.command(cls=Command)
@@ -74,7 +75,7 @@ class TimeType(click.ParamType):  # type: ignore[type-arg]  # Click 8.2 takes no
 @click.option(
     "--model-version", type=count_type, help="Version to compare with.  [default: the selected one]"
 )
-@click.option("--since", type=TimeType(), help="Time of the oldest prediction to use (UTC).")
+@click.option("--since", type=_parse_time, help="Time of the oldest prediction to use (UTC).")
 @click.option("--last", type=count_type, help="Number of predictions to use, the newest.")
 @pass_paths
 def drift_command(

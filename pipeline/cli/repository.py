@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.command import Command, Group, Settings, pass_paths, paths_of
+from pipeline.cli.command import Command, Group, Settings, next_of_packaged, pass_paths, paths_of
 from pipeline.cli.options import count_type, path_type
 from pipeline.core.paths import Paths
 
@@ -143,7 +143,7 @@ def lint_command(
     is_ours = not repository or repository.resolve() == paths.repository.resolve()
     quoted = shlex.quote(str(repository or paths.repository))
     where = f" {quoted}" if repository else ""
-    serve = "pipeline serve" if is_ours else f"tritonserver --model-repository={quoted}"
+    serve = next_of_packaged(paths) if is_ours else f"tritonserver --model-repository={quoted}"
     then = serve if live else f"pipeline lint{where} --live"
     settings.result(linted.record(), linted, "" if linted.count("error") else then)
     require_clean(linted)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.command import Group, Settings, echo, paths_of
+from pipeline.cli.command import Group, Settings, echo, next_of_packaged, paths_of
 from pipeline.cli.options import settings_options
 from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.core.paths import Paths
@@ -28,7 +28,7 @@ def _parse_port(context: click.Context, parameter: click.Parameter, value: str |
 
 
 @click.group(cls=Group, invoke_without_command=True)
-@settings_options(ServeConfig, http_port=int, grpc_port=int, metrics_port=int, start_seconds=float)
+@settings_options(ServeConfig)
 @click.option("--port", metavar="auto", callback=_parse_port, help="auto or 0: three free ports.")
 @click.option("--detach", is_flag=True, help="Return when the server is ready; keep it running.")
 @click.pass_context
@@ -83,7 +83,8 @@ def echo_server(settings: Settings, server: "Server") -> None:
                 'or: python -c "from pipeline.client import Client; '
                 f"print(Client('{server.grpc_url}'{argument}).classify('IMAGE'))\""
             )
-    settings.result(record, Lines(*lines), "pipeline query IMAGE..., pipeline serve stop")
+    then = next_of_packaged(paths_of(settings, next(iter(server.models))))
+    settings.result(record, Lines(*lines), f"{then}, pipeline serve stop")
 
 
 @serve.command("status")

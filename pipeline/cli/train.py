@@ -1,32 +1,16 @@
 """The train command: a recipe, and an option for every field of it."""
 
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from pipeline.cli.command import Command, Settings, paths_of
-from pipeline.cli.options import dataset_option
+from pipeline.cli.options import dataset_option, settings_options
 from pipeline.core.paths import Paths, model_name
 from pipeline.core.text import Lines
 from pipeline.training.recipes import RECIPES, Recipe, TrainConfig, choose_epochs, make_recipe
-
-
-def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for every field of a recipe; the default is the recipe's own value."""
-    name = TrainConfig.recipe
-    for field in reversed(fields(Recipe)):
-        kind = {int: int, float: float, str: str, bool: bool}.get(field.type)
-        option = click.option(
-            f"--{field.name.replace('_', '-')}",
-            type=kind or (lambda value: tuple(map(int, value.split(",")))),
-            metavar=None if kind else "N,N,...",
-            help=f"{field.metadata['help']}  [{name}: {getattr(RECIPES[name], field.name)}]",
-        )
-        command = option(command)
-    return command
 
 
 @click.command(cls=Command)
@@ -38,14 +22,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default=TrainConfig.recipe,
     help="Network and training settings; the options below change single ones.",
 )
-@click.option("--seed", default=TrainConfig.seed, help="Seed of all random numbers.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default=TrainConfig.device,
-    help="Device to train on; auto is CUDA if it is available.",
-)
-@click.option("--compiled", is_flag=True, help="Use torch.compile: faster for long runs on a GPU.")
+@settings_options(TrainConfig)
 @click.option(
     "--save-every",
     type=click.IntRange(0),
@@ -55,7 +32,11 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--resume", is_flag=True, help="Continue an interrupted run, with its settings by default."
 )
-@recipe_options
+@settings_options(
+    Recipe,
+    (TrainConfig.recipe, RECIPES[TrainConfig.recipe]),
+    channels=lambda value: tuple(map(int, value.split(","))),
+)
 @click.pass_obj
 def train_command(
     settings: Settings,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.command import Command, Settings, paths_of
+from pipeline.cli.command import Command, Settings, next_of_packaged, paths_of, require_model
 from pipeline.cli.export import module_options, paths_of_module, read_class_names, sample_of
 from pipeline.cli.options import file_type, path_type, seconds_type
 from pipeline.core.errors import CheckFailedError, PipelineError
@@ -97,6 +97,7 @@ def validate_command(
         from pipeline.validation.export import validate_export
 
         paths = _paths_of(Path(targets[0])) if targets else paths
+        require_model(paths)
         _echo_proof(settings, paths, validate_export(paths, provider, settings.update))
     elif is_remote:
         from pipeline.validation.servers import require_passed, validate_servers
@@ -118,7 +119,7 @@ def _validate_repository(settings: Settings, paths: Paths, only: str | None) -> 
     record = asdict(tables[0]) if len(tables) == 1 else {"models": list(map(asdict, tables))}
     wrote = f"wrote agreement.json next to each export in {paths.exported}"
     text = Lines(*(Lines(table, "") for table in tables), wrote)
-    settings.result(record, text, "pipeline serve")
+    settings.result(record, text, next_of_packaged(paths))
 
 
 def _paths_of(onnx: Path) -> Paths:

@@ -6,26 +6,19 @@ from typing import Any
 import click
 
 from pipeline.cli.command import Command, Settings, pass_paths
-from pipeline.cli.options import UrlType, explain_missing, prediction_log_option, settings_options
+from pipeline.cli.options import explain_missing, log_option, parse_url, settings_options
 from pipeline.core.paths import Paths
 from pipeline.web.settings import GatewayConfig
-
-
-class PortType(click.IntRange):
-    """The type of a port's number; `auto` means the same as 0."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return 0 if value == "auto" else super().convert(value, param, ctx)
 
 
 @click.command(cls=Command)
 @click.option(
     "--url",
-    type=UrlType(),
+    type=parse_url,
     help="Triton server: grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
-@settings_options(GatewayConfig, port=PortType(0, 65535))
-@prediction_log_option
+@settings_options(GatewayConfig, port=lambda value: 0 if value == "auto" else int(value))
+@log_option
 @pass_paths
 def web_command(
     settings: Settings,

@@ -78,6 +78,8 @@ class HttpConnection(Connection):
             raise Fault("lost", short(str(error)) or "it closed the connection") from error
         except aiohttp.ClientPayloadError as error:
             raise Fault("lost", "it closed the connection within an answer") from error
+        except aiohttp.ClientResponseError as error:  # its message quotes what came, in bytes
+            raise Fault("alien", "its answer is not HTTP: is this the gRPC port?") from error
         except aiohttp.ClientError as error:
             raise Fault("alien", short(str(error)) or type(error).__name__) from error
         except InferenceServerException as error:

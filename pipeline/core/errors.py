@@ -7,6 +7,12 @@ class PipelineError(Exception):
     exit_code = 1
 
 
+class SettingError(PipelineError):
+    """A value that a setting does not allow."""
+
+    exit_code = 2
+
+
 class LostError(PipelineError):
     """A failure because another process of the same job ended: this one cannot continue."""
 
@@ -34,6 +40,6 @@ class SlowError(ServerError):
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise PipelineError unless the setting `name` is one of its choices."""
+    """Raise SettingError unless the setting `name` is one of its choices."""
     if value not in choices:
-        raise PipelineError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise SettingError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,12 +1,17 @@
 """The path of each artifact: no other module spells a file name."""
 
+import difflib
+import os
 import re
+import shlex
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import PipelineError, SettingError
 
+CHECKOUT = Path(__file__).parents[2]  # the folder that holds this package
 MODEL_NAMES = {"mnist": "handwriting"}
 FOLDER = "folder:"  # prefix of a data set's name that is the path of a folder of pictures
 # Names with a fixed meaning under runs/ or exported/.
@@ -31,6 +36,22 @@ def require_printable(path: Path) -> None:
         raise PipelineError("the current folder was deleted: change to another one") from error
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
         raise PipelineError(f"the path {name!a} is not printable UTF-8: rename the folder")
+
+
+def format_make(targets: str) -> str:
+    """Return the shell command that makes `targets` of our Makefile, for the current folder."""
+    makefile, here = CHECKOUT / "Makefile", Path("Makefile")
+    if not makefile.exists():
+        return f"make -C CLONE {targets}"
+    is_here = here.exists() and here.samefile(makefile)
+    return f"make {'' if is_here else f'-C {shlex.quote(str(CHECKOUT))} '}{targets}"
+
+
+def list_names(name: str, names: Sequence[str]) -> str:
+    """Return a sentence with the names that exist, and the closest one to `name`, if any do."""
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f". Did you mean {close[0]!r}?" if close else ""
+    return f"there {'are' if names[1:] else 'is'} {', '.join(names) or 'none yet'}{hint}"
 
 
 def data_name(dataset: str) -> str:
@@ -74,7 +95,7 @@ class Paths:
     def __post_init__(self) -> None:
         for value in (self.name, self.run):
             if not is_name(value):
-                raise PipelineError(f"{value!r} is not a valid name: use {NAME_RULE}")
+                raise SettingError(f"{value!r} is not a valid name: use {NAME_RULE}")
 
     run_folder = _Below("root", "runs/{run}")
     weights = _Below("run_folder", "model.safetensors")
@@ -112,11 +133,26 @@ class Paths:
     server_log = _Below("exported", "server.log")
     supervisor_log = _Below("exported", "supervisor.log")
     supervisor_lock = _Below("exported", ".supervisor.lock")  # held while a supervisor runs
-    triton_environment = _Below("root", ".venv-triton")
+
+    @property
+    def triton_environment(self) -> Path:
+        """The server's environment: in the project's folder, else next to this package."""
+        here, checkout = self.root / ".venv-triton", CHECKOUT / ".venv-triton"
+        return checkout if checkout.exists() and not os.path.lexists(here) else here
 
     @property
     def repository(self) -> Path:
         return self.repository_folder or self.exported / "model_repository"
+
+    def find_models(self) -> list[str]:
+        """Return the names of the models that are exported or packaged."""
+        files = (*self.exported.glob("*/manifest.json"), *self.repository.glob("*/config.pbtxt"))
+        return sorted({file.parent.name for file in files})
+
+    def explain_runs(self) -> str:
+        """Return which runs there are, and how to train this one, for a message."""
+        runs = sorted(file.parent.name for file in (self.root / "runs").glob("*/config.json"))
+        return f"{list_names(self.run, runs)}; 'pipeline train --run {self.run}' trains it"
 
     def named(self, name: str) -> "Paths":
         """Return the paths of another model of the same project."""

@@ -106,14 +106,14 @@ def _copy(
             content = _unpack(read(file), file)
         except UnusableError as error:
             reasons.append(f"{name}: {file.name}: {error}")
-            report(reasons[-1])
+            report(f"note: {reasons[-1]}")
             left.append(file)
         except OSError as error:
             reason = error.strerror or str(error)
             if "(Caused by " in reason:  # requests wraps the cause in the names of objects
                 reason = reason.rpartition("(Caused by ")[2].split(": ")[-1].rstrip("\"')")
             reasons.append(f"{name}: {reason}")
-            report(reasons[-1])
+            report(f"note: {reasons[-1]}")
             return left + missing[position:], reasons
         else:
             write_bytes(folder / file.name, content)

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import check_digest, read_json, remove, write_bytes, write_json
-from pipeline.core.paths import FOLDER, data_name
+from pipeline.core.paths import FOLDER, data_name, list_names
 from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Dataset
 
 # Shape letters: N images.
@@ -27,13 +27,18 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
     A data set without published digests is read from `dataset.json` in `folder`, its cache.
     """
     if name not in DATASETS and not name.startswith(FOLDER):
-        choices = f"choose one of {', '.join(DATASETS)}, {FOLDER}PATH"
-        raise PipelineError(f"there is no data set {name!r}: {choices}")
+        choices = list_names(name, [*DATASETS, f"{FOLDER}PATH"])
+        raise PipelineError(f"{name!r} is not a data set: {choices}")
     row = DATASETS.get(name)
     if row and not row.downloads:
         return row
     folder, fix = folder or Path("data") / data_name(name), fetch_command(name)
     path = folder / RECORD
+    if not (path.exists() or row or Path(name.removeprefix(FOLDER)).is_dir()):
+        cached = sorted(file.parent.name for file in folder.parent.glob(f"*/{NAMES[0]}"))
+        raise PipelineError(
+            f"{name} is not a folder; {list_names(folder.name, cached)} in the cache"
+        )
     record = read_json(path, fix)
     if (source := record.get("source")) != name:
         fix = f"rename one of the two folders, or remove {folder} and {fix}"

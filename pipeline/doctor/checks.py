@@ -14,7 +14,7 @@ from pathlib import Path
 from onnx import TensorProto, helper
 
 from pipeline.core.errors import CorruptError, PipelineError
-from pipeline.core.paths import Paths
+from pipeline.core.paths import Paths, format_make
 from pipeline.data.catalog import DEFAULT_DATASET
 from pipeline.data.splits import verify
 from pipeline.doctor import packages
@@ -27,7 +27,6 @@ from pipeline.serving.settings import ServeConfig
 GLIBC = (2, 35)  # that the server in the wheel needs
 DISK_BYTES = 1 << 30  # for data, runs and exports, with room to spare
 SHARED_BYTES = 64 << 20  # of /dev/shm, for the server and its stubs
-REBUILD_SERVER = "rm -rf .venv-triton && make .venv-triton"
 _USE_DOCKER = f"serve with Docker and {tritonserver.IMAGE}, or on {{}}"
 REMOUNT = "mount -o remount,size=1G /dev/shm  # of a container: --shm-size=1g"
 
@@ -58,9 +57,7 @@ def list_checks(
 ) -> dict[str, tuple[str, Callable[[], Result]]]:
     """Return each slow check with the fix if it raises, by what is checked; `model` is a test."""
     if tritonserver.fits_wheel():
-        # An existing environment is removed first: make does not check one that it has built.
-        is_there = os.path.lexists(paths.triton_environment)
-        install_server = REBUILD_SERVER if is_there else "make .venv-triton"
+        install_server = tritonserver.format_rebuild(paths)
     else:
         has_docker = shutil.which("docker") is not None
         no_docker = _USE_DOCKER.format("Linux on x86-64")
@@ -92,7 +89,7 @@ def _check_server(paths: Paths, model: Path) -> list[Check]:
         checks = run_check("glibc", _USE_DOCKER.format("a newer system"), _check_glibc)
         checks.append(Check("ok", "numpy", f"{here} here, {there} in the server's environment"))
     trial = partial(_try_server, runtime, paths, model)
-    return [*checks, *run_check("tritonserver", REBUILD_SERVER, trial)]
+    return [*checks, *run_check("tritonserver", tritonserver.format_rebuild(paths), trial)]
 
 
 def _try_server(runtime: tritonserver.ServerRuntime, paths: Paths, model: Path) -> str:
@@ -162,7 +159,7 @@ def _check_disk(paths: Paths) -> str:
     free = shutil.disk_usage(_find_existing(paths.root)).free
     space = f"{free / (1 << 30):.1f} GiB are free"
     if free < DISK_BYTES:
-        raise Problem(f"{space}, but 1 GiB is needed", "make clean")
+        raise Problem(f"{space}, but 1 GiB is needed", format_make("clean"))
     return space
 
 

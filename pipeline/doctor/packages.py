@@ -1,9 +1,13 @@
 """Checks of the installed packages: versions, and whether each library starts in a process."""
 
 import importlib.metadata
+import importlib.util
+import itertools
 import json
+import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,13 +16,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from packaging.requirements import Requirement
-
 from pipeline.core.errors import PipelineError
+from pipeline.core.paths import CHECKOUT, format_make
 from pipeline.core.text import Lines, format_count
 
 DISTRIBUTION = "handwriting-pipeline"
+CLIENT = (
+    "aiohttp",
+    "click",
+    "numpy",
+    "PIL",
+    "tritonclient",
+)  # what client-requirements.txt installs
+_EITHER = {"onnxruntime": "onnxruntime-gpu", "onnxruntime-gpu": "onnxruntime"}
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest for which the packages are built
+UNINSTALL = f"{sys.executable} -m pip uninstall --yes"
+INSTALL_FOR_GPUS = f"{sys.executable} -m pip install onnxruntime-gpu"  # runs without a GPU as well
 TIMEOUT = 60.0  # far longer than any library takes to start
 
 Level = Literal["ok", "warning", "problem"]
@@ -74,10 +87,9 @@ def rebuild(setting: str = "") -> str:
 
     It removes the environment first if this process runs in it.
     """
-    command = f"make .venv {setting}".strip()
-    if Path(sys.prefix).resolve() == Path(".venv").resolve():
-        return f"rm -rf .venv && {command}"
-    return f"{command}  # in the project's folder, then use .venv/bin/pipeline"
+    command = format_make(f".venv {setting}".strip())
+    is_ours = Path(sys.prefix).resolve() == (CHECKOUT / ".venv").resolve()
+    return f"rm -rf {shlex.quote(os.path.relpath(sys.prefix))} && {command}" if is_ours else command
 
 
 def require_no_problem(examination: Examination) -> None:
@@ -105,7 +117,12 @@ def format_error(error: Exception) -> str:
 def examine_packages(error: Exception) -> Examination:
     """Return the checks that still run when a library that doctor needs does not start."""
     check = Check("problem", "pipeline", f"does not start: {format_error(error)}", rebuild())
-    return Examination((*run_quick_checks(), check))
+    return Examination((*run_quick_checks(), *([] if is_client_only() else [check])))
+
+
+def is_client_only() -> bool:
+    """Return whether only what asks a server is installed: nothing that trains or exports."""
+    return not any(map(importlib.util.find_spec, ("torch", "onnx", "onnxruntime")))
 
 
 def run_quick_checks() -> list[Check]:
@@ -125,7 +142,18 @@ def check_python() -> str:
 
 
 def check_packages() -> str:
-    """Check that the packages that this one requires are installed, in the required versions."""
+    """Check that the packages that this one requires are installed, in the required versions.
+
+    Where only the client is installed, check that its packages are there.
+    """
+    if is_client_only():
+        if missing := [name for name in CLIENT if not importlib.util.find_spec(name)]:
+            fix = f"{sys.executable} -m pip install -r client-requirements.txt"
+            raise Problem(f"{', '.join(missing)} missing", fix)
+        build = f"'{format_make('.venv')}' builds what trains, exports and serves"
+        return f"the client's: 'pipeline query', 'pipeline validate URL' and Client work; {build}"
+    from packaging.requirements import Requirement  # not installed with the client alone
+
     try:
         required = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -135,12 +163,11 @@ def check_packages() -> str:
         name, needed = requirement.name, requirement.specifier
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue  # not for this machine
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        copies = (importlib.metadata.distributions(name=n) for n in (name, _EITHER.get(name, name)))
+        version = next((copy.version for copy in itertools.chain(*copies)), "")
+        if not version:
             problems.append(f"{name} is missing")
-            continue
-        if not needed.contains(version, prereleases=True):
+        elif not needed.contains(version, prereleases=True):
             problems.append(f"{name} {version}, but {needed} is needed")
     if problems:
         raise PipelineError("; ".join(problems))
@@ -154,8 +181,8 @@ def check_runtimes() -> Result:
     names -= {"onnxruntime-extensions", "onnxruntime-genai"}
     runtimes = sorted(name for name in names if re.fullmatch(r"onnxruntime(-\w+)?", name))
     if len(runtimes) > 1:
-        fix = f"{sys.executable} -m pip uninstall --yes {' '.join(runtimes)} && {rebuild()}"
-        raise Problem(f"{' and '.join(runtimes)} are both installed and overwrite each other", fix)
+        both = f"{' and '.join(runtimes)} are both installed and overwrite each other"
+        raise Problem(both, f"{UNINSTALL} {' '.join(runtimes)} && {INSTALL_FOR_GPUS}")
     return f"from {runtimes[0]}" if runtimes else []
 
 
@@ -202,6 +229,9 @@ def check_providers(model: Path) -> list[Check]:
     facts = _probe("onnxruntime", str(model))
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     checks = []
+    if has_gpu and "cuda" not in facts["providers"]:
+        fix = f"{UNINSTALL} onnxruntime && {INSTALL_FOR_GPUS}"
+        checks.append(Check("warning", "ONNX Runtime on cuda", "is not in this build", fix))
     for name, failure in facts["providers"].items():
         what = f"ONNX Runtime on {name}"
         if not failure:

@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import SettingError
 from pipeline.core.text import Lines
 
 
@@ -48,17 +48,17 @@ _IR_VERSIONS = {21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 def span(release: str) -> Target:
     """Return the span of a release `YY.MM`.
 
-    Raises PipelineError, which names the supported releases, when it is in no span.
+    Raises SettingError, which names the supported releases, when it is in no span.
     """
     supported = f"releases {OLDEST} to {NEWEST} are known"
     if not re.fullmatch(r"[0-9]{2}\.(0[1-9]|1[0-2])", release):
-        raise PipelineError(f"{release!r} is not a Triton release (YY.MM); {supported}")
+        raise SettingError(f"{release!r} is not a Triton release (YY.MM); {supported}")
     if release < OLDEST:
-        raise PipelineError(
+        raise SettingError(
             f"Triton {release} is too old: {supported}. Take one of their containers"
         )
     if release > NEWEST:
-        raise PipelineError(
+        raise SettingError(
             f"Triton {release} is too new: {supported}. Export for {NEWEST}: later releases load "
             "that as well, since ONNX Runtime is backward compatible"
         )
@@ -66,7 +66,7 @@ def span(release: str) -> Target:
 
 
 def target(release: str) -> Target:
-    """Return what Triton `release` (YY.MM) loads; raise PipelineError when it is unknown."""
+    """Return what Triton `release` (YY.MM) loads; raise SettingError when it is unknown."""
     return replace(span(release), first=release, last=release)
 
 
@@ -84,11 +84,11 @@ class ExportConfig:
 def onnx_dialect(release: str | None = None, opset: int | None = None) -> ExportConfig:
     """Return the ONNX dialect to export: that of `opset`, else the release's newest or the default.
 
-    Raises PipelineError for an unknown release, and for an opset that our exporter does not write
+    Raises SettingError for an unknown release, and for an opset that our exporter does not write
     or that the release does not load.
     """
     if opset is not None and opset not in OPSETS:
-        raise PipelineError(
+        raise SettingError(
             f"opset {opset} cannot be exported: choose {OPSETS[0]} to {OPSETS[-1]}, or leave out "
             f"--opset for {ExportConfig.opset}, which every Triton since {OLDEST} loads"
         )
@@ -96,7 +96,7 @@ def onnx_dialect(release: str | None = None, opset: int | None = None) -> Export
         wanted = target(release)
         if opset is not None and opset > wanted.opset:
             first = next(span.first for span in SPANS if opset <= span.opset)
-            raise PipelineError(
+            raise SettingError(
                 f"Triton {release} cannot load opset {opset}: its ONNX Runtime "
                 f"{wanted.onnxruntime} loads up to {wanted.opset}. Choose a lower opset, or Triton "
                 f"{first} or later"

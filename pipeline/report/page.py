@@ -92,8 +92,7 @@ def collect(paths: Paths) -> Page:
     """Collect the page's content from the run, its export and the cached data set."""
     train_command = f"pipeline train --run {paths.run}"
     if not paths.run_folder.exists():
-        message = f"no run {paths.run}: run '{train_command}' first, or choose another --run"
-        raise PipelineError(message)
+        raise PipelineError(f"there is no run {paths.run!r} here: {paths.explain_runs()}")
     unfinished = f"the run is not finished; finish it with '{train_command} --resume'"
     summary = read_json(paths.summary, unfinished)
     config = read_run_config(paths) or TrainConfig()

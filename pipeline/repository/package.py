@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import files
-from pipeline.core.errors import CheckFailedError, PipelineError
+from pipeline.core.errors import CheckFailedError, PipelineError, SettingError
 from pipeline.core.paths import Paths, packaged_name
 from pipeline.core.signature import pictures_of
 from pipeline.export import graph
@@ -63,7 +63,7 @@ def explain_package(
     """
     chosen = [name for name in profiles.PROFILES if profile in (name, "all")]
     if not chosen:
-        raise PipelineError(f"no profile {profile!r} exists: use {', '.join(profiles.PROFILES)}")
+        raise SettingError(f"no profile {profile!r} exists: use {', '.join(profiles.PROFILES)}")
     variant = _check_export(paths, config)[0]
     version, old = _next_version(paths.repository / variant.name, variant.base)
     base = _select_in_base(variant, version, old)

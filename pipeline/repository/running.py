@@ -80,7 +80,8 @@ def default_url(paths: Paths) -> str:
     """Return the gRPC URL of our server; raise ServerError if `server.json` records none."""
     server = load_server(paths)
     if server is None:
-        raise ServerError(f"{paths.server} does not exist: run 'pipeline serve', or use --url")
+        fix = "start one with 'pipeline serve --detach', or name one with --url"
+        raise ServerError(f"no server runs here: {fix}")
     return server.grpc_url
 
 
@@ -91,8 +92,14 @@ def root(paths: Paths) -> str:
 
 def find_server(paths: Paths) -> Server | None:
     """Return our server if it runs and serves this model of this repository, else None."""
-    server = None if paths.repository_folder else load_server(paths)
-    if server is None or paths.name not in server.models:
+    server = None if paths.repository_folder else find_running(paths)
+    return server if server and paths.name in server.models else None
+
+
+def find_running(paths: Paths) -> Server | None:
+    """Return our server if it runs, whatever it serves, else None."""
+    server = load_server(paths)
+    if server is None:
         return None
     # A supervisor whose tritonserver died may be about to start it again.
     is_supervised = is_alive(server.supervisor_pid, server.supervisor_start_time)

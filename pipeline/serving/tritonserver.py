@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.paths import Paths
+from pipeline.core.paths import Paths, format_make
 from pipeline.core.text import Lines
 from pipeline.repository import ort_values
 from pipeline.serving.settings import ServeConfig
@@ -26,7 +26,6 @@ RESTRICTED = "model-repository,shared-memory,trace,logging"
 KEY_HEADER = "triton-admin-key"
 # Quantiles of the last minute's latencies, each with the allowed error of its rank.
 SUMMARIES = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.99:0.001")
-REBUILD = "build it again with 'rm -r .venv-triton && make .venv-triton'"
 DOCKER_SECONDS = 5.0  # within which Docker's engine must answer
 EXIT_SECONDS = 1  # wait for open connections, after all accepted requests were answered
 # A path that the wheel's server can use. Its python backend starts a model through a shell, without
@@ -92,24 +91,32 @@ def _find_wheel(paths: Paths) -> ServerRuntime | str:
     if not environment.exists():
         pip = [str(python), "-m", "pip", "install", "--no-deps", "-r", str(REQUIREMENTS)]
         venv = shlex.join(["python3", "-m", "venv", str(environment)])
-        steps = f"'make .venv-triton' (or {venv} && {shlex.join(pip)})"
+        steps = f"'{format_rebuild(paths)}' (or {venv} && {shlex.join(pip)})"
         return f"{environment} does not exist: run {steps}"
     if not python.exists() or not servers:
         lacks = "pytriton" if python.exists() else "bin/python"
-        return f"{environment} lacks {lacks}: {REBUILD}"
+        return f"{environment} lacks {lacks}: build it again with '{format_rebuild(paths)}'"
     site = servers[0].parent.parent
     # With numpy 2 the wheel's Triton returns incorrect numbers, yet with HTTP 200. Python 3.13 has
     # no older numpy; see requirements.txt for why it is safe there.
     numpys = [path.stem.removeprefix("numpy-") for path in site.glob("numpy-*.dist-info")]
     numpy = numpys[0] if numpys else "1."
     if site.parent.name in ("python3.11", "python3.12") and not numpy.startswith("1."):
-        raise PipelineError(f"{environment} has numpy {numpy} and needs numpy 1: {REBUILD}")
+        fix = f"build it again with '{format_rebuild(paths)}'"
+        raise PipelineError(f"{environment} has numpy {numpy} and needs numpy 1: {fix}")
     # The stub is linked against libpython; it must be that of the environment's own Python.
     command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     folder = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     libraries = os.pathsep.join([folder, str(site.absolute() / "nvidia_pytriton.libs")])
     program = (str(servers[0].absolute() / "bin" / "tritonserver"),)
     return ServerRuntime("wheel", program, {"LD_LIBRARY_PATH": libraries}, python.absolute())
+
+
+def format_rebuild(paths: Paths) -> str:
+    """Return the shell command that builds the server's environment; an old one is removed."""
+    environment, build = paths.triton_environment, format_make(".venv-triton")
+    is_there = os.path.lexists(environment)  # make does not check one that it has built
+    return f"rm -rf {shlex.quote(str(environment))} && {build}" if is_there else build
 
 
 def _find_docker(paths: Paths) -> ServerRuntime | str:
@@ -167,7 +174,7 @@ def copy_backends(runtime: ServerRuntime, folder: Path) -> None:
     version = server.parent.parent.parent.name.removeprefix("python")
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.exists():
-        fix = "build it with Python 3.11 to 3.13 (make clean-triton .venv-triton)"
+        fix = "remove it, and build it with Python 3.11 to 3.13"
         raise PipelineError(f"the server's environment has no stub for Python {version}: {fix}")
     shutil.copytree(server / "backends" / "python", folder / "python")
     shutil.copy2(stub, folder / "python" / stub.name)

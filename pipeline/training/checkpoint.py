@@ -106,7 +106,7 @@ def load_checkpoint(paths: Paths) -> Checkpoint:
     are not the bytes that training wrote.
     """
     if not paths.run_folder.exists():
-        raise PipelineError(f"no run at {paths.run_folder}: run 'pipeline train' first")
+        raise PipelineError(f"there is no run {paths.run!r} here: {paths.explain_runs()}")
     fix = f"the run is not finished; finish it with 'pipeline train --run {paths.run} --resume'"
     summary = read_record(paths.summary, Summary, fix)
     content = check_digest(paths.weights, summary.weights_sha256, RETRAIN)

@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core.errors import LostError, PipelineError
+from pipeline.core.paths import format_make
 
 # mallopt's parameters and their values: freed memory stays with the process.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
@@ -119,7 +120,7 @@ def choose_placement(wanted: str) -> Placement:
     if wanted == "cuda":
         raise PipelineError(
             f"no CUDA device: {_explain_missing_cuda()}. Install a CUDA build of torch "
-            "(make .venv TORCH_INDEX=URL), or use --device cpu"
+            f"({format_make('.venv TORCH_INDEX=URL')}), or use --device cpu"
         )
     keep_freed_memory()
     reason = f"; {_explain_missing_cuda()}" if wanted == "auto" else ""
@@ -154,7 +155,8 @@ def process_group(placement: Placement) -> Iterator[None]:
             raise
         raise LostError(
             f"process {placement.rank} of {placement.processes} lost another process (killed, out "
-            "of memory?). The last checkpoint is kept: start the same command with --resume"
+            "of memory?). Start the same command with --resume: it continues after the last "
+            "checkpoint, or from the start"
         ) from error
     finally:
         if distributed.is_initialized():

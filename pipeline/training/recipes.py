@@ -5,72 +5,66 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import PipelineError, require_choice
+from pipeline.core.errors import SettingError, require_choice
 from pipeline.core.paths import FOLDER
-from pipeline.core.settings import setting
+from pipeline.core.settings import POSITIVE, Limits, require_valid, setting
 
-# Fields that are a fraction: 0 to below 1.
-SHARES = ["label_smoothing", "average", "warm_up", "beta1", "beta2", "dropout", "fade", "stroke"]
-SHARES += ["outliers"]
-DISTORTIONS = ("rotate", "stretch", "shear", "shift", "elastic")
 LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels each network takes
+_OPTIMIZERS, _SCHEDULES = ("adamw", "adadelta", "sgd"), ("one-cycle", "decay")
+# Limits and units of the fields.
+_EPOCHS = {"limits": Limits(0, 1000, min_open=True), "unit": "EPOCHS"}
+_IMAGES = {"limits": Limits(1, 10_000), "unit": "IMAGES"}
+_RATE = {"limits": POSITIVE, "unit": "RATE"}
+_SHARE = {"limits": Limits(0, 1, max_open=True), "unit": "FRACTION"}
+_UP_TO_1 = {"limits": Limits(0, 1), "unit": "FRACTION"}
+_PIXELS = {**_SHARE, "unit": "PIXELS"}
+_DISTORTION = Limits(0, 2)
+_SIDE = {"limits": _DISTORTION, "unit": "FRACTION"}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train: the network and everything that decides its weights but seed and data."""
 
-    network: str = setting("cnn", "Network: cnn, classic, record or net (see networks.py).")
-    channels: tuple[int, ...] = setting((16, 24, 32, 48), "Channels of each layer.")
+    network: str = setting("cnn", "Network (see networks.py).", choices=tuple(LAYERS))
+    channels: tuple[int, ...] = setting((16, 24, 32, 48), "Channels of each layer.", unit="N,N,...")
     padded: bool = setting(False, "cnn: pad, to see the image's border like its middle.")
-    epochs: float = setting(1.0, "Passes over the training split; the last may be partial.")
-    batch_size: int = setting(128, "Images in each step.")
-    optimizer: str = setting("adamw", "Optimizer: adamw, adadelta or sgd.")
-    lr: float = setting(0.015, "Learning rate at the peak of the schedule.")
-    beta1: float = setting(0.9, "adamw: decay rate of the mean gradient.")
-    beta2: float = setting(0.99, "adamw: decay rate of the mean squared gradient.")
-    schedule: str = setting("one-cycle", "Schedule: one-cycle, or decay by gamma after each epoch.")
-    warm_up: float = setting(0.25, "one-cycle: fraction of the steps in which the rate rises.")
-    gamma: float = setting(0.7, "decay: factor of the learning rate after each epoch.")
-    weight_decay: float = setting(0.02, "Weight decay.")
-    label_smoothing: float = setting(0.0, "Probability taken from the true class, 0 to 1.")
-    dropout: float = setting(0.0, "cnn: fraction dropped after convolution 2 and at the end.")
-    norm_momentum: float = setting(0.2, "Momentum of batch norm; a short run needs more.")
-    average: float = setting(0.0, "Decay per step of averaged weights, from half-way on; 0: off.")
-    mirror: float = setting(0.0, "Probability that an image is mirrored, left to right.")
-    rotate: float = setting(0.0, "Largest rotation of an image, in radians.")
-    stretch: float = setting(0.0, "Largest stretch in each direction, as a logarithm.")
-    shear: float = setting(0.0, "Largest shear, as a tangent.")
-    shift: float = setting(0.0, "Largest shift, as a fraction of half the image's side.")
-    elastic: float = setting(0.0, "Largest elastic shift, as a fraction of half the side.")
-    fade: float = setting(0.0, "Fraction of the steps, at the end, over which distortion fades.")
-    stroke: float = setting(0.0, "Largest thickening or thinning; 1 is a pixel on each side.")
-    outliers: float = setting(0.0, "Non-digits in each batch, as a fraction of its digits.")
+    epochs: float = setting(1.0, "Passes over the training split, such as 0.5.", **_EPOCHS)
+    batch_size: int = setting(128, "Images in each step.", **_IMAGES)
+    optimizer: str = setting("adamw", "Optimizer.", choices=_OPTIMIZERS)
+    lr: float = setting(0.015, "Learning rate at the peak of the schedule.", **_RATE)
+    beta1: float = setting(0.9, "adamw: decay rate of the mean gradient.", **_SHARE)
+    beta2: float = setting(0.99, "adamw: decay rate of the mean squared gradient.", **_SHARE)
+    schedule: str = setting("one-cycle", "Schedule of the learning rate.", choices=_SCHEDULES)
+    warm_up: float = setting(0.25, "one-cycle: steps in which the rate rises.", **_SHARE)
+    gamma: float = setting(0.7, "decay: factor of the learning rate after each epoch.", **_UP_TO_1)
+    weight_decay: float = setting(0.02, "Weight decay, times the learning rate.", **_SIDE)
+    label_smoothing: float = setting(0.0, "Probability taken from the true class.", **_SHARE)
+    dropout: float = setting(0.0, "cnn: dropped after convolution 2 and at the end.", **_SHARE)
+    norm_momentum: float = setting(0.2, "Momentum of batch norm; more for short runs.", **_UP_TO_1)
+    average: float = setting(0.0, "Decay per step of weights averaged from half-way.", **_SHARE)
+    mirror: float = setting(0.0, "Probability that an image is mirrored sideways.", **_UP_TO_1)
+    rotate: float = setting(0.0, "Largest rotation.", limits=_DISTORTION, unit="RADIANS")
+    stretch: float = setting(0.0, "Largest stretch.", limits=_DISTORTION, unit="LOGARITHM")
+    shear: float = setting(0.0, "Largest shear.", limits=_DISTORTION, unit="TANGENT")
+    shift: float = setting(0.0, "Largest shift, as a part of half the image's side.", **_SIDE)
+    elastic: float = setting(0.0, "Largest elastic shift, as a part of half the side.", **_SIDE)
+    fade: float = setting(0.0, "Last steps, over which the distortion fades.", **_SHARE)
+    stroke: float = setting(0.0, "Largest thickening or thinning on each side.", **_PIXELS)
+    outliers: float = setting(0.0, "Non-digits in each batch, as a part of its digits.", **_SHARE)
 
     def __post_init__(self) -> None:
-        require_choice("network", self.network, tuple(LAYERS))
-        require_choice("optimizer", self.optimizer, ("adamw", "adadelta", "sgd"))
-        require_choice("schedule", self.schedule, ("one-cycle", "decay"))
+        require_valid(self)
         layers = LAYERS[self.network]
         if len(self.channels) != layers or min(self.channels) < 1:
             needed, got = f"{layers} numbers of at least 1", ",".join(map(str, self.channels))
-            raise PipelineError(f"channels must be {needed} for {self.network}, got {got}")
-        for name, is_valid, limits in (
-            ("epochs", 0 < self.epochs <= 1000, "above 0 and at most 1000"),
-            ("batch_size", 1 <= self.batch_size <= 10_000, "1 to 10000"),
-            ("lr", self.lr > 0, "above 0"),
-            ("mirror", 0 <= self.mirror <= 1, "0 to 1"),
-            *((name, 0 <= getattr(self, name) < 1, "0 to below 1") for name in SHARES),
-            *((name, 0 <= getattr(self, name) <= 2, "0 to 2") for name in DISTORTIONS),
-        ):
-            if not is_valid:
-                option = name.replace("_", "-")
-                raise PipelineError(f"{option} must be {limits}, got {getattr(self, name)}")
+            raise SettingError(f"channels must be {needed} for {self.network}, got {got}")
 
     @property
     def distorts(self) -> bool:
         """Whether training distorts each image, differently every time."""
-        return any(getattr(self, name) for name in ("mirror", *DISTORTIONS, "stroke"))
+        moves = (self.rotate, self.stretch, self.shear, self.shift, self.elastic)
+        return any((self.mirror, *moves, self.stroke))
 
 
 _STANDARD = Recipe(
@@ -132,6 +126,7 @@ RECIPES = {
     ),
 }
 DEFAULT_RECIPE = "standard"
+_DEVICE = "Device to train on; auto is CUDA if it is available."
 # Changes for other data sets to the recipes that distort images. Clothes are not handwriting: they
 # neither slant nor bend, but may be mirrored, and need a wider network and a longer training.
 FOR_DATASET: dict[str, dict[str, Any]] = {
@@ -154,16 +149,14 @@ class TrainConfig:
     recipe: str = DEFAULT_RECIPE
     settings: Recipe = RECIPES[DEFAULT_RECIPE]
     dataset: str = "mnist"
-    seed: int = 0
-    device: str = "auto"  # auto, cpu or cuda; device.py decides
-    compiled: bool = False  # by torch.compile, which is worth it on a GPU in a long run
+    seed: int = setting(0, "Seed of all random numbers.", limits=Limits(0, 2**31 - 1))
+    device: str = setting("auto", _DEVICE, choices=("auto", "cpu", "cuda"))  # device.py decides
+    compiled: bool = setting(False, "Use torch.compile: faster for long runs on a GPU.")
 
     def __post_init__(self) -> None:
-        require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require_valid(self)
         if self.settings.outliers and self.dataset != "mnist":
-            raise PipelineError(f"{self.dataset} is trained without outliers: leave out --outliers")
-        if not 0 <= self.seed < 2**31:
-            raise PipelineError(f"seed must be 0 to 2147483647, got {self.seed}")
+            raise SettingError(f"{self.dataset} is trained without outliers: leave out --outliers")
 
     @classmethod
     def of(cls, name: str, dataset: str = "mnist", seed: int = 0, **changes: Any) -> "TrainConfig":

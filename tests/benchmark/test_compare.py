@@ -236,6 +236,8 @@ def test_a_measurement_of_another_model_is_refused_before_anything_is_measured(
 ) -> None:
     file = empty.root / "before.json"
     file.write_text(json.dumps({**SOUND, "what": what, "sha256": "of another file"}))
+    empty.paths.named("quick").export.mkdir(parents=True)
+    empty.paths.named("quick").manifest.touch()
     result = empty.run("benchmark", "--what", what, "--name", "quick", "--compare", str(file))
     assert result.exit_code == 1
     said = f"{file} measures the model 'handwriting', not 'quick': give --name"

@@ -14,6 +14,8 @@ from tools import readme
 from tools.provenance import read_figure
 from tools.readme import PAGES, RESULTS, merge_training_figure, render_macro, wrap
 
+TRAIN = ["benchmark", "--what", "train"]
+
 
 def test_multiply_adds_are_those_of_the_layers() -> None:
     assert count_multiply_adds("note") == 784 * 128 + 128 * 10
@@ -46,7 +48,7 @@ def test_the_benchmark_trains_and_scores_and_its_rows_are_kept_among_the_others(
     monkeypatch.chdir(empty.root)
     PAGES[0].write_text("<!-- figures:training -->\n<!-- /figures -->\n")
     RESULTS.mkdir(parents=True)
-    result = empty.run("--json", "benchmark", "--recipes", "quick", "--seeds", "1")
+    result = empty.run("--json", *TRAIN, "--recipes", "quick", "--seeds", "1")
     (row,) = json.loads(result.stdout)["rows"]
     assert row["trials"][0]["test_accuracy"] > 0.7
     assert row["share"] > 0
@@ -66,8 +68,8 @@ def test_a_benchmark_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(training, "YARDSTICK_EPOCHS", 0.002)
     monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=0.1))
-    first = empty.record("benchmark", "--recipes", "quick", "--seeds", "1")
-    both = ["benchmark", "--recipes", "quick", "--seeds", "2", "--resume"]
+    first = empty.record(*TRAIN, "--recipes", "quick", "--seeds", "1")
+    both = [*TRAIN, "--recipes", "quick", "--seeds", "2", "--resume"]
     again = empty.record(*both)
     assert again["rows"][0]["trials"][0] == first["rows"][0]["trials"][0]
     assert len(again["rows"][0]["trials"]) == 2
@@ -86,17 +88,17 @@ def test_the_table_says_how_long_quick_takes_beside_the_record() -> None:
 
 
 def test_an_unknown_recipe_is_refused_before_anything_is_trained(empty: Chain) -> None:
-    result = empty.run("benchmark", "--recipes", "quick,bset")
-    assert result.exit_code == 1
+    result = empty.run(*TRAIN, "--recipes", "quick,bset")
+    assert result.exit_code == 2
     assert "recipe must be one of" in error_line(result)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--compare", "before.json"],
-        ["--csv", "rows.csv"],
-        ["--name", "mine"],
+        ["--what", "train", "--compare", "before.json"],
+        ["--what", "train", "--csv", "rows.csv"],
+        ["--what", "train", "--name", "handwriting"],
         ["--what", "train", "--short"],
         ["--what", "infer", "--rate", "5"],
         ["--what", "all", "--seeds", "2"],
@@ -107,13 +109,16 @@ def test_an_unknown_recipe_is_refused_before_anything_is_trained(empty: Chain) -
 def test_an_option_that_the_kind_would_leave_out_is_refused(
     empty: Chain, options: list[str]
 ) -> None:
+    empty.paths.export.mkdir(parents=True)
+    empty.paths.manifest.touch()
     result = empty.run("benchmark", *options)
     assert result.exit_code == 2
-    what = options[1] if options[0] == "--what" else "train"
     (option,) = (one for one in options if one.startswith("--") and one != "--what")
     kinds = USED_BY[option.removeprefix("--")]
     valid = " or ".join(f"--what {kind}" for kind in kinds)
-    assert f"{option} needs {valid}, not --what {what}" in " ".join(error_line(result).split())
+    assert f"{option} needs {valid}, not --what {options[1]}" in " ".join(
+        error_line(result).split()
+    )
 
 
 def test_each_option_that_some_kinds_use_is_one_of_the_command() -> None:
@@ -124,8 +129,8 @@ def test_each_option_that_some_kinds_use_is_one_of_the_command() -> None:
 def test_a_default_from_a_file_of_settings_is_for_the_kinds_that_use_it(empty: Chain) -> None:
     settings = empty.root / "settings.toml"
     settings.write_text('[benchmark]\nshort = true\ncompare = "before.json"\n')
-    result = empty.run("--config", str(settings), "benchmark", "--recipes", "bset")
-    assert result.exit_code == 1
+    result = empty.run("--config", str(settings), *TRAIN, "--recipes", "bset")
+    assert result.exit_code == 2
     assert "recipe must be one of" in error_line(result)
 
 

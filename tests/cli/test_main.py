@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,10 +13,13 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cli.command import Settings
+from pipeline.cli.benchmark import KINDS
+from pipeline.cli.command import Settings, next_of_packaged
 from pipeline.cli.main import main
 from pipeline.core.errors import PipelineError
-from pipeline.training.recipes import DEFAULT_RECIPE, RECIPES
+from pipeline.core.paths import Paths
+from pipeline.repository.running import Server
+from pipeline.training.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 from tests.conftest import REPOSITORY, Chain, error_line
 
 PIPELINE = [sys.executable, "-m", "pipeline"]
@@ -28,6 +32,14 @@ def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[
             yield from commands(command, (*path, name))
         else:
             yield (*path, name)
+
+
+def command_at(path: tuple[str, ...]) -> click.Command:
+    command: click.Command = main
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    return command
 
 
 @pytest.mark.parametrize("path", list(commands()), ids=" ".join)
@@ -65,11 +77,7 @@ def test_a_misspelled_command_is_wrong_usage_with_a_suggestion() -> None:
 
 @pytest.mark.parametrize("path", list(commands()), ids=" ".join)
 def test_every_command_has_the_common_options(path: tuple[str, ...]) -> None:
-    command: click.Command = main
-    for name in path:
-        assert isinstance(command, click.Group)
-        command = command.commands[name]
-    options = {option for parameter in command.params for option in parameter.opts}
+    options = {option for parameter in command_at(path).params for option in parameter.opts}
     assert options >= {"--json", "--quiet", "--verbose", "--debug", "--root", "--config"}
 
 
@@ -126,14 +134,145 @@ def test_a_missing_settings_file_is_named(empty: Chain) -> None:
     assert "nowhere.toml" in error_line(result)
 
 
-def test_a_setting_that_makes_no_sense_is_one_line_and_exit_1(empty: Chain) -> None:
-    result = empty.run("train", "--epochs", "-1")
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("train --epochs -1", "-1.0 is not in the range 0<x<=1000"),
+        ("train --epochs nan", "nan is not a number"),
+        ("train --dropout 2", "2.0 is not in the range 0<=x<1"),
+        ("train --optimizer foo", "'foo' is not one of 'adamw', 'adadelta', 'sgd'"),
+        ("train --seed -1", "-1 is not in the range 0<=x<=2147483647"),
+        ("train --channels a,b", "Invalid value for '--channels': invalid literal"),
+        ("train --network net --channels 1,2", "channels must be 1 numbers of at least 1 for net"),
+        ("train --dataset fashion-mnist --outliers 0.1", "is trained without outliers"),
+        ("serve --http-port 0", "0 is not in the range 1<=x<=65535"),
+        ("serve --http-port 8001", "three different ports are needed"),
+        ("web --requests 0", "0 is not in the range x>=1"),
+        ("package --max-queue-delay-us -1", "-1 is not in the range x>=0"),
+        ("package --explain slow", "no profile 'slow' exists"),
+        ("query x.png --min-confidence nan", "nan is not a number"),
+        ("export --target-triton 99.1", "is not a Triton release"),
+        ("export --opset 99", "opset 99 cannot be exported"),
+        ("benchmark --what train --recipes foo", "recipe must be one of"),
+        ("versions list --name a/b", "'a/b' is not a valid name"),
+    ],
+)
+def test_a_wrong_value_exits_with_2_and_is_named(
+    empty: Chain, arguments: str, problem: str
+) -> None:
+    result = empty.run(*arguments.split())
+    assert result.exit_code == 2, result.output
+    assert problem in error_line(result)
+
+
+def test_every_option_says_what_it_does_and_what_its_values_are() -> None:
+    wrong = []
+    for path in commands():
+        for option in command_at(path).params:
+            if not isinstance(option, click.Option):
+                continue
+            name, metavar = " ".join((*path, option.opts[-1])), option.make_metavar(CONTEXT)
+            if not (option.help or "").partition("  [")[0].endswith("."):
+                wrong.append(f"{name} has no sentence of help: {option.help}")
+            if not option.is_flag and re.match("TEXT|INTEGER|FLOAT|BOOLEAN|FUNC|[A-Z]*_", metavar):
+                wrong.append(f"{name} has values without a unit: {metavar}")
+            is_number = type(option.type) in (click.types.IntParamType, click.types.FloatParamType)
+            if is_number and option.name != "opset":  # its limits depend on --target-triton
+                wrong.append(f"{name} has no limits")
+    assert not wrong
+
+
+CONTEXT = click.Context(main)
+
+
+def test_a_recipes_options_have_the_choices_and_limits_of_its_fields() -> None:
+    options = {option.name: option.type for option in command_at(("train",)).params}
+    for field in fields(Recipe):
+        kind = options[field.name]
+        if "choices" in field.metadata:
+            assert isinstance(kind, click.Choice)
+            assert tuple(kind.choices) == field.metadata["choices"]
+        elif field.type in (int, float):
+            assert isinstance(kind, click.IntRange | click.FloatRange)
+            assert kind.min == field.metadata["limits"].min
+            assert kind.max == field.metadata["limits"].max
+
+
+SERVER = Server(
+    *("handwriting-0", 1, 1, 1, 1, 8000, 8001, 8002, "key", "wheel", "", {"letters": 1}),
+    *(True, 0.0, 0, "", "/"),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "server", "following"),
+    [
+        ("letters", None, "pipeline serve --detach"),
+        ("letters", SERVER, "pipeline query --name letters IMAGE, pipeline web --name letters"),
+        ("handwriting", SERVER, "pipeline serve restart"),  # it runs, without this model
+    ],
+)
+def test_the_next_command_of_a_packaged_model_knows_what_runs(
+    monkeypatch: pytest.MonkeyPatch, name: str, server: Server | None, following: str
+) -> None:
+    monkeypatch.setattr("pipeline.repository.running.find_running", lambda paths: server)
+    assert next_of_packaged(Paths(name=name)) == following
+
+
+def test_a_damaged_record_of_a_server_stops_no_other_command(tmp_path: Path) -> None:
+    paths = Paths(tmp_path)
+    paths.server.parent.mkdir()
+    paths.server.write_text("{")
+    assert next_of_packaged(paths) == "pipeline serve --detach"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("validate", "package", "versions list", "versions promote 2", "drift log.jsonl"),
+        *("query 7.png", "web", "score data --output scored"),
+        *("benchmark --what infer", "benchmark --what serve"),
+    ],
+)
+def test_an_unknown_model_is_named_with_those_that_exist(made: Chain, command: str) -> None:
+    result = made.run(*command.split(), "--name", "handwritng")
     assert result.exit_code == 1
-    assert "epochs must be above 0" in error_line(result)
+    assert error_line(result) == (
+        "there is no model 'handwritng' here: there is handwriting. Did you mean 'handwriting'?"
+    )
 
 
-def test_channels_that_are_no_numbers_are_wrong_usage(empty: Chain) -> None:
-    assert empty.run("train", "--channels", "a,b").exit_code == 2
+@pytest.mark.parametrize("command", ["export", "report"])
+def test_an_unknown_run_is_named_with_those_that_exist(made: Chain, command: str) -> None:
+    result = made.run(command, "--run", "handwritng")
+    assert result.exit_code == 1
+    assert "no run 'handwritng' here: there is handwriting. Did you mean" in error_line(result)
+
+
+def test_an_unknown_folder_of_pictures_is_named_with_the_data_that_is_here(made: Chain) -> None:
+    result = made.run("data", "verify", "--dataset", "folder:/nowhere/mnst")
+    assert result.exit_code == 1
+    assert "folder:/nowhere/mnst is not a folder" in error_line(result)
+    assert "there is mnist. Did you mean 'mnist'?" in error_line(result)
+
+
+def test_benchmark_asks_what_to_measure(empty: Chain) -> None:
+    result = empty.run("benchmark")
+    assert result.exit_code == 2
+    for kind, measured in KINDS.items():
+        assert re.search(f"^  --what {kind} +{re.escape(measured)}$", result.stderr, re.MULTILINE)
+
+
+def test_help_lists_the_commands_in_the_order_of_work_with_whole_sentences() -> None:
+    output = CliRunner().invoke(main, ["--help"]).output
+    listed = re.findall(r"^  ([a-z]+)  ", output.partition("Commands:")[2], re.MULTILINE)
+    assert listed[:5] == ["data", "train", "export", "validate", "package"]
+    assert listed.index("package") < listed.index("serve") < listed.index("query")
+    for path in commands():
+        assert (
+            "..."
+            not in CliRunner().invoke(main, [*path, "--help"]).output.partition("Commands:")[2]
+        )
 
 
 def test_a_bug_exits_70_with_its_traceback(empty: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +322,8 @@ def test_of_many_samples_some_labels_are_named_and_what_follows_can_be_typed(
     said, following = made.run("data", "sample", str(folder), "--count", "30").stdout.splitlines()
     assert said.startswith(f"wrote 30 images to {folder}, which show 7, 2, 1, ")
     assert said.endswith(", ...")
-    assert shlex.split(following) == ["next:", "pipeline", "query", str(folder)]
+    serve = ["pipeline", "serve", "--detach", "&&"]
+    assert shlex.split(following) == ["next:", *serve, "pipeline", "query", str(folder)]
 
 
 def test_an_unwritable_root_is_one_sentence(tmp_path: Path, made: Chain) -> None:
@@ -289,7 +429,7 @@ def test_an_empty_value_is_wrong_usage(
 def test_an_empty_name_in_a_file_of_settings_is_not_the_default(empty: Chain) -> None:
     (empty.root / "settings.toml").write_text('[versions.list]\nname = ""\n')
     result = empty.run("--config", str(empty.root / "settings.toml"), "versions", "list")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert error_line(result).startswith("'' is not a valid name")
 
 

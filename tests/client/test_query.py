@@ -176,7 +176,24 @@ def test_an_empty_folder_and_a_blank_picture_are_named_for_what_they_are(
     assert result.exit_code == 1
     assert f"{tmp_path / 'nothing'} has no files" in result.stderr
     assert "blank.png shows no ink" in result.stderr
-    assert "1 of 1 images got no answer; 0 answered" in result.stderr
+
+
+def test_a_single_bad_file_is_one_line_of_error(empty: Chain, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_text("not a picture")
+    alone = empty.run("query", str(tmp_path / "bad.png"))
+    assert (alone.exit_code, alone.stderr.count("Error: ")) == (1, 1)
+    both = empty.run("query", *[str(tmp_path / "bad.png")] * 2)
+    assert (both.exit_code, both.stderr.count("Error: ")) == (1, 3)
+    assert "2 of 2 images got no answer; 0 answered" in both.stderr
+
+
+def test_without_a_server_query_says_how_to_start_one(chain: Chain, tmp_path: Path) -> None:
+    write_png(load_split("mnist", chain.paths.data("mnist"), "test").images[0], tmp_path / "7.png")
+    result = chain.run("query", str(tmp_path / "7.png"))
+    assert result.exit_code == 5
+    assert error_line(result) == (
+        "no server runs here: start one with 'pipeline serve --detach', or name one with --url"
+    )
 
 
 def test_an_empty_folder_is_one_line_and_counts_as_no_image(empty: Chain, tmp_path: Path) -> None:
@@ -337,11 +354,14 @@ def test_where_only_asking_is_installed_the_rest_says_what_it_needs(tmp_path: Pa
     assert "pip install" not in trained.stderr  # which would take any torch
 
 
-def test_where_only_asking_is_installed_doctor_removes_no_environment(tmp_path: Path) -> None:
+def test_where_only_asking_is_installed_doctor_says_what_is_possible(tmp_path: Path) -> None:
     done = client_only("doctor", cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert "fix: make .venv  # in the project's folder" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert "the client's: 'pipeline query', 'pipeline validate URL'" in done.stdout
+    assert f"'make -C {REPOSITORY} .venv' builds what trains" in done.stdout
+    assert "problem" not in done.stdout
     assert "rm -rf" not in done.stdout
+    assert done.stdout.endswith("next: pipeline query --url grpc://HOST:8001 IMAGE\n")
 
 
 Served = tuple[Chain, dict[str, Any]]

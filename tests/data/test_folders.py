@@ -251,8 +251,8 @@ def run(root: Path, *arguments: str) -> tuple[int, str]:
     ("dataset", "said"),
     [
         ("fashon-mnist", "Did you mean 'fashion-mnist'?"),
-        ("anything", "or folder:PATH for a folder of pictures"),
-        ("folder:", "has no path"),
+        ("anything", "folder:PATH is a folder of pictures; there are mnist, fashion-mnist"),
+        ("folder:", "folder:PATH is a folder of pictures"),
         ("folder:some/mnist", "'mnist' is reserved"),
         ("folder:handwriting/", "'handwriting' is reserved"),
         ("folder:model_repository", "'model_repository' is reserved"),

@@ -206,7 +206,7 @@ def test_files_that_do_not_fit_each_other_are_corrupt_whatever_their_digests(
 
 
 def test_an_unknown_data_set_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match="no data set 'nist': choose one of mnist, fashion"):
+    with pytest.raises(PipelineError, match="'nist' is not a data set: there are mnist, fashion"):
         fetch_data("nist", tmp_path)
 
 
@@ -536,7 +536,7 @@ def test_a_bad_mirror_is_left_quickly_for_the_next(
     fetch_data("mnist", tmp_path, report=lines.append)
     assert time.monotonic() - begin < 8
     verify("mnist", tmp_path)
-    bad = [line for line in lines if line.startswith(f"{mirror.url}{folder}/: ")]
+    bad = [line for line in lines if line.startswith(f"note: {mirror.url}{folder}/: ")]
     assert len(bad) == requests
     assert re.search(problem, bad[0])
     # A mirror that is out of reach is not asked for the next file.

@@ -1,13 +1,17 @@
 """What doctor finds, each problem planted."""
 
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -59,6 +63,11 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "site"
 
 
+def rebuild_of(root: Path) -> str:
+    """The command that builds the server's environment of the project at `root` again."""
+    return f"rm -rf {root / '.venv-triton'} && make .venv-triton"
+
+
 @pytest.fixture
 def servers(tmp_path: Path) -> Path:
     """A server's environment of links to the real one, to be damaged."""
@@ -85,7 +94,7 @@ def test_where_all_is_well_it_says_so_and_exits_with_0(chain: Chain) -> None:
     assert "started, loaded a model, answered" in result.stdout
     assert "every file matches its SHA-256" in result.stdout
     assert "problem" not in result.stdout
-    assert result.stdout.endswith("next: pipeline serve\n")  # it is packaged
+    assert result.stdout.endswith("next: pipeline serve --detach\n")  # it is packaged
 
 
 @pytest.mark.server
@@ -94,6 +103,7 @@ def test_where_nothing_is_made_yet_everything_is_made_next(empty: Chain) -> None
     assert empty.run("doctor").stdout.endswith("next: make all\n")
 
 
+@pytest.mark.usefixtures("no_checkout")
 def test_problems_are_named_with_what_mends_them_and_exit_with_1(
     empty: Chain, planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,8 +119,9 @@ def test_problems_are_named_with_what_mends_them_and_exit_with_1(
     assert set(problems) >= {"torch", "tritonserver", "data"}
     assert record["problems"] == len(problems)
     assert "libtorch.so is cut off" in problems["torch"]["found"]
-    assert "does not exist: run 'make .venv-triton'" in problems["tritonserver"]["found"]
-    assert problems["tritonserver"]["fix"] == "make .venv-triton"
+    build = f"make -C {empty.root.parent / 'checkout'} .venv-triton"
+    assert f"does not exist: run '{build}'" in problems["tritonserver"]["found"]
+    assert problems["tritonserver"]["fix"] == build
     assert problems["data"]["fix"] == "pipeline data fetch"
     assert all(one["fix"] for one in problems.values())
 
@@ -156,7 +167,7 @@ def test_what_a_look_stumbles_over_is_a_problem_and_the_others_still_look(
     assert (
         f"PermissionError: [Errno 13] Permission denied: '{python}'" in found["tritonserver"].found
     )
-    assert found["tritonserver"].fix == "rm -rf .venv-triton && make .venv-triton"
+    assert found["tritonserver"].fix == rebuild_of(tmp_path)
     assert "server.json is not readable JSON" in found["ports"].found
     assert found["ports"].fix.startswith(f"rm {record}")
     assert check_of(tmp_path / "not" / "yet", "disk").level == "ok"
@@ -175,7 +186,7 @@ def test_a_servers_environment_that_make_has_built_is_mended_by_building_it_anew
         python.symlink_to(tmp_path / "python3.9")  # which went when the system was upgraded
     check = check_of(tmp_path, "tritonserver")
     assert f"lacks {lacking}" in check.found
-    assert check.fix == "rm -rf .venv-triton && make .venv-triton"
+    assert check.fix == rebuild_of(tmp_path)
 
 
 def put_docker(folder: Path, script: str) -> None:
@@ -204,16 +215,13 @@ def test_our_own_package_is_missed_with_what_brings_it_back(
     assert quick_check("packages").fix == "rm -rf .venv && make .venv"
 
 
-def test_an_environment_is_removed_only_where_we_run_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    elsewhere = "make .venv PYTHON=x  # in the project's folder, then use .venv/bin/pipeline"
-    assert packages.rebuild("PYTHON=x") == elsewhere
-    (tmp_path / ".venv").mkdir()
-    assert packages.rebuild("PYTHON=x") == elsewhere
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+def test_an_environment_is_removed_only_where_we_run_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
     assert packages.rebuild() == "rm -rf .venv && make .venv"
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    assert packages.rebuild("PYTHON=x") == "make .venv PYTHON=x"
+    monkeypatch.chdir("/")
+    assert packages.rebuild() == f"make -C {REPOSITORY} .venv"
 
 
 def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers: Path) -> None:
@@ -223,7 +231,7 @@ def test_numpy_2_in_the_servers_environment_is_a_problem(tmp_path: Path, servers
     check = check_of(tmp_path, "tritonserver")
     assert check.level == "problem"
     assert "has numpy 2.1.0 and needs numpy 1" in check.found
-    assert check.fix == "rm -rf .venv-triton && make .venv-triton"
+    assert check.fix == rebuild_of(tmp_path)
 
 
 def test_a_missing_stub_is_a_problem(tmp_path: Path, servers: Path) -> None:
@@ -232,9 +240,10 @@ def test_a_missing_stub_is_a_problem(tmp_path: Path, servers: Path) -> None:
     check = checks_of(tmp_path, "tritonserver")[-1]
     assert check.level == "problem"
     assert "has no stub for Python" in check.found
-    assert check.fix == "rm -rf .venv-triton && make .venv-triton"
+    assert check.fix == rebuild_of(tmp_path)
 
 
+@pytest.mark.usefixtures("no_checkout")
 @pytest.mark.parametrize(("script", "level"), [("exit 1", "problem"), ("echo 27.1", "ok")])
 def test_docker_without_its_engine_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, level: str
@@ -243,15 +252,76 @@ def test_docker_without_its_engine_is_a_problem(
     put_docker(tmp_path, script)
     check = check_of(tmp_path, "tritonserver")
     assert check.level == level
-    assert level == "ok" or check.fix == "make .venv-triton"
+    assert level == "ok" or check.fix == f"make -C {tmp_path / 'checkout'} .venv-triton"
 
 
 def test_two_runtimes_side_by_side_are_a_problem(planted: Path) -> None:
-    distribution(planted, "onnxruntime", "1.20.0")
+    distribution(planted, "onnxruntime", "1.30.0")
     check = quick_check("ONNX Runtime")
     assert check.level == "problem"
     assert "onnxruntime and onnxruntime-gpu are both installed" in check.found
-    assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in check.fix
+    assert "pip uninstall --yes onnxruntime onnxruntime-gpu && " in check.fix
+    assert check.fix.endswith("-m pip install onnxruntime-gpu")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu"])
+def test_either_build_of_onnx_runtime_will_do(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    versions = importlib.metadata.distributions
+
+    def installed(**context: Any) -> Iterable[importlib.metadata.Distribution]:
+        asked = context.get("name", "")
+        if asked.startswith("onnxruntime"):
+            return versions(name="click") if asked == name else []
+        return versions(**context)
+
+    monkeypatch.setattr(importlib.metadata, "distributions", installed)
+    assert packages.check_packages() == "as required by pyproject.toml"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "providers", "found"),
+    [
+        ([], ["cpu"], {}),
+        ([], ["cpu", "cuda"], {"cuda": ("ok", "in the build, but there is no GPU")}),
+        (["nvidia0"], ["cpu"], {"cuda": ("warning", "is not in this build")}),
+        (["nvidia0"], ["cpu", "cuda"], {"cuda": ("warning", "no libcublas")}),
+    ],
+)
+def test_the_providers_of_onnx_runtime_are_judged_by_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: list[str],
+    providers: list[str],
+    found: dict[str, tuple[str, str]],
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / gpu for gpu in gpus])
+    failing = {name: "" if name == "cpu" else "no libcublas" for name in providers}
+    facts = {"version": "1.31.1", "providers": failing}
+    monkeypatch.setattr(packages, "_probe", lambda *arguments: facts)
+    checks = {check.what.split()[-1]: check for check in packages.check_providers(Path("m"))}
+    assert checks.pop("cpu").level == "ok"
+    assert {name: (check.level, check.found) for name, check in checks.items()} == found
+    for check in checks.values():
+        assert check.level == "ok" or check.fix
+        if check.found == "is not in this build":
+            assert "pip uninstall --yes onnxruntime && " in check.fix
+            assert check.fix.endswith("-m pip install onnxruntime-gpu")
+
+
+def test_the_clients_packages_are_those_of_its_requirements() -> None:
+    lines = (REPOSITORY / "client-requirements.txt").read_text().splitlines()
+    names = [re.split(r"[\[>]", line)[0] for line in lines if not line.startswith("#")]
+    assert [name.replace("pillow", "PIL") for name in names] == list(packages.CLIENT)
+
+
+def test_a_client_alone_that_lacks_a_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = ("torch", "onnx", "onnxruntime", "aiohttp")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in lacking else find(name)
+    )
+    check = quick_check("packages")
+    assert (check.level, check.found) == ("problem", "aiohttp missing")
+    assert check.fix.endswith("-m pip install -r client-requirements.txt")
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_without_a_run_one_line_says_which_command_to_type(chain: Chain) -> None
     shutil.rmtree(chain.paths.run_folder)
     result = chain.run("report")
     assert result.exit_code == 1
-    assert "run 'pipeline train --run handwriting' first" in error_line(result)
+    assert "'pipeline train --run handwriting' trains it" in error_line(result)
     chain.paths.run_folder.mkdir()
     assert "--resume" in error_line(chain.run("report"))
 

@@ -155,7 +155,7 @@ def test_after_a_trial_of_our_own_repository_our_own_server_is_next(
     trials = [LiveTrial("handwriting", "loads")]
     monkeypatch.setattr("pipeline.serving.scratch.try_models", lambda *_: trials)
     result = chain.run("lint", str(chain.paths.repository), "--live")
-    assert result.stdout.splitlines()[-1] == "next: pipeline serve"
+    assert result.stdout.splitlines()[-1] == "next: pipeline serve --detach"
 
 
 def test_a_models_own_folder_is_no_repository_and_the_right_one_is_named(repository: Path) -> None:
@@ -229,7 +229,7 @@ def test_opset_and_ir_are_held_against_the_target(
 
 def test_an_unknown_target_is_refused(repository: Path) -> None:
     result = CliRunner().invoke(main, ["lint", str(repository), "--target-triton", "99.01"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "99.01" in error_line(result)
 
 

@@ -258,7 +258,7 @@ def test_explain_says_each_field_and_packages_nothing(chain: Chain) -> None:
         ("field", "value", "reason")
     }
     wrong = chain.run("package", "--explain", "fast")
-    assert wrong.exit_code == 1
+    assert wrong.exit_code == 2
     assert "no profile 'fast' exists: use config, cpu, gpu" in error_line(wrong)
     assert sorted(path.name for path in chain.paths.packaged.glob("[0-9]*")) == ["1"]
 

@@ -146,7 +146,7 @@ def test_what_cannot_be_promoted_or_gone_back_to_is_one_line(chain: Chain) -> No
     assert "has no previous version" in error_line(back)
     assert chain.run("versions", "promote", "0").exit_code == 2
     other = chain.run("versions", "list", "--name", "digits")
-    assert "run 'pipeline package'" in error_line(other)
+    assert "there is no model 'digits' here: there is handwriting" in error_line(other)
 
 
 def test_prune_keeps_the_selected_the_previous_and_what_is_newer(chain: Chain) -> None:

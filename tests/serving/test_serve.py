@@ -645,6 +645,7 @@ def test_a_model_of_others_is_told_how_to_get_a_proof_or_to_be_served_without(ch
     assert f"tritonserver --model-repository={chain.paths.repository}" in message
 
 
+@pytest.mark.usefixtures("no_checkout")
 def test_without_any_tritonserver_it_says_what_is_missing_and_names_the_container(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -653,7 +654,7 @@ def test_without_any_tritonserver_it_says_what_is_missing_and_names_the_containe
     assert result.exit_code == 1
     message = error_line(result)
     assert "path: tritonserver is not on the PATH" in message
-    assert "make .venv-triton" in message
+    assert "checkout .venv-triton" in message
     assert "docker: docker is not on the PATH" in message
     assert tritonserver.IMAGE in message
 
@@ -667,6 +668,7 @@ def test_a_docker_whose_engine_does_not_answer_serves_nothing(
     (tmp_path / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(tritonserver, "DOCKER_SECONDS", 0.5)
+    (chain.root / ".venv-triton").symlink_to("gone")
     result = chain.run("serve", "--detach", "--port", "auto")
     assert result.exit_code == 1
     assert "make .venv-triton" in error_line(result)

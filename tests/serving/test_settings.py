@@ -53,7 +53,7 @@ def test_settings_are_checked_where_they_are_born() -> None:
         TrainConfig(device="tpu")
     with pytest.raises(PipelineError, match="instances"):
         PackageConfig(instances=0)
-    with pytest.raises(PipelineError, match="max_queue_delay_us"):
+    with pytest.raises(PipelineError, match="max-queue-delay-us"):
         PackageConfig(max_queue_delay_us=-1)
     with pytest.raises(PipelineError, match="port"):
         ServeConfig(http_port=0)

@@ -87,7 +87,7 @@ def test_logs_show_the_last_lines_and_follow_until_the_end(served: Served) -> No
     chain, _ = served
     lines = chain.record("serve", "logs", "--lines", "2")["lines"]
     assert len(lines) == 4
-    assert lines[1] == "next: pipeline query IMAGE..., pipeline serve stop"
+    assert lines[1] == "next: pipeline query IMAGE, pipeline web, pipeline serve stop"
     assert chain.record("serve", "logs", "--lines", "0") == {"lines": []}
     followed = state.follow_log(chain.paths)
     with chain.paths.server_log.open("a") as log:

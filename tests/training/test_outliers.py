@@ -117,5 +117,5 @@ def test_only_digits_are_trained_beside_things_that_are_none() -> None:
         with pytest.raises(PipelineError, match=f"{dataset} is trained without"):
             TrainConfig(settings=RECIPES["standard"], dataset=dataset)
     assert make_recipe("standard", outliers=0.5).outliers == 0.5
-    with pytest.raises(PipelineError, match="outliers must be 0 to below 1"):
+    with pytest.raises(PipelineError, match="outliers must be in the range 0<=x<1"):
         make_recipe("standard", outliers=1.5)
