@@ -155,18 +155,29 @@ def calibration_error(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -
     return sum(gaps) / len(labels)
 
 
-def reliability(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> tuple[Bin, ...]:
+def reliability(
+    outputs: np.ndarray, labels: np.ndarray, bins: int = 15, fewest: int = 1
+) -> tuple[Bin, ...]:
     """Return the confidence and accuracy of log-probabilities (N, K), in bins of equal width.
 
-    Bins without images are omitted.
+    A bin of fewer than `fewest` images is merged with the next one below it, the lowest with the
+    next above; bins without images are omitted.
     """
     confidence = np.exp(outputs.max(axis=1))
     correct = outputs.argmax(axis=1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    groups = [np.zeros(len(labels), bool)]  # images of each bin, the highest first
+    for index in reversed(range(bins)):
+        if groups[-1].sum() >= fewest:
+            groups.append(bin_of == index)
+        else:
+            groups[-1] |= bin_of == index
+    if len(groups) > 1 and groups[-1].sum() < fewest:
+        lowest = groups.pop()
+        groups[-1] |= lowest
     return tuple(
         Bin(int(rows.sum()), float(confidence[rows].mean()), float(correct[rows].mean()))
-        for rows in (bin_of == index for index in range(bins))
-        if rows.any()
+        for rows in reversed(groups)
     )
 
 

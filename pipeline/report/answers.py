@@ -27,7 +27,8 @@ from pipeline.training.records import Predictions
 
 MISTAKES = 50  # most mistakes shown
 CONFUSIONS = 10  # most confusions named
-SHADES = 5  # shades of a cell in the confusion matrix
+PALEST, SPAN = 0.12, 0.5  # opacity of one mistake in the confusion matrix, and what is above it
+FEWEST = 20  # images of a point of the calibration curve: smaller bins are merged
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class Answers:
     images: int
     wrong: int
     interval: tuple[float, float]  # of the accuracy, 95 %
-    matrix: list[list[list[int]]]  # [count, shade 0 to SHADES] by truth and answer
+    matrix: list[list[tuple[int, float]]]  # count and opacity of its tint, by truth and answer
     confusions: tuple[tuple[str, str, int], ...]  # truth, prediction, count; the most frequent
     mistakes: tuple[Mistake, ...]
     scores: tuple[ClassScore, ...]
     figures: tuple[Markup, ...]
-    refused: Mapping[str, float | None] | None  # None for old runs, which recorded no threshold
+    refused: Mapping[str, float | None] | None  # None without a threshold
+    fewest: int = FEWEST
 
 
 def collect_answers(
@@ -74,17 +76,24 @@ def collect_answers(
             "right": float(is_unsure[is_right].mean()) if right else 0.0,
             "wrong": float(is_unsure[~is_right].mean()) if right < images else None,
         }
-    before = reliability(predictions.remove_temperature(summary["temperature"]), labels)
-    after = reliability(outputs, labels)
+    raw = predictions.remove_temperature(summary["temperature"])
+    curves, bins = (
+        [reliability(both, labels, fewest=fewest) for both in (raw, outputs)]
+        for fewest in (FEWEST, 1)
+    )
     wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes only
-    shades = np.ceil(SHADES * np.sqrt(wrong / max(1, wrong.max()))).astype(int)
+    strength = np.log(np.maximum(wrong, 1)) / max(1.0, math.log(max(1, wrong.max())))
+    tints = np.where(wrong, PALEST + SPAN * strength, 0).round(3)
     order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
     cells = [divmod(int(cell), len(classes)) for cell in order if wrong.flat[cell]]
     return Answers(
         images=images,
         wrong=images - right,
         interval=wilson_interval(right, images),
-        matrix=np.stack([counts, shades], axis=2).tolist(),
+        matrix=[
+            list(zip(*row, strict=True))
+            for row in zip(counts.tolist(), tints.tolist(), strict=True)
+        ],
         confusions=tuple(
             (classes[truth], classes[predicted], int(wrong[truth, predicted]))
             for truth, predicted in cells
@@ -102,8 +111,8 @@ def collect_answers(
         ),
         scores=class_scores(counts),
         figures=(
-            Markup(figures.draw_reliability(before, after)),
-            Markup(figures.draw_confidence(before, after)),
+            Markup(figures.draw_reliability(*curves)),
+            Markup(figures.draw_confidence(*bins)),
         ),
         refused=refused,
     )

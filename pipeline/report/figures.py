@@ -4,13 +4,13 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator
 
 from pipeline.core.evaluate import Bin, wilson_interval
 
@@ -48,7 +48,7 @@ def draw_losses(lines: Sequence[Line]) -> str:
     axes.plot(epochs, means, color=ACCENT, label="running mean")
     if min(losses) > 0:
         _use_logarithm(axes, "y")
-    axes.legend(loc="upper right")
+    _add_legend_above(axes, 2)
     return to_svg(figure, "loss", f"training loss, from {losses[0]:.3g} to {losses[-1]:.3g}")
 
 
@@ -59,7 +59,7 @@ def draw_accuracies(lines: Sequence[Line]) -> str:
     epochs = [line["epoch"] for line in measured]
     percent = [100 * line["validation_accuracy"] for line in measured]
     figure, axes = _make_axes("epoch", "validation accuracy (%)")
-    axes.plot(epochs, percent, "o-", color=ACCENT, ms=5)
+    axes.plot(epochs, percent, "o-" if len(epochs) <= 40 else "-", color=ACCENT, ms=5)
     end = (epochs[-1], percent[-1])
     axes.annotate(
         f"{percent[-1]:.2f} %", end, (0, 8), textcoords="offset points", ha="right", color=INK
@@ -82,7 +82,7 @@ def draw_reliability(before: Sequence[Bin], after: Sequence[Bin]) -> str:
     axes.vlines(confidences, *zip(*ranges, strict=True), color=ACCENT, lw=1, alpha=0.6)
     axes.plot(confidences, accuracies, "o-", color=ACCENT, ms=4.5, label="after")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.legend(loc="upper left")
+    _add_legend_above(axes, 3)
     return to_svg(figure, "reliability", "accuracy by mean probability")
 
 
@@ -96,7 +96,8 @@ def draw_confidence(before: Sequence[Bin], after: Sequence[Bin]) -> str:
         axes.plot(_points(bins)[0], counts, marker, color=colour, ms=4, lw=1.2, label=label)
     _use_logarithm(axes, "y")
     axes.set_xlim(0, 1.02)
-    axes.legend(loc="upper left")
+    axes.set_ylim(bottom=0.9)
+    _add_legend_above(axes, 2)
     return to_svg(figure, "histogram", "images by mean probability")
 
 
@@ -114,7 +115,7 @@ def draw_margins(margins: Sequence[float], largest: Mapping[str, float]) -> str:
         axes.axvline(error, color=colour, ls=dashes, label=f"{name} {error:.2g}")
     _use_logarithm(axes, "x")
     _use_logarithm(axes, "y")
-    axes.set_ylim(bottom=0.7)
+    axes.set_ylim(bottom=0.9)
     if largest:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, title="largest error")
     return to_svg(figure, "margins", "images by their margin, and the largest errors")
@@ -175,11 +176,30 @@ def _make_axes(x: str, y: str, size: tuple[float, float] = SIZE) -> tuple[Figure
     return figure, axes
 
 
-def _use_logarithm(axes: Axes, which: str) -> None:
+def _use_logarithm(axes: Axes, which: Literal["x", "y"]) -> None:
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(lambda value, position: f"{value:,g}")
-    axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis=which, which="both", length=3, color=MUTED)
+    axis.set_major_formatter(lambda value, position: _format_power(value))
+
+    axis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=100))
+
+    def label_minor(value: float, position: float) -> str:
+        """Label values between the powers of ten, where there are few of these."""
+        low, high = axis.get_view_interval()
+        digits = "" if high > 100 * low else "25" if high > 10 * low else "234568"
+        return _format_power(value) if f"{value:e}"[0] in digits else ""
+
+    axis.set_minor_formatter(label_minor)
+
+
+def _format_power(value: float) -> str:
+    """Format a value of a logarithmic axis, with a power of ten where that is shorter."""
+    if 1e-3 <= value < 1e6:
+        return f"{value:,g}"
+    digit, exponent = f"{value:.0e}".split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if digit == "1" else f"{digit}·{power}"
 
 
 def _points(bins: Sequence[Bin]) -> tuple[list[float], list[float]]:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import check_manifest, read_json, write_bytes
 from pipeline.core.paths import Paths
+from pipeline.core.signature import pictures_of
 from pipeline.data.splits import Split, load_split
 from pipeline.report import figures
 from pipeline.report.answers import Answers, collect_answers, draw_picture
@@ -85,7 +86,11 @@ def render(page: Page) -> str:
     )
     environment.filters["percent"] = percent
     template = environment.get_template("report.html")
-    return template.render(page=page, is_note=lambda part: isinstance(part, Note))
+    return template.render(
+        page=page,
+        is_note=lambda part: isinstance(part, Note),
+        has_ink=pictures_of(str(page.summary["dataset"])) == "digit",
+    )
 
 
 def collect(paths: Paths) -> Page:
@@ -108,13 +113,7 @@ def collect(paths: Paths) -> Page:
     evidence, agreement, drift, speeds = (
         (manifest,) * 4 if isinstance(manifest, Note) else _read_export(paths, manifest, pictured)
     )
-    settings, own = (
-        {
-            name: ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            for name, value in asdict(recipe).items()
-        }
-        for recipe in (config.settings, RECIPES.get(config.recipe, config.settings))
-    )
+    own = asdict(RECIPES.get(config.recipe, config.settings))
     return Page(
         run=paths.run,
         name=paths.name,
@@ -130,13 +129,19 @@ def collect(paths: Paths) -> Page:
         drift=drift,
         speeds=speeds,
         settings=tuple(
-            (name, value, "" if own[name] == value else own[name])
-            for name, value in settings.items()
+            (name, _format_setting(value), "" if own[name] == value else _format_setting(own[name]))
+            for name, value in asdict(config.settings).items()
         ),
         digests=_list_digests(paths, config, summary, manifest),
         export=manifest if isinstance(manifest, Note) else None,
         then=manifest.command if isinstance(manifest, Note) else _find_next_command(paths),
     )
+
+
+def _format_setting(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _load_split(paths: Paths, config: TrainConfig, name: str) -> Split | Note:

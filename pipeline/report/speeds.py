@@ -20,21 +20,21 @@ HOST = "{measured_at:.10}, {machine[processor]} with {machine[cores]} cores"
 WAYS = {"grpc": "Triton, gRPC", "http": "Triton, HTTP"}
 
 
-HEADERS = (
-    *("model", "protocol", "images per request", "concurrency or rate"),
-    *("images/s", "least", "most"),
-    *(f"p{part}" for part in PERCENTILES),
-    *("queue", "input", "infer", "output", "batch formed"),
-    *("accuracy", "differ", "peak memory"),
-)
+LABELS = ("model", "protocol", "images per request", "concurrency or rate")
+SPEED = ("images/s", "least", "most", *(f"p{part}" for part in PERCENTILES))
+SCORE = ("accuracy", "differ", "peak memory")
+SPLIT = ("queue", "input", "infer", "output", "batch formed")
+
+
+Table = tuple[tuple[str, ...], ...]  # the cells of the headers, then of each row
 
 
 @dataclass(frozen=True)
 class Speeds:
     """Contents of the section on the export's speed."""
 
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]  # the cells of each
+    table: Table
+    server: Table  # the server's part of its requests
     figures: tuple[Markup, ...]
     measured: tuple[tuple[str, str], ...]  # what was measured; the date and the machine
     remarks: tuple[str, ...]
@@ -61,8 +61,10 @@ def read_speeds(paths: Paths, digest: str) -> Speeds | None:
         figures.draw_latencies(labels, latencies, [bool(row.get("rate")) for row in ours]),
     )
     return Speeds(
-        headers=HEADERS,
-        rows=tuple(map(_format_row, shown)),
+        table=_drop_empty((LABELS + SPEED + SCORE, *map(_format_speed, shown))),
+        server=_drop_empty(
+            (LABELS + SPLIT, *(_format_split(row) for row in shown if row["server"]))
+        ),
         figures=tuple(map(Markup, charts)),
         measured=tuple((what, HOST.format_map(record)) for what, record in records.items()),
         remarks=_collect_remarks(shown),
@@ -85,19 +87,31 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{WAYS[row['way']]}{profile}: {row['batch']}, {_format_asking(row)}"
 
 
-def _format_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    speed, split = row["images_per_second"], row["server"]
+def _format_labels(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row["name"], row["way"], str(row["batch"]), _format_asking(row)
+
+
+def _format_speed(row: Mapping[str, Any]) -> tuple[str, ...]:
     accuracy, peak = row.get("accuracy"), row.get("peak_bytes")
     return (
-        *(row["name"], row["way"], str(row["batch"]), _format_asking(row)),
-        *(f"{speed[part]:,.0f}" for part in ("median", "min", "max")),
+        *_format_labels(row),
+        *(f"{row['images_per_second'][part]:,.0f}" for part in ("median", "min", "max")),
         *(_format_number(row["latency_ms"].get(f"p{part}"), 2) for part in PERCENTILES),
-        *(_format_number(split[part] / 1e3 if split else None, 2) for part in PARTS),
-        _format_number(split.get("batch"), 1),
         "" if accuracy is None else f"{accuracy:.2%}",
         str(row.get("differing", "")),
         "" if peak is None else f"{peak / MEBIBYTE:,.0f} MiB",
     )
+
+
+def _format_split(row: Mapping[str, Any]) -> tuple[str, ...]:
+    parts = (f"{row['server'][part] / 1e3:.2f}" for part in PARTS)
+    return *_format_labels(row), *parts, _format_number(row["server"].get("batch"), 1)
+
+
+def _drop_empty(table: Table) -> Table:
+    """Drop the columns in which no row has a value."""
+    columns = [column for column in zip(*table, strict=True) if any(column[1:])]
+    return tuple(zip(*columns, strict=True))
 
 
 def _format_number(value: float | None, digits: int) -> str:

@@ -49,6 +49,7 @@ class Summary:
     predictions_sha256: str = ""  # older runs lack this field and the next three
     min_probability: float | None = None  # a lower answer is unsure; fitted on validation
     python: str = ""
+    finished_at: str = ""  # in UTC, ISO 8601
     system: str = ""
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
@@ -129,6 +130,7 @@ def _conclude(
         data_sha256=digests(config.dataset, folder),
         predictions_sha256=save_predictions(paths, outputs, test.labels),
         python=platform.python_version(),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         system=f"{platform.system()} {platform.machine()}",
     )
     write_json(paths.summary, asdict(summary))

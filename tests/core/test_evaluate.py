@@ -146,6 +146,15 @@ def test_reliability_leaves_out_empty_bins() -> None:
     assert astuple(high) == pytest.approx((2, 0.95, 0.5))
 
 
+def test_bins_of_few_images_are_merged_with_the_next_below_and_the_lowest_with_that_above() -> None:
+    shares = [0.95, 0.95, 0.95, 0.85, 0.85, 0.85, 0.75, 0.75, 0.65, 0.55]
+    outputs, labels = log_probabilities([[p, 1 - p] for p in shares]), np.zeros(10, int)
+    bins = reliability(outputs, labels, bins=10, fewest=3)
+    assert [b.images for b in bins] == [3 + 1, 3, 3]
+    assert bins[0].confidence == pytest.approx((0.75 + 0.75 + 0.65 + 0.55) / 4)
+    assert [b.images for b in reliability(outputs, labels, bins=10, fewest=11)] == [10]
+
+
 def test_the_threshold_refuses_the_share_that_was_asked_for_and_nobody_at_it() -> None:
     sure = np.linspace(0.5, 0.9995, 1000)
     outputs = log_probabilities([[p, 1 - p] for p in sure])

@@ -2,7 +2,7 @@ import io
 import json
 import re
 import shutil
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import pytest
 from pipeline.core.files import sha256, write_bytes, write_json
 from pipeline.data.splits import Split, load_split
 from pipeline.report import page
-from pipeline.report.answers import Answers
+from pipeline.report.answers import Answers, collect_answers
 from pipeline.report.evidence import WORST, EvidenceSection, read_evidence
 from pipeline.repository.golden import unpack_golden
-from pipeline.training.records import load_predictions, save_predictions
+from pipeline.training.records import Predictions, load_predictions, save_predictions
+from pipeline.validation.agreement import AgreementRow, Table
+from tests.browser import PHONE, Sheet, chromium
 from tests.conftest import FEW, REPOSITORY, Chain, Edit, edit_json, error_line, flip_bit
 
 
@@ -55,6 +57,14 @@ def test_the_page_shows_all_that_the_run_and_its_export_have(chain: Chain) -> No
     assert f"{sha256(chain.paths.weights)}  runs/handwriting/model.safetensors" in text
     assert f"{sha256(chain.paths.onnx)}  exported/handwriting/model.onnx" in text
     assert "This recipe does not distort" in text
+    assert f'<time datetime="{summary["finished_at"]}">{summary["finished_at"][:10]}</time>' in text
+    assert f"{sha256(chain.paths.onnx)[:16]}</code> <small>of model.onnx" in text
+    assert "<strong>Validated, but not on a server.</strong>" in text
+    terms = re.findall(r"<dfn>(.*?)</dfn>", text)
+    assert len(terms) == len(set(terms))
+    assert {"test split", "nats", "temperature", "not sure", "eager", "probes", "margin"} <= {
+        term.lower() for term in terms
+    }
 
 
 def test_the_page_is_self_contained_and_runs_nothing(chain: Chain) -> None:
@@ -90,6 +100,68 @@ def test_many_classes_make_a_small_matrix(chain: Chain) -> None:
     assert text.count('class="right"') == 47
 
 
+@pytest.fixture(scope="module")
+def collected(made: Chain) -> page.Page:
+    """The content of the small chain's page, to be changed and rendered."""
+    return page.collect(made.paths)
+
+
+def test_a_run_without_mistakes_says_so(collected: page.Page) -> None:
+    outputs, labels = np.log(np.full((4, 10), 0.01) + 0.9 * np.eye(10)[:4]), np.arange(4)
+    answers = collect_answers(Predictions(outputs, labels), collected.summary, None)
+    text = page.render(replace(collected, answers=answers))
+    assert "<h2>No mistakes</h2>" in text
+    assert "Every test image was classified correctly." in text
+    assert "0 worst" not in text
+
+
+def test_a_threshold_near_1_is_shown_with_all_its_digits(collected: page.Page) -> None:
+    assert isinstance(collected.answers, Answers)
+    refused = {"min_probability": 0.999955, "total": 0.1, "right": 0.1, "wrong": None}
+    text = page.render(replace(collected, answers=replace(collected.answers, refused=refused)))
+    assert "<dfn>not sure</dfn> below 99.9955 %" in text
+
+
+def test_what_could_not_be_fitted_and_what_an_older_run_lacks_is_said(collected: page.Page) -> None:
+    summary = {**collected.summary, "notes": ["too few images to tell"], "finished_at": ""}
+    text = page.render(replace(collected, summary=summary))
+    assert '<p class="note">Too few images to tell.</p>' in text
+    assert "the date was not recorded" in text
+
+
+def test_pictures_of_a_folder_are_shown_as_they_are(collected: page.Page) -> None:
+    assert '<body class="ink">' in page.render(collected)  # MNIST's are white on black
+    summary = {**collected.summary, "dataset": "folder:shapes"}
+    assert "<body>" in page.render(replace(collected, summary=summary))
+
+
+def test_the_verdict_says_what_was_validated(collected: page.Page) -> None:
+    rows = [AgreementRow(name, 0.9, n, 1.0, None) for n, name in enumerate(("eager", "Triton"))]
+    table = Table("handwriting", 1, None, 100, "test", tuple(rows))
+    for changes, verdict in (
+        (
+            {"evidence": page.Note("Nothing was validated")},
+            "<strong>Not validated.</strong> Nothing was validated.",
+        ),
+        ({}, "<strong>Validated, but not on a server.</strong>"),
+        (
+            {"agreement": table},
+            "class for all but 1 of 100 test images.",
+        ),
+    ):
+        assert verdict in page.render(replace(collected, **changes))
+
+
+def test_counts_of_1_2_and_3_have_different_tints() -> None:
+    labels = np.array([0, 0, 1, 1, 1, 2])
+    outputs = np.log(np.full((6, 3), 0.1) + 0.7 * np.eye(3)[[1, 1, 2, 2, 2, 0]])
+    summary = {"classes": ["a", "b", "c"], "temperature": 1.0}
+    matrix = collect_answers(Predictions(outputs, labels), summary, None).matrix
+    tints = dict(cell for row in matrix for cell in row)
+    assert tints[0] == 0
+    assert tints[1] + 0.1 < tints[2] < tints[3] - 0.1 < 0.6
+
+
 @pytest.mark.slow
 def test_worst_mistakes_on_the_page_are_those_of_the_predictions(chain: Chain) -> None:
     summary = json.loads(chain.paths.summary.read_text())
@@ -116,7 +188,7 @@ def test_a_recipe_that_distorts_shows_how(chain: Chain) -> None:
     text = written(chain)
     assert text.count('<div class="strip">') == page.DIGITS
     assert text.count(", distorted, draw ") == page.DIGITS * page.DRAWS
-    assert "(the recipe has 0.0)" in text
+    assert "(the recipe has 0)" in text
 
 
 def test_without_an_export_or_data_the_page_says_what_makes_them(chain: Chain) -> None:
@@ -146,7 +218,9 @@ def test_a_proof_of_this_export_is_shown(chain: Chain) -> None:
     proven(chain)
     assert "The last validation was of another model.onnx" in written(chain)
     edit_json(chain.paths.agreement, lambda record: record.update(sha256=sha256(chain.paths.onnx)))
-    assert "Triton gRPC" in written(chain)
+    text = written(chain)
+    assert "Triton gRPC" in text
+    assert '<p class="verdict good"><strong>Validated.</strong> ONNX Runtime, Triton HTTP' in text
 
 
 def proof_of(chain: Chain) -> tuple[EvidenceSection, dict[str, Any], dict[str, np.ndarray]]:
@@ -178,10 +252,10 @@ def test_the_proof_has_a_row_for_each_variant(chain: Chain) -> None:
     validation = json.loads(chain.paths.validation.read_text())
     (fp32,) = validation["variants"]
     text = written(chain)
-    assert f"<td>{fp32['max_error']:.2g}</td>" in text
-    assert f"<td>{fp32['size'] / 1000:,.0f} kB</td>" in text
+    assert f">{fp32['max_error']:.2g}</td>" in text
+    assert f">{fp32['size'] / 1000:,.0f} kB</td>" in text
     for speed in fp32["images_per_second"].values():
-        assert f"<td>{speed:,.0f}</td>" in text
+        assert f">{speed:,.0f}</td>" in text
     assert f"fp32 {fp32['max_error']:.2g}</text>" in text  # in the figure
 
 
@@ -229,6 +303,7 @@ def test_an_export_without_a_proof_says_what_makes_it(chain: Chain) -> None:
     write_json(chain.paths.manifest, manifest)
     text = written(chain)
     assert "have not been validated yet: <code>pipeline validate</code>" in text
+    assert "<strong>Not validated.</strong>" in text
     assert "has not been validated on a server yet" in text
 
 
@@ -346,39 +421,40 @@ def test_training_anew_sets_the_finished_run_aside_and_only_the_last_one(chain: 
 
 
 @pytest.mark.slow
-def test_chromium_opens_the_page_without_a_network_and_without_a_complaint(
+def test_chromium_opens_the_page_without_a_network_a_complaint_or_a_table_that_is_too_wide(
     chain: Chain, tmp_path: Path
 ) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium on the PATH: make system")
     proven(chain)
     edit_json(chain.paths.run_config, lambda record: record["settings"].update(shear=0.3))
+    model = {"sha256": sha256(chain.paths.onnx)}
+    serving = json.loads((REPOSITORY / "tools" / "results" / "serving.json").read_text())
+    write_json(chain.paths.serving, {**serving, **model})
+    edit_json(chain.paths.agreement, lambda record: record.update(model))
     written(chain)
-
-    def opened(file: Path) -> tuple[str, list[str]]:
-        """The page as the browser sees it, and what its console says."""
-        options = [
-            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-            *("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom"),
-        ]
-        command = [browser, *options, file.resolve().as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    dom, console = opened(chain.paths.page)
-    assert console == []
-    assert dom.count("<svg ") == 5
     bad = tmp_path / "bad.html"  # the check can fail
     text = chain.paths.page.read_text()
     bad.write_text(text.replace("</main>", "<script>let x;</script></main>"))
-    assert "Content Security Policy" in " ".join(opened(bad)[1])
+    console: list[str] = []
+    with chromium() as browser:
+        page = browser.new_page()
+        page.on("console", lambda message: console.append(message.text))
+        for size in (PHONE, {"width": 1280, "height": 800}):
+            page.set_viewport_size(size)  # type: ignore[arg-type]  # its type is private
+            page.goto(chain.paths.page.resolve().as_uri())
+            widths = page.evaluate("""() => [...document.querySelectorAll("table")].map(
+                (table) => table.getBoundingClientRect().right)""")
+            assert len(widths) > 8
+            assert max(widths) <= size["width"]
+            assert Sheet(page).findings() == []
+        assert page.locator("svg").count() == 7
+        assert console == []
+        page.goto(bad.resolve().as_uri())
+        assert "Content Security Policy" in " ".join(console)
 
 
 @pytest.mark.slow
 def test_the_report_says_how_often_wrong_answers_are_refused(chain: Chain) -> None:
-    assert "an answer is <em>not sure</em>:" in written(chain)
+    assert "An answer is <dfn>not sure</dfn> below" in written(chain)
     edit_json(chain.paths.summary, lambda record: record.pop("min_probability"))
     assert "not sure" not in written(chain)  # a run of old
 

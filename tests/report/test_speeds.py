@@ -11,7 +11,7 @@ from pipeline.benchmark.timing import Score, TimedRow, Window
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
-from pipeline.report.speeds import HEADERS, Speeds, read_speeds
+from pipeline.report.speeds import LABELS, SCORE, SPEED, Speeds, read_speeds
 from tools.readme import render_macro
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
@@ -46,19 +46,31 @@ def measured(tmp_path: Path) -> Paths:
 def test_all_rows_but_the_yardsticks_are_in_one_table(measured: Paths) -> None:
     shown = read_speeds(measured, "d1")
     assert isinstance(shown, Speeds)
-    assert [(cells[0], cells[3]) for cells in shown.rows] == [
+    assert [(cells[0], cells[3]) for cells in shown.table[1:]] == [
         ("ONNX Runtime fp32, 1 thread", "8"),
         ("handwriting", "8"),
         ("no-op", "8"),
         ("handwriting", "1,600/s"),
     ]
-    assert {len(cells) for cells in shown.rows} == {len(HEADERS)}
-    cells = dict(zip(HEADERS, shown.rows[1], strict=True))
-    assert (cells["images/s"], cells["p99"], cells["queue"]) == ("8,008", "2.00", "1.50")
+    assert shown.table[0] == (*LABELS, *SPEED, *SCORE)
+    cells = dict(zip(shown.table[0], shown.table[2], strict=True))
+    assert (cells["images/s"], cells["p99"]) == ("8,008", "2.00")
     assert (cells["accuracy"], cells["differ"], cells["peak memory"]) == ("99.58%", "3", "50 MiB")
-    assert shown.rows[0][11] == ""  # no server there
+    assert [cells[0] for cells in shown.server[1:]] == ["handwriting", "no-op", "handwriting"]
+    cells = dict(zip(shown.server[0], shown.server[1], strict=True))
+    assert (cells["queue"], cells["batch formed"]) == ("1.50", "4.0")
     assert [what for what, _ in shown.measured] == ["in process", "served"]
     assert shown.remarks == ("other processes used up to 25% of the machine's cores",)
+
+
+def test_a_table_has_no_column_without_values(measured: Paths) -> None:
+    rows = [replace(row(name, "http"), score=None) for name in ("handwriting", "no-op")]
+    write_json(measured.serving, record("serve", *rows))
+    measured.inference.unlink()
+    shown = read_speeds(measured, "d1")
+    assert isinstance(shown, Speeds)
+    assert shown.table[0] == (*LABELS, *SPEED)
+    assert shown.server[0][:5] == (*LABELS, "queue")
 
 
 def test_the_figures_have_each_row_of_ours_and_the_ceiling_as_a_mark(measured: Paths) -> None:
