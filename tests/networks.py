@@ -1,5 +1,6 @@
 """Networks that tests export: ours as ONNX, and somebody's residual network, sound and broken."""
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,100 @@ def flat() -> nn.Module:
     """A module of flat floats (B, 12) that answers log-probabilities (B, 4)."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 4), nn.LogSoftmax(dim=1))
+
+
+class Stubborn(Residual):
+    """The same, which stays in training mode."""
+
+    def train(self, mode: bool = True) -> "Stubborn":
+        super().train(True)
+        return self
+
+
+def stubborn() -> nn.Module:
+    """A module that .eval() does not reach."""
+    return with_residual_weights(Stubborn)
+
+
+class Moving(Residual):
+    """The same, whose batch normalization uses and moves the statistics of each batch."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        F.batch_norm(pixels.float(), *self.moved, training=True)
+        return super().forward(pixels)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moving", torch.zeros(2, 3))
+
+    @property
+    def moved(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, which a call changes."""
+        return self.moving[0], self.moving[1]  # type: ignore[index]
+
+
+def moving() -> nn.Module:
+    """A module that each call changes."""
+    torch.manual_seed(0)
+    return Moving()
+
+
+def batchwise() -> nn.Module:
+    """A module that keeps no statistics, and so uses those of each batch."""
+    model = residual()
+    model.norm = nn.BatchNorm2d(8, track_running_stats=False)
+    return model
+
+
+class Several(Residual):
+    """The same with its features, in a tuple, a dictionary or an object of transformers' kind."""
+
+    def forward(self, pixels: Tensor) -> Any:
+        scores = super().forward(pixels)
+        return self.pack(hidden=scores[:, :, None], logits=scores)
+
+    def pack(self, **outputs: Tensor) -> Any:
+        return outputs
+
+
+class InTuple(Several):
+    def pack(self, **outputs: Tensor) -> Any:
+        return tuple(outputs.values())
+
+
+class ModelOutput(OrderedDict[str, Tensor]):
+    """Behaves as transformers' class of this name: an ordered dictionary."""
+
+
+class AsTransformers(Several):
+    def pack(self, **outputs: Tensor) -> Any:
+        return ModelOutput(outputs)
+
+
+def several() -> nn.Module:
+    """A module that answers a dictionary."""
+    return with_residual_weights(Several)
+
+
+def several_in_a_tuple() -> nn.Module:
+    """A module that answers a tuple."""
+    return with_residual_weights(InTuple)
+
+
+def model_output() -> nn.Module:
+    """A module that answers as transformers' do."""
+    return with_residual_weights(AsTransformers)
+
+
+def of_floats() -> nn.Module:
+    """A module that refuses bytes."""
+    torch.manual_seed(0)
+    return nn.Conv2d(3, 8, 3)
+
+
+def double() -> nn.Module:
+    """A module of float64."""
+    return flat().double()
 
 
 class Masked(nn.Linear):

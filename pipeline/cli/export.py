@@ -1,7 +1,7 @@
 """The commands that export and package, and the options for a third-party module."""
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,17 @@ from pipeline.core.text import Lines
 from pipeline.export.targets import format_targets, onnx_dialect, records
 from pipeline.repository.settings import PackageConfig
 
+SLACK = 0.01  # of the range of values, by which --images may leave that of --picture
+
 if TYPE_CHECKING:
     from pipeline.export.sample import Sample
+    from pipeline.export.subject import Subject
 
 
 def module_options(command: Any) -> Any:
     """Add the options that name a third-party module, and the images to validate it on."""
     for option in (
+        click.option("--picture", metavar="RULE", help="Rule that makes --images of pictures."),
         click.option("--classes", help="Class names: a,b,c, or a file with one name per line."),
         click.option("--labels", type=file_type, help="Classes of --images (.npy, .npz or text)."),
         click.option("--images", type=file_type, help="Test images for --module (.npz or .npy)."),
@@ -64,6 +68,7 @@ def _parse_precisions(context: click.Context, parameter: click.Parameter, value:
 @click.pass_obj
 def export_command(
     settings: Settings,
+    /,
     run: str | None,
     name: str | None,
     precision: list[str],
@@ -71,18 +76,20 @@ def export_command(
     opset: int | None,
     list_targets: bool,
     module: str | None,
-    images: Path | None,
-    labels: Path | None,
-    classes: str | None,
-    calibration: Path | None,
+    **given: Any,
 ) -> None:
     """Export a trained network or a third-party module to ONNX.
+
+    With --picture, clients take pictures for a third-party module, too. Its RULE is KEY=VALUE,...
+    with any of resize (pixels of the shorter side, or HEIGHTxWIDTH), color (rgb, bgr or gray), mean
+    and std (of pixels from 0 to 1: one for all channels, or one for each, as in 0.5:0.4:0.4).
 
     \b
     Example:
       pipeline export
       pipeline export --precision fp32,fp16,int8 --target-triton 24.10
       pipeline export --module nets.small:make --images test.npz --name small
+      pipeline export --module nets:make --images test.npz --name mine --picture mean=0.5,std=0.2
     """
     if list_targets:
         settings.result({"targets": records()}, format_targets())
@@ -91,15 +98,13 @@ def export_command(
     from pipeline.export.export import export_module, export_run
 
     if module:
-        from pipeline.export.subject import subject_of_module
-
         paths = paths_of_module(settings, name)
-        sample = sample_of(images, labels, calibration)
-        subject = subject_of_module(module, sample, settings.root, read_class_names(classes))
+        sample, subject = load_module(settings, module, given)
         exported = export_module(paths, subject, sample, config, precisions, settings.say)
     else:
-        if images or labels or classes or calibration:
-            raise click.UsageError("--images, --labels, --classes and --calibration need --module")
+        if any(given.values()):
+            options = ", ".join(f"--{name}" for name in given)
+            raise click.UsageError(f"{options} need --module")
         paths = paths_of(settings, name, run or name)
         paths = paths if name else replace(paths, name=read_model_name(paths))
         exported = export_run(paths, config, precisions, settings.say)
@@ -121,13 +126,35 @@ def paths_of_module(settings: Settings, name: str | None) -> Paths:
     return paths_of(settings, name)
 
 
-def sample_of(images: Path | None, labels: Path | None, calibration: Path | None) -> "Sample":
-    """Read the user's images, with their labels and the calibration images if given."""
+def load_module(
+    settings: Settings, module: str, given: Mapping[str, Any]
+) -> tuple["Sample", "Subject"]:
+    """Read the user's images and load the module that takes them, as the options `given` say."""
     from pipeline.export.sample import read_sample
+    from pipeline.export.subject import subject_of_module
+    from pipeline.images.rule import PictureRule
 
-    if not images:
+    if not given["images"]:
         raise click.UsageError("--module needs --images, which give its signature and validate it")
-    return read_sample(images, labels, calibration)
+    sample = read_sample(given["images"], given["labels"], given.get("calibration"))
+    if sample.is_narrowed:
+        settings.say(f"note: the float64 of {given['images']} becomes float32")
+    rule = "arrays"
+    if given["picture"]:
+        shape = "x".join(map(str, sample.images.shape[1:]))
+        rule = f"{given['picture']},shape={shape},dtype={sample.images.dtype}"
+        try:
+            low, high = PictureRule.parse(rule).limits
+        except PipelineError as error:
+            raise click.BadParameter(str(error), param_hint="'--picture'") from error
+        least, most = float(sample.images.min()), float(sample.images.max())
+        if max(low - least, most - high) > SLACK * (high - low):
+            raise click.BadParameter(
+                f"--picture makes {low:.3g} to {high:.3g} of pictures, --images has {least:.3g} "
+                f"to {most:.3g}: state the mean and std that made them"
+            )
+    classes = read_class_names(given["classes"])
+    return sample, subject_of_module(module, sample, settings.root, classes, rule)
 
 
 def read_class_names(classes: str | None) -> Sequence[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli.command import Command, Settings, next_of_packaged, paths_of, require_model
-from pipeline.cli.export import module_options, paths_of_module, read_class_names, sample_of
+from pipeline.cli.export import load_module, module_options, paths_of_module
 from pipeline.cli.options import file_type, path_type, seconds_type
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.paths import PRECISIONS, Paths
@@ -64,7 +64,8 @@ def validate_command(
 
     Without a target, or with the FILE of an export, runs the exported files in ONNX Runtime and
     compares them with their module in float64; with --onnx, compares a file from another tool with
-    its --module. With a
+    its --module. A file of torch.onnx.export needs --scrub here, and at its export dynamic_shapes,
+    such as {"images": {0: torch.export.Dim("batch")}}, for batches of any size. With a
     REPOSITORY, serves it temporarily and compares all runtimes, for each model or only for --name.
     With URLs, replays the golden set on running servers, one image at a time, in batches and
     concurrently; this needs neither torch nor data. Exits with 3 if an answer is wrong; with URLs,
@@ -85,7 +86,7 @@ def validate_command(
     if onnx:
         _validate_onnx(settings, name, onnx, scrub, provider, replay, module)
     elif any(module.values()):
-        raise click.UsageError("--module, --images, --labels and --classes need --onnx")
+        raise click.UsageError("--module, --images, --labels, --classes, --picture need --onnx")
     elif replay and targets:
         raise click.UsageError("--replay compares the exported files: give no target with it")
     elif replay:
@@ -142,7 +143,6 @@ def _validate_onnx(
     given: dict[str, Any],
 ) -> None:
     from pipeline.export.export import read_third_party_onnx
-    from pipeline.export.subject import subject_of_module
     from pipeline.validation import export
 
     module = given["module"]
@@ -150,8 +150,8 @@ def _validate_onnx(
         raise click.UsageError("--onnx needs --module, the module that it was exported from")
     paths = paths_of_module(settings, name or onnx.stem)
     content = read_third_party_onnx(onnx, scrub)
-    sample = sample_of(replay or given["images"], given["labels"], None)
-    subject = subject_of_module(module, sample, settings.root, read_class_names(given["classes"]))
+    images = replay or given["images"]
+    sample, subject = load_module(settings, module, {**given, "images": images})
     if replay:
         verdicts = export.replay(subject, {"fp32": content}, sample, provider=provider)
         _echo_replay(settings, verdicts)

@@ -23,7 +23,7 @@ from pipeline.client.prediction import (
     Prediction,
     as_list,
     as_sent,
-    require_fit,
+    fit_input,
     split_images,
     to_input,
     to_prediction,
@@ -230,7 +230,7 @@ class BaseClient:
             config = await self._one_tensor(deadline)
             if not images.ndim or not len(images):
                 raise PipelineError("images is empty: give at least one, as (N, ...)")
-            require_fit(images, config)
+            images = fit_input(images, config)
             size, answers = max(1, config.max_batch_size), []
             for start in range(0, len(images), size):
                 answers.append(await self._ask_outputs(images[start : start + size], deadline))

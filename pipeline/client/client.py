@@ -93,9 +93,10 @@ class Client(BaseClient):
         """Return a prediction for each image, in order; `images` may be one image or many.
 
         An image is a file's path or bytes, a Pillow image, or an array. An array of the model's
-        shape is sent unchanged (0 for paper, 255 for ink); any other array is a picture, (H, W) or
-        (H, W, 3), and is prepared first, which counts towards the timeout. Raises PipelineError
-        for a picture if the model takes arrays only.
+        shape, or several of them in one array, is sent unchanged (0 for paper, 255 for ink), but
+        floats become the model's float type; any other array is a picture, (H, W) or (H, W, 3), and
+        is prepared first, which counts towards the timeout. Raises PipelineError for a picture if
+        the model takes arrays only.
         """
         return self._run(self._classify(images, top))
 
@@ -111,8 +112,11 @@ class Client(BaseClient):
         return self._run(self._get_config())
 
     def pictures(self) -> str:
-        """Return how pictures become the served model's images: see signature.pictures_of."""
-        return config_pbtxt.pictures(self.config())
+        """Return how pictures become the served model's images: see signature.pictures_of.
+
+        Raises PipelineError if the model takes arrays only.
+        """
+        return config_pbtxt.require_pictures(self.config())
 
     def metadata(self, of_model: bool = False) -> dict[str, Any]:
         """Return metadata of the server, or of the model: name, version or versions, and more."""

@@ -78,14 +78,18 @@ def split_images(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
     No picture is prepared yet. Raises PipelineError for a picture if the model takes arrays only,
     and for an array of images that are flat or have no channels.
     """
-    shape, pictures = tuple(config.input[0].dims), config_pbtxt.pictures(config)  # -1: any size
+    shape, pictures = image_shape(config), config_pbtxt.pictures(config)
     if isinstance(image, np.ndarray):
-        if fits_shape(image.shape, shape) or pictures == "arrays":
+        if fits_shape(image.shape, shape):
             return [image]
         if fits_shape(image.shape[1:], shape):
             return list(image)
-        if fits_shape((1, *image.shape), shape):
+        # Bytes (H, W) are a picture if a rule makes floats of it.
+        is_picture = "=" in pictures and image.dtype.name != config_pbtxt.type_name(config.input[0])
+        if fits_shape((1, *image.shape), shape) and not (is_picture and image.dtype == np.uint8):
             return [image[np.newaxis]]
+        if pictures == "arrays":
+            return [image]  # as_sent() is true, and fit_input() says what is wrong
         is_flat = image.ndim in (1, 2) and image.shape[-1] == math.prod(shape)
         has_no_channels = image.ndim == 3 and (1, *image.shape[1:]) == shape
         if min(shape) > 0 and (is_flat or has_no_channels):
@@ -95,8 +99,8 @@ def split_images(image: Image, config: config_pbtxt.ModelConfig) -> list[Image]:
             raise PipelineError(
                 f"an array of shape {list(image.shape)} holds images, not a picture: {fix}"
             )
-    elif pictures == "arrays":
-        raise PipelineError(f"{config.name} takes only arrays: give one of shape {list(shape)}")
+    else:
+        config_pbtxt.require_pictures(config)
     if not isinstance(image, str | Picture):
         raise PipelineError(
             f"{type(image).__name__} is not a picture: give a path, bytes, a Pillow image or array"
@@ -111,16 +115,19 @@ def to_input(image: Image, config: config_pbtxt.ModelConfig) -> Prepared:
     else:
         picture = Path(image) if isinstance(image, str) else image
         prepared = prepare_picture(picture, pictures=config_pbtxt.pictures(config))
-    require_fit(prepared.image[np.newaxis], config)
-    return prepared
+    return prepared._replace(image=fit_input(prepared.image[np.newaxis], config)[0])
 
 
 def as_sent(image: Image, config: config_pbtxt.ModelConfig) -> TypeGuard[np.ndarray]:
     """Return whether one of the `split_images` is an array that is sent as it is."""
     return isinstance(image, np.ndarray) and (
-        config_pbtxt.pictures(config) == "arrays"
-        or fits_shape(image.shape, tuple(config.input[0].dims))
+        config_pbtxt.pictures(config) == "arrays" or fits_shape(image.shape, image_shape(config))
     )
+
+
+def image_shape(config: config_pbtxt.ModelConfig) -> tuple[int, ...]:
+    """Return the shape of one image, in which -1 stands for any size."""
+    return tuple(config.input[0].dims)[0 if config.max_batch_size else 1 :]
 
 
 def fits_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -130,13 +137,25 @@ def fits_shape(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     )
 
 
-def require_fit(images: np.ndarray, config: config_pbtxt.ModelConfig) -> None:
-    """Raise PipelineError unless the model takes images (N, ...) of this type and shape."""
+def fit_input(images: np.ndarray, config: config_pbtxt.ModelConfig) -> np.ndarray:
+    """Return images (N, ...) in the model's type; raise PipelineError unless it takes their shape.
+
+    Floats, such as NumPy's float64, become the model's floats unless one of them overflows. Whole
+    numbers are not converted: whether they are to be scaled is not known.
+    """
     tensor = config.input[0]
     wanted, got = list(tensor.dims), list(images.shape[1 if config.max_batch_size else 0 :])
     dtype = config_pbtxt.type_name(tensor)
+    if images.dtype.kind == "f" and dtype.startswith("float"):
+        with np.errstate(over="ignore"):
+            floats = images.astype(dtype)
+        if (np.isinf(floats) != np.isinf(images)).any():
+            raise PipelineError(f"{config.name} takes {dtype}, and larger values are given: scale")
+        images = floats
     if str(images.dtype) != dtype:
         fix = f"images.astype(np.{dtype})"
+        if dtype.startswith("float"):
+            fix = f"scale them as for its training, such as {fix} / 255"
         if dtype == "uint8":
             is_float = images.dtype.kind == "f" and images.size > 0
             is_share = is_float and 0 <= images.min() <= images.max() <= 1  # pixels as in torch
@@ -145,6 +164,8 @@ def require_fit(images: np.ndarray, config: config_pbtxt.ModelConfig) -> None:
         raise PipelineError(f"{config.name} takes {dtype}, not {images.dtype}: {fix}")
     if not fits_shape(tuple(got), tuple(wanted)):
         array = ", ".join(map(str, ["N", *wanted] if config.max_batch_size else wanted))
+        also = ", or a picture" if config_pbtxt.pictures(config) != "arrays" else ""
         raise PipelineError(
-            f"{config.name} takes images of shape {wanted}, not {got}: give [{array}], or a picture"
+            f"{config.name} takes images of shape {wanted}, not {got}: give [{array}]{also}"
         )
+    return images

@@ -110,10 +110,6 @@ def ask_files(
             if len(seen) < len(batch):
                 client = client or stack.enter_context(connect())
                 pictures = client.pictures()
-                if pictures == "arrays":
-                    raise PipelineError(
-                        f"{client.name} takes only arrays: use pipeline.client from Python"
-                    )
                 seen = look(batch, pictures)
             yield from _answers(client, batch, seen, top, min_confidence)
         if client is None:

@@ -106,9 +106,10 @@ def _check_operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator
     if control := {node.op_type for node in nodes} & CONTROL_FLOW:
         yield f"control flow: {_join(control)}"
     if chance := {node.op_type for node in nodes} & RANDOM:
-        yield f"random operators: {_join(chance)}; export the model in evaluation mode"
+        fix = "call .eval() before the export, and give F.dropout training=self.training"
+        yield f"random operators: {_join(chance)}; {fix}"
     if any(a.name == "training_mode" and a.i for node in nodes for a in node.attribute):
-        yield "a batch normalization in training mode"
+        yield "a batch normalization in training mode: call .eval() before the export"
     if model.functions:
         yield f"local functions: {_join(entry.name for entry in model.functions)}"
     if model.training_info:

@@ -22,13 +22,15 @@ class Sample:
     images: np.ndarray  # (N, ...), as the module takes them
     labels: np.ndarray | None  # int64 (N,): the true classes, if known
     calibration: np.ndarray  # (M, ...): similar images, or the same; for int8
+    is_narrowed: bool = False  # the file has float64, NumPy's default
 
 
 def read_sample(file: Path, labels: Path | None = None, calibration: Path | None = None) -> Sample:
     """Read the user's images, with labels if given, from .npz or .npy files, without unpickling.
 
     An .npz has `images`, and may have `labels` and `calibration`; labels may also be a text file
-    of whole numbers. Raises PipelineError when a file cannot be read or its arrays do not fit.
+    of whole numbers. float64 becomes float32. Raises PipelineError when a file cannot be read or
+    its arrays do not fit.
     """
     arrays = _read_arrays(file, "images")
     taken = arrays["images"]
@@ -38,8 +40,12 @@ def read_sample(file: Path, labels: Path | None = None, calibration: Path | None
     if taken.ndim < 2 or len(taken) < 2 or str(taken.dtype) not in DTYPES:
         needed = f"at least 2 images of one of {', '.join(DTYPES)} are needed"
         raise PipelineError(f"{file} has {taken.dtype} {taken.shape}; {needed}")
+    original = taken
+    with np.errstate(over="ignore"):
+        taken = _to_float32(original)
+        others = taken if others is original else _to_float32(others)
     if taken.dtype.kind == "f" and not np.isfinite(taken).all():
-        raise PipelineError(f"{file} has values that are not finite")
+        raise PipelineError(f"{file} has values that are not finite in {taken.dtype}")
     if truth is not None:
         if truth.shape != (len(taken),) or truth.dtype.kind not in "iu":
             kind = f"{truth.dtype} {truth.shape}"
@@ -47,7 +53,12 @@ def read_sample(file: Path, labels: Path | None = None, calibration: Path | None
         truth = truth.astype(np.int64)
     if others.dtype != taken.dtype or others.shape[1:] != taken.shape[1:]:
         raise PipelineError("the calibration images have another type or size than the images")
-    return Sample(np.ascontiguousarray(taken), truth, np.ascontiguousarray(others))
+    is_narrowed = taken is not original
+    return Sample(np.ascontiguousarray(taken), truth, np.ascontiguousarray(others), is_narrowed)
+
+
+def _to_float32(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def _read_arrays(path: Path, wanted: str) -> dict[str, np.ndarray]:

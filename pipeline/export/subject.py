@@ -6,19 +6,21 @@ import copy
 import hashlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.files import check_digest
 from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES, TensorSpec, is_label, log_probabilities
+from pipeline.core.text import Lines
 from pipeline.data.splits import load_scored_split, load_split
 from pipeline.export.sample import Sample, read_sample
 from pipeline.training.checkpoint import load_checkpoint
@@ -62,26 +64,36 @@ def subject_of_run(paths: Paths) -> Subject:
 
 
 def subject_of_module(
-    module: str, sample: Sample, root: Path, classes: Sequence[str] = ()
+    module: str,
+    sample: Sample,
+    root: Path,
+    classes: Sequence[str] = (),
+    pictures: str = "arrays",
 ) -> Subject:
     """Load a third-party module, `package.module:factory`; the sample sets its input signature.
 
-    Raises PipelineError when it is not an image classifier with one input and one output tensor.
+    `pictures` is the text of its picture rule, if it has one. Raises PipelineError when it is not
+    an image classifier with one input and one output tensor, or computes as in training.
     """
     model = build_module(module, root)
-    if weights_digest(build_module(module, root)) != weights_digest(model):
+    digest = weights_digest(model)
+    if weights_digest(build_module(module, root)) != digest:
         raise PipelineError(f"{module} makes other weights each time: load them, or set a seed")
-    shape, dtype = sample.images.shape, str(sample.images.dtype)
-    try:
-        with torch.inference_mode():
-            outputs = model(torch.from_numpy(sample.images[:2]))
-    except (RuntimeError, TypeError, ValueError) as error:
-        images = f"{dtype} {' x '.join(map(str, shape))}"
-        raise PipelineError(f"{module} does not take images of {images}: {error}") from error
-    is_scores = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.ndim == 2
-    if not is_scores or len(outputs) != 2 or outputs.shape[1] < 2:
-        result = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise PipelineError(f"{module} answers {result} to 2 images, not one tensor (2, classes)")
+    outputs = _run_module(module, model, sample.images)
+    in_training = [
+        name or type(part).__name__
+        for name, part in model.named_modules()
+        if part.training or (isinstance(part, _BatchNorm) and part.running_mean is None)
+    ]
+    if in_training or weights_digest(model) != digest:
+        parts = ", ".join(in_training[:5]) or "a call changes its buffers"
+        raise PipelineError(
+            f"{module} computes as in training even after .eval() ({parts}): with batch statistics "
+            "an answer depends on the other images, with dropout on chance. Keep running "
+            "statistics, let .eval() reach every part, and do not call train() in forward()"
+        )
+    if not _is_scores(outputs):
+        _refuse_outputs(module, outputs)
     if outputs.dtype == torch.float64:
         raise PipelineError(f"{module} answers in float64, which is not served: call .float()")
     answers = outputs.numpy()
@@ -97,13 +109,56 @@ def subject_of_module(
         raise PipelineError(f"labels are {labels}, but the module's classes are 0 to {count - 1}")
     return Subject(
         model=model,
-        images=TensorSpec(IMAGES.name, dtype, shape[1:]),
+        images=TensorSpec(IMAGES.name, str(sample.images.dtype), sample.images.shape[1:]),
         outputs=TensorSpec(kind, str(answers.dtype), (count,)),
         kind=kind,
         classes=names,
-        weights_sha256=weights_digest(model),
-        origin={"module": module},
+        weights_sha256=digest,
+        origin={"module": module, "pictures": pictures},
     )
+
+
+def _run_module(module: str, model: nn.Module, images: np.ndarray) -> Any:
+    """Return the module's answer to two images; raise PipelineError, with a fix, if it fails."""
+    try:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images[:2]))
+    except (RuntimeError, TypeError, ValueError) as error:
+        fix = ""
+        if any(tensor.dtype == torch.float64 for tensor in model.parameters()):
+            fix = ". Its weights are float64, which is not served: call .float() on it"
+        elif images.dtype.kind in "iu":
+            fix = ". Save them as for its training, such as images.astype(np.float32) / 255"
+        shape = f"{images.dtype} {' x '.join(map(str, images.shape))}"
+        raise PipelineError(f"{module} does not take images of {shape}: {error}{fix}") from error
+
+
+def _is_scores(output: Any) -> bool:
+    """Tell whether an output for two images is a tensor of floats (2, K)."""
+    is_rows = isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 2
+    return is_rows and len(output) == 2 and output.shape[1] > 1
+
+
+def _refuse_outputs(module: str, outputs: Any) -> NoReturn:
+    """Raise PipelineError for anything but scores, with a wrapper that takes one of several."""
+    parts, listed, scores = outputs, _describe(outputs), []
+    if isinstance(outputs, tuple | list):
+        parts = dict(enumerate(outputs))
+    if isinstance(parts, Mapping):  # transformers' ModelOutput is one, too
+        listed = ", ".join(f"{key!r} {_describe(part)}" for key, part in parts.items())
+        scores = [key for key, part in parts.items() if _is_scores(part)]
+    problem = f"{module} answers {listed} to 2 images, not one tensor (2, classes)"
+    wrapper = (
+        f"{problem}. Let the factory return OneOutput(network):",
+        "  class OneOutput(torch.nn.Module):",
+        "      def __init__(self, network): super().__init__(); self.network = network",
+        f"      def forward(self, images): return self.network(images)[{next(iter(scores), 0)!r}]",
+    )
+    raise PipelineError(Lines(*wrapper) if scores else problem)
+
+
+def _describe(output: Any) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
 
 def detect_kind(outputs: np.ndarray) -> str:
@@ -123,6 +178,12 @@ def build_module(module: str, root: Path) -> nn.Module:
     package, _, name = module.partition(":")
     if not package or not name:
         raise PipelineError(f"{module!r} is not of the form package.module:factory")
+    if "/" in package or package.endswith(".py"):
+        path = PurePath(package.removesuffix(".py"))
+        is_below = not path.is_absolute() and ".." not in path.parts
+        dotted = ".".join(path.parts) if is_below else path.name
+        where = "" if is_below else f", with {path.parent} in PYTHONPATH"
+        raise PipelineError(f"{module!r} names a file: give '{dotted}:{name}'{where}")
     sys.path[:0] = [f for f in (str(Path.cwd()), str(root.resolve())) if f not in sys.path]
     try:
         made = getattr(importlib.import_module(package), name)

@@ -128,8 +128,10 @@ def read_source(source: Source, read: Callable[[Picture, str], T]) -> T | str:
 
 
 def draw_image(image: np.ndarray, is_unicode: bool) -> str:
-    """Draw an image (C, H, W) in characters, two rows of pixels in a line."""
-    levels = image.astype(np.float64).mean(axis=0)  # (H, W)
+    """Draw an image (C, H, W) in at most 64 columns of characters, two rows of pixels in a line."""
+    step = -(-image.shape[2] // 64)
+    levels = image.astype(np.float64).mean(axis=0)[::step, ::step]  # (H, W)
+    levels -= min(levels.min(), 0)
     levels = np.pad(levels, ((0, len(levels) % 2), (0, 0))) / max(levels.max(), 1)  # 0 to 1
     upper, lower = levels[::2], levels[1::2]
     if is_unicode:

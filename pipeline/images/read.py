@@ -21,6 +21,7 @@ from pipeline.core.signature import IMAGES
 from pipeline.images.crop import Box as Box
 from pipeline.images.crop import crop_digit
 from pipeline.images.ink import border_levels, find_ink, lower_median, reduce_levels
+from pipeline.images.rule import PictureRule
 
 # Shape letters: H height, W width, of the current image. Gray levels go from 0 to 255.
 
@@ -44,19 +45,25 @@ class BlankError(PipelineError):
 class Prepared(NamedTuple):
     """A picture as the model takes it, and where its parts are, such as several digits."""
 
-    image: np.ndarray  # uint8 (1, 28, 28)
-    # In pixels of the upright picture; the first is in the image. Empty for a `whole` picture.
+    image: np.ndarray  # uint8 (1, 28, 28), or what a rule makes of it
+    # In pixels of the upright picture; the first is in the image. Empty unless it is a `digit`.
     parts: tuple[Box, ...] = ()
 
 
 def prepare_picture(source: Picture, name: str = "the image", pictures: str = "digit") -> Prepared:
-    """Convert a picture in any form to the model's input, uint8 (1, 28, 28), and find its parts.
+    """Convert a picture in any form to the model's input, and find its parts.
 
-    Every input path (files, clients, the page, scoring, folders of pictures) calls this function,
-    so all of them refuse the same pictures with the same messages. Raises PipelineError for a
-    picture that cannot be read or is too large, and BlankError for one that shows nothing.
+    The input is uint8 (1, 28, 28), or as `pictures` says if it is the text of a PictureRule. Every
+    input path (files, clients, the page, scoring, folders of pictures) calls this function, so all
+    of them refuse the same pictures with the same messages. Raises PipelineError for a picture
+    that cannot be read or is too large, and BlankError for one that shows nothing.
     """
     name = str(source) if isinstance(source, Path) else name
+    if "=" in pictures:
+        rule, (pixels, _) = PictureRule.parse(pictures), read_gray(source, name, in_color=True)
+        if not np.ptp(pixels, axis=(0, 1)).any():
+            raise BlankError(BLANK.format(name=name))
+        return Prepared(rule.apply(pixels, name))
     gray, shape = read_picture(source, name)
     if pictures != "digit":
         return Prepared(fit(gray, pictures))
@@ -86,11 +93,14 @@ def read_image(source: Picture, name: str = "the image", pictures: str = "digit"
     return fit(read_gray(source, name)[0], pictures)
 
 
-def read_gray(source: Picture, name: str = "the image") -> tuple[np.ndarray, tuple[int, int]]:
+def read_gray(
+    source: Picture, name: str = "the image", in_color: bool = False
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Read the gray levels uint8 (H, W) of a picture, upright and without alpha, and its shape.
 
-    A large JPEG is read at 1/2, 1/4 or 1/8 of its shape. Raises PipelineError for a picture that
-    cannot be read or is too large.
+    A large JPEG is read at 1/2, 1/4 or 1/8 of its shape. With `in_color`, reads red, green and
+    blue, uint8 (H, W, 3), at full size and on white where it is transparent; but a picture of 16
+    or 32 bits stays gray. Raises PipelineError for a picture that cannot be read or is too large.
     """
     if isinstance(source, Path):
         name, source = str(source), _read_file(source)
@@ -105,12 +115,20 @@ def read_gray(source: Picture, name: str = "the image") -> tuple[np.ndarray, tup
                 if width * height > MAX_PIXELS:  # from the header, before decoding
                     sizes = {"width": width, "height": height, "allowed": MAX_PIXELS}
                     raise PipelineError(TOO_MANY_PIXELS.format(name=name, **sizes))
-                if isinstance(source, bytes):  # a large JPEG is decoded at 1/2, 1/4, ... size
-                    image.draft("L", (WORK_SIDE, WORK_SIDE))
-                gray, turn = _to_gray(image), _find_turn(image)
+                if in_color and image.mode[0] not in "IF":
+                    colors = image.convert("RGBA" if image.has_transparency_data else "RGB")
+                    if colors.mode == "RGBA":
+                        white = Image.new("RGBA", image.size, "white")
+                        colors = Image.alpha_composite(white, colors)
+                    pixels = np.asarray(colors)[:, :, :3]
+                else:
+                    if isinstance(source, bytes):  # a large JPEG is decoded at 1/2, 1/4, ... size
+                        image.draft("L", (WORK_SIDE, WORK_SIDE))
+                    pixels = _to_gray(image)
+                turn = _find_turn(image)
                 if turn is None:
-                    return gray, (height, width)
-                upright = np.asarray(Image.fromarray(gray).transpose(turn))
+                    return pixels, (height, width)
+                upright = np.asarray(Image.fromarray(pixels).transpose(turn))
                 return upright, (width, height) if turn in _SIDEWAYS else (height, width)
     except _DECODING_ERRORS as error:
         is_unknown = isinstance(error, UnidentifiedImageError)

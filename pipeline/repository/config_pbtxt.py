@@ -13,6 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfig
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_bytes
 from pipeline.core.signature import TensorSpec
+from pipeline.images.rule import PictureRule
 from pipeline.repository.ort_values import read_integer
 from pipeline.repository.settings import PackageConfig
 
@@ -150,8 +151,27 @@ def thread_count(message: ModelConfig) -> int:
 
 
 def pictures(message: ModelConfig) -> str:
-    """Return how pictures become this model's images (see signature.pictures_of)."""
+    """Return how pictures become this model's images: see signature.pictures_of, or a rule's text.
+
+    `arrays` stands for a third-party model without a rule.
+    """
     return parameter(message, "pictures") or "digit"
+
+
+def require_pictures(message: ModelConfig) -> str:
+    """Return `pictures`; raise PipelineError if the model takes only arrays, or for a bad rule."""
+    how = pictures(message)
+    if how == "arrays":
+        raise PipelineError(
+            f"{message.name} takes only arrays: give one of shape {list(message.input[0].dims)}, "
+            "or export it with --picture, so that it takes pictures"
+        )
+    if how not in ("digit", "whole"):
+        try:
+            PictureRule.parse(how)
+        except PipelineError as error:
+            raise PipelineError(f"the config of {message.name} has a bad rule: {error}") from error
+    return how
 
 
 def type_name(tensor: Any) -> str:

@@ -132,7 +132,7 @@ def _check_variant(
     name, classes = packaged_name(paths.name, precision), manifest["classes"]
     base = config_pbtxt.base_config(name, tensors.images, tensors.outputs, classes, config)
     training = manifest.get("training")
-    pictures = pictures_of(training["dataset"]) if training else "arrays"
+    pictures = pictures_of(training["dataset"]) if training else manifest.get("pictures", "arrays")
     if pictures != "digit":
         config_pbtxt.set_parameter(base, "pictures", pictures)
     if manifest["kind"] != "log_probabilities":
@@ -202,7 +202,7 @@ def _record_version(variant: _Variant, version: int, message: ModelConfig) -> No
 def _next_version(packaged: Path, base: ModelConfig) -> tuple[int, ModelConfig | None]:
     """Return the next version's number and the existing config, None if there is none.
 
-    Raises CheckFailedError if `base` differs from that config in classes or signature.
+    Raises CheckFailedError if `base` differs from that config in classes, signature or rule.
     """
     version, path = max(find_versions(packaged), default=0) + 1, packaged / config_pbtxt.CONFIG
     if not path.exists():
@@ -213,8 +213,10 @@ def _next_version(packaged: Path, base: ModelConfig) -> tuple[int, ModelConfig |
         for m in (old, base)
     ]
     classes = [config_pbtxt.classes(m) for m in (old, base)]
-    for what, (before, after) in (("classes", classes), ("tensors", tensors)):
-        if before != after:
+    pictures = [config_pbtxt.pictures(m) for m in (old, base)]
+    changes = (("classes", classes), ("tensors", tensors), ("picture rule", pictures))
+    for what, (before, after) in changes:
+        if before not in (after, "arrays"):  # a rule may be added, and not changed
             raise CheckFailedError(
                 f"version {version} would change the {what} of {packaged} from {before} to "
                 f"{after}. Package it with another name (--name)"

@@ -54,13 +54,19 @@ class Rows:
     """Images as a model takes them, with their ids; a row with a reason has no image."""
 
     ids: np.ndarray  # int64, uint64 or str (N,)
-    images: np.ndarray  # uint8 (N, C, H, W), zeros where there is no image
+    images: np.ndarray  # (N, C, H, W), zeros where there is no image; uint8, or as a rule says
     reasons: np.ndarray  # str (N,): why there is no image; empty if there is an image
+
+
+def takes_only_pictures(pictures: str) -> bool:
+    """Tell whether a rule makes floats of pictures, so that arrays of pixels are no input."""
+    return "=" in pictures and "dtype=uint8" not in pictures
 
 
 def rows_of(ids: np.ndarray, results: Sequence[np.ndarray | str], shape: tuple[int, ...]) -> Rows:
     """Return rows of these results: for each id an image (C, H, W), or why there is no image."""
-    images = np.zeros((len(ids), *shape), np.uint8)
+    dtypes = {result.dtype for result in results if not isinstance(result, str)}
+    images = np.zeros((len(ids), *shape), dtypes.pop() if dtypes else np.uint8)
     reasons = np.full(len(ids), "", object)
     for index, result in enumerate(results):
         if isinstance(result, str):
@@ -96,8 +102,10 @@ def choose_columns(
             message = f"{paths[0]} has no column {name!r}. Its columns are {schema.names}"
             raise PipelineError(message)
     image = _choose_image(paths[0], schema, wanted.image)
-    if pictures == "arrays" and _is_bytes(schema.field(image).type):
-        raise PipelineError(f"{paths[0]} has pictures, but the model takes only arrays")
+    is_bytes = _is_bytes(schema.field(image).type)
+    if takes_only_pictures(pictures) if not is_bytes else pictures == "arrays":
+        kind = "pictures" if is_bytes else "arrays"
+        raise PipelineError(f"{paths[0]} has {kind}, which the model does not take")
     key = wanted.id or (ID if ID in schema.names else None)
     for path in paths[1:]:
         with _open(path) as file:

@@ -72,13 +72,16 @@ def cut(
         shards = list(parquet.cut_files(files, rows))
     elif path.is_dir():
         if pictures == "arrays":
-            fix = "give an .npy, IDX or Parquet file"
+            fix = "give an .npy, IDX or Parquet file, or export it with --picture"
             raise PipelineError(f"{path} is a folder, but the model takes only arrays: {fix}")
         kind, files, shards = "pictures", below, []
         size = min(rows, PICTURES_A_SHARD)
         for index, start in enumerate(range(0, len(files), size)):
             names = tuple(map(str, files[start : start + size]))
             shards.append(Shard(index, os.path.dirname(names[0]), len(names), start, names=names))
+    elif parquet.takes_only_pictures(pictures):
+        fix = "give a folder of pictures, or a Parquet file of them"
+        raise PipelineError(f"{path} holds arrays, but the model takes pictures: {fix}")
     else:
         kind, files = "arrays", [path]
         shards = list(_cut_arrays(_decompress(path, unpacked), path, shape, rows))

@@ -53,16 +53,18 @@ class ScoringModel:
 def read_selected_model(paths: Paths) -> ScoringModel:
     """Check the files and digests of the packaged model's selected version; return it.
 
-    Raises PipelineError when a check fails, or when the model does not take batches of uint8 images
-    of one size.
+    Raises PipelineError when a check fails, or when the model takes neither batches of uint8 images
+    of one size nor pictures.
     """
     path = paths.packaged / config_pbtxt.CONFIG
     config = config_pbtxt.read(path)
     release = check_release(paths, require_selected(path, config))
     images = config.input[0]
     shape = tuple(images.dims)
-    if config_pbtxt.dtype(images) != "uint8" or min(shape) < 1 or not config.max_batch_size:
-        raise PipelineError(f"{paths.name} does not take batches of uint8 images of one size")
+    is_plain = config_pbtxt.dtype(images) == "uint8" or "=" in config_pbtxt.pictures(config)
+    if not is_plain or min(shape) < 1 or not config.max_batch_size:
+        fix = "export it with --picture, to score pictures"
+        raise PipelineError(f"{paths.name} takes no batches of uint8 images of one size: {fix}")
     return ScoringModel(
         name=paths.name,
         version=str(release.version),

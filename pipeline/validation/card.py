@@ -34,7 +34,7 @@ def render_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> s
         training=training,
         # Its name on the Hugging Face Hub, or ours; a local folder has no name.
         dataset=None if dataset.startswith(FOLDER) else HUB.get(dataset, dataset),
-        pictures=pictures_of(dataset) if training else "arrays",
+        pictures=pictures_of(dataset) if training else manifest.get("pictures", "arrays"),
         rows=format_variants(validation),
         wrong=round(validation["images"] * (1 - validation["variants"][0]["accuracy"])),
         classes=[_code(name) for name in manifest["classes"][:MOST_CLASSES]],

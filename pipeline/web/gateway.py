@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pipeline.client.log import PredictionLog
-from pipeline.core.errors import PipelineError, ServerError
-from pipeline.images.read import LARGE, BlankError, Prepared, prepare_picture
+from pipeline.core.errors import PipelineError
+from pipeline.images.read import LARGE, BlankError, Prepared, prepare_picture, to_picture
 from pipeline.repository import config_pbtxt
 from pipeline.web.guard import Guard, RequestCounters, host_names, stated_length
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
@@ -158,10 +158,7 @@ class Gateway:
 
     async def _answer(self, content: bytes, ticket: Ticket) -> dict[str, Any]:
         config = await self.link.config()
-        pictures = config_pbtxt.pictures(config)
-        if pictures == "arrays":
-            raise ServerError(f"{self.link.name} takes arrays, not pictures: choose another --name")
-        ticket.job = self._pool.submit(_read, content, pictures)
+        ticket.job = self._pool.submit(_read, content, config_pbtxt.require_pictures(config))
         prepared = await asyncio.wrap_future(ticket.job)
         classes = config_pbtxt.classes(config)
         start = time.monotonic()
@@ -171,13 +168,14 @@ class Gateway:
             await asyncio.to_thread(
                 log.add, self.link.name, prepared.image[np.newaxis], [prediction]
             )
+        seen = to_picture(prepared.image)
+        assert seen is not None  # every rule makes a picture
         return {
             **replace(prediction, parts=prepared.parts).record(),
             "model": self.link.name,
             "classes": classes,
-            "seen": base64.b64encode(
-                prepared.image.tobytes()
-            ).decode(),  # 28 rows of 28, 255 is ink
+            "seen": base64.b64encode(seen.tobytes()).decode(),  # row by row, 255 is ink
+            "seen_shape": seen.shape,  # (C, H, W)
             "model_ms": round(milliseconds, 2),
         }
 

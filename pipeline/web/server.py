@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pipeline.client.log import PredictionLog
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
+from pipeline.repository import config_pbtxt
 from pipeline.web.gateway import Gateway
 from pipeline.web.limits import client_of, is_fair
 from pipeline.web.link import Link, find_url
@@ -47,13 +48,19 @@ def serve_page(
     """Serve the page and its gateway until Ctrl-C (KeyboardInterrupt) or SIGTERM.
 
     `started` is called with the page's address once it is served. Raises PipelineError if the port
-    is taken or the address is not one of this machine's.
+    is taken, if the address is not one of this machine's, or if the model takes only arrays.
     """
     link = Link(lambda: url or find_url(paths), paths.name, config.timeout)
+    packaged = paths.packaged / config_pbtxt.CONFIG
     with bind_listener(config) as listener:
         server = uvicorn.Server(make_uvicorn_config(Gateway(link, config, log)))
 
         async def serve() -> None:
+            model = None if url or not packaged.exists() else config_pbtxt.read(packaged)
+            with contextlib.suppress(PipelineError):  # a server that is not there yet
+                model = await link.config()
+            if model:
+                config_pbtxt.require_pictures(model)
             task = asyncio.create_task(server.serve(sockets=[listener]))
             while not (server.started or task.done()):
                 await asyncio.sleep(0.01)

@@ -611,7 +611,7 @@ def test_a_real_server_says_what_is_wrong_with_a_tensor(
         with pytest.raises(PipelineError, match="handwriting takes "):
             ask(url, [wrong]) if wrong.dtype == np.float32 else Client(url).infer(wrong[None])
     # What a client of another make would send.
-    monkeypatch.setattr("pipeline.client.calls.require_fit", lambda images, config: None)
+    monkeypatch.setattr("pipeline.client.calls.fit_input", lambda images, config: images)
     for wrong in (IMAGE[None, :, :27], IMAGE[None].astype(np.float32), IMAGE[None, :, :0]):
         with pytest.raises(PipelineError, match="refuses: "), Client(url) as client:
             client.infer(wrong)

@@ -207,7 +207,7 @@ def test_external_data_of_a_sparse_initializer_is_refused() -> None:
         (helper.make_node("RandomNormal", [], ["z"], shape=[2]), "random operators: RandomNormal"),
         (
             helper.make_node("Dropout", ["x"], ["z"]),
-            "operators: Dropout; export the model in eval",
+            "operators: Dropout; call .eval\\(\\) before",
         ),
         (helper.make_node("SequenceMap", ["x"], ["z"]), r"control flow: (If, )?SequenceMap"),
         (helper.make_node("Scan", ["x"], ["z"]), r"control flow: (If, )?Scan"),

@@ -2,7 +2,12 @@
 
 import json
 import os
+import re
+import runpy
+import shlex
 import shutil
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +22,12 @@ from pipeline.core.errors import PipelineError
 from pipeline.export import graph
 from pipeline.export.sample import Sample, pack_sample, read_sample
 from pipeline.export.subject import detect_kind, subject_of_module, weights_digest
+from pipeline.images.read import prepare_picture
 from pipeline.validation.reference import reference_predictor
 from tests import networks
 from tests.conftest import (
     CAST,
+    REPOSITORY,
     Chain,
     error_line,
     link_server_environment,
@@ -30,6 +37,9 @@ from tests.conftest import (
 
 SAMPLE = networks.residual_sample()
 LABELS = np.zeros(0) if SAMPLE.labels is None else SAMPLE.labels  # they are there
+
+
+PAGE = (REPOSITORY / "docs" / "own-networks.md").read_text()
 
 
 @pytest.fixture
@@ -50,7 +60,8 @@ def proven(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     np.savez(root / "images.npz", images=SAMPLE.images, labels=LABELS)
     chain = Chain(root)
     named = ["--name", "residual"]
-    chain.record("export", *options(chain), *named, "--precision", "fp32,fp16")
+    picture = ["--picture", "resize=36,color=rgb"]
+    chain.record("export", *options(chain), *named, *picture, "--precision", "fp32,fp16")
     with short_proofs():
         chain.record("validate", *named)
     return chain
@@ -63,6 +74,8 @@ def test_the_signature_is_that_of_the_sample(proven: Chain) -> None:
     assert manifest["outputs"] == {"name": "logits", "dtype": "float32", "shape": [5]}
     assert manifest["module"] == "tests.networks:residual"
     assert manifest["classes"] == list("01234")
+    wanted = "resize=36,color=rgb,shape=3x32x32,dtype=uint8"
+    assert manifest["pictures"] == wanted
     found = graph.read_signature(
         graph.parse((proven.root / "exported/residual/model.onnx").read_bytes(), "it"), "it"
     )
@@ -76,6 +89,7 @@ def test_a_module_has_no_run_to_report_on_but_a_card(proven: Chain) -> None:
     assert "exported/residual/MODEL_CARD.md" in error_line(result)
     card = (proven.root / "exported/residual/MODEL_CARD.md").read_text()
     assert str(proven.root) not in card
+    assert "prepare pictures by the rule `resize=36,color=rgb,shape=3x32x32" in card
 
 
 @pytest.fixture
@@ -100,9 +114,10 @@ def test_somebodys_module_goes_all_the_way_to_a_served_and_proven_answer(
         assert [row["differing"] for row in table["rows"]] == [0, 0, 0, 0]
     server = chain.record("serve", "--detach", "--port", "auto")
     with Client(f"grpc://127.0.0.1:{server['grpc_port']}", "residual") as client:
-        predictions = client.classify(list(SAMPLE.images[:9]))
-        with pytest.raises(PipelineError, match="takes only arrays: give one of shape"):
-            client.classify([Path("photo.png")])
+        predictions = client.classify(SAMPLE.images[:9])
+        picture = SAMPLE.images[0].transpose(1, 2, 0)
+        prepared = prepare_picture(picture, pictures=client.pictures())
+        assert client.classify(picture) == client.classify(prepared.image)
     module = networks.residual().eval()
     chances = torch.softmax(module(torch.from_numpy(SAMPLE.images[:9])), dim=1)
     assert [int(one.label) for one in predictions] == chances.argmax(dim=1).tolist()
@@ -127,17 +142,28 @@ def plain_export(module: nn.Module, path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
-def test_a_file_of_a_plain_export_is_proven_once_it_is_scrubbed(
-    project: Chain, short_proof: None
+def test_a_file_of_the_docs_torch_onnx_export_is_proven_once_it_is_scrubbed(
+    project: Chain, short_proof: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = project.root / "theirs" / "plain.onnx"
-    plain_export(networks.residual(), path)
-    asked = ["validate", "--onnx", str(path), *options(project), "--name", "plain"]
-    refused = project.run(*asked)
+    monkeypatch.chdir(project.root)
+    monkeypatch.syspath_prepend(project.root)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL):
+        Path(name).write_text(code)
+    torch.manual_seed(0)
+    torch.save(runpy.run_path("nets.py")["Network"]().state_dict(), "weights.pt")
+    images = np.random.default_rng(0).uniform(-0.5, 0.5, (40, 3, 32, 32)).astype(np.float32)
+    np.savez("test.npz", images=images)
+    runpy.run_path("export.py")
+    (command,) = re.findall(r"\$ pipeline (validate --onnx .*)", PAGE)
+    asked = [*shlex.split(command.replace("mine", "plain")), "--picture", "resize=32,mean=0.5"]
+    refused = project.run(*(word for word in asked if word != "--scrub"))
     assert refused.exit_code == 3
     assert "external data" in error_line(refused)
     assert "--scrub" in error_line(refused)
-    assert project.record(*asked, "--scrub")["passed"] is True
+    assert project.record(*asked)["passed"] is True
+    manifest = json.loads(Path("exported/plain/manifest.json").read_text())
+    assert manifest["pictures"] == "resize=32,mean=0.5,shape=3x32x32,dtype=float32"
     assert sorted(os.listdir(project.root / "exported" / "plain")) == [
         *("MODEL_CARD.md", "evidence.npz", "golden.npz", "images.npz"),
         *("manifest.json", "model.onnx", "reference_profile.json", "validation.json"),
@@ -164,6 +190,11 @@ def test_a_plain_export_with_a_wrong_reshape_is_refused_and_its_rows_can_be_repl
     assert again.exit_code == 3
     assert "10 of 10 rows" in error_line(again)
     assert project.run("package", "--name", "wrong").exit_code == 1
+
+
+def test_the_help_says_what_a_file_of_torch_onnx_export_needs(project: Chain) -> None:
+    text = re.sub(r"\s+", " ", project.run("validate", "--help").output)
+    assert "torch.onnx.export needs --scrub here, and at its export dynamic_shapes" in text
 
 
 def test_a_file_of_work_without_end_is_refused_before_it_is_loaded(project: Chain) -> None:
@@ -196,6 +227,14 @@ def test_a_module_with_a_planted_bug_is_refused(project: Chain, short_proof: Non
         ("failing", "ValueError: no weights here"),
         ("no_module", "returns a int, not a torch.nn.Module"),
         ("missing", "has no attribute 'missing'"),
+        *(
+            (factory, "computes as in training even after .eval()")
+            for factory in ("stubborn", "moving", "batchwise")
+        ),
+        ("stubborn", "(Stubborn, stem, norm, first, second): with batch statistics an answer"),
+        ("batchwise", "(norm): with batch statistics an answer depends on the other images"),
+        ("of_floats", "Save them as for its training, such as images.astype(np.float32) / 255"),
+        ("flat", "does not take images of uint8 150 x 3 x 32 x 32"),
     ],
 )
 def test_a_factory_that_makes_no_module_of_its_own_is_named(
@@ -219,6 +258,100 @@ def test_what_is_missing_on_the_command_line_is_wrong_usage(project: Chain) -> N
     taken = project.run("export", *options(project), "--name", "handwriting")
     assert taken.exit_code == 1
     assert "is reserved" in error_line(taken)
+
+
+def test_a_factory_may_return_its_module_in_training_mode(project: Chain) -> None:
+    assert networks.residual().training
+    subject = subject_of_module("tests.networks:residual", SAMPLE, project.root)
+    assert not any(part.training for part in subject.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("factory", "outputs"),
+    [
+        ("several", r"'hidden' \(2, 5, 1\), 'logits' \(2, 5\)"),
+        ("model_output", r"'hidden' \(2, 5, 1\), 'logits' \(2, 5\)"),
+        ("several_in_a_tuple", r"0 \(2, 5, 1\), 1 \(2, 5\)"),
+    ],
+)
+def test_a_module_of_several_outputs_is_refused_with_the_wrapper_that_solves_it(
+    project: Chain, factory: str, outputs: str
+) -> None:
+    with pytest.raises(PipelineError, match=outputs) as raised:
+        subject_of_module(f"tests.networks:{factory}", SAMPLE, project.root)
+    first, *wrapper = str(raised.value).splitlines()
+    assert first.endswith("Let the factory return OneOutput(network):")
+    assert len(wrapper) == 3
+    assert all(line.strip().replace("[1]", "['logits']") in PAGE for line in wrapper)
+    lines = ["import torch, tests.networks", *wrapper, "def make():"]
+    lines += [f"    return OneOutput(tests.networks.{factory}())"]
+    text = textwrap.dedent("\n".join(wrapper))
+    file = project.root / f"wrapped_{factory}.py"
+    file.write_text("\n".join([lines[0], text, *lines[-2:]]))
+    subject = subject_of_module(f"{file.stem}:make", SAMPLE, project.root)
+    assert subject.outputs.shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("nets.py:make", "give 'nets:make'"),
+        ("nets/small.py:make", "give 'nets.small:make'"),
+        ("./nets.py:make", "give 'nets:make'"),
+        ("/home/me/nets.py:make", "give 'nets:make', with /home/me in PYTHONPATH"),
+        ("../nets.py:make", "give 'nets:make', with .. in PYTHONPATH"),
+    ],
+)
+def test_a_file_as_a_module_is_refused_with_the_modules_name(
+    project: Chain, given: str, fix: str
+) -> None:
+    named = ["--images", str(project.root / "images.npz"), "--name", "it"]
+    result = project.run("export", "--module", given, *named)
+    assert result.exit_code == 1
+    assert error_line(result) == f"'{given}' names a file: {fix}"
+
+
+def test_float64_images_become_float32_and_that_is_said(project: Chain) -> None:
+    doubles = np.random.default_rng(0).normal(size=(9, 12))
+    np.savez(project.root / "flat.npz", images=doubles, calibration=doubles[::-1])
+    sample = read_sample(project.root / "flat.npz")
+    np.testing.assert_array_equal(sample.images, doubles.astype(np.float32))
+    assert sample.calibration.dtype == np.float32
+    arguments = [*options(project, "missing", "flat.npz"), "--name", "it"]
+    result = project.run("export", *arguments)
+    assert result.stderr.count("flat.npz becomes float32") == 1
+    np.savez(project.root / "large.npz", images=np.full((9, 12), 1e300))
+    with pytest.raises(PipelineError, match="not finite in float32"):
+        read_sample(project.root / "large.npz")
+    with pytest.raises(PipelineError, match=r"float64, which is not served: call .float\(\) on it"):
+        subject_of_module("tests.networks:double", sample, project.root)
+
+
+@pytest.mark.parametrize(
+    ("picture", "problem"),
+    [
+        ("size=32", "give resize, color, mean, std as KEY=VALUE"),
+        ("resize=8", "resize must be N or HEIGHTxWIDTH, from 32x32 to 4096 pixels"),
+        ("color=gray", "color must be rgb or bgr"),
+        ("mean=0.5", "the network takes uint8 and normalizes by itself"),
+    ],
+)
+def test_a_wrong_picture_rule_is_wrong_usage(project: Chain, picture: str, problem: str) -> None:
+    asked = ["export", *options(project), "--name", "it", "--picture", picture]
+    result = project.run(*asked)
+    assert result.exit_code == 2
+    assert f"Invalid value for '--picture': {problem}" in result.stderr
+    assert project.run("export", "--picture", picture).exit_code == 2
+
+
+def test_a_picture_rule_that_cannot_have_made_the_images_is_refused(project: Chain) -> None:
+    images = np.random.default_rng(0).normal(size=(9, 3, 8, 8)).astype(np.float32)
+    np.savez(project.root / "normal.npz", images=images)
+    asked = ["export", *options(project, file="normal.npz"), "--name", "it", "--picture"]
+    refused = project.run(*asked, "mean=0.5")
+    assert refused.exit_code == 2
+    assert "--picture makes -0.5 to 0.5 of pictures, --images has -" in refused.stderr
+    assert "mean and std that" not in project.run(*asked, "mean=0.5,std=0.05").stderr
 
 
 @pytest.mark.parametrize(

@@ -467,7 +467,8 @@ function showAnswer(answer, roundTrip) {
   paint();
   speakLater(`${byId("verdict").textContent}. ${byId("detail").textContent}`);
   showBars(answer.classes, Object.fromEntries(answer.top), answer.label);
-  showSeen(Uint8Array.from(atob(answer.seen), (letter) => letter.charCodeAt(0)));
+  const levels = Uint8Array.from(atob(answer.seen), (letter) => letter.charCodeAt(0));
+  showSeen(levels, answer.seen_shape);
   byId("round-trip").textContent = milliseconds(roundTrip);
   byId("server-time").textContent =
     `${milliseconds(answer.server_ms)} (model ${milliseconds(answer.model_ms)})`;
@@ -504,15 +505,19 @@ function bar(name) {
   return row;
 }
 
-function showSeen(levels) {
-  byId("seen").classList.toggle("empty", !levels);
-  const target = byId("seen").getContext("2d");
-  if (!levels) {
-    target.clearRect(0, 0, 28, 28);
-    return;
+// levels: bytes of the shape [channels, height, width], in which there are 1 or 3 channels
+function showSeen(levels, [channels, height, width] = [1, 28, 28]) {
+  const seen = byId("seen");
+  seen.classList.toggle("empty", !levels);
+  Object.assign(seen, { width, height }); // this clears it
+  if (!levels) return;
+  const target = seen.getContext("2d");
+  const image = target.createImageData(width, height);
+  const size = width * height;
+  for (let index = 0; index < size; index += 1) {
+    const color = [0, 1, 2].map((channel) => levels[index + (channel % channels) * size]);
+    image.data.set([...color, 255], 4 * index);
   }
-  const image = target.createImageData(28, 28);
-  levels.forEach((level, index) => image.data.set([level, level, level, 255], 4 * index));
   target.putImageData(image, 0, 0);
 }
 
