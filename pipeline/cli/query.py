@@ -31,7 +31,20 @@ def _parse_headers(
     return {name: value for name, _, value in pairs}
 
 
-@click.command(cls=Command)
+EXPORT = "export"  # the value of --onnx without a file
+
+
+class _QueryCommand(Command):
+    """A command whose --onnx takes the next word only if that is an ONNX file."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for index, (word, value) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+            if word == "--onnx" and not value.endswith(".onnx"):
+                args[index] = f"--onnx={EXPORT}"
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_QueryCommand)
 @click.argument("images", nargs=-1, required=True, metavar="FILE|FOLDER|-...", type=click.Path())
 @click.option(
     "--url",
@@ -42,6 +55,11 @@ def _parse_headers(
     "--ca",
     type=path_type,
     help="PEM file of the authority (CA) that signed the server's certificate.",
+)
+@click.option(
+    "--onnx",
+    metavar="[FILE.onnx]",
+    help="Ask no server: run this exported file in ONNX Runtime.  [default: the export of --name]",
 )
 @click.option("--certificate", type=path_type, help="PEM file of the client certificate, for TLS.")
 @click.option("--key", type=path_type, help="PEM file of the client certificate's private key.")
@@ -71,9 +89,10 @@ def query_command(
     min_confidence: float | None,
     show: bool,
     prediction_log: Path | None,
+    onnx: str | None,
     **connection: Any,
 ) -> None:
-    """Classify pictures with the served model.
+    """Classify pictures with the served model, or with an exported file.
 
     Each argument is a picture, a folder of pictures, or '-': then standard input is either a
     picture, or the names of files and folders, one per line.
@@ -83,6 +102,7 @@ def query_command(
       pipeline query digit.png
       pipeline query --json --top 1 digits/
       find digits -name '*.png' | pipeline query --min-confidence 0.9 -
+      pipeline query --onnx digit.png
       pipeline query --url grpcs://HOST:8001 --ca ca.crt --header NAME=KEY digit.png
     """
     from pipeline.client.log import open_log
@@ -91,10 +111,12 @@ def query_command(
 
     if show and settings.json:
         raise click.UsageError("--show and --json exclude each other")
+    if onnx is not None and connection["url"]:
+        raise click.UsageError("--onnx and --url exclude each other: --onnx asks no server")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names that its encoding lacks
     log = open_log(prediction_log)
-    connect = functools.partial(_connect, paths, log, **connection)
+    connect = functools.partial(_connect, paths, log, onnx, **connection)
     pictures = list_sources(images, _open_standard_input() if "-" in images else None)
     with contextlib.closing(ask_files(connect, pictures, top, min_confidence)) as answers:
         count = _echo_answers(settings, answers, show)
@@ -111,15 +133,23 @@ def query_command(
 def _connect(
     paths: Paths,
     log: "PredictionLog | None",
+    onnx: str | None,
     url: str | None,
     timeout: float,
     header: dict[str, str],
     **pem: Path | None,
 ) -> "Client":
-    """Connect to the server at `url`, by default to our own; `pem` has the files for TLS."""
+    """Connect to the server at `url`, by default to our own; `pem` has the files for TLS.
+
+    With `onnx`, run that file instead.
+    """
     from pipeline.client.client import Certificates, Client
     from pipeline.repository.running import default_url
 
+    if onnx is not None:
+        from pipeline.client.local import LocalClient
+
+        return LocalClient(paths.onnx if onnx == EXPORT else onnx, timeout, prediction_log=log)
     return Client(
         url or default_url(paths),
         paths.name,

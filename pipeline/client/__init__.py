@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.client.async_client import AsyncClient as AsyncClient
     from pipeline.client.client import Client as Client
     from pipeline.client.endpoint import Certificates as Certificates
+    from pipeline.client.local import LocalClient as LocalClient
     from pipeline.client.prediction import Prediction as Prediction
 
 __getattr__ = lazily(
@@ -21,6 +22,7 @@ __getattr__ = lazily(
         "AsyncClient": "async_client",
         "Certificates": "endpoint",
         "Client": "client",
+        "LocalClient": "local",
         "Prediction": "prediction",
     },
 )

@@ -8,14 +8,13 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline.client.connection import Connection, connector
-from pipeline.client.endpoint import Certificates, endpoint, require_usable
+from pipeline.client.endpoint import Certificates, Endpoint, endpoint, require_usable
 from pipeline.client.faults import PASSING, Fault, explain_fault
 from pipeline.client.log import PredictionLog, open_log
 from pipeline.client.prediction import (
@@ -68,7 +67,7 @@ class BaseClient:
 
     def __init__(
         self,
-        url: str,
+        url: str | Endpoint,
         name: str = "handwriting",
         timeout: float = TIMEOUT,
         *,
@@ -78,7 +77,8 @@ class BaseClient:
         retries: int = RETRIES,
         prediction_log: PredictionLog | str | Path | None = None,
     ) -> None:
-        self.endpoint, self.name, self.timeout = endpoint(url), name, timeout
+        self.endpoint = url if isinstance(url, Endpoint) else endpoint(url)
+        self.name, self.timeout = name, timeout
         self._log, self._version, self._retries = open_log(prediction_log), str(version), retries
         Deadline(timeout)  # raises PipelineError for an invalid timeout
         if retries < 0:
@@ -87,9 +87,8 @@ class BaseClient:
             raise PipelineError(f"the version must be a whole number or left out, got {version!r}")
         self._config: config_pbtxt.ModelConfig | None = None
         self._undescribed: set[str] = set()  # versions whose digest the config does not state
-        headers = headers or {}
-        require_usable(self.endpoint, certificates, headers)
-        self._open = partial(connector(self.endpoint), self.endpoint, certificates, headers)
+        self._certificates, self._headers = certificates, headers or {}
+        require_usable(self.endpoint, certificates, self._headers)
 
     @contextlib.asynccontextmanager
     async def _call(self, timeout: float | None = None) -> AsyncIterator[Deadline]:
@@ -114,7 +113,8 @@ class BaseClient:
             ) from error
 
     def _connect(self) -> Connection:
-        return self._open()
+        kind = connector(self.endpoint)
+        return kind(self.endpoint, self._certificates, self._headers)
 
     async def _ask(
         self,

@@ -7,7 +7,7 @@ import contextlib
 import struct
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from google.protobuf import json_format
@@ -27,7 +27,33 @@ _UNREADABLE = (
 M = TypeVar("M", bound=Message)
 
 
-class Connection:
+class Connection(Protocol):
+    """What a client asks: a server, or a model in this process."""
+
+    async def config(self, name: str, version: str) -> config_pbtxt.ModelConfig:
+        """Return the configuration of a model."""
+
+    async def metadata(self, name: str, version: str) -> dict[str, Any]:
+        """Return metadata of a model, or of the server if `name` is empty."""
+
+    async def infer(
+        self,
+        name: str,
+        version: str,
+        config: config_pbtxt.ModelConfig,
+        images: np.ndarray,
+        class_count: int = 0,
+    ) -> tuple[np.ndarray, str]:
+        """Return outputs (N, ...) of images (N, ...), and the version that answered.
+
+        With `class_count`, the answer is that many labels of each image instead of numbers.
+        """
+
+    async def close(self) -> None:
+        """Close the connection."""
+
+
+class TritonConnection:
     """A connection to one server, for the tasks of one event loop, which opens it."""
 
     library: Any  # tritonclient's module of the protocol, for its input and output classes
@@ -57,7 +83,6 @@ class Connection:
         """Convert what the protocol's library raises to a Fault."""
 
     async def config(self, name: str, version: str) -> config_pbtxt.ModelConfig:
-        """Return the configuration of a served model."""
         with self.faults():
             answer = await self.triton.get_model_config(name, version, headers=self.headers)
             if isinstance(answer, dict):  # HTTP answers with the configuration itself
@@ -68,7 +93,6 @@ class Connection:
         return config
 
     async def metadata(self, name: str, version: str) -> dict[str, Any]:
-        """Return metadata of a model, or of the server if `name` is empty."""
         kind = service_pb2.ModelMetadataResponse if name else service_pb2.ServerMetadataResponse
         with self.faults():
             if name:
@@ -86,10 +110,6 @@ class Connection:
         images: np.ndarray,
         class_count: int = 0,
     ) -> tuple[np.ndarray, str]:
-        """Return outputs (N, ...) of images (N, ...), and the version that answered.
-
-        With `class_count`, the server answers with that many labels instead of numbers.
-        """
         output, dtype = config.output[0], config_pbtxt.type_name(config.output[0])
         tensor = self.library.InferInput(
             config.input[0].name, list(images.shape), np_to_triton_dtype(images.dtype)
@@ -118,11 +138,10 @@ class Connection:
             return values, response.model_version
 
     async def close(self) -> None:
-        """Close the connection."""
         await self.triton.close()
 
 
-def connector(target: Endpoint) -> type[Connection]:
+def connector(target: Endpoint) -> type[TritonConnection]:
     """Return the class of connections for an endpoint.
 
     Each protocol's library is imported only here: over gRPC, nothing waits for aiohttp and gevent.

@@ -18,8 +18,8 @@ _WRITE = "write http://HOST:8000 or grpc://HOST:8001, with TLS https://HOST or g
 class Endpoint:
     """The protocol and the address of a server."""
 
-    protocol: str  # http, https, grpc or grpcs
-    address: str  # host:port
+    protocol: str  # http, https, grpc or grpcs; file for an ONNX file in this process
+    address: str  # host:port, or the path of the file
 
     @property
     def host(self) -> str:

@@ -8,7 +8,7 @@ import grpc.aio
 import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException
 
-from pipeline.client.connection import Connection
+from pipeline.client.connection import TritonConnection
 from pipeline.client.endpoint import Certificates, Endpoint
 from pipeline.client.faults import Fault, of_grpc
 
@@ -25,7 +25,7 @@ OPTIONS = [
 ]
 
 
-class GrpcConnection(Connection):
+class GrpcConnection(TritonConnection):
     """A connection over gRPC, with or without TLS."""
 
     library = tritonclient.grpc

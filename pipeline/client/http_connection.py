@@ -8,7 +8,7 @@ import aiohttp
 import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
-from pipeline.client.connection import Connection
+from pipeline.client.connection import TritonConnection
 from pipeline.client.endpoint import Certificates, Endpoint
 from pipeline.client.faults import Fault, of_connection, of_http, short
 
@@ -47,7 +47,7 @@ class _Triton(tritonclient.http.aio.InferenceServerClient):  # type: ignore[misc
         return response  # type: ignore[no-any-return]
 
 
-class HttpConnection(Connection):
+class HttpConnection(TritonConnection):
     """A connection over HTTP or HTTPS."""
 
     library = tritonclient.http

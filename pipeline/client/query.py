@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.client.client import Client, Prediction
 from pipeline.core.errors import PipelineError
 from pipeline.core.machine import cores
+from pipeline.core.text import Lines
 from pipeline.images.inputs import Source, look, read_source
 from pipeline.images.read import Prepared, read_picture
 
@@ -54,10 +55,9 @@ class Answer:
             text = f"{NOT_SURE}  (perhaps {', '.join(ranked)})"
         if len(parts := self.prediction.parts) > 1:
             left, top, right, bottom = parts[0]
-            text += (
-                f"\n  {len(parts)} parts found; the answer is for the heaviest, at x {left} to "
-                f"{right}, y {top} to {bottom} (pixels)"
-            )
+            where = f"x {left} to {right}, y {top} to {bottom} (pixels)"
+            note = f"  {len(parts)} parts found; the answer is for the heaviest, at {where}"
+            return Lines(f"{self.file}: {text}", note)
         return f"{self.file}: {text}"
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfig
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_bytes
-from pipeline.core.signature import TensorSpec
+from pipeline.core.signature import TensorSpec, pictures_of
 from pipeline.images.rule import PictureRule
 from pipeline.repository.ort_values import read_integer
 from pipeline.repository.settings import PackageConfig
@@ -59,6 +59,33 @@ def base_config(
     scores.label_filename = LABELS
     set_parameter(message, "classes", json.dumps(list(classes)))
     return message
+
+
+def describe(
+    name: str,
+    manifest: Mapping[str, Any],
+    images: TensorSpec,
+    outputs: TensorSpec,
+    config: PackageConfig,
+) -> ModelConfig:
+    """Return `base_config` with what the manifest of an export says of pictures and outputs."""
+    message = base_config(name, images, outputs, manifest["classes"], config)
+    training = manifest.get("training")
+    how = pictures_of(training["dataset"]) if training else manifest.get("pictures", "arrays")
+    if how != "digit":
+        set_parameter(message, "pictures", how)
+    if manifest["kind"] != "log_probabilities":
+        set_parameter(message, "outputs", manifest["kind"])
+    return message
+
+
+def record_version(
+    message: ModelConfig, version: int | str, sha256: str, threshold: float | None
+) -> None:
+    """Record a version's own parameters, selected or not: its digest and its min_probability."""
+    set_parameter(message, f"sha256.{version}", sha256)
+    if threshold is not None:
+        set_parameter(message, f"{MIN_PROBABILITY}.{version}", str(threshold))
 
 
 def set_field(message: ModelConfig, field: str, value: Value) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from pipeline.core import files
 from pipeline.core.errors import CheckFailedError, PipelineError, SettingError
 from pipeline.core.paths import Paths, packaged_name
-from pipeline.core.signature import pictures_of
 from pipeline.export import graph
 from pipeline.export.policy import check_policy
 from pipeline.repository import config_pbtxt, profiles
@@ -129,14 +128,8 @@ def _check_variant(
     model = graph.parse(content, str(path))
     check_policy(model, str(path))
     tensors = graph.read_signature(model, str(path), batch=None)
-    name, classes = packaged_name(paths.name, precision), manifest["classes"]
-    base = config_pbtxt.base_config(name, tensors.images, tensors.outputs, classes, config)
-    training = manifest.get("training")
-    pictures = pictures_of(training["dataset"]) if training else manifest.get("pictures", "arrays")
-    if pictures != "digit":
-        config_pbtxt.set_parameter(base, "pictures", pictures)
-    if manifest["kind"] != "log_probabilities":
-        config_pbtxt.set_parameter(base, "outputs", manifest["kind"])
+    name = packaged_name(paths.name, precision)
+    base = config_pbtxt.describe(name, manifest, tensors.images, tensors.outputs, config)
     return _Variant(name, digest, contents, {**manifest, "precision": precision}, base)
 
 
@@ -191,12 +184,8 @@ def _select_in_base(variant: _Variant, version: int, old: ModelConfig | None) ->
 
 
 def _record_version(variant: _Variant, version: int, message: ModelConfig) -> None:
-    """Record a version's own parameters, selected or not: its digest and its min_probability."""
-    config_pbtxt.set_parameter(message, f"sha256.{version}", variant.sha256)
     threshold = variant.manifest.get("min_probability")  # None if no threshold was fitted
-    if threshold is not None:
-        key = f"{config_pbtxt.MIN_PROBABILITY}.{version}"
-        config_pbtxt.set_parameter(message, key, str(threshold))
+    config_pbtxt.record_version(message, version, variant.sha256, threshold)
 
 
 def _next_version(packaged: Path, base: ModelConfig) -> tuple[int, ModelConfig | None]:

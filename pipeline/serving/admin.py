@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.client.client import Client
-from pipeline.client.connection import Connection
+from pipeline.client.connection import Connection, TritonConnection
 from pipeline.repository import config_pbtxt
 from pipeline.serving.tritonserver import KEY_HEADER
 
@@ -48,6 +48,7 @@ class Admin(Client):
         """Return the result of a method of tritonclient's own client."""
 
         async def call(connection: Connection) -> Any:
+            assert isinstance(connection, TritonConnection)
             with connection.faults():
                 return await getattr(connection.triton, method)(
                     *args, headers=connection.headers, **options

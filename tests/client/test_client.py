@@ -429,6 +429,7 @@ def test_the_client_and_query_need_only_what_client_requirements_lists() -> None
     code = (
         "import sys; before = set(sys.modules);"
         "import pipeline.client.client, pipeline.client.async_client, pipeline.client.query;"
+        "import pipeline.client.local;"
         "import pipeline.cli.main;"
         "print(*set(sys.modules) - before)"
     )
