@@ -335,6 +335,18 @@ def test_numbers_of_thousands_of_digits_are_no_crash(repository: Path) -> None:
     assert "has an invalid offset" in errors(repository)[0]
 
 
+@pytest.mark.parametrize("name", ["a\\000b", "x" * 256, "\u00e9" * 128, "x/" * 1500])
+@pytest.mark.parametrize("field", ["default_model_filename", "label_filename", "input_data_file"])
+def test_a_file_name_that_cannot_exist_is_a_finding(
+    repository: Path, field: str, name: str
+) -> None:
+    path = repository / "net" / "config.pbtxt"
+    old = {"label_filename": "labels.txt", "input_data_file": "picture"}.get(field)
+    text = path.read_text()
+    path.write_text(text.replace(f'"{old}"', f'"{name}"') if old else f'{text}{field}: "{name}"\n')
+    assert "names a file that cannot exist" in errors(repository)[0]
+
+
 def test_a_profile_is_linted_as_the_config_is(repository: Path) -> None:
     folder = repository / "net"
     (folder / "configs").mkdir()

@@ -94,10 +94,10 @@ def _check_entry(model: ModelFolder, name: str, entry: Any, tensor: Any) -> Prob
 
 
 OF_CUDA = [key for key in ort_values.PARAMETERS if key in ort_values.CUDA]
+BF16_PRECISION, BF16_TENSORS = "26.02", "26.03"  # the first releases that have them
 MOST_THREADS = 4096  # of a session; more take minutes to start, or do not start
 _FIXES = dict.fromkeys(("switch", "flag"), 'write "true" or "false"')
-_FIXES |= {"size": "write a plain number of bytes", "integer": "write a plain number"}
-_FIXES["precision"] = f"there are {', '.join(ort_values.PRECISIONS)}"
+_FIXES |= {"size": "write a plain number of bytes", "precision": "write FP32, FP16, BF16 or INT8"}
 
 
 def check_parameters(model: ModelFolder) -> Iterator[Finding]:
@@ -118,8 +118,8 @@ def check_parameters(model: ModelFolder) -> Iterator[Finding]:
             yield config.finding("parameters", at, problem, fix, level="warning")
     graph_level = config.message.optimization.graph.level
     if graph_level not in (-1, 0, 1, 2):
-        at, problem = "optimization.graph.level", f"the backend ignores the level {graph_level}"
-        fix = "-1 is basic, 1 extended, 2 none"
+        problem = f"the backend ignores the level {graph_level} (-1 is basic, 1 extended, 2 none)"
+        at, fix = "optimization.graph.level", "write 0 for all optimizations"
         yield config.finding("parameters", at, problem, fix, level="warning")
 
 
@@ -180,7 +180,6 @@ _ACCELERATORS: dict[str, dict[str, dict[str, str]]] = {
     "gpu": {"cuda": ort_values.CUDA, "tensorrt": ort_values.TENSORRT},
     "cpu": {"openvino": {}},
 }
-BFLOAT16_PRECISION = "26.02"  # the first release that knows it
 _PROFILES = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
 
 
@@ -217,9 +216,9 @@ def _check_accelerator(
         return
     kind_of = supported[name]
     for key, value in given.items() if kind_of else ():
-        if value == "BF16" and model.target and model.target.first < BFLOAT16_PRECISION:
+        if value == "BF16" and model.target and model.target.first < BF16_PRECISION:
             problem = f"Triton {model.target.first} has no BF16"
-            yield f"parameters[{key}]", problem, f"serve with {BFLOAT16_PRECISION} or later"
+            yield f"parameters[{key}]", problem, f"serve with {BF16_PRECISION} or later"
         elif key not in kind_of:
             problem = f"unknown parameter '{key}' is provided for the accelerator '{name}'"
             close = difflib.get_close_matches(key, kind_of, 1)
@@ -227,7 +226,7 @@ def _check_accelerator(
             yield f"parameters[{key}]", problem, fix
         elif problem := ort_values.find_problem(kind_of[key], value):
             kind = kind_of[key].removeprefix("runtime ")
-            at, fix = f"parameters[{key}]", _FIXES[kind]
+            at, fix = f"parameters[{key}]", _FIXES.get(kind, "write a plain number")
             if value or kind == kind_of[key]:  # empty, it is not passed on to ONNX Runtime
                 yield at, f"{key}: {problem}", fix
     # The shapes for which TensorRT builds its engine: NAME:1x3x8, with commas between inputs.

@@ -165,9 +165,7 @@ def _check_other_backend(model: ModelFolder) -> Finding:
         source = "core src/model_config_utils.cc AutoCompleteBackendFields"
         return config.finding("backend", "name", problem, fix, source)
     backends = {"onnxruntime", *lint_config.OTHER_BACKENDS}
-    close = (
-        ["onnxruntime"] if name.startswith("onnxruntime") else get_close_matches(name, backends, 1)
-    )
+    close = get_close_matches(name[: len("onnxruntime")], backends, 1)
     if name not in backends and close:
         problem = f"unable to find backend library for backend '{name}'"
         fix, at = f"did you mean {close[0]}?", "backend" if config.message.backend else "platform"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.export.targets import NEWEST, OLDEST, find_oldest, target
-from pipeline.repository.lint.backend import BACKEND, triton_type
+from pipeline.repository.lint.backend import BACKEND, BF16_TENSORS, triton_type
 from pipeline.repository.lint.config import INPUTS, list_tensors
 from pipeline.repository.lint.files import ModelFolder
 from pipeline.repository.lint.graph import FILE, Graph, Tensor
@@ -12,7 +12,6 @@ from pipeline.repository.lint.text import Finding, Level
 
 UTILS = "onnxruntime_backend src/onnxruntime_utils.cc"
 OLDEST_OPSET = 7  # ONNX Runtime has all operators from this opset on
-BFLOAT16_RELEASE = "26.03"  # the first whose backend has bfloat16 inputs and outputs
 COMPARE = f"{UTILS} CompareDimsSupported"
 
 
@@ -124,7 +123,7 @@ def check_dialect(model: ModelFolder, version: int) -> Iterator[Finding]:
     oldest = find_oldest(graph.opset, graph.ir_version)
     types = {tensor.data_type for tensor in (*graph.inputs.values(), *graph.outputs.values())}
     has_bfloat16 = "TYPE_BF16" in types
-    first = max(oldest.first if oldest else "", BFLOAT16_RELEASE * has_bfloat16)
+    first = max(oldest.first if oldest else "", BF16_TENSORS * has_bfloat16)
     needs = f"opset {graph.opset}, IR {graph.ir_version}"
     if graph.opset > release.opset or graph.ir_version > release.ir_version:
         problem = f"{needs}: Triton {release.releases} has ONNX Runtime {release.onnxruntime}, "

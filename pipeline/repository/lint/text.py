@@ -73,6 +73,10 @@ def read_config(path: Path) -> Config | Finding:
         column = f", column {error.GetColumn()}" if error.GetColumn() else ""
         problem, line = f"does not parse{column}: {cause}", error.GetLine()
         return Finding("config-text", "error", path, problem, _suggest_fix(cause), line, PARSER)
+    names = [message.default_model_filename, *(each.label_filename for each in message.output)]
+    names += [e.input_data_file for sample in message.model_warmup for e in sample.inputs.values()]
+    if any(re.search(rb"\0|[^/]{256}|.{3000}", name.encode(), re.DOTALL) for name in names):
+        return Finding("config-text", "error", path, "names a file that cannot exist", "rename it")
     return Config(path, message, find_field_lines(text))
 
 
