@@ -1,7 +1,7 @@
 """The commands that export and package, and the options for a third-party module."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,17 +153,11 @@ def load_module(
                 f"--picture makes {low:.3g} to {high:.3g} of pictures, --images has {least:.3g} "
                 f"to {most:.3g}: state the mean and std that made them"
             )
-    classes = read_class_names(given["classes"])
+    names = given["classes"].split(",") if given["classes"] else []
+    if names and Path(given["classes"]).is_file():  # one name per line
+        names = [line for line in Path(given["classes"]).read_text().splitlines() if line.strip()]
+    classes = [name.strip() for name in names]
     return sample, subject_of_module(module, sample, settings.root, classes, rule)
-
-
-def read_class_names(classes: str | None) -> Sequence[str]:
-    """Return the class names from the command line or a file; empty if none are given."""
-    if not classes:
-        return ()
-    if Path(classes).is_file():
-        return [line.strip() for line in Path(classes).read_text().splitlines() if line.strip()]
-    return [part.strip() for part in classes.split(",")]
 
 
 @click.command(cls=Command)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, NoReturn
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def subject_of_module(
     digest = weights_digest(model)
     if weights_digest(build_module(module, root)) != digest:
         raise PipelineError(f"{module} makes other weights each time: load them, or set a seed")
-    outputs = _run_module(module, model, sample.images)
+    outputs = _score_two(module, model, sample.images)
     in_training = [
         name or type(part).__name__
         for name, part in model.named_modules()
@@ -92,8 +92,6 @@ def subject_of_module(
             "an answer depends on the other images, with dropout on chance. Keep running "
             "statistics, let .eval() reach every part, and do not call train() in forward()"
         )
-    if not _is_scores(outputs):
-        _refuse_outputs(module, outputs)
     if outputs.dtype == torch.float64:
         raise PipelineError(f"{module} answers in float64, which is not served: call .float()")
     answers = outputs.numpy()
@@ -118,11 +116,15 @@ def subject_of_module(
     )
 
 
-def _run_module(module: str, model: nn.Module, images: np.ndarray) -> Any:
-    """Return the module's answer to two images; raise PipelineError, with a fix, if it fails."""
+def _score_two(module: str, model: nn.Module, images: np.ndarray) -> Tensor:
+    """Return the module's answer (2, K) to two images.
+
+    Raises PipelineError if it fails, or if it answers anything else, with a wrapper that takes one
+    of several outputs.
+    """
     try:
         with torch.inference_mode():
-            return model(torch.from_numpy(images[:2]))
+            outputs = model(torch.from_numpy(images[:2]))
     except (RuntimeError, TypeError, ValueError) as error:
         fix = ""
         if any(tensor.dtype == torch.float64 for tensor in model.parameters()):
@@ -131,16 +133,8 @@ def _run_module(module: str, model: nn.Module, images: np.ndarray) -> Any:
             fix = ". Save them as for its training, such as images.astype(np.float32) / 255"
         shape = f"{images.dtype} {' x '.join(map(str, images.shape))}"
         raise PipelineError(f"{module} does not take images of {shape}: {error}{fix}") from error
-
-
-def _is_scores(output: Any) -> bool:
-    """Tell whether an output for two images is a tensor of floats (2, K)."""
-    is_rows = isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 2
-    return is_rows and len(output) == 2 and output.shape[1] > 1
-
-
-def _refuse_outputs(module: str, outputs: Any) -> NoReturn:
-    """Raise PipelineError for anything but scores, with a wrapper that takes one of several."""
+    if _is_scores(outputs):
+        return cast(Tensor, outputs)
     parts, listed, scores = outputs, _describe(outputs), []
     if isinstance(outputs, tuple | list):
         parts = dict(enumerate(outputs))
@@ -155,6 +149,12 @@ def _refuse_outputs(module: str, outputs: Any) -> NoReturn:
         f"      def forward(self, images): return self.network(images)[{next(iter(scores), 0)!r}]",
     )
     raise PipelineError(Lines(*wrapper) if scores else problem)
+
+
+def _is_scores(output: Any) -> bool:
+    """Tell whether an output for two images is a tensor of floats (2, K)."""
+    is_rows = isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 2
+    return is_rows and len(output) == 2 and output.shape[1] > 1
 
 
 def _describe(output: Any) -> str:

@@ -164,7 +164,7 @@ def swapped_labels(network: Cnn) -> nn.Module:
 
 
 NETWORKS: list[tuple[Sabotage, str]] = [
-    (dropout_left_on, "random operators: Dropout; call .eval() before the export"),
+    (dropout_left_on, r"random operators: Dropout; call \.eval\(\) before the export"),
     (wrong_mean, r"mean is 0\.1807 instead of 0\.1307"),
     (wrong_scale, r"std is 0\.3235\d* instead of 0\.3081"),
     (unfitted_temperature, r"temperature is 1\.25 instead of"),
