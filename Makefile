@@ -159,7 +159,7 @@ screenshot: $(PACKAGED) .venv-triton/done ## take the README's picture of the pa
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
-.PHONY: gpu-check prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure
+.PHONY: gpu-check prove-processors prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure
 .PHONY: prove-compare prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(TOOL).gpu_check tools/results/gpu.json --signed-off-by "$(SIGNED)"
@@ -176,6 +176,8 @@ prove-unsure: .venv/done data/mnist/train-images-idx3-ubyte ## show an exported 
 	$(TOOL).prove_unsure tools/results/unsure.json --name $(NAME)
 prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write
 	OMP_NUM_THREADS=1 $(TOOL).prove_resume tools/results/resume.json 100 30
+prove-processors: .venv/done data/mnist/train-images-idx3-ubyte ## train as on older processors, and compare the weights' bytes
+	OMP_NUM_THREADS=1 $(TOOL).prove_processors tools/results/processors.json
 prove-swap: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## change the served version 100 times under 100,000 requests
 	OMP_NUM_THREADS=1 $(TOOL).prove_swap tools/results/swap.json 100 100000
 prove-runtimes: $(SUMMARY) | .venv/done ## run what is exported for older Tritons on the ONNX Runtimes inside them (RUN)

@@ -138,9 +138,7 @@ class Command(click.Command):
         add("--root", type=folder_type, help=root)
         add("--json", is_flag=True, help="Print the result as JSON.")
         add("-q", "--quiet", is_flag=True, help="Print no progress on standard error.")
-        add(
-            "-v", "--verbose", is_flag=True, help="Print progress every second, in lines that stay."
-        )
+        add("-v", "--verbose", is_flag=True, help="Keep each line of progress, one a second.")
         add("--debug", is_flag=True, help="Print the traceback of an error, too.")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -41,10 +41,9 @@ def require_printable(path: Path) -> None:
 def format_make(targets: str) -> str:
     """Return the shell command that makes `targets` of our Makefile, for the current folder."""
     makefile, here = CHECKOUT / "Makefile", Path("Makefile")
-    if not makefile.exists():
-        return f"make -C CLONE {targets}"
-    is_here = here.exists() and here.samefile(makefile)
-    return f"make {'' if is_here else f'-C {shlex.quote(str(CHECKOUT))} '}{targets}"
+    if makefile.exists() and here.exists() and here.samefile(makefile):
+        return f"make {targets}"
+    return f"make -C {shlex.quote(str(CHECKOUT)) if makefile.exists() else 'CLONE'} {targets}"
 
 
 def list_names(name: str, names: Sequence[str]) -> str:
