@@ -298,7 +298,7 @@ def test_a_module_of_several_outputs_is_refused_with_the_wrapper_that_solves_it(
         ("nets.py:make", "give 'nets:make'"),
         ("nets/small.py:make", "give 'nets.small:make'"),
         ("./nets.py:make", "give 'nets:make'"),
-        ("/home/me/nets.py:make", "give 'nets:make', with /home/me in PYTHONPATH"),
+        ("/srv/me/nets.py:make", "give 'nets:make', with /srv/me in PYTHONPATH"),
         ("../nets.py:make", "give 'nets:make', with .. in PYTHONPATH"),
     ],
 )

@@ -84,6 +84,9 @@ NOT_MEASURED = re.compile(
     # limits, and what others have published
     r"|at most 8 times|256 MiB|`fp16` 0\.02 points, `int8` 0\.10 points|\(8,192\)|up\s+to\s+256"
     r"|10 MiB and 8\.9\s+million"
+    # the rule of an own network, and a licence
+    r"|0\.5:0\.4:0\.4|16 or\s+32 bits|0 to 255|0\.299 R \+ 0\.587 G \+ 0\.114 B|pixel / 255"
+    r"|more than 20 times as long|CC BY-SA 3\.0"
     r"|24\.5 million|8,192 to 16,384 rows|0\.76-second record|784-128-10"
 )
 # More than one digit, a digest, or a number with a unit.
