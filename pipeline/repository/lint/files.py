@@ -169,25 +169,22 @@ def check_code(model: ModelFolder) -> Iterator[Finding]:
             source = "core src/backend_model.cc GetBackendLibrarySearchPaths"
             fix = "remove it, unless you wrote it"
             yield Finding("brings-code", "warning", path, problem, fix, source=source)
-    for at, name in _find_code(model):
-        problem, fix = f"the server may run {name}", "remove it, unless you trust it"
-        yield model.config.finding("brings-code", at, problem, fix, level="warning")
-
-
-def _find_code(model: ModelFolder) -> Iterator[tuple[str, str]]:
-    """Yield the fields of a config that name code to run, and what they name."""
     message = model.config.message
+    code: list[tuple[str, str]] = []  # the fields that name code to run, and what they name
     for index, name in enumerate(message.model_operations.op_library_filename):
-        yield f"model_operations.op_library_filename[{index}]", f"the code in '{name}'"
+        code.append((f"model_operations.op_library_filename[{index}]", f"the code in '{name}'"))
     for index, agent in enumerate(message.model_repository_agents.agents):
-        yield f"model_repository_agents.agents[{index}]", f"the agent '{agent.name}'"
+        code.append((f"model_repository_agents.agents[{index}]", f"the agent '{agent.name}'"))
     if message.runtime:
-        yield "runtime", f"'{message.runtime}'"
+        code.append(("runtime", f"'{message.runtime}'"))
     for key in ("EXECUTION_ENV_PATH", "TRITON_BATCH_STRATEGY_PATH"):
         if key in message.parameters:
-            yield f"parameters[{key}]", f"the file that {key} names"
+            code.append((f"parameters[{key}]", f"the file that {key} names"))
     for command in config_pbtxt.find_commands(model.folder, message):
-        yield "instance_group", command
+        code.append(("instance_group", command))
+    for at, name in code:
+        problem, fix = f"the server may run {name}", "remove it, unless you trust it"
+        yield model.config.finding("brings-code", at, problem, fix, level="warning")
 
 
 def brings_code(model: ModelFolder) -> bool:
