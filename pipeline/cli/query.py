@@ -52,14 +52,14 @@ class _QueryCommand(Command):
     help="Server: http://HOST:PORT or grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
 @click.option(
-    "--ca",
-    type=path_type,
-    help="PEM file of the authority (CA) that signed the server's certificate.",
-)
-@click.option(
     "--onnx",
     metavar="[FILE.onnx]",
     help="Ask no server: run this exported file in ONNX Runtime.  [default: the export of --name]",
+)
+@click.option(
+    "--ca",
+    type=path_type,
+    help="PEM file of the authority (CA) that signed the server's certificate.",
 )
 @click.option("--certificate", type=path_type, help="PEM file of the client certificate, for TLS.")
 @click.option("--key", type=path_type, help="PEM file of the client certificate's private key.")

@@ -139,7 +139,7 @@ def read_record(path: Path, kind: type[T], fix: str) -> T:
     Raises PipelineError if the file is missing and CorruptError, which names the field, if a value
     is missing or has another type. Values that `kind` has no field for are ignored.
     """
-    import msgspec  # not installed with the client alone, and slow to import
+    import msgspec  # slow to import
 
     try:
         return msgspec.convert(read_json(path, fix), kind)

@@ -24,6 +24,7 @@ DISTRIBUTION = "handwriting-pipeline"
 CLIENT = (
     "aiohttp",
     "click",
+    "msgspec",
     "numpy",
     "PIL",
     "tritonclient",
