@@ -72,9 +72,11 @@ class _LocalModel:
         self._version = path.parent.name if path.parent.name.isdecimal() else ""
         images, outputs = (TensorSpec.from_record(manifest[key]) for key in ("images", "outputs"))
         self._config = config_pbtxt.describe(self.name, manifest, images, outputs, PackageConfig())
-        config_pbtxt.record_version(
-            self._config, self._version, files.sha256(content), manifest.get("min_probability")
-        )
+        digest = files.sha256(content)
+        config_pbtxt.set_parameter(self._config, f"sha256.{self._version}", digest)
+        if threshold := manifest.get("min_probability"):
+            key = config_pbtxt.MIN_PROBABILITY
+            config_pbtxt.set_parameter(self._config, key, str(threshold))
 
     async def config(self, name: str, version: str) -> config_pbtxt.ModelConfig:
         return self._config

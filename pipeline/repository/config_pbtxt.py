@@ -79,15 +79,6 @@ def describe(
     return message
 
 
-def record_version(
-    message: ModelConfig, version: int | str, sha256: str, threshold: float | None
-) -> None:
-    """Record a version's own parameters, selected or not: its digest and its min_probability."""
-    set_parameter(message, f"sha256.{version}", sha256)
-    if threshold is not None:
-        set_parameter(message, f"{MIN_PROBABILITY}.{version}", str(threshold))
-
-
 def set_field(message: ModelConfig, field: str, value: Value) -> None:
     """Set a field by its path in config.pbtxt.
 

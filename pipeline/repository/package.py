@@ -184,8 +184,12 @@ def _select_in_base(variant: _Variant, version: int, old: ModelConfig | None) ->
 
 
 def _record_version(variant: _Variant, version: int, message: ModelConfig) -> None:
+    """Record a version's own parameters, selected or not: its digest and its min_probability."""
+    config_pbtxt.set_parameter(message, f"sha256.{version}", variant.sha256)
     threshold = variant.manifest.get("min_probability")  # None if no threshold was fitted
-    config_pbtxt.record_version(message, version, variant.sha256, threshold)
+    if threshold is not None:
+        key = f"{config_pbtxt.MIN_PROBABILITY}.{version}"
+        config_pbtxt.set_parameter(message, key, str(threshold))
 
 
 def _next_version(packaged: Path, base: ModelConfig) -> tuple[int, ModelConfig | None]:
