@@ -34,8 +34,15 @@ def data_group() -> None:
     type=path_type,
     help="Folder with the data set's files, compressed or not.",
 )
+@click.option(
+    "--skip-unreadable",
+    is_flag=True,
+    help="folder:PATH: list pictures that cannot be read or show nothing, and import the others.",
+)
 @click.pass_obj
-def fetch_data_command(settings: Settings, dataset: str, source: Path | None) -> None:
+def fetch_data_command(
+    settings: Settings, dataset: str, source: Path | None, skip_unreadable: bool
+) -> None:
     """Fetch a data set into the cache, from the first source that has it.
 
     \b
@@ -52,7 +59,7 @@ def fetch_data_command(settings: Settings, dataset: str, source: Path | None) ->
         if context.get_parameter_source("source") == ParameterSource.COMMANDLINE:
             raise click.UsageError("--from is not for folder:PATH: leave it out")
         source = None  # the environment's is for other data sets
-    folder = fetch_data(dataset, cache, source, settings.say, settings.update)
+    folder = fetch_data(dataset, cache, source, settings.say, settings.update, skip_unreadable)
     record = {"dataset": dataset, "folder": str(folder)}
     settings.result(record, f"{dataset} is in {folder}", f"pipeline train{_option(dataset)}")
 

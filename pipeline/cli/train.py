@@ -83,6 +83,8 @@ def train_command(
         if paths.checkpoint.exists():
             say(f"next: pipeline train{option} --resume")
         raise
+    for note in summary.notes:
+        say(f"note: {note}")
     text = Lines(
         f"test accuracy {summary.test_accuracy:.2%} after {summary.train_seconds:.1f} s of "
         f"training ({summary.parameters:,} parameters, {summary.device})",

@@ -174,11 +174,14 @@ def _echo_proof(settings: Settings, paths: Paths, proof: "ExportValidation") -> 
     )
     if first.images < FEW:
         settings.say(f"note: {first.images} images are few: the result is valid only for these")
+    for note in proof.notes:
+        settings.say(f"note: {note}")
     record = {
         "passed": True,
         "sha256": proof.sha256,
         "accuracy": proof.accuracy,
         "variants": [asdict(verdict) for verdict in proof.verdicts],
+        "notes": proof.notes,
     }
     text = Lines(*proof.verdicts, runs, f"wrote {paths.validation} and {paths.card.name}")
     settings.result(record, text, f"pipeline package{paths.name_option}")

@@ -1,9 +1,10 @@
 """The prediction log, for monitoring a served model: it holds no images and no file names.
 
 Each line is a JSON object for one image: `schema`, `time` (UTC), `name`, `version`, `sha256` of the
-model's file, `class`, `probability`, `sure` (by the model's own threshold) and `ink`, the mean of
-the pixels that the model received, divided by 255; it is null for images that are not uint8. A
-line with only `schema`, `time` and `lost` tells how many predictions before it are missing.
+model's file, `class`, `probability`, `sure` (by the model's own threshold; null without one) and
+`ink`, the mean of the pixels that the model received, divided by 255; it is null for images that
+are not uint8. A line with only `schema`, `time` and `lost` tells how many predictions before it are
+missing.
 """
 
 # Shape letters: N images.
@@ -162,7 +163,7 @@ class Entry(NamedTuple):
     time: str  # UTC, as 2026-11-23T18:30:00Z
     label: str
     probability: float
-    is_sure: bool
+    is_sure: bool | None
     ink: float | None
 
 
@@ -209,7 +210,8 @@ def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) 
                     if not lost:
                         model = LoggedModel(str(record["name"]), str(record["version"]), digest)
                         ink = None if record["ink"] is None else _share(record["ink"])
-                        chance, is_sure = _share(record["probability"]), bool(record["sure"])
+                        sure, chance = record["sure"], _share(record["probability"])
+                        is_sure = None if sure is None else bool(sure)
                         entry = Entry(time, str(record["class"]), chance, is_sure, ink)
                 except _UNREADABLE:
                     logged.unreadable += 1

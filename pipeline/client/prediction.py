@@ -26,7 +26,7 @@ class Prediction:
     top: tuple[tuple[str, float], ...]  # labels with probabilities, the likeliest first
     version: str  # of the model that answered
     sha256: str | None  # of its file, as the server's config states it
-    is_sure: bool = True  # its probability is at or above the model's threshold
+    is_sure: bool | None = None  # its probability reaches the model's threshold; None without one
     # Boxes of the digits (or others) in the picture: left, top, right, bottom in its pixels. The
     # answer is for the first. Empty for an array that was sent unchanged, and a whole picture.
     parts: tuple[Box, ...] = ()
@@ -51,7 +51,8 @@ def to_prediction(
     # Classes that the config does not name are called by their number.
     names = {index: str(index) for index in range(len(row))} | dict(enumerate(classes))
     ranked = tuple((names[int(index)], float(chances[index])) for index in order)
-    is_sure = ranked[0][1] >= config_pbtxt.min_probability(config)
+    threshold = config_pbtxt.min_probability(config)
+    is_sure = None if threshold is None else ranked[0][1] >= threshold
     return Prediction(*ranked[0], ranked, version, config_pbtxt.digest(config, version), is_sure)
 
 

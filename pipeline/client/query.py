@@ -51,7 +51,7 @@ class Answer:
         ranked = [f"{label} {chance:.2%}" for label, chance in self.prediction.top]
         also = f"  (then {', '.join(ranked[1:])})" if ranked[1:] else ""
         text = f"{self.prediction.label}  {self.prediction.probability:.2%}{also}"
-        if not self.prediction.is_sure:
+        if self.prediction.is_sure is False:
             text = f"{NOT_SURE}  (perhaps {', '.join(ranked)})"
         if len(parts := self.prediction.parts) > 1:
             left, top, right, bottom = parts[0]
@@ -74,7 +74,7 @@ class Count:
         self.empty += not answer.is_picture
         self.failed += answer.is_picture and answer.prediction is None
         self.answered += answer.prediction is not None
-        self.unsure += answer.prediction is not None and not answer.prediction.is_sure
+        self.unsure += answer.prediction is not None and answer.prediction.is_sure is False
 
     def __str__(self) -> str:
         unsure = f" ({self.unsure} of them {NOT_SURE})" if self.unsure else ""

@@ -12,6 +12,12 @@ import numpy as np
 from pipeline.core.errors import CheckFailedError
 
 REFUSED = 0.0075  # share of the validation images below the fitted minimum probability
+FEWEST = math.ceil(1 / REFUSED)  # images: among fewer there is not one below it
+ENOUGH = 1000  # images: fewer draw what is fitted towards a cautious value, see below
+EVEN = 0.5  # the cautious minimum probability: a lower answer is more likely wrong than right
+HIGHEST = 0.95  # no minimum probability is above it, however certain the model is
+COLDEST, HOTTEST = 0.25, 4.0  # limits of the temperature
+SPREAD = 0.5  # standard deviation of the temperature's logarithm before any image is seen
 # uint8 (B, 1, 28, 28) -> float32 (B, K): eager PyTorch, ONNX Runtime or a Triton client.
 Predictor = Callable[[np.ndarray], np.ndarray]
 
@@ -119,25 +125,35 @@ def fit_temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
     """Return the temperature, 1/4 to 4, at which log-probabilities (N, K) best fit labels (N,).
 
     Minimizes the negative log-likelihood by a golden-section search on the temperature's logarithm.
+    Fewer than ENOUGH images are drawn towards 1 by a normal prior: a few images, all correct, fit
+    the lowest temperature best, at which every answer is certain.
     """
-    low, high = np.log(0.25), np.log(4.0)
+    pull = max(0.0, 1 / len(labels) - 1 / ENOUGH) / (2 * SPREAD**2)
+    low, high = np.log(COLDEST), np.log(HOTTEST)
     golden = (np.sqrt(5) - 1) / 2
     for _ in range(40):
         first, second = high - golden * (high - low), low + golden * (high - low)
-        losses = [
-            score(apply_temperature(outputs, t), labels).loss for t in np.exp([first, second])
-        ]
-        low, high = (low, second) if losses[0] < losses[1] else (first, high)
+        logs = np.array([first, second])
+        fits = [score(apply_temperature(outputs, t), labels).loss for t in np.exp(logs)]
+        cooler, hotter = fits + pull * logs**2
+        low, high = (low, second) if cooler < hotter else (first, high)
     return float(np.exp((low + high) / 2))
 
 
-def fit_min_probability(outputs: np.ndarray, share: float = REFUSED) -> float:
+def fit_min_probability(outputs: np.ndarray, share: float = REFUSED) -> float | None:
     """Return the probability that the likeliest class reaches in all but a `share` of rows (N, K).
 
-    Rounded down, so that a row with exactly this probability is not below it.
+    Returns None where `share` is less than one row. Below ENOUGH rows it is drawn towards EVEN, in
+    proportion to those missing. It is at most HIGHEST, and rounded down, so that a row with exactly
+    this probability is not below it.
     """
+    count = len(outputs)
+    if share * count < 1:
+        return None
     likeliest = np.sort(np.exp(outputs.max(axis=1).astype(np.float64)))
-    return math.floor(float(likeliest[int(share * len(likeliest))]) * 1e6) / 1e6
+    weight = min(1.0, count / ENOUGH)
+    threshold = weight * float(likeliest[int(share * count)]) + (1 - weight) * EVEN
+    return math.floor(min(threshold, HIGHEST) * 1e6) / 1e6
 
 
 def is_refused(outputs: np.ndarray, min_probability: float) -> np.ndarray:

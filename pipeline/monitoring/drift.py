@@ -181,7 +181,8 @@ def compare_log(
     inks = [entry.ink for entry in entries if entry.ink is not None]
     has_ink = profile.ink_counts is not None and len(inks) == images
     ink = count_bins(np.array(inks), profile.ink_edges) if has_ink else None
-    unsure = sum(not entry.is_sure for entry in entries)
+    sure = [entry.is_sure for entry in entries]
+    unsure = None if None in sure else sure.count(False)
     checks = _run_checks(profile, classes, confidence, ink, unsure, config)
     chances = holm({check.name: check.p for check in checks})
     return Drift(
@@ -296,7 +297,7 @@ def _run_checks(
     classes: Counts,
     confidence: Counts,
     ink: Counts | None,
-    unsure: int,
+    unsure: int | None,  # None if the log has predictions without a threshold
     config: DriftConfig,
 ) -> list[DriftCheck]:
     """Return the checks for which the profile and the log have data, before Holm's adjustment."""
@@ -313,7 +314,7 @@ def _run_checks(
         edges, counts = profile.ink_edges, profile.ink_counts
         checks.append(_compare_bins("ink", edges, counts, ink, config.ink))
         checks.append(_compare_tails(edges, counts, ink, config))
-    if profile.unsure is not None:
+    if profile.unsure is not None and unsure is not None:
         shift = share_shift(profile.unsure, of, unsure, images, config.unsure)
         change = _format_change(profile.unsure / of, unsure / images)
         checks.append(shift.as_check("not sure", ARCSINE, change))

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import check_manifest, read_json, write_bytes
-from pipeline.core.paths import Paths
+from pipeline.core.paths import FOLDER, Paths
 from pipeline.core.signature import pictures_of
 from pipeline.data.splits import Split, load_split
 from pipeline.report import figures
@@ -223,7 +223,9 @@ def _distort(train: Split, config: TrainConfig) -> tuple[Distorted, ...] | Note:
     present = np.unique(train.labels)[:DIGITS]
     chosen = [int(np.flatnonzero(train.labels == label)[0]) for label in present]
     images = train.images[chosen]
-    rows = zip(present, images, draw_examples(images, config.settings, DRAWS), strict=True)
+    is_folder = config.dataset.startswith(FOLDER)
+    examples = draw_examples(images, config.settings, DRAWS, is_folder)
+    rows = zip(present, images, examples, strict=True)
     return tuple(
         (train.classes[label], draw_picture(image), tuple(map(draw_picture, draws)))
         for label, image, draws in rows

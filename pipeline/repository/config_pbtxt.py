@@ -209,12 +209,16 @@ def kind(message: ModelConfig) -> str:
     return parameter(message, "outputs") or "log_probabilities"
 
 
-def min_probability(message: ModelConfig) -> float:
-    """Return the probability (0 to 1) below which an answer is not sure; 0 if none is stated."""
+def min_probability(message: ModelConfig) -> float | None:
+    """Return the probability (0 to 1) below which an answer is not sure; None without a valid one.
+
+    A model has none if its data set had too few images to fit it.
+    """
     try:
-        return float(parameter(message, MIN_PROBABILITY) or 0)
+        threshold = float(parameter(message, MIN_PROBABILITY) or "nan")
     except ValueError:
-        return 0.0
+        return None
+    return threshold if 0 <= threshold <= 1 else None
 
 
 def selected(message: ModelConfig) -> list[int]:

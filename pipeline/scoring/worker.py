@@ -47,7 +47,7 @@ class ScoringModel:
     kind: str  # of its outputs: see config_pbtxt.kind
     pictures: str  # how a picture is converted to its input: see signature.pictures_of
     shape: tuple[int, ...]  # (C, H, W)
-    min_probability: float  # below it an answer is not sure
+    min_probability: float | None  # below it an answer is not sure
 
 
 def read_selected_model(paths: Paths) -> ScoringModel:
@@ -203,7 +203,9 @@ def _make_answers(
     best = min(top, classes)
     order = np.argsort(-outputs, axis=1, kind="stable")[:, :best]  # (N, top)
     chances = np.take_along_axis(probabilities(outputs, model.kind), order, axis=1)
-    sure = chances[:, 0] >= model.min_probability if count else np.zeros(0, bool)
+    sure = pa.nulls(count, pa.bool_())
+    if model.min_probability is not None:
+        sure = pa.array((chances[:, :1] >= model.min_probability).ravel())
     ranked = pa.StructArray.from_arrays(
         [labels.take(pa.array(order.ravel())), pa.array(chances.ravel().astype(np.float32))],
         ["label", "probability"],
@@ -216,12 +218,12 @@ def _make_answers(
             "label": labels.take(pa.array(order[:, 0])),
             "probability": pa.array(chances[:, 0].astype(np.float32)),
             "top": pa.ListArray.from_arrays(offsets, ranked),
-            "sure": pa.array(sure),
+            "sure": sure,
             "version": pa.repeat(pa.scalar(model.version), count),
             "digest": pa.repeat(pa.scalar(model.digest), count),
         }
     )
-    return table, int(count - sure.sum())
+    return table, sure.false_count
 
 
 def write(folder: Folder, index: int, table: pa.Table, rejected: pa.Table, counts: Counts) -> None:

@@ -14,16 +14,26 @@ from pipeline.training.recipes import Recipe
 ELASTIC_SIDE = 5  # points on each side of the coarse grid of elastic distortion
 
 
-def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
-    """Distort each image (B, 1, H, W) at random, within the recipe's limits; 0 stays paper.
+def find_paper(images: Tensor) -> Tensor:
+    """Return the median level of each image's border, float32 (B, 1, 1, 1)."""
+    sides = [images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]]
+    return torch.cat(sides, dim=-1).float().median(dim=-1).values.view(-1, 1, 1, 1)
 
-    `strength` (0 to 1) scales all distortions except mirroring. Draws from torch's global generator
-    of the images' device. Returns the images unchanged when the recipe distorts nothing, otherwise
-    as float32 from 0 to 255.
+
+def augment(
+    images: Tensor, recipe: Recipe, strength: float = 1.0, has_own_paper: bool = False
+) -> Tensor:
+    """Distort each image (B, 1, H, W) at random, within the recipe's limits.
+
+    What comes in over the border is 0, or the image's own paper if `has_own_paper`. `strength` (0
+    to 1) scales all distortions except mirroring. Draws from torch's global generator of the
+    images' device. Returns the images unchanged when the recipe distorts nothing, otherwise as
+    float32 from 0 to 255.
     """
     if not recipe.distorts:
         return images
     images, count, device = images.float(), len(images), images.device
+    paper = find_paper(images) if has_own_paper else None
     if recipe.stroke:
         # Thicker or thinner, by up to a pixel on each side.
         amount = (torch.rand(count, 1, 1, 1, device=device) * 2 - 1) * (recipe.stroke * strength)
@@ -47,7 +57,9 @@ def augment(images: Tensor, recipe: Recipe, strength: float = 1.0) -> Tensor:
     high, wide = images.shape[2:]
     basis = _basis(high, wide, device)[: weights.shape[2]]  # (3 + S^2 or 3, H W)
     grid = (weights.flatten(0, 1) @ basis).view(count, 2, high, wide).permute(0, 2, 3, 1)
-    return functional.grid_sample(images, grid, align_corners=False)
+    if paper is None:
+        return functional.grid_sample(images, grid, align_corners=False)
+    return functional.grid_sample(images - paper, grid, align_corners=False) + paper
 
 
 @cache
@@ -66,9 +78,11 @@ def _basis(high: int, wide: int, device: torch.device) -> Tensor:
     return torch.cat([affine, bumps[:, 0]]).flatten(1).to(device)
 
 
-def draw_examples(images: np.ndarray, recipe: Recipe, draws: int) -> np.ndarray:
+def draw_examples(
+    images: np.ndarray, recipe: Recipe, draws: int, has_own_paper: bool = False
+) -> np.ndarray:
     """Return distorted copies, uint8 (N, draws, 1, H, W), of uint8 images (N, 1, H, W)."""
     torch.manual_seed(0)
     repeated = torch.from_numpy(images).repeat_interleave(draws, dim=0)  # (N * draws, 1, H, W)
-    distorted = augment(repeated, recipe).round().to(torch.uint8).numpy()
-    return distorted.reshape(len(images), draws, *images.shape[1:])
+    distorted = augment(repeated, recipe, has_own_paper=has_own_paper).round().clamp(0, 255)
+    return distorted.to(torch.uint8).numpy().reshape(len(images), draws, *images.shape[1:])

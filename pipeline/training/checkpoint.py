@@ -47,10 +47,12 @@ class Summary:
     weights_sha256: str
     data_sha256: dict[str, str]
     predictions_sha256: str = ""  # older runs lack this field and the next three
-    min_probability: float | None = None  # a lower answer is unsure; fitted on validation
+    min_probability: float | None = None  # a lower answer is unsure; None: too few images to tell
     python: str = ""
     finished_at: str = ""  # in UTC, ISO 8601
     system: str = ""
+    validation_images: int | None = None  # that temperature and min_probability were fitted on
+    notes: tuple[str, ...] = ()  # sentences on what could not be fitted well
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import evaluate
+from pipeline.core.paths import FOLDER
 from pipeline.data.splits import Split
 from pipeline.training.augment import augment
 from pipeline.training.checkpoint import RunState, optimizer_tensors, restore_optimizer
 from pipeline.training.device import Placement, prepare_network, synchronize
 from pipeline.training.networks import Network, build, eager_predictor
-from pipeline.training.outliers import Outliers
+from pipeline.training.outliers import Outliers, PictureOutliers
 from pipeline.training.recipes import Recipe, TrainConfig
 
 EPOCH_STRIDE = 1_000_003  # distance between the seeds of two runs: more than a run has steps
@@ -73,7 +74,14 @@ class Batches:
     Several processes share a batch: each has its own part.
     """
 
-    def __init__(self, split: Split, recipe: Recipe, seed: int, placement: Placement) -> None:
+    def __init__(
+        self,
+        split: Split,
+        recipe: Recipe,
+        seed: int,
+        placement: Placement,
+        dataset: str = "mnist",
+    ) -> None:
         self.images = torch.from_numpy(split.images).to(placement.device)  # whole split, uint8
         self.labels = torch.from_numpy(split.labels).to(placement.device)
         self.classes = len(split.classes)
@@ -86,13 +94,15 @@ class Batches:
             )
         self.steps_per_epoch = len(split) // self.size
         self.steps = max(1, round(recipe.epochs * self.steps_per_epoch))
-        self.outliers = Outliers(self.images, self.labels, seed) if recipe.outliers else None
+        self.is_folder = dataset.startswith(FOLDER)
+        source = PictureOutliers if self.is_folder else Outliers
+        self.outliers = source(self.images, self.labels, seed) if recipe.outliers else None
         self._epoch, self._order = -1, torch.empty(0)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Return images (B, 1, 28, 28), distorted if the recipe distorts, and labels (B,).
 
-        If the recipe has outliers, M non-digits follow the digits, and probabilities (B + M, K)
+        If the recipe has outliers, M images of no class follow, and probabilities (B + M, K)
         replace the labels.
         """
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -108,11 +118,11 @@ class Batches:
         images, labels = self.images[batch], self.labels[batch]
         strength = distortion(self.recipe, step, self.steps)
         if not self.outliers:
-            return augment(images, self.recipe, strength), labels
+            return augment(images, self.recipe, strength, self.is_folder), labels
         count = round(self.recipe.outliers * len(labels))
         painted = self.outliers.draw_painted(count // 10)
         written = self.outliers.draw_written(count - len(painted))
-        images = augment(torch.cat([images, written]), self.recipe, strength)
+        images = augment(torch.cat([images, written]), self.recipe, strength, self.is_folder)
         certain = functional.one_hot(labels, self.classes).float()
         unknown = certain.new_full((count, self.classes), 1 / self.classes)  # equally likely
         return torch.cat([images, painted]), torch.cat([certain, unknown])
@@ -179,7 +189,7 @@ def train(
     """
     recipe = config.settings
     start = time.perf_counter() - (state.seconds if state else 0.0)  # moved on in each pause
-    batches = Batches(train_split, recipe, config.seed, placement)
+    batches = Batches(train_split, recipe, config.seed, placement, config.dataset)
     learner = Learner(config, len(train_split.classes), placement)
     model, optimizer = learner.model, learner.optimizer
     loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)

@@ -1,7 +1,7 @@
-"""Generated non-digits that train next to the digits of a batch, so that a model is unsure of them.
+"""Generated images of no class that train next to a batch, so that a model is unsure of them.
 
-They are drawn with torch's global generator. The non-digits that a model is measured on are made
-in another way, by `tools/nondigits.py`.
+They are drawn with torch's global generator: non-digits for MNIST, altered pictures for a folder of
+pictures. Those that a model is measured on are made in another way, by `tools/nondigits.py`.
 
 The module also has the pen strokes of letters and signs, each with and without serifs. Letters
 that many people write like a digit are left out: b g I l O o q S s Z z.
@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from pipeline.training.augment import find_paper
 
 SIDE, HALF = 28, 14  # pixels
 SPOT = 5  # a full-ink spot's least half width is SPOT + 2 pixels; a narrower one may look like a 1
@@ -59,6 +61,54 @@ class Outliers:
 
     def draw_painted(self, count: int) -> Tensor:
         """Draw filled shapes, clouds and plain paper (M, 1, H, W)."""
+        return _pick(self._painted, count)
+
+
+class PictureOutliers:
+    """A stock of images of no class for a folder of pictures, made from them or in their levels."""
+
+    def __init__(self, pictures: Tensor, labels: Tensor, seed: int) -> None:
+        _, strokes, filled = _draw(seed, pictures.device)  # a letter may be a class
+        torch.manual_seed(seed)
+        part = STOCK // 4
+        # Pairs of different classes: the second is one of those after the first's in their order.
+        order, sizes = labels.argsort(stable=True), labels.bincount()
+        first = torch.randint(len(labels), (3, part), device=labels.device)
+        label = labels[first]
+        skipped = torch.rand(first.shape, device=labels.device) * (len(labels) - sizes[label])
+        second = order[(sizes.cumsum(0)[label] + skipped.long()) % len(labels)]
+        (cut, split, side), (cut_by, split_by, side_by) = pictures[first], pictures[second]
+        # Halves of two pictures, each in the place of the other half, or next to each other.
+        across = torch.cat([cut[..., HALF:], cut_by[..., :HALF]], dim=-1)
+        down = torch.cat([split[..., HALF:, :], split_by[..., :HALF, :]], dim=-2)
+        pairs = torch.cat([side[..., ::2], side_by[..., 1::2]], dim=-1)
+        # Half a picture on its own paper, cut in any direction.
+        whole, way = _pick(pictures, part), torch.randn(part, 2, device=labels.device)
+        is_hidden = (way @ _pixels(labels.device).T > 0).view_as(whole)
+        half = torch.where(is_hidden, find_paper(whole).to(torch.uint8), whole)
+        # Pen strokes in the levels of a picture's paper and of the pixel that differs most from it.
+        models = _pick(pictures, len(strokes)).float()
+        paper = find_paper(models)
+        away = (models - paper).flatten(1)
+        ink = away.gather(1, away.abs().argmax(dim=1, keepdim=True)).view(-1, 1, 1, 1)
+        drawn = (paper + ink * (strokes / 255)).round().to(torch.uint8)
+        drawn = torch.where(_coin(len(drawn), labels.device), drawn, 255 - drawn)
+        self._written = torch.cat([across, down, pairs, half, drawn])
+        # Noise, and plain paper: half of them without noise, half on the paper of a picture.
+        level, deviation = _share(2, STOCK, 1, 1, 1, device=labels.device)
+        level = torch.where(
+            _coin(STOCK, labels.device), find_paper(_pick(pictures, STOCK)), 255 * level
+        )
+        grain = torch.randn(STOCK, 1, SIDE, SIDE, device=labels.device)
+        noise = level + 100 * (2 * deviation - 1).clamp(min=0) * grain
+        self._painted = torch.cat([filled, noise.clamp(0, 255).to(torch.uint8)])
+
+    def draw_written(self, count: int) -> Tensor:
+        """Draw altered pictures and strokes (M, 1, H, W)."""
+        return _pick(self._written, count)
+
+    def draw_painted(self, count: int) -> Tensor:
+        """Draw filled shapes, noise and plain paper (M, 1, H, W)."""
         return _pick(self._painted, count)
 
 

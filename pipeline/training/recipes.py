@@ -51,7 +51,7 @@ class Recipe:
     elastic: float = setting(0.0, "Largest elastic shift, as a part of half the side.", **_SIDE)
     fade: float = setting(0.0, "Last steps, over which the distortion fades.", **_SHARE)
     stroke: float = setting(0.0, "Largest thickening or thinning on each side.", **_PIXELS)
-    outliers: float = setting(0.0, "Non-digits in each batch, as a part of its digits.", **_SHARE)
+    outliers: float = setting(0.0, "Images of no class, as a part of the others.", **_SHARE)
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -155,7 +155,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
-        if self.settings.outliers and self.dataset != "mnist":
+        if self.settings.outliers and not _has_outliers(self.dataset):
             raise SettingError(f"{self.dataset} is trained without outliers: leave out --outliers")
 
     @classmethod
@@ -177,6 +177,11 @@ class TrainConfig:
         return msgspec.convert(record, cls)
 
 
+def _has_outliers(dataset: str) -> bool:
+    """Return whether there are outliers for the classes of the data set."""
+    return dataset == "mnist" or dataset.startswith(FOLDER)
+
+
 def make_recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
     """Return the recipe called `name` for a data set, with some fields changed.
 
@@ -184,7 +189,7 @@ def make_recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
     """
     require_choice("recipe", name, tuple(RECIPES))
     defaults = FOR_DATASET.get(dataset, {}) if RECIPES[name].distorts else {}
-    if dataset != "mnist":  # there are no outliers for other classes
+    if not _has_outliers(dataset):
         defaults = {**defaults, "outliers": 0.0}
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(RECIPES[name], **{**defaults, **given})

@@ -101,6 +101,17 @@ def _conclude(
     unscaled = evaluate.predict(predictor, validation.images)
     temperature = evaluate.fit_temperature(unscaled, validation.labels)
     scaled = evaluate.apply_temperature(unscaled, temperature)
+    min_probability, count, notes = evaluate.fit_min_probability(scaled), len(validation), []
+    if min_probability is None:
+        notes.append(
+            f"too few images to tell when the model is not sure: the validation split has {count}, "
+            f"at least {evaluate.FEWEST} are needed"
+        )
+    if not 1.001 * evaluate.COLDEST < temperature < evaluate.HOTTEST / 1.001:
+        notes.append(
+            f"the temperature ran into its limit, {temperature:.2f}: the probabilities may be "
+            "wrong. Train for longer, or with another recipe or more pictures"
+        )
     test = load_split(config.dataset, folder, "test")
     raw = evaluate.predict(predictor, test.images)
     outputs = evaluate.apply_temperature(raw, temperature)
@@ -123,7 +134,7 @@ def _conclude(
         test_loss=metrics.loss,
         test_calibration_error=evaluate.calibration_error(outputs, test.labels),
         temperature=temperature,
-        min_probability=evaluate.fit_min_probability(scaled),
+        min_probability=min_probability,
         uncalibrated_loss=evaluate.score(raw, test.labels).loss,
         uncalibrated_error=evaluate.calibration_error(raw, test.labels),
         weights_sha256=checkpoint.save_weights(paths, model, config, test.classes),
@@ -132,6 +143,8 @@ def _conclude(
         python=platform.python_version(),
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         system=f"{platform.system()} {platform.machine()}",
+        validation_images=count,
+        notes=tuple(notes),
     )
     write_json(paths.summary, asdict(summary))
 

@@ -35,6 +35,7 @@ class ExportValidation:
     accuracy: float  # of eager float32, 0 to 1
     is_labelled: bool  # whether accuracy is against true classes; else the reference's
     sha256: str  # of the fp32 file that ran
+    notes: tuple[str, ...] = ()  # on the model, from its training
 
 
 def validate_export(
@@ -197,7 +198,10 @@ def _write_validation(
     digests[paths.card.name] = files.write_bytes(paths.card, card.encode())
     files.write_json(paths.manifest, {**manifest, "files": digests})
     accuracy, digest = record["eager_accuracy"], files.sha256(contents["fp32"])
-    return ExportValidation(tuple(verdicts.values()), accuracy, reference.is_labelled, digest)
+    notes = tuple(manifest.get("notes", ()))
+    return ExportValidation(
+        tuple(verdicts.values()), accuracy, reference.is_labelled, digest, notes
+    )
 
 
 def _make_profile(

@@ -383,14 +383,15 @@ def test_a_version_that_the_config_does_not_describe_is_looked_up_once() -> None
     assert asked.methods.count("ModelConfig") == 1
 
 
-def test_a_model_with_a_threshold_is_not_sure_below_it() -> None:
+def test_whether_a_prediction_is_sure_is_unknown_without_a_valid_threshold() -> None:
     with fake("grpc") as (url, _), Client(url) as client:
         told = config()
-        told.parameters["min_probability"].string_value = "0.95"
         client._config = told
-        (found,) = client.classify(images(1))
-    assert not found.is_sure
-    assert found.record()["sure"] is False
+        sure = []
+        for threshold in ("0.95", "0.5", "", "often", "nan", "1.01"):
+            told.parameters["min_probability"].string_value = threshold
+            sure.append(client.classify(images(1))[0].record()["sure"])
+    assert sure == [False, True, None, None, None, None]
 
 
 @pytest.mark.parametrize("module", ["client", "async_client"])

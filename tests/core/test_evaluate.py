@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import (
+    FEWEST,
     apply_temperature,
     calibration_error,
     class_scores,
@@ -159,7 +160,32 @@ def test_the_threshold_refuses_the_share_that_was_asked_for_and_nobody_at_it() -
     sure = np.linspace(0.5, 0.9995, 1000)
     outputs = log_probabilities([[p, 1 - p] for p in sure])
     threshold = fit_min_probability(outputs, 0.01)
+    assert threshold is not None
     assert is_refused(outputs, threshold).sum() == 10
     assert not is_refused(outputs[10:], threshold).any()
-    assert not is_refused(outputs, fit_min_probability(outputs[:50], 0.01)).any()  # too few
     assert not is_refused(outputs, 0.0).any()
+
+
+def test_too_few_images_have_no_threshold_and_a_small_number_a_cautious_one() -> None:
+    chances = np.repeat(np.linspace(0.7, 0.9, 200), 10)
+    outputs = log_probabilities([[p, 1 - p] for p in chances])
+    assert fit_min_probability(outputs[: FEWEST - 1]) is None
+    few, more, all_ = (fit_min_probability(outputs[:: 2000 // n]) for n in (200, 500, 2000))
+    assert few is not None
+    assert more is not None
+    assert all_ is not None
+    assert 0.5 < few < more < all_ == pytest.approx(0.701, abs=0.001)
+
+
+def test_an_answer_of_nearly_certain_probability_is_never_below_the_threshold() -> None:
+    outputs = log_probabilities([[0.99999, 0.00001]] * 5000)
+    assert fit_min_probability(outputs) == 0.95
+
+
+def test_a_few_images_that_are_all_correct_do_not_drive_the_temperature_to_its_limit() -> None:
+    outputs, labels = log_probabilities([[0.95, 0.05]] * 5000), np.zeros(5000, np.int64)
+    temperatures = [fit_temperature(outputs[:n], labels[:n]) for n in (3, 27, 177, 5000)]
+    assert 0.85 < temperatures[0] < 1
+    assert temperatures == sorted(temperatures, reverse=True)
+    assert temperatures[2] > 0.3
+    assert temperatures[3] == pytest.approx(0.25)  # its limit, which a run reports

@@ -169,3 +169,12 @@ def test_an_answer_about_one_of_several_digits_says_so_and_where_all_are() -> No
         "  2 parts found; the answer is for the heaviest, at x 120 to 130, y 20 to 60 (pixels)",
     ]
     assert several.record()["parts"] == ((120, 20, 130, 60), (20, 20, 26, 50))
+
+
+def test_an_answer_without_a_threshold_says_nothing_about_sureness() -> None:
+    (answer,) = ask_files(connect(), [Source("x", encode_png(DIGIT))])
+    assert str(answer) == "x: 1  60.00%"
+    assert answer.record()["sure"] is None
+    count = Count()
+    count.add(answer)
+    assert str(count) == "1 answered"

@@ -15,7 +15,7 @@ from tests.conftest import Chain, edit_json
 from tools.mutations import write_model
 
 
-def thresholds(chain: Chain) -> set[tuple[float, ...]]:
+def thresholds(chain: Chain) -> set[tuple[float | None, ...]]:
     """What each config says of being sure: of the selected version, then of every version."""
     found = set()
     for path in config_pbtxt.config_files(chain.paths.packaged):
@@ -52,7 +52,7 @@ def test_each_version_keeps_its_own_threshold(chain: Chain) -> None:
     assert thresholds(chain) == {(first, first, 0.75)}
     edit_json(chain.paths.manifest, lambda record: record.pop("min_probability"))
     chain.record("package")  # of a model that has none
-    assert thresholds(chain) == {(0.0, first, 0.75)}
+    assert thresholds(chain) == {(None, first, 0.75)}
     chain.record("versions", "rollback")
     assert thresholds(chain) == {(first, first, 0.75)}
 

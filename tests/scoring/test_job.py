@@ -93,6 +93,15 @@ def test_a_row_says_what_query_would_say() -> None:
     assert (len(rejected), counts) == (0, Counts(3, 0, 1))
 
 
+def test_without_a_threshold_the_column_of_sureness_is_null() -> None:
+    model = replace(MODEL, min_probability=None)
+    rows = rows_like(OUTPUTS, ["", "", ""])
+    table, _, counts = score_rows(rows, model, lambda images: OUTPUTS[images[:, 0, 0, 0]], TOP_2)
+    assert table["sure"].to_pylist() == [None] * 3
+    assert table.schema.field("sure").type == "bool"
+    assert counts == Counts(3, 0, 0)
+
+
 def test_what_is_rejected_has_a_row_in_the_side_table_and_none_among_the_answers() -> None:
     outputs = OUTPUTS.copy()
     outputs[2, 0] = np.nan

@@ -36,6 +36,17 @@ def test_each_distortion_changes_each_image_and_keeps_it_a_stroke_on_paper(kind:
     assert 0.6 < mass.min() <= mass.max() < 1.6
 
 
+def test_a_picture_of_a_folder_is_distorted_on_its_own_paper() -> None:
+    papers = torch.tensor([0, 90, 200, 255], dtype=torch.uint8).view(4, 1, 1, 1)
+    images = torch.where(stroke()[:4] > 0, 128, papers)
+    for is_folder in (True, False):
+        torch.manual_seed(0)
+        distorted = augment(images, make_recipe("standard", shift=0.5), has_own_paper=is_folder)
+        corners = distorted[..., [0, 0, -1, -1], [0, -1, 0, -1]]
+        is_black = (corners == 0).any(dim=-1).flatten()
+        assert is_black.tolist() == [True, *[not is_folder] * 3]
+
+
 def test_the_same_seed_distorts_the_same_way() -> None:
     batches = []
     for seed in (1, 1, 2):

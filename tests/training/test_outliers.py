@@ -7,7 +7,7 @@ from pipeline.data.splits import Split
 from pipeline.training.device import choose_placement
 from pipeline.training.loop import Batches
 from pipeline.training.networks import DigitNorm
-from pipeline.training.outliers import TURNS, Outliers, _turn
+from pipeline.training.outliers import TURNS, Outliers, PictureOutliers, _turn
 from pipeline.training.recipes import RECIPES, TrainConfig, make_recipe
 
 CPU = torch.device("cpu")
@@ -110,12 +110,60 @@ def test_gradients_go_through_the_statistics_of_the_digits() -> None:
     )
 
 
-def test_only_digits_are_trained_beside_things_that_are_none() -> None:
+@pytest.fixture(scope="module")
+def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    """30 dark bars on light paper, of two classes: upright (most of them) and level."""
+    images = torch.full((30, 1, 28, 28), 240, dtype=torch.uint8)
+    images[:20, :, 4:24, 12:16] = 30
+    images[20:, :, 12:16, 4:24] = 30
+    return images, torch.tensor([0] * 20 + [1] * 10)
+
+
+def test_outliers_of_a_folder_are_altered_pictures_strokes_noise_and_plain_paper(
+    pictures: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    outliers = PictureOutliers(*pictures, seed=0)
+    written, painted = outliers.draw_written(2000), outliers.draw_painted(2000)
+    for drawn in (written, painted):
+        assert drawn.dtype == torch.uint8
+        assert drawn.shape == (2000, 1, 28, 28)
+    known = {image.numpy().tobytes() for image in pictures[0]}
+    assert not known & {image.numpy().tobytes() for image in written}
+    paper = (written == 240).float().mean(dim=(1, 2, 3))
+    assert 0.6 < (paper > 0.5).float().mean() < 0.95  # on the paper of the set's own pictures
+    levels = painted.float().std(dim=(1, 2, 3))
+    assert (levels == 0).float().mean() > 0.2  # plain paper
+    assert ((painted == 240).all(dim=3).all(dim=2)).float().mean() > 0.05  # that of the pictures
+    rough = (painted[..., 1:].float() - painted[..., :-1].float()).abs().mean(dim=(1, 2, 3))
+    assert (rough > 20).float().mean() > 0.1  # noise
+
+
+def test_the_seed_decides_the_outliers_of_a_folder(
+    pictures: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    first, again, other = (PictureOutliers(*pictures, seed).draw_written(9) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_batch_of_a_folder_has_pictures_of_no_class_that_could_be_any(
+    pictures: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    images, labels = pictures
+    split = Split(images.numpy(), labels.numpy(), ("upright", "level"))
+    recipe = make_recipe("standard", "folder:bars", batch_size=20)
+    seen, targets = Batches(split, recipe, 0, choose_placement("cpu"), "folder:bars").at(0)
+    assert seen.shape == (27, 1, 28, 28)
+    assert torch.equal(targets[20:], torch.full((7, 2), 0.5))
+    assert seen[:20, :, 0].min() > 200  # distorted on their own paper
+
+
+def test_digits_and_folders_are_trained_with_outliers_and_other_sets_are_not() -> None:
     assert RECIPES["standard"].outliers > 0
-    for dataset in ("fashion-mnist", "folder:pictures"):
-        assert make_recipe("standard", dataset).outliers == 0
-        with pytest.raises(PipelineError, match=f"{dataset} is trained without"):
-            TrainConfig(settings=RECIPES["standard"], dataset=dataset)
+    assert make_recipe("standard", "folder:pictures").outliers == RECIPES["standard"].outliers
+    assert make_recipe("standard", "fashion-mnist").outliers == 0
+    with pytest.raises(PipelineError, match="fashion-mnist is trained without"):
+        TrainConfig(settings=RECIPES["standard"], dataset="fashion-mnist")
     assert make_recipe("standard", outliers=0.5).outliers == 0.5
     with pytest.raises(PipelineError, match="outliers must be in the range 0<=x<1"):
         make_recipe("standard", outliers=1.5)

@@ -165,7 +165,7 @@ def check_threshold(model: ModelFolder) -> Iterator[Finding]:
         with contextlib.suppress(ValueError):
             if 0 <= float(holder.string_value) <= 1:
                 continue
-        problem = f"'{holder.string_value}' is not a probability, and clients use 0 instead"
+        problem = f"'{holder.string_value}' is not a probability, and clients ignore it"
         fix = "write a number from 0 to 1, or package the model again"
         yield model.config.finding("min-probability", f"parameters[{key}]", problem, fix)
 
