@@ -159,7 +159,7 @@ screenshot: $(PACKAGED) .venv-triton/done ## take the README's picture of the pa
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
-.PHONY: gpu-check prove-processors prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure
+.PHONY: gpu-check prove-processors prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure prove-folder-unsure
 .PHONY: prove-compare prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(TOOL).gpu_check tools/results/gpu.json --signed-off-by "$(SIGNED)"
@@ -174,6 +174,8 @@ prove-photos: .venv/done data/mnist/train-images-idx3-ubyte ## read pictures tha
 	$(TOOL).prove_photos tools/results/photos.json --name $(NAME)
 prove-unsure: .venv/done data/mnist/train-images-idx3-ubyte ## show an exported model what is no digit (NAME)
 	$(TOOL).prove_unsure tools/results/unsure.json --name $(NAME)
+prove-folder-unsure: .venv/done data/mnist/train-images-idx3-ubyte ## show models of a folder of letters what is no letter
+	OMP_NUM_THREADS=1 $(TOOL).prove_folder_unsure tools/results/folder_unsure.json
 prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write
 	OMP_NUM_THREADS=1 $(TOOL).prove_resume tools/results/resume.json 100 30
 prove-processors: .venv/done data/mnist/train-images-idx3-ubyte ## train as on older processors, and compare the weights' bytes

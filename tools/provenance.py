@@ -44,6 +44,8 @@ _MODULES = {
     "gateway": f"web/gateway web/server web/guard web/limits web/link {RULES}",
     "photos": f"training/recipes {NETWORK} ../tools/photos {RULES}",
     "unsure": f"training/recipes {NETWORK} core/evaluate ../tools/nondigits {RULES}",
+    "folder_unsure": f"training/recipes {NETWORK} core/evaluate data/folders ../tools/nondigits "
+    "../tools/prove_folder_unsure",
     "score": "scoring/source scoring/parquet scoring/worker scoring/cluster scoring/job "
     "export/runtime",
     "native": "validation/rounds validation/servers",

@@ -100,7 +100,11 @@ def render_block(name: str, figures: Path) -> str:
     if figure.exists() or name == "agreement":
         text = render_macro(name, read_figure(figure))
     else:
-        text = NOT_VERIFIED if name == "gpu" else f"*Not measured yet*: `make prove-{name}`."
+        text = (
+            NOT_VERIFIED
+            if name == "gpu"
+            else f"*Not measured yet*: `make prove-{name.replace('_', '-')}`."
+        )
     if name != "gpu":
         return text
     native = figures / "native.json"

@@ -54,10 +54,13 @@ def fetch_data_command(
     from pipeline.data.fetch import fetch_data
 
     cache = paths_of(settings).data(dataset)
-    if dataset.startswith(FOLDER):
-        context = click.get_current_context()
-        if context.get_parameter_source("source") == ParameterSource.COMMANDLINE:
-            raise click.UsageError("--from is not for folder:PATH: leave it out")
+    source_of = click.get_current_context().get_parameter_source
+    is_folder = dataset.startswith(FOLDER)
+    if is_folder and source_of("source") == ParameterSource.COMMANDLINE:
+        raise click.UsageError("--from is not for folder:PATH: leave it out")
+    if not is_folder and source_of("skip_unreadable") == ParameterSource.COMMANDLINE:
+        raise click.UsageError("--skip-unreadable is only for folder:PATH: leave it out")
+    if is_folder:
         source = None  # the environment's is for other data sets
     folder = fetch_data(dataset, cache, source, settings.say, settings.update, skip_unreadable)
     record = {"dataset": dataset, "folder": str(folder)}

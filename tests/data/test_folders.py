@@ -212,6 +212,45 @@ def test_unreadable_pictures_are_named_up_to_ten_and_counted(folder: Path) -> No
     assert said.count("cannot be read as an image") == 10
     assert "and 2 more" in said
     assert f"{folder}/a/bad" in said
+    assert "pipeline data fetch --skip-unreadable" in said
+
+
+def test_skipping_unreadable_pictures_lists_them_and_imports_the_others(
+    folder: Path, tmp_path: Path
+) -> None:
+    cache = import_folder(f"folder:{folder}", tmp_path / "cache")
+    before = splits(folder, cache)
+    (folder / "a" / "bad.png").write_text("no picture")
+    Image.new("L", (30, 30), 200).save(folder / "b c" / "even.png")
+    command = ("data", "fetch", "--dataset", f"folder:{folder}")
+    assert run(tmp_path, *command)[0] == 1
+    code, output = run(tmp_path, *command, "--skip-unreadable")
+    assert code == 0
+    assert f"skipped 2 pictures of {folder}:" in output
+    assert "a/bad.png cannot be read as an image" in output
+    assert "b c/even.png shows no ink" in output
+    assert "imported 36 pictures of 3 classes" in output
+    cache = tmp_path / "data" / "shapes"
+    assert json.loads((cache / "dataset.json").read_text())["skipped"] == [
+        "a/bad.png",
+        "b c/even.png",
+    ]
+    for name, split in splits(folder, cache).items():
+        np.testing.assert_array_equal(split.images, before[name].images)
+    assert "is unchanged" in run(tmp_path, *command)[1]  # what follows needs no flag
+
+
+def test_a_class_with_too_few_readable_pictures_is_named_although_others_are_skipped(
+    folder: Path, tmp_path: Path
+) -> None:
+    for path in list((folder / "a").iterdir())[2:]:
+        path.write_bytes(path.name.encode())
+    with pytest.raises(PipelineError, match="a needs 3 different pictures, it has 2"):
+        import_folder(f"folder:{folder}", tmp_path / "cache", skip_unreadable=True)
+
+
+def test_skipping_is_for_folders_only(tmp_path: Path) -> None:
+    assert run(tmp_path, "data", "fetch", "--skip-unreadable")[0] == 2
 
 
 def test_a_picture_that_shows_nothing_is_refused_as_the_client_refuses_it(folder: Path) -> None:

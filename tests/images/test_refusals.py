@@ -89,7 +89,7 @@ def folder_of_pictures(file: Path, url: str) -> tuple[str, str]:
     bad.write_bytes(file.read_bytes())
     with pytest.raises(PipelineError) as caught:
         import_folder(f"folder:{folder}", file.with_name("cache"))
-    _, problem, _ = str(caught.value).splitlines()
+    _, problem, *_ = str(caught.value).splitlines()
     return problem.strip(), str(bad)
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from pipeline.core.files import sha256
 from pipeline.core.paths import Paths
+from pipeline.training.recipes import TrainConfig
 from pipeline.validation.card import render_card
 from tests.conftest import Chain
 
@@ -69,7 +70,7 @@ def test_the_card_is_a_file_of_the_proof_and_follows_from_the_records(made: Chai
 def test_the_front_matter_is_what_the_hub_reads(made: Chain) -> None:
     manifest, validation = records(made.paths)
     front = front_matter(made.paths.card.read_text())
-    assert front["license"] == "apache-2.0"
+    assert front["license"] == "unknown"  # no one else can choose it
     assert (front["library_name"], front["pipeline_tag"]) == ("onnx", "image-classification")
     assert front["datasets"] == ["ylecun/mnist"]
     assert front["metrics"] == ["accuracy"]
@@ -179,3 +180,40 @@ def test_names_from_strangers_stay_text(made: Chain) -> None:
     assert "and 105 more, in `manifest.json`" in card
     assert '{"input\\"; import os  #": images}' in card
     assert front_matter(card)["license"] == "apache-2.0"
+
+
+def test_the_license_of_weights_is_left_to_whoever_has_the_pictures(made: Chain) -> None:
+    manifest, validation = records(made.paths)
+    digits = render_card(manifest, validation)
+    assert "not stated for the weights" in digits
+    assert "CC BY-SA 3.0" in digits
+    training = {**manifest["training"], "dataset": "folder:letters"}
+    folder = render_card({**manifest, "training": training}, validation)
+    assert (
+        "- **License:** not stated: it depends on the license of the pictures; you decide" in folder
+    )
+    assert "Apache" not in folder
+
+
+def test_the_card_refers_to_measured_photos_only_for_the_recipe_and_data_that_were(
+    made: Chain,
+) -> None:
+    manifest, validation = records(made.paths)
+    for change, is_measured in (
+        ({}, True),
+        ({"epochs": 0.1}, False),
+        ({"network": "net", "channels": [8]}, False),
+    ):
+        settings = {**TrainConfig().record()["settings"], **change}
+        training = {**manifest["training"], "settings": settings}
+        card = render_card({**manifest, "training": training}, validation)
+        assert ("`docs/results.md`" in card) == is_measured
+        assert ("It was not tested on any of them" in card) != is_measured
+
+
+def test_the_card_of_a_small_set_says_that_there_were_too_few_images(made: Chain) -> None:
+    manifest, validation = records(made.paths)
+    small = {"min_probability": None, "notes": ["too few images to tell"]}
+    card = render_card({**manifest, **small}, validation)
+    assert "- Too few images to tell.\n" in card
+    assert "min_probability" not in card
