@@ -75,12 +75,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        split: Split,
-        recipe: Recipe,
-        seed: int,
-        placement: Placement,
-        dataset: str = "mnist",
+        self, split: Split, recipe: Recipe, seed: int, placement: Placement, dataset: str = "mnist"
     ) -> None:
         self.images = torch.from_numpy(split.images).to(placement.device)  # whole split, uint8
         self.labels = torch.from_numpy(split.labels).to(placement.device)

@@ -64,8 +64,11 @@ class Outliers:
         return _pick(self._painted, count)
 
 
-class PictureOutliers:
-    """A stock of images of no class for a folder of pictures, made from them or in their levels."""
+class PictureOutliers(Outliers):
+    """A stock of images of no class for a folder of pictures, made from them or in their levels.
+
+    Written are altered pictures and pen strokes, painted are filled shapes, noise and plain paper.
+    """
 
     def __init__(self, pictures: Tensor, labels: Tensor, seed: int) -> None:
         _, strokes, filled = _draw(seed, pictures.device)  # a letter may be a class
@@ -96,20 +99,11 @@ class PictureOutliers:
         self._written = torch.cat([across, down, pairs, half, drawn])
         # Noise, and plain paper: half of them without noise, half on the paper of a picture.
         level, deviation = _share(2, STOCK, 1, 1, 1, device=labels.device)
-        level = torch.where(
-            _coin(STOCK, labels.device), find_paper(_pick(pictures, STOCK)), 255 * level
-        )
+        paper = find_paper(_pick(pictures, STOCK))
+        level = torch.where(_coin(STOCK, labels.device), paper, 255 * level)
         grain = torch.randn(STOCK, 1, SIDE, SIDE, device=labels.device)
         noise = level + 100 * (2 * deviation - 1).clamp(min=0) * grain
         self._painted = torch.cat([filled, noise.clamp(0, 255).to(torch.uint8)])
-
-    def draw_written(self, count: int) -> Tensor:
-        """Draw altered pictures and strokes (M, 1, H, W)."""
-        return _pick(self._written, count)
-
-    def draw_painted(self, count: int) -> Tensor:
-        """Draw filled shapes, noise and plain paper (M, 1, H, W)."""
-        return _pick(self._painted, count)
 
 
 @cache
