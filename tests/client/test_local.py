@@ -40,7 +40,9 @@ def test_a_file_gives_the_answers_of_the_server_that_serves_it(
         outputs, version = local.infer(images)
         assert np.abs(outputs - client.infer(images)[0]).max() < 1e-4
     assert version == "1"
-    assert config_pbtxt.min_probability(config) == config_pbtxt.min_probability(served_config) > 0
+    threshold = config_pbtxt.min_probability(config)
+    assert threshold
+    assert threshold == config_pbtxt.min_probability(served_config)
     assert (config.input, config.output) == (served_config.input, served_config.output)
     for one, other in zip(ours, theirs, strict=True):
         assert (one.label, one.version, one.sha256) == (other.label, other.version, other.sha256)
