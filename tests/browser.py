@@ -165,11 +165,12 @@ class Sheet:
             kind,
         )
 
-    def corner(self) -> list[int]:
-        """The paper's first pixel: red, green, blue, alpha."""
+    def pixel(self, x: float = 0, y: float = 0) -> list[int]:
+        """A pixel of the paper, which has 560 x 560: red, green, blue, alpha."""
         levels: list[int] = self.page.evaluate(
-            """() => [...document.getElementById("canvas").getContext("2d")
-                .getImageData(0, 0, 1, 1).data]"""
+            """([x, y]) => [...document.getElementById("canvas").getContext("2d")
+                .getImageData(x, y, 1, 1).data]""",
+            [round(x), round(y)],
         )
         return levels
 

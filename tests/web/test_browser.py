@@ -140,6 +140,7 @@ def test_without_a_threshold_the_page_says_nothing_about_being_sure(
         sheet.expect_answer("Read as 3")
         expect(sheet.page.locator("#label")).to_have_text("3")
         assert "sure" not in sheet.page.locator("#answer").inner_text()
+        sheet.page.unroute_all(behavior="wait")
         assert sheet.complaints == []
 
 
@@ -160,6 +161,23 @@ def test_a_photo_can_be_dropped_pasted_or_chosen(
         sheet.expect_answer("It is 5")
         sheet.page.get_by_role("button", name="Clear").click()
         sheet.expect_answer("Nothing drawn yet")
+        both = np.full((30, 60), 255, np.uint8)
+        for left, label in ((1, "7"), (31, "2")):
+            both[1:29, left : left + 28] -= digits[label][0]
+        with sheet.page.expect_response("**/classify") as response:
+            sheet.give("drop", encoded(Image.fromarray(both).resize((600, 300)), "PNG"))
+        line = "2 parts found; the one in the solid frame was read."
+        expect(sheet.page.locator("#parts")).to_have_text(line)
+        parts = response.value.json()["parts"]
+        assert len(parts) == 2
+        left, top, _, bottom = parts[0]
+        scale = 560 / 600  # of the canvas; the picture is in the middle of its height
+        place = (scale * left - 6, 140 + scale * (top + bottom) / 2)
+        sheet.page.wait_for_timeout(100)  # in which it is painted
+        assert sheet.pixel(*place) == [142, 166, 255, 255]  # the accent in dark
+        sheet.shoot(SHOTS, "parts-dark")
+        sheet.page.get_by_role("button", name="Clear").click()
+        expect(sheet.page.locator("#parts")).not_to_be_visible()
         sheet.give("drop", b"no picture", "text/plain")
         sheet.expect_answer("This file is not a PNG, JPEG or WebP")
         sheet.give("drop", b"no picture", "image/png")
@@ -199,7 +217,7 @@ def test_a_large_picture_keeps_what_is_transparent_and_is_shown_as_it_is_read(
         sheet.give("drop", encoded(picture, "PNG", compress_level=1))
         sheet.expect_answer("It is 3")
         sheet.shoot(SHOTS, f"{paper}-dark")
-        assert sheet.corner() == [0, 0, 0, 255] if paper == "black" else [255] * 4
+        assert sheet.pixel() == [0, 0, 0, 255] if paper == "black" else [255] * 4
         assert sheet.complaints == []
 
 

@@ -463,9 +463,10 @@ function showAnswer(answer, roundTrip) {
   else show("read", answer.label, `Read as ${answer.label}`, `${share} likely`); // no threshold
   parts = answer.parts ?? [];
   byId("parts").hidden = parts.length < 2;
-  byId("parts").textContent = `${parts.length} parts found; the answer is for the outlined one.`;
+  byId("parts").textContent = `${parts.length} parts found; the one in the solid frame was read.`;
   paint();
-  speakLater(`${byId("verdict").textContent}. ${byId("detail").textContent}`);
+  const more = parts.length < 2 ? "" : ` ${byId("parts").textContent}`;
+  speakLater(`${byId("verdict").textContent}. ${byId("detail").textContent}${more}`);
   showBars(answer.classes, Object.fromEntries(answer.top), answer.label);
   const levels = Uint8Array.from(atob(answer.seen), (letter) => letter.charCodeAt(0));
   showSeen(levels, answer.seen_shape);
