@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import UNITS, file_type, folder_type, name_option
+from pipeline.cli.options import file_type, folder_type, name_option
 from pipeline.core.errors import LostError, PipelineError
 from pipeline.core.files import read_json
 from pipeline.core.paths import Paths, format_make, list_names, model_name, require_printable
@@ -126,8 +126,6 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.short_help = self.get_short_help_str(1000)  # Click's default cuts it at 45 characters
-        for parameter in self.params:
-            parameter.metavar = parameter.metavar or UNITS.get(str(parameter.name))
 
         def add(*names: str, callback: Any = _store, **settings: Any) -> None:
             option = click.Option(names, expose_value=False, callback=callback, **settings)

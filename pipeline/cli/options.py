@@ -19,15 +19,6 @@ file_type = click.Path(path_type=Path, dir_okay=False)
 folder_type = click.Path(path_type=Path, file_okay=False)
 count_type = click.IntRange(1)
 
-# What the values of options are, by the option's name, where its type does not tell.
-UNITS = (
-    {"name": "NAME", "run": "NAME", "seed": "N", "opset": "N", "model_version": "N"}
-    | {"timeout": "SECONDS", "save_every": "STEPS", "rate": "REQUESTS/S", "seeds": "TRIALS"}
-    | {"top": "CLASSES", "count": "IMAGES", "lines": "LINES", "last": "PREDICTIONS"}
-    | {"module": "PACKAGE:FACTORY", "classes": "NAME,...|FILE", "min_confidence": "PROBABILITY"}
-    | {"precision": "PRECISION,...", "recipes": "RECIPE,..."}
-    | {"image_column": "COLUMN", "id_column": "COLUMN", "url": "URL", "since": "TIME"}
-)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -75,12 +66,6 @@ def parse_url(value: str) -> str:
     return value
 
 
-def explain_missing(error: ModuleNotFoundError, extra: str) -> PipelineError:
-    """Return the error for a command whose optional packages are not installed."""
-    message = f"{error.name} is missing: run pip install '.[{extra}]' in the project's folder"
-    return PipelineError(message)
-
-
 name_option = click.option("--name", help="Name of the model.  [default: handwriting]")
 dataset_option = click.option(
     "--dataset",
@@ -109,8 +94,7 @@ def settings_options(
             hints, name = item.metadata, item.name.replace("_", "-")
             if "help" not in hints:
                 continue
-            text, default = hints["help"], item.default
-            kind = types.get(item.name)
+            text, default, kind = hints["help"], item.default, types.get(item.name)
             if "choices" in hints:
                 kind = click.Choice(hints["choices"])
             elif kind is None and "limits" in hints:

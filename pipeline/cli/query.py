@@ -49,6 +49,7 @@ class _QueryCommand(Command):
 @click.option(
     "--url",
     type=parse_url,
+    metavar="URL",
     help="Server: http://HOST:PORT or grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
 @click.option(

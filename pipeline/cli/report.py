@@ -75,7 +75,9 @@ def _parse_time(value: str) -> datetime:
 @click.option(
     "--model-version", type=count_type, help="Version to compare with.  [default: the selected one]"
 )
-@click.option("--since", type=_parse_time, help="Time of the oldest prediction to use (UTC).")
+@click.option(
+    "--since", type=_parse_time, metavar="TIME", help="Time of the oldest prediction to use (UTC)."
+)
 @click.option("--last", type=count_type, help="Number of predictions to use, the newest.")
 @pass_paths
 def drift_command(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pipeline.cli.command import Command, Settings, pass_paths
-from pipeline.cli.options import explain_missing, folder_type, path_type, settings_options
+from pipeline.cli.options import folder_type, path_type, settings_options
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 from pipeline.scoring.settings import ScoreConfig
@@ -55,14 +55,11 @@ def score_command(
       pipeline score pictures/ --output scored --top 1 --json
     """
     config = ScoreConfig(**changes)
-    try:
-        from pipeline.scoring.cluster import load
-        from pipeline.scoring.job import score_source
-        from pipeline.scoring.parquet import Columns
+    from pipeline.scoring.cluster import load
+    from pipeline.scoring.job import score_source
+    from pipeline.scoring.parquet import Columns
 
-        load(config.address)
-    except ModuleNotFoundError as error:
-        raise explain_missing(error, "batch") from error
+    load(config.address)
     columns = Columns(image_column, id_column)
     scored = score_source(paths, source, output, config, columns, settings.update)
     settings.result(asdict(scored), scored, format_reader_command(output))

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from pipeline.cli.command import Command, Settings, pass_paths
-from pipeline.cli.options import explain_missing, log_option, parse_url, settings_options
+from pipeline.cli.options import log_option, parse_url, settings_options
 from pipeline.core.paths import Paths
 from pipeline.web.settings import GatewayConfig
 
@@ -15,6 +15,7 @@ from pipeline.web.settings import GatewayConfig
 @click.option(
     "--url",
     type=parse_url,
+    metavar="URL",
     help="Triton server: grpc://HOST:PORT.  [default: that of 'pipeline serve']",
 )
 @settings_options(GatewayConfig, port=lambda value: 0 if value == "auto" else int(value))
@@ -43,11 +44,7 @@ def web_command(
       pipeline web --prediction-log seen.jsonl
     """
     from pipeline.client.log import open_log
-
-    try:
-        from pipeline.web.server import serve_page
-    except ModuleNotFoundError as error:
-        raise explain_missing(error, "web") from error
+    from pipeline.web.server import serve_page
 
     def report(address: str) -> None:
         server = url or "our server"

@@ -29,7 +29,6 @@ CLIENT = (
     "PIL",
     "tritonclient",
 )  # what client-requirements.txt installs
-_EITHER = {"onnxruntime": "onnxruntime-gpu", "onnxruntime-gpu": "onnxruntime"}
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest for which the packages are built
 UNINSTALL = f"{sys.executable} -m pip uninstall --yes"
 INSTALL_FOR_GPUS = f"{sys.executable} -m pip install onnxruntime-gpu"  # runs without a GPU as well
@@ -164,7 +163,8 @@ def check_packages() -> str:
         name, needed = requirement.name, requirement.specifier
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue  # not for this machine
-        copies = (importlib.metadata.distributions(name=n) for n in (name, _EITHER.get(name, name)))
+        names = (name, name.removesuffix("-gpu"))  # either ONNX Runtime will do
+        copies = (importlib.metadata.distributions(name=n) for n in names)
         version = next((copy.version for copy in itertools.chain(*copies)), "")
         if not version:
             problems.append(f"{name} is missing")

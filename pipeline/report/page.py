@@ -61,7 +61,7 @@ class Page:
     settings: tuple[tuple[str, str, str], ...]  # name, value, the recipe's value if it differs
     digests: tuple[tuple[str, str], ...]  # SHA-256, path under the project's root
     export: Note | None  # why the export's digests are missing
-    then: str  # the next command after this report
+    then: str  # the next command to prove the model; empty if all of it is done
 
 
 def write_page(paths: Paths) -> Page:
@@ -167,14 +167,14 @@ def _read_manifest(paths: Paths, summary: Record) -> dict[str, Any] | Note:
 
 
 def _find_next_command(paths: Paths) -> str:
-    """Return the next command after the export, by the files that are still missing."""
+    """Return the next command after the export, by the files still missing; "" without any."""
     if not paths.validation.exists():
         return f"pipeline validate{paths.name_option}"
     if not paths.packaged.exists():
         return f"pipeline package{paths.name_option}"
     if not paths.agreement.exists():
         return f"pipeline validate {shlex.quote(str(paths.repository))}"
-    return "pipeline serve"
+    return ""
 
 
 def _read_export(

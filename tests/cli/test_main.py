@@ -165,20 +165,34 @@ def test_a_wrong_value_exits_with_2_and_is_named(
     assert problem in error_line(result)
 
 
-def test_every_option_says_what_it_does_and_what_its_values_are() -> None:
+# What a number can be of, in an option's metavar or its help.
+UNITS = re.compile(
+    "seconds|images|classes|lines|steps|trials|requests|predictions|version|probability|opset"
+    "|seed|port|copies|threads|operators|cores|processes|epochs|fraction|rate|pixels|radians"
+    "|logarithm|tangent",
+    re.IGNORECASE,
+)
+
+
+def test_every_option_says_what_it_does_its_choices_its_limits_and_its_unit() -> None:
     wrong = []
     for path in commands():
         for option in command_at(path).params:
             if not isinstance(option, click.Option):
                 continue
             name, metavar = " ".join((*path, option.opts[-1])), option.make_metavar(CONTEXT)
-            if not (option.help or "").partition("  [")[0].endswith("."):
-                wrong.append(f"{name} has no sentence of help: {option.help}")
-            if not option.is_flag and re.match("TEXT|INTEGER|FLOAT|BOOLEAN|FUNC|[A-Z]*_", metavar):
-                wrong.append(f"{name} has values without a unit: {metavar}")
-            is_number = type(option.type) in (click.types.IntParamType, click.types.FloatParamType)
-            if is_number and option.name != "opset":  # its limits depend on --target-triton
-                wrong.append(f"{name} has no limits")
+            text = (option.help or "").partition("  [")[0]
+            if not text.endswith("."):
+                wrong.append(f"{name} has no sentence of help: {text}")
+            if re.match("BOOLEAN|FUNC|LAMBDA|_?PARSE", metavar) and not option.is_flag:
+                wrong.append(f"{name} says nothing of its values: {metavar}")
+            is_limited = isinstance(option.type, click.IntRange | click.FloatRange)
+            is_number = isinstance(option.type, click.types.IntParamType)
+            if (is_limited or is_number) and not option.is_flag:
+                if not UNITS.search(f"{metavar} {text}"):
+                    wrong.append(f"{name} has no unit: {metavar} {text}")
+                if not is_limited and option.name != "opset":  # limited by --target-triton
+                    wrong.append(f"{name} has no limits")
     assert not wrong
 
 

@@ -208,7 +208,7 @@ def test_without_ray_one_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, "ray.data", None)
     result = CliRunner().invoke(main, ["score", str(tmp_path), "--output", str(tmp_path)])
     assert result.exit_code == 1
-    assert "pip install '.[batch]'" in error_line(result)
+    assert "make .venv" in error_line(result)
 
 
 def test_scoring_never_imports_torch() -> None:

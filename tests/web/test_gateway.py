@@ -763,7 +763,8 @@ def test_without_its_libraries_the_command_names_the_extra(
     monkeypatch.delitem(sys.modules, "pipeline.web.server", raising=False)
     result = empty.run("web")
     assert result.exit_code == 1
-    assert "pip install '.[web]'" in error_line(result)
+    assert "which is not installed" in error_line(result)
+    assert "make .venv" in error_line(result)
 
 
 def test_the_gateway_loads_neither_torch_nor_onnxruntime() -> None:
