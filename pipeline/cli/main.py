@@ -13,6 +13,7 @@ from pipeline.cli.export import export_command, package_command
 from pipeline.cli.query import query_command
 from pipeline.cli.report import drift_command, report_command
 from pipeline.cli.repository import lint_command, versions_group
+from pipeline.cli.runs import runs_group
 from pipeline.cli.score import score_command
 from pipeline.cli.serve import serve
 from pipeline.cli.train import train_command
@@ -35,7 +36,7 @@ def main() -> None:
 
 
 for command in (
-    *(data_group, train_command, export_command, validate_command, package_command),
+    *(data_group, train_command, runs_group, export_command, validate_command, package_command),
     *(versions_group, lint_command, serve, query_command, web_command, score_command),
     *(report_command, drift_command, benchmark_command, doctor_command),
 ):

@@ -96,7 +96,8 @@ class Paths:
             if not is_name(value):
                 raise SettingError(f"{value!r} is not a valid name: use {NAME_RULE}")
 
-    run_folder = _Below("root", "runs/{run}")
+    runs = _Below("root", "runs")
+    run_folder = _Below("runs", "{run}")
     weights = _Below("run_folder", "model.safetensors")
     checkpoint = _Below("run_folder", "checkpoint")
     run_config = _Below("run_folder", "config.json")
@@ -150,12 +151,16 @@ class Paths:
 
     def explain_runs(self) -> str:
         """Return which runs there are, and how to train this one, for a message."""
-        runs = sorted(file.parent.name for file in (self.root / "runs").glob("*/config.json"))
+        runs = sorted(file.parent.name for file in self.runs.glob("*/config.json"))
         return f"{list_names(self.run, runs)}; 'pipeline train --run {self.run}' trains it"
 
     def named(self, name: str) -> "Paths":
         """Return the paths of another model of the same project."""
         return replace(self, name=name)
+
+    def of_run(self, run: str) -> "Paths":
+        """Return the paths of another run of the same project."""
+        return replace(self, run=run)
 
     @property
     def name_option(self) -> str:

@@ -23,7 +23,7 @@ from pipeline.core.evaluate import (
 from pipeline.data.splits import Split
 from pipeline.images.read import encode_png
 from pipeline.report import figures
-from pipeline.training.records import Predictions
+from pipeline.training.runs import Predictions
 
 MISTAKES = 50  # most mistakes shown
 CONFUSIONS = 10  # most confusions named

@@ -24,8 +24,8 @@ from pipeline.report.evidence import EvidenceSection, read_evidence
 from pipeline.report.speeds import MEASURE, Speeds, read_speeds
 from pipeline.training.augment import draw_examples
 from pipeline.training.recipes import RECIPES, TrainConfig
-from pipeline.training.records import Predictions, load_predictions
 from pipeline.training.run import read_run_config
+from pipeline.training.runs import Predictions, load_predictions
 from pipeline.validation.agreement import Table, read_agreement
 from pipeline.validation.card import percent
 

@@ -17,8 +17,8 @@ from pipeline.core.files import check_digest, read_record, write_bytes, write_js
 from pipeline.core.paths import Paths
 from pipeline.training.networks import Network, build
 from pipeline.training.recipes import TrainConfig
+from pipeline.training.runs import RETRAIN
 
-RETRAIN = "run 'pipeline train' again"
 START_OVER = "run 'pipeline train' without --resume to start over"
 
 

@@ -1,34 +1,23 @@
-"""Records of a run: its curve, its checkpoints, TensorBoard's events.
-
-Also the predictions of a finished run for every test image, so that none is evaluated again.
-"""
+"""Records of a run: its curve, its checkpoints, TensorBoard's events."""
 
 # Shape letters: N images, K classes.
 
 import importlib.util
-import io
 import json
 import math
-import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.core.errors import CorruptError
-from pipeline.core.evaluate import apply_temperature
 from pipeline.core.files import (
-    check_digest,
     clear_temporary,
-    pack_arrays,
     remove,
     write_bytes,
     write_json,
 )
 from pipeline.core.paths import Paths
-from pipeline.training.checkpoint import RETRAIN, RunState, load_state, save_state
+from pipeline.training.checkpoint import RunState, load_state, save_state
 from pipeline.training.loop import TrainingProgress
 from pipeline.training.recipes import TrainConfig
 
@@ -114,40 +103,3 @@ class Records:
     def _write_history(self) -> None:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_bytes(self.paths.metrics, lines.encode())
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The final network's answers to the test split, in the split's order."""
-
-    log_probabilities: np.ndarray  # float32 (N, K), after the temperature
-    labels: np.ndarray  # int64 (N,)
-
-    def remove_temperature(self, temperature: float) -> np.ndarray:
-        """Return the log-probabilities (N, K) from before the temperature was applied."""
-        return apply_temperature(self.log_probabilities, 1 / temperature)
-
-
-def save_predictions(paths: Paths, outputs: np.ndarray, labels: np.ndarray) -> str:
-    """Write log-probabilities (N, K) with labels (N,); return the file's SHA-256.
-
-    The bytes depend only on the values.
-    """
-    arrays = {"log_probabilities": outputs.astype(np.float32), "labels": labels}
-    return write_bytes(paths.predictions, pack_arrays(arrays))
-
-
-def load_predictions(paths: Paths, digest: str) -> Predictions:
-    """Load the run's predictions, whose SHA-256 must be `digest`, without unpickling.
-
-    Raises PipelineError when the file is missing and CorruptError when its bytes changed.
-    """
-    content = check_digest(paths.predictions, digest, RETRAIN)
-    try:
-        arrays = np.load(io.BytesIO(content), allow_pickle=False)
-        outputs, labels = arrays["log_probabilities"], arrays["labels"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise CorruptError(f"{paths.predictions} has no predictions: {RETRAIN}") from error
-    if outputs.ndim != 2 or labels.shape != (len(outputs),):
-        raise CorruptError(f"{paths.predictions} has arrays of different lengths: {RETRAIN}")
-    return Predictions(outputs, labels)

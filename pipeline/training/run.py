@@ -22,7 +22,8 @@ from pipeline.training.device import Placement, choose_placement, process_group
 from pipeline.training.loop import TrainingProgress, train
 from pipeline.training.networks import Network, eager_predictor
 from pipeline.training.recipes import TrainConfig
-from pipeline.training.records import Records, save_predictions
+from pipeline.training.records import Records
+from pipeline.training.runs import save_predictions
 
 
 @contextlib.contextmanager

@@ -280,7 +280,7 @@ def test_benchmark_asks_what_to_measure(empty: Chain) -> None:
 def test_help_lists_the_commands_in_the_order_of_work_with_whole_sentences() -> None:
     output = CliRunner().invoke(main, ["--help"]).output
     listed = re.findall(r"^  ([a-z]+)  ", output.partition("Commands:")[2], re.MULTILINE)
-    assert listed[:5] == ["data", "train", "export", "validate", "package"]
+    assert listed[:5] == ["data", "train", "runs", "export", "validate"]
     assert listed.index("package") < listed.index("serve") < listed.index("query")
     for path in commands():
         assert (

@@ -35,7 +35,7 @@ HOSTILE = f"x\x1b[2J\x07\x7f\r\x9b\u202e\u2028\n{FORGED}"
 HOSTILE_FILE = f"{HOSTILE}\udcff"  # a byte of a name that is not text
 # These print nothing of the project's folder, need more than it, or have a case of their own.
 NOT_IN_IT = {
-    *((), ("data",), ("data", "fetch"), ("versions",), ("web",), ("score",)),
+    *((), ("data",), ("data", "fetch"), ("runs",), ("versions",), ("web",), ("score",)),
     *(("serve", name) for name in ("status", "logs", "restart", "stop")),
 }
 PACKAGE = REPOSITORY / "pipeline"

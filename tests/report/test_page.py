@@ -15,7 +15,7 @@ from pipeline.report import page
 from pipeline.report.answers import Answers, collect_answers
 from pipeline.report.evidence import WORST, EvidenceSection, read_evidence
 from pipeline.repository.golden import unpack_golden
-from pipeline.training.records import Predictions, load_predictions, save_predictions
+from pipeline.training.runs import Predictions, load_predictions, save_predictions
 from pipeline.validation.agreement import AgreementRow, Table
 from tests.browser import PHONE, Sheet, chromium
 from tests.conftest import FEW, REPOSITORY, Chain, Edit, edit_json, error_line, flip_bit
