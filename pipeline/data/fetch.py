@@ -113,7 +113,8 @@ def _copy(
         except OSError as error:
             reason = error.strerror or str(error)
             if "(Caused by " in reason:  # requests wraps the cause in the names of objects
-                reason = reason.rpartition("(Caused by ")[2].split(": ")[-1].rstrip("\"')")
+                reason = reason.rpartition("(Caused by ")[2].split(": ")[-1]
+                reason = reason.removesuffix("))").rstrip("\"'")
             reasons.append(f"{name}: {reason}")
             report(f"note: {reasons[-1]}")
             return left + missing[position:], reasons

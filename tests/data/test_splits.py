@@ -558,3 +558,23 @@ def test_a_gzip_bomb_fills_no_memory() -> None:
 def test_a_download_stops_at_its_limit(mirror: Mirror) -> None:
     with pytest.raises(OSError, match="more than 1000 bytes"):
         download(f"{mirror.url}endless/x", 1000)
+
+
+def test_a_mirror_without_an_address_is_a_note_with_its_whole_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Dataset, mirror: Mirror
+) -> None:
+    cause = "Failed to resolve 'gone' ([Errno -2] Name or service not known)"
+    download = sources.download
+
+    def fail_first(url: str, limit: int) -> bytes:
+        if "gone" in url:
+            pool = "HTTPConnectionPool(host='gone', port=80): Max retries exceeded with url: /x"
+            connection = "HTTPConnection(host='gone', port=80)"
+            raise OSError(f'{pool} (Caused by NameResolutionError("{connection}: {cause}"))')
+        return download(url, limit)
+
+    use_mirrors(monkeypatch, small, "http://gone/", f"{mirror.url}good/")
+    monkeypatch.setattr(sources, "download", fail_first)
+    lines: list[str] = []
+    fetch_data("mnist", tmp_path, report=lines.append)
+    assert f"note: http://gone/: {cause}" in lines
