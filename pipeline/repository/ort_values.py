@@ -59,7 +59,7 @@ CHOICES = {  # what the numbers from 0 on mean, for ONNX Runtime
     "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
 }
 # What ONNX Runtime reads: the whole text, without blanks, and without "+" in newer releases.
-_FORMS = {"flag": "[01]|[Tt]rue|[Ff]alse", "integer": "-?[0-9]+", "size": "[0-9]+"}
+_FORMS = {"flag": "[01]|true|True|false|False", "integer": "-?[0-9]+", "size": "[0-9]+"}
 
 
 def read_integer(text: str, bits: int = 31) -> tuple[int, str]:
