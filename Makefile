@@ -56,7 +56,7 @@ validate: $(VALIDATION) ## prove what was exported against its module in float64
 package: $(PACKAGED) ## add it to the Triton model repository
 prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
 	@set -o pipefail; $(PIPELINE) report --run $(RUN) --name $(NAME) --table | sed '/^next: /d'
-	@printf '%s\n' '' 'To serve it, and to ask it on a page or about a picture:' 'source .venv/bin/activate' \
+	@printf '%s\n' '' 'To serve it, and to draw a digit on its page:' 'source .venv/bin/activate' \
 		'pipeline serve --detach' 'pipeline web$(NAME_OPTION)'
 
 # A folder of pictures is looked through each time; its files stay as they are unless it changed.

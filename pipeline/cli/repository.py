@@ -36,7 +36,10 @@ def list_command(settings: Settings, paths: Paths, /) -> None:
     from pipeline.serving.swap import find_served_version
 
     listing = list_versions(paths, find_served_version(paths))
-    settings.result(asdict(listing), listing, f"pipeline versions promote N{paths.name_option}")
+    promote = f"pipeline versions promote N{paths.name_option}"
+    settings.result(
+        asdict(listing), listing, promote if listing.versions[1:] else next_of_packaged(paths)
+    )
 
 
 @versions_group.command("promote")

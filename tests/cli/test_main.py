@@ -393,6 +393,24 @@ def test_make_alone_lists_every_target_that_people_type() -> None:
         assert f"make {target} " in done.stdout
 
 
+@pytest.mark.parametrize("given", ["", "DATASET=fashion-mnist"])
+def test_make_all_ends_with_commands_to_paste(given: str) -> None:
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("MAKE")}
+    done = subprocess.run(
+        ["make", "-n", "all", "TORCH_INDEX=", *given.split()],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    name = " --name fashion-mnist" if given else ""
+    pasted = ["source .venv/bin/activate", "pipeline serve --detach", f"pipeline web{name}"]
+    assert re.findall("'([^']*)'", done.stdout)[-3:] == pasted
+    for command in pasted[1:]:
+        assert command.split()[1] in main.commands
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("command", [["--help"], ["export", "--list-targets"]])
 def test_output_onto_a_full_disk_is_an_error_in_a_line_and_no_bug(command: list[str]) -> None:

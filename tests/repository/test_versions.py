@@ -137,6 +137,12 @@ def test_a_version_whose_digest_one_config_states_otherwise_is_not_promoted(chai
     assert selection(chain) == {(2, 1)}
 
 
+def test_a_single_version_is_served_next_and_of_several_one_is_promoted(chain: Chain) -> None:
+    assert chain.run("versions", "list").stdout.endswith("next: pipeline serve --detach\n")
+    chain.record("package")
+    assert chain.run("versions", "list").stdout.endswith("next: pipeline versions promote N\n")
+
+
 def test_what_cannot_be_promoted_or_gone_back_to_is_one_line(chain: Chain) -> None:
     unknown = chain.run("versions", "promote", "7")
     assert unknown.exit_code == 1
