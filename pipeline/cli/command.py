@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import sys
 import time
 import tomllib
@@ -80,6 +81,9 @@ class Settings:
             echo(json.dumps(record, default=str))
             return
         echo(text)
+        program = sys.argv[0]  # as it was typed: it may be in no folder of the PATH
+        if Path(program).name == "pipeline" and not shutil.which("pipeline"):
+            then = then.replace("pipeline ", f"{program} ")
         if then:
             echo(f"next: {then}")
 

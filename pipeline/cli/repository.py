@@ -37,9 +37,8 @@ def list_command(settings: Settings, paths: Paths, /) -> None:
 
     listing = list_versions(paths, find_served_version(paths))
     promote = f"pipeline versions promote N{paths.name_option}"
-    settings.result(
-        asdict(listing), listing, promote if listing.versions[1:] else next_of_packaged(paths)
-    )
+    then = promote if listing.versions[1:] else next_of_packaged(paths)
+    settings.result(asdict(listing), listing, then)
 
 
 @versions_group.command("promote")

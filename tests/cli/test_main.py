@@ -233,6 +233,20 @@ def test_the_next_command_of_a_packaged_model_knows_what_runs(
     assert next_of_packaged(Paths(name=name)) == following
 
 
+def test_the_next_command_is_one_that_the_shell_finds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [".venv/bin/pipeline", "train"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    Settings().result({}, "done", "pipeline query IMAGE, pipeline web")
+    (tmp_path / "pipeline").touch(0o755)  # as in an environment that is activated
+    Settings().result({}, "done", "pipeline export")
+    assert capsys.readouterr().out.splitlines() == [
+        *("done", "next: .venv/bin/pipeline query IMAGE, .venv/bin/pipeline web"),
+        *("done", "next: pipeline export"),
+    ]
+
+
 def test_a_damaged_record_of_a_server_stops_no_other_command(tmp_path: Path) -> None:
     paths = Paths(tmp_path)
     paths.server.parent.mkdir()
