@@ -13,10 +13,9 @@ from pipeline.cli.export import export_command, package_command
 from pipeline.cli.query import query_command
 from pipeline.cli.report import drift_command, report_command
 from pipeline.cli.repository import lint_command, versions_group
-from pipeline.cli.runs import runs_group
 from pipeline.cli.score import score_command
 from pipeline.cli.serve import serve
-from pipeline.cli.train import train_command
+from pipeline.cli.train import runs_group, train_command
 from pipeline.cli.validate import validate_command
 from pipeline.cli.web import web_command
 

@@ -79,6 +79,7 @@ NOT_MEASURED = re.compile(
     # how many there are of what somebody decided
     r"|10,000 (test )?images|set of 100 images|\b100 images with"
     r"|\b20 (that no|\*?probes)|\b50\s+worst"
+    r"|95 % interval|fewer than 134 validation images \(about 900 pictures\)"
     r"|50 test vectors|10 images to|16 threads at once|00000\.png|epoch \d\.00/7|\b0 s left"
     r"|[Bb]atch sizes [\d, ]+( and)? 256|other size to 256|at least 200 |16 threads"
     # limits, and what others have published

@@ -179,7 +179,7 @@ def test_names_from_strangers_stay_text(made: Chain) -> None:
     assert r"`a\|b`, ``` ``tick` ```, `two lines`, `# no heading`" in card
     assert "and 105 more, in `manifest.json`" in card
     assert '{"input\\"; import os  #": images}' in card
-    assert front_matter(card)["license"] == "apache-2.0"
+    assert front_matter(card)["license"] == "unknown"
 
 
 def test_the_license_of_weights_is_left_to_whoever_has_the_pictures(made: Chain) -> None:
