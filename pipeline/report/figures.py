@@ -182,13 +182,15 @@ def _use_logarithm(axes: Axes, which: Literal["x", "y"]) -> None:
     axes.tick_params(axis=which, which="both", length=3, color=MUTED)
     axis.set_major_formatter(lambda value, position: _format_power(value))
 
-    axis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=100))
+    axis.set_minor_locator(LogLocator(subs=(1.5, *range(2, 10)), numticks=100))
 
     def label_minor(value: float, position: float) -> str:
         """Label values between the powers of ten, where there are few of these."""
         low, high = axis.get_view_interval()
-        digits = "" if high > 100 * low else "25" if high > 10 * low else "234568"
-        return _format_power(value) if f"{value:e}"[0] in digits else ""
+        shown = (
+            "" if high > 100 * low else "2.0 5.0" if high > 10 * low else "1.5 2.0 3.0 4.0 6.0 8.0"
+        )
+        return _format_power(value) if f"{value:.1e}"[:3] in shown else ""
 
     axis.set_minor_formatter(label_minor)
 

@@ -35,7 +35,7 @@ def test_a_legend_stands_above_the_curves(svg: str, legend: list[str]) -> None:
 
 
 def test_logarithmic_axes_have_labels_between_the_powers_of_ten_where_there_are_few() -> None:
-    assert {"0.5", "1", "2"} <= set(heights(figures.draw_losses(LINES)))
+    assert {"0.6", "1", "1.5", "2"} <= set(heights(figures.draw_losses(LINES)))
     wide = heights(figures.draw_margins([0.01, 3.0], {"fp32": 1e-5}))
     assert {"10⁻⁵", "10⁻⁴", "0.001", "0.1"} <= set(wide)
     assert not {"1e-05", "0.2", "2·10⁻⁴"} & set(wide)

@@ -426,6 +426,8 @@ def test_chromium_opens_the_page_without_a_network_a_complaint_or_a_table_that_i
 ) -> None:
     proven(chain)
     edit_json(chain.paths.run_config, lambda record: record["settings"].update(shear=0.3))
+    names = [f"a long name of class {number}" for number in range(10)]
+    edit_json(chain.paths.summary, lambda record: record.update(classes=names))
     model = {"sha256": sha256(chain.paths.onnx)}
     serving = json.loads((REPOSITORY / "tools" / "results" / "serving.json").read_text())
     write_json(chain.paths.serving, {**serving, **model})
