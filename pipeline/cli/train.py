@@ -53,7 +53,7 @@ def train_command(
 ) -> None:
     """Train a network on a data set.
 
-    On a small folder of pictures it trains for more epochs than the recipe has, until 200 steps are
+    On a small folder of pictures it trains for more epochs than the recipe has, until 400 steps are
     done, unless --epochs is given. A finished run of the same name is moved to previous/ in its
     folder and replaces the one there.
 

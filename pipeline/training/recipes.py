@@ -195,11 +195,11 @@ def make_recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
     return replace(RECIPES[name], **{**defaults, **given})
 
 
-MIN_STEPS = 200  # steps of a training on few pictures
+MIN_STEPS = 400  # steps of a training on few pictures
 
 
 def choose_epochs(recipe: Recipe, dataset: str, folder: Path) -> float:
-    """Return the recipe's epochs, or more for a small folder of pictures: at least 200 steps."""
+    """Return the recipe's epochs, or more for a small folder of pictures: at least 400 steps."""
     if not dataset.startswith(FOLDER):
         return recipe.epochs
     from pipeline.data.splits import find_dataset  # loads numpy, which --help has no use for

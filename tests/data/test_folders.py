@@ -320,10 +320,10 @@ def test_training_on_what_was_not_fetched_names_the_command(folder: Path, tmp_pa
     assert f"run 'pipeline data fetch --dataset folder:{folder}'" in output
 
 
-def test_a_small_set_is_trained_for_two_hundred_steps(folder: Path, tmp_path: Path) -> None:
+def test_a_small_set_is_trained_for_four_hundred_steps(folder: Path, tmp_path: Path) -> None:
     dataset = f"folder:{folder}"
     cache = import_folder(dataset, tmp_path / "cache")
-    assert choose_epochs(Recipe(), dataset, cache) == 200
+    assert choose_epochs(Recipe(), dataset, cache) == 400
     assert choose_epochs(Recipe(epochs=500), dataset, cache) == 500
     assert choose_epochs(Recipe(), "mnist", cache) == 1
 
@@ -345,7 +345,7 @@ def test_a_folder_is_served_beside_handwriting_whose_files_stay_as_they_are(
     dataset = ("--dataset", f"folder:{folder}")
     for command in (
         ("data", "fetch", *dataset),
-        ("train", *dataset),
+        ("train", *dataset, "--epochs", "200"),
         ("export", "--run", "shapes"),
         ("validate", "--name", "shapes"),
         ("package", "--name", "shapes"),
