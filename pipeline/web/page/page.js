@@ -422,7 +422,7 @@ async function ask() {
 
 function showRefusal(response, error) {
   if (response.status === 422) {
-    showFailure("No digit found", "There is too little ink on the paper.");
+    showFailure("No digit found", error);
   } else if (response.status === 503) {
     showLost("The server does not answer", error);
   } else {
