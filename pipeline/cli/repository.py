@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.command import Command, Group, Settings, next_of_packaged, pass_paths, paths_of
+from pipeline.cli.command import (
+    Command,
+    Group,
+    Settings,
+    echo,
+    next_of_packaged,
+    pass_paths,
+    paths_of,
+)
 from pipeline.cli.options import count_type, path_type
 from pipeline.core.paths import Paths
 
@@ -116,9 +124,20 @@ def diff_command(settings: Settings, paths: Paths, /, first: int, second: int) -
 @click.argument("repository", required=False, type=path_type)
 @click.option("--live", is_flag=True, help="Also load and query each model in a temporary server.")
 @click.option("--target-triton", metavar="YY.MM", help="Triton release that will serve it.")
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["text", "github", "sarif", "json"]),
+    default="text",
+    help="Output: text, GitHub's annotations of a pull request, SARIF 2.1.0, or one JSON object.",
+)
 @click.pass_obj
 def lint_command(
-    settings: Settings, repository: Path | None, live: bool, target_triton: str | None
+    settings: Settings,
+    repository: Path | None,
+    live: bool,
+    target_triton: str | None,
+    output_format: str,
 ) -> None:
     """Check whether Triton would load a model repository and serve it correctly.
 
@@ -129,8 +148,10 @@ def lint_command(
     Example:
       pipeline lint
       pipeline lint path/to/models --live --target-triton 24.10
+      pipeline lint --format sarif > lint.sarif
     """
     from pipeline.export.targets import target
+    from pipeline.repository.lint import formats
     from pipeline.repository.lint.check import lint_repository, require_clean
 
     paths = paths_of(settings)
@@ -147,5 +168,9 @@ def lint_command(
     where = f" {quoted}" if repository else ""
     serve = next_of_packaged(paths) if is_ours else f"tritonserver --model-repository={quoted}"
     then = serve if live else f"pipeline lint{where} --live"
-    settings.result(linted.record(), linted, "" if linted.count("error") else then)
+    if output_format in formats.FORMATS:
+        echo(formats.FORMATS[output_format](linted))
+    else:
+        settings.json = settings.json or output_format == "json"
+        settings.result(linted.record(), linted, "" if linted.count("error") else then)
     require_clean(linted)

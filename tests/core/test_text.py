@@ -42,6 +42,7 @@ PACKAGE = REPOSITORY / "pipeline"
 # Where a string may have a line break: it is of a file or of a request, or is looked for in one.
 WITH_LINE_BREAKS = {
     "export/graph",  # a pattern
+    "repository/lint/formats",  # what is escaped
     *(
         "core/text",
         "cli/main",
