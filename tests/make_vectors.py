@@ -31,7 +31,10 @@ def photos(digits: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
         scene = replace(scene, shape=shape, enlarged=1, orientation=1, mode="RGB")
         content = take_photo(digits[number], scene, rng)
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-        yield name.replace(" ", "-"), picture.convert("RGB" if name in COLOURED else "L")
+        yield (
+            name.replace(", ", "-").replace(" ", "-"),
+            picture.convert("RGB" if name in COLOURED else "L"),
+        )
 
 
 def drawn(digits: np.ndarray) -> Iterator[tuple[str, Image.Image]]:

@@ -252,7 +252,8 @@ def _take(picture: np.ndarray, coverage: np.ndarray, scene: Scene, rng: Rng) -> 
         y, x = np.nonzero(coverage > coverage.max() / 2)
         left, top, right, bottom = x.min(), y.min(), x.max() + 1, y.max() + 1
         edge = round(rng.choice(scene.margins) * max(right - left, bottom - top))
-        image = image.crop((left - edge, top - edge, right + edge, bottom + edge))
+        ends = min(right + edge, image.width), min(bottom + edge, image.height)
+        image = image.crop((max(left - edge, 0), max(top - edge, 0), *ends))
     return _encode(image.convert(scene.mode), scene)
 
 
@@ -296,6 +297,7 @@ def _screenshot(rng: Rng) -> Scene:
     )
 
 
+MARGINS = (0.0, 0.01, 0.03)  # of a picture that is cut to its digit
 _RULED = Scene(lines=rule_lines, ink=(28, 40, 110), lighting=gradient, turn=3)
 SCENES: dict[str, Callable[[Rng], Scene]] = {
     "scan": lambda rng: Scene((420, 340), paper=(250, 250, 248), noise=3, mode="L"),
@@ -329,8 +331,15 @@ SCENES: dict[str, Callable[[Rng], Scene]] = {
     "pencil on squares": lambda rng: Scene(
         lines=square_lines, ink=(95, 95, 98), opacity=(0.7, 0.95), lighting=gradient
     ),
+    "cropped, coloured": lambda rng: replace(_coloured(rng), margins=MARGINS),
+    # Pictures cut to the digit; tuned on.
+    "cropped": lambda rng: Scene(lighting=gradient, margins=MARGINS),
+    "cropped, blurred": lambda rng: Scene(blur=(2, 5), lighting=gradient, margins=MARGINS),
+    "cropped, light ink": lambda rng: Scene(
+        paper=(34, 42, 38), ink=(225, 228, 220), blur=(0, 4), lighting=gradient, margins=MARGINS
+    ),
 }
-HELD_BACK = ("crumpled", "whiteboard", "pencil on squares")
+HELD_BACK = ("crumpled", "whiteboard", "pencil on squares", "cropped, coloured")
 
 
 def make_pictures(condition: str, digits: np.ndarray, seed: int = 0) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ Follows the rules of RULES.md, in integer arithmetic.
 import numpy as np
 
 from pipeline.core.signature import IMAGES
-from pipeline.images.ink import border_width, slide
+from pipeline.images.ink import Ink, border_width, slide
 
 DIGIT = 20  # pixels of the longer side of a digit in MNIST
 FULL = 16  # at least this many pixels get the highest level
@@ -21,25 +21,30 @@ MOST = 16  # parts that are listed
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the last two exclusive
 
 
-def crop_digit(ink: np.ndarray, threshold: int, is_ruled: bool) -> tuple[np.ndarray, list[Box]]:
-    """Crop the digit from ink levels (H, W): uint8 (28, 28), and the boxes of all parts.
+def crop_digit(ink: Ink) -> tuple[np.ndarray, list[Box]]:
+    """Crop the digit from a picture's ink: uint8 (28, 28), and the boxes of all parts.
 
-    The digit's box is the first. Returns zeros and no boxes if ruled paper has no digit.
+    The digit's box is the first. Returns zeros and no boxes if ruled paper has no digit, or if
+    there is only a dot.
     """
-    mask = ink >= threshold
-    if is_ruled:  # drop what the lines leave in the frame, where they end at the picture's border
+    mask = ink.levels >= ink.threshold
+    if (
+        ink.is_ruled
+    ):  # drop what the lines leave in the frame, where they end at the picture's border
         edge = border_width(mask)
         labels, count = label_pieces(mask)
         reaches_in = np.bincount(labels[edge:-edge, edge:-edge].ravel(), minlength=count + 1) > 0
         mask &= reaches_in[labels]
     if not mask.any():
         return np.zeros(IMAGES.shape[1:], np.uint8), []
-    kept, boxes = _find_parts(ink, mask)
+    kept, boxes = _find_parts(ink.levels, mask, ink.is_full)
     left, top, right, bottom = boxes[0]
-    side = max(bottom - top, right - left)
+    side, shorter = max(bottom - top, right - left), min(bottom - top, right - left)
+    if 4 * int(kept.sum()) >= 3 * side * shorter and 2 * side <= 3 * shorter:  # a dot, no strokes
+        return np.zeros(IMAGES.shape[1:], np.uint8), []
     edge = 2 * (side // DIGIT + 1)  # margin in pixels: one MNIST pixel and a thick stroke
     box = np.s_[top : bottom + 2 * edge, left : right + 2 * edge]  # padded: zeros outside
-    window, levels = _pad(kept, edge)[box], _pad(ink, edge)[box]
+    window, levels = _pad(kept, edge)[box], _pad(ink.levels, edge)[box]
     reach = max(1, side // DIGIT)  # width in pixels of the soft edge of a stroke
     levels = levels * _grow(window, reach)
     # A stroke's width is about twice its area divided by its edge: in 1/20 of an MNIST pixel.
@@ -65,7 +70,7 @@ def _pad(levels: np.ndarray, by: int) -> np.ndarray:
     return wide
 
 
-def _find_parts(ink: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[Box]]:
+def _find_parts(ink: np.ndarray, mask: np.ndarray, is_full: bool) -> tuple[np.ndarray, list[Box]]:
     """Return the digit's mask (H, W), and the boxes of the parts of the mask, the digit's first.
 
     The digit is the heaviest piece with pieces near it that are not specks. Other pieces are parts
@@ -80,6 +85,8 @@ def _find_parts(ink: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, list[Box
         np.minimum.at(first[axis], where, places[axis])
         np.maximum.at(last[axis], where, places[axis] + 1)
     at_border = ((first == 0) | (last == [[side] for side in mask.shape[::-1]])).any(axis=0)
+    if is_full:  # what reaches the border is the digit
+        at_border[:] = False
     inside = np.where(at_border, 0, mass)
     main = int(inside.argmax()) if inside.max() * 8 >= mass.max() else int(mass.argmax())
     free = ~at_border | at_border[main]

@@ -8,6 +8,7 @@ The lines of ruled and squared paper are found in the ink levels and erased.
 # Shape letters: H height, W width, S slopes, C columns of strips. Gray levels go from 0 to 255.
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,6 +27,10 @@ FEWEST_LINES = 3  # paper with at least this many parallel lines is ruled
 SURE, POSSIBLE = 7, 5  # strips of ten in which a line is found; a digit hides some
 STEEPEST = 14  # on each half a line rises by at most the picture's width divided by this
 HIT = 4096  # score of a strip that a line crosses; more than the number of columns
+APART = 7  # tenths of all variance between ink and paper where ink may fill the picture
+FULLEST = 8  # ink fills a picture if it covers at least this fraction of it, one eighth
+MOST_RUNS = 16  # in which the ink of a digit crosses the border
+LONGEST = 4  # ink covers at most this fraction of the border in one run, a quarter; shadows more
 RIDGE = 5  # at least this many levels between a line and the pixels next to it
 
 
@@ -62,41 +67,65 @@ def lower_median(levels: np.ndarray) -> int:
     return int(np.searchsorted(below, (below[-1] + 1) // 2))
 
 
-def find_ink(gray: np.ndarray) -> tuple[np.ndarray, int, bool]:
-    """Return ink levels (H, W), the threshold of ink, and whether the paper is ruled.
+@dataclass(frozen=True)
+class Ink:
+    """The ink in a picture: pixels whose distance from the paper is at least the threshold."""
 
-    An ink level is a pixel's distance from the paper; from the threshold on it is ink. The
-    threshold is 0 if there is no ink.
-    """
+    levels: np.ndarray  # (H, W), distances from the paper
+    threshold: int  # 0 if there is no ink
+    is_ruled: bool  # the paper has lines
+    is_full: bool  # ink fills the picture, as where it is cut to the digit
+
+
+def find_ink(gray: np.ndarray) -> Ink:
+    """Find the ink in gray levels (H, W)."""
+    factor = -(-max(gray.shape) // THUMBNAIL)
+    small = reduce_levels(gray, factor)
+    is_paper, full_threshold, is_bright = _find_full_ink(small)
+    is_full = full_threshold > 0
     border = border_levels(gray)
-    paper = lower_median(border)
-    if int((border == paper).sum()) * 3 >= 2 * len(border):  # drawn on a screen, or prepared
-        apart = gray - paper if _sum_cubes(gray - paper) > 0 else paper - gray
+    middle = lower_median(border)
+    if int((border == middle).sum()) * 3 >= 2 * len(border):  # drawn on a screen, or prepared
+        apart = gray - middle if _sum_cubes(gray - middle) > 0 else middle - gray
         raised, line = erase_lines(np.maximum(apart, 0), 0)
         highest = int(raised.max())
         threshold = max(highest // FAINT + 1, line // OF_LINES)
-        return raised, threshold if highest >= max(MIN_CONTRAST, threshold) else 0, line > 0
-    raised = _measure_ink(gray)
+        is_blank = highest < max(MIN_CONTRAST, threshold)
+        return Ink(raised, 0 if is_blank else threshold, line > 0, is_full)
+    if is_full:  # the paper is what is left of it around each pixel
+        paper = _enlarge(_average(small, is_paper), factor, gray.shape)
+        is_paper = (gray < full_threshold) == is_bright
+    else:
+        everywhere = np.ones(small.shape, bool)
+        is_bright = _sum_cubes(small - _average(small, everywhere)) > 0
+        paper = _estimate_paper(small if is_bright else 255 - small)
+        paper = _enlarge(paper, factor, gray.shape)
+        paper = paper if is_bright else 255 - paper
+        is_paper = np.ones(gray.shape, bool)
+    raised = _measure_ink(gray, paper, is_bright)
     for _ in range(SMOOTHINGS):
-        if _estimate_noise(raised, lower_median(raised)) <= MAX_NOISE:
+        if _estimate_noise(raised[is_paper])[1] <= MAX_NOISE:
             break
         # The mean of the 3 x 3 pixels around each; the border's pixels are repeated outside.
         wide = np.pad(raised, 1, mode="edge")
         rows = wide[:-2] + wide[1:-1] + wide[2:]
         raised = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4) // 9
-    level = lower_median(raised)
-    noise = _estimate_noise(raised, level)
+    level, noise = _estimate_noise(raised[is_paper])
     raised, line = erase_lines(np.maximum(raised - level, 0), noise)
     distance = max(MIN_CONTRAST // 2, MIN_DISTANCE * noise, line // OF_LINES)
-    threshold = max(_find_threshold(raised, distance), distance)
+    # Where ink fills the picture, blurred ink is no fainter noise.
+    otsu = 2 * _find_threshold(raised, 0) // 3 if is_full else _find_threshold(raised, distance)
+    threshold = max(otsu, distance)
     if raised.max() < max(MIN_CONTRAST, distance):
-        return raised, 0, line > 0
-    return np.maximum(raised - NOISE * noise, 0), max(threshold - NOISE * noise, 1), line > 0
+        return Ink(raised, 0, line > 0, is_full)
+    levels = np.maximum(raised - NOISE * noise, 0)
+    return Ink(levels, max(threshold - NOISE * noise, 1), line > 0, is_full)
 
 
-def _estimate_noise(raised: np.ndarray, level: int) -> int:
-    """Estimate the standard deviation of the paper's levels: 3/2 of the median distance."""
-    return 3 * lower_median(np.abs(raised - level)) // 2
+def _estimate_noise(raised: np.ndarray) -> tuple[int, int]:
+    """Return the paper's median level and its standard deviation: 3/2 of the median distance."""
+    level = lower_median(raised)
+    return level, 3 * lower_median(np.abs(raised - level)) // 2
 
 
 def _sum_cubes(distance: np.ndarray) -> int:
@@ -107,28 +136,73 @@ def _sum_cubes(distance: np.ndarray) -> int:
     return int((distance.astype(np.int64) ** 3).sum())
 
 
-def _measure_ink(gray: np.ndarray) -> np.ndarray:
-    """Return each pixel's distance (H, W) from uneven paper, in the direction of the ink.
+def _measure_ink(gray: np.ndarray, paper: np.ndarray, is_bright: bool) -> np.ndarray:
+    """Return each pixel's distance (H, W) from the paper's levels (H, W), brighter or darker.
 
-    The direction is brighter or darker than the paper; a pixel in the other direction gets 0.
+    A pixel in the other direction gets 0.
     """
-    factor = -(-max(gray.shape) // THUMBNAIL)
-    small = reduce_levels(gray, factor)
-    # The mean (H, W) of the square around each pixel; its side is half the longer side.
-    half = max(1, max(small.shape) // 4)
-    sums, counts = small.astype(np.int64), np.ones(small.shape, np.int64)
-    for axis, length in enumerate(small.shape):
-        first = np.maximum(np.arange(length) - half, 0)
-        last = np.minimum(np.arange(length) + half + 1, length)
-        counts *= (last - first).reshape((-1, 1) if axis == 0 else (1, -1))
-        summed = np.cumsum(np.insert(sums, 0, 0, axis=axis), axis=axis)
-        sums = np.take(summed, last, axis=axis) - np.take(summed, first, axis=axis)
-    if _sum_cubes(small - (sums + counts // 2) // counts) > 0:
-        bright = _enlarge(_estimate_paper(small), factor, gray.shape)
-        return np.asarray(np.maximum(gray - bright, 0))
-    paper = np.maximum(255 - _enlarge(_estimate_paper(255 - small), factor, gray.shape), 1)
+    if is_bright:
+        return np.asarray(np.maximum(gray - paper, 0))
+    paper = np.maximum(paper, 1)
     # Paper and ink reflect a share of the light, which stays the same in a shadow.
     return np.asarray((np.maximum(paper - gray, 0) * 255 + paper // 2) // paper)
+
+
+def _find_full_ink(small: np.ndarray) -> tuple[np.ndarray, int, bool]:
+    """Return the mask of paper (H, W), the threshold between both, and whether ink is brighter.
+
+    The threshold is 0 unless ink fills the picture, as where it is cut to the digit. Then ink and
+    paper are two narrow ranges of levels, and ink crosses the border in short runs, whereas uneven
+    paper has levels of one wide range, or, in a shadow, one long run of the border.
+    """
+    threshold, edge = _find_threshold(small, 0), border_width(small)
+    is_ink = small >= threshold
+    on_border, corners = border_levels(is_ink), [slice(edge), slice(-edge, None)]
+    in_corners = np.concatenate([is_ink[y, x].ravel() for y in corners for x in corners])
+    corner, border = in_corners.size, on_border.size
+    is_bright = int(on_border.sum()) * corner + int(in_corners.sum()) * border < corner * border
+    is_ink = is_ink == is_bright
+    # A quotient of sums of squares: of the means of ink and paper by that of all levels.
+    ink, n, total = int(is_ink.sum()), small.size, int(small.sum())
+    apart = abs(int(small[is_ink].sum()) * (n - ink) - int(small[~is_ink].sum()) * ink)
+    spread = n * int((small.astype(np.int64) ** 2).sum()) - total * total
+    around = np.concatenate([is_ink[0], is_ink[1:, -1], is_ink[-1, -2::-1], is_ink[-2:0:-1, 0]])
+    between = np.flatnonzero(~around)
+    if not len(between):
+        return ~is_ink, 0, is_bright
+    runs = np.diff(between, append=between[0] + len(around)) - 1  # of ink, in pixels
+    longest = int(runs.max())
+    is_full = (
+        min(small.shape) > 1
+        and apart >= MIN_CONTRAST * ink * (n - ink)
+        and 10.0 * apart * apart >= APART * ink * (n - ink) * float(spread)
+        and longest * LONGEST <= len(around)
+        and int((runs > 0).sum()) <= MOST_RUNS  # noise has more
+        and (longest > 0 or ink * FULLEST >= n)
+    )
+    return ~is_ink, threshold if is_full else 0, is_bright
+
+
+def _average(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the mean of the masked levels (H, W) in the square around each pixel.
+
+    The square's side is half the longer side; where it has none of them it is the mean of all.
+    """
+    half = max(1, max(levels.shape) // 4)
+    sums, counts = np.where(mask, levels, 0).astype(np.int64), mask.astype(np.int64)
+    total, count = sums.sum(), counts.sum()
+    for axis, length in enumerate(levels.shape):
+        first = np.maximum(np.arange(length) - half, 0)
+        last = np.minimum(np.arange(length) + half + 1, length)
+        sums, counts = (
+            np.take(summed, last, axis=axis) - np.take(summed, first, axis=axis)
+            for summed in (
+                np.cumsum(np.insert(around, 0, 0, axis=axis), axis=axis)
+                for around in (sums, counts)
+            )
+        )
+    sums[counts == 0], counts[counts == 0] = total, count
+    return np.asarray((sums + counts // 2) // counts)
 
 
 def _estimate_paper(small: np.ndarray) -> np.ndarray:

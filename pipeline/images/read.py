@@ -32,7 +32,9 @@ MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 640  # pixels; a larger image is first reduced to this
 # Why a picture is refused: the same message for every input path.
-BLANK = "{name} shows no ink on its paper: try another"
+BLANK = (
+    "{name} shows no ink, or only a dot: send one dark digit on light paper, or a light one on dark"
+)
 LARGE = "{name} is larger than {allowed} bytes: reduce it"
 TOO_MANY_PIXELS = "{name} has {width} x {height} pixels, {allowed} are allowed: reduce it"
 UNREADABLE = "{name} cannot be read as an image ({reason}): use a complete {formats} file"
@@ -244,10 +246,10 @@ def find_digit(gray: np.ndarray, shape: tuple[int, ...]) -> Prepared:
     if gray.ndim != 2 or gray.dtype != np.uint8 or gray.size == 0:
         raise ValueError(f"gray levels are uint8 (H, W), got {gray.dtype} {gray.shape}")
     factor = -(-max(gray.shape) // WORK_SIDE)
-    levels, threshold, is_ruled = find_ink(reduce_levels(gray, factor))
-    if not threshold:
+    ink = find_ink(reduce_levels(gray, factor))
+    if not ink.threshold:
         return Prepared(np.zeros(IMAGES.shape, np.uint8))
-    image, boxes = crop_digit(levels, threshold, is_ruled)
+    image, boxes = crop_digit(ink)
     scale = factor * round(max(shape) / max(gray.shape))  # from the ink's pixels to the picture's
     ends = (*shape[::-1], *shape[::-1])
     parts = [[min(scale * at, end) for at, end in zip(box, ends, strict=True)] for box in boxes]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from PIL import ExifTags, Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
 
 from pipeline.core.errors import PipelineError
 from pipeline.images import read
@@ -174,6 +174,23 @@ def test_a_hairline_is_made_as_wide_as_a_pen(digit: np.ndarray) -> None:
     picture = Image.new("L", (600, 900), 255)
     ImageDraw.Draw(picture).line([(120, 180), (450, 225), (270, 720)], fill=0, width=2)
     assert (as_mnist(picture) > 127).sum() > 0.6 * (digit > 127).sum()
+
+
+@pytest.mark.parametrize("ink", [40, 220])
+@pytest.mark.parametrize("blur", [0, 3])
+@pytest.mark.parametrize("margin", [0, 2, 6])
+def test_a_picture_that_is_cut_to_its_digit_is_the_digit(
+    digit: np.ndarray, ink: int, blur: int, margin: int
+) -> None:
+    paper = 260 - ink
+    whole = seven(ink=ink, paper=paper).filter(ImageFilter.GaussianBlur(blur))
+    levels = np.asarray(whole, float) + np.random.default_rng(0).normal(0, 2, (300, 200))
+    levels *= np.linspace(0.9, 1, 200)  # light from one side
+    picture = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+    (left, top, right, bottom) = parts(picture)[0]
+    cut = picture.crop((left - margin, top - margin, right + margin, bottom + margin))
+    # Its centre may be rounded to the next pixel, which moves the whole digit.
+    assert_alike(as_mnist(cut), as_mnist(picture), mean=14)
 
 
 # Parts

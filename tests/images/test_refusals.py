@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.client import Client
@@ -94,8 +94,9 @@ def folder_of_pictures(file: Path, url: str) -> tuple[str, str]:
 
 
 WAYS = (query, client, client_of_bytes, client_that_awaits, gateway, score, folder_of_pictures)
+NO_DIGIT = "shows no ink, or only a dot: send one dark digit on light paper, or a light one on dark"
 PICTURES = {
-    "shows no ink on its paper: try another": as_file(Image.new("L", (60, 40), "white")),
+    NO_DIGIT: as_file(Image.new("L", (60, 40), "white")),
     "cannot be read as an image (image file is truncated): use a complete "
     "PNG, JPEG, WebP, BMP, GIF, TIFF or PNM file": as_file(seven())[:400],
     "cannot be read as an image (its format is unknown): use a complete PNG, JPEG, WebP, BMP, GIF, "
@@ -118,14 +119,20 @@ def test_a_picture_that_cannot_be_asked_about_is_refused_in_the_same_words(
 
 
 @pytest.mark.parametrize("ask", [query, client, gateway, score])
-def test_paper_without_ink_is_refused_as_well_where_digits_are_looked_for(
-    tmp_path: Path, url: str, ask: Ask
+@pytest.mark.parametrize("kind", ["uneven light and noise", "a dot", "a dot of light on dark"])
+def test_noisy_paper_and_a_dot_are_refused_in_the_words_of_a_blank_page(
+    tmp_path: Path, url: str, ask: Ask, kind: str
 ) -> None:
     light = np.linspace(150, 230, 400) + np.random.default_rng(0).normal(0, 4, (300, 400))
+    picture = Image.fromarray(light.astype(np.uint8))
+    if "dot" in kind:  # as of a tap on the page
+        picture = Image.new("L", (280, 280), 255)
+        ImageDraw.Draw(picture).circle((140, 150), 11, fill=0)
+        picture = ImageOps.invert(picture) if "light" in kind else picture
     file = tmp_path / "picture.png"
-    file.write_bytes(as_file(Image.fromarray(light.astype(np.uint8))))
+    file.write_bytes(as_file(picture))
     said, name = ask(file, url)
-    assert said == f"{name} shows no ink on its paper: try another"
+    assert said == f"{name} {NO_DIGIT}"
 
 
 def test_an_array_of_the_models_shape_is_no_picture_and_may_be_blank(url: str) -> None:

@@ -21,6 +21,10 @@ const SURE = 7;
 const POSSIBLE = 5;
 const STEEPEST = 14;
 const HIT = 4096;
+const APART = 7;
+const FULLEST = 8;
+const LONGEST = 4;
+const MOST_RUNS = 16;
 const RIDGE = 5;
 const SIDE = 28;
 const DIGIT = 20;
@@ -45,7 +49,7 @@ export function prepareParts(rgba, width, height) {
   const factor = Math.ceil(Math.max(width, height) / WORK_SIDE);
   const found = ink(reduced(gray(rgba, width, height), factor));
   const { image, boxes } = found.threshold
-    ? fitted(found.levels, found.threshold, found.isRuled)
+    ? fitted(found)
     : blank();
   const ends = [width, height, width, height];
   return { image, parts: boxes.map((box) => box.map((at, i) => Math.min(factor * at, ends[i]))) };
@@ -96,6 +100,10 @@ function reduced(p, factor) {
 // 2. Ink
 
 function ink(g) {
+  const factor = Math.ceil(Math.max(g.w, g.h) / THUMBNAIL);
+  const small = reduced(g, factor);
+  const full = fullInkOf(small);
+  const isFull = full.threshold > 0;
   const paper = middle(frame(g));
   const border = frame(g);
   const same = border.reduce((count, level) => count + (level === paper), 0);
@@ -104,21 +112,26 @@ function ink(g) {
     const highest = largest(levels.v);
     const threshold = Math.max(div(highest, FAINT) + 1, div(line, OF_LINES));
     const isBlank = highest < Math.max(MIN_CONTRAST, threshold);
-    return { levels, threshold: isBlank ? 0 : threshold, isRuled: line > 0 };
+    return { levels, threshold: isBlank ? 0 : threshold, isRuled: line > 0, isFull };
   }
-  let up = raised(g);
-  for (let i = 0; i < SMOOTHINGS && noiseOf(up, middle(up.v)) > MAX_NOISE; i++) up = smoothed(up);
-  const level = middle(up.v);
-  const noise = noiseOf(up, level);
+  let up = isFull
+    ? distanceFrom(g, enlarged(meanAround(small, full.isPaper), factor, g), full.isBright)
+    : raised(g, small, factor);
+  const ofPaper = (p) => p.v.filter((_, i) => !isFull || g.v[i] < full.threshold === full.isBright);
+  for (let i = 0; i < SMOOTHINGS && noiseOf(ofPaper(up)) > MAX_NOISE; i++) up = smoothed(up);
+  const level = middle(ofPaper(up));
+  const noise = noiseOf(ofPaper(up));
   const { levels, line } = withoutLines(mapped(up, (x) => Math.max(x - level, 0)), noise);
   const distance = Math.max(div(MIN_CONTRAST, 2), MIN_DISTANCE * noise, div(line, OF_LINES));
   const isRuled = line > 0;
-  const threshold = Math.max(otsu(levels.v, distance), distance);
-  if (largest(levels.v) < Math.max(MIN_CONTRAST, distance)) return { levels, threshold: 0, isRuled };
+  const between = isFull ? div(2 * otsu(levels.v, 0), 3) : otsu(levels.v, distance);
+  const threshold = Math.max(between, distance);
+  if (largest(levels.v) < Math.max(MIN_CONTRAST, distance)) return { levels, threshold: 0, isRuled, isFull };
   return {
     levels: mapped(levels, (x) => Math.max(x - NOISE * noise, 0)),
     threshold: Math.max(threshold - NOISE * noise, 1),
     isRuled,
+    isFull,
   };
 }
 
@@ -145,8 +158,9 @@ function middle(levels) {
   return level;
 }
 
-function noiseOf(p, level) {
-  return div(3 * middle(p.v.map((x) => Math.abs(x - level))), 2);
+function noiseOf(levels) {
+  const level = middle(levels);
+  return div(3 * middle(levels.map((x) => Math.abs(x - level))), 2);
 }
 
 function smoothed(p) {
@@ -173,39 +187,95 @@ function onFlat(g, paper) {
   return mapped(distance, (x) => Math.max(sign * x, 0));
 }
 
-function raised(g) {
-  const factor = Math.ceil(Math.max(g.w, g.h) / THUMBNAIL);
-  const small = reduced(g, factor);
-  const around = meanAround(small);
-  if (isRaised(small.v.map((x, i) => x - around.v[i]))) {
-    const paper = enlarged(paperOf(small), factor, g);
-    return { ...g, v: g.v.map((x, i) => Math.max(x - paper.v[i], 0)) };
-  }
-  const dark = enlarged(paperOf(mapped(small, (x) => 255 - x)), factor, g);
+function raised(g, small, factor) {
+  const around = meanAround(small, small.v.map(() => 1));
+  const isBright = isRaised(small.v.map((x, i) => x - around.v[i]));
+  const turn = (p) => (isBright ? p : mapped(p, (x) => 255 - x));
+  return distanceFrom(g, turn(enlarged(paperOf(turn(small)), factor, g)), isBright);
+}
+
+function distanceFrom(g, paper, isBright) {
+  if (isBright) return { ...g, v: g.v.map((x, i) => Math.max(x - paper.v[i], 0)) };
   const share = (x, i) => {
-    const paper = Math.max(255 - dark.v[i], 1);
-    return div(Math.max(paper - x, 0) * 255 + div(paper, 2), paper);
+    const level = Math.max(paper.v[i], 1);
+    return div(Math.max(level - x, 0) * 255 + div(level, 2), level);
   };
   return { ...g, v: g.v.map(share) };
 }
 
-function meanAround(p) {
+// Whether ink fills the picture: its threshold (else 0), whether it is brighter, and the paper.
+function fullInkOf(small) {
+  const threshold = otsu(small.v, 0);
+  const { w, h } = small;
+  const edge = Math.max(1, div(Math.min(w, h), 14));
+  const isInside = insideOf(small);
+  let [inFrame, ofFrame, inCorners] = [0, 0, 0];
+  const isAbove = small.v.map((x, i) => {
+    const [y, x0] = [div(i, w), i % w];
+    if (!isInside(y, x0)) ofFrame++;
+    if (!isInside(y, x0) && x >= threshold) inFrame++;
+    return x >= threshold ? 1 : 0;
+  });
+  for (const top of [0, h - edge])
+    for (const left of [0, w - edge])
+      for (let y = top; y < top + edge; y++)
+        for (let x = left; x < left + edge; x++) inCorners += isAbove[y * w + x];
+  const isBright = inFrame * 4 * edge * edge + inCorners * ofFrame < ofFrame * 4 * edge * edge;
+  const isPaper = isAbove.map((x) => (x === Number(isBright) ? 0 : 1));
+  const n = w * h;
+  let [ink, sum, total, squares] = [0, 0, 0, 0];
+  small.v.forEach((x, i) => {
+    total += x;
+    squares += x * x;
+    if (!isPaper[i]) [ink, sum] = [ink + 1, sum + x];
+  });
+  const apart = Math.abs(sum * (n - ink) - (total - sum) * ink);
+  const around = [];
+  for (let x = 0; x < w; x++) around.push(isPaper[x]);
+  for (let y = 1; y < h; y++) around.push(isPaper[y * w + w - 1]);
+  for (let x = w - 2; x >= 0; x--) around.push(isPaper[(h - 1) * w + x]);
+  for (let y = h - 2; y > 0; y--) around.push(isPaper[y * w]);
+  const first = around.indexOf(1);
+  let [longest, run, runs] = [0, 0, 0];
+  for (let i = 1; i <= around.length; i++) {
+    run = around[(first + i) % around.length] ? 0 : run + 1;
+    if (run === 1) runs++;
+    longest = Math.max(longest, run);
+  }
+  const isFull =
+    first >= 0 &&
+    Math.min(w, h) > 1 &&
+    apart >= MIN_CONTRAST * ink * (n - ink) &&
+    10 * apart * apart >= APART * ink * (n - ink) * (n * squares - total * total) &&
+    longest * LONGEST <= around.length &&
+    runs <= MOST_RUNS &&
+    (longest > 0 || ink * FULLEST >= n);
+  return { threshold: isFull ? threshold : 0, isBright, isPaper };
+}
+
+// The mean of the masked levels in the square around each pixel; that of all where there are none.
+function meanAround(p, mask) {
   const half = Math.max(1, div(Math.max(p.w, p.h), 4));
-  const sums = new Float64Array((p.w + 1) * (p.h + 1)); // of all above and to the left
-  const at = (y, x) => sums[y * (p.w + 1) + x];
-  for (let y = 0; y < p.h; y++)
-    for (let x = 0; x < p.w; x++)
-      sums[(y + 1) * (p.w + 1) + x + 1] = p.v[y * p.w + x] + at(y, x + 1) + at(y + 1, x) - at(y, x);
+  const masked = p.v.map((x, i) => x * mask[i]);
+  const [sums, counts] = [sumsOf(p, masked), sumsOf(p, mask)];
   const out = picture(p.w, p.h);
   for (let y = 0; y < p.h; y++)
     for (let x = 0; x < p.w; x++) {
-      const [top, bottom] = [Math.max(y - half, 0), Math.min(y + half + 1, p.h)];
-      const [left, right] = [Math.max(x - half, 0), Math.min(x + half + 1, p.w)];
-      const count = (bottom - top) * (right - left);
-      const sum = at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left);
+      const box = [y - half, y + half + 1, x - half, x + half + 1];
+      const [sum, count] = counts(...box) ? [sums(...box), counts(...box)] : [sums(0, p.h, 0, p.w), counts(0, p.h, 0, p.w)];
       out.v[y * p.w + x] = div(sum + div(count, 2), count);
     }
   return out;
+}
+
+// A function of rows and columns, from first to before last, to the sum of the levels there.
+function sumsOf({ w, h }, levels) {
+  const sums = new Float64Array((w + 1) * (h + 1)); // of all above and to the left
+  const at = (y, x) => sums[clip(y, 0, h) * (w + 1) + clip(x, 0, w)];
+  for (let y = 0; y < h; y++)
+    for (let x = 0; x < w; x++)
+      sums[(y + 1) * (w + 1) + x + 1] = levels[y * w + x] + at(y, x + 1) + at(y + 1, x) - at(y, x);
+  return (top, bottom, left, right) => at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left);
 }
 
 function paperOf(small) {
@@ -380,11 +450,14 @@ function erase(p, rowOf, gap) {
 
 // 4. The digit
 
-function fitted(levels, threshold, isRuled) {
-  const { kept, boxes } = digitOf(levels, threshold, isRuled);
+function fitted({ levels, threshold, isRuled, isFull }) {
+  const { kept, boxes } = digitOf(levels, threshold, isRuled, isFull);
   if (!boxes.length) return blank();
   const [left, top, right, bottom] = boxes[0];
   const side = Math.max(bottom - top, right - left);
+  const shorter = Math.min(bottom - top, right - left);
+  const area = kept.v.reduce((sum, x) => sum + x, 0);
+  if (4 * area >= 3 * side * shorter && 2 * side <= 3 * shorter) return blank(); // a dot, no strokes
   const edge = 2 * (div(side, DIGIT) + 1);
   const cut = (p) => windowOf(p, top - edge, bottom + edge, left - edge, right + edge);
   const mask = cut(kept);
@@ -422,9 +495,10 @@ function thickening(mask, side) {
 }
 
 // The mask of the digit, and the boxes of all parts, the digit's first.
-function digitOf(levels, threshold, isRuled) {
+function digitOf(levels, threshold, isRuled, isFull) {
   const mask = mapped(levels, (x) => (x >= threshold ? 1 : 0));
   const { labels, pieces } = piecesOf(mask, levels);
+  if (isFull) for (const piece of pieces) piece.atBorder = false; // what reaches the border is the digit
   const parts = partsOf(pieces.filter((piece) => piece.reachesIn || !isRuled));
   const kept = { ...mask, v: labels.map((label) => (label && parts[0]?.has(pieces[label - 1]) ? 1 : 0)) };
   return { kept, boxes: parts.map((part) => boxOf([...part])) };
