@@ -40,7 +40,7 @@ def crop_digit(ink: Ink) -> tuple[np.ndarray, list[Box]]:
     kept, boxes = _find_parts(ink.levels, mask, ink.is_full)
     left, top, right, bottom = boxes[0]
     side, shorter = max(bottom - top, right - left), min(bottom - top, right - left)
-    if 4 * int(kept.sum()) >= 3 * side * shorter and 2 * side <= 3 * shorter:  # a dot, no strokes
+    if 4 * int(kept.sum()) >= 3 * side * shorter and 4 * side <= 5 * shorter:  # a dot, no strokes
         return np.zeros(IMAGES.shape[1:], np.uint8), []
     edge = 2 * (side // DIGIT + 1)  # margin in pixels: one MNIST pixel and a thick stroke
     box = np.s_[top : bottom + 2 * edge, left : right + 2 * edge]  # padded: zeros outside

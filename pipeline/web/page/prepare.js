@@ -457,7 +457,7 @@ function fitted({ levels, threshold, isRuled, isFull }) {
   const side = Math.max(bottom - top, right - left);
   const shorter = Math.min(bottom - top, right - left);
   const area = kept.v.reduce((sum, x) => sum + x, 0);
-  if (4 * area >= 3 * side * shorter && 2 * side <= 3 * shorter) return blank(); // a dot, no strokes
+  if (4 * area >= 3 * side * shorter && 4 * side <= 5 * shorter) return blank(); // a dot, no strokes
   const edge = 2 * (div(side, DIGIT) + 1);
   const cut = (p) => windowOf(p, top - edge, bottom + edge, left - edge, right + edge);
   const mask = cut(kept);
