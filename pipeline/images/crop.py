@@ -40,8 +40,6 @@ def crop_digit(ink: Ink) -> tuple[np.ndarray, list[Box]]:
     kept, boxes = _find_parts(ink.levels, mask, ink.is_full)
     left, top, right, bottom = boxes[0]
     side, shorter = max(bottom - top, right - left), min(bottom - top, right - left)
-    if 4 * int(kept.sum()) >= 3 * side * shorter and 4 * side <= 5 * shorter:  # a dot, no strokes
-        return np.zeros(IMAGES.shape[1:], np.uint8), []
     edge = 2 * (side // DIGIT + 1)  # margin in pixels: one MNIST pixel and a thick stroke
     box = np.s_[top : bottom + 2 * edge, left : right + 2 * edge]  # padded: zeros outside
     window, levels = _pad(kept, edge)[box], _pad(ink.levels, edge)[box]
@@ -49,6 +47,9 @@ def crop_digit(ink: Ink) -> tuple[np.ndarray, list[Box]]:
     levels = levels * _grow(window, reach)
     # A stroke's width is about twice its area divided by its edge: in 1/20 of an MNIST pixel.
     edges = int((window[1:] != window[:-1]).sum() + (window[:, 1:] != window[:, :-1]).sum())
+    is_round = 4 * side <= 5 * shorter and 10 * edges <= 22 * (side + shorter)  # without a hole
+    if is_round and 4 * int(window.sum()) >= 3 * side * shorter:  # a dot, not a digit
+        return np.zeros(IMAGES.shape[1:], np.uint8), []
     width = 2 * int(window.sum()) * DIGIT * 20 // (edges * side)
     # A hairline is widened so that it survives the scaling.
     grown = min(max(0, (THIN - width) * side // (2 * DIGIT * 20)), side // DIGIT)

@@ -456,14 +456,15 @@ function fitted({ levels, threshold, isRuled, isFull }) {
   const [left, top, right, bottom] = boxes[0];
   const side = Math.max(bottom - top, right - left);
   const shorter = Math.min(bottom - top, right - left);
-  const area = kept.v.reduce((sum, x) => sum + x, 0);
-  if (4 * area >= 3 * side * shorter && 4 * side <= 5 * shorter) return blank(); // a dot, no strokes
   const edge = 2 * (div(side, DIGIT) + 1);
   const cut = (p) => windowOf(p, top - edge, bottom + edge, left - edge, right + edge);
   const mask = cut(kept);
+  const { area, edges } = areaOf(mask);
+  const isRound = 4 * side <= 5 * shorter && 10 * edges <= 22 * (side + shorter); // without a hole
+  if (isRound && 4 * area >= 3 * side * shorter) return blank(); // a dot, not a digit
   const soft = grown(mask, Math.max(1, div(side, DIGIT)));
   const cleaned = mapped(cut(levels), (x, i) => x * soft.v[i]);
-  const by = thickening(mask, side);
+  const by = thickening({ area, edges }, side);
   const thick = by ? grown(cleaned, by) : cleaned;
   const box = [edge - by, edge - by, bottom - top + 2 * by, right - left + 2 * by];
   return { image: centred(full(scaled(thick, box, side + 2 * by))), boxes };
@@ -481,7 +482,8 @@ function grown(p, by) {
   return slide(windowOf(p, -by, p.h + by, -by, p.w + by), 2 * by + 1, Math.max);
 }
 
-function thickening(mask, side) {
+// The pixels of a mask, and the pairs of neighbours that differ.
+function areaOf(mask) {
   let [area, edges] = [0, 0];
   for (let y = 0; y < mask.h; y++)
     for (let x = 0; x < mask.w; x++) {
@@ -490,6 +492,10 @@ function thickening(mask, side) {
       if (y + 1 < mask.h && mask.v[i] !== mask.v[i + mask.w]) edges++;
       if (x + 1 < mask.w && mask.v[i] !== mask.v[i + 1]) edges++;
     }
+  return { area, edges };
+}
+
+function thickening({ area, edges }, side) {
   const width = div(2 * area * DIGIT * 20, edges * side);
   return Math.min(Math.max(0, div((THIN - width) * side, 2 * DIGIT * 20)), div(side, DIGIT));
 }
