@@ -133,7 +133,7 @@ APART = 32  # batch sizes
 
 
 @contextlib.contextmanager
-def short_proofs() -> Iterator[None]:
+def short_proofs(count: int = FEW) -> Iterator[None]:
     """Let `validate` ask about few images, at few batch sizes: seconds instead of twenty."""
     from pipeline.export import subject
     from pipeline.validation import compare
@@ -142,8 +142,8 @@ def short_proofs() -> Iterator[None]:
 
     def few(paths: Paths, manifest: dict[str, Any]) -> "Sample":
         sample = whole_sample(paths, manifest)
-        labels = None if sample.labels is None else sample.labels[:FEW]
-        return replace(sample, images=sample.images[:FEW], labels=labels)
+        labels = None if sample.labels is None else sample.labels[:count]
+        return replace(sample, images=sample.images[:count], labels=labels)
 
     def some(criterion: "compare.Criterion", count: int) -> "Iterator[compare.Run]":
         runs = all_runs(criterion, count)

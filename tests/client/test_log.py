@@ -38,6 +38,13 @@ def images(count: int) -> np.ndarray:
     return found
 
 
+def digit() -> bytes:
+    """The PNG of a one: a stroke on paper."""
+    stroke = np.zeros((1, 28, 28), np.uint8)
+    stroke[:, 4:24, 12:16] = 255
+    return encode_png(stroke)
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
@@ -47,7 +54,7 @@ def test_a_client_logs_a_line_for_each_image_and_never_pixels_or_names(
     scheme: str, tmp_path: Path
 ) -> None:
     log, picture = tmp_path / "log.jsonl", tmp_path / "secret.png"
-    picture.write_bytes(encode_png(images(1)[0]))
+    picture.write_bytes(digit())
     server = fakes.http_server if scheme == "http" else fakes.grpc_server
     with (
         server(fakes.as_triton) as (port, _),
@@ -96,7 +103,7 @@ def test_nothing_is_logged_unless_somebody_asks_for_it(tmp_path: Path) -> None:
 
 
 def test_query_logs_what_it_is_told(tmp_path: Path) -> None:
-    (tmp_path / "digit.png").write_bytes(encode_png(images(1)[0]))
+    (tmp_path / "digit.png").write_bytes(digit())
     with fakes.http_server(fakes.as_triton) as (port, _):
         arguments = ["query", "--url", f"http://127.0.0.1:{port}", str(tmp_path / "digit.png")]
         result = CliRunner().invoke(main, [*arguments, "--prediction-log", str(tmp_path / "log")])

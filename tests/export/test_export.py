@@ -148,7 +148,7 @@ def test_a_target_decides_opset_and_ir(chain: Chain) -> None:
     found = graph.read_signature(onnx.load_model(chain.paths.onnx), "it")
     assert (found.opset, found.ir_version) == (21, 10)
     refused = chain.run("export", "--target-triton", "23.10", "--opset", "20")
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "Triton 23.10 cannot load opset 20" in error_line(refused)
 
 

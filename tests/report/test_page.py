@@ -18,7 +18,16 @@ from pipeline.repository.golden import unpack_golden
 from pipeline.training.runs import Predictions, load_predictions, save_predictions
 from pipeline.validation.agreement import AgreementRow, Table
 from tests.browser import PHONE, Sheet, chromium
-from tests.conftest import FEW, REPOSITORY, Chain, Edit, edit_json, error_line, flip_bit
+from tests.conftest import (
+    FEW,
+    REPOSITORY,
+    Chain,
+    Edit,
+    edit_json,
+    error_line,
+    flip_bit,
+    short_proofs,
+)
 
 
 def written(chain: Chain, *options: str) -> str:
@@ -355,10 +364,11 @@ def test_evidence_that_is_none_is_refused_with_4(chain: Chain) -> None:
 
 @pytest.mark.slow
 def test_all_variants_pass_each_with_its_golden_set_and_the_page_sets_them_beside_fp32(
-    chain: Chain, short_proof: None
+    chain: Chain,
 ) -> None:
     chain.record("export", "--precision", "fp32,fp16,int8")
-    record = chain.record("validate")
+    with short_proofs(2_000):  # of 500, one that changes its class is more than int8 may lose
+        record = chain.record("validate")
     assert [one["precision"] for one in record["variants"]] == ["fp32", "fp16", "int8"]
     widest = []
     for precision in ("fp32", "fp16", "int8"):
