@@ -345,7 +345,7 @@ def test_a_folder_is_served_beside_handwriting_whose_files_stay_as_they_are(
     dataset = ("--dataset", f"folder:{folder}")
     for command in (
         ("data", "fetch", *dataset),
-        ("train", *dataset, "--epochs", "200"),
+        ("train", *dataset, "--recipe", "quick", "--epochs", "150"),
         ("export", "--run", "shapes"),
         ("validate", "--name", "shapes"),
         ("package", "--name", "shapes"),
