@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -208,6 +209,13 @@ def servable(chain: Chain) -> Iterator[Chain]:
     link_server_environment(chain)
     yield chain
     chain.run("serve", "stop")
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def flip_bit(path: Path, position: int = -100) -> None:

@@ -156,7 +156,7 @@ def _validate_onnx(
         verdicts = export.replay(subject, {"fp32": content}, sample, provider=provider)
         _echo_replay(settings, verdicts)
         return
-    options = f"--onnx {onnx} --module {module}{' --scrub' if scrub else ''}"
+    options = f" --onnx {onnx} --module {module}{' --scrub' if scrub else ''}"
     proof = export.validate_onnx(
         paths, content, subject, sample, provider=provider, report=settings.update, options=options
     )

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from pipeline.core.errors import SlowError as SlowError
     from pipeline.core.paths import Paths as Paths
 
-__getattr__ = lazily(
-    __name__,
-    {
-        "Paths": "paths",
-        **dict.fromkeys(("CheckFailedError", "CorruptError", "LostError"), "errors"),
-        **dict.fromkeys(("PipelineError", "ServerError", "SlowError"), "errors"),
-    },
-)
+_HOMES = dict.fromkeys(("CheckFailedError", "CorruptError", "LostError", "PipelineError"), "errors")
+_HOMES |= {"ServerError": "errors", "SlowError": "errors", "Paths": "paths"}
+__getattr__ = lazily(__name__, _HOMES)

@@ -14,6 +14,5 @@ if TYPE_CHECKING:
     from pipeline.export.export import export_run as export_run
     from pipeline.export.runtime import onnx_predictor as onnx_predictor
 
-__getattr__ = lazily(
-    __name__, {"export_module": "export", "export_run": "export", "onnx_predictor": "runtime"}
-)
+_HOMES = {"export_module": "export", "export_run": "export", "onnx_predictor": "runtime"}
+__getattr__ = lazily(__name__, _HOMES)

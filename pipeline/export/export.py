@@ -169,8 +169,20 @@ def make_files(
     report("torch.export")
     program = export_program(subject.model, subject.images)
     report("torch.onnx.export")
+    shape, classes = ", ".join(map(str, subject.images.shape)), len(subject.classes)
+    metadata = {  # describes the file to readers without this package
+        "classes": json.dumps(subject.classes),
+        "images": f"{subject.images.dtype} [batch, {shape}]",
+        "outputs": f"{subject.outputs.dtype} [batch, {classes}], {OUTPUTS[subject.kind]}",
+        "weights_sha256": subject.weights_sha256,
+        "versions": json.dumps(library_versions(), sort_keys=True),
+    }
+    if training := subject.origin.get("training"):
+        is_digit = pictures_of(training["dataset"]) == "digit"
+        metadata["images"] += ", 0 is paper and 255 is ink" if is_digit else ", gray levels"
+        metadata["data_sha256"] = json.dumps(subject.origin["data_sha256"], sort_keys=True)
     signature = signature_of(subject, config)
-    fp32 = to_onnx(program, signature, make_metadata(subject))
+    fp32 = to_onnx(program, signature, metadata)
     contents = {"fp32": fp32}
     for precision in [p for p in PRECISIONS[1:] if p in precisions]:
         report(precision)
@@ -186,24 +198,6 @@ def make_files(
 def signature_of(subject: Subject, config: ExportConfig) -> graph.Signature:
     """Return the signature of the subject's ONNX file in the dialect of `config`."""
     return graph.Signature(subject.images, subject.outputs, config.opset, config.ir_version)
-
-
-def make_metadata(subject: Subject) -> dict[str, str]:
-    """Return the metadata that describes a file to readers without this package."""
-    shape = ", ".join(map(str, subject.images.shape))
-    classes = len(subject.classes)
-    record = {
-        "classes": json.dumps(subject.classes),
-        "images": f"{subject.images.dtype} [batch, {shape}]",
-        "outputs": f"{subject.outputs.dtype} [batch, {classes}], {OUTPUTS[subject.kind]}",
-        "weights_sha256": subject.weights_sha256,
-        "versions": json.dumps(library_versions(), sort_keys=True),
-    }
-    if training := subject.origin.get("training"):
-        is_digit = pictures_of(training["dataset"]) == "digit"
-        record["images"] += ", 0 is paper and 255 is ink" if is_digit else ", gray levels"
-        record["data_sha256"] = json.dumps(subject.origin["data_sha256"], sort_keys=True)
-    return record
 
 
 def write_export(

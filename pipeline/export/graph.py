@@ -227,12 +227,25 @@ def read_inlined(path: Path) -> onnx.ModelProto:
     content = read_onnx(path)
     model = parse(content, str(path))
     total = len(content)
-    for part in message_parts(model):
-        if isinstance(part, TensorProto) and is_external(part):
-            total += raw_bytes(part) or 0
-            if total > MAX_BYTES:
-                raise CheckFailedError(f"{path} and its data are larger than {MAX_BYTES} bytes")
-            _load_external(part, path)
+    tensors = [part for part in message_parts(model) if isinstance(part, TensorProto)]
+    for tensor in filter(is_external, tensors):
+        size = raw_bytes(tensor)
+        total += size or 0
+        if total > MAX_BYTES:
+            raise CheckFailedError(f"{path} and its data are larger than {MAX_BYTES} bytes")
+        location = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+        where = f"{path}: the data of {tensor.name} in '{location}'"
+        if not set(location).isdisjoint("/\\\0"):
+            raise CheckFailedError(f"{where} is not in the model's folder")
+        try:
+            if (path.parent / location).stat().st_size > MAX_BYTES:  # without a length, all is read
+                raise CheckFailedError(f"{where} is larger than {MAX_BYTES} bytes")
+            # From 1.23 on, onnx refuses links, paths that leave the folder, and all but files.
+            load_external_data_for_tensor(tensor, str(path.parent))
+        except (ValidationError, ValueError, OSError) as error:
+            raise CheckFailedError(f"{where} cannot be read: {error}") from error
+        if len(tensor.raw_data) != size:
+            raise CheckFailedError(f"{where} has {len(tensor.raw_data)} bytes, not {size}")
     return model
 
 
@@ -246,25 +259,6 @@ def read_onnx(path: Path) -> bytes:
             return f.read(MAX_BYTES + 1)  # one byte more, so that `parse` refuses it as too large
     except OSError as error:
         raise PipelineError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _load_external(tensor: TensorProto, path: Path) -> None:
-    """Read the data of `tensor` from the file that it names, next to `path`.
-
-    onnx (from 1.23 on) refuses links, paths that leave the folder, and what is not a regular file.
-    """
-    location = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
-    where = f"{path}: the data of {tensor.name} in '{location}'"
-    if not set(location).isdisjoint("/\\\0"):
-        raise CheckFailedError(f"{where} is not in the model's folder")
-    try:
-        if (path.parent / location).stat().st_size > MAX_BYTES:  # without a length, all is read
-            raise CheckFailedError(f"{where} is larger than {MAX_BYTES} bytes")
-        load_external_data_for_tensor(tensor, str(path.parent))
-    except (ValidationError, ValueError, OSError) as error:
-        raise CheckFailedError(f"{where} cannot be read: {error}") from error
-    if len(tensor.raw_data) != raw_bytes(tensor):
-        raise CheckFailedError(f"{where} has {len(tensor.raw_data)} bytes, not {raw_bytes(tensor)}")
 
 
 def is_external(tensor: TensorProto) -> bool:

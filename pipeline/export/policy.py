@@ -44,7 +44,7 @@ def check_policy(model: onnx.ModelProto, name: str) -> None:
     if len(nodes) > MAX_NODES:
         most = f"{MAX_NODES:,} are allowed"
         raise CheckFailedError(f"{name} breaks the graph policy: {len(nodes):,} nodes, {most}")
-    problems = [*_check_dialect(model, nodes), *_check_operators(model, nodes)]
+    problems = [*_check_operators(model, nodes)]
     if external := [tensor for tensor in tensors if graph.is_external(tensor)]:
         where = [_join(e.value for e in t.external_data if e.key == "location") for t in external]
         names = (f"{_name(t)} in {place!r}" for t, place in zip(external, where, strict=True))
@@ -76,11 +76,12 @@ def _shorten(texts: list[str], separator: str = ", ", longest: int = 200) -> str
     return separator.join([*shown, f"and {more:,} more"] if more else shown)
 
 
-def _check_dialect(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
-    """Yield what makes the meaning of the file's operators or values ambiguous.
+def _check_operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
+    """Yield what makes the meaning of operators or values ambiguous, and forbidden operators.
 
     For a domain imported twice, the checker uses the first import and ONNX Runtime 1.31 the last.
     """
+    domains, operators = {node.domain for node in nodes}, {node.op_type for node in nodes}
     versions: dict[str, list[int]] = {}
     for entry in model.opset_import:
         domain = "" if entry.domain in STANDARD else entry.domain
@@ -92,20 +93,17 @@ def _check_dialect(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[s
     newest = onnx.defs.onnx_opset_version()
     if not all(1 <= version <= newest for version in versions.get("", [0])):
         yield f"no import of the standard domain between opset 1 and {newest}: export it again"
-    if unused := versions.keys() - {""} - {node.domain for node in nodes}:
+    if unused := versions.keys() - {""} - domains:
         yield f"imports that no node uses, {_join(unused)}: {SCRUB}"
     if defaults := graph.list_overridable(model):
         yield f"weights that a client may override, {_join(v.name for v in defaults)}: {SCRUB}"
     if any(entry.ref_attr_name for node in nodes for entry in node.attribute):
         yield "attributes that refer to those of a function"
-
-
-def _check_operators(model: onnx.ModelProto, nodes: list[NodeProto]) -> Iterator[str]:
-    if domains := {node.domain for node in nodes} - STANDARD:
-        yield f"operators of domain {_join(domains)}"
-    if control := {node.op_type for node in nodes} & CONTROL_FLOW:
+    if foreign := domains - STANDARD:
+        yield f"operators of domain {_join(foreign)}"
+    if control := operators & CONTROL_FLOW:
         yield f"control flow: {_join(control)}"
-    if chance := {node.op_type for node in nodes} & RANDOM:
+    if chance := operators & RANDOM:
         fix = "call .eval() before the export, and give F.dropout training=self.training"
         yield f"random operators: {_join(chance)}; {fix}"
     if any(a.name == "training_mode" and a.i for node in nodes for a in node.attribute):

@@ -64,8 +64,7 @@ def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> P
             (outputs,) = session.run(None, {images.name: np.ascontiguousarray(rows)})
         except RUNTIME_ERRORS as error:
             raise CheckFailedError(f"ONNX Runtime fails on {len(rows)} images: {error}") from error
-        result: np.ndarray = outputs
-        return result
+        return np.asarray(outputs)
 
     return predict
 

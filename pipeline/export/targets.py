@@ -108,10 +108,8 @@ def onnx_dialect(release: str | None = None, opset: int | None = None) -> Export
 
 def find_oldest(opset: int, ir_version: int) -> Target | None:
     """Return the oldest known release that loads such a file, or None if no known one does."""
-    for candidate in SPANS:
-        if opset <= candidate.opset and ir_version <= candidate.ir_version:
-            return replace(candidate, last=candidate.first)
-    return None
+    loading = (s for s in SPANS if opset <= s.opset and ir_version <= s.ir_version)
+    return next((replace(oldest, last=oldest.first) for oldest in loading), None)
 
 
 def records() -> list[dict[str, Any]]:

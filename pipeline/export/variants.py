@@ -1,9 +1,7 @@
 """Variants of an exported file in lower precision: float16, and int8 calibrated on images."""
 
-import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,31 +66,25 @@ def to_int8(content: bytes, ir_version: int, images: np.ndarray) -> bytes:
     model = graph.parse(content, "the fp32 file")
     metadata = {**graph.metadata(model), "calibration_images": str(len(images))}
     name = model.graph.input[0].name
-    with tempfile.TemporaryDirectory() as folder, _silence():
-        fp32, prepared, int8 = (Path(folder) / f"{step}.onnx" for step in ("a", "b", "c"))
-        fp32.write_bytes(content)
-        quant_pre_process(fp32, prepared, skip_optimization=True, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            int8,
-            _Images(name, images),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(_QUANTIZED),
-            per_channel=True,
-            reduce_range=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
-        return graph.scrub(onnx.load_model(int8), ir_version, metadata)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Silence the quantizer's messages, which it logs to the root logger."""
-    root = logging.getLogger()
-    before = root.level
-    root.setLevel(logging.ERROR)
+    logger = logging.getLogger()  # the quantizer logs to the root logger
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with tempfile.TemporaryDirectory() as folder:
+            fp32, prepared, int8 = (Path(folder) / f"{step}.onnx" for step in ("a", "b", "c"))
+            fp32.write_bytes(content)
+            quant_pre_process(fp32, prepared, skip_optimization=True, skip_symbolic_shape=True)
+            quantize_static(
+                prepared,
+                int8,
+                _Images(name, images),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(_QUANTIZED),
+                per_channel=True,
+                reduce_range=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            return graph.scrub(onnx.load_model(int8), ir_version, metadata)
     finally:
-        root.setLevel(before)
+        logger.setLevel(level)

@@ -65,7 +65,12 @@ def check_candidate(
     what = f"{paths.name} version {release.version}"
     report(f"loading {what} as {name}")
     try:
-        config, files = _read_files(paths, name, release, server.profile)
+        config = config_pbtxt.read(config_pbtxt.profile_file(paths.packaged, server.profile))
+        config.name = name
+        config_pbtxt.select(config, release.version)
+        others = [paths.packaged / config_pbtxt.LABELS, *(paths.packaged / "warmup").glob("*")]
+        files = {str(path.relative_to(paths.packaged)): path.read_bytes() for path in others}
+        files[f"{release.version}/{paths.onnx.name}"] = release.onnx
         with explain_refusal(what, fix):
             admin.load_files(config, files)
         report(f"asking {name} the golden set")
@@ -85,18 +90,6 @@ def explain_refusal(what: str, fix: str) -> Iterator[None]:
     except PipelineError as error:
         reason = str(error).strip().rstrip(";")
         raise NotLoadedError(f"{what} is not loaded: {reason}. {fix}") from error
-
-
-def _read_files(
-    paths: Paths, name: str, release: Release, profile: str
-) -> tuple[config_pbtxt.ModelConfig, dict[str, bytes]]:
-    """Return the version as a separate model: its config, and its files by their paths."""
-    config = config_pbtxt.read(config_pbtxt.profile_file(paths.packaged, profile))
-    config.name = name
-    config_pbtxt.select(config, release.version)
-    others = [paths.packaged / config_pbtxt.LABELS, *(paths.packaged / "warmup").glob("*")]
-    files = {str(path.relative_to(paths.packaged)): path.read_bytes() for path in others}
-    return config, {**files, f"{release.version}/{paths.onnx.name}": release.onnx}
 
 
 def require_golden(server: Server, name: str, release: Release, what: str, fix: str) -> None:

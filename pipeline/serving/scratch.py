@@ -31,13 +31,15 @@ LOAD_SECONDS = 30.0  # after which a model is considered to hang
 _LIMITS = re.compile(
     r"the python-based backend does not support|unsupported datatype tensor\((string|bfloat16)\)"
 )
-_OUTCOMES = {
-    "refused": "does not load",
-    "hangs": "never loads, or never answers",
-    "ends": "takes the whole server down",
-    "unready": "is not ready",
-    "wrong": "loads, but its answers are incorrect",
-    "unanswered": "loads, but may not answer",
+# The finding for each outcome but "loads": its level and its message.
+_OUTCOMES: dict[str, tuple[Level, str]] = {
+    "not judged": ("note", "not judged on a server here"),
+    "refused": ("error", "does not load"),
+    "hangs": ("error", "never loads, or never answers"),
+    "ends": ("error", "takes the whole server down"),
+    "unready": ("error", "is not ready"),
+    "wrong": ("error", "loads, but its answers are incorrect"),
+    "unanswered": ("warning", "loads, but may not answer"),
 }
 
 
@@ -46,7 +48,7 @@ class LiveTrial:
     """The outcome of one model on the server."""
 
     model: str
-    outcome: str  # loads, not judged, or one of those in _OUTCOMES
+    outcome: str  # loads, or one of those in _OUTCOMES
     cause: str = ""
     source: str | None = None  # function of the native backend, if only it can judge
 
@@ -54,15 +56,12 @@ class LiveTrial:
 def lint_live(linted: LintResult, paths: Paths, seconds: float = LOAD_SECONDS) -> LintResult:
     """Add to `linted` what a temporary server finds; the repository is not changed."""
     findings = list(linted.findings)
-    levels: dict[str, Level] = {"not judged": "note", "unanswered": "warning"}
     for trial in try_models(linted.repository, linted.models, paths, seconds):
-        if trial.outcome == "loads":
-            continue
-        file = linted.repository / trial.model / CONFIG
-        level = levels.get(trial.outcome, "error")
-        problem = _OUTCOMES.get(trial.outcome, "not judged on a server here")
-        message = f"{problem}: {trial.cause}"
-        findings.append(Finding("live", level, file, message, source=trial.source))
+        if trial.outcome != "loads":
+            level, problem = _OUTCOMES[trial.outcome]
+            message = f"{problem}: {trial.cause}"
+            file = linted.repository / trial.model / CONFIG
+            findings.append(Finding("live", level, file, message, source=trial.source))
     return replace(linted, findings=sort_findings(findings), live=True)
 
 
@@ -151,15 +150,14 @@ def _request(
         connection.close()
 
 
-def _check_answers(server: ServerProcess, name: str) -> tuple[str, bool]:
-    """Describe what is wrong with the answers to one and two blank images, and if it is certain.
+def _check_answers(server: ServerProcess, name: str) -> tuple[str, str]:
+    """Return the outcome of asking about one and two blank images, and its cause.
 
-    The description is empty if nothing is wrong. A correct model may refuse blank data, but it may
-    not refuse two images after it accepted one.
+    A correct model may refuse blank data, but it may not refuse two images after it accepted one.
     """
     status, text = _request(server, f"/v2/models/{name}/config", SECONDS)
     if status != 200:
-        return "", False
+        return "loads", ""
     config = json.loads(text)
     largest = int(config.get("max_batch_size", 0))
     for size in (1, 2) if largest > 1 else (1,):
@@ -174,13 +172,14 @@ def _check_answers(server: ServerProcess, name: str) -> tuple[str, bool]:
                 reason = str(json.loads(answer)["error"])
             except (ValueError, KeyError, TypeError):
                 reason = answer.decode(errors="replace")[:200]
-            return f"answers a batch of {size} zeros with: {reason}", size == 2
+            outcome = "wrong" if size == 2 else "unanswered"
+            return outcome, f"answers a batch of {size} zeros with: {reason}"
         record = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]  # then binary data
         for output in record.get("outputs", ()) if largest else ():
             shape = list(output["shape"])
             if shape[:1] != [size]:
-                return f"answers a batch of {size} with {output['name']} of shape {shape}", True
-    return "", False
+                return "wrong", f"answers a batch of {size} with {output['name']} of shape {shape}"
+    return "loads", ""
 
 
 def _make_blank(config: dict[str, Any], size: int) -> tuple[bytes, bytes] | None:
@@ -215,8 +214,7 @@ def _try_model(server: ServerProcess, name: str, seconds: float) -> LiveTrial:
         elif _request(server, f"/v2/models/{name}/ready", seconds)[0] != 200:
             outcome = "unready"
         else:
-            cause, is_certain = _check_answers(server, name)
-            outcome = ("wrong" if is_certain else "unanswered") if cause else "loads"
+            outcome, cause = _check_answers(server, name)
             _request(server, f"{action}/unload", seconds, b"{}")
     except NoAnswerError as error:
         outcome = str(error)

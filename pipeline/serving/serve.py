@@ -26,19 +26,14 @@ Releases = Mapping[str, Release]  # by model
 LOG_BYTES = 16 * 1024 * 1024  # of the server's log; one older generation is kept
 
 
-def find_free_ports(count: int) -> list[int]:
-    """Return `count` different ports on which nothing listens at the moment."""
+def with_free_ports(config: ServeConfig) -> ServeConfig:
+    """Return `config` with three different ports on which nothing listens at the moment."""
     with contextlib.ExitStack() as stack:
         # Hold all until the last one is known: the system may return a released port again.
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        probes = [stack.enter_context(socket.socket()) for _ in range(3)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def with_free_ports(config: ServeConfig) -> ServeConfig:
-    """Return `config` with three ports that are free now."""
-    http, grpc, metrics = find_free_ports(3)
+        http, grpc, metrics = (int(probe.getsockname()[1]) for probe in probes)
     return replace(config, http_port=http, grpc_port=grpc, metrics_port=metrics)
 
 

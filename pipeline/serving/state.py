@@ -19,12 +19,9 @@ from pipeline.repository.running import Server, is_alive, load_server
 from pipeline.serving.process import POLL_SECONDS
 from pipeline.serving.ready import ask_version, replay_golden
 
-# Counters for each model and version, and a summary of the last minute's latencies.
-REQUESTS = "nv_inference_request_success"
-FAILURES = "nv_inference_request_failure"
-IMAGES = "nv_inference_count"
-BATCHES = "nv_inference_exec_count"
-LATENCY = "nv_inference_request_summary_us"
+# Triton's counters for each model and version, and a summary of the last minute's latencies, are
+# nv_inference_request_success, _request_failure, _count, _exec_count and _request_summary_us.
+PREFIX = "nv_inference_"
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,13 @@ class Load:
     mean_batch: float | None  # mean images of an execution; None before the first
     p50_us: float | None  # of requests in the last minute; None without any
     p99_us: float | None
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The load's cells in the printed table."""
+        batch = "-" if self.mean_batch is None else f"{self.mean_batch:.2f}"
+        times = ("-" if us is None else f"{us / 1000:.2f} ms" for us in (self.p50_us, self.p99_us))
+        return f"{self.requests:,}", f"{self.failures:,}", batch, *times
 
 
 def read_loads(url: str, seconds: float = 2.0) -> dict[tuple[str, str], Load]:
@@ -54,15 +58,16 @@ def read_loads(url: str, seconds: float = 2.0) -> dict[tuple[str, str], Load]:
         for sample in family.samples:
             if "model" in sample.labels and sample.value == sample.value:  # NaN: an empty quantile
                 model = sample.labels["model"], sample.labels["version"]
-                series = sample.name.removesuffix("_total") + sample.labels.get("quantile", "")
+                series = sample.name.removeprefix(PREFIX).removesuffix("_total")
+                series += sample.labels.get("quantile", "")
                 by_model[model][series] += sample.value  # sum of failures over their reasons
     return {
         model: Load(
-            requests=int(values[REQUESTS]),
-            failures=int(values[FAILURES]),
-            mean_batch=values[IMAGES] / values[BATCHES] if values[BATCHES] else None,
-            p50_us=values.get(f"{LATENCY}0.5"),
-            p99_us=values.get(f"{LATENCY}0.99"),
+            requests=int(values["request_success"]),
+            failures=int(values["request_failure"]),
+            mean_batch=values["count"] / values["exec_count"] if values["exec_count"] else None,
+            p50_us=values.get("request_summary_us0.5"),
+            p99_us=values.get("request_summary_us0.99"),
         )
         for model, values in by_model.items()
     }
@@ -109,21 +114,7 @@ class ServerState:
         minutes, seconds = divmod(int(self.uptime_seconds), 60)
         hours, minutes_left = divmod(minutes, 60)
         up = f"{hours} h {minutes_left} min" if hours else f"{minutes} min {seconds} s"
-        rows = [
-            (
-                name,
-                model.version,
-                model.sha256[:12],
-                f"{model.load.requests:,}",
-                f"{model.load.failures:,}",
-                "-" if model.load.mean_batch is None else f"{model.load.mean_batch:.2f}",
-                *(
-                    "-" if us is None else f"{us / 1000:.2f} ms"
-                    for us in (model.load.p50_us, model.load.p99_us)
-                ),
-            )
-            for name, model in self.models.items()
-        ]
+        rows = [(name, m.version, m.sha256[:12], *m.load.cells) for name, m in self.models.items()]
         header = ("model", "version", "sha256", "requests", "failures", "mean batch", "p50", "p99")
         return Lines(
             f"up {up} (pid {server.pid}, {server.runtime}){restarted}",

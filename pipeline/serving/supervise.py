@@ -180,28 +180,25 @@ def detach(paths: Paths, config: ServeConfig) -> Server:
         finally:
             os.close(log)
         try:
-            return _await_ready(paths, config, pid)
+            # The command has its own deadline; this one only guards against a hang of its process.
+            for _ in process.poll(config.start_seconds + 30):
+                ended, code = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    kinds = CheckFailedError, CorruptError, ServerError
+                    by_code = {kind.exit_code: kind for kind in kinds}
+                    kind = by_code.get(os.waitstatus_to_exitcode(code), PipelineError)
+                    if not paths.supervisor_log.exists():
+                        raise kind("the server was stopped before it was ready")
+                    raise kind(state.last_error(paths) or f"the server did not start: {SEE_LOGS}")
+                server = load_server(paths)
+                if server and server.supervisor_pid == pid and server.is_ready:
+                    return server
+            raise ServerError(f"the server's supervisor hangs: {SEE_LOGS}")
         except BaseException:  # also Ctrl-C and SIGTERM: leave no unready server behind
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGTERM)
                 os.waitpid(pid, 0)
             raise
-
-
-def _await_ready(paths: Paths, config: ServeConfig, pid: int) -> Server:
-    # The command has its own deadline; this one only guards against a hang of its process.
-    for _ in process.poll(config.start_seconds + 30):
-        ended, code = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            kinds = {kind.exit_code: kind for kind in (CheckFailedError, CorruptError, ServerError)}
-            kind = kinds.get(os.waitstatus_to_exitcode(code), PipelineError)
-            if not paths.supervisor_log.exists():
-                raise kind("the server was stopped before it was ready")
-            raise kind(state.last_error(paths) or f"the server did not start: {SEE_LOGS}")
-        server = load_server(paths)
-        if server and server.supervisor_pid == pid and server.is_ready:
-            return server
-    raise ServerError(f"the server's supervisor hangs: {SEE_LOGS}")
 
 
 def _is_supervised(paths: Paths, server: Server) -> bool:
@@ -225,12 +222,11 @@ def _is_supervised(paths: Paths, server: Server) -> bool:
 def refuse_second(paths: Paths) -> None:
     """Raise PipelineError if our server already runs; remove what a dead server left."""
     server = load_server(paths)
-    if server is None:
-        return
-    if _is_supervised(paths, server):
+    if server and _is_supervised(paths, server):
         which = f"(pid {server.pid}, {server.http_url})"
         raise PipelineError(f"a server {which} is already running: 'pipeline serve stop' stops it")
-    clear_dead(paths, server)
+    if server:
+        clear_dead(paths, server)
 
 
 def clear_dead(paths: Paths, server: Server) -> None:
@@ -280,7 +276,7 @@ def stop(paths: Paths, seconds: float = ServeConfig.stop_seconds + 5) -> str:
 
 
 MISSES = 3  # in a row, after which a server is considered dead
-CANARY_TIMEOUT = 1.0  # seconds
+ASK_SECONDS = 1.0  # timeout of an answer
 LONGEST_PAUSE = 8.0  # seconds before a restart
 
 
@@ -305,9 +301,7 @@ class Canary:
         self.close = stack.close
         # No retries: the canary must see every miss.
         self.clients = {
-            name: [
-                stack.enter_context(Client(url, name, CANARY_TIMEOUT, retries=0)) for url in urls
-            ]
+            name: [stack.enter_context(Client(url, name, ASK_SECONDS, retries=0)) for url in urls]
             for name in releases
         }
         self.rounds = 0
@@ -329,21 +323,18 @@ class Canary:
             except PipelineError as error:
                 if process.find_dead_children(self.server.pid):
                     return f"{name}'s process died"
-                if isinstance(error, SlowError) and self._has_answered_others():
-                    continue
+                if isinstance(error, SlowError):
+                    before, self.answered = self.answered, 0
+                    with contextlib.suppress(ServerError):
+                        loads = state.read_loads(self.server.metrics_url, ASK_SECONDS / 2)
+                        self.answered = sum(load.requests for load in loads.values())
+                    if self.answered > before:
+                        continue
                 self.misses += 1
                 reason = re.split(r"[:.] ", str(error))[0]  # without the advice, meant for users
                 return f"{name} does not answer ({reason})" if self.misses >= MISSES else None
         self.misses = 0
         return None
-
-    def _has_answered_others(self) -> bool:
-        """Return whether the server has answered requests since the last late answer."""
-        before, self.answered = self.answered, 0
-        with contextlib.suppress(ServerError):
-            loads = state.read_loads(self.server.metrics_url, CANARY_TIMEOUT / 2)
-            self.answered = sum(load.requests for load in loads.values())
-        return self.answered > before
 
     def _ask(self, name: str, client: Client) -> str | None:
         release = self.releases[name]

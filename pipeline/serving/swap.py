@@ -9,7 +9,7 @@ list` shows it, and repeating the promotion completes it.
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline.client.client import Client
@@ -80,8 +80,12 @@ def _promote(paths: Paths, version: int, report: Report) -> Promotion:
     with Admin(server.grpc_url, server.admin_key, LOAD_SECONDS) as admin:
         fix = f"Version {before} is still served. Look at {release.folder}, or package again"
         ready.check_candidate(paths, server, admin, release, fix, report)
-        with _delay_interrupt():
+        # Delay Ctrl-C until the switch is complete; its steps have deadlines.
+        pending: list[int] = []
+        with handle_signals({signal.SIGINT: lambda number, frame: pending.append(number)}):
             _switch(paths, server, admin, release, before)
+        if pending:
+            raise KeyboardInterrupt
     return Promotion(paths.name, version, release.sha256, before, is_served=True)
 
 
@@ -114,13 +118,3 @@ def _record(paths: Paths, server: Server, version: int) -> None:
     now = load_server(paths)
     if now and now.id == server.id:
         write_record(paths, replace(now, models={**now.models, paths.name: version}))
-
-
-@contextlib.contextmanager
-def _delay_interrupt() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block; its steps have deadlines."""
-    pending: list[int] = []
-    with handle_signals({signal.SIGINT: lambda number, frame: pending.append(number)}):
-        yield
-    if pending:
-        raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """The tritonserver that can run here: how to find and start it, and why it failed, by its log."""
 
+import contextlib
 import os
 import platform
 import re
@@ -99,8 +100,7 @@ def _find_wheel(paths: Paths) -> ServerRuntime | str:
     site = servers[0].parent.parent
     # With numpy 2 the wheel's Triton returns incorrect numbers, yet with HTTP 200. Python 3.13 has
     # no older numpy; see requirements.txt for why it is safe there.
-    numpys = [path.stem.removeprefix("numpy-") for path in site.glob("numpy-*.dist-info")]
-    numpy = numpys[0] if numpys else "1."
+    numpy = next((p.stem.removeprefix("numpy-") for p in site.glob("numpy-*.dist-info")), "1.")
     if site.parent.name in ("python3.11", "python3.12") and not numpy.startswith("1."):
         fix = f"build it again with '{format_rebuild(paths)}'"
         raise PipelineError(f"{environment} has numpy {numpy} and needs numpy 1: {fix}")
@@ -124,13 +124,11 @@ def _find_docker(paths: Paths) -> ServerRuntime | str:
     if not program:
         return "docker is not on the PATH"
     command = [program, "info", "--format", "{{.ServerVersion}}"]
-    try:
+    with contextlib.suppress(subprocess.SubprocessError, OSError):
         done = subprocess.run(command, capture_output=True, check=True, timeout=DOCKER_SECONDS)
-    except (subprocess.SubprocessError, OSError):
-        done = None
-    if done is None or not done.stdout.strip():
-        return f"{program} gets no answer from Docker's engine: start the engine"
-    return ServerRuntime("docker", (program, "run"), {})
+        if done.stdout.strip():
+            return ServerRuntime("docker", (program, "run"), {})
+    return f"{program} gets no answer from Docker's engine: start the engine"
 
 
 def scratch_parent() -> Path:
@@ -260,8 +258,7 @@ def find_cause(log: str) -> str:
         name = signal.Signals(number).name if is_known else f"signal {number}"
         what = re.search(r"what\(\):\s*(.*)", log)
         return f"the server crashes ({name}{', ' + what[1] if what else ''})"
-    parsing = re.findall(r"Error parsing text-format inference\.ModelConfig: (.*)", log)
-    if parsing:
+    if parsing := re.findall(r"Error parsing text-format inference\.ModelConfig: (.*)", log):
         return str(parsing[-1])
     errors: list[str] = [match.strip().strip('"') for match in _ERROR.findall(log)]
     telling = [error for error in errors if not error.startswith(_VAGUE)]

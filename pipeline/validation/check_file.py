@@ -45,7 +45,7 @@ class FileTrial:
     criterion: compare.Criterion
     provider: str
     report: compare.Report
-    options: str = ""  # of the command that checks these files
+    options: str = ""  # of the command that checks these files, each after a space
     rows: np.ndarray = field(init=False)  # (N, ...): the images, then the probes
     reference: compare.Reference = field(init=False)
 
@@ -158,8 +158,7 @@ def _write_failure(trial: FileTrial, verdict: Verdict, result: FileResult) -> Ch
             if (picture := to_picture(trial.rows[row])) is not None:
                 write_bytes(paths.failed / f"worst-{place:02d}-row-{row}.png", encode_png(picture))
         file = paths.worst.relative_to(paths.root)
-        options = " ".join(["", *trial.options.split(), "--replay", str(file)])
-        replay.append(f"Replay them: pipeline validate{options}")
+        replay.append(f"Replay them: pipeline validate{trial.options} --replay {file}")
     return CheckFailedError(
         Lines(
             f"{paths.name} ({verdict.precision}) does not answer as its module does:",

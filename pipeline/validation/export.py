@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.core import files
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import margins, predict
-from pipeline.core.paths import MODEL_NAMES, Paths, packaged_name
+from pipeline.core.paths import Paths, packaged_name
 from pipeline.data.splits import load_split
 from pipeline.export import export
 from pipeline.export.runtime import onnx_predictor
@@ -73,7 +73,7 @@ def validate_export(
             f"{paths.export} was exported with {versions}, but {here} are installed: its bytes "
             f"cannot be made again to compare them. {EXPORT}"
         )
-    options = "" if paths.name == MODEL_NAMES["mnist"] else f"--name {paths.name}"
+    options = paths.name_option
     trial = check_file.FileTrial(paths, subject, sample, CRITERION, provider, report, options)
     made: Mapping[str, bytes] = {}
     if not is_given:
@@ -140,12 +140,11 @@ def replay(
 
 def _read_contents(paths: Paths, manifest: Mapping[str, Any]) -> dict[str, bytes]:
     """Read the bytes of each exported file, by precision, and check them against their digests."""
-    contents = {}
-    for precision in manifest["precisions"]:
-        path = paths.variant(precision)
-        digest = manifest["files"].get(path.name)
-        contents[precision] = files.check_digest(path, digest, EXPORT)
-    return contents
+    variants = {precision: paths.variant(precision) for precision in manifest["precisions"]}
+    return {
+        precision: files.check_digest(path, manifest["files"].get(path.name), EXPORT)
+        for precision, path in variants.items()
+    }
 
 
 def _write_validation(
@@ -157,11 +156,18 @@ def _write_validation(
     digests, variants = dict(manifest["files"]), []
     images, outputs = trial.rows[:count], reference.outputs[:count]
     bounds, golden_sets = {}, {}  # bounds of each served row against the reference, float64 (N,)
+    evidence = {  # what the report shows of each row
+        "labels": reference.labels,
+        "margins": margins(reference.outputs).astype(np.float32),
+        "reference": reference.outputs.argmax(axis=1).astype(np.int32),
+    }
     for precision, result in results.items():
         # In lower precision twice its own measured error: other hardware rounds differently.
         own = compare.compute_bounds(reference.outputs, result.errors, trial.criterion)
         bounds[precision] = bound = result.bounds if precision == "fp32" else own
         golden_sets[precision] = choose_golden(images, reference.labels, outputs, bound[:count])
+        evidence[f"errors_{precision}"] = result.errors.astype(np.float32)
+        evidence[f"said_{precision}"] = result.classes.astype(np.int32)
     verdicts = {precision: compare.make_verdict(results[precision]) for precision in results}
     for precision, verdict in verdicts.items():
         golden, profile = paths.variant_golden(precision), paths.variant_profile(precision)
@@ -182,14 +188,6 @@ def _write_validation(
                 "allowed_flips": verdict.flipped + trial.criterion.ties,
             }
         )
-    evidence = {  # what the report shows of each row
-        "labels": reference.labels,
-        "margins": margins(reference.outputs).astype(np.float32),
-        "reference": reference.outputs.argmax(axis=1).astype(np.int32),
-    }
-    for precision, result in results.items():
-        evidence[f"errors_{precision}"] = result.errors.astype(np.float32)
-        evidence[f"said_{precision}"] = result.classes.astype(np.int32)
     content = files.pack_arrays(evidence)
     digests[paths.evidence.name] = files.write_bytes(paths.evidence, content)
     record = {**check_file.make_record(trial), "passed": True, "variants": variants}

@@ -9,28 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import Predictor, judge
 from pipeline.validation.compare import Criterion, compute_bounds, shift
 
-_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_WIDE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
 
 
 class _InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Mode that runs every operation in float64, even `.float()` or `dtype=torch.float32`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_widen, (args, dict(kwargs or {})))
+        given = (args, dict(kwargs or {}))
+        given = tree_map_only(Tensor, lambda x: x.to(_WIDE.get(x.dtype, x.dtype)), given)
+        args, kwargs = tree_map_only(torch.dtype, lambda dtype: _WIDE.get(dtype, dtype), given)
         return func(*args, **kwargs)
-
-
-def _widen(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype in _NARROW:
-        return value.double()
-    is_narrow = isinstance(value, torch.dtype) and value in _NARROW
-    return torch.float64 if is_narrow else value
 
 
 def reference_predictor(model: nn.Module) -> Predictor:
@@ -54,8 +49,7 @@ def reference_predictor(model: nn.Module) -> Predictor:
             torch.set_default_dtype(usual)
         if outputs.dtype != torch.float64:
             raise PipelineError(f"the module answers in {outputs.dtype} when it runs in float64")
-        answers: np.ndarray = outputs.numpy()
-        return answers
+        return np.asarray(outputs)
 
     return predict
 

@@ -95,17 +95,14 @@ class ExpectedModel:
         """List the differences between the golden set and a server's config; empty if it fits."""
         if len(config.input) != 1 or not config.output:
             return [f"the model has {len(config.input)} inputs and {len(config.output)} outputs"]
-        images, problems = config.input[0], []
-        for tensor, array in (
-            (images, self.golden.images),
-            (config.output[0], self.golden.outputs),
-        ):
+        images, golden, problems = config.input[0], self.golden, []
+        for tensor, array in ((images, golden.images), (config.output[0], golden.outputs)):
             dims = list(tensor.dims)[0 if config.max_batch_size else 1 :]
             sizes = list(array.shape[1:])
             fits = all(dim in (-1, size) for dim, size in zip(dims, sizes, strict=False))
             if len(dims) != len(sizes) or not fits:
                 problems.append(f"{tensor.name} has shape {dims}, the golden set has {sizes}")
-        dtype, golden_dtype = config_pbtxt.type_name(images), str(self.golden.images.dtype)
+        dtype, golden_dtype = config_pbtxt.type_name(images), str(golden.images.dtype)
         if dtype != golden_dtype:
             problems.append(f"{images.name} has type {dtype}, the golden set has {golden_dtype}")
         return problems
@@ -120,9 +117,8 @@ class ExpectedModel:
             problems.append(f"serves version {answered}, the repository selects {self.version}")
         if self.sha256 and digest and digest != self.sha256:
             golden = f"{self.file} is the golden set of {self.sha256[:12]}"
-            problems.append(
-                f"serves version {versions[-1]} with digest {digest[:12]}, but {golden}"
-            )
+            served = f"version {versions[-1]} with digest {digest[:12]}"
+            problems.append(f"serves {served}, but {golden}")
         return problems
 
 

@@ -26,11 +26,8 @@ from pipeline.client.endpoint import endpoint
 from pipeline.core.errors import PipelineError, ServerError, SlowError
 from pipeline.images.read import write_png
 from pipeline.repository import config_pbtxt
-from pipeline.repository.release import load_release
 from pipeline.serving.admin import Admin
-from pipeline.serving.ready import _read_files
-from pipeline.serving.serve import find_free_ports
-from tests.conftest import Chain, error_line
+from tests.conftest import Chain, error_line, free_port
 from tests.fakes import (
     Asked,
     Authority,
@@ -118,7 +115,7 @@ def always(status: int, message: str, code: grpc.StatusCode) -> Before:
 @each_client
 @over_both
 def test_nothing_listens(ask: Ask, protocol: str) -> None:
-    url = f"{protocol}://127.0.0.1:{find_free_ports(1)[0]}"
+    url = f"{protocol}://127.0.0.1:{free_port()}"
     message = failure(ask, url, ServerError)
     assert f"no answer from {url} (" in message
     assert "tried 4 times" in message
@@ -627,7 +624,11 @@ def test_a_real_server_that_restricts_or_has_unloaded_a_model(
     with pytest.raises(PipelineError, match="restricted.*give the key"):
         Admin(grpc_url, "guessed", PATIENCE).unload("handwriting")
     key = json.loads(chain.paths.server.read_text())["admin_key"]
-    told, files = _read_files(chain.paths, "fleeting", load_release(chain.paths, 1), "")
+    packaged = chain.paths.packaged
+    told = config_pbtxt.read(packaged / "config.pbtxt")
+    told.name = "fleeting"
+    parts = [packaged / "labels.txt", *packaged.glob("warmup/*"), *packaged.glob("1/model.onnx")]
+    files = {str(path.relative_to(packaged)): path.read_bytes() for path in parts}
     with Admin(grpc_url, key, 60) as admin, Client(url, "fleeting") as client:
         admin.load_files(told, files)
         assert client.classify(IMAGE)

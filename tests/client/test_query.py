@@ -20,8 +20,7 @@ from pipeline.client.endpoint import endpoint
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.data.splits import load_split
 from pipeline.images.read import write_png
-from pipeline.serving.serve import find_free_ports
-from tests.conftest import REPOSITORY, Chain, error_line
+from tests.conftest import REPOSITORY, Chain, error_line, free_port
 from tests.fakes import Asked, Reply, as_triton, http_server, request, tcp
 
 TIMEOUT = 1.0  # seconds
@@ -114,7 +113,7 @@ def other() -> Iterator[int]:
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_nothing_listening_is_a_server_error_with_what_to_do(protocol: str) -> None:
-    client = Client(f"{protocol}://127.0.0.1:{find_free_ports(1)[0]}", timeout=HANG_GUARD)
+    client = Client(f"{protocol}://127.0.0.1:{free_port()}", timeout=HANG_GUARD)
     with pytest.raises(ServerError, match=r"no answer from .* start it \('pipeline serve'\)"):
         client.classify([np.zeros((1, 28, 28), np.uint8)])
 
@@ -150,7 +149,7 @@ def test_query_without_a_server_exits_5_with_one_line(empty: Chain, digit: Path)
     assert result.exit_code == 5
     assert len(error_line(result).splitlines()) == 1
     assert "pipeline serve" in error_line(result)
-    port = find_free_ports(1)[0]
+    port = free_port()
     result = empty.run("query", str(digit), "--url", f"http://127.0.0.1:{port}", "--timeout", "1")
     assert result.exit_code == 5
     assert len(error_line(result).splitlines()) == 1

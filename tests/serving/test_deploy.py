@@ -21,9 +21,8 @@ from pipeline.core.signature import IMAGES, TensorSpec, log_probabilities
 from pipeline.repository import config_pbtxt, profiles
 from pipeline.repository.golden import Golden, pack_golden
 from pipeline.repository.settings import PackageConfig
-from pipeline.serving import serve
 from pipeline.serving.deploy import write_deployment
-from tests.conftest import REPOSITORY, Chain, error_line
+from tests.conftest import REPOSITORY, Chain, error_line, free_port
 
 Served = tuple[Chain, dict[str, Any]]
 needs_promtool = pytest.mark.skipif(
@@ -271,7 +270,7 @@ def test_the_health_checks_of_both_kinds_tell_a_right_server_from_none_or_anothe
     assert wrong.returncode == 1
     assert f"class {another} should be highest" in wrong.stderr
     assert run(server["http_port"], "10", "f").returncode == 1
-    nobody = run(serve.find_free_ports(1)[0])
+    nobody = run(free_port())
     assert nobody.returncode == 1
     assert "no answer from" in nobody.stderr
     assert "Traceback" not in wrong.stderr + nobody.stderr

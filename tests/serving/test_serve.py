@@ -369,11 +369,11 @@ def test_a_restart_and_a_stop_lose_no_request_that_was_accepted(servable: Chain)
 def test_ctrl_c_while_a_detached_server_starts_leaves_nothing(
     servable: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(paths: Paths, config: ServeConfig, pid: int) -> None:
+    def interrupted(seconds: float) -> None:
         wait_until(servable.paths.server.exists)  # tritonserver was started
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(supervise, "_await_ready", interrupted)
+    monkeypatch.setattr(server_process, "poll", interrupted)  # while it waits for the server
     assert servable.run("serve", "--detach", "--port", "auto").exit_code == 130
     assert not servable.paths.server.exists()
     assert_nothing_is_left()
@@ -456,7 +456,8 @@ def test_sigterm_ends_a_server_that_was_started_for_the_occasion(servable: Chain
 @pytest.mark.server
 @pytest.mark.parametrize("service", ["http", "grpc", "metrics"])
 def test_a_taken_port_is_an_error_that_says_which(servable: Chain, service: str) -> None:
-    ports = [f"--{s}-port={serve.find_free_ports(1)[0]}" for s in ("http", "grpc", "metrics")]
+    config = serve.with_free_ports(ServeConfig())
+    ports = [f"--{name}-port={port}" for name, port in config.ports.items()]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -593,10 +594,12 @@ def test_a_missing_and_a_truncated_model_are_not_served(chain: Chain) -> None:
 
 def test_the_free_ports_of_a_server_are_three_different_ones() -> None:
     for _ in range(300):
-        assert len(set(serve.find_free_ports(3))) == 3
+        assert len(set(serve.with_free_ports(ServeConfig()).ports.values())) == 3
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        assert taken.getsockname()[1] not in serve.find_free_ports(100)
+        port = taken.getsockname()[1]
+        for _ in range(30):
+            assert port not in serve.with_free_ports(ServeConfig()).ports.values()
 
 
 def test_numpy_2_in_the_servers_environment_is_refused_in_a_line(chain: Chain) -> None:

@@ -11,9 +11,8 @@ import pytest
 from pipeline.core.errors import PipelineError, ServerError
 from pipeline.serving import state
 from pipeline.serving.admin import Admin
-from pipeline.serving.serve import find_free_ports
 from pipeline.serving.state import Load
-from tests.conftest import Chain, error_line
+from tests.conftest import Chain, error_line, free_port
 
 Served = tuple[Chain, dict[str, Any]]
 TEXT = """\
@@ -45,7 +44,7 @@ def test_a_load_is_read_from_what_triton_counts(monkeypatch: pytest.MonkeyPatch)
 
 def test_no_metrics_are_no_server() -> None:
     with pytest.raises(ServerError, match="gives no metrics"):
-        state.read_loads(f"http://127.0.0.1:{find_free_ports(1)[0]}/metrics")
+        state.read_loads(f"http://127.0.0.1:{free_port()}/metrics")
 
 
 @pytest.mark.server
@@ -116,7 +115,7 @@ def test_the_admin_interface_needs_its_key_and_says_what_it_is_refused(served: S
     with Admin(url, "guessed", 10) as guessing, pytest.raises(PipelineError, match="restricted"):
         guessing.states()
     with (
-        Admin(f"grpc://127.0.0.1:{find_free_ports(1)[0]}", key, 10) as nobody,
+        Admin(f"grpc://127.0.0.1:{free_port()}", key, 10) as nobody,
         pytest.raises(ServerError, match="no answer from grpc"),
     ):
         nobody.states()

@@ -19,7 +19,7 @@ from pipeline.repository.release import load_release
 from pipeline.repository.running import Server, load_server
 from pipeline.serving import serve, swap
 from pipeline.serving.admin import Admin
-from tests.conftest import Chain, error_line, link_server_environment
+from tests.conftest import Chain, error_line, free_port, link_server_environment
 from tests.repository.test_versions import add_another, seal
 from tools.prove_swap import IMAGES, TOLERANCE, prove
 from tools.traffic import Traffic, expected, judge, traffic
@@ -302,7 +302,7 @@ def test_traffic_sees_wrong_and_failed_answers(live: Chain) -> None:
     assert "off by" in judge(ask, rows, outputs[version][rows] * np.nan, str(version))
     assert "instead of" in judge(ask, rows, outputs[version][:2], str(version))
     mixed = replace(ask, outputs_by_version={version: np.roll(outputs[version], 1, axis=0)})
-    nowhere = f"http://127.0.0.1:{serve.find_free_ports(1)[0]}"
+    nowhere = f"http://127.0.0.1:{free_port()}"
     with traffic([server.grpc_url, nowhere], mixed) as running:
         running.await_more(3)
         tally = running.stop()
