@@ -7,6 +7,7 @@ import shlex
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from pathlib import Path
 
 from pipeline.core.errors import PipelineError, SettingError
@@ -170,21 +171,15 @@ class Paths:
     def data(self, dataset: str) -> Path:
         return self.root / "data" / data_name(dataset)
 
-    def variant(self, precision: str) -> Path:
-        return self._of_precision("model", "onnx", precision)
-
-    def variant_golden(self, precision: str) -> Path:
-        return self._of_precision("golden", "npz", precision)
-
-    def variant_profile(self, precision: str) -> Path:
-        return self._of_precision("reference_profile", "json", precision)
-
-    def variant_agreement(self, precision: str) -> Path:
-        return self._of_precision("agreement", "json", precision)
-
     def _of_precision(self, stem: str, suffix: str, precision: str) -> Path:
         middle = "" if precision == "fp32" else f".{precision}"
         return self.export / f"{stem}{middle}.{suffix}"
+
+    # Each takes a precision.
+    variant = partialmethod(_of_precision, "model", "onnx")
+    variant_golden = partialmethod(_of_precision, "golden", "npz")
+    variant_profile = partialmethod(_of_precision, "reference_profile", "json")
+    variant_agreement = partialmethod(_of_precision, "agreement", "json")
 
     def deployment(self, kind: str) -> Path:
         return self.exported / "deploy" / self.name / kind

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import Predictor
@@ -16,9 +17,7 @@ onnxruntime.disable_telemetry_events()  # no data of a user may leave the machin
 
 # What ONNX Runtime raises; their common base class is not public.
 _ERRORS = "Fail InvalidArgument InvalidGraph InvalidProtobuf NotImplemented RuntimeException"
-RUNTIME_ERRORS = tuple(
-    getattr(onnxruntime.capi.onnxruntime_pybind11_state, name) for name in _ERRORS.split()
-)
+RUNTIME_ERRORS = tuple(getattr(onnxruntime_pybind11_state, name) for name in _ERRORS.split())
 _CPU = "CPUExecutionProvider"
 # TF32 off, so that a GPU's answers differ from a CPU's by rounding only.
 _CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})

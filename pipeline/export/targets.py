@@ -50,16 +50,14 @@ def span(release: str) -> Target:
 
     Raises SettingError, which names the supported releases, when it is in no span.
     """
-    supported = f"releases {OLDEST} to {NEWEST} are known"
+    limits = f"releases {OLDEST} to {NEWEST} are known"
     if not re.fullmatch(r"[0-9]{2}\.(0[1-9]|1[0-2])", release):
-        raise SettingError(f"{release!r} is not a Triton release (YY.MM); {supported}")
+        raise SettingError(f"{release!r} is not a Triton release (YY.MM); {limits}")
     if release < OLDEST:
-        raise SettingError(
-            f"Triton {release} is too old: {supported}. Take one of their containers"
-        )
+        raise SettingError(f"Triton {release} is too old: {limits}. Take one of their containers")
     if release > NEWEST:
         raise SettingError(
-            f"Triton {release} is too new: {supported}. Export for {NEWEST}: later releases load "
+            f"Triton {release} is too new: {limits}. Export for {NEWEST}: later releases load "
             "that as well, since ONNX Runtime is backward compatible"
         )
     return next(span for span in SPANS if release <= span.last)

@@ -38,8 +38,7 @@ def handle_signals(
 
     Only the main thread receives signals.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    pairs = handlers.items() if is_main else ()
+    pairs = handlers.items() if threading.current_thread() is threading.main_thread() else ()
     previous = {number: signal.signal(number, handler) for number, handler in pairs}
     try:
         yield

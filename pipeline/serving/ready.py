@@ -98,8 +98,6 @@ def require_golden(server: Server, name: str, release: Release, what: str, fix: 
         with Client(url, name, ANSWER_SECONDS) as client:
             problem = f"{what} gives incorrect answers over {url}"
             replay_golden(client, release.golden).require_passed(problem, fix)
-            answering = ask_version(client)
-        if answering != release.version:
-            raise CheckFailedError(
-                f"{url} answers with version {answering} instead of {what}. {fix}"
-            )
+            version = ask_version(client)
+        if version != release.version:
+            raise CheckFailedError(f"{url} answers with version {version} instead of {what}. {fix}")

@@ -54,8 +54,7 @@ def serve_repository(
     """
     supervisor = _Supervisor(paths, config, on_ready, report)
     # SIGINT (Ctrl-C) is set explicitly, because a shell's background job ignores it.
-    handlers: dict[signal.Signals, Any] = dict.fromkeys(ENDING, supervisor.end)
-    handlers[RESTART] = supervisor.request_restart
+    handlers = dict.fromkeys(ENDING, supervisor.end) | {RESTART: supervisor.request_restart}
     busy = "another 'pipeline serve' is running here: stop it with 'pipeline serve stop'"
     with locked(paths.supervisor_lock, busy), process.handle_signals(handlers):
         refuse_second(paths)

@@ -54,14 +54,11 @@ def rollback(paths: Paths, report: Report = lambda line: None) -> Promotion:
 
 def find_served_version(paths: Paths) -> int | None:
     """Return the version that our server answers with now; None if no server answers."""
-    server = find_server(paths)
-    if server is None:
-        return None
-    try:
-        with Client(server.grpc_url, paths.name, ANSWER_SECONDS) as client:
-            return ready.ask_version(client)
-    except ServerError:
-        return None
+    with contextlib.suppress(ServerError):
+        if server := find_server(paths):
+            with Client(server.grpc_url, paths.name, ANSWER_SECONDS) as client:
+                return ready.ask_version(client)
+    return None
 
 
 def _promote(paths: Paths, version: int, report: Report) -> Promotion:

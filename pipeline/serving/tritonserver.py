@@ -238,8 +238,7 @@ def build_environment(runtime: ServerRuntime) -> dict[str, str]:
 
     The stub uses only the packages of the first python3 on the PATH.
     """
-    removed = ("PYTHON", "VIRTUAL")
-    inherited = {key: v for key, v in os.environ.items() if not key.startswith(removed)}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL"))}
     if runtime.python:
         inherited["PATH"] = f"{runtime.python.parent}{os.pathsep}{inherited.get('PATH', '')}"
     return {**inherited, **runtime.environment}

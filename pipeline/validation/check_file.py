@@ -119,8 +119,7 @@ def try_file(
     images = trial.rows[: len(reference.labels)]
     reasons = diagnose(candidate, images, reference.outputs, subject.classes)
     if is_made:
-        wanted = graph.parse(made[precision], "the export")
-        changes = compare_graphs(wanted, model)
+        changes = compare_graphs(graph.parse(made[precision], "the export"), model)
         reasons += [f"against its module's export, {change}" for change in changes]
     elif precision == "fp32":
         reasons += [f"against the module, {text}" for text in compare_weights(weights, model)]
@@ -143,10 +142,9 @@ def _write_failure(trial: FileTrial, verdict: Verdict, result: FileResult) -> Ch
             rank[[flip.row for flip in verdict.flips]] = np.inf
         worst = np.argsort(-rank, kind="stable")[:WORST]
         own = reference.outputs.argmax(axis=1)
-        labels = np.concatenate([reference.labels, own[len(reference.labels) :]])
         arrays = {
             "images": trial.rows,
-            "labels": labels,
+            "labels": np.concatenate([reference.labels, own[len(reference.labels) :]]),
             "reference": reference.outputs,
             "eager": reference.eager,
             "outputs": result.outputs,

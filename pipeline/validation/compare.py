@@ -348,12 +348,10 @@ def _list_problems(result: FileResult, ratio: float, lost: float) -> list[str]:
         # Only a few images may change class, each with a margin below its bound.
         classes, expected = result.classes, reference.outputs.argmax(axis=1)
         is_changed = classes != expected
-        wrong = np.flatnonzero(is_changed & (margins(reference.outputs) >= bounds))
-        if len(wrong):
-            change = f"row {wrong[0]} from {expected[wrong[0]]} to {classes[wrong[0]]}"
-            problems.append(
-                f"{len(wrong):,} rows change class with a margin over their bound: {change}"
-            )
+        bad = np.flatnonzero(is_changed & (margins(reference.outputs) >= bounds))
+        if len(bad):
+            row = f"row {bad[0]} from {expected[bad[0]]} to {classes[bad[0]]}"
+            problems.append(f"{len(bad):,} rows change class with a margin over their bound: {row}")
         flips, most = int(is_changed[:images].sum()), allowed_flips(criterion, images)
         if flips > most:
             problems.append(f"{flips:,} images change class, at most {most} may")

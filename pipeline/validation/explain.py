@@ -68,13 +68,12 @@ def diagnose(
     usual = _median_error(expected, together)
     one_by_one = (_ask(candidate, images[row : row + 1], expected[:1]) for row in range(8))
     alone = [answer for answer in one_by_one if answer is not None]
-    if usual > ROUNDING * max(1, float(np.abs(expected).max())) and len(alone) == 8:
-        errors = judge(np.concatenate(alone), together[:8]).errors
-        if errors.max() > MOVED * usual:
-            return [
-                "a row's answer depends on its batch or place: a reshape mixes rows, or something "
-                "normalizes over the batch. Keep the batch axis first and separate"
-            ]
+    is_wrong = usual > ROUNDING * max(1, float(np.abs(expected).max())) and len(alone) == 8
+    if is_wrong and judge(np.concatenate(alone), together[:8]).errors.max() > MOVED * usual:
+        return [
+            "a row's answer depends on its batch or place: a reshape mixes rows, or something "
+            "normalizes over the batch. Keep the batch axis first and separate"
+        ]
     left = {}
     for cause, change in IMAGE_CHANGES.items() if images.ndim == 4 else ():
         answer = _ask(candidate, np.ascontiguousarray(change(images)), expected)

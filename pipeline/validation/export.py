@@ -78,8 +78,7 @@ def validate_export(
     made: Mapping[str, bytes] = {}
     if not is_given:
         report("exporting the module again, to compare the bytes")
-        precisions, images = manifest["precisions"], sample.calibration
-        _, made = export.make_files(subject, config, precisions, images)
+        _, made = export.make_files(subject, config, manifest["precisions"], sample.calibration)
     results = {p: check_file.try_file(trial, p, content, made) for p, content in contents.items()}
     return _write_validation(trial, contents, results)
 
@@ -114,8 +113,7 @@ def replay_export(paths: Paths, sample: Sample, provider: str = "cpu") -> list[c
     Writes nothing.
     """
     manifest = files.check_manifest(paths.export, EXPORT)
-    subject = load_subject(paths, manifest)
-    return replay(subject, _read_contents(paths, manifest), sample, provider)
+    return replay(load_subject(paths, manifest), _read_contents(paths, manifest), sample, provider)
 
 
 def replay(
@@ -168,8 +166,9 @@ def _write_validation(
         golden_sets[precision] = choose_golden(images, reference.labels, outputs, bound[:count])
         evidence[f"errors_{precision}"] = result.errors.astype(np.float32)
         evidence[f"said_{precision}"] = result.classes.astype(np.int32)
-    verdicts = {precision: compare.make_verdict(results[precision]) for precision in results}
-    for precision, verdict in verdicts.items():
+    verdicts = tuple(map(compare.make_verdict, results.values()))
+    for verdict in verdicts:
+        precision = verdict.precision
         golden, profile = paths.variant_golden(precision), paths.variant_profile(precision)
         content = contents[precision]
         digests[golden.name] = files.write_bytes(golden, pack_golden(golden_sets[precision]))
@@ -188,8 +187,7 @@ def _write_validation(
                 "allowed_flips": verdict.flipped + trial.criterion.ties,
             }
         )
-    content = files.pack_arrays(evidence)
-    digests[paths.evidence.name] = files.write_bytes(paths.evidence, content)
+    digests[paths.evidence.name] = files.write_bytes(paths.evidence, files.pack_arrays(evidence))
     record = {**check_file.make_record(trial), "passed": True, "variants": variants}
     digests[paths.validation.name] = files.write_json(paths.validation, record)
     card = render_card({**manifest, "files": digests}, record)
@@ -197,9 +195,7 @@ def _write_validation(
     files.write_json(paths.manifest, {**manifest, "files": digests})
     accuracy, digest = record["eager_accuracy"], files.sha256(contents["fp32"])
     notes = tuple(manifest.get("notes", ()))
-    return ExportValidation(
-        tuple(verdicts.values()), accuracy, reference.is_labelled, digest, notes
-    )
+    return ExportValidation(verdicts, accuracy, reference.is_labelled, digest, notes)
 
 
 def _make_profile(

@@ -266,7 +266,7 @@ def validate_servers(
                 versions = ", ".join(f"{each.url} {each.version}" for each in evidence.servers)
                 evidence.problems.append(f"the servers serve different versions: {versions}")
             if evidence.passed and expected.release:
-                _ask_test_split(evidence, paths, expected.release, clients)
+                _add_table(evidence, paths, expected.release, clients)
     except PipelineError as error:
         evidence.problems.append(str(error))
         write_json(file, evidence.record())
@@ -322,9 +322,7 @@ def _validate_server(url: str, client: Client, expected: ExpectedModel) -> Serve
     )
 
 
-def _ask_test_split(
-    evidence: ServerEvidence, paths: Paths, release: Release, clients: Clients
-) -> None:
+def _add_table(evidence: ServerEvidence, paths: Paths, release: Release, clients: Clients) -> None:
     """Add a table of the release's test split, if its files are in the data folder."""
     training = release.manifest.get("training")
     if not training or not (folder := paths.data(training["dataset"])).is_dir():
