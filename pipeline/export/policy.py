@@ -18,11 +18,12 @@ RANDOM = frozenset(
     {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike"}
     | {"RandomUniform", "RandomUniformLike"}
 )
+FOLDERS = ("home", "Users", "root")
 SCRUB = "'--scrub' leaves them out of a copy"
 # Parts of source paths in two encodings; random numbers match one by chance once in 10^13 bytes.
 MARKS = tuple(
     mark.encode(encoding).strip(b"\0")
-    for mark in ("/home/", "/Users/", "/root/", "\\Users\\", "file://", "site-packages")
+    for mark in (*map("/{}/".format, FOLDERS), "\\Users\\", "file://", "site-packages")
     for encoding in ("utf-8", "utf-16-le")
 )
 MAX_NODES = 30_000  # a large transformer has 5,000 nodes, 20,000 once it is quantized
