@@ -57,13 +57,21 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def region_owners() -> set[str]:
+    """Return the ids of the servers whose models have shared memory on this machine."""
+    names = [path.name for path in Path("/dev/shm").glob("*handwriting-*")]
+    return {match[0] for name in names if (match := re.search("handwriting-.{12}", name))}
+
+
+LEFT_BY_EARLIER_RUNS = region_owners()
+
+
 def assert_nothing_is_left() -> None:
     """No shared memory without its server; servers of other tests may run beside this one."""
 
     def orphans() -> list[str]:
-        regions = [path.name for path in Path("/dev/shm").glob("*handwriting-*")]
-        ids = {match[0] for name in regions if (match := re.search("handwriting-.{12}", name))}
-        return [server_id for server_id in ids if not server_process.find_processes(server_id)]
+        owners = region_owners() - LEFT_BY_EARLIER_RUNS
+        return [server_id for server_id in owners if not server_process.find_processes(server_id)]
 
     wait_until(lambda: not orphans())
 
