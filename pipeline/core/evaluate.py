@@ -2,6 +2,7 @@
 
 # Shape letters: N images, K classes.
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,11 @@ def score(outputs: np.ndarray, labels: np.ndarray) -> Metrics:
     correct = outputs.argmax(axis=1) == labels
     likelihood = outputs[np.arange(len(labels)), labels]
     return Metrics(len(labels), float(correct.mean()), float(-likelihood.mean(dtype=np.float64)))
+
+
+def hash_scores(scores: np.ndarray) -> str:
+    """Return the SHA-256 of an exact model's scores (N, K), as int32 in order, little-endian."""
+    return hashlib.sha256(scores.astype("<i4").tobytes()).hexdigest()
 
 
 def evaluate(

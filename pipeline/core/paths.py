@@ -188,4 +188,4 @@ class Paths:
         return self.exported / f"{self.name}-{version}.tar"
 
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "exact")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MNIST_CLASSES = tuple("0123456789")
+SCORES = "scores"  # the second output of an exact variant: whole numbers, int32
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import logging
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from pipeline.core.files import remove, write_bytes, write_json
 from pipeline.core.paths import PRECISIONS, Paths
 from pipeline.core.signature import TensorSpec, pictures_of
 from pipeline.export import graph
+from pipeline.export.exact import scores_of, to_exact
 from pipeline.export.policy import SCRUB, check_policy
 from pipeline.export.sample import Sample, pack_sample
 from pipeline.export.subject import Subject, load_sample, subject_of_run
@@ -92,7 +93,7 @@ def to_onnx(
             dynamo=True,
             opset_version=signature.opset,
             input_names=[signature.images.name],
-            output_names=[signature.outputs.name],
+            output_names=[each.name for each in (signature.outputs, signature.scores) if each],
             # Repeated here, or the axis would be named after one of torch's symbols.
             dynamic_shapes=({0: torch.export.Dim(graph.BATCH)},),
             verbose=False,
@@ -129,7 +130,8 @@ def export_run(
     are removed first: its validation is about other bytes.
     """
     subject = subject_of_run(paths)
-    sample = load_sample(paths, subject.origin) if "int8" in precisions else None
+    is_calibrated = not {"int8", "exact"}.isdisjoint(precisions)
+    sample = load_sample(paths, subject.origin) if is_calibrated else None
     return export_module(paths, subject, sample, config, precisions, report)
 
 
@@ -143,7 +145,7 @@ def export_module(
 ) -> list[Exported]:
     """Export any module as `export_run` exports a run.
 
-    `sample` is needed only for int8 and for a third-party module; for the latter, its images are
+    `sample` is needed only for int8, exact and a third-party module; for the latter, its images are
     copied into the export, to validate it on.
     """
     for precision in precisions:
@@ -164,7 +166,7 @@ def make_files(
 ) -> tuple[torch.export.ExportedProgram, dict[str, bytes]]:
     """Export a module: return its program, and its ONNX files by precision.
 
-    int8 needs calibration images (M, ...).
+    int8 and exact need calibration images (M, ...).
     """
     report("torch.export")
     program = export_program(subject.model, subject.images)
@@ -186,11 +188,18 @@ def make_files(
     contents = {"fp32": fp32}
     for precision in [p for p in PRECISIONS[1:] if p in precisions]:
         report(precision)
-        if precision == "fp16":
-            content = to_fp16(fp32, config.ir_version)
+        if precision == "exact":
+            exact = to_exact(program, calibration[:CALIBRATION_IMAGES])
+            wanted = replace(signature, scores=scores_of(exact, subject.images))
+            form = "whole numbers that are equal on every runtime"
+            added = {"scores": f"{wanted.scores}: {form}"}
+            content = to_onnx(export_program(exact, subject.images), wanted, metadata | added)
         else:
-            content = to_int8(fp32, config.ir_version, calibration[:CALIBRATION_IMAGES])
-        check_onnx(content, signature, f"the {precision} variant")
+            if precision == "fp16":
+                content = to_fp16(fp32, config.ir_version)
+            else:
+                content = to_int8(fp32, config.ir_version, calibration[:CALIBRATION_IMAGES])
+            check_onnx(content, signature, f"the {precision} variant")
         contents[precision] = content
     return program, contents
 
@@ -228,6 +237,10 @@ def write_export(
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    scores = None
+    if exact := contents.get("exact"):
+        name = str(paths.variant("exact"))
+        scores = graph.read_signature(graph.parse(exact, name), name).scores
     manifest = {
         "name": paths.name,
         **subject.origin,
@@ -237,6 +250,7 @@ def write_export(
         "images": asdict(subject.images),
         "outputs": asdict(subject.outputs),
         "kind": subject.kind,
+        "scores": asdict(scores) if scores else None,
         "images_sha256": files.get(paths.images.name),
         "weights_sha256": subject.weights_sha256,
         **asdict(config),

@@ -18,7 +18,7 @@ from onnx.checker import ValidationError
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
-from pipeline.core.signature import TensorSpec
+from pipeline.core.signature import SCORES, TensorSpec
 from pipeline.export.sizes import BITS, STANDARD, raw_bytes
 
 BATCH = "batch"  # the name of dimension 0, on the input and on the output
@@ -59,10 +59,12 @@ class Signature:
     outputs: TensorSpec
     opset: int
     ir_version: int
+    scores: TensorSpec | None = None  # the second output, of an exact variant only
 
     def __str__(self) -> str:
         dialect = f"opset {self.opset}, IR {self.ir_version}"
-        return f"takes {self.images}, answers {self.outputs}, {dialect}"
+        answers = f"{self.outputs} and {self.scores}" if self.scores else self.outputs
+        return f"takes {self.images}, answers {answers}, {dialect}"
 
 
 def parse(content: bytes, name: str) -> onnx.ModelProto:
@@ -125,19 +127,22 @@ def _spec(value: ValueInfoProto, name: str) -> TensorSpec:
 def read_signature(model: onnx.ModelProto, name: str, batch: str | None = BATCH) -> Signature:
     """Read the signature of an image classifier: one input, one output, a named batch axis.
 
-    The axis has the name `batch`, or any name if `batch` is None, and the same name on the input
-    and the output. Raises CheckFailedError for a graph of any other form.
+    A second output may have an exact variant's scores. The axis has the name `batch`, or any name
+    if `batch` is None, and the same name on the input and the output. Raises CheckFailedError for
+    a graph of any other form.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     outputs = list(model.graph.output)
+    scores = outputs.pop() if [output.name for output in outputs[1:]] == [SCORES] else None
     if len(inputs) != 1 or len(outputs) != 1:
         counts = f"{len(inputs)} inputs and {len(outputs)} outputs"
         raise CheckFailedError(f"{name} has {counts} instead of one each")
     axis = _batch_axis(inputs[0], name, batch, inputs[0].name)
     _batch_axis(outputs[0], name, axis, inputs[0].name)
     opset = next((entry.version for entry in model.opset_import if entry.domain in STANDARD), 0)
-    return Signature(_spec(inputs[0], name), _spec(outputs[0], name), opset, model.ir_version)
+    tensors = _spec(inputs[0], name), _spec(outputs[0], name)
+    return Signature(*tensors, opset, model.ir_version, _spec(scores, name) if scores else None)
 
 
 def shows_source(text: str) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,24 @@ PROVIDERS: dict[str, list[Any]] = {
 }
 
 
-def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> Predictor:
+def onnx_predictor(
+    content: bytes,
+    threads: int = 0,
+    provider: str = "cpu",
+    outputs: Sequence[int] = (0,),
+    level: str = "ORT_ENABLE_ALL",
+) -> Predictor:
     """Return a predictor that runs the ONNX model in `content`; 0 threads means all cores.
 
+    It answers the first output, or several, side by side. `level` is ONNX Runtime's name of how far
+    it optimizes the graph.
     Raises PipelineError when the provider (cpu, cuda or tensorrt) is not available, and
     CheckFailedError when a node would run on another provider, or when ONNX Runtime refuses the
     model. The predictor raises CheckFailedError when ONNX Runtime refuses an input.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     options.log_severity_level = 4  # fatal only: errors are raised, fallbacks are checked below
     if provider != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -57,13 +66,14 @@ def onnx_predictor(content: bytes, threads: int = 0, provider: str = "cpu") -> P
         reason = next(iter(printed.getvalue().splitlines()), "")
         require_provider(provider, session.get_providers(), nodes, reason)
     (images,) = session.get_inputs()
+    names = [session.get_outputs()[index].name for index in outputs]
 
     def predict(rows: np.ndarray) -> np.ndarray:
         try:
-            (outputs,) = session.run(None, {images.name: np.ascontiguousarray(rows)})
+            answers = session.run(names, {images.name: np.ascontiguousarray(rows)})
         except RUNTIME_ERRORS as error:
             raise CheckFailedError(f"ONNX Runtime fails on {len(rows)} images: {error}") from error
-        return np.asarray(outputs)
+        return np.asarray(answers[0] if len(answers) == 1 else np.concatenate(answers, axis=1))
 
     return predict
 

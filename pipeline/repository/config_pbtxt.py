@@ -21,6 +21,7 @@ LABELS, WARMUP = "labels.txt", "digit"
 CONFIG, PROFILES = "config.pbtxt", "configs"  # a file, and the folder of its alternatives
 STUB = "triton_python_backend_stub"  # the program that Triton's python backend starts
 PREVIOUS = "previous_version"  # parameter: the version that was selected before
+EXACT = "exact_sha256"  # parameter: the digest of an exact model's scores for its test images
 MIN_PROBABILITY = "min_probability"  # parameter: a probability, below which an answer is not sure
 ENGINES = "trt_engine_cache_path"
 
@@ -40,13 +41,15 @@ def base_config(
     outputs: TensorSpec,
     classes: Sequence[str],
     config: PackageConfig,
+    exact_scores: TensorSpec | None = None,
 ) -> ModelConfig:
     """Return the part that all configs of a packaged model share, without versions.
 
     profiles.py adds the rest. Raises PipelineError if a tensor's type cannot be packaged (see
     `_TYPES`).
     """
-    for spec in (images, outputs):
+    answers = [spec for spec in (outputs, exact_scores) if spec]
+    for spec in (images, *answers):
         if spec.dtype not in _TYPES:
             types = ", ".join(_TYPES)
             raise PipelineError(f"{spec.name} is {spec.dtype}, but only {types} can be packaged")
@@ -54,9 +57,9 @@ def base_config(
     pixels = message.input.add(name=images.name, data_type=_TYPES[images.dtype], dims=images.shape)
     if len(images.shape) == 3:  # channels first; Triton has no format for other ranks
         pixels.format = model_config_pb2.ModelInput.FORMAT_NCHW
-    scores = message.output.add(name=outputs.name, data_type=_TYPES[outputs.dtype])
-    scores.dims.extend(outputs.shape)
-    scores.label_filename = LABELS
+    for spec in answers:
+        message.output.add(name=spec.name, data_type=_TYPES[spec.dtype], dims=spec.shape)
+    message.output[0].label_filename = LABELS
     set_parameter(message, "classes", json.dumps(list(classes)))
     return message
 
@@ -67,9 +70,10 @@ def describe(
     images: TensorSpec,
     outputs: TensorSpec,
     config: PackageConfig,
+    exact_scores: TensorSpec | None = None,
 ) -> ModelConfig:
     """Return `base_config` with what the manifest of an export says of pictures and outputs."""
-    message = base_config(name, images, outputs, manifest["classes"], config)
+    message = base_config(name, images, outputs, manifest["classes"], config, exact_scores)
     training = manifest.get("training")
     how = pictures_of(training["dataset"]) if training else manifest.get("pictures", "arrays")
     if how != "digit":
@@ -137,7 +141,7 @@ def version_parameters(message: ModelConfig) -> dict[str, str]:
     return {
         key: value.string_value
         for key, value in message.parameters.items()
-        if key.startswith(("sha256.", f"{MIN_PROBABILITY}."))
+        if key.startswith(("sha256.", f"{EXACT}.", f"{MIN_PROBABILITY}."))
     }
 
 

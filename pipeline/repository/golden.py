@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from pipeline.core.errors import CheckFailedError, CorruptError
-from pipeline.core.evaluate import Predictor, judge, margins, predict
+from pipeline.core.evaluate import Predictor, hash_scores, judge, margins, predict
 from pipeline.core.files import pack_arrays
 from pipeline.core.text import Lines
 
@@ -28,10 +28,14 @@ class Golden:
     labels: np.ndarray  # int64 (N,): the true classes; the reference's where there are no labels
     outputs: np.ndarray  # float64 (N, K): the reference's answers
     bounds: np.ndarray  # float64 (N,): how far each output of a row may be from the reference
+    scores: np.ndarray | None = None  # int32 (N, S): of an exact model, which must be equal
 
     def select(self, rows: np.ndarray | list[int]) -> "Golden":
         """Return the golden set of these rows."""
-        return Golden(self.images[rows], self.labels[rows], self.outputs[rows], self.bounds[rows])
+        scores = None if self.scores is None else self.scores[rows]
+        return Golden(
+            self.images[rows], self.labels[rows], self.outputs[rows], self.bounds[rows], scores
+        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,11 @@ class GoldenResult:
 
 
 def choose_golden(
-    images: np.ndarray, labels: np.ndarray, outputs: np.ndarray, bounds: np.ndarray
+    images: np.ndarray,
+    labels: np.ndarray,
+    outputs: np.ndarray,
+    bounds: np.ndarray,
+    scores: np.ndarray | None = None,
 ) -> Golden:
     """Choose the images of each class with the largest and the smallest reference margins.
 
@@ -72,7 +80,8 @@ def choose_golden(
     all of them. Uses only images whose margin exceeds their bound, because for the others more than
     one class would pass. Raises CheckFailedError if there are no such images.
 
-    `images` is (N, ...), `labels` (N,), `outputs` the reference's (N, K) and `bounds` (N,).
+    `images` is (N, ...), `labels` (N,), `outputs` the reference's (N, K) and `bounds` (N,). An
+    exact model's `scores` are those of the first N rows or more.
     """
     ahead = margins(outputs)
     rows = np.flatnonzero(ahead > bounds)
@@ -91,7 +100,7 @@ def choose_golden(
         ranked = group[np.argsort(-ahead[group], kind="stable")].tolist()
         hardest = ranked[::-1][: share // 2] if len(ranked) > share else []
         chosen += ranked[: share - len(hardest)] + hardest
-    return Golden(images, labels, outputs, bounds).select(np.array(chosen))
+    return Golden(images, labels, outputs, bounds, scores).select(np.array(chosen))
 
 
 def compare_golden(golden: Golden, candidate: Predictor, sizes: tuple[int, ...]) -> GoldenResult:
@@ -117,12 +126,17 @@ def compare_golden(golden: Golden, candidate: Predictor, sizes: tuple[int, ...])
     return GoldenResult(len(golden.images), sizes, max_abs_diff, differing, tuple(problems))
 
 
-_ARRAYS = tuple(Golden.__dataclass_fields__)
+_ARRAYS = ("images", "labels", "outputs", "bounds")
 
 
 def pack_golden(golden: Golden) -> bytes:
     """Return the golden set as the bytes of an .npz file; equal sets give equal bytes."""
-    return pack_arrays(vars(golden))
+    return pack_arrays({name: array for name, array in vars(golden).items() if array is not None})
+
+
+def hash_golden(golden: Golden) -> str | None:
+    """Return the SHA-256 of the scores in a golden set; None if it has none."""
+    return None if golden.scores is None else hash_scores(golden.scores)
 
 
 def unpack_golden(content: bytes, name: str) -> Golden:
@@ -144,12 +158,14 @@ def unpack_golden(content: bytes, name: str) -> Golden:
                     raise CorruptError(f"{name} is not a golden set: an array is cut short")
         arrays = np.load(io.BytesIO(content), allow_pickle=False)
         images, labels, outputs, bounds = (arrays[key] for key in _ARRAYS)
+        scores = arrays.get("scores")
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CorruptError(f"{name} is not a golden set: run 'pipeline validate' again") from error
     count = outputs.shape[:1]
     if (
         (images.shape[:1], labels.shape, bounds.shape) != (count, count, count)
         or (outputs.ndim, outputs.dtype, bounds.dtype) != (2, np.float64, np.float64)
+        or (scores is not None and (scores.dtype, scores.shape[:1]) != (np.int32, count))
         or (images.dtype.kind not in "iuf" or labels.dtype.kind not in "iu")
         or (min(outputs.shape) < 1 or outputs.shape[1] < 2)
         or not (np.isfinite(outputs).all() and (bounds > 0).all())
@@ -163,7 +179,7 @@ def unpack_golden(content: bytes, name: str) -> Golden:
             f"{len(bounds)} images (image {loose[0]}: bound {bounds[loose[0]]:.3g}, margin "
             f"{ahead[loose[0]]:.3g}). Run 'pipeline validate' and 'pipeline package' again"
         )
-    return Golden(images, labels, outputs, bounds)
+    return Golden(images, labels, outputs, bounds, scores)
 
 
 GOLDEN_BATCHES = (1, 2, 7)  # batch sizes at which a server is asked the golden set

@@ -129,7 +129,8 @@ def _check_variant(
     check_policy(model, str(path))
     tensors = graph.read_signature(model, str(path), batch=None)
     name = packaged_name(paths.name, precision)
-    base = config_pbtxt.describe(name, manifest, tensors.images, tensors.outputs, config)
+    signature = (tensors.images, tensors.outputs, config, tensors.scores)
+    base = config_pbtxt.describe(name, manifest, *signature)
     return _Variant(name, digest, contents, {**manifest, "precision": precision}, base)
 
 
@@ -186,6 +187,9 @@ def _select_in_base(variant: _Variant, version: int, old: ModelConfig | None) ->
 def _record_version(variant: _Variant, version: int, message: ModelConfig) -> None:
     """Record a version's own parameters, selected or not: its digest and its min_probability."""
     config_pbtxt.set_parameter(message, f"sha256.{version}", variant.sha256)
+    if variant.manifest["precision"] == "exact":
+        key = f"{config_pbtxt.EXACT}.{version}"
+        config_pbtxt.set_parameter(message, key, variant.manifest["exact_sha256"])
     threshold = variant.manifest.get("min_probability")  # None if no threshold was fitted
     if threshold is not None:
         key = f"{config_pbtxt.MIN_PROBABILITY}.{version}"

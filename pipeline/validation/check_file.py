@@ -5,7 +5,7 @@ A failed validation leaves its record, and the worst rows to look at and replay.
 
 # Shape letters: N rows (images, then probes), M labelled images.
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.images.read import encode_png, to_picture
 from pipeline.training.networks import eager_predictor
 from pipeline.validation import compare
 from pipeline.validation.compare import FileResult, Verdict
+from pipeline.validation.exact import compare_levels
 from pipeline.validation.explain import compare_graphs, compare_weights, diagnose
 from pipeline.validation.reference import reference_predictor, require_steady
 
@@ -46,6 +47,7 @@ class FileTrial:
     provider: str
     report: compare.Report
     options: str = ""  # of the command that checks these files, each after a space
+    scores: np.ndarray | None = None  # int32 (N, S): an exact file's, to all rows
     rows: np.ndarray = field(init=False)  # (N, ...): the images, then the probes
     reference: compare.Reference = field(init=False)
 
@@ -79,7 +81,11 @@ def run_reference(
 
 
 def load_predictors(
-    content: bytes, criterion: compare.Criterion, provider: str, is_ours: bool = False
+    content: bytes,
+    criterion: compare.Criterion,
+    provider: str,
+    is_ours: bool = False,
+    outputs: Sequence[int] = (0,),
 ) -> dict[int, Predictor]:
     """Return predictors of the file in ONNX Runtime, by number of threads.
 
@@ -88,7 +94,10 @@ def load_predictors(
     """
     if not is_ours:
         require_first_run(content)
-    return {threads: onnx_predictor(content, threads, provider) for threads in criterion.threads}
+    return {
+        threads: onnx_predictor(content, threads, provider, outputs)
+        for threads in criterion.threads
+    }
 
 
 def try_file(
@@ -100,12 +109,15 @@ def try_file(
     another tool. Raises CheckFailedError with the reasons, and writes the findings, if it fails.
     """
     subject, reference, is_made = trial.subject, trial.reference, precision in made
-    is_ours = made.get(precision) == content
-    predictors = load_predictors(content, trial.criterion, trial.provider, is_ours)
+    is_ours, scores = made.get(precision) == content, trial.scores if precision == "exact" else None
+    outputs = (0,) if scores is None else (0, 1)
+    predictors = load_predictors(content, trial.criterion, trial.provider, is_ours, outputs)
     result = compare.compare_file(
-        precision, predictors, trial.rows, reference, trial.criterion, trial.report
+        precision, predictors, trial.rows, reference, trial.criterion, trial.report, scores
     )
-    verdict, candidate = compare.make_verdict(result), next(iter(predictors.values()))
+    if scores is not None:
+        result.problems += compare_levels(content, trial.rows, scores)
+    verdict, candidate = compare.make_verdict(result), onnx_predictor(content)
     problems = [*verdict.problems, *compare.list_accepted(candidate, trial.rows)]
     weights = {name: t.cpu().numpy() for name, t in subject.model.state_dict().items()}
     model = graph.parse(content, "the file")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.core.evaluate import Predictor, judge, margins, mcnemar, predict
+from pipeline.core.evaluate import Predictor, hash_scores, judge, margins, mcnemar, predict
 
 LISTED = 1000  # flips that a verdict lists
 SETTLED = 0.1  # share of the rows beyond their bound at which the remaining runs are skipped
@@ -40,7 +40,9 @@ class Criterion:
     # than 500 images one in a hundred.
     ties: int = 5
     # The accuracy that a variant may lose against the reference, as a fraction.
-    lost_accuracy: tuple[tuple[str, float], ...] = (("fp16", 0.0002), ("int8", 0.001))
+    lost_accuracy: tuple[tuple[str, float], ...] = (
+        *(("fp16", 0.0002), ("int8", 0.001), ("exact", 0.0005)),
+    )
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Verdict:
     ratio: float | None  # of max_error to eager_error
     safety_factor: float | None  # the images' smallest margin divided by max_error
     images_per_second: dict[str, float]  # by threads, in batches of 64
+    exact_sha256: str | None  # of the images' scores, of an exact file
     problems: tuple[str, ...]  # in words; none means that it passed
 
     def __str__(self) -> str:
@@ -156,6 +159,9 @@ class Verdict:
         flips = f"{self.flipped:,} flip{'s' * (self.flipped != 1)}"
         start = f"{self.precision}: accuracy {self.accuracy:.2%}, {flips}"
         parts = [start, f"largest error {error}{ratio}", f"safety factor {factor}", speeds]
+        if self.exact_sha256:
+            equal = "NOT equal" if self.problems else "equal"
+            parts.append(f"scores {equal} in every run (exact_sha256 {self.exact_sha256[:12]})")
         return ", ".join(filter(None, parts))
 
 
@@ -204,6 +210,7 @@ class FileResult:
     precision: str
     reference: Reference
     criterion: Criterion
+    scores: np.ndarray | None = None  # int32 (N, S): those of an exact file
     bounds: np.ndarray = field(init=False)  # float64 (N,): the bound of each row
     errors: np.ndarray = field(init=False)  # float64 (N,): the largest of any run
     outputs: np.ndarray = field(init=False)  # (N, K): each row in the run of its largest error
@@ -229,9 +236,17 @@ class FileResult:
     def add(self, run: Run, outputs: np.ndarray) -> None:
         """Compare the outputs (R, K) of a run with the reference, and with the first run.
 
-        Raises CheckFailedError when they do not have eager PyTorch's shape and type.
+        With them come an exact file's scores, (R, K + S), which must be equal. Raises
+        CheckFailedError when they do not have eager PyTorch's shape and type.
         """
         rows, dtype = run.rows, self.reference.eager.dtype.type
+        if self.scores is not None:
+            count = self.reference.outputs.shape[1]
+            outputs, scores = outputs[:, :count].astype(dtype), outputs[:, count:]
+            unequal = rows[(scores != self.scores[rows]).any(axis=1)]
+            if len(unequal):
+                problem = f"{len(unequal):,} rows are not equal, the first is row {unequal[0]}"
+                self.problems.append(f"{run}: the scores of {problem}")
         judgement = judge(self.reference.outputs[rows], outputs, self.bounds[rows], dtype)
         self.first = outputs[: len(self.errors)] if self.first is None else self.first
         errors = judgement.errors
@@ -253,14 +268,16 @@ def compare_file(
     reference: Reference,
     criterion: Criterion,
     report: Report = lambda line: None,
+    scores: np.ndarray | None = None,
 ) -> FileResult:
     """Compare a file with the reference on rows (N, ...), in all runs of the criterion.
 
     `candidates` has a predictor of the file for each number of threads. For fp32, each row must lie
     within its bound of the reference. In a lower precision, it must lie within that bound of the
-    file's own first answer, in every batch and at every place in it.
+    file's own first answer, in every batch and at every place in it. For an exact file, `scores`
+    (N, S) are what it must answer as well.
     """
-    result = FileResult(precision, reference, criterion)
+    result = FileResult(precision, reference, criterion, scores)
     for run in plan_runs(criterion, len(rows)):
         if any(len(beyond) > SETTLED * len(rows) for beyond in result.beyond.values()):
             break  # more runs would show nothing new
@@ -325,6 +342,7 @@ def make_verdict(result: FileResult) -> Verdict:
         ratio=ratio if is_finite else None,
         safety_factor=float(margin[:images].min()) / largest if is_finite and largest else None,
         images_per_second=result.speeds,
+        exact_sha256=None if result.scores is None else hash_scores(result.scores[:images]),
         problems=(*result.problems, *_list_problems(result, ratio, lost)),
     )
 

@@ -12,16 +12,20 @@ from pipeline.core import files
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import margins, predict
 from pipeline.core.paths import Paths, packaged_name
+from pipeline.core.signature import TensorSpec
 from pipeline.data.splits import load_split
 from pipeline.export import export
+from pipeline.export.exact import require_bounds, to_exact
 from pipeline.export.runtime import onnx_predictor
 from pipeline.export.sample import Sample
 from pipeline.export.subject import EXPORT, Subject, load_sample, load_subject
 from pipeline.export.targets import ExportConfig
-from pipeline.repository.golden import choose_golden, pack_golden
+from pipeline.export.variants import CALIBRATION_IMAGES
+from pipeline.repository.golden import choose_golden, hash_golden, pack_golden
 from pipeline.repository.reference_profile import ReferenceProfile, build_profile, pack_profile
 from pipeline.validation import check_file, compare
 from pipeline.validation.card import render_card
+from pipeline.validation.exact import eager_scores
 
 CRITERION = compare.Criterion()
 Results = Mapping[str, compare.FileResult]  # by precision, fp32 first
@@ -62,8 +66,10 @@ def validate_export(
     files.write_json(paths.manifest, {**manifest, "files": digests})
     for path in stale.values():
         files.remove(path)
+    scores = TensorSpec.from_record(manifest["scores"]) if "exact" in contents else None
     for precision, content in contents.items():
-        export.check_onnx(content, signature, str(paths.variant(precision)))
+        wanted = replace(signature, scores=scores if precision == "exact" else None)
+        export.check_onnx(content, wanted, str(paths.variant(precision)))
     # Exporting the module again must give the same bytes. That cannot be checked for a file from
     # another tool; other versions of the libraries are refused.
     is_given = manifest.get("is_given")
@@ -78,7 +84,12 @@ def validate_export(
     made: Mapping[str, bytes] = {}
     if not is_given:
         report("exporting the module again, to compare the bytes")
-        _, made = export.make_files(subject, config, manifest["precisions"], sample.calibration)
+        images, precisions = sample.calibration, manifest["precisions"]
+        program, made = export.make_files(subject, config, precisions, images)
+        if "exact" in contents:
+            network = to_exact(program, images[:CALIBRATION_IMAGES])
+            require_bounds(network, subject.images)
+            trial.scores = eager_scores(network, trial.rows)
     results = {p: check_file.try_file(trial, p, content, made) for p, content in contents.items()}
     return _write_validation(trial, contents, results)
 
@@ -163,7 +174,8 @@ def _write_validation(
         # In lower precision twice its own measured error: other hardware rounds differently.
         own = compare.compute_bounds(reference.outputs, result.errors, trial.criterion)
         bounds[precision] = bound = result.bounds if precision == "fp32" else own
-        golden_sets[precision] = choose_golden(images, reference.labels, outputs, bound[:count])
+        rows = (images, reference.labels, outputs, bound[:count])
+        golden_sets[precision] = choose_golden(*rows, result.scores)
         evidence[f"errors_{precision}"] = result.errors.astype(np.float32)
         evidence[f"said_{precision}"] = result.classes.astype(np.int32)
     verdicts = tuple(map(compare.make_verdict, results.values()))
@@ -182,12 +194,15 @@ def _write_validation(
                 "size": len(content),
                 "golden": golden.name,
                 "golden_sha256": digests[golden.name],
+                "exact_golden_sha256": hash_golden(golden_sets[precision]),
                 # The bound of a served row against eager float32, and how many rows may flip.
                 "allowed_error": float(bounds[precision].max() + reference.errors.max()),
                 "allowed_flips": verdict.flipped + trial.criterion.ties,
             }
         )
     digests[paths.evidence.name] = files.write_bytes(paths.evidence, files.pack_arrays(evidence))
+    exact = next((each for each in variants if each["exact_sha256"]), {})
+    manifest |= {key: exact.get(key) for key in ("exact_sha256", "exact_golden_sha256")}
     record = {**check_file.make_record(trial), "passed": True, "variants": variants}
     digests[paths.validation.name] = files.write_json(paths.validation, record)
     card = render_card({**manifest, "files": digests}, record)
