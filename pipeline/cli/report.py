@@ -18,7 +18,7 @@ from pipeline.cli.command import (
 from pipeline.cli.options import count_type, file_type
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_json
-from pipeline.core.paths import Paths
+from pipeline.core.paths import PRECISIONS, Paths
 from pipeline.core.text import Lines
 
 
@@ -53,9 +53,10 @@ def report_command(settings: Settings, run: str | None, name: str | None, table:
         then = write_page(paths).then
         record, lines = {"run": paths.run, "page": str(paths.page)}, [f"wrote {paths.page}"]
     if table or paths.agreement.exists():
-        agreement = read_agreement(paths)
-        record |= asdict(agreement)
-        lines = [agreement, f"read {paths.agreement}", *lines]
+        others = [each for each in PRECISIONS[1:] if paths.variant_agreement(each).exists()]
+        tables = [read_agreement(paths, each) for each in ("fp32", *others)]
+        record |= {**asdict(tables[0]), "variants": [asdict(each) for each in tables]}
+        lines = [*tables, f"read {paths.agreement}", *lines]
     settings.result(record, Lines(*lines), then or next_of_packaged(paths))
 
 

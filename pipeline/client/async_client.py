@@ -23,10 +23,10 @@ class AsyncClient(BaseClient):
         return await self._classify(images, top)
 
     async def infer(
-        self, images: np.ndarray, timeout: float | None = None
+        self, images: np.ndarray, timeout: float | None = None, output: str = ""
     ) -> tuple[np.ndarray, str]:
-        """Return log-probabilities (N, K) of images (N, ...), and the last answer's version."""
-        return await self._infer(images, timeout)
+        """Return log-probabilities (N, K) of images (N, ...): see `Client.infer`."""
+        return await self._infer(images, timeout, output)
 
     async def config(self) -> config_pbtxt.ModelConfig:
         """Return the model's configuration, requested once, and again after a lost server."""

@@ -218,7 +218,9 @@ class BaseClient:
         if self._log:
             await asyncio.to_thread(self._log.add, self.name, images, predictions)
 
-    async def _infer(self, images: np.ndarray, timeout: float | None) -> tuple[np.ndarray, str]:
+    async def _infer(
+        self, images: np.ndarray, timeout: float | None, output: str
+    ) -> tuple[np.ndarray, str]:
         """Return outputs (N, K) of images (N, ...), and the version that answered last."""
         async with self._call(timeout) as deadline:
             try:
@@ -233,8 +235,9 @@ class BaseClient:
             images = fit_input(images, config)
             size, answers = max(1, config.max_batch_size), []
             for start in range(0, len(images), size):
-                answers.append(await self._ask_outputs(images[start : start + size], deadline))
-            if self._log and all(_is_of_classes(outputs) for outputs, _ in answers):
+                batch = images[start : start + size]
+                answers.append(await self._ask_outputs(batch, deadline, output=output))
+            if self._log and not output and all(_is_of_classes(outputs) for outputs, _ in answers):
                 await self._write_log(images, await self._predictions(answers, 1, deadline))
         return np.concatenate([outputs for outputs, _ in answers]), answers[-1][1]
 
@@ -254,13 +257,20 @@ class BaseClient:
         return tuple(names.get(index, str(index)) for index in range(count))
 
     async def _ask_outputs(
-        self, images: np.ndarray, deadline: Deadline, class_count: int = 0
+        self, images: np.ndarray, deadline: Deadline, class_count: int = 0, output: str = ""
     ) -> tuple[np.ndarray, str]:
         """Return the outputs of one request's images, and the version that answered.
+
+        They are the model's first output, or the one with the name `output`.
 
         Repeats the request after a temporary fault, since an inference changes nothing.
         """
         config = await self._one_tensor(deadline)
+        if output:
+            chosen = [tensor for tensor in config.output if tensor.name == output]
+            if not chosen:
+                raise PipelineError(f"{self.name} at {self.endpoint} has no output {output!r}")
+            config = config_pbtxt.ModelConfig(name=config.name, input=config.input, output=chosen)
         return await self._ask(
             lambda connection: connection.infer(
                 self.name, self._version, config, images, class_count

@@ -100,12 +100,15 @@ class Client(BaseClient):
         """
         return self._run(self._classify(images, top))
 
-    def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
+    def infer(
+        self, images: np.ndarray, timeout: float | None = None, output: str = ""
+    ) -> tuple[np.ndarray, str]:
         """Return log-probabilities (N, K) of images (N, ...), and the version that answered last.
 
-        Sends as many requests as the server's largest batch size requires, within one timeout.
+        Sends as many requests as the server's largest batch size requires, within one timeout. With
+        `output`, returns that output of the model, such as `scores` of an exact one.
         """
-        return self._run(self._infer(images, timeout))
+        return self._run(self._infer(images, timeout, output))
 
     def config(self) -> config_pbtxt.ModelConfig:
         """Return the model's configuration, requested once, and again after a lost server."""

@@ -225,6 +225,6 @@ class _Readers:
         results._writer.close()  # type: ignore[attr-defined]
 
 
-def triton_predictor(client: Client) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a predictor that asks a served model."""
-    return lambda images: client.infer(images)[0]
+def triton_predictor(client: Client, output: str = "") -> Callable[[np.ndarray], np.ndarray]:
+    """Return a predictor that asks a served model for its first output, or for one by name."""
+    return lambda images: client.infer(images, output=output)[0]

@@ -109,6 +109,16 @@ def hash_scores(scores: np.ndarray) -> str:
     return hashlib.sha256(scores.astype("<i4").tobytes()).hexdigest()
 
 
+def find_unequal(expected: np.ndarray, scores: np.ndarray) -> str:
+    """Return which rows of scores (N, K) are not the expected ones; empty if all are equal."""
+    if scores.shape != expected.shape:
+        return f"the scores have shape {list(scores.shape)}, not {list(expected.shape)}"
+    rows = np.flatnonzero((scores != expected).any(axis=1))
+    if not len(rows):
+        return ""
+    return f"{len(rows):,} of {len(scores):,} are not equal, the first is image {rows[0]}"
+
+
 def evaluate(
     predictor: Predictor, images: np.ndarray, labels: np.ndarray, batch_size: int = 256
 ) -> Metrics:

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.lib import format as npy
 
 from pipeline.core.errors import CheckFailedError, CorruptError
-from pipeline.core.evaluate import Predictor, hash_scores, judge, margins, predict
+from pipeline.core.evaluate import (
+    Predictor,
+    find_unequal,
+    hash_scores,
+    judge,
+    margins,
+    predict,
+)
 from pipeline.core.files import pack_arrays
 from pipeline.core.text import Lines
 
@@ -103,10 +110,13 @@ def choose_golden(
     return Golden(images, labels, outputs, bounds, scores).select(np.array(chosen))
 
 
-def compare_golden(golden: Golden, candidate: Predictor, sizes: tuple[int, ...]) -> GoldenResult:
+def compare_golden(
+    golden: Golden, candidate: Predictor, sizes: tuple[int, ...], scores: Predictor | None = None
+) -> GoldenResult:
     """Compare `candidate` with the golden set at each batch size in `sizes`.
 
-    It passes if every row is within its bound and no class changes. A candidate that raises
+    It passes if every row is within its bound and no class changes. The `scores` of an exact model
+    must be equal. A candidate that raises
     CheckFailedError, returns another shape, or returns values that are not finite does not pass.
     """
     problems: list[str] = []
@@ -121,6 +131,9 @@ def compare_golden(golden: Golden, candidate: Predictor, sizes: tuple[int, ...])
         largest = max(largest, float(judgement.errors.max()))
         differing = max(differing, int(judgement.is_changed.sum()))
         mismatches = judgement.problems(range(len(outputs)))
+        if scores and golden.scores is not None:
+            unequal = find_unequal(golden.scores, predict(scores, golden.images, size))
+            mismatches += [f"scores: {unequal}"] if unequal else []
         problems += [f"batch size {size}: {mismatch}" for mismatch in mismatches]
     max_abs_diff = largest if math.isfinite(largest) else None
     return GoldenResult(len(golden.images), sizes, max_abs_diff, differing, tuple(problems))

@@ -13,6 +13,7 @@ from pipeline.client.client import Client
 from pipeline.client.query import triton_predictor
 from pipeline.core.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.core.paths import Paths
+from pipeline.core.signature import SCORES
 from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import GOLDEN_BATCHES, Golden, GoldenResult, compare_golden
 from pipeline.repository.release import Release
@@ -24,7 +25,8 @@ def replay_golden(client: Client, golden: Golden) -> GoldenResult:
     """Compare a server with the golden set's answers, at each golden batch size it accepts."""
     largest = max(1, client.config().max_batch_size)
     sizes = tuple(size for size in GOLDEN_BATCHES if size <= largest)
-    return compare_golden(golden, triton_predictor(client), sizes)
+    scores = triton_predictor(client, SCORES)
+    return compare_golden(golden, triton_predictor(client), sizes, scores)
 
 
 def ask_version(client: Client) -> int:

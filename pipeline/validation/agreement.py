@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.core.evaluate import Predictor, judge, predict, score
+from pipeline.core.evaluate import Predictor, find_unequal, hash_scores, judge, predict, score
 from pipeline.core.files import read_record
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines, columns
@@ -27,13 +27,15 @@ class AgreementRow:
     differing: int  # images whose class differs from the first row's
     max_abs_diff: float | None  # from the first row's log-probabilities; None: not finite
     images_per_second: float | None  # in batches of 64, one after the other; None: recorded answers
+    unequal: str | None = None  # of an exact model: which scores are not equal; empty if all are
 
     @property
     def cells(self) -> tuple[str, ...]:
         """The row's cells in the printed table."""
         largest = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
         speed = "recorded" if self.images_per_second is None else f"{self.images_per_second:,.0f}"
-        return self.name, f"{self.accuracy:.2%}", str(self.differing), largest, speed
+        scores = {None: "-", "": "equal"}.get(self.unequal, f"NOT equal: {self.unequal}")
+        return self.name, f"{self.accuracy:.2%}", str(self.differing), largest, speed, scores
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,26 @@ class Table:
     def __str__(self) -> str:
         digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
         title = f"{self.name} version {self.version}{digest}: {self.images:,} {self.split} images"
-        header = ("", "accuracy", "differing", "max |diff|", "images/s")
-        return Lines(title, columns(header, [row.cells for row in self.rows]))
+        header = ("", "accuracy", "differing", "max |diff|", "images/s", "scores")
+        is_exact = any(row.unequal is not None for row in self.rows)
+        count = len(header) if is_exact else len(header) - 1
+        return Lines(title, columns(header[:count], [row.cells[:count] for row in self.rows]))
 
 
 def measure_agreement(
-    predictors: Mapping[str, Predictor], images: np.ndarray, labels: np.ndarray
+    predictors: Mapping[str, Predictor],
+    images: np.ndarray,
+    labels: np.ndarray,
+    scores: Mapping[str, Predictor] = {},
+    exact_sha256: str | None = None,
 ) -> tuple[AgreementRow, ...]:
     """Compare predictors on images (N, ...) with the first of them; return a row for each.
 
-    Raises CheckFailedError when outputs cannot be compared with those of the first.
+    The `scores` of an exact model, by the same names, are compared with each other and with their
+    digest. Raises CheckFailedError when outputs cannot be compared with those of the first.
     """
     rows: list[AgreementRow] = []
-    reference = None
+    reference, expected = None, None
     for name, predictor in predictors.items():
         predictor(images[:TABLE_BATCH])  # warm up: the first call of a runtime is slower
         start = time.perf_counter()
@@ -73,7 +82,13 @@ def measure_agreement(
             judgement = judge(reference, outputs)
         except CheckFailedError as error:
             raise CheckFailedError(f"{name}: {error}") from error
-        difference = float(judgement.errors.max())
+        difference, unequal = float(judgement.errors.max()), None
+        if name in scores:
+            answers = predict(scores[name], images, TABLE_BATCH)
+            expected = answers if expected is None else expected
+            unequal = find_unequal(expected, answers)
+            if not unequal and hash_scores(answers) != exact_sha256:
+                unequal = f"their digest is not {str(exact_sha256)[:12]}"
         rows.append(
             AgreementRow(
                 name=name,
@@ -81,6 +96,7 @@ def measure_agreement(
                 differing=int(judgement.is_changed.sum()),
                 max_abs_diff=difference if np.isfinite(difference) else None,
                 images_per_second=len(labels) / seconds,
+                unequal=unequal,
             )
         )
     return tuple(rows)
@@ -96,6 +112,7 @@ def require_agreement(table: Table, limits: Limits) -> None:
         or row.max_abs_diff is None
         or row.max_abs_diff > limits.max_abs_diff
     ]
+    mismatches += [f"{row.name}: scores: {row.unequal}" for row in table.rows if row.unequal]
     if mismatches:
         raise CheckFailedError(
             f"{table.name}: answers differ from the reference ({table.rows[0].name}) by more than "
@@ -104,6 +121,7 @@ def require_agreement(table: Table, limits: Limits) -> None:
         )
 
 
-def read_agreement(paths: Paths) -> Table:
+def read_agreement(paths: Paths, precision: str = "fp32") -> Table:
     """Read the agreement table that the last validation of a model wrote."""
-    return read_record(paths.agreement, Table, "run 'pipeline validate exported/model_repository'")
+    file = paths.variant_agreement(precision)
+    return read_record(file, Table, "run 'pipeline validate exported/model_repository'")

@@ -9,6 +9,7 @@ from pipeline.core.evaluate import predict
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
+from pipeline.core.signature import SCORES
 from pipeline.export.runtime import onnx_predictor
 from pipeline.export.subject import load_sample, load_subject
 from pipeline.repository.release import Release, load_selected_releases
@@ -65,6 +66,14 @@ def _measure(paths: Paths, release: Release, http: Client, grpc: Client) -> Tabl
     labels = sample.labels
     if labels is None:  # then accuracy is how often the class is eager PyTorch's
         labels = predict(predictors["eager PyTorch"], sample.images).argmax(axis=1)
-    rows = measure_agreement(predictors, sample.images, labels)
+    scores = {}
+    if release.golden.scores is not None:
+        scores = {
+            "ONNX Runtime": onnx_predictor(release.onnx, outputs=(1,)),
+            "Triton HTTP": triton_predictor(http, SCORES),
+            "Triton gRPC": triton_predictor(grpc, SCORES),
+        }
+    digest = manifest.get("exact_sha256")
+    rows = measure_agreement(predictors, sample.images, labels, scores, digest)
     split = "given" if "module" in manifest else "test"
     return Table(paths.name, release.version, release.sha256, len(labels), split, rows)

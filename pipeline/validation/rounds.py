@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.client.client import Client
 from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.core.evaluate import Judgement, judge
+from pipeline.core.signature import SCORES
 from pipeline.repository.golden import Golden
 
 THREADS = 16  # threads of the concurrent round, which share one client
@@ -48,6 +49,7 @@ class Round:
     versions: tuple[str, ...]  # of the model, that answered
     seconds: float
     problems: tuple[str, ...]  # in words; none means that it passed
+    is_exact: bool = False  # whether an exact model's scores were compared as well
 
     @property
     def passed(self) -> bool:
@@ -59,7 +61,8 @@ class Round:
         largest = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
         ratio = "-" if self.max_ratio is None else f"{self.max_ratio:.1%}"
         counts = f"{self.requests:,}", f"{self.images:,}", str(self.differing)
-        return self.mode, *counts, largest, ratio, "right" if self.passed else "WRONG"
+        verdict = ("equal" if self.is_exact else "right") if self.passed else "WRONG"
+        return self.mode, *counts, largest, ratio, verdict
 
 
 HEADER = ("", "requests", "answers", "differing", "max |diff|", "of allowed", "")
@@ -112,12 +115,18 @@ def ask_golden(client: Client, golden: Golden) -> list[Round]:
     rounds = []
     for mode, requests in plan_requests(len(golden.images), client.config().max_batch_size).items():
         start = time.monotonic()
-        answers = _ask(client, golden, requests, THREADS if mode == "concurrent" else 1)
-        rounds.append(_judge_round(mode, golden, answers, time.monotonic() - start))
+        threads = THREADS if mode == "concurrent" else 1
+        answers, scores = _ask(client, golden, requests, threads), list[_Answer]()
+        if golden.scores is not None:
+            scores = _ask(client, golden, requests, threads, SCORES)
+        seconds = time.monotonic() - start
+        rounds.append(_judge_round(mode, golden, answers, seconds, scores))
     return rounds
 
 
-def _ask(client: Client, golden: Golden, requests: _Requests, threads: int) -> list[_Answer]:
+def _ask(
+    client: Client, golden: Golden, requests: _Requests, threads: int, output: str = ""
+) -> list[_Answer]:
     """Return the answer to each request, sent by `threads` threads that share the client."""
     deadline = time.monotonic() + PATIENCE * client.timeout
 
@@ -127,7 +136,7 @@ def _ask(client: Client, golden: Golden, requests: _Requests, threads: int) -> l
                 f"{client.endpoint} takes more than {PATIENCE * client.timeout:g} s for "
                 f"{len(requests)} requests. Allow more time with --timeout"
             )
-        return rows, *client.infer(golden.images[rows])
+        return rows, *client.infer(golden.images[rows], output=output)
 
     pool = ThreadPoolExecutor(threads)
     try:
@@ -136,8 +145,17 @@ def _ask(client: Client, golden: Golden, requests: _Requests, threads: int) -> l
         pool.shutdown(cancel_futures=True)  # after a failure, no more requests start
 
 
-def _judge_round(mode: str, golden: Golden, answers: Sequence[_Answer], seconds: float) -> Round:
-    """Judge every answer by its image's bound, and list the images with the worst answers."""
+def _judge_round(
+    mode: str,
+    golden: Golden,
+    answers: Sequence[_Answer],
+    seconds: float,
+    scores: Sequence[_Answer] = (),
+) -> Round:
+    """Judge every answer by its image's bound, and list the images with the worst answers.
+
+    The `scores` of an exact model must be equal to those of the golden set.
+    """
     rows = np.concatenate([images for images, _, _ in answers])  # (M,)
     try:
         parts = [judge(golden.outputs[i], outputs, golden.bounds[i]) for i, outputs, _ in answers]
@@ -147,6 +165,12 @@ def _judge_round(mode: str, golden: Golden, answers: Sequence[_Answer], seconds:
         wanted = golden.outputs[rows]
         judgement = judge(wanted, np.full_like(wanted, np.nan), golden.bounds[rows])
         problems = [str(error)]
+    if golden.scores is not None:
+        asked, values = (np.concatenate([answer[i] for answer in scores]) for i in (0, 1))
+        wrong = asked[(values != golden.scores[asked]).any(axis=1)]
+        if len(wrong):
+            count = f"{len(wrong):,} of {len(asked):,} answers"
+            problems.append(f"scores are not equal in {count}: the first is image {wrong.min()}")
     order = np.argsort(-judgement.ratios, kind="stable")
     # The place in that order of each image's worst answer.
     worst = np.sort(np.unique(rows[order], return_index=True)[1])
@@ -171,6 +195,7 @@ def _judge_round(mode: str, golden: Golden, answers: Sequence[_Answer], seconds:
         versions=tuple(sorted({version for _, _, version in answers})),
         seconds=seconds,
         problems=tuple(problems),
+        is_exact=golden.scores is not None,
     )
 
 

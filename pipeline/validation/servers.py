@@ -17,6 +17,7 @@ from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
 from pipeline.core.files import remove, sha256, write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
+from pipeline.core.signature import SCORES
 from pipeline.core.text import Lines, columns
 from pipeline.repository import config_pbtxt
 from pipeline.repository.golden import Golden, unpack_golden
@@ -96,7 +97,12 @@ class ExpectedModel:
         if len(config.input) != 1 or not config.output:
             return [f"the model has {len(config.input)} inputs and {len(config.output)} outputs"]
         images, golden, problems = config.input[0], self.golden, []
-        for tensor, array in ((images, golden.images), (config.output[0], golden.outputs)):
+        pairs = [(images, golden.images), (config.output[0], golden.outputs)]
+        if golden.scores is not None:
+            scores = [tensor for tensor in config.output if tensor.name == SCORES]
+            pairs += [(tensor, golden.scores) for tensor in scores]
+            problems += [] if scores else [f"the model has no output {SCORES!r}"]
+        for tensor, array in pairs:
             dims = list(tensor.dims)[0 if config.max_batch_size else 1 :]
             sizes = list(array.shape[1:])
             fits = all(dim in (-1, size) for dim, size in zip(dims, sizes, strict=False))
@@ -232,6 +238,8 @@ class ServerEvidence:
         tables = [self.table] if self.table else []
         notes = [f"note: {note}" for note in self.notes]
         verdict = "passed" if self.passed else "NOT passed"
+        if self.expected and self.expected.golden.scores is not None:
+            verdict += ": the scores are equal" if self.passed else ""
         return Lines(f"{self.name}: {self.expected}", *self.servers, *tables, *notes, verdict)
 
 
@@ -334,7 +342,12 @@ def _add_table(evidence: ServerEvidence, paths: Paths, release: Release, clients
     split = load_scored_split(training, release.manifest["data_sha256"], folder)
     predictors = {"ONNX Runtime": onnx_predictor(release.onnx)}
     predictors |= {url: triton_predictor(client) for url, client in clients.items()}
-    rows = measure_agreement(predictors, split.images, split.labels)
+    scores = {}
+    if release.golden.scores is not None:
+        scores = {"ONNX Runtime": onnx_predictor(release.onnx, outputs=(1,))}
+        scores |= {url: triton_predictor(client, SCORES) for url, client in clients.items()}
+    digest = release.manifest.get("exact_sha256")
+    rows = measure_agreement(predictors, split.images, split.labels, scores, digest)
     count = len(split.labels)
     evidence.table = Table(paths.name, release.version, release.sha256, count, "test", rows)
     try:

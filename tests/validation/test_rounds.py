@@ -31,7 +31,9 @@ class Asked(Client):
     def config(self) -> config_pbtxt.ModelConfig:
         return config_pbtxt.ModelConfig(max_batch_size=8)
 
-    def infer(self, images: np.ndarray, timeout: float | None = None) -> tuple[np.ndarray, str]:
+    def infer(
+        self, images: np.ndarray, timeout: float | None = None, output: str = ""
+    ) -> tuple[np.ndarray, str]:
         self.sizes.append(len(images))
         return self.change(OUTPUTS[images[:, 0]].astype(np.float32)), "1"
 
