@@ -31,6 +31,8 @@ TORCHRUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/torchrun --standalo
 TOOL := .venv/bin/python -m tools
 TRAIN := $(if $(filter 1,$(NPROC)),$(PIPELINE),$(TORCHRUN) $(NPROC) -m -- pipeline) train
 PIP := .venv/bin/python -m pip --disable-pip-version-check
+# The server's Python, which has no wheels for 3.14: make SERVER_PYTHON=python3.13
+SERVER_PYTHON ?= $(PYTHON)
 SERVER_PIP := .venv-triton/bin/python -m pip --disable-pip-version-check
 DATA := $(addprefix data/$(SET)/,train-images-idx3-ubyte train-labels-idx1-ubyte \
 	t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
@@ -103,21 +105,51 @@ stop: ## stop a server that 'pipeline serve --detach' started
 .venv-triton: .venv-triton/done ## build the server's environment
 
 .venv/done: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14) and "Python 3.11 to 3.14 is needed: make PYTHON=python3.13")'
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt pip
 	@echo "installing the project's environment (some minutes the first time)"
 	@index="$(TORCH_INDEX)"; test -z "$$index" || { echo "torch comes from $$index"; \
 		$(PIP) install -q -c constraints.txt --no-deps torch --index-url "$$index"; } \
 		|| test $(origin TORCH_INDEX) = file
-	$(PIP) install -q -c constraints.txt -e '.[web,batch]' --group dev
+	$(PIP) install -q -c constraints.txt -e '.[all]' --group dev
 	@touch $@
 
 .venv-triton/done: pipeline/serving/backend/requirements.txt
-	$(PYTHON) -m venv .venv-triton
+	$(SERVER_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "The server needs Python 3.11 to 3.13: make SERVER_PYTHON=python3.13")'
+	$(SERVER_PYTHON) -m venv .venv-triton
 	@echo "installing the server's environment"
 	$(SERVER_PIP) install -q --no-deps -r pipeline/serving/backend/requirements.txt
 	@touch $@
+
+# torch's lowest version where its CPU builds are within reach, else the pinned one: the result tells.
+TEST_PACKAGES := pytest pytest-timeout pytest-xdist hypothesis pyyaml tensorboard check-jsonschema \
+	kubernetes-validate playwright axe-playwright-python
+LOWEST_TORCH ?= $(if $(TORCH_INDEX),torch==2.9.*,torch)
+.venv-lowest/done: pyproject.toml constraints.txt tools/lowest.py
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q -c constraints.txt pip
+	.venv-lowest/bin/python tools/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) '$(LOWEST_TORCH)',-c constraints.txt torch)
+	.venv-lowest/bin/python -m pip install -q -c .venv-lowest/lowest.txt -e '.[all]' $(TEST_PACKAGES)
+	@touch $@
+
+.venv-build/done:
+	$(PYTHON) -m venv .venv-build
+	.venv-build/bin/python -m pip install -q build
+	@touch $@
+
+.PHONY: dist test-sdist test-lowest
+dist: .venv-build/done ## build the wheel and the sdist
+	rm -rf dist && .venv-build/bin/python -m build > /dev/null
+
+test-sdist: .venv/done dist data/mnist/train-images-idx3-ubyte ## the fast tests, from the unpacked sdist
+	rm -rf build/sdist && mkdir -p build/sdist && tar -xf dist/*.tar.gz -C build/sdist --strip-components=1
+	ln -s "$(CURDIR)/data" build/sdist/data
+	cd build/sdist && PYTHONPATH="$$PWD" "$(CURDIR)/.venv/bin/python" -m pytest -n 2 -m "not server and not slow" $(PYTEST)
+
+test-lowest: .venv/done .venv-lowest/done data/mnist/train-images-idx3-ubyte ## the fast tests, with the lowest versions that are allowed
+	$(TOOL).prove_lowest tools/results/lowest.json .venv-lowest
 
 .PHONY: test coverage test-fast lint typecheck format figures system
 # Python starts some hundred times in the tests: its bytecode is kept.
@@ -160,7 +192,7 @@ best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes o
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
 .PHONY: gpu-check prove-processors prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure prove-folder-unsure
-.PHONY: prove-compare prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
+.PHONY: prove-compare prove-install prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(TOOL).gpu_check tools/results/gpu.json --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
@@ -194,6 +226,8 @@ prove-gateway: $(PACKAGED) .venv-triton/done ## 50,000 fuzzed requests, 20,000 d
 	OMP_NUM_THREADS=1 $(TOOL).prove_gateway tools/results/gateway.json 50000 20000 200 30
 prove-score: $(PACKAGED) .venv/done ## score a million images, killed twice, beside ONNX Runtime in process
 	OMP_NUM_THREADS=1 $(TOOL).prove_score tools/results/score.json 1000000
+prove-install: $(PACKAGED) .venv/done dist ## install it without extras in a new environment, and look for wheels for Python 3.14
+	$(TOOL).prove_install tools/results/install.json dist/*.whl --name $(NAME)
 prove-lint: .venv/done .venv-triton/done ## mutate a model repository, and hold lint against a real Triton
 	OMP_NUM_THREADS=1 $(TOOL).prove_lint tools/results/lint.json
 prove-compare: $(PACKAGED) .venv-triton/done ## plant a slowdown and a loss of accuracy for --compare to find, and compare the same ten times
@@ -212,4 +246,4 @@ clean: ## remove exports and caches, never data or runs
 	find exported -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* build dist
 clean-venv: ## remove the environments
-	rm -rf .venv .venv-triton .venv-runtimes
+	rm -rf .venv .venv-triton .venv-runtimes .venv-lowest .venv-build

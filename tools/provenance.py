@@ -48,6 +48,8 @@ _MODULES = {
     "../tools/prove_folder_unsure",
     "score": "scoring/source scoring/parquet scoring/worker scoring/cluster scoring/job "
     "export/runtime",
+    "install": "client/client client/query cli/command ../tools/prove_install",
+    "lowest": "../tools/lowest ../tools/prove_lowest",
     "native": "validation/rounds validation/servers",
     "gpu": f"training/device {NETWORK} ../tools/gpu_check",
 }

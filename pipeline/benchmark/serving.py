@@ -88,7 +88,7 @@ def add_models(served: Paths) -> Configs:
 
     for config in (noop, profile):
         file = served.repository / config.name / "config.pbtxt"
-        file.write_text(config_pbtxt.to_text(config))
+        file.write_text(config_pbtxt.to_text(config), "utf-8")
     return {config.name: config for config in (own, noop, profile)}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,12 @@ from pipeline.core.paths import Paths, format_make, list_names, model_name, requ
 from pipeline.core.text import Lines, escape
 
 BUG, INTERRUPTED = 70, 130
+# The extra of pyproject.toml that brings what a command needs; for all others it is train.
+EXTRAS = {"report": "report", "score": "batch", "web": "web"}
+OPTIONAL = (  # modules that come with an extra
+    *("h11", "jinja2", "markupsafe", "matplotlib", "onnxruntime", "onnxscript", "pooch", "torch"),
+    *("prometheus_client", "psutil", "pyarrow", "ray", "safetensors", "starlette", "uvicorn"),
+)
 # Errors of a path, named by the user, that cannot be used.
 UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS),
@@ -103,7 +110,7 @@ def _load_config(context: click.Context, parameter: click.Parameter, value: Path
     if value is None:
         return
     try:
-        tables = tomllib.loads(value.read_text())
+        tables = tomllib.loads(value.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PipelineError(f"cannot read the settings in {value}: {error}") from error
     _check_tables(tables, context.find_root().command, value)
@@ -146,6 +153,7 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as Click does, but raise BadParameter for an empty value, as from $UNSET."""
         given, _, order = self.make_parser(ctx).parse_args(list(args))
+        ctx.ensure_object(Settings).verbose |= "verbose" in given  # --version comes before it
         for parameter in order:
             value = given.get(str(parameter.name))
             if "" in (value if isinstance(value, list | tuple) else [value]):
@@ -164,12 +172,14 @@ class Group(Command, click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run the command line; never returns when Click is in standalone mode."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # on Windows a pipe takes few characters
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **{"obj": Settings(), **kwargs})
         except Exception as error:
             # Click passes on exceptions that it does not know: any of these is a bug of ours.
             _echo_traceback(error)
-            report = "the lines above, the command and the output of 'pipeline --version'"
+            report = "the lines above, the command and the output of 'pipeline --version -v'"
             echo(f"This is a bug in pipeline. Please report it with {report}.", err=True)
             sys.exit(BUG)
 
@@ -202,7 +212,7 @@ def _exit_codes(context: click.Context | None = None) -> Iterator[None]:
         error.message = escape(error.message)  # type: ignore[misc]  # Click prints it
         raise
     except (PipelineError, OSError, ModuleNotFoundError) as error:
-        message = _message_of(error)
+        message = _message_of(error, str(context and context.invoked_subcommand))
         if message is None:  # a bug
             raise
         settings.clear()
@@ -219,17 +229,17 @@ def _exit_codes(context: click.Context | None = None) -> Iterator[None]:
         raise click.exceptions.Exit(INTERRUPTED) from None
 
 
-def _message_of(error: PipelineError | OSError | ModuleNotFoundError) -> str | None:
-    """Return the message that explains an error to the user; None if it is a bug of ours."""
+def _message_of(error: PipelineError | OSError | ModuleNotFoundError, command: str) -> str | None:
+    """Return the message that explains a command's error; None if it is a bug of ours."""
     if isinstance(error, PipelineError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
-        if (error.name or "pipeline").partition(".")[0] == "pipeline":
+        module = (error.name or "pipeline").partition(".")[0]
+        if module == "pipeline":
             return None
-        return (
-            f"this command needs {error.name}, which is not installed for {sys.executable}. Run "
-            f"'{format_make('.venv')}', then use the 'pipeline' in its .venv/bin"
-        )
+        extra = f"[{EXTRAS.get(command, 'train')}]" if module in OPTIONAL else ""
+        line = f"\"pip install 'handwriting-pipeline{extra}'\" (in a clone: {format_make('.venv')})"
+        return f"{module} is not installed for {sys.executable}: run {line}"
     if error.errno in UNUSABLE:
         return f"cannot use {error.filename} ({error.strerror}): check its permissions and type"
     if error.errno not in FULL:

@@ -20,17 +20,19 @@ def doctor_command(settings: Settings) -> None:
     """
     from pipeline.doctor import packages
 
-    try:
-        from pipeline.doctor.checks import examine
-    except Exception as error:  # any error of a library that does not fit other packages
-        examination = packages.examine_packages(error)
-    else:
-        settings.say("checking this machine with a temporary server")
-        examination = examine(paths_of(settings))
     paths = paths_of(settings)
-    next_step = next_of_packaged(paths) if paths.packaged.exists() else format_make("all")
     if packages.is_client_only():
+        examination = packages.Examination(tuple(packages.run_quick_checks()))
         next_step = "pipeline query --url grpc://HOST:8001 IMAGE"
+    else:
+        try:
+            from pipeline.doctor.checks import examine
+        except Exception as error:  # any error of a library that does not fit other packages
+            examination = packages.examine_packages(error)
+        else:
+            settings.say("checking this machine with a temporary server")
+            examination = examine(paths)
+        next_step = next_of_packaged(paths) if paths.packaged.exists() else format_make("all")
     then = "" if examination.count("problem") else next_step
     settings.result(examination.record(), examination, then)
     packages.require_no_problem(examination)

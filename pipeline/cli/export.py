@@ -155,7 +155,8 @@ def load_module(
             )
     names = given["classes"].split(",") if given["classes"] else []
     if names and Path(given["classes"]).is_file():  # one name per line
-        names = [line for line in Path(given["classes"]).read_text().splitlines() if line.strip()]
+        lines = Path(given["classes"]).read_text("utf-8").splitlines()
+        names = [line for line in lines if line.strip()]
     classes = [name.strip() for name in names]
     return sample, subject_of_module(module, sample, settings.root, classes, rule)
 

@@ -1,12 +1,14 @@
 """One thin command for each stage: parse, call, echo."""
 
+import platform
 import sys
+from importlib import metadata
 
 import click
 
 from pipeline import __doc__ as summary
 from pipeline.cli.benchmark import benchmark_command
-from pipeline.cli.command import Group
+from pipeline.cli.command import Group, Settings, echo
 from pipeline.cli.data import data_group
 from pipeline.cli.doctor import doctor_command
 from pipeline.cli.export import export_command, package_command
@@ -18,6 +20,24 @@ from pipeline.cli.serve import serve
 from pipeline.cli.train import runs_group, train_command
 from pipeline.cli.validate import validate_command
 from pipeline.cli.web import web_command
+from pipeline.core.text import Lines
+
+
+def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print the version; with -v also those that a report of a bug needs. Imports no library."""
+    if not value:
+        return
+    own = metadata.metadata("handwriting-pipeline")
+    lines = [f"pipeline, version {own['Version']}"]
+    if context.ensure_object(Settings).verbose:
+        names = ("torch", "onnx", "onnxruntime-gpu", "onnxruntime", "tritonclient", "numpy")
+        lines.append(f"Python {platform.python_version()} on {platform.platform()}")
+        lines += [f"{d.name} {d.version}" for n in names for d in metadata.distributions(name=n)]
+        urls = dict(url.split(", ", 1) for url in own.get_all("Project-URL", ()))
+        nowhere = "this package states no address: tell whoever gave it to you"
+        lines.append(f"report bugs to: {urls.get('Issues', nowhere)}")
+    echo(Lines(*lines))
+    context.exit()
 
 
 @click.group(
@@ -29,7 +49,14 @@ from pipeline.cli.web import web_command
         "show_default": True,
     },
 )
-@click.version_option(package_name="handwriting-pipeline", prog_name="pipeline")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit; with -v, those of the libraries as well.",
+)
 def main() -> None:
     """Run a command; the help text is in the decorator."""
 

@@ -44,6 +44,9 @@ def serve(context: click.Context, /, port: bool, detach: bool, **changes: Any) -
       pipeline serve status
       pipeline serve stop
     """
+    from pipeline.serving.tritonserver import require_linux
+
+    require_linux()
     if context.invoked_subcommand:
         return
     from pipeline.serving import supervise
@@ -70,7 +73,7 @@ def echo_server(settings: Settings, server: "Server") -> None:
         packaged = paths_of(settings, name).packaged
         digit, labels = packaged / "warmup" / "digit", packaged / "labels.txt"
         if digit.exists() and labels.exists():
-            size = 4 * len(labels.read_text().splitlines())  # of the answer: a float for each class
+            size = 4 * len(labels.read_text("utf-8").splitlines())  # of the answer: float32
             lines.append(
                 f"try: curl -s --data-binary {shlex.quote(f'@{digit}')} "
                 f"-H 'Inference-Header-Content-Length: 0' {server.http_url}/v2/models/{name}/infer "

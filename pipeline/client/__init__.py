@@ -1,8 +1,8 @@
 """Clients of a served model over HTTP and gRPC, for programs, commands and the gateway.
 
 Read `client.py` first, then `calls.py`, the protocol-independent logic that the synchronous and the
-asynchronous client share; `faults.py` lists what can go wrong. Needs only what
-`client-requirements.txt` installs: it imports neither torch nor ONNX Runtime, and starts no server.
+asynchronous client share; `faults.py` lists what can go wrong. Needs no
+extra: it imports neither torch nor ONNX Runtime (but for `LocalClient`), and starts no server.
 """
 
 from typing import TYPE_CHECKING

@@ -9,10 +9,9 @@ missing.
 
 # Shape letters: N images.
 
-import contextlib
 import errno
-import fcntl
 import fileinput
+import io
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +29,13 @@ import numpy as np
 
 from pipeline.client.prediction import Prediction
 from pipeline.core.errors import PipelineError
-from pipeline.core.files import SCHEMA
+from pipeline.core.files import OTHERS, SCHEMA
 from pipeline.repository.reference_profile import ink_of
 
 MAX_BYTES = 64 * 1024 * 1024  # about 300,000 predictions; then it replaces the older FILE.1
 LINES_AT_ONCE = 1000
-_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+WAIT_SECONDS = 0.005  # between two attempts to lock the log
+_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
 _UNREADABLE = (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError)
 _logger = logging.getLogger(__name__)
 
@@ -61,8 +61,10 @@ class PredictionLog:
         self._unreported = 0  # of those, how many the log does not state yet
         self._lock = threading.Lock()
         try:
-            with self._open() as descriptor:
-                mode = os.fstat(descriptor).st_mode
+            with self._open() as file:
+                mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode):
+                self._write(b"")  # tries the lock
         except OSError as error:
             raise PipelineError(
                 f"cannot write the prediction log {path} ({error.strerror}): name a file in an "
@@ -70,7 +72,7 @@ class PredictionLog:
             ) from error
         if not stat.S_ISREG(mode):
             raise PipelineError(f"cannot write the prediction log {path}: it is not a regular file")
-        if mode & 0o077:
+        if mode & OTHERS:
             raise PipelineError(
                 f"other users can access the prediction log: run chmod 600 '{path}'"
             )
@@ -114,36 +116,25 @@ class PredictionLog:
 
     def _write(self, content: bytes) -> None:
         """Append all of `content` or nothing, in one write; raise OSError if that fails."""
-        while True:
-            with self._open() as descriptor:
-                size = os.fstat(descriptor).st_size
-                if size > 0 and size + len(content) > self.max_bytes:  # it is full
-                    os.replace(self.path, older_log(self.path))  # safe: the lock is held
-                    continue
-                if os.write(descriptor, content) < len(content):
-                    os.ftruncate(descriptor, size)  # the disk is full: leave no half line
-                    raise OSError(errno.ENOSPC, "no space left for a whole batch")
-                return
+        from filelock import FileLock  # slow to import
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[int]:
-        """Yield a descriptor of the file now at the path, locked against other writers."""
-        while True:
-            descriptor = os.open(self.path, _FLAGS, 0o600)
-            try:
-                ours = os.fstat(descriptor)
-                if stat.S_ISREG(ours.st_mode):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    try:
-                        is_there = os.path.samestat(ours, os.lstat(self.path))
-                    except FileNotFoundError:
-                        is_there = False
-                    if not is_there:
-                        continue  # another writer has just moved it
-                yield descriptor
-                return
-            finally:
-                os.close(descriptor)
+        folder = self.path.parent.resolve(strict=True)  # the lock would make a missing one
+        lock = FileLock(folder / f".{self.path.name}.lock", mode=0o600)
+        with lock.acquire(poll_interval=WAIT_SECONDS):
+            size = os.path.getsize(self.path) if self.path.exists() else 0
+            if size > 0 and size + len(content) > self.max_bytes:  # it is full
+                os.replace(self.path, older_log(self.path))  # closed: Windows replaces no open file
+            with self._open() as file:
+                size = file.tell()
+                if (file.write(content) or 0) < len(content):
+                    file.truncate(size)  # the disk is full: leave no half line
+                    raise OSError(errno.ENOSPC, "no space left for a whole batch")
+
+    def _open(self) -> io.FileIO:
+        """Open the file for appending; its end is the position."""
+        return open(
+            self.path, "ab", 0, opener=lambda name, flags: os.open(name, flags | _SAFE, 0o600)
+        )
 
 
 def open_log(log: PredictionLog | Path | str | None) -> PredictionLog | None:

@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -201,9 +202,13 @@ class _Readers:
 
     def __init__(self, pictures: str, workers: int) -> None:
         self._pictures = pictures
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
+        # Windows has no signal masks: there each process ignores Ctrl-C as soon as it runs.
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore)
 
     def submit(self, batch: list[Source]) -> Future[Seen]:
+        if sys.platform == "win32":
+            return self._pool.submit(look, batch, self._pictures)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:  # a process that starts here inherits the signal mask
             return self._pool.submit(look, batch, self._pictures)

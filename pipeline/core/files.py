@@ -10,6 +10,7 @@ import secrets
 import shlex
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
 
 T = TypeVar("T")
 SCHEMA = 1  # schema version of every JSON file that this project writes
+# Bits of a mode that let other users access a file, or change it. Windows sets them for every file.
+OTHERS, OTHERS_WRITE = (0, 0) if sys.platform == "win32" else (0o077, stat.S_IWOTH)
 
 
 def sha256(content: bytes | Path) -> str:
@@ -30,7 +33,10 @@ def sha256(content: bytes | Path) -> str:
 
 def _sync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_windows = sys.platform == "win32"  # it syncs no folder, and no file opened for reading
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -185,7 +191,7 @@ def refuse_shared(folder: Path, below: Sequence[Path]) -> None:
             continue
         if stat.S_ISLNK(mode):
             raise CheckFailedError(f"{path} is a link to {os.readlink(path)}: put a copy there")
-        if mode & stat.S_IWOTH:
+        if mode & OTHERS_WRITE:
             fix = f"check its content, then run: chmod o-w {shlex.quote(str(path))}"
             raise CheckFailedError(f"{path} can be changed by any user of this machine: {fix}")
 
@@ -212,7 +218,7 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
 
     Waits for the current holder, or raises PipelineError with the message `busy` if it is given.
     """
-    from filelock import FileLock, Timeout  # not installed with the client alone
+    from filelock import FileLock, Timeout  # slow to import
 
     lock = FileLock(path, timeout=0 if busy else -1)
     with _explain_os_errors(path):

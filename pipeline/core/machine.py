@@ -1,10 +1,10 @@
 """The machine: its description for measurements, its cores, and what processes use of it."""
 
 import contextlib
+import math
 import os
 import platform
 import re
-import resource
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ def machine() -> dict[str, Any]:
     """Return the time and a description of the machine, to store with a measurement."""
     models = []
     with contextlib.suppress(OSError):
-        models = re.findall(r"^model name\s*: *(.*?) *$", Path("/proc/cpuinfo").read_text(), re.M)
+        models = re.findall(
+            r"^model name\s*: *(.*?) *$", Path("/proc/cpuinfo").read_text("utf-8"), re.M
+        )
     return {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -27,22 +29,48 @@ def machine() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may use: those that it may run on, within its quota."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    allowed = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(allowed, quota_cores() or allowed)
+
+
+def quota_cores(root: Path = Path("/")) -> int:
+    """Return the cores that the quota of this process's cgroups pays for, rounded up; 0: no quota.
+
+    A container may run on every core of its host, but is paused as soon as its quota (`docker run
+    --cpus`, a limit of Kubernetes) is spent: more threads than that only wait for each other.
+    """
+    quotas = []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text("utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top, names = root / "sys/fs/cgroup", ["cpu.max"]  # version 2: "QUOTA PERIOD"
+            if controllers:
+                top, names = top / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            parts = group.strip("/").split("/")
+            for folder in (top.joinpath(*parts[:count]) for count in range(len(parts) + 1)):
+                with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+                    text = " ".join((folder / name).read_text("utf-8") for name in names)
+                    quota, period = map(int, text.split())
+                    quotas += [math.ceil(quota / period)] if quota > 0 else []
+    return min(quotas, default=0)
 
 
 def peak_bytes(pid: int | None = None) -> int:
     """Return the peak memory of process `pid` (default: this one), in bytes; 0 if it has ended.
 
-    Shared memory counts in full. getrusage is only the fallback, because it may include the memory
-    of this process's parent.
+    Shared memory counts in full. macOS tells only what this process uses now.
     """
     try:
-        status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
+        status = Path(f"/proc/{pid or os.getpid()}/status").read_text("utf-8")
     except OSError:  # not Linux, or gone
-        return 0 if pid else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        import psutil  # slow to import
+
+        memory = psutil.Process().memory_info()
+        return 0 if pid else int(getattr(memory, "peak_wset", memory.rss))
     kibibytes = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     return int(kibibytes[0]) * 1024 if kibibytes else 0
 

@@ -5,6 +5,7 @@ import itertools
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +60,7 @@ def list_checks(
     if tritonserver.fits_wheel():
         install_server = tritonserver.format_rebuild(paths)
     else:
-        has_docker = shutil.which("docker") is not None
+        has_docker = sys.platform == "linux" and shutil.which("docker") is not None
         no_docker = _USE_DOCKER.format("Linux on x86-64")
         install_server = "start Docker's engine" if has_docker else no_docker
     permit = f"chmod u+rwx {paths.root.absolute()}"
@@ -93,7 +94,7 @@ def _check_server(paths: Paths, model: Path) -> list[Check]:
 
 
 def _try_server(runtime: tritonserver.ServerRuntime, paths: Paths, model: Path) -> str:
-    (model.parent.parent / "config.pbtxt").write_text(_CONFIG)
+    (model.parent.parent / "config.pbtxt").write_text(_CONFIG, "utf-8")
     (trial,) = try_models(model.parents[2], ["doctor"], paths)
     if trial.outcome != "loads":
         raise PipelineError(f"{runtime}: a test model has outcome {trial.outcome!r}: {trial.cause}")

@@ -21,17 +21,10 @@ from pipeline.core.paths import CHECKOUT, format_make
 from pipeline.core.text import Lines, format_count
 
 DISTRIBUTION = "handwriting-pipeline"
-CLIENT = (
-    "aiohttp",
-    "click",
-    "msgspec",
-    "numpy",
-    "PIL",
-    "tritonclient",
-)  # what client-requirements.txt installs
-PYTHONS = ((3, 11), (3, 13))  # oldest and newest for which the packages are built
+PYTHONS = ((3, 11), (3, 14))  # oldest and newest for which the packages are built
 UNINSTALL = f"{sys.executable} -m pip uninstall --yes"
 INSTALL_FOR_GPUS = f"{sys.executable} -m pip install onnxruntime-gpu"  # runs without a GPU as well
+INSTALL_ALL = f"{sys.executable} -m pip install '{DISTRIBUTION}[train]'"
 TIMEOUT = 60.0  # far longer than any library takes to start
 
 Level = Literal["ok", "warning", "problem"]
@@ -87,6 +80,8 @@ def rebuild(setting: str = "") -> str:
 
     It removes the environment first if this process runs in it.
     """
+    if not setting and not (CHECKOUT / "Makefile").exists():
+        return INSTALL_ALL
     command = format_make(f".venv {setting}".strip())
     is_ours = Path(sys.prefix).resolve() == (CHECKOUT / ".venv").resolve()
     return f"rm -rf {shlex.quote(os.path.relpath(sys.prefix))} && {command}" if is_ours else command
@@ -117,12 +112,12 @@ def format_error(error: Exception) -> str:
 def examine_packages(error: Exception) -> Examination:
     """Return the checks that still run when a library that doctor needs does not start."""
     check = Check("problem", "pipeline", f"does not start: {format_error(error)}", rebuild())
-    return Examination((*run_quick_checks(), *([] if is_client_only() else [check])))
+    return Examination((*run_quick_checks(), check))
 
 
 def is_client_only() -> bool:
-    """Return whether only what asks a server is installed: nothing that trains or exports."""
-    return not any(map(importlib.util.find_spec, ("torch", "onnx", "onnxruntime")))
+    """Return whether it was installed without extras: nothing that trains or exports."""
+    return not any(map(importlib.util.find_spec, ("torch", "onnxruntime")))
 
 
 def run_quick_checks() -> list[Check]:
@@ -136,7 +131,7 @@ def check_python() -> str:
     version = platform.python_version()
     first, last = (".".join(map(str, numbers)) for numbers in PYTHONS)
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-        fix = rebuild(f"PYTHON=python{last}")
+        fix = rebuild("PYTHON=python3.13")  # the newest that the server has wheels for
         raise Problem(f"{version}, but {first} to {last} is needed", fix)
     return f"{version} in {sys.prefix}"
 
@@ -144,16 +139,11 @@ def check_python() -> str:
 def check_packages() -> str:
     """Check that the packages that this one requires are installed, in the required versions.
 
-    Where only the client is installed, check that its packages are there.
+    Where it was installed without extras, those of its extra train are not required.
     """
-    if is_client_only():
-        if missing := [name for name in CLIENT if not importlib.util.find_spec(name)]:
-            fix = f"{sys.executable} -m pip install -r client-requirements.txt"
-            raise Problem(f"{', '.join(missing)} missing", fix)
-        build = f"'{format_make('.venv')}' builds what trains, exports and serves"
-        return f"the client's: 'pipeline query', 'pipeline validate URL' and Client work; {build}"
-    from packaging.requirements import Requirement  # not installed with the client alone
+    from packaging.requirements import Requirement  # slow to import
 
+    extra = "" if is_client_only() else "train"
     try:
         required = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -161,7 +151,7 @@ def check_packages() -> str:
     problems = []
     for requirement in map(Requirement, required):
         name, needed = requirement.name, requirement.specifier
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue  # not for this machine
         names = (name, name.removesuffix("-gpu"))  # either ONNX Runtime will do
         copies = (importlib.metadata.distributions(name=n) for n in names)
@@ -171,8 +161,14 @@ def check_packages() -> str:
         elif not needed.contains(version, prereleases=True):
             problems.append(f"{name} {version}, but {needed} is needed")
     if problems:
-        raise PipelineError("; ".join(problems))
-    return "as required by pyproject.toml"
+        light = f"{sys.executable} -m pip install {DISTRIBUTION}"
+        raise Problem("; ".join(problems), rebuild() if extra else light)
+    if extra:
+        return "as required by pyproject.toml"
+    return (
+        "the client's: 'pipeline query', 'pipeline lint', 'pipeline validate URL' and Client work; "
+        f"what trains, exports and serves comes with {INSTALL_ALL}"
+    )
 
 
 def check_runtimes() -> Result:

@@ -8,7 +8,6 @@ the memory and SECONDS the CPU time, with the file on standard input.
 
 import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import time
 import numpy as np
 import onnxruntime
 
-from pipeline.core.errors import CheckFailedError
+from pipeline.core.errors import CheckFailedError, PipelineError
 
 # A core that does 5 G multiply-adds a second takes 40 s for two images of the most work allowed.
 SECONDS = 60.0
@@ -35,8 +34,10 @@ def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = ME
     """Load an ONNX file and run it in a process limited to `seconds` and `memory` bytes.
 
     Raises CheckFailedError when it needs more, when ONNX Runtime refuses the file, and when it
-    crashes.
+    crashes; PipelineError on Windows, which cannot limit a process.
     """
+    if sys.platform == "win32":
+        raise PipelineError("checking an ONNX file of another tool needs Linux or macOS")
     command = [sys.executable, "-m", "pipeline.export.first_run", str(memory), str(seconds)]
     # numpy's threads take address space, more of it on more cores.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -59,22 +60,20 @@ def require_first_run(content: bytes, seconds: float = SECONDS, memory: int = ME
         raise CheckFailedError(f"ONNX Runtime cannot load and run the file: {reason[-1][:500]}")
 
 
-def _limit(kind: int, most: int) -> None:
-    """Lower a resource limit of this process to `most`; never raise it."""
-    hard = resource.getrlimit(kind)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space
-        resource.setrlimit(kind, (most, most))
-
-
 def _main(memory: int, seconds: float) -> int:
     """Run the file on standard input; return the exit status of the process.
 
     Every second image of a batch is blank.
     """
-    _limit(resource.RLIMIT_AS, memory)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_CPU, int(seconds) + 1)  # in case the parent process was killed
+    import resource  # not on Windows
+
+    limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CORE: 0}
+    limits[resource.RLIMIT_CPU] = int(seconds) + 1  # in case the parent process was killed
+    for kind, most in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space
+            resource.setrlimit(kind, (most, most))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4

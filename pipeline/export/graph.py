@@ -257,8 +257,9 @@ def read_inlined(path: Path) -> onnx.ModelProto:
 def read_onnx(path: Path) -> bytes:
     """Read the bytes of the ONNX file at `path`; raise PipelineError when that fails."""
     try:
-        # Non-blocking, because a pipe would wait.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+        # Non-blocking, because a pipe would wait; Windows has no pipes among its files.
+        more = getattr(os, "O_NONBLOCK", 0)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | more)) as f:
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
             return f.read(MAX_BYTES + 1)  # one byte more, so that `parse` refuses it as too large

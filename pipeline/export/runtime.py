@@ -12,6 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.evaluate import Predictor
+from pipeline.core.machine import cores, quota_cores
 
 onnxruntime.disable_telemetry_events()  # no data of a user may leave the machine
 
@@ -37,14 +38,16 @@ def onnx_predictor(
 ) -> Predictor:
     """Return a predictor that runs the ONNX model in `content`; 0 threads means all cores.
 
-    It answers the first output, or several, side by side. `level` is ONNX Runtime's name of how far
-    it optimizes the graph.
+    In a container with a quota, these are the cores that the quota pays for. The predictor answers
+    the first output, or several, side by side. `level` is ONNX Runtime's name of how far it
+    optimizes the graph.
+
     Raises PipelineError when the provider (cpu, cuda or tensorrt) is not available, and
     CheckFailedError when a node would run on another provider, or when ONNX Runtime refuses the
     model. The predictor raises CheckFailedError when ONNX Runtime refuses an input.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or (cores() if quota_cores() else 0)
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     options.log_severity_level = 4  # fatal only: errors are raised, fallbacks are checked below
     if provider != "cpu":

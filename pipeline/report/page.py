@@ -209,7 +209,7 @@ def _draw_curves(paths: Paths, train_command: str) -> tuple[Markup, ...] | Note:
     if not paths.metrics.exists():
         return Note(f"runs/{paths.run}/{paths.metrics.name} is missing", train_command)
     try:
-        lines = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+        lines = [json.loads(line) for line in paths.metrics.read_text("utf-8").splitlines()]
         return Markup(figures.draw_losses(lines)), Markup(figures.draw_accuracies(lines))
     except (ValueError, LookupError, TypeError) as error:
         message = f"{paths.metrics} is damaged: run '{train_command}' again"

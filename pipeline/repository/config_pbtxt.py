@@ -290,7 +290,7 @@ def to_text(message: ModelConfig) -> str:
 def read(path: Path) -> ModelConfig:
     """Read a config.pbtxt; raise PipelineError if it is missing or does not parse, and where."""
     try:
-        return text_format.Parse(path.read_text(), ModelConfig())
+        return text_format.Parse(path.read_text("utf-8"), ModelConfig())
     except OSError as error:
         raise PipelineError(f"{path} does not exist: run 'pipeline package'") from error
     except (text_format.ParseError, UnicodeDecodeError) as error:

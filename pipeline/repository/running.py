@@ -50,7 +50,7 @@ def start_time(pid: int) -> int | None:
     # clock is set, and then the next command would take a live server for dead. The kernel's number
     # is the same for every reader as long as the process lives.
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])

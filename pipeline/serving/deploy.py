@@ -145,7 +145,7 @@ def _make_probe(name: str, config: config_pbtxt.ModelConfig, packaged: Release) 
     # The health check sends the image with the largest margin.
     row = int(margins(packaged.golden.outputs).argmax())
     digit, answer = packaged.golden.images[row].tobytes(), packaged.golden.outputs[row].argmax()
-    program = (Path(__file__).parent / "templates/shared/probe.py").read_text()
+    program = (Path(__file__).parent / "templates/shared/probe.py").read_text("utf-8")
     url = f"http://127.0.0.1:8000/v2/models/{name}/infer"
     arguments = ["/probe/probe.py", url, "/probe/image", str(answer), _LETTERS[dtype]]
     return {

@@ -209,7 +209,7 @@ def read_logs(paths: Paths, count: int) -> list[str]:
 
 def follow_log(paths: Paths) -> Iterator[str]:
     """Yield each new line of the server's log, until the server has ended."""
-    with paths.server_log.open(errors="replace") as log:
+    with paths.server_log.open(encoding="utf-8", errors="replace") as log:
         log.seek(0, 2)
         while True:
             if line := log.readline():

@@ -52,11 +52,21 @@ class ServerRuntime:
         }[self.kind]
 
 
+def require_linux() -> None:
+    """Raise PipelineError where no server can be started or watched."""
+    if sys.platform != "linux":
+        raise PipelineError(
+            f"serving needs Linux, this is {platform.system()}: all commands up to 'package' work "
+            f"here, and {IMAGE} can serve the model repository"
+        )
+
+
 def find_runtime(paths: Paths, kind: str) -> ServerRuntime:
     """Return the runtime of this kind; for "auto", the first that this machine has.
 
     Raises PipelineError with what is missing and how to fix it.
     """
+    require_linux()
     finders = {"path": _find_on_path, "wheel": _find_wheel, "docker": _find_docker}
     missing = []
     for name in finders if kind == "auto" else [kind]:

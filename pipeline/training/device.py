@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.core.errors import LostError, PipelineError
+from pipeline.core.machine import cores, quota_cores
 from pipeline.core.paths import format_make
 
 # mallopt's parameters and their values: freed memory stays with the process.
@@ -104,6 +105,8 @@ def choose_placement(wanted: str) -> Placement:
     Raises PipelineError when CUDA is requested and missing: there is no silent fallback to the CPU.
     """
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and sys.platform == "win32":
+        raise PipelineError("several processes need Linux or macOS: train without torchrun")
     shared = f" in each of {processes} processes" if processes > 1 else ""
     if wanted != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -124,6 +127,8 @@ def choose_placement(wanted: str) -> Placement:
         )
     keep_freed_memory()
     reason = f"; {_explain_missing_cuda()}" if wanted == "auto" else ""
+    if "OMP_NUM_THREADS" not in os.environ and quota_cores() and cores() < torch.get_num_threads():
+        torch.set_num_threads(cores())  # torch does not know a container's quota
     threads = torch.get_num_threads()
     description = f"cpu ({threads} thread{'s' * (threads > 1)}{shared}{reason})"
     return Placement(torch.device("cpu"), description, rank=rank, processes=processes)

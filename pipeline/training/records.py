@@ -59,7 +59,7 @@ class Records:
         step = self.state.step if self.state else 0
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         if step and paths.metrics.exists():
-            lines = map(json.loads, paths.metrics.read_text().splitlines())
+            lines = map(json.loads, paths.metrics.read_text("utf-8").splitlines())
             self.history = [line for line in lines if line["step"] <= step]
         self.board: Any = None
         if importlib.util.find_spec("tensorboard"):

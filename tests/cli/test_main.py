@@ -1,11 +1,14 @@
+import importlib.metadata
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
+from email.message import Message
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli.benchmark import KINDS
-from pipeline.cli.command import Settings, next_of_packaged
+from pipeline.cli.command import EXTRAS, OPTIONAL, Settings, next_of_packaged
 from pipeline.cli.main import main
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
@@ -67,6 +70,32 @@ def test_help_imports_nothing_heavy() -> None:
 def test_version_is_the_distributions() -> None:
     result = CliRunner().invoke(main, ["--version"])
     assert result.output.startswith("pipeline, version 0.")
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--version", "-v"], ["-v", "--version"]])
+def test_the_long_version_names_the_libraries_and_where_to_report(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = CliRunner().invoke(main, arguments)
+    for name in ("torch", "onnx", "onnxruntime", "tritonclient"):
+        assert re.search(rf"^{name}(-gpu)? \d", result.output, re.MULTILINE), name
+    assert result.output.endswith(
+        "report bugs to: this package states no address: tell whoever gave it to you\n"
+    )
+    own = Message()
+    own["Version"], own["Project-URL"] = "0.1.0", "Issues, https://example.com/bugs"
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: own)
+    result = CliRunner().invoke(main, arguments)
+    assert result.output.endswith("report bugs to: https://example.com/bugs\n")
+
+
+def test_every_library_of_an_extra_is_known_to_the_message_that_misses_it() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = [line for extra in project["optional-dependencies"].values() for line in extra]
+    names = {re.split(r"[\[<>=;]", line)[0].replace("-", "_") for line in lines}
+    assert names - {"handwriting_pipeline", "onnxruntime_gpu"} == set(OPTIONAL)
+    assert {*EXTRAS.values(), "train", "all"} == set(project["optional-dependencies"])
 
 
 def test_a_misspelled_command_is_wrong_usage_with_a_suggestion() -> None:

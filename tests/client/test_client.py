@@ -421,16 +421,16 @@ def distributions(names: list[str]) -> set[str]:
 
 
 @pytest.mark.slow
-def test_the_client_and_query_need_only_what_client_requirements_lists() -> None:
-    lines = (REPOSITORY / "client-requirements.txt").read_text().splitlines()
-    wanted = [line for line in lines if not line.startswith("#")]
+def test_the_client_query_lint_and_package_need_only_what_comes_without_an_extra() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert set(wanted) < set(project["dependencies"])
+    wanted = project["dependencies"]
+    assert not {"torch", "onnxruntime", "onnxruntime-gpu"} & {Requirement(w).name for w in wanted}
     known = distributions(wanted)
     code = (
         "import sys; before = set(sys.modules);"
         "import pipeline.client.client, pipeline.client.async_client, pipeline.client.query;"
-        "import pipeline.client.local;"
+        "import pipeline.client.local, pipeline.validation.servers, pipeline.monitoring.drift;"
+        "import pipeline.repository.lint.formats, pipeline.repository.package;"
         "import pipeline.cli.main;"
         "print(*set(sys.modules) - before)"
     )

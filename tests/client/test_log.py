@@ -154,7 +154,7 @@ def test_a_full_log_becomes_the_older_one_and_the_one_before_goes(tmp_path: Path
     before = [line["version"] for line in lines(older_log(tmp_path / "log"))]
     assert newest[-1] == "19"
     assert int(before[-1]) == int(newest[0]) - 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["log", "log.1"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".log.lock", "log", "log.1"]
     assert log.lost == 0
 
 

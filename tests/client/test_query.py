@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.cli.command import OPTIONAL, _message_of
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.client import Client
 from pipeline.client.endpoint import endpoint
@@ -316,10 +317,10 @@ def test_query_loads_neither_torch_nor_onnxruntime() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# What an installation by client-requirements.txt lacks, imported as if it were not there.
-CLIENT_ONLY = """
+# What an installation without extras lacks, imported as if it were not there.
+CLIENT_ONLY = f"""
 import sys
-sys.modules.update(dict.fromkeys(("torch", "onnx", "onnxruntime", "matplotlib", "jinja2")))
+sys.modules.update(dict.fromkeys({OPTIONAL}))
 from pipeline.cli.main import main
 main(sys.argv[1:])
 """
@@ -348,16 +349,49 @@ def test_where_only_asking_is_installed_the_rest_says_what_it_needs(tmp_path: Pa
     trained = client_only("train", "--root", str(tmp_path))
     assert trained.returncode == 1, trained.stderr
     assert "Traceback" not in trained.stderr
-    assert "needs torch" in trained.stderr
-    assert "'make .venv'" in trained.stderr
-    assert "pip install" not in trained.stderr  # which would take any torch
+    assert f"torch is not installed for {sys.executable}" in trained.stderr
+    assert "run \"pip install 'handwriting-pipeline[train]'\"" in trained.stderr
+    assert "(in a clone: make .venv)" in trained.stderr
+
+
+@pytest.mark.parametrize(
+    ("extra", "command"),
+    [
+        ("train", ["export"]),
+        ("train", ["package", "--deploy", "compose"]),
+        ("train", ["validate"]),
+        ("train", ["benchmark", "--what", "infer"]),
+        ("report", ["report"]),
+        ("web", ["web"]),
+        ("batch", ["score", ".", "--output", "scored"]),
+    ],
+)
+def test_a_command_whose_extra_is_missing_says_the_line_to_type(
+    made: Chain, extra: str, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("pipeline.") and ".cli." not in n]:
+        if not name.startswith("pipeline.core"):
+            monkeypatch.delitem(sys.modules, name)  # imported again, without what is hidden
+    for module in OPTIONAL:
+        monkeypatch.setitem(sys.modules, module, None)
+    result = made.run(*command)
+    assert result.exit_code == 1
+    assert f"run \"pip install 'handwriting-pipeline[{extra}]'\"" in error_line(result)
+
+
+def test_a_module_of_the_package_or_of_no_extra_is_not_blamed_on_one(made: Chain) -> None:
+    missing = ModuleNotFoundError("No module named 'PIL'", name="PIL.Image")
+    message = _message_of(missing, "query") or ""
+    assert "run \"pip install 'handwriting-pipeline'\"" in message
+    ours = ModuleNotFoundError("No module named 'pipeline.x'", name="pipeline.x")
+    assert _message_of(ours, "query") is None
 
 
 def test_where_only_asking_is_installed_doctor_says_what_is_possible(tmp_path: Path) -> None:
     done = client_only("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "the client's: 'pipeline query', 'pipeline validate URL'" in done.stdout
-    assert f"'make -C {REPOSITORY} .venv' builds what trains" in done.stdout
+    assert "the client's: 'pipeline query', 'pipeline lint', 'pipeline validate URL'" in done.stdout
+    assert f"with {sys.executable} -m pip install 'handwriting-pipeline[train]'" in done.stdout
     assert "problem" not in done.stdout
     assert "rm -rf" not in done.stdout
     assert done.stdout.endswith("next: pipeline query --url grpc://HOST:8001 IMAGE\n")

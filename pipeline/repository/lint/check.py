@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.core.files import sha256
+from pipeline.core.files import OTHERS_WRITE, sha256
 from pipeline.core.text import Lines, format_count
 from pipeline.export.targets import Target
 from pipeline.repository.config_pbtxt import CONFIG, config_files
@@ -106,7 +106,7 @@ def lint_repository(repository: Path, target: Target | None = None) -> LintResul
         raise PipelineError(f"{repository} is a model: lint its repository, {parent}")
     findings = [finding for folder in folders for finding in lint_model(folder, target)]
     mode = repository.stat().st_mode
-    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+    if mode & OTHERS_WRITE and not mode & stat.S_ISVTX:
         problem, fix = "is writable by everyone: any user can add models", f"chmod o-w {repository}"
         findings.append(Finding("world-writable", "error", repository, problem, fix))
     if not folders:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import sha256
+from pipeline.core.files import OTHERS_WRITE, sha256
 from pipeline.export.targets import Target
 from pipeline.repository import config_pbtxt
 from pipeline.repository.lint.graph import Graph
@@ -152,7 +152,7 @@ def check_safety(folder: Path) -> Iterator[Finding]:
         elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             problem = "is neither a file nor a folder: reading it can hang the server"
             yield Finding("file-kind", "error", path, problem, "remove it")
-        elif mode & stat.S_IWOTH:
+        elif mode & OTHERS_WRITE:
             writable.append(path)
     if writable:
         more = f", like {len(writable) - 1} others in this model" if writable[1:] else ""
