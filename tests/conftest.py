@@ -1,12 +1,14 @@
 """One small chain, made by the real commands on the real MNIST, that the tests read."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -49,10 +51,12 @@ class Shares(LoadScopeScheduling):  # type: ignore[misc]  # xdist ships no types
 
 @cache
 def share(file: str) -> str:
-    """What the tests of a file share, the session's server or their own fixtures; empty if none."""
+    """What the tests of a file share: a server, what processes are forked from, or fixtures."""
     text = (REPOSITORY / file).read_text(encoding="utf-8")
     if "served: Served" in text:
         return "served"
+    if "from tests.ranks import" in text:
+        return "forked"
     return file if 'scope="module"' in text else ""
 
 
@@ -78,6 +82,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     first = next(iter(reading), None)
     items.sort(key=turn)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let the garbage collector pass over the million objects that are imported, and stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_runtest_setup() -> None:
+    """Once a test has exported a network, keep torch's list of operators for the next export.
+
+    torch.onnx.export makes it again each time, which takes half of the time of a small network.
+    """
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(module, "ONNXRegistry", None)
+    if registry and not hasattr(registry.from_torchlib, "cache_info"):
+        registry.from_torchlib = staticmethod(cache(registry.from_torchlib))
+        gc.collect()
+        gc.freeze()  # half a million objects more that stay
 
 
 @dataclass(frozen=True)

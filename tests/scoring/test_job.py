@@ -446,16 +446,20 @@ def test_where_ray_gives_up_one_line_says_why(
 @pytest.mark.slow
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999"])
 def test_an_address_where_nothing_listens_is_one_line_and_exit_status_5(
-    made: Chain, digits: np.ndarray, tmp_path: Path, address: str
+    a_ray: None,
+    made: Chain,
+    digits: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str,
 ) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # as in a process of its own
     source = tmp_path / "source"
     source.write_bytes(idx(digits[:, 0]))
-    command = [sys.executable, "-m", "pipeline", "--root", str(made.root), "score", str(source)]
-    command += ["--output", str(tmp_path / "out"), "--address", address]
-    # In a process of its own: in this one there is a Ray already.
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
-    assert done.returncode == 5
-    assert done.stderr.startswith(f"Error: no Ray cluster at {address} (")
+    out = tmp_path / "out"
+    result = made.run("score", str(source), "--output", str(out), "--address", address)
+    assert result.exit_code == 5
+    assert result.stderr.startswith(f"Error: no Ray cluster at {address} (")
 
 
 def children(pid: int) -> set[int]:

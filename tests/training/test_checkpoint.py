@@ -2,10 +2,6 @@ import errno
 import json
 import os
 import random
-import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +19,9 @@ from pipeline.training.checkpoint import RunState, load_checkpoint, load_state, 
 from pipeline.training.device import choose_placement
 from pipeline.training.recipes import TrainConfig, make_recipe
 from pipeline.training.run import read_run_config
-from tests.conftest import REPOSITORY, Chain, edit_json
-from tools.prove_resume import prove
+from tests.conftest import Chain, edit_json
+from tests.ranks import Forked, run_pipeline, start
+from tools import prove_resume
 
 FLIPS, CUTS = 100, 20  # of each file
 
@@ -132,28 +129,28 @@ def test_a_run_that_cannot_write_ends_with_1_and_goes_on_when_there_is_space_aga
 ) -> None:
     train = ["train", "--recipe", "quick", "--epochs", "0.125", "--save-every", "10"]
 
-    def limit() -> None:
-        # A file may have so many bytes and no more, as on a disk that is full: the config and
-        # the metrics fit, a checkpoint does not.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    command = [sys.executable, "-m", "pipeline", "--root", str(empty.root), *train]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        command, env=environment, preexec_fn=limit, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "cannot write" in done.stderr
-    assert "it is unchanged" in done.stderr
+    log = empty.root / "log"
+    # So many bytes and no more: the config and the metrics fit, a checkpoint does not.
+    command = ["--root", str(empty.root), *train]
+    assert start(run_pipeline, *command, log=log, largest_file=100_000).wait() == 1
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert "cannot write" in said
+    assert "it is unchanged" in said
     assert empty.run(*train, "--resume").exit_code == 0
     assert sha256(empty.paths.weights) == sha256(made.paths.weights)
 
 
 @pytest.mark.slow
-def test_a_kill_changes_no_bit_of_the_weights(empty: Chain) -> None:
-    outcome = prove(empty.root, kills=1, inside=1, epochs=0.06)
+def test_a_kill_changes_no_bit_of_the_weights(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fork(root: Path, epochs: float, *options: str) -> Forked:
+        command = ["--root", str(root), "-q", *prove_resume.TRAIN, *options]
+        return start(run_pipeline, *command, "--epochs", str(epochs), log=root / "log")
+
+    monkeypatch.setattr(prove_resume, "start", fork)  # which imports torch for each process
+    outcome = prove_resume.prove(empty.root, kills=1, inside=1, epochs=0.06)
     assert outcome.is_perfect, outcome
     assert outcome.kills == 1
 

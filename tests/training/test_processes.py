@@ -1,8 +1,5 @@
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +18,8 @@ from pipeline.training.loop import Batches
 from pipeline.training.networks import build
 from pipeline.training.recipes import make_recipe
 from tests import one_step
-from tests.conftest import REPOSITORY, Chain
-from tests.ranks import exit_codes, run_pipeline, start_two
+from tests.conftest import Chain
+from tests.ranks import exit_codes, run_pipeline, run_torchrun, start, start_two
 
 CPU = torch.device("cpu")
 TRAIN = ["train", "--recipe", "quick", "--epochs", "0.04"]
@@ -48,19 +45,13 @@ def test_a_step_of_two_processes_is_the_step_of_one_on_the_same_batch(tmp_path: 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_job_with_a_message_and_the_rest_is_resumed(empty: Chain) -> None:
     # After "--" torchrun does not take our --run for the beginning of its own --run-path.
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    root = ["--root", str(empty.root)]
-    whole = subprocess.run(
-        [sys.executable, *torchrun, "pipeline", *root, *TRAIN, "--run", "whole"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert whole.returncode == 0, whole.stderr
-    assert whole.stderr.count("training whole with") == 1  # the first process speaks for all
-    assert "1 thread in each of 2 processes" in whole.stderr
-    log = empty.root / "log"
+    options = ["--standalone", "--nproc-per-node", "2", "-m", "--", "pipeline"]
+    root, log = ["--root", str(empty.root)], empty.root / "log"
+    whole = start(run_torchrun, *options, *root, *TRAIN, "--run", "whole", log=log)
+    assert whole.wait() == 0, log.read_text()
+    said = log.read_text()
+    assert said.count("training whole with") == 1  # the first process speaks for all
+    assert "1 thread in each of 2 processes" in said
     cut = [*root, *TRAIN, "--save-every", "1", "--run", "cut"]
     job = start_two(run_pipeline, *cut, log=log)
     checkpoint = empty.root / "runs" / "cut" / "checkpoint" / "latest.json"
