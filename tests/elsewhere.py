@@ -2,11 +2,11 @@
 
     python -X warn_default_encoding -m tests.elsewhere windows < COMMANDS
 
-COMMANDS is a JSON list of argument lists; the answer is a list of exit codes, standard outputs
-and standard errors. What the platform lacks of modules, functions and constants is hidden from
-the package, `/proc`, `/sys` and `/dev/shm` from everybody. On Windows a folder cannot be opened,
-a file that is open cannot be renamed, modes tell nothing about other users, and a pipe takes the
-characters of cp1252 only.
+COMMANDS is a JSON list of argument lists, or of ["-c", CODE] for Python; the answer is a list of
+exit codes, standard outputs and standard errors. What the platform lacks of modules, functions and
+constants is hidden from the package, `/proc`, `/sys` and `/dev/shm` from everybody. On Windows a
+folder cannot be opened, a file that is open cannot be renamed, modes tell nothing about other
+users, and a pipe takes the characters of cp1252 only.
 """
 
 import contextlib
@@ -149,7 +149,11 @@ def run(arguments: list[str]) -> tuple[int, str, str]:
     code: Any = None
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
-            main(arguments)
+            if arguments[0] == "-c":
+                exec(arguments[1], {})
+                code = 0
+            else:
+                main(arguments)
         except SystemExit as end:
             code = end.code
     for stream in streams:

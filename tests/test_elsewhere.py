@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.core.errors import PipelineError
+from pipeline.export.first_run import require_first_run
 from pipeline.images.read import write_png
+from pipeline.training.device import choose_placement
 from tests import fakes
 from tests.conftest import REPOSITORY, Chain
 
@@ -105,6 +108,50 @@ def test_what_needs_linux_says_so_in_one_line_on_macos_and_windows(
 
 
 LIVE = "loading each model in a temporary server"
+
+
+ROTATE = """
+import numpy as np
+from pipeline.client.log import PredictionLog
+from pipeline.client.prediction import Prediction
+log = PredictionLog({path!r}, max_bytes=1000)
+for _ in range(9):
+    log.add("m", np.zeros((1, 1, 28, 28), np.uint8), [Prediction("7", 0.9, (), "1", None, True)])
+print(log.lost)
+"""
+RENAME = """
+import os
+with open({path!r}, "w"):
+    os.replace({path!r}, {path!r} + "2")
+"""
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_full_log_is_replaced_where_no_open_file_can_be_renamed(
+    tmp_path: Path, system: str
+) -> None:
+    path = str(tmp_path / "log")
+    (done,) = run_on(system, [["-c", ROTATE.format(path=path)]])
+    assert (done.code, done.out.strip()) == (0, "0"), done
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".log.lock", "log", "log.1"]
+
+
+def test_a_file_that_is_open_cannot_be_renamed_in_the_windows_of_these_tests(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(AssertionError, match="Held"):
+        run_on("windows", [["-c", RENAME.format(path=str(tmp_path / "file"))]])
+
+
+def test_windows_trains_in_one_process_and_runs_no_foreign_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(PipelineError, match="needs Linux or macOS"):
+        require_first_run(b"")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineError, match="several processes need Linux or macOS"):
+        choose_placement("cpu")
 
 
 @pytest.mark.server

@@ -15,6 +15,7 @@ from tools.lowest import lowest
 from tools.provenance import write_figure
 from tools.readme import render_pages
 
+FAST = ("-n", "2", "-m", "not server and not slow")
 VERSIONS = """
 import json, sys
 from importlib import metadata
@@ -47,14 +48,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("environment", type=Path)
-    parser.add_argument("tests", nargs="*", default=["-m", "not server and not slow"])
+    parser.add_argument("tests", nargs="*")
     given = parser.parse_args(arguments)
     python = str((given.environment / "bin" / "python").absolute())
     done = subprocess.run([python, "-c", VERSIONS], capture_output=True, check=True)
     versions = compare(lowest(Path("pyproject.toml").read_text("utf-8")), json.loads(done.stdout))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [python, "-m", "pytest", "-n", "2", f"--junitxml={report}", *given.tests]
+        command = [python, "-m", "pytest", f"--junitxml={report}", *(given.tests or FAST)]
         if subprocess.run(command, check=False).returncode:
             raise CheckFailedError("tests fail with the lowest versions: raise a lower bound")
         counts = count_tests(report)
