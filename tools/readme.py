@@ -97,14 +97,11 @@ def render_block(name: str, figures: Path) -> str:
     if name not in BLOCKS:
         raise PipelineError(f"a page has figures {name!r}, which no template renders")
     figure = figures / f"{name}.json"
+    target = "test-lowest" if name == "lowest" else f"prove-{name.replace('_', '-')}"
     if figure.exists() or name == "agreement":
         text = render_macro(name, read_figure(figure))
     else:
-        text = (
-            NOT_VERIFIED
-            if name == "gpu"
-            else f"*Not measured yet*: `make prove-{name.replace('_', '-')}`."
-        )
+        text = NOT_VERIFIED if name == "gpu" else f"*Not measured yet*: `make {target}`."
     if name != "gpu":
         return text
     native = figures / "native.json"
