@@ -68,12 +68,12 @@ def test_a_benchmark_goes_on_where_it_stopped(
 ) -> None:
     monkeypatch.setattr(training, "YARDSTICK_EPOCHS", 0.002)
     monkeypatch.setitem(RECIPES, "quick", replace(RECIPES["note"], epochs=0.1))
-    first = empty.record(*TRAIN, "--recipes", "quick", "--seeds", "1")
-    both = [*TRAIN, "--recipes", "quick", "--seeds", "2", "--resume"]
-    again = empty.record(*both)
+    of_one = [*TRAIN, "--recipes", "quick", "--seeds", "1"]
+    first = empty.record(*of_one)
+    again = empty.record(*TRAIN, "--recipes", "quick", "--seeds", "2", "--resume")
     assert again["rows"][0]["trials"][0] == first["rows"][0]["trials"][0]
     assert len(again["rows"][0]["trials"]) == 2
-    fresh = empty.record(*both[:-1])
+    fresh = empty.record(*of_one)
     assert fresh["rows"][0]["trials"][0]["seconds"] != first["rows"][0]["trials"][0]["seconds"]
 
 

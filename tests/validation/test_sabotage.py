@@ -89,6 +89,15 @@ def bench(made: Chain, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(trial, onnx_of(subject.model), calibration)
 
 
+@pytest.fixture
+def no_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the first run in a process of its own, which finds nothing wrong with a network.
+
+    Files that were edited have it, and the tests of what only it refuses.
+    """
+    monkeypatch.setattr("pipeline.validation.check_file.require_first_run", lambda content: None)
+
+
 @pytest.mark.slow
 def test_the_sound_export_passes(bench: Bench) -> None:
     bench.judge(bench.sound)
@@ -183,6 +192,7 @@ NETWORKS: list[tuple[Sabotage, str]] = [
 ]
 
 
+@pytest.mark.usefixtures("no_first_run")
 @pytest.mark.slow
 @pytest.mark.parametrize(("sabotage", "said"), NETWORKS)
 def test_a_network_that_was_broken_before_export_is_refused(
@@ -192,6 +202,7 @@ def test_a_network_that_was_broken_before_export_is_refused(
         bench.judge(bench.broken(sabotage))
 
 
+@pytest.mark.usefixtures("no_first_run")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "said"),
@@ -407,6 +418,7 @@ def test_a_given_file_has_its_first_run_in_a_process_of_its_own_and_our_export_h
     assert tried == [bench.sound, other]
 
 
+@pytest.mark.usefixtures("no_first_run")
 @pytest.mark.slow
 def test_int8_that_was_calibrated_on_blank_images_is_refused(bench: Bench) -> None:
     blank = np.zeros_like(bench.calibration)
@@ -420,6 +432,7 @@ def test_int8_without_any_image_to_calibrate_on_is_refused(bench: Bench) -> None
         to_int8(bench.sound, 9, bench.calibration[:0])
 
 
+@pytest.mark.usefixtures("no_first_run")
 @pytest.mark.slow
 def test_int8_that_finds_its_ranges_in_each_batch_is_refused(bench: Bench, tmp_path: Path) -> None:
     source, target = tmp_path / "fp32.onnx", tmp_path / "dynamic.onnx"
@@ -468,6 +481,7 @@ def negate_at(*sizes: int) -> Callable[[onnx.ModelProto], None]:
     return edit
 
 
+@pytest.mark.usefixtures("no_first_run")
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(40, 44, 52), (255,)])
 def test_a_file_that_is_wrong_at_some_batch_sizes_is_refused(
@@ -512,6 +526,7 @@ def negate_copies(model: onnx.ModelProto) -> None:
         model.graph.node.append(helper.make_node(operator, taken, [given], **attributes))
 
 
+@pytest.mark.usefixtures("no_first_run")
 @pytest.mark.slow
 def test_a_file_that_is_wrong_about_copies_of_one_image_is_refused(bench: Bench) -> None:
     with pytest.raises(CheckFailedError, match="batch size 2 of one image, 1 thread"):
@@ -550,12 +565,14 @@ def test_a_module_that_is_no_yardstick_is_refused(
     assert not (tmp_path / "exported/given/validation.json").exists()
 
 
+@pytest.mark.usefixtures("no_first_run")
 @pytest.mark.slow
 def test_the_variants_that_we_make_pass(bench: Bench) -> None:
     bench.judge(to_fp16(bench.sound, 9), "fp16")
     bench.judge(to_int8(bench.sound, 9, bench.calibration), "int8")
 
 
+@pytest.mark.usefixtures("no_first_run")
 @pytest.mark.slow
 def test_the_worst_rows_are_left_as_pictures_and_arrays(bench: Bench) -> None:
     with pytest.raises(
