@@ -100,6 +100,13 @@ serve: $(PACKAGED) .venv-triton/done ## serve it, until Ctrl-C
 stop: ## stop a server that 'pipeline serve --detach' started
 	$(PIPELINE) serve stop
 
+.PHONY: web-runtime web-static
+web-runtime: .venv/done ## fetch ONNX Runtime for browsers from npm
+	$(TOOL).fetch_runtime
+web-static: PRECISION = fp32,exact
+web-static: $(PACKAGED) web-runtime ## write the page and the exact model as a folder for any web host
+	$(PIPELINE) web --static exported/web-static --test-images$(NAME_OPTION)
+
 .PHONY: .venv .venv-triton
 .venv: .venv/done ## build the project's environment (TORCH_INDEX for another torch)
 .venv-triton: .venv-triton/done ## build the server's environment
@@ -191,7 +198,7 @@ screenshot: $(PACKAGED) .venv-triton/done ## take the README's picture of the pa
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
-.PHONY: gpu-check prove-processors prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure prove-folder-unsure
+.PHONY: gpu-check prove-processors prove-rebuild prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure prove-folder-unsure
 .PHONY: prove-compare prove-install prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(TOOL).gpu_check tools/results/gpu.json --signed-off-by "$(SIGNED)"
@@ -212,6 +219,8 @@ prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100
 	OMP_NUM_THREADS=1 $(TOOL).prove_resume tools/results/resume.json 100 30
 prove-processors: .venv/done data/mnist/train-images-idx3-ubyte ## train as on older processors, and compare the weights' bytes
 	OMP_NUM_THREADS=1 $(TOOL).prove_processors tools/results/processors.json
+prove-rebuild: .venv/done data/mnist/train-images-idx3-ubyte ## train and export releases again, 10 times quick and 3 times standard
+	OMP_NUM_THREADS=1 $(TOOL).prove_rebuild tools/results/rebuild.json 10 3
 prove-swap: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## change the served version 100 times under 100,000 requests
 	OMP_NUM_THREADS=1 $(TOOL).prove_swap tools/results/swap.json 100 100000
 prove-runtimes: $(SUMMARY) | .venv/done ## run what is exported for older Tritons on the ONNX Runtimes inside them (RUN)

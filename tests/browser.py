@@ -201,8 +201,8 @@ class Sheet:
 
 
 @contextmanager
-def opened(browser: Browser, url: str, **options: Any) -> Iterator[Sheet]:
-    """The page in a window of its own, once it has found its server."""
+def opened(browser: Browser, url: str, state: Any = "ready", **options: Any) -> Iterator[Sheet]:
+    """The page in a window of its own, once its model has that state."""
     settings = {"viewport": DESKTOP, "reduced_motion": "reduce", **options}
     context = browser.new_context(**settings)
     page = context.new_page()
@@ -217,6 +217,6 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[Sheet]:
     page.on("console", complain)
     page.on("pageerror", lambda error: sheet.complaints.append(str(error)))
     page.goto(url)
-    page.wait_for_selector("#state[data-state=ready]")
+    page.wait_for_selector(f"#state[data-state={state}]")
     yield sheet
     context.close()

@@ -32,6 +32,7 @@ _MODULES = {
     f"repository/golden repository/release repository/profiles {SERVER}",
     "training": f"{NETWORK} training/run",
     "processors": f"training/recipes {NETWORK} training/run ../tools/prove_processors",
+    "rebuild": f"training/recipes {NETWORK} training/run export/export export/rebuild",
     "resume": "training/loop training/checkpoint training/records training/run core/files",
     "runtimes": "training/networks export/targets export/graph export/export",
     "lint": f"{LINT} serving/scratch {BACKEND}",

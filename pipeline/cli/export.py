@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.cli.command import Command, Settings, pass_paths, paths_of, read_model_name
-from pipeline.cli.options import file_type, settings_options
+from pipeline.cli.options import file_type, path_type, settings_options
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import PRECISIONS, TAKEN, Paths
 from pipeline.core.text import Lines
@@ -159,6 +159,29 @@ def load_module(
         names = [line for line in lines if line.strip()]
     classes = [name.strip() for name in names]
     return sample, subject_of_module(module, sample, settings.root, classes, rule)
+
+
+@click.command(cls=Command)
+@click.argument("release", type=path_type)
+@click.pass_obj
+def rebuild_command(settings: Settings, /, release: Path) -> None:
+    """Train and export again from a release's manifest, and compare the bytes.
+
+    RELEASE is the folder of a version or an export, or its manifest.json. Takes the recorded
+    recipe, seed and thread count, and changes nothing here. Exits with 3 if the ONNX file gets
+    other bytes, and lists which recorded facts differ: torch, threads, the processor's
+    instructions, the data.
+
+    \b
+    Example:
+      pipeline rebuild exported/model_repository/handwriting/1
+      pipeline rebuild manifest.json
+    """
+    from pipeline.export.rebuild import rebuild_release
+
+    rebuild = rebuild_release(paths_of(settings), release, settings.say, settings.update)
+    settings.result({**asdict(rebuild), "equal": rebuild.is_equal}, rebuild)
+    rebuild.require_equal()
 
 
 @click.command(cls=Command)

@@ -11,7 +11,7 @@ from pipeline.cli.benchmark import benchmark_command
 from pipeline.cli.command import Group, Settings, echo
 from pipeline.cli.data import data_group
 from pipeline.cli.doctor import doctor_command
-from pipeline.cli.export import export_command, package_command
+from pipeline.cli.export import export_command, package_command, rebuild_command
 from pipeline.cli.query import query_command
 from pipeline.cli.report import drift_command, report_command
 from pipeline.cli.repository import lint_command, versions_group
@@ -63,7 +63,15 @@ def main() -> None:
 
 for command in (
     *(data_group, train_command, runs_group, export_command, validate_command, package_command),
-    *(versions_group, lint_command, serve, query_command, web_command, score_command),
+    *(
+        rebuild_command,
+        versions_group,
+        lint_command,
+        serve,
+        query_command,
+        web_command,
+        score_command,
+    ),
     *(report_command, drift_command, benchmark_command, doctor_command),
 ):
     main.add_command(command)

@@ -1,12 +1,13 @@
-"""The web command, which serves a page to draw on."""
+"""The web command, which serves a page to draw on, or writes it as a folder."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pipeline.cli.command import Command, Settings, pass_paths
-from pipeline.cli.options import log_option, parse_url, settings_options
+from pipeline.cli.options import folder_type, log_option, parse_url, settings_options
 from pipeline.core.paths import Paths
 from pipeline.web.settings import GatewayConfig
 
@@ -20,6 +21,16 @@ from pipeline.web.settings import GatewayConfig
 )
 @settings_options(GatewayConfig, port=lambda value: 0 if value == "auto" else int(value))
 @log_option
+@click.option(
+    "--static",
+    "static",
+    type=folder_type,
+    metavar="DIR",
+    help="Write the page and the exact model as a folder for any web host, and exit.",
+)
+@click.option(
+    "--test-images", is_flag=True, help="With --static: add the test images, for visitors to check."
+)
 @pass_paths
 def web_command(
     settings: Settings,
@@ -27,6 +38,8 @@ def web_command(
     /,
     url: str | None,
     prediction_log: Path | None,
+    static: Path | None,
+    test_images: bool,
     **changes: Any,
 ) -> None:
     """Serve a web page that classifies what you draw, until Ctrl-C.
@@ -37,12 +50,26 @@ def web_command(
     client address gets at most as much of each as it leaves free: half, if it is the only one.
     Behind a reverse proxy all clients have the proxy's address, so limit them there.
 
+    With --static there is no server: the model runs in the visitor's browser, where a button
+    repeats the release's answers and compares their digest.
+
     \b
     Example:
       pipeline web
       pipeline web --port 0 --url grpc://127.0.0.1:8001
       pipeline web --prediction-log seen.jsonl
+      pipeline web --static site --test-images
     """
+    if test_images and not static:
+        raise click.UsageError("--test-images needs --static DIR")
+    if static:
+        from pipeline.web.publish import publish_page
+
+        record = publish_page(paths, static, test_images)
+        text = f"wrote {static}, which runs {record['model']}, version {record['version']}"
+        look = f"python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(static))}"
+        settings.result({"folder": str(static), **record}, text, look)
+        return
     from pipeline.client.log import open_log
     from pipeline.web.server import serve_page
 

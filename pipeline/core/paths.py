@@ -91,6 +91,7 @@ class Paths:
     name: str = "handwriting"
     run: str = "handwriting"
     repository_folder: Path | None = None  # a model repository at another place
+    data_folder: Path | None = None  # data sets at another place
 
     def __post_init__(self) -> None:
         for value in (self.name, self.run):
@@ -169,7 +170,7 @@ class Paths:
         return "" if self.name == MODEL_NAMES["mnist"] else f" --name {self.name}"
 
     def data(self, dataset: str) -> Path:
-        return self.root / "data" / data_name(dataset)
+        return (self.data_folder or self.root / "data") / data_name(dataset)
 
     def _of_precision(self, stem: str, suffix: str, precision: str) -> Path:
         middle = "" if precision == "fp32" else f".{precision}"

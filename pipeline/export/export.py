@@ -12,6 +12,7 @@ import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import nn
 
 from pipeline.core.errors import CheckFailedError, require_choice
 from pipeline.core.files import remove, write_bytes, write_json
-from pipeline.core.paths import PRECISIONS, Paths
+from pipeline.core.paths import PRECISIONS, Paths, data_name
 from pipeline.core.signature import TensorSpec, pictures_of
 from pipeline.export import graph
 from pipeline.export.exact import scores_of, to_exact
@@ -182,6 +183,9 @@ def make_files(
     if training := subject.origin.get("training"):
         is_digit = pictures_of(training["dataset"]) == "digit"
         metadata["images"] += ", 0 is paper and 255 is ink" if is_digit else ", gray levels"
+        # Of a folder of pictures only the name: its path would show this machine.
+        recipe = {**training, "dataset": data_name(training["dataset"])}
+        metadata["training"] = json.dumps(recipe, sort_keys=True)
         metadata["data_sha256"] = json.dumps(subject.origin["data_sha256"], sort_keys=True)
     signature = signature_of(subject, config)
     fp32 = to_onnx(program, signature, metadata)
@@ -255,6 +259,7 @@ def write_export(
         "weights_sha256": subject.weights_sha256,
         **asdict(config),
         "versions": library_versions(),
+        "exporter": f"onnxscript {version('onnxscript')}",
         "source_commit": commit,
     }
     write_json(paths.manifest, manifest)

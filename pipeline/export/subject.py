@@ -46,6 +46,7 @@ def subject_of_run(paths: Paths) -> Subject:
     checkpoint = load_checkpoint(paths)
     summary = checkpoint.summary
     metrics = ("test_accuracy", "test_loss", "validation_accuracy", "train_seconds")
+    machine = ("torch", "python", "system", "processor", "instructions", "device")
     return Subject(
         model=checkpoint.model,
         images=IMAGES,
@@ -57,6 +58,9 @@ def subject_of_run(paths: Paths) -> Subject:
             "run": paths.run,
             "training": checkpoint.config.record(),
             "data_sha256": summary.data_sha256,
+            "environment": {
+                key: getattr(summary, key) for key in (*machine, "threads", "processes")
+            },
             "metrics": {key: getattr(summary, key) for key in metrics},
             "min_probability": summary.min_probability,
             "validation_images": summary.validation_images,

@@ -53,6 +53,9 @@ class Summary:
     system: str = ""
     validation_images: int | None = None  # that temperature and min_probability were fitted on
     notes: tuple[str, ...] = ()  # sentences on what could not be fitted well
+    processes: int | None = None  # that trained together; older runs lack this and the next two
+    processor: str | None = None
+    instructions: str | None = None  # of vectors, that the libraries used: see device.py
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,16 @@ def keep_freed_memory() -> None:
                 library.mallopt(parameter, value)
 
 
+def describe_instructions() -> str:
+    """Return the vector instructions that torch uses here, and oneDNN's limit if one is set.
+
+    They decide the last bits of trained weights.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
+    used: str = torch.backends.cpu.get_cpu_capability()
+    return f"{used}, oneDNN at most {limit}" if limit else used
+
+
 def _explain_missing_cuda() -> str:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"

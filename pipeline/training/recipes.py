@@ -1,7 +1,7 @@
 """Recipes for the training of each network. Imports nothing heavy."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,10 @@ class TrainConfig:
     def record(self) -> dict[str, Any]:
         """Return this config as JSON-ready values."""
         record = asdict(self)
-        record["settings"]["channels"] = list(self.settings.channels)
+        settings = record["settings"]
+        # 7 is written as 7.0, as it is read: the files of weights have this record.
+        settings |= {f.name: float(settings[f.name]) for f in fields(Recipe) if f.type is float}
+        settings["channels"] = list(self.settings.channels)
         return record
 
     @classmethod

@@ -15,9 +15,10 @@ import torch
 from pipeline.core import evaluate
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_record, write_json
+from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.data.splits import digests, load_split
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, device
 from pipeline.training.device import Placement, choose_placement, process_group
 from pipeline.training.loop import TrainingProgress, train
 from pipeline.training.networks import Network, eager_predictor
@@ -146,6 +147,9 @@ def _conclude(
         system=f"{platform.system()} {platform.machine()}",
         validation_images=count,
         notes=tuple(notes),
+        processes=placement.processes,
+        processor=machine()["machine"]["processor"],
+        instructions=device.describe_instructions(),
     )
     write_json(paths.summary, asdict(summary))
 

@@ -17,7 +17,7 @@ from pipeline.data.splits import Split
 from pipeline.training import loop
 from pipeline.training.checkpoint import RunState, load_checkpoint, load_state, save_state
 from pipeline.training.device import choose_placement
-from pipeline.training.recipes import TrainConfig, make_recipe
+from pipeline.training.recipes import RECIPES, TrainConfig, make_recipe
 from pipeline.training.run import read_run_config
 from tests.conftest import Chain, edit_json
 from tests.ranks import Forked, run_pipeline, start
@@ -187,3 +187,9 @@ def test_records_of_other_versions_are_read_and_values_of_another_type_are_named
     edit_json(paths.run_config, lambda record: record["settings"].update(epochs="7"))
     with pytest.raises(CorruptError, match=r"config\.json is damaged .*settings\.epochs"):
         read_run_config(paths)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_config_that_was_read_back_is_written_with_the_same_bytes(recipe: str) -> None:
+    written = json.dumps(TrainConfig.of(recipe, epochs=2).record())
+    assert json.dumps(TrainConfig.from_record(json.loads(written)).record()) == written

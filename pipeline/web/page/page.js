@@ -1,4 +1,6 @@
-// The page: sends the drawing to the gateway and shows its answer. Stores nothing.
+// The page: takes a drawing or a picture, and shows the answer that link.js gets. Stores nothing.
+
+import { LOST, classify, findModel } from "./link.js";
 
 const SIDE = 560; // pixels of the canvas; its size on the screen may differ
 const PEN = SIDE / 13; // width of a stroke, as in MNIST for a digit that fills the paper
@@ -6,14 +8,13 @@ const STEP = SIDE / 28; // of the pen moved by the keyboard
 const SHEET = 280; // pixels of a drawing as it is sent
 const WAIT_MS = 60; // between a change and its request
 const SPEAK_MS = 700; // without a new answer, before the answer is spoken
-const TIMEOUT_MS = 15_000;
-const RETRY_MS = 1_500; // between two attempts to reach a lost server
+const RETRY_MS = 1_500; // between two attempts to reach a lost model
 const MAX_BYTES = 10 * 2 ** 20; // the gateway refuses more ...
 const MAX_PIXELS = 8_900_000; // ... and more of these
 const REDUCED_SIDE = 1600; // larger pictures are reduced to this: no PNG of it exceeds MAX_BYTES
 const KINDS = ["image/png", "image/jpeg", "image/webp"];
 
-const byId = (id) => document.getElementById(id);
+export const byId = (id) => document.getElementById(id);
 const canvas = byId("canvas");
 const context = canvas.getContext("2d");
 
@@ -142,7 +143,7 @@ function asBlob() {
 
 function update() {
   paint();
-  showSnippet();
+  canvas.dispatchEvent(new Event("change"));
   if (isEmpty()) showNothing();
   else askLater();
 }
@@ -350,7 +351,7 @@ async function showSamples() {
 }
 
 // Makes one stop for Tab of some buttons: arrow keys go from one to the next.
-function rove(buttons, choose = () => {}) {
+export function rove(buttons, choose = () => {}) {
   const select = (chosen) => buttons.forEach((button) => { button.tabIndex = button === chosen ? 0 : -1; });
   buttons.forEach((button, index) => {
     button.addEventListener("focus", () => select(button));
@@ -366,7 +367,7 @@ function rove(buttons, choose = () => {}) {
 }
 
 // digit.png, digit.jpeg or digit.webp
-function fileName() {
+export function fileName() {
   return `digit.${(picture()?.blob.type ?? "image/png").split("/")[1]}`;
 }
 
@@ -404,30 +405,22 @@ async function ask() {
   isAsking = true;
   const paper = wanted;
   try {
-    const body = await asBlob();
-    const signal = AbortSignal.timeout(TIMEOUT_MS);
+    const blob = await asBlob();
     const start = performance.now();
-    const response = await fetch("classify", { method: "POST", body, signal });
-    const answer = await response.json();
-    if (paper !== wanted) return;
-    if (response.ok) showAnswer(answer, performance.now() - start);
-    else showRefusal(response, answer.error);
-  } catch {
-    if (paper === wanted) showLost("The gateway does not answer", "Is 'pipeline web' still running?");
+    const answer = await classify(blob);
+    if (paper === wanted) showAnswer(answer, performance.now() - start);
+  } catch (error) {
+    if (paper === wanted) showError(error);
   } finally {
     isAsking = false;
     if (isStale) askLater();
   }
 }
 
-function showRefusal(response, error) {
-  if (response.status === 422) {
-    showFailure("No digit found", error);
-  } else if (response.status === 503) {
-    showLost("The server does not answer", error);
-  } else {
-    showFailure("Request refused", error);
-  }
+// Shows an error of link.js: of the picture, or that the model is lost.
+function showError({ verdict, message, isLost = true }) {
+  if (isLost) showLost(verdict ?? "No answer", message);
+  else showFailure(verdict, message);
 }
 
 // --- output
@@ -438,7 +431,7 @@ const sentence = (text) => `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.
 const milliseconds = (value) => `${value.toFixed(value < 10 ? 1 : 0)} ms`;
 
 let speaking = 0;
-function speak(text) {
+export function speak(text) {
   clearTimeout(speaking);
   if (byId("spoken").textContent !== text) byId("spoken").textContent = text;
 }
@@ -543,7 +536,7 @@ function showFailure(verdict, detail) {
   speak(`${verdict}. ${sentence(detail)}`);
 }
 
-// --- the server: lost, and found again
+// --- the model: lost, and found again
 
 let looking = 0;
 
@@ -555,19 +548,14 @@ function setState(state, text) {
 function showLost(verdict, detail) {
   cancelRequest();
   showFailure(verdict, detail);
-  setState("lost", "no server, retrying");
+  setState("lost", LOST);
   clearTimeout(looking);
   looking = setTimeout(checkServer, RETRY_MS);
 }
 
 async function checkServer() {
   try {
-    const response = await fetch("readyz", { signal: AbortSignal.timeout(TIMEOUT_MS) });
-    const record = await response.json();
-    if (!response.ok) {
-      showLost("The server does not answer", record.error);
-      return;
-    }
+    const record = await findModel();
     setState("ready", `${record.model} is ready`);
     showModel(record);
     const isDigits = record.classes.join("") === "0123456789";
@@ -576,71 +564,11 @@ async function checkServer() {
     if (isDigits) await showSamples();
     if (isEmpty()) showNothing();
     else askLater();
-  } catch {
-    showLost("The gateway does not answer", "Is 'pipeline web' still running?");
+  } catch (error) {
+    showError(error);
   }
 }
-
-// --- the same request from a program
-
-const address = new URL("classify", location.href).href;
-const SNIPPETS = {
-  curl: (name) => `curl --data-binary @${name} ${address}`,
-  python: (name) => `import json, urllib.request
-
-with open("${name}", "rb") as file:
-    request = urllib.request.Request("${address}", file.read())
-with urllib.request.urlopen(request) as response:
-    answer = json.load(response)
-print("not sure" if answer["sure"] is False else answer["label"], answer["probability"])`,
-  javascript: (name) => `// node ask.mjs: Node 18 or newer
-import { readFile } from "node:fs/promises";
-
-const body = await readFile("${name}");
-const response = await fetch("${address}", { method: "POST", body });
-const answer = await response.json();
-console.log(answer.sure === false ? "not sure" : answer.label, answer.probability);`,
-};
-const tabs = [...document.querySelectorAll("[role=tab]")];
-const code = byId("snippet").parentElement;
-
-function choose(tab) {
-  for (const other of tabs) other.setAttribute("aria-selected", String(other === tab));
-  byId("code").setAttribute("aria-labelledby", tab.id);
-  showSnippet();
-}
-
-function showSnippet() {
-  const tab = tabs.find((other) => other.getAttribute("aria-selected") === "true");
-  byId("saved").textContent = fileName();
-  byId("snippet").textContent = SNIPPETS[tab.id.replace("tab-", "")](fileName());
-  showMore();
-}
-
-// Shows whether the lines go on to the right.
-function showMore() {
-  code.classList.toggle("more", code.scrollWidth - code.clientWidth - code.scrollLeft > 1);
-}
-
-for (const tab of tabs) tab.addEventListener("click", () => choose(tab));
-rove(tabs, choose);
-code.addEventListener("scroll", showMore);
-new ResizeObserver(showMore).observe(code);
-
-byId("copy").addEventListener("click", async () => {
-  let message = "Copied";
-  try {
-    await navigator.clipboard.writeText(byId("snippet").textContent);
-  } catch { // the clipboard needs https or localhost: select the text, for the reader to copy
-    getSelection().selectAllChildren(byId("snippet"));
-    message = "Selected";
-  }
-  byId("copy").textContent = message;
-  speak(message);
-  setTimeout(() => { byId("copy").textContent = "Copy"; }, 1500);
-});
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
-choose(tabs[0]);
 paint();
 checkServer();
