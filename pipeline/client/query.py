@@ -220,14 +220,16 @@ class _Readers:
 
     def __exit__(self, *exception: object) -> None:
         processes, results = self._pool._processes, self._pool._result_queue
+        thread: Any = self._pool._executor_manager_thread  # its type in typeshed is wrong
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if not any(exception):
-            return
-        # At exit Python would wait for these processes. From 3.14 on: terminate_workers().
-        for process in list((processes or {}).values()):
-            process.terminate()
-        # The pool must not wait for the rest of a result that a process was sending.
-        results._writer.close()  # type: ignore[attr-defined]
+        if any(exception):
+            # At exit Python would wait for these processes. From 3.14 on: terminate_workers().
+            for process in list((processes or {}).values()):
+                process.terminate()
+            # The pool must not wait for the rest of a result that a process was sending.
+            results._writer.close()  # type: ignore[attr-defined]
+        if thread:  # at exit Python would wake it, and fail if it closes its pipe at that moment
+            thread.join()
 
 
 def triton_predictor(client: Client, output: str = "") -> Callable[[np.ndarray], np.ndarray]:
