@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,13 @@ def png(image: np.ndarray) -> bytes:
 
 
 PICTURES = [png(image) for image in IMAGES]
-COLUMNS = {
-    "flat": pa.FixedSizeListArray.from_arrays(pa.array(FLAT), 784),
-    "lists": pa.array(IMAGES.reshape(-1, 784).tolist(), pa.list_(pa.int64())),
-    "nested": pa.array(IMAGES[:, 0].tolist(), pa.list_(pa.list_(pa.uint8()))),
-    "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES),
-    "pictures": pa.array(PICTURES, pa.binary()),
-    "datasets": pa.array([{"bytes": p, "path": "x.png"} for p in PICTURES]),
+COLUMNS: dict[str, Callable[[], pa.Array]] = {  # pyarrow imports pandas to make one
+    "flat": lambda: pa.FixedSizeListArray.from_arrays(pa.array(FLAT), 784),
+    "lists": lambda: pa.array(IMAGES.reshape(-1, 784).tolist(), pa.list_(pa.int64())),
+    "nested": lambda: pa.array(IMAGES[:, 0].tolist(), pa.list_(pa.list_(pa.uint8()))),
+    "tensor": lambda: pa.FixedShapeTensorArray.from_numpy_ndarray(IMAGES),
+    "pictures": lambda: pa.array(PICTURES, pa.binary()),
+    "datasets": lambda: pa.array([{"bytes": p, "path": "x.png"} for p in PICTURES]),
 }
 
 
@@ -62,7 +63,7 @@ def everything(source: Cut) -> tuple[list[object], np.ndarray, list[str]]:
 def made(folder: Path, kind: str) -> Path:
     path = folder / kind
     if kind in COLUMNS:
-        pq.write_table(pa.table({"picture": COLUMNS[kind]}), path, row_group_size=7)
+        pq.write_table(pa.table({"picture": COLUMNS[kind]()}), path, row_group_size=7)
     elif kind == "folder":
         for index, picture in enumerate(PICTURES):
             (path / f"{index // 10}").mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def test_a_source_of_any_kind_shows_the_same_images_once_each(tmp_path: Path, ki
 def test_row_groups_of_any_size_are_cut_into_shards_that_miss_nothing(
     tmp_path: Path, group: int, rows: int
 ) -> None:
-    table = pa.table({"id": [f"n{i}" for i in range(50)], "image": COLUMNS["flat"]})
+    table = pa.table({"id": [f"n{i}" for i in range(50)], "image": COLUMNS["flat"]()})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=group)
     source = cut_(tmp_path / "a.parquet", rows)
     ids, images, _ = everything(source)
@@ -108,6 +109,7 @@ def test_row_groups_of_any_size_are_cut_into_shards_that_miss_nothing(
 
 READ = """
 import sys, pyarrow
+from collections.abc import Callable
 from pathlib import Path
 from pipeline.scoring.parquet import Columns
 from pipeline.scoring.source import cut, read_shard
@@ -131,7 +133,7 @@ def test_a_large_row_group_is_not_held_in_memory(tmp_path: Path) -> None:
 
 def test_a_folder_of_parquet_names_each_row_by_its_file(tmp_path: Path) -> None:
     for name in ("b", "a", "_hidden"):
-        table = pa.table({"image": COLUMNS["flat"].slice(0, 2)})
+        table = pa.table({"image": COLUMNS["flat"]().slice(0, 2)})
         pq.write_table(table, tmp_path / f"{name}.parquet")
     ids, _, _ = everything(cut_(tmp_path))
     assert ids == ["a.parquet:0", "a.parquet:1", "b.parquet:0", "b.parquet:1"]
@@ -140,7 +142,7 @@ def test_a_folder_of_parquet_names_each_row_by_its_file(tmp_path: Path) -> None:
 def test_files_of_one_name_in_several_folders_have_different_ids(tmp_path: Path) -> None:
     for name in ("one", "two/_hidden", "two", ".hidden", "two/.hidden"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        table = pa.table({"image": COLUMNS["flat"].slice(0, 1)})
+        table = pa.table({"image": COLUMNS["flat"]().slice(0, 1)})
         pq.write_table(table, tmp_path / name / "a.parquet")
     ids, _, _ = everything(cut_(tmp_path))
     assert ids == ["one/a.parquet:0", "two/a.parquet:0"]
@@ -148,7 +150,7 @@ def test_files_of_one_name_in_several_folders_have_different_ids(tmp_path: Path)
 
 @pytest.mark.parametrize("content", [PICTURES[0], idx(IMAGES[:, 0]), b"\x93NUMPY"])
 def test_parquet_beside_something_else_to_score_is_refused(tmp_path: Path, content: bytes) -> None:
-    pq.write_table(pa.table({"image": COLUMNS["flat"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": COLUMNS["flat"]()}), tmp_path / "a.parquet")
     (tmp_path / "README.md").write_text("About these digits")
     (tmp_path / "_SUCCESS").touch()
     (tmp_path / "gone").symlink_to("nowhere")
@@ -207,7 +209,7 @@ def test_a_picture_that_the_system_refuses_has_that_as_its_reason(
 
 def test_ids_that_are_whole_numbers_stay_what_they_are(tmp_path: Path) -> None:
     values = [2**64 - 1, None, 2**53 + 1]
-    table = pa.table({"id": pa.array(values, pa.uint64()), "image": COLUMNS["flat"].slice(0, 3)})
+    table = pa.table({"id": pa.array(values, pa.uint64()), "image": COLUMNS["flat"]().slice(0, 3)})
     pq.write_table(table, tmp_path / "a.parquet")
     ids, _, reasons = everything(cut_(tmp_path / "a.parquet"))
     assert ids == [2**64 - 1, 1, 2**53 + 1]
@@ -256,7 +258,7 @@ def test_a_picture_that_cannot_be_read_has_the_reason_that_query_gives(tmp_path:
 
 
 def test_the_columns_can_be_named(tmp_path: Path) -> None:
-    flat = COLUMNS["flat"]
+    flat = COLUMNS["flat"]()
     table = pa.table({"one": flat, "two": flat, "key": list(range(100, 150))})
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(PipelineError, match="2 columns that can hold images.*--image-column"):
