@@ -150,9 +150,9 @@ LOWEST_TORCH ?= $(if $(TORCH_INDEX),torch==2.9.*,torch)
 dist: .venv-build/done ## build the wheel and the sdist
 	rm -rf dist && .venv-build/bin/python -m build > /dev/null
 
-test-sdist: .venv/done dist data/mnist/train-images-idx3-ubyte ## the fast tests, from the unpacked sdist
+test-sdist: .venv/done .venv-triton/done dist data/mnist/train-images-idx3-ubyte ## the fast tests, from the unpacked sdist
 	rm -rf build/sdist && mkdir -p build/sdist && tar -xf dist/*.tar.gz -C build/sdist --strip-components=1
-	ln -s "$(CURDIR)/data" build/sdist/data
+	ln -s "$(CURDIR)/data" "$(CURDIR)/.venv" "$(CURDIR)/.venv-triton" build/sdist
 	cd build/sdist && PYTHONPATH="$$PWD" "$(CURDIR)/.venv/bin/python" -m pytest -n 2 -m "not server and not slow" $(PYTEST)
 
 test-lowest: .venv/done .venv-lowest/done data/mnist/train-images-idx3-ubyte ## the fast tests, with the lowest versions that are allowed

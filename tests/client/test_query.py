@@ -354,29 +354,34 @@ def test_where_only_asking_is_installed_the_rest_says_what_it_needs(tmp_path: Pa
     assert "(in a clone: make .venv)" in trained.stderr
 
 
-@pytest.mark.parametrize(
-    ("extra", "command"),
-    [
-        ("train", ["export"]),
-        ("train", ["package", "--deploy", "compose"]),
-        ("train", ["validate"]),
-        ("train", ["benchmark", "--what", "infer"]),
-        ("report", ["report"]),
-        ("web", ["web"]),
-        ("batch", ["score", ".", "--output", "scored"]),
-    ],
-)
-def test_a_command_whose_extra_is_missing_says_the_line_to_type(
-    made: Chain, extra: str, command: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [n for n in sys.modules if n.startswith("pipeline.") and ".cli." not in n]:
-        if not name.startswith("pipeline.core"):
-            monkeypatch.delitem(sys.modules, name)  # imported again, without what is hidden
-    for module in OPTIONAL:
-        monkeypatch.setitem(sys.modules, module, None)
-    result = made.run(*command)
-    assert result.exit_code == 1
-    assert f"run \"pip install 'handwriting-pipeline[{extra}]'\"" in error_line(result)
+# Each command in one process, where the modules of no extra are there.
+WITHOUT_EXTRAS = f"""
+import json, sys
+sys.modules.update(dict.fromkeys({OPTIONAL}))
+from click.testing import CliRunner
+from pipeline.cli.main import main
+commands = json.loads(sys.argv[1])
+results = [CliRunner().invoke(main, ["--root", sys.argv[2], *command]) for command in commands]
+print(json.dumps([(result.exit_code, result.stderr) for result in results]))
+"""
+NEEDS = {
+    "train": "train; export; package --deploy compose; validate; benchmark --what infer",
+    "report": "report",
+    "web": "web",
+    "batch": "score . --output scored",
+}
+
+
+def test_a_command_whose_extra_is_missing_says_the_line_to_type(made: Chain) -> None:
+    needs = [(extra, line.split()) for extra in NEEDS for line in NEEDS[extra].split("; ")]
+    listed = json.dumps([command for _, command in needs])
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, listed, str(made.root)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    for (extra, words), (code, message) in zip(needs, json.loads(done.stdout), strict=True):
+        assert code == 1, (words, message)
+        assert message.startswith("Error: "), words
+        assert f"run \"pip install 'handwriting-pipeline[{extra}]'\"" in message, words
 
 
 def test_a_module_of_the_package_or_of_no_extra_is_not_blamed_on_one(made: Chain) -> None:

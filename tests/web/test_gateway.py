@@ -763,7 +763,7 @@ def test_without_its_libraries_the_command_names_the_extra(
     monkeypatch.delitem(sys.modules, "pipeline.web.server", raising=False)
     result = empty.run("web")
     assert result.exit_code == 1
-    assert "which is not installed" in error_line(result)
+    assert "pip install 'handwriting-pipeline[web]'" in error_line(result)
     assert "make .venv" in error_line(result)
 
 
