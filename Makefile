@@ -6,7 +6,7 @@ SHELL := /bin/bash
 DATASET ?= mnist
 RECIPE ?= standard
 SEED ?= 0
-# Any of fp32,fp16,int8: a file each, a proof each, a served model each.
+# Any of fp32,fp16,int8,exact: a file each, a proof each, a served model each.
 PRECISION ?= fp32
 # However the PATH of folder:PATH is written, it is one data set, called as the folder.
 ifneq (,$(filter folder:%,$(DATASET)))
@@ -53,7 +53,7 @@ all: prove ## everything: data to a model proven on a real server, on a fresh ma
 data: $(DATA) ## fetch the data set
 train: $(SUMMARY) ## train the network (RECIPE, DATASET, SEED, RUN, NPROC)
 report: $(PAGE) ## write one page about the run: curves, mistakes, calibration
-export: $(ONNX) ## export it to ONNX (NAME, PRECISION=fp32,fp16,int8)
+export: $(ONNX) ## export it to ONNX (NAME, PRECISION=fp32,fp16,int8,exact)
 validate: $(VALIDATION) ## prove what was exported against its module in float64
 package: $(PACKAGED) ## add it to the Triton model repository
 prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
@@ -199,7 +199,7 @@ best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes o
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
 .PHONY: gpu-check prove-processors prove-rebuild prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure prove-folder-unsure
-.PHONY: prove-compare prove-install prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
+.PHONY: prove-exact prove-compare prove-install prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(TOOL).gpu_check tools/results/gpu.json --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
@@ -225,6 +225,9 @@ prove-swap: .venv/done .venv-triton/done data/mnist/train-images-idx3-ubyte ## c
 	OMP_NUM_THREADS=1 $(TOOL).prove_swap tools/results/swap.json 100 100000
 prove-runtimes: $(SUMMARY) | .venv/done ## run what is exported for older Tritons on the ONNX Runtimes inside them (RUN)
 	OMP_NUM_THREADS=1 $(TOOL).prove_runtimes tools/results/runtimes.json $(RUN)
+prove-exact: PRECISION = fp32,exact
+prove-exact: $(PACKAGED) .venv-triton/done ## one digest on every runtime, and planted changes found (NAME)
+	OMP_NUM_THREADS=1 $(TOOL).prove_exact tools/results/exact.json --name $(NAME)
 prove-kill: $(PACKAGED) .venv-triton/done ## kill stub, server and supervisor 20 times, and drain 50 times, under load
 	OMP_NUM_THREADS=1 $(TOOL).prove_kill tools/results/kill.json 20 50
 prove-soak: $(PACKAGED) .venv-triton/done ## 200,000 requests: the server keeps its size

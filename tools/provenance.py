@@ -51,6 +51,7 @@ _MODULES = {
     "export/runtime",
     "install": "client/client client/query cli/command ../tools/prove_install",
     "lowest": "../tools/lowest ../tools/prove_lowest",
+    "exact": "export/exact validation/exact ../tools/prove_exact",
     "native": "validation/rounds validation/servers",
     "gpu": f"training/device {NETWORK} ../tools/gpu_check",
 }

@@ -63,7 +63,7 @@ def _parse_precisions(context: click.Context, parameter: click.Parameter, value:
 @click.option(
     "--calibration",
     type=file_type,
-    help="Images to calibrate int8 of a --module (.npz or .npy).  [default: --images]",
+    help="Images to calibrate int8 and exact of a --module (.npz or .npy).  [default: --images]",
 )
 @click.pass_obj
 def export_command(
@@ -87,7 +87,7 @@ def export_command(
     \b
     Example:
       pipeline export
-      pipeline export --precision fp32,fp16,int8 --target-triton 24.10
+      pipeline export --precision fp32,fp16,int8,exact --target-triton 24.10
       pipeline export --module nets.small:make --images test.npz --name small
       pipeline export --module nets:make --images test.npz --name mine --picture mean=0.5,std=0.2
     """

@@ -19,7 +19,9 @@ LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
 THREADS = (1, 2)
 
 
-def scores_predictor(network: nn.Module, dtype: torch.dtype = torch.float32) -> Predictor:
+def scores_predictor(
+    network: nn.Module, dtype: torch.dtype = torch.float32, has_nnpack: bool = False
+) -> Predictor:
     """Return a predictor of an exact network's scores in eager PyTorch.
 
     Without NNPACK, whose convolution by Winograd computes with fractions, so that it rounds.
@@ -27,7 +29,7 @@ def scores_predictor(network: nn.Module, dtype: torch.dtype = torch.float32) -> 
     copied = copy.deepcopy(network).to(dtype)
 
     def predict_scores(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), torch.backends.nnpack.flags(enabled=False):
+        with torch.inference_mode(), torch.backends.nnpack.flags(enabled=has_nnpack):
             return np.asarray(copied(torch.from_numpy(images))[1])
 
     return predict_scores

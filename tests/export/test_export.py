@@ -138,7 +138,7 @@ def test_variants_are_files_with_the_same_signature_and_another_process_makes_th
 def test_an_unknown_precision_is_wrong_usage_and_named(chain: Chain) -> None:
     result = chain.run("export", "--precision", "fp8")
     assert result.exit_code == 2
-    assert "'fp8' is not one of fp32, fp16, int8" in error_line(result)
+    assert "'fp8' is not one of fp32, fp16, int8, exact" in error_line(result)
 
 
 @pytest.mark.slow

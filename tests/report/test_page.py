@@ -391,10 +391,10 @@ def test_evidence_that_is_none_is_refused_with_4(chain: Chain) -> None:
 def test_all_variants_pass_each_with_its_golden_set_and_the_page_sets_them_beside_fp32(
     chain: Chain,
 ) -> None:
-    chain.record("export", "--precision", "fp32,fp16,int8")
+    chain.record("export", "--precision", "fp32,fp16,int8,exact")
     with short_proofs(2_000):  # of 500, one that changes its class is more than int8 may lose
         record = chain.record("validate")
-    assert [one["precision"] for one in record["variants"]] == ["fp32", "fp16", "int8"]
+    assert [one["precision"] for one in record["variants"]] == ["fp32", "fp16", "int8", "exact"]
     widest = []
     for precision in ("fp32", "fp16", "int8"):
         path = chain.paths.variant_golden(precision)
@@ -402,13 +402,13 @@ def test_all_variants_pass_each_with_its_golden_set_and_the_page_sets_them_besid
     assert widest[0] < widest[1] < widest[2]
     packaged = chain.record("package")["variants"]
     assert [one["name"] for one in packaged] == [
-        *("handwriting", "handwriting-fp16", "handwriting-int8")
+        *("handwriting", "handwriting-fp16", "handwriting-int8", "handwriting-exact")
     ]
     shown, _, arrays = proof_of(chain)
-    assert [row["precision"] for row in shown.rows] == ["fp32", "fp16", "int8"]
+    assert [row["precision"] for row in shown.rows] == ["fp32", "fp16", "int8", "exact"]
     assert arrays["errors_fp32"].max() < arrays["errors_fp16"].max() < arrays["errors_int8"].max()
     text = written(chain)
-    assert text.count("<li>\n<div") == 50 + 3 * WORST
+    assert text.count("<li>\n<div") == 50 + 4 * WORST
     for precision in ("fp32", "fp16", "int8"):
         assert f"<h3>{precision}: errors that come closest to the margin</h3>" in text
 

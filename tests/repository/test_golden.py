@@ -9,10 +9,12 @@ import pytest
 
 from pipeline.core.errors import CheckFailedError, CorruptError
 from pipeline.core.evaluate import Predictor, margins
+from pipeline.core.files import sha256
 from pipeline.repository.golden import (
     Golden,
     choose_golden,
     compare_golden,
+    hash_golden,
     pack_golden,
     unpack_golden,
 )
@@ -205,3 +207,33 @@ def test_bounds_belong_to_their_rows(golden: Golden) -> None:
     assert compare_golden(loose, says(off), (20,)).passed
     off[4] += 0.5
     assert "image 4 differs by 0.5" in compare_golden(loose, says(off), (20,)).problems[0]
+
+
+SCORES = np.arange(40, dtype=np.int32).reshape(20, 2)
+
+
+def test_the_scores_of_an_exact_model_travel_with_its_images(golden: Golden) -> None:
+    exact = replace(golden, scores=SCORES)
+    unpacked = unpack_golden(pack_golden(exact), "it")
+    assert unpacked.scores is not None
+    assert np.array_equal(unpacked.scores, SCORES)
+    assert np.array_equal(exact.select([3, 1]).scores, SCORES[[3, 1]])  # type: ignore[arg-type]
+    assert hash_golden(unpacked) == sha256(SCORES.tobytes())
+    assert hash_golden(golden) is None
+
+
+def test_scores_that_are_not_equal_do_not_pass(golden: Golden) -> None:
+    exact, answers = replace(golden, scores=SCORES), golden.outputs.astype(np.float32)
+    assert compare_golden(exact, says(answers), (7,), says(SCORES)).passed
+    wrong = SCORES + (SCORES == 9)
+    result = compare_golden(exact, says(answers), (7,), says(wrong))
+    expected = "batch size 7: scores: 1 of 20 are not equal, the first is image 4"
+    assert result.problems == (expected,)
+
+
+@pytest.mark.parametrize("scores", [SCORES[:19], SCORES.astype(np.int64)])
+def test_scores_that_do_not_fit_their_images_are_corrupt(
+    golden: Golden, scores: np.ndarray
+) -> None:
+    with pytest.raises(CorruptError, match="its arrays do not fit each other"):
+        unpack_golden(pack_golden(replace(golden, scores=scores)), "it")

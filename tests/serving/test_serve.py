@@ -944,9 +944,11 @@ def test_rows_that_disagree_fail_the_table() -> None:
     good, far = AgreementRow("a", 0.9, 0, 0.0, 1.0), AgreementRow("b", 0.9, 0, 1e-3, 1.0)
     table = Table("m", 1, None, 1, "test", (good, good))
     require_agreement(table, Limits(1e-4, 0))
-    for bad in (far, replace(good, differing=1), replace(good, max_abs_diff=None)):
+    unequal = replace(good, unequal="1 of 9 are not equal, the first is image 3")
+    for bad in (far, replace(good, differing=1), replace(good, max_abs_diff=None), unequal):
         with pytest.raises(CheckFailedError, match="answers differ from the reference"):
             require_agreement(replace(table, rows=(good, bad)), Limits(1e-4, 0))
+    assert "image 3" in str(replace(table, rows=(replace(good, unequal=""), unequal)))
     bad = replace(good, name="grpc://" + "x" * 40, max_abs_diff=None, images_per_second=None)
     text = str(replace(table, rows=(good, bad)))
     assert "not finite" in text

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ OUTPUTS = np.log(np.random.default_rng(0).dirichlet(np.ones(CLASSES), COUNT))
 # An image shows nothing but its index.
 IMAGES = np.arange(COUNT, dtype=np.uint8).reshape(COUNT, 1)
 GOLDEN = Golden(IMAGES, OUTPUTS.argmax(axis=1), OUTPUTS, np.full(COUNT, 1e-4))
+SCORES = np.random.default_rng(0).integers(-(10**6), 10**6, (COUNT, CLASSES), dtype=np.int32)
+EXACT = replace(GOLDEN, scores=SCORES)
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -35,6 +38,8 @@ class Asked(Client):
         self, images: np.ndarray, timeout: float | None = None, output: str = ""
     ) -> tuple[np.ndarray, str]:
         self.sizes.append(len(images))
+        if output == "scores":
+            return self.change(SCORES[images[:, 0]]), "1"
         return self.change(OUTPUTS[images[:, 0]].astype(np.float32)), "1"
 
 
@@ -136,6 +141,23 @@ def test_answers_of_another_shape_or_type_are_wrong(change: Change, said: str) -
     for found in asked(change).values():
         assert said in found.problems[0]
         assert not found.passed
+
+
+def test_scores_that_are_equal_are_said_to_be_so() -> None:
+    for found in ask_golden(Asked(), EXACT):
+        assert (found.passed, found.cells[-1]) == (True, "equal")
+    assert asked(lambda answer: answer)["single"].cells[-1] == "right"
+
+
+def test_scores_that_are_not_equal_are_found_with_their_image() -> None:
+    def change(answer: np.ndarray) -> np.ndarray:
+        return answer + (answer == SCORES[7, 2]) if answer.dtype == np.int32 else answer
+
+    for found in ask_golden(Asked(change), EXACT):
+        assert found.cells[-1] == "WRONG"
+        (problem,) = found.problems
+        assert problem.startswith("scores are not equal in ")
+        assert problem.endswith("the first is image 7")
 
 
 def test_a_server_that_stops_answering_ends_the_round() -> None:
