@@ -412,7 +412,8 @@ class _Converter:
         whole = self.close(given)
         if (whole.scale < 0).any():
             whole = self.round(given, self.as_layer(node, whole), -SIGNED, SIGNED)
-        if tuple(window) == self.seen.shapes[given][1:]:  # faster than a pool
+        is_whole = tuple(window) == self.seen.shapes[given][1:]
+        if is_whole and self.seen.shapes[node][1:] == (1, 1):  # faster than a pool
             new = self.call(torch.amax, whole.node, (2, 3), True)
         else:
             new = self.call(node.target, whole.node, window, *how)
@@ -433,12 +434,8 @@ class _Converter:
     def pool_mean(self, node: fx.Node, stride: Any = (), padding: Any = (), *how: Any) -> _Whole:
         """Return a mean pool as a sum: the count of its window becomes a part of the scale."""
         (given,) = node.all_input_nodes
-        whole, (channels, *side), window = (
-            self.close(given),
-            self.seen.shapes[given],
-            self.window(node),
-        )
-        count = math.prod(window)
+        whole, window = self.close(given), self.window(node)
+        (channels, *side), count = self.seen.shapes[given], math.prod(window)
         largest = count * max(float(bound.abs().max()) for bound in self.bounds.env[whole.node])
         if any(padding) or any(how[:1]) or how[2:] or largest >= LARGEST_SUM:
             raise _refusal(node, "only a plain mean pool can be")
@@ -457,19 +454,17 @@ class _Converter:
 
     def move(self, node: fx.Node, function: Any, *args: Any) -> _Whole:
         """Return whole numbers at other places, with what they stand for."""
-        parts = [
-            self.close(given)
-            for given in node.all_input_nodes[: None if function is torch.cat else 1]
-        ]
-
-        def pick(values: list[Any]) -> Any:
-            return values if function is torch.cat else values[0]
-
-        new = self.call(function, pick([part.node for part in parts]), *args)
-        scale = function(pick([part.scale for part in parts]), *args)
+        is_cat = function is torch.cat
+        given = [each for each in node.all_input_nodes if each in self.values]
+        parts = [self.close(each) for each in (given if is_cat else given[:1])]
+        nodes, scales, offsets = (
+            [getattr(part, name) for part in parts] if is_cat else getattr(parts[0], name)
+            for name in ("node", "scale", "offset")
+        )
+        new, scale = self.call(function, nodes, *args), function(scales, *args)
         if scale.shape != (1, *self.seen.shapes[node]):
             raise _refusal(node, "it moves numbers from one image to another")
-        return _Whole(new, scale, function(pick([part.offset for part in parts]), *args))
+        return _Whole(new, scale, function(offsets, *args))
 
 
 def _name(node: fx.Node) -> str:

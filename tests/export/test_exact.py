@@ -223,6 +223,7 @@ def test_both_factors_of_every_product_have_eleven_bits(network: fx.GraphModule)
         assert isinstance(part, Sums)
         assert 500 < part.weight.abs().max() <= LARGEST_FACTOR
         assert torch.equal(part.weight, part.weight.round())
+        assert not (part.weight.view(torch.int32) & 0x1FFF).any()  # the bits that TF32 drops
 
 
 @pytest.mark.parametrize(
