@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -331,8 +332,8 @@ def test_outside_of_a_clone_pip_installs_what_is_missing(
 @pytest.mark.parametrize(
     ("name", "version", "said"),
     [
-        ("click", "7.0", "click 7.0, but >=8.2 is needed"),
-        ("torch", "1.13.1", "torch 1.13.1, but >=2.9 is needed"),
+        ("click", "7.0", r"click 7\.0, but >=8\.\d is needed"),
+        ("torch", "1.13.1", r"torch 1\.13\.1, but >=2\.9 is needed"),
     ],
 )
 def test_packages_that_do_not_fit_are_a_problem(
@@ -340,7 +341,8 @@ def test_packages_that_do_not_fit_are_a_problem(
 ) -> None:
     distribution(planted, name, version)
     check = quick_check("packages")
-    assert (check.level, check.found) == ("problem", said)
+    assert check.level == "problem"
+    assert re.fullmatch(said, check.found)
     assert "make .venv" in check.fix
 
 
