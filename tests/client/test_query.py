@@ -365,7 +365,7 @@ results = [CliRunner().invoke(main, ["--root", sys.argv[2], *command]) for comma
 print(json.dumps([(result.exit_code, result.stderr) for result in results]))
 """
 NEEDS = {
-    "train": "train; export; package --deploy compose; validate; benchmark --what infer",
+    "train": "train; export; package --deploy compose; validate",
     "report": "report",
     "web": "web",
     "batch": "score . --output scored",
