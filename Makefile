@@ -9,10 +9,12 @@ SEED ?= 0
 # Any of fp32,fp16,int8,exact: a file each, a proof each, a served model each.
 PRECISION ?= fp32
 # However the PATH of folder:PATH is written, it is one data set, called as the folder.
-ifneq (,$(filter folder:%,$(DATASET)))
-override DATASET := folder:$(abspath $(patsubst folder:%,%,$(DATASET)))
+JOINED := $(if $(filter mnist+folder:%,$(DATASET)),mnist)
+IS_FOLDER := $(filter folder:% mnist+folder:%,$(DATASET))
+ifneq (,$(IS_FOLDER))
+override DATASET := $(if $(JOINED),mnist+)folder:$(abspath $(patsubst folder:%,%,$(DATASET:mnist+%=%)))
 endif
-SET := $(if $(filter folder:%,$(DATASET)),$(notdir $(DATASET)),$(DATASET))
+SET := $(if $(IS_FOLDER),$(if $(JOINED),mnist-)$(notdir $(DATASET)),$(DATASET))
 # A model of MNIST is called handwriting, any other as its data set.
 RUN ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))
 NAME ?= $(if $(filter mnist,$(DATASET)),handwriting,$(SET))
@@ -62,7 +64,7 @@ prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agre
 		'pipeline serve --detach' 'pipeline web$(NAME_OPTION)'
 
 # A folder of pictures is looked through each time; its files stay as they are unless it changed.
-$(DATA) &: $(if $(filter folder:%,$(DATASET)),FORCE) | .venv/done
+$(DATA) &: $(if $(IS_FOLDER),FORCE) | .venv/done
 	$(PIPELINE) data fetch --dataset '$(DATASET)'
 
 $(SUMMARY): $(DATA) runs/$(RUN)/.settings | .venv/done
@@ -198,7 +200,7 @@ screenshot: $(PACKAGED) .venv-triton/done ## take the README's picture of the pa
 best: $(DATA) | .venv/done ## train the best recipe as a run called best; goes on where it stopped
 	$(PIPELINE) train --dataset $(DATASET) --recipe best --run best --resume
 
-.PHONY: gpu-check prove-processors prove-rebuild prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure prove-folder-unsure
+.PHONY: gpu-check prove-processors prove-rebuild prove-resume prove-runtimes prove-best prove-training prove-serving prove-photos prove-unsure prove-folder-unsure prove-finetune
 .PHONY: prove-exact prove-compare prove-install prove-lint prove-swap prove-kill prove-soak prove-native prove-gateway prove-score
 gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a GPU, and sign for it (SIGNED='your name')
 	$(TOOL).gpu_check tools/results/gpu.json --signed-off-by "$(SIGNED)"
@@ -215,6 +217,8 @@ prove-unsure: .venv/done data/mnist/train-images-idx3-ubyte ## show an exported 
 	$(TOOL).prove_unsure tools/results/unsure.json --name $(NAME)
 prove-folder-unsure: .venv/done data/mnist/train-images-idx3-ubyte ## show models of a folder of letters what is no letter
 	OMP_NUM_THREADS=1 $(TOOL).prove_folder_unsure tools/results/folder_unsure.json
+prove-finetune: .venv/done data/mnist/train-images-idx3-ubyte ## fine-tune with 20 samples of each digit of a new hand, three seeds
+	OMP_NUM_THREADS=1 $(TOOL).prove_finetune tools/results/finetune.json
 prove-resume: .venv/done data/mnist/train-images-idx3-ubyte ## kill training 100 times, 30 of them inside a write
 	OMP_NUM_THREADS=1 $(TOOL).prove_resume tools/results/resume.json 100 30
 prove-processors: .venv/done data/mnist/train-images-idx3-ubyte ## train as on older processors, and compare the weights' bytes

@@ -47,6 +47,8 @@ _MODULES = {
     "unsure": f"training/recipes {NETWORK} core/evaluate ../tools/nondigits {RULES}",
     "folder_unsure": f"training/recipes {NETWORK} core/evaluate data/folders ../tools/nondigits "
     "../tools/prove_folder_unsure",
+    "finetune": f"training/recipes {NETWORK} training/run training/checkpoint data/folders "
+    f"data/splits {RULES} ../tools/prove_finetune",
     "score": "scoring/source scoring/parquet scoring/worker scoring/cluster scoring/job "
     "export/runtime",
     "install": "client/client client/query cli/command ../tools/prove_install",

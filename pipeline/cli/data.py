@@ -58,7 +58,7 @@ def fetch_data_command(
     is_folder = dataset.startswith(FOLDER)
     if is_folder and source_of("source") == ParameterSource.COMMANDLINE:
         raise click.UsageError("--from is not for folder:PATH: leave it out")
-    if not is_folder and source_of("skip_unreadable") == ParameterSource.COMMANDLINE:
+    if FOLDER not in dataset and source_of("skip_unreadable") == ParameterSource.COMMANDLINE:
         raise click.UsageError("--skip-unreadable is only for folder:PATH: leave it out")
     if is_folder:
         source = None  # the environment's is for other data sets

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pipeline.core.errors import PipelineError
-from pipeline.core.paths import FOLDER, NAME_RULE, TAKEN, data_name, is_name, list_names
+from pipeline.core.paths import FOLDER, JOINED, NAME_RULE, TAKEN, data_name, is_name, list_names
 from pipeline.data.catalog import DATASETS, DEFAULT_DATASET
 
 # Types of options and arguments.
@@ -36,16 +36,17 @@ seconds_type = Number(min=0, min_open=True)
 
 
 def parse_dataset(value: str) -> str:
-    """Parse a data set's name: one of the catalog, or `folder:` and a path, made absolute."""
+    """Parse a data set's name: one of the catalog, or a prefix and a path, made absolute."""
     if value in DATASETS:
         return value
-    path = value.removeprefix(FOLDER)
+    prefix = JOINED if value.startswith(JOINED) else FOLDER
+    path = value.removeprefix(prefix)
     if not path or path == value:
-        valid = list_names(value, [*DATASETS, f"{FOLDER}PATH"])
+        valid = list_names(value, [*DATASETS, f"{FOLDER}PATH", f"{JOINED}PATH"])
         fix = f"{FOLDER}PATH is a folder of pictures"
         raise click.BadParameter(f"{value!r} is not a data set: {fix}; {valid}")
     # Not resolved: a link gives a folder another name.
-    dataset = FOLDER + os.path.abspath(os.path.expanduser(path))
+    dataset = prefix + os.path.abspath(os.path.expanduser(path))
     name = data_name(dataset)
     fix = "rename the folder, or link to it under another name (ln -s)"
     if not is_name(name):
@@ -70,9 +71,9 @@ name_option = click.option("--name", help="Name of the model.  [default: handwri
 dataset_option = click.option(
     "--dataset",
     type=parse_dataset,
-    metavar=f"[{'|'.join(DATASETS)}|{FOLDER}PATH]",
+    metavar=f"[{'|'.join(DATASETS)}|{FOLDER}PATH|{JOINED}PATH]",
     default=DEFAULT_DATASET,
-    help="Data set, or a folder with a folder of pictures for each class.",
+    help="Data set, folder with a folder of pictures for each class, or MNIST and such a folder.",
 )
 log_option = click.option(
     "--prediction-log", type=path_type, help="File to append predictions to, for 'pipeline drift'."
@@ -100,6 +101,8 @@ def settings_options(
             elif kind is None and "limits" in hints:
                 number = Number if item.type is float else click.IntRange
                 kind = number(**asdict(hints["limits"]))
+            elif hints.get("unit") == "DIR":
+                kind = click.Path(file_okay=False)
             if base:
                 value = getattr(base[1], item.name)
                 shown = ",".join(map(str, value)) if isinstance(value, tuple) else value

@@ -47,6 +47,7 @@ def train_command(
     seed: int,
     device: str,
     compiled: bool,
+    init: str,
     save_every: int,
     resume: bool,
     **changes: Any,
@@ -57,20 +58,35 @@ def train_command(
     done, unless --epochs is given. A finished run of the same name is moved to previous/ in its
     folder and replaces the one there.
 
+    With --init, it starts from another run's weights, with that run's recipe, a quarter of its
+    learning rate, and at most 2 epochs.
+
     \b
     Example:
       pipeline train
+      pipeline train --init handwriting --dataset mnist+folder:own
       pipeline train --recipe baseline --run yardstick --resume
     """
-    from pipeline.training.run import read_run_config, train_run
+    from pipeline.training.checkpoint import load_checkpoint
+    from pipeline.training.recipes import tune_recipe
+    from pipeline.training.run import format_parts, read_run_config, train_run
 
     paths = paths_of(settings, run=run or model_name(dataset))
-    values = make_recipe(recipe, dataset, **changes)
+    source_of = click.get_current_context().get_parameter_source
+    digest = ""
+    if init:
+        start = load_checkpoint(paths.of_run(init))
+        if source_of("recipe") != ParameterSource.DEFAULT and recipe != start.config.recipe:
+            own = f"that of run {init} is {start.config.recipe}"
+            raise click.UsageError(f"--init takes its run's recipe, and {own}: leave out --recipe")
+        recipe, digest = start.config.recipe, start.summary.weights_sha256
+        values = tune_recipe(start.config.settings, dataset, **changes)
+    else:
+        values = make_recipe(recipe, dataset, **changes)
     if changes["epochs"] is None:
         values = replace(values, epochs=choose_epochs(values, dataset, paths.data(dataset)))
-    config = TrainConfig(recipe, values, dataset, seed, device, compiled)
-    source_of = click.get_current_context().get_parameter_source
-    deciding = ("recipe", "seed", "device", "compiled", *changes)
+    config = TrainConfig(recipe, values, dataset, seed, device, compiled, init, digest)
+    deciding = ("recipe", "seed", "device", "compiled", "init", *changes)
     if resume and all(source_of(name) == ParameterSource.DEFAULT for name in deciding):
         config = read_run_config(paths) or config
     say, update = settings.say, settings.update
@@ -88,6 +104,7 @@ def train_command(
     text = Lines(
         f"test accuracy {summary.test_accuracy:.2%} after {summary.train_seconds:.1f} s of "
         f"training ({summary.parameters:,} parameters, {summary.device})",
+        *format_parts(summary.parts),
         f"wrote {paths.weights}",
     )
     settings.result(asdict(summary), text, f"pipeline export{option}")

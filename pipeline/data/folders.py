@@ -13,8 +13,8 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import locked, read_json, sha256
-from pipeline.core.paths import FOLDER
-from pipeline.core.signature import IMAGES, is_label, pictures_of
+from pipeline.core.paths import FOLDER, JOINED
+from pipeline.core.signature import IMAGES, MNIST_CLASSES, is_label, pictures_of
 from pipeline.core.text import Lines
 from pipeline.data.catalog import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 from pipeline.data.splits import RECORD, Report, is_intact, record_dataset
@@ -53,12 +53,13 @@ def import_folder(
 ) -> Path:
     """Import the pictures of the data set `folder:PATH` into `cache` as four IDX files; return it.
 
-    Writes nothing when these pictures were imported before. Raises PipelineError that lists the
+    For `mnist+folder:PATH`, the classes are MNIST's, and the folder may lack some of them. Writes
+    nothing when these pictures were imported before. Raises PipelineError that lists the
     problems of the folder; with `skip_unreadable`, pictures that cannot be read, or show nothing,
     are reported and left out. Progress goes to `update`, steps go to `report`.
     """
-    folder = Path(dataset.removeprefix(FOLDER))
-    classes, pictures = _list_pictures(folder, report)
+    folder = Path(dataset.partition(FOLDER)[2])
+    classes, pictures = _list_pictures(dataset, report)
     names = [f"{classes[label]}/{name}" for label, name in pictures]
     labels = np.array([label for label, _ in pictures], np.uint8)
     digests, unreadable = _hash_pictures(folder, names, labels, update)
@@ -74,7 +75,7 @@ def import_folder(
         report(Lines(f"skipped {len(unreadable)} pictures of {folder}:", *unreadable.values()))
     used = [place for place in range(len(names)) if place not in unreadable]
     images, labels, digests = images[used], labels[used], [digests[place] for place in used]
-    parts = _assign_splits(folder, classes, labels, digests)
+    parts = _assign_splits(dataset, classes, labels, digests)
     order = np.argsort(parts, kind="stable")  # train, validation, test
     images, labels = images[order], labels[order]
     counts = [int(np.sum(parts == part)) for part in range(len(SPLITS))]
@@ -108,11 +109,14 @@ def _is_cached(dataset: str, cache: Path, state: str, report: Report) -> bool:
     return is_intact(dataset, cache, report)
 
 
-def _list_pictures(folder: Path, report: Report) -> tuple[tuple[str, ...], list[Picture]]:
+def _list_pictures(dataset: str, report: Report) -> tuple[tuple[str, ...], list[Picture]]:
     """Return the sorted classes of a folder, and its pictures sorted by class and file name.
 
-    Raises PipelineError that lists the problems of the folder.
+    The classes are MNIST's if the folder is joined with it: another name there is a mistake, since
+    training on MNIST shows letters and signs as images of no class. Raises PipelineError that lists
+    the problems of the folder.
     """
+    folder, is_joined = Path(dataset.partition(FOLDER)[2]), dataset.startswith(JOINED)
     if not folder.is_dir():
         fix = "name a folder that has a folder of pictures for each class"
         raise PipelineError(f"{folder} is not a folder: {fix}")
@@ -120,16 +124,21 @@ def _list_pictures(folder: Path, report: Report) -> tuple[tuple[str, ...], list[
     ignored: list[str] = []
     pictures: list[Picture] = []
     entries = _list_visible(folder)
-    classes = tuple(path.name for path in entries if path.is_dir())
+    names = tuple(path.name for path in entries if path.is_dir())
+    classes = MNIST_CLASSES if is_joined else names
     for path in entries:
         if not path.is_dir() and path.suffix.lower() in SUFFIXES:
             problems.append(f"{path.name} is in no folder of a class: move it into one")
         elif not path.is_dir():
             ignored.append(path.name)
-    if not 2 <= len(classes) <= MAX_CLASSES:
-        shown = f"there are {len(classes)} ({', '.join(classes[:SHOWN])})"
-        problems.append(f"2 to {MAX_CLASSES} folders of classes are needed, {shown}")
-    for label, name in enumerate(classes):
+    if not (least := 2 - is_joined) <= len(names) <= MAX_CLASSES:
+        shown = f"there are {len(names)} ({', '.join(names[:SHOWN])})"
+        problems.append(f"{least} to {MAX_CLASSES} folders of classes are needed, {shown}")
+    for name in names:
+        if name not in classes:
+            fix = "rename the folder, or train on it alone (--dataset folder:PATH)"
+            problems.append(f"{name!r} is not one of MNIST's classes, 0 to 9: {fix}")
+            continue
         if not is_label(name):
             problems.append(f"{name!r} has characters that no label can have: rename the folder")
         before = len(pictures)
@@ -137,7 +146,7 @@ def _list_pictures(folder: Path, report: Report) -> tuple[tuple[str, ...], list[
             if path.is_dir():
                 problems.append(f"{name}/{path.name} is a folder in a class: move its pictures up")
             elif path.suffix.lower() in SUFFIXES:
-                pictures.append((label, path.name))
+                pictures.append((classes.index(name), path.name))
             else:
                 ignored.append(f"{name}/{path.name}")
         if len(pictures) == before:
@@ -193,20 +202,22 @@ def _format_progress(done: int, count: int, clock: float) -> str:
 
 
 def _assign_splits(
-    folder: Path, classes: tuple[str, ...], labels: np.ndarray, digests: list[bytes]
+    dataset: str, classes: tuple[str, ...], labels: np.ndarray, digests: list[bytes]
 ) -> np.ndarray:
     """Return the index of each picture's split in SPLITS, uint8 (N,).
 
     A digest is a number, uniform between 0 and 2^256: in each class the lowest are for test, the
     next for validation, at least one for each split. Raises PipelineError for classes with fewer
-    than 3 different pictures.
+    than 3 different pictures; if the folder is joined with MNIST, these are all for training.
     """
     problems: list[str] = []
     parts: dict[bytes, int] = {}
     for label, name in enumerate(classes):
         distinct = sorted({digests[place] for place in np.flatnonzero(labels == label)})
         if len(distinct) < len(SPLITS):
-            problems.append(f"{name} needs 3 different pictures, it has {len(distinct)}")
+            if not dataset.startswith(JOINED):
+                problems.append(f"{name} needs 3 different pictures, it has {len(distinct)}")
+            parts |= dict.fromkeys(distinct, 0)
             continue
         chances = [int.from_bytes(digest[:8], "big") / 2**64 for digest in distinct]
         tests = sum(chance < TEST_SHARE for chance in chances)
@@ -215,7 +226,7 @@ def _assign_splits(
         held_out = min(max(tests + 1, held_out), len(distinct) - 1)
         for place, digest in enumerate(distinct):
             parts[digest] = 2 if place < tests else 1 if place < held_out else 0
-    _require_none(folder, problems)
+    _require_none(Path(dataset.partition(FOLDER)[2]), problems)
     return np.array([parts[digest] for digest in digests], np.uint8)
 
 

@@ -12,29 +12,32 @@ import numpy as np
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import check_digest, read_json, remove, write_bytes, write_json
-from pipeline.core.paths import FOLDER, data_name, list_names
+from pipeline.core.paths import FOLDER, JOINED, data_name, list_names
 from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Dataset
 
 # Shape letters: N images.
 
 Report = Callable[[str], None]
 RECORD = "dataset.json"  # next to the files of a data set that has no published digests
+# Of the training images of MNIST joined with a folder, the share that the folder's are repeated to.
+OWN_SHARE = 0.1
 
 
 def find_dataset(name: str, folder: Path | None = None) -> Dataset:
     """Return the data set called `name`; raise PipelineError that lists them if it is unknown.
 
-    A data set without published digests is read from `dataset.json` in `folder`, its cache.
+    A data set without published digests is read from `dataset.json` in `folder`, its cache. For
+    MNIST joined with a folder, that is the folder's part.
     """
-    if name not in DATASETS and not name.startswith(FOLDER):
-        choices = list_names(name, [*DATASETS, f"{FOLDER}PATH"])
+    if name not in DATASETS and not name.startswith((FOLDER, JOINED)):
+        choices = list_names(name, [*DATASETS, f"{FOLDER}PATH", f"{JOINED}PATH"])
         raise PipelineError(f"{name!r} is not a data set: {choices}")
     row = DATASETS.get(name)
     if row and not row.downloads:
         return row
     folder, fix = folder or Path("data") / data_name(name), fetch_command(name)
     path = folder / RECORD
-    if not (path.exists() or row or Path(name.removeprefix(FOLDER)).is_dir()):
+    if not (path.exists() or row or Path(name.partition(FOLDER)[2]).is_dir()):
         cached = sorted(file.parent.name for file in folder.parent.glob(f"*/{NAMES[0]}"))
         raise PipelineError(
             f"{name} is not a folder; {list_names(folder.name, cached)} in the cache"
@@ -93,8 +96,14 @@ class Split:
 
 
 def digests(dataset: str, folder: Path | None = None) -> dict[str, str]:
-    """Return the SHA-256 that each file of the data set must have; `folder` is its cache."""
-    return {file.name: file.sha256 for file in find_dataset(dataset, folder).files}
+    """Return the SHA-256 that each file of the data set must have; `folder` is its cache.
+
+    The names of files in another cache are relative to `folder`.
+    """
+    files = {file.name: file.sha256 for file in find_dataset(dataset, folder).files}
+    if not dataset.startswith(JOINED):
+        return files
+    return {f"../mnist/{name}": digest for name, digest in digests("mnist").items()} | files
 
 
 def verify(dataset: str, folder: Path) -> dict[str, str]:
@@ -102,6 +111,8 @@ def verify(dataset: str, folder: Path) -> dict[str, str]:
 
     Raises PipelineError when a file is missing and CorruptError when its content is wrong.
     """
+    if dataset.startswith(JOINED):
+        verify("mnist", folder.parent / "mnist")
     for file in find_dataset(dataset, folder).files:
         read_cached(folder, file, fetch_command(dataset))
     return digests(dataset, folder)
@@ -153,12 +164,11 @@ def read_idx(content: bytes, path: Path, fix: str) -> np.ndarray:
 def load_split(dataset: str, folder: Path, name: str) -> Split:
     """Load the split `name` (train, validation or test) from the cached files in `folder`.
 
-    The digest is computed from the same bytes that become the split. Raises PipelineError when a
-    file is missing and CorruptError when its content is wrong.
+    The digest is computed from the same bytes that become the split. Of MNIST joined with a folder,
+    MNIST's images come first; the folder's are repeated in the training split if they are few.
+    Raises PipelineError when a file is missing and CorruptError when its content is wrong.
     """
     row = find_dataset(dataset, folder)
-    end = -row.validation
-    part = {"train": slice(end), "validation": slice(end, None), "test": slice(None)}[name]
     images_file, labels_file = files = row.files[2:] if name == "test" else row.files[:2]
     fix = fetch_command(dataset)
     images, labels = (
@@ -171,9 +181,18 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
     if (highest := int(labels.max(initial=0))) >= len(row.classes):
         path = folder / labels_file.name
         raise CorruptError(f"{path} has label {highest}, for {len(row.classes)} classes: {fix}")
+    end = len(labels) - row.validation
+    part = {"train": slice(end), "validation": slice(end, None), "test": slice(None)}[name]
     # A copy of the part, so that the rest of the file does not stay in memory.
-    images = images[part].copy()[:, np.newaxis]  # (N, 1, 28, 28)
-    return Split(images, labels[part].astype(np.int64), row.classes)
+    images, labels = images[part].copy()[:, np.newaxis], labels[part].astype(np.int64)
+    if dataset.startswith(JOINED):
+        base = load_split("mnist", folder.parent / "mnist", name)
+        if name == "train":
+            times = max(1, round(OWN_SHARE / (1 - OWN_SHARE) * len(base) / max(1, len(labels))))
+            images, labels = np.repeat(images, times, axis=0), np.repeat(labels, times)
+        images = np.concatenate([base.images, images])
+        labels = np.concatenate([base.labels, labels])
+    return Split(images, labels, row.classes)  # images (N, 1, 28, 28)
 
 
 def load_scored_split(

@@ -103,6 +103,10 @@ def rebuild_release(
         )
     with tempfile.TemporaryDirectory(prefix="pipeline-rebuild-") as folder:
         scratch = Paths(Path(folder), data_folder=paths.data(config.dataset).parent)
+        if config.init:  # its weights, whose digest the training checks
+            scratch.runs.mkdir()
+            start = paths.of_run(config.init).run_folder.resolve()
+            scratch.of_run(config.init).run_folder.symlink_to(start)
         torch.set_num_threads(facts.get("threads") or threads)
         try:
             train_run(scratch, config, report=report, on_epoch=update, on_step=update)

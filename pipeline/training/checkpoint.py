@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Summary:
     processes: int | None = None  # that trained together; older runs lack this and the next two
     processor: str | None = None
     instructions: str | None = None  # of vectors, that the libraries used: see device.py
+    # Of each part of the test split, if it is joined of two: the images, and the accuracy on them.
+    parts: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,22 @@ def load_checkpoint(paths: Paths) -> Checkpoint:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CorruptError(f"{paths.weights} is not a valid checkpoint: {RETRAIN}") from error
     return Checkpoint(model.eval(), config, classes, summary)
+
+
+def start_from(start: Checkpoint, config: TrainConfig, classes: Sequence[str]) -> RunState:
+    """Return the state before the first step of a run that starts from a finished run's weights.
+
+    The last layer is new, from the config's seed, if the classes or its shape differ.
+    """
+    torch.manual_seed(config.seed)
+    tensors = build(config.settings, len(classes)).state_dict()  # with a temperature of 1
+    weights = start.model.state_dict()
+    head = [name for name, _ in start.model.named_parameters()][-2:]  # weight and bias
+    is_same = start.classes == tuple(classes) and weights[head[1]].shape == tensors[head[1]].shape
+    left = {"temperature"} if is_same else {"temperature", *head}
+    tensors |= {name: value for name, value in weights.items() if name not in left}
+    copies = {f"{copy}.{n}": tensors[n] for copy in ("model", "average.module") for n in tensors}
+    return RunState(0, 0.0, {**copies, "average.n_averaged": torch.tensor(0)})
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

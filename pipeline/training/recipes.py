@@ -152,6 +152,8 @@ class TrainConfig:
     seed: int = setting(0, "Seed of all random numbers.", limits=Limits(0, 2**31 - 1))
     device: str = setting("auto", _DEVICE, choices=("auto", "cpu", "cuda"))  # device.py decides
     compiled: bool = setting(False, "Use torch.compile: faster for long runs on a GPU.")
+    init: str = setting("", "Finished run whose weights to start from: fine-tuning.", unit="RUN")
+    init_sha256: str = ""  # of its weights
 
     def __post_init__(self) -> None:
         require_valid(self)
@@ -165,7 +167,7 @@ class TrainConfig:
 
     def record(self) -> dict[str, Any]:
         """Return this config as JSON-ready values."""
-        record = asdict(self)
+        record = {key: value for key, value in asdict(self).items() if value != ""}
         settings = record["settings"]
         # 7 is written as 7.0, as it is read: the files of weights have this record.
         settings |= {f.name: float(settings[f.name]) for f in fields(Recipe) if f.type is float}
@@ -182,7 +184,7 @@ class TrainConfig:
 
 def _has_outliers(dataset: str) -> bool:
     """Return whether there are outliers for the classes of the data set."""
-    return dataset == "mnist" or dataset.startswith(FOLDER)
+    return dataset == "mnist" or FOLDER in dataset
 
 
 def make_recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
@@ -196,6 +198,27 @@ def make_recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:
         defaults = {**defaults, "outliers": 0.0}
     given = {key: value for key, value in changes.items() if value is not None}
     return replace(RECIPES[name], **{**defaults, **given})
+
+
+FINE_EPOCHS, FINE_RATE = 2.0, 0.25  # fine-tuning: epochs at most, part of the learning rate
+
+
+def tune_recipe(start: Recipe, dataset: str, **changes: Any) -> Recipe:
+    """Return the recipe to fine-tune a network that was trained by the recipe `start`.
+
+    It has a quarter of its learning rate, at most 2 epochs, and some fields changed; a change to
+    None is ignored. Raises PipelineError if the network would be another one.
+    """
+    given = {key: value for key, value in changes.items() if value is not None}
+    lr, epochs = FINE_RATE * start.lr, min(FINE_EPOCHS, start.epochs)
+    outliers = start.outliers if _has_outliers(dataset) else 0.0
+    tuned = replace(start, **{"lr": lr, "epochs": epochs, "outliers": outliers, **given})
+    for field in ("network", "channels", "padded"):
+        wanted, trained = getattr(tuned, field), getattr(start, field)
+        if wanted != trained:
+            wrong = f"--init starts from a network with {field} {trained}, not {wanted}"
+            raise SettingError(f"{wrong}: leave out --{field}, or train without --init")
+    return tuned
 
 
 MIN_STEPS = 400  # steps of a training on few pictures

@@ -10,12 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.files import (
-    clear_temporary,
-    remove,
-    write_bytes,
-    write_json,
-)
+from pipeline.core.files import clear_temporary, remove, write_bytes, write_json
 from pipeline.core.paths import Paths
 from pipeline.training.checkpoint import RunState, load_state, save_state
 from pipeline.training.loop import TrainingProgress

@@ -1,5 +1,7 @@
 """Training of a run in its folder: records, resume, and one evaluation on the test split."""
 
+# Shape letters: N images, K classes.
+
 import contextlib
 import platform
 import signal
@@ -10,13 +12,15 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.core import evaluate
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_record, write_json
 from pipeline.core.machine import machine
-from pipeline.core.paths import Paths
+from pipeline.core.paths import JOINED, Paths, data_name
+from pipeline.core.text import Lines
 from pipeline.data.splits import digests, load_split
 from pipeline.training import checkpoint, device
 from pipeline.training.device import Placement, choose_placement, process_group
@@ -64,6 +68,8 @@ def train_run(
     """
     if resume and paths.summary.exists():
         return _load_finished(paths, config)
+    if config.init == paths.run:
+        raise PipelineError(f"run {config.init} cannot start from itself: choose another --run")
     placement = choose_placement(config.device)
     folder = paths.data(config.dataset)
     with process_group(placement):
@@ -81,6 +87,7 @@ def train_run(
             if resume:
                 start = f"after step {state.step}" if state else "from the start: no checkpoint yet"
                 report(f"resuming {start}")
+            state = state or _start(paths, config, train_split.classes, report)
             with deferred_interrupt() as is_stopped:
                 callbacks = (records.progress, records.save, is_stopped)
                 model, last = train(*inputs, state, *callbacks, save_every)
@@ -88,9 +95,53 @@ def train_run(
             records.close()
         else:
             state = checkpoint.load_state(paths, identity) if resume else None
+            state = state or _start(paths, config, train_split.classes, lambda line: None)
             with deferred_interrupt() as is_stopped:
                 train(*inputs, state, is_stopped=is_stopped)
     return _load_finished(paths, config)
+
+
+def _start(
+    paths: Paths, config: TrainConfig, classes: tuple[str, ...], report: Callable[[str], None]
+) -> checkpoint.RunState | None:
+    """Return the state to start from the config's finished run, or None if it names no run."""
+    if not config.init:
+        return None
+    start = checkpoint.load_checkpoint(paths.of_run(config.init))
+    if start.summary.weights_sha256 != config.init_sha256:
+        changed = f"run {config.init} was trained again since this run started from it"
+        raise PipelineError(f"{changed}: {checkpoint.START_OVER}")
+    report(f"starting from the weights of run {config.init} ({config.init_sha256[:12]})")
+    if start.classes != classes:
+        new = f"the last layer starts from random weights, for {len(classes)} classes"
+        report(f"the classes differ from those of run {config.init}: {new}")
+    elif config.dataset.startswith(JOINED):
+        test = load_split(config.dataset, paths.data(config.dataset), "test")
+        outputs = evaluate.predict(eager_predictor(start.model), test.images)
+        report(Lines("before:", *format_parts(_score_parts(config, outputs, test.labels))))
+    return checkpoint.start_from(start, config, classes)
+
+
+def _score_parts(
+    config: TrainConfig, outputs: np.ndarray, labels: np.ndarray
+) -> dict[str, tuple[int, float]]:
+    """Return the images and the accuracy of log-probabilities (N, K), on MNIST and on the folder.
+
+    Of a data set that is not joined, there are no parts; a folder may have no test images.
+    """
+    if not config.dataset.startswith(JOINED):
+        return {}
+    is_right, end = outputs.argmax(axis=1) == labels, 10_000  # MNIST's come first
+    parts = {"mnist": is_right[:end], data_name(config.dataset): is_right[end:]}
+    return {name: (len(part), float(part.mean())) for name, part in parts.items() if len(part)}
+
+
+def format_parts(parts: dict[str, tuple[int, float]]) -> list[str]:
+    """Return a line for the accuracy on each part of a joined test split."""
+    return [
+        f"  {accuracy:.2%} of the {count:,} test images of {name}"
+        for name, (count, accuracy) in parts.items()
+    ]
 
 
 def _conclude(
@@ -150,6 +201,7 @@ def _conclude(
         processes=placement.processes,
         processor=machine()["machine"]["processor"],
         instructions=device.describe_instructions(),
+        parts=_score_parts(config, outputs, test.labels),
     )
     write_json(paths.summary, asdict(summary))
 
@@ -163,14 +215,12 @@ def read_run_config(paths: Paths) -> TrainConfig | None:
 
 def run_identity(paths: Paths, config: TrainConfig, placement: Placement) -> dict[str, Any]:
     """Return all that decides the weights bit for bit; a resume under another one is refused."""
+    record = config.record()
     return {
-        **config.record()["settings"],
-        "recipe": config.recipe,
-        "dataset": config.dataset,
-        "seed": config.seed,
+        **record.pop("settings"),
+        **record,
         "device": placement.device.type,
         "precision": str(placement.precision),
-        "compiled": config.compiled,
         "processes": placement.processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

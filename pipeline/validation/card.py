@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.core.paths import FOLDER, Paths
+from pipeline.core.paths import FOLDER, JOINED, Paths
 from pipeline.core.signature import pictures_of
 from pipeline.training.recipes import TrainConfig
 from pipeline.validation.compare import format_ratio
@@ -34,7 +34,8 @@ def render_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> s
         validation=validation,
         training=training,
         # Its name on the Hugging Face Hub, or ours; a local folder has no name.
-        dataset=None if dataset.startswith(FOLDER) else HUB.get(dataset, dataset),
+        dataset=None if FOLDER in dataset else HUB.get(dataset, dataset),
+        folder=f"{'MNIST and ' * dataset.startswith(JOINED)}a local folder of pictures",
         pictures=pictures_of(dataset) if training else manifest.get("pictures", "arrays"),
         # docs/results.md has photos and non-digits for the standard recipe on MNIST, no other.
         is_measured=training and training["settings"] == TrainConfig().record()["settings"],

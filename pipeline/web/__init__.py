@@ -1,8 +1,9 @@
 """The page to draw on, and the gateway between it and Triton.
 
 Read `gateway.py` first, then `guard.py` and `limits.py`, which refuse requests from other sites,
-too large pictures and too many requests; `page/` is what the browser gets. Only this room uses
-starlette. It trusts no input, and never reveals Triton's own port.
+too large pictures and too many requests; `collect.py` stores what is corrected on the page, which
+is in `page/`. Only this room uses starlette. It trusts no input, and never reveals Triton's own
+port.
 """
 
 from typing import TYPE_CHECKING

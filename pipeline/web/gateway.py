@@ -5,7 +5,7 @@ import base64
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +20,10 @@ from starlette.routing import Route
 
 from pipeline.client.log import PredictionLog
 from pipeline.core.errors import PipelineError
+from pipeline.core.paths import list_names
 from pipeline.images.read import LARGE, BlankError, Prepared, prepare_picture, to_picture
 from pipeline.repository import config_pbtxt
+from pipeline.web.collect import store_picture
 from pipeline.web.guard import Guard, RequestCounters, host_names, stated_length
 from pipeline.web.limits import MAX_BYTES, FullError, RefusedError, Room, check_picture, client_of
 from pipeline.web.link import Link
@@ -47,7 +49,7 @@ class Ticket:
     client: str
     held: int = 0  # bytes
     has_place: bool = False
-    job: "Future[Prepared] | None" = None  # a thread that has begun cannot be stopped
+    job: "Future[Any] | None" = None  # a thread that has begun cannot be stopped
 
     async def read_body(self, request: Request) -> bytes:
         """Return the body; raise RefusedError as soon as it is too long or there is no room."""
@@ -96,6 +98,8 @@ class Gateway:
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
         ]
+        if self.config.collect:
+            routes.append(Route("/collect", self.collect, methods=["POST"]))
         for file in sorted(PAGE.iterdir()):  # kept in memory
             if file.suffix in TYPES:
                 path = "/" if file.name == "index.html" else f"/{file.name}"
@@ -131,7 +135,8 @@ class Gateway:
         except PipelineError as error:
             return {"ready": False, "model": model, "error": str(error)}
         record = {"ready": True, "model": model, "version": answer.version, "sha256": answer.sha256}
-        return {**record, "classes": config_pbtxt.classes(config)}
+        record |= {"classes": config_pbtxt.classes(config), "collects": bool(self.config.collect)}
+        return record
 
     async def metrics(self, request: Request) -> Response:
         """Answer with the metrics for Prometheus."""
@@ -140,26 +145,50 @@ class Gateway:
     async def classify(self, request: Request) -> Response:
         """Answer with the model's prediction for the picture in the body."""
         start = time.monotonic()
+        record = await self._work(request, self._answer)
+        milliseconds = (time.monotonic() - start) * 1000
+        record["server_ms"] = round(milliseconds, 2)
+        timing = f"total;dur={milliseconds:.2f}, model;dur={record['model_ms']}"
+        return JSONResponse(record, headers={"server-timing": timing})
+
+    async def collect(self, request: Request) -> Response:
+        """Store the picture in the body as one of the class that the query's `label` names."""
+        label = request.query_params.get("label", "")
+
+        async def store(content: bytes, ticket: Ticket) -> dict[str, Any]:
+            config = await self.link.config()
+            classes = config_pbtxt.classes(config)
+            if label not in classes:
+                raise RefusedError(400, f"{label!r} is not a class: {list_names(label, classes)}")
+            # It refuses what an import would.
+            ticket.job = self._pool.submit(_read, content, config_pbtxt.require_pictures(config))
+            await asyncio.wrap_future(ticket.job)
+            folder = Path(self.config.collect)
+            job = ticket.job = self._pool.submit(store_picture, folder, label, content)
+            return await asyncio.wrap_future(job)
+
+        return JSONResponse(await self._work(request, store))
+
+    async def _work(
+        self, request: Request, work: Callable[[bytes, Ticket], Awaitable[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """Return what `work` makes of the body, within the limits of time, bytes and places."""
         ticket = Ticket(self.room, client_of(request.client.host if request.client else "::"))
         try:
             async with asyncio.timeout(self.config.timeout):
                 content = await ticket.read_body(request)
                 self.room.enter(ticket.client)  # only now: a slow body must not hold a place
                 ticket.has_place = True
-                record = await self._answer(content, ticket)
+                return await work(content, ticket)
         except TimeoutError as error:
             raise FullError(f"no answer in {self.config.timeout:g} s: try again") from error
         finally:
             ticket.leave()
-        milliseconds = (time.monotonic() - start) * 1000
-        record["server_ms"] = round(milliseconds, 2)
-        timing = f"total;dur={milliseconds:.2f}, model;dur={record['model_ms']}"
-        return JSONResponse(record, headers={"server-timing": timing})
 
     async def _answer(self, content: bytes, ticket: Ticket) -> dict[str, Any]:
         config = await self.link.config()
-        ticket.job = self._pool.submit(_read, content, config_pbtxt.require_pictures(config))
-        prepared = await asyncio.wrap_future(ticket.job)
+        job = ticket.job = self._pool.submit(_read, content, config_pbtxt.require_pictures(config))
+        prepared = await asyncio.wrap_future(job)
         classes = config_pbtxt.classes(config)
         start = time.monotonic()
         prediction = await self.link.ask(prepared.image, len(classes))

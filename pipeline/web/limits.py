@@ -41,11 +41,11 @@ class FullError(RefusedError):
 _BEGINNINGS = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
 
 
-def check_picture(content: bytes) -> None:
-    """Raise RefusedError for invalid or too costly pictures, before a pixel is decoded.
+def check_picture(content: bytes) -> str:
+    """Return a picture's format; RefusedError if it is invalid or costs too much to decode.
 
-    Its status is 400 for an empty body or a damaged header, 415 for another format, and 413 for
-    too many pixels or scans.
+    No pixel is decoded for it. The error's status is 400 for an empty body or a damaged header, 415
+    for another format, and 413 for too many pixels or scans.
     """
     if not content:
         raise RefusedError(400, f"the request has no body: send a {_FORMATS} picture")
@@ -60,6 +60,7 @@ def check_picture(content: bytes) -> None:
     if width * height > MAX_PIXELS[kind]:
         sizes = {"width": width, "height": height, "allowed": MAX_PIXELS[kind]}
         raise RefusedError(413, TOO_MANY_PIXELS.format(name="the picture", **sizes))
+    return kind
 
 
 def _format_unreadable(reason: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pipeline.core.settings import COUNT, POSITIVE, Limits, require_valid, setting
 
 _HOSTS = "Another host name that browsers may use for this machine; repeatable."
+_COLLECT = "Folder to store corrected pictures in, as a data set; without it, none is stored."
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class GatewayConfig:
     timeout: float = setting(
         10.0, "Time for a whole request, its upload included.", limits=POSITIVE, unit="SECONDS"
     )
+    collect: str = setting("", _COLLECT, unit="DIR")
     # Half of them for one client alone; further requests are refused with 503.
     requests: int = setting(64, "Concurrent requests, at most.", limits=COUNT, unit="REQUESTS")
     decoders: int = field(default=2, metadata={"limits": COUNT})  # threads

@@ -143,7 +143,7 @@ def test_a_damaged_record_is_corrupt(folder: Path, tmp_path: Path, text: str) ->
 @settings(max_examples=100, deadline=None)
 def test_every_class_has_a_picture_in_each_split(digests: set[bytes]) -> None:
     labels = np.zeros(len(digests), np.uint8)
-    parts = _assign_splits(Path("folder"), ("a",), labels, list(digests))
+    parts = _assign_splits("folder:folder", ("a",), labels, list(digests))
     assert set(parts.tolist()) == {0, 1, 2}
 
 

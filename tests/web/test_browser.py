@@ -350,6 +350,37 @@ def test_the_keyboard_alone_is_enough(browser: Browser, url: str) -> None:
         assert sheet.complaints == []
 
 
+def test_a_correction_is_stored_only_where_the_gateway_collects(
+    browser: Browser, shop: Chain, url: str, digits: Digits, tmp_path: Path
+) -> None:
+    with opened(browser, url) as sheet:
+        sheet.draw(strokes_of(digits["1"]))
+        sheet.expect_answer("It is 1")
+        expect(sheet.page.get_by_text("Wrong? It was")).not_to_be_visible()
+        expect(sheet.page.locator("#storing")).to_contain_text("Nothing")
+    config = GatewayConfig(port=0, collect=str(tmp_path / "own"))
+    link = Link(lambda: find_url(shop.paths), shop.paths.name, config.timeout)
+    with (
+        served(link, config) as running,
+        opened(browser, f"http://127.0.0.1:{running.port}/") as sheet,
+    ):
+        expect(sheet.page.get_by_text("Wrong? It was")).not_to_be_visible()
+        sheet.draw(strokes_of(digits["1"]))
+        sheet.expect_answer("It is 1")
+        button, kept = (
+            sheet.page.get_by_role("button", name="Store it"),
+            sheet.page.locator("#kept"),
+        )
+        expect(button).to_be_disabled()
+        for label, told in (("7", "Stored as 7: 1 in"), ("2", "Stored as 2, no longer as 7: 1 in")):
+            sheet.page.get_by_label("Wrong? It was").select_option(label)
+            button.click()
+            expect(kept).to_contain_text(told)
+        sheet.shoot(SHOTS, "correction")
+        assert [path.parent.name for path in (tmp_path / "own").glob("*/*.png")] == ["2"]
+        assert sheet.complaints == []
+
+
 def test_what_the_page_says_to_copy_runs_and_answers(
     browser: Browser, url: str, digits: Digits, tmp_path: Path
 ) -> None:

@@ -1,4 +1,5 @@
-// The page: takes a drawing or a picture, and shows the answer that link.js gets. Stores nothing.
+// The page: takes a drawing or a picture, and shows the answer that link.js gets. Stores nothing,
+// unless the gateway collects corrections and you give one.
 
 import { LOST, classify, findModel } from "./link.js";
 
@@ -447,6 +448,9 @@ function show(state, label, verdict, detail) {
   byId("label").classList.toggle("long", label.length > 2);
   byId("verdict").textContent = verdict;
   byId("detail").textContent = sentence(detail);
+  byId("correct").hidden = !collects || !["sure", "unsure", "read"].includes(state);
+  byId("right").value = byId("kept").textContent = ""; // a choice is for the picture it was made for
+  byId("keep").disabled = true;
 }
 
 function showAnswer(answer, roundTrip) {
@@ -536,6 +540,37 @@ function showFailure(verdict, detail) {
   speak(`${verdict}. ${sentence(detail)}`);
 }
 
+// --- corrections, if the gateway collects them
+
+const STORE_MS = 15_000;
+let collects = false;
+
+function allowCorrections(classes) {
+  collects = true;
+  byId("storing").textContent = "Only pictures that you correct are stored, in a folder of the gateway's machine.";
+  const names = [...byId("right").options].slice(1).map((option) => option.value);
+  if (names.join("\n") === classes.join("\n")) return;
+  byId("right").replaceChildren(new Option("choose", ""), ...classes.map((name) => new Option(name)));
+  byId("keep").disabled = true;
+}
+
+byId("right").addEventListener("change", () => { byId("keep").disabled = !byId("right").value; });
+
+byId("keep").addEventListener("click", async () => {
+  const label = byId("right").value;
+  let message = "The gateway does not answer.";
+  try {
+    const signal = AbortSignal.timeout(STORE_MS);
+    const path = `collect?label=${encodeURIComponent(label)}`;
+    const response = await fetch(path, { method: "POST", body: await asBlob(), signal });
+    const record = await response.json();
+    const from = record.moved_from === null ? "" : `, no longer as ${record.moved_from}`;
+    message = response.ok ? `Stored as ${record.label}${from}: ${record.pictures} in the folder.` : sentence(record.error);
+  } catch { /* the message says it */ }
+  byId("kept").textContent = message;
+  speak(message);
+});
+
 // --- the model: lost, and found again
 
 let looking = 0;
@@ -561,6 +596,7 @@ async function checkServer() {
     const isDigits = record.classes.join("") === "0123456789";
     byId("title").textContent = document.title = isDigits ? "Draw a digit" : "Draw or give a picture";
     if (!byId("bars").children.length) showBars(record.classes);
+    if (record.collects) allowCorrections(record.classes);
     if (isDigits) await showSamples();
     if (isEmpty()) showNothing();
     else askLater();
