@@ -25,7 +25,7 @@ def write(folder: Path, counts: dict[str, int]) -> Path:
         (folder / name).mkdir(parents=True)
         for index in range(count):
             picture = np.full((60, 60), 255, np.uint8)
-            picture[10 : 40 + index, 20 + number : 30 + number] = 0
+            picture[10 : 40 + index, 20 : 30 + 5 * number] = 0
             Image.fromarray(picture).save(folder / name / f"{index}.png")
     return folder
 

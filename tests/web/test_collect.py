@@ -120,7 +120,7 @@ def test_a_class_that_is_not_the_name_of_a_folder_is_refused(own: Path, label: s
     assert not own.exists()
 
 
-@pytest.mark.parametrize(("limit", "value"), [("MAX_PICTURES", 1), ("MAX_GIBIBYTES", 1e-6)])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_PICTURES", 1), ("MAX_GIBIBYTES", 1e-7)])
 def test_a_full_folder_takes_no_more_but_moves_what_it_has(
     own: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: float
 ) -> None:
