@@ -105,8 +105,8 @@ def rebuild_release(
         scratch = Paths(Path(folder), data_folder=paths.data(config.dataset).parent)
         if config.init:  # its weights, whose digest the training checks
             scratch.runs.mkdir()
-            start = paths.of_run(config.init).run_folder.resolve()
-            scratch.of_run(config.init).run_folder.symlink_to(start)
+            origin = paths.of_run(config.init).run_folder.resolve()
+            scratch.of_run(config.init).run_folder.symlink_to(origin)
         torch.set_num_threads(facts.get("threads") or threads)
         try:
             train_run(scratch, config, report=report, on_epoch=update, on_step=update)
