@@ -91,11 +91,7 @@ class RequestCounters:
         )
         for name, text, value in (
             ("gateway_in_flight", "Pictures in progress.", lambda: room.taken.total()),
-            (
-                "gateway_held_bytes",
-                "Bytes of all bodies in memory.",
-                lambda: room.held.total(),
-            ),
+            ("gateway_held_bytes", "Bytes of all bodies in memory.", lambda: room.held.total()),
             ("gateway_unlogged", "Predictions missing from the prediction log.", unlogged),
         ):
             prometheus.Gauge(name, text, registry=registry).set_function(value)
