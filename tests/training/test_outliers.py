@@ -1,9 +1,12 @@
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline.core.errors import PipelineError
 from pipeline.data.splits import Split
+from pipeline.training import outliers
 from pipeline.training.device import choose_placement
 from pipeline.training.loop import Batches
 from pipeline.training.networks import DigitNorm
@@ -20,10 +23,19 @@ def few() -> Split:
     return Split(images, np.arange(256) % 10, tuple("0123456789"))
 
 
+@pytest.fixture
+def small_stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An eighth of the stock, where it is made for each seed again."""
+    monkeypatch.setattr(outliers, "STOCK", outliers.STOCK // 8)
+    outliers._draw.cache_clear()
+    yield
+    outliers._draw.cache_clear()
+
+
 def things(split: Split, seed: int) -> torch.Tensor:
     images, labels = torch.from_numpy(split.images), torch.from_numpy(split.labels)
-    outliers = Outliers(images, labels, seed)
-    return torch.cat([outliers.draw_written(20), outliers.draw_painted(12)])
+    stock = Outliers(images, labels, seed)
+    return torch.cat([stock.draw_written(20), stock.draw_painted(12)])
 
 
 @pytest.mark.slow
@@ -37,7 +49,9 @@ def test_some_of_what_is_painted_is_a_spot_of_nothing_but_full_ink(few: Split) -
 
 
 @pytest.mark.slow
-def test_things_are_images_with_ink_and_their_seed_decides_them(few: Split) -> None:
+def test_things_are_images_with_ink_and_their_seed_decides_them(
+    few: Split, small_stock: None
+) -> None:
     first, again, other = (things(few, seed) for seed in (1, 1, 2))
     assert first.shape == (32, 1, 28, 28)
     assert first.dtype == torch.uint8
@@ -122,8 +136,8 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
 def test_outliers_of_a_folder_are_altered_pictures_strokes_noise_and_plain_paper(
     pictures: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    outliers = PictureOutliers(*pictures, seed=0)
-    written, painted = outliers.draw_written(2000), outliers.draw_painted(2000)
+    stock = PictureOutliers(*pictures, seed=0)
+    written, painted = stock.draw_written(2000), stock.draw_painted(2000)
     for drawn in (written, painted):
         assert drawn.dtype == torch.uint8
         assert drawn.shape == (2000, 1, 28, 28)
@@ -139,7 +153,7 @@ def test_outliers_of_a_folder_are_altered_pictures_strokes_noise_and_plain_paper
 
 
 def test_the_seed_decides_the_outliers_of_a_folder(
-    pictures: tuple[torch.Tensor, torch.Tensor],
+    pictures: tuple[torch.Tensor, torch.Tensor], small_stock: None
 ) -> None:
     first, again, other = (PictureOutliers(*pictures, seed).draw_written(9) for seed in (1, 1, 2))
     assert torch.equal(first, again)
