@@ -22,20 +22,4 @@ if TYPE_CHECKING:
 # gRPC reads this when it is imported; without it, gRPC prints a line for each failed handshake.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
-__getattr__ = lazily(
-    __name__,
-    {
-        "AsyncClient": "client.async_client",
-        "Certificates": "client.endpoint",
-        "Client": "client.client",
-        "Paths": "core.paths",
-        "PipelineError": "core.errors",
-        "Prediction": "client.prediction",
-        "TrainConfig": "training.recipes",
-        "export_run": "export.export",
-        "fetch_data": "data.fetch",
-        "package_model": "repository.package",
-        "train_run": "training.run",
-        "validate_export": "validation.export",
-    },
-)
+__getattr__ = lazily(__name__)

@@ -14,11 +14,4 @@ if TYPE_CHECKING:
     from pipeline.benchmark.serving import benchmark_serving as benchmark_serving
     from pipeline.benchmark.training import benchmark_training as benchmark_training
 
-__getattr__ = lazily(
-    __name__,
-    {
-        "benchmark_inference": "inference",
-        "benchmark_serving": "serving",
-        "benchmark_training": "training",
-    },
-)
+__getattr__ = lazily(__name__)

@@ -89,17 +89,8 @@ def validate_command(
         raise click.UsageError("--module, --images, --labels, --classes, --picture need --onnx")
     elif replay and targets:
         raise click.UsageError("--replay compares the exported files: give no target with it")
-    elif replay:
-        from pipeline.export.sample import read_sample
-        from pipeline.validation.export import replay_export
-
-        _echo_replay(settings, replay_export(paths, read_sample(replay), provider=provider))
     elif not targets or (len(targets) == 1 and Path(targets[0]).is_file()):
-        from pipeline.validation.export import validate_export
-
-        paths = _paths_of(Path(targets[0])) if targets else paths
-        require_model(paths)
-        _echo_proof(settings, paths, validate_export(paths, provider, settings.update))
+        _validate_export(settings, paths, targets, provider, replay)
     elif is_remote:
         from pipeline.validation.servers import require_passed, validate_servers
 
@@ -123,14 +114,25 @@ def _validate_repository(settings: Settings, paths: Paths, only: str | None) -> 
     settings.result(record, text, next_of_packaged(paths))
 
 
-def _paths_of(onnx: Path) -> Paths:
-    """Return the paths that the exported file `onnx` belongs to, or raise PipelineError."""
-    folder = onnx.resolve().parent
-    paths = Paths(folder.parent.parent, name=folder.name, run=folder.name)
-    if onnx.resolve() not in map(paths.variant, PRECISIONS):
-        message = f"{onnx} is not exported/NAME/model.onnx: use --onnx and --module for other files"
-        raise PipelineError(message)
-    return paths
+def _validate_export(
+    settings: Settings, paths: Paths, targets: Sequence[str], provider: str, replay: Path | None
+) -> None:
+    """Validate the export at `paths`, or that of a file, or compare only the images of `replay`."""
+    from pipeline.export.sample import read_sample
+    from pipeline.validation.export import replay_export, validate_export
+
+    if replay:
+        _echo_replay(settings, replay_export(paths, read_sample(replay), provider=provider))
+        return
+    for onnx in map(Path, targets):  # at most one
+        folder = onnx.resolve().parent
+        paths = Paths(folder.parent.parent, name=folder.name, run=folder.name)
+        if onnx.resolve() not in map(paths.variant, PRECISIONS):
+            raise PipelineError(
+                f"{onnx} is not exported/NAME/model.onnx: use --onnx and --module for other files"
+            )
+    require_model(paths)
+    _echo_proof(settings, paths, validate_export(paths, provider, settings.update))
 
 
 def _validate_onnx(

@@ -1,8 +1,8 @@
 """Clients of a served model over HTTP and gRPC, for programs, commands and the gateway.
 
-Read `client.py` first, then `calls.py`, the protocol-independent logic that the synchronous and the
-asynchronous client share; `faults.py` lists what can go wrong. Needs no
-extra: it imports neither torch nor ONNX Runtime (but for `LocalClient`), and starts no server.
+Read `async_client.py` first: batching, retries, deadlines. `client.py` runs it in a thread for
+programs without asyncio; `faults.py` lists what can go wrong. Needs no extra: it imports neither
+torch nor ONNX Runtime (but for `LocalClient`), and starts no server.
 """
 
 from typing import TYPE_CHECKING
@@ -16,13 +16,4 @@ if TYPE_CHECKING:
     from pipeline.client.local import LocalClient as LocalClient
     from pipeline.client.prediction import Prediction as Prediction
 
-__getattr__ = lazily(
-    __name__,
-    {
-        "AsyncClient": "async_client",
-        "Certificates": "endpoint",
-        "Client": "client",
-        "LocalClient": "local",
-        "Prediction": "prediction",
-    },
-)
+__getattr__ = lazily(__name__)

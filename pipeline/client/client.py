@@ -7,14 +7,16 @@ import concurrent.futures
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 
-from pipeline.client.calls import BaseClient
-from pipeline.client.connection import Connection
+from pipeline.client.async_client import TIMEOUT, AsyncClient
 from pipeline.client.endpoint import Certificates as Certificates
+from pipeline.client.endpoint import Endpoint
+from pipeline.client.log import PredictionLog
 from pipeline.client.prediction import Image
 from pipeline.client.prediction import Prediction as Prediction
 from pipeline.core.errors import PipelineError
@@ -72,12 +74,22 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_Loop.forget)
 
 
-def _close_later(connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
-    if loop is _Loop.loop:  # not in a forked process
-        asyncio.run_coroutine_threadsafe(connection.close(), loop)
+def _close_later(client: AsyncClient) -> None:
+    if client.loop and client.loop is _Loop.loop:  # not in a forked process
+        asyncio.run_coroutine_threadsafe(client.close(), client.loop)
 
 
-class Client(BaseClient):
+class Options(TypedDict, total=False):
+    """What a client takes besides the URL, the model's name and the timeout."""
+
+    version: int | str  # of the model; by default the one that the server chooses
+    certificates: Certificates  # for TLS
+    headers: Mapping[str, str] | None  # sent with each request, such as keys
+    retries: int
+    prediction_log: PredictionLog | str | Path | None
+
+
+class Client:
     """A client of one served model, over HTTP or gRPC, that threads may share.
 
     `url` is http, https, grpc or grpcs://HOST:PORT. Every failure is a PipelineError that says
@@ -89,6 +101,18 @@ class Client(BaseClient):
     predictions are appended to `prediction_log`, a file's path, if it is given.
     """
 
+    def __init__(
+        self,
+        url: str | Endpoint,
+        name: str = "handwriting",
+        timeout: float = TIMEOUT,
+        **options: Unpack[Options],
+    ) -> None:
+        self._client = AsyncClient(url, name, timeout, **options)
+        self.endpoint, self.name, self.timeout = self._client.endpoint, name, timeout
+        # Closes it when this client is collected without having been closed, or at exit.
+        weakref.finalize(self, _close_later, self._client)
+
     def classify(self, images: Image | Iterable[Image], top: int = 3) -> list[Prediction]:
         """Return a prediction for each image, in order; `images` may be one image or many.
 
@@ -98,7 +122,7 @@ class Client(BaseClient):
         is prepared first, which counts towards the timeout. Raises PipelineError for a picture if
         the model takes arrays only.
         """
-        return self._run(self._classify(images, top))
+        return self._run(self._client.classify(images, top))
 
     def infer(
         self, images: np.ndarray, timeout: float | None = None, output: str = ""
@@ -108,11 +132,11 @@ class Client(BaseClient):
         Sends as many requests as the server's largest batch size requires, within one timeout. With
         `output`, returns that output of the model, such as `scores` of an exact one.
         """
-        return self._run(self._infer(images, timeout, output))
+        return self._run(self._client.infer(images, timeout, output))
 
     def config(self) -> config_pbtxt.ModelConfig:
         """Return the model's configuration, requested once, and again after a lost server."""
-        return self._run(self._get_config())
+        return self._run(self._client.config())
 
     def pictures(self) -> str:
         """Return how pictures become the served model's images: see signature.pictures_of.
@@ -123,7 +147,7 @@ class Client(BaseClient):
 
     def metadata(self, of_model: bool = False) -> dict[str, Any]:
         """Return metadata of the server, or of the model: name, version or versions, and more."""
-        return self._run(self._get_metadata(of_model))
+        return self._run(self._client.metadata(of_model))
 
     def server_name(self) -> str:
         """Return the server's name: the `--id` that it was started with."""
@@ -134,11 +158,11 @@ class Client(BaseClient):
 
         The names come from its label file; a class without a name there has its number.
         """
-        return self._run(self._get_labels(image))
+        return self._run(self._client.labels(image))
 
     def close(self) -> None:
         """Close the connections; a further call opens new ones."""
-        self._run(self._close())
+        self._run(self._client.close())
 
     def __enter__(self) -> Self:
         return self
@@ -146,15 +170,9 @@ class Client(BaseClient):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _connect(self) -> Connection:
-        connection = super()._connect()
-        # Closes it when this client is collected without having been closed, or at exit.
-        weakref.finalize(self, _close_later, connection, _Loop.get())
-        return connection
-
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
         """Return the result of a call, which runs in the event loop's thread."""
-        is_forked = self._loop not in (None, _Loop.loop)
+        is_forked = self._client.loop not in (None, _Loop.loop)
         if is_forked or (_Loop.is_grpc_lost and self.endpoint.is_grpc):
             call.close()
             raise PipelineError(

@@ -5,9 +5,8 @@
 import asyncio
 import contextlib
 import struct
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf import json_format
@@ -15,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import np_to_triton_dtype
 
-from pipeline.client.endpoint import Certificates, Endpoint
+from pipeline.client.endpoint import RemoteModel
 from pipeline.client.faults import Fault, short
 from pipeline.repository import config_pbtxt
 
@@ -27,42 +26,14 @@ _UNREADABLE = (
 M = TypeVar("M", bound=Message)
 
 
-class Connection(Protocol):
-    """What a client asks: a server, or a model in this process."""
-
-    async def config(self, name: str, version: str) -> config_pbtxt.ModelConfig:
-        """Return the configuration of a model."""
-
-    async def metadata(self, name: str, version: str) -> dict[str, Any]:
-        """Return metadata of a model, or of the server if `name` is empty."""
-
-    async def infer(
-        self,
-        name: str,
-        version: str,
-        config: config_pbtxt.ModelConfig,
-        images: np.ndarray,
-        class_count: int = 0,
-    ) -> tuple[np.ndarray, str]:
-        """Return outputs (N, ...) of images (N, ...), and the version that answered.
-
-        With `class_count`, the answer is that many labels of each image instead of numbers.
-        """
-
-    async def close(self) -> None:
-        """Close the connection."""
-
-
-class TritonConnection:
-    """A connection to one server, for the tasks of one event loop, which opens it."""
+class Connection:
+    """A connection about one model to a server, for the tasks of one event loop, which opens it."""
 
     library: Any  # tritonclient's module of the protocol, for its input and output classes
     triton: Any  # that module's InferenceServerClient, for calls that are not here
 
-    def __init__(
-        self, target: Endpoint, certificates: Certificates, headers: Mapping[str, str]
-    ) -> None:
-        self.headers = dict(headers)
+    def __init__(self, target: RemoteModel) -> None:
+        self.headers, self._model = dict(target.headers), (target.name, target.version)
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
@@ -78,13 +49,14 @@ class TritonConnection:
         except _UNREADABLE as error:
             raise Fault("alien", short(str(error)) or type(error).__name__) from error
 
-    @abstractmethod
     def _library_faults(self) -> contextlib.AbstractContextManager[None]:
         """Convert what the protocol's library raises to a Fault."""
+        raise NotImplementedError
 
-    async def config(self, name: str, version: str) -> config_pbtxt.ModelConfig:
+    async def config(self) -> config_pbtxt.ModelConfig:
+        """Return the configuration of the model."""
         with self.faults():
-            answer = await self.triton.get_model_config(name, version, headers=self.headers)
+            answer = await self.triton.get_model_config(*self._model, headers=self.headers)
             if isinstance(answer, dict):  # HTTP answers with the configuration itself
                 answer = {"config": answer}
             config = _message(answer, service_pb2.ModelConfigResponse).config
@@ -92,24 +64,24 @@ class TritonConnection:
                 raise ValueError("a config without a name")
         return config
 
-    async def metadata(self, name: str, version: str) -> dict[str, Any]:
-        kind = service_pb2.ModelMetadataResponse if name else service_pb2.ServerMetadataResponse
+    async def metadata(self, of_model: bool) -> dict[str, Any]:
+        """Return metadata of the model, or of the server."""
+        kind = service_pb2.ModelMetadataResponse if of_model else service_pb2.ServerMetadataResponse
         with self.faults():
-            if name:
-                answer = self.triton.get_model_metadata(name, version, headers=self.headers)
+            if of_model:
+                answer = self.triton.get_model_metadata(*self._model, headers=self.headers)
             else:
                 answer = self.triton.get_server_metadata(headers=self.headers)
             message = _message(await answer, kind)
             return dict(json_format.MessageToDict(message, preserving_proto_field_name=True))
 
     async def infer(
-        self,
-        name: str,
-        version: str,
-        config: config_pbtxt.ModelConfig,
-        images: np.ndarray,
-        class_count: int = 0,
+        self, config: config_pbtxt.ModelConfig, images: np.ndarray, class_count: int = 0
     ) -> tuple[np.ndarray, str]:
+        """Return outputs (N, ...) of images (N, ...), and the version that answered.
+
+        With `class_count`, the answer is that many labels of each image instead of numbers.
+        """
         output, dtype = config.output[0], config_pbtxt.type_name(config.output[0])
         tensor = self.library.InferInput(
             config.input[0].name, list(images.shape), np_to_triton_dtype(images.dtype)
@@ -118,6 +90,7 @@ class TritonConnection:
         wanted = [self.library.InferRequestedOutput(output.name, class_count=class_count)]
         with self.faults():
             # A copy of the headers: over HTTP, tritonclient adds its own to them.
+            name, version = self._model
             result = await self.triton.infer(
                 name, [tensor], version, wanted, headers=dict(self.headers)
             )
@@ -138,21 +111,22 @@ class TritonConnection:
             return values, response.model_version
 
     async def close(self) -> None:
+        """Close the connection."""
         await self.triton.close()
 
 
-def connector(target: Endpoint) -> type[TritonConnection]:
-    """Return the class of connections for an endpoint.
+def open_connection(target: RemoteModel) -> Connection:
+    """Return a connection to a model.
 
     Each protocol's library is imported only here: over gRPC, nothing waits for aiohttp and gevent.
     """
-    if target.is_grpc:
+    if target.endpoint.is_grpc:
         from pipeline.client.grpc_connection import GrpcConnection
 
-        return GrpcConnection
+        return GrpcConnection(target)
     from pipeline.client.http_connection import HttpConnection
 
-    return HttpConnection
+    return HttpConnection(target)
 
 
 def _message(answer: Any, kind: type[M]) -> M:

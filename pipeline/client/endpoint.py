@@ -98,27 +98,42 @@ class Certificates:
         return context
 
 
-def require_usable(
-    target: Endpoint, certificates: Certificates, headers: Mapping[str, str]
-) -> None:
-    """Raise PipelineError for certificates or headers that the endpoint cannot use."""
-    for name, value in headers.items():
-        # gRPC's rules, which are stricter than HTTP's.
-        is_text = isinstance(name, str) and isinstance(value, str)
-        if not (
-            is_text
-            and re.fullmatch(r"[\w.-]+", name, re.ASCII)
-            and re.fullmatch(r"[ -~]*", value)
-            and not (target.is_grpc and name.lower().endswith("-bin"))
-        ):
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model at a server, and what a connection needs.
+
+    Raises PipelineError for a version, headers or certificates that the endpoint cannot use.
+    """
+
+    endpoint: Endpoint
+    name: str
+    version: str  # empty: the one that the server chooses
+    headers: Mapping[str, str]
+    certificates: Certificates
+
+    def __post_init__(self) -> None:
+        if self.version and not self.version.isdecimal():
             raise PipelineError(
-                f"header {name!r} is not valid for {target.protocol}: use letters, digits, '-', "
-                "'_' and '.' in its name (for gRPC no '-bin' at its end), printable ASCII as value"
+                f"the version must be a whole number or left out, got {self.version!r}"
             )
-    if not target.is_secure and certificates != Certificates():
-        raise PipelineError(
-            f"{target} is without TLS and uses no certificates: write "
-            f"{target.protocol}s://{target.address}"
-        )
-    if target.is_secure:
-        certificates.context()  # raises PipelineError for an invalid file
+        is_grpc, protocol = self.endpoint.is_grpc, self.endpoint.protocol
+        for name, value in self.headers.items():
+            # gRPC's rules, which are stricter than HTTP's.
+            is_text = isinstance(name, str) and isinstance(value, str)
+            if not (
+                is_text
+                and re.fullmatch(r"[\w.-]+", name, re.ASCII)
+                and re.fullmatch(r"[ -~]*", value)
+                and not (is_grpc and name.lower().endswith("-bin"))
+            ):
+                raise PipelineError(
+                    f"header {name!r} is not valid for {protocol}: use letters, digits, '-', '_' "
+                    "and '.' in its name (for gRPC no '-bin' at its end), printable ASCII as value"
+                )
+        if self.endpoint.is_secure:
+            self.certificates.context()  # raises PipelineError for an invalid file
+        elif self.certificates != Certificates():
+            raise PipelineError(
+                f"{self.endpoint} is without TLS and uses no certificates: write "
+                f"{protocol}s://{self.endpoint.address}"
+            )

@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Mapping
 from typing import Literal
 
-from pipeline.client.endpoint import Endpoint
+from pipeline.client.endpoint import RemoteModel
 from pipeline.core.errors import PipelineError, ServerError, SlowError
 from pipeline.core.text import escape
 
@@ -66,6 +66,8 @@ _CONNECTED = re.compile(r"^failed to connect to all addresses; last error: [A-Z_
 
 class Fault(Exception):
     """The reason why a request has no answer."""
+
+    times = 1  # that it was sent
 
     def __init__(self, kind: Kind, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -132,15 +134,9 @@ def of_connection(error: BaseException, is_connected: bool) -> Fault:
     return Fault(kind, short(str(error)) or type(error).__name__)
 
 
-def explain_fault(
-    fault: Fault, where: Endpoint, *, name: str, version: str, timeout: float, times: int
-) -> PipelineError:
-    """Return the error that tells a user what was tried, and how to fix it.
-
-    The request was about model `name` and was sent `times` times; an empty version means the one
-    that the server chooses.
-    """
-    reason = fault.reason
+def explain_fault(fault: Fault, target: RemoteModel, timeout: float) -> PipelineError:
+    """Return the error that tells a user what was tried, in how many seconds, and how to fix it."""
+    reason, where = fault.reason, target.endpoint
     # Suggest TLS if the request was without it, and no TLS if it was with it.
     other = f"if it uses TLS, write {where.protocol}s://{where.address}"
     if where.is_secure:
@@ -156,27 +152,25 @@ def explain_fault(
         secure = other
     else:
         secure = f"give the CA that signed the server's certificate (--ca); {_CLIENTS}; {other}"
-    words = {
-        "where": where,
-        "reason": reason,
-        "tried": f"{reason}, tried {times} times" if times > 1 else reason,
-        "name": name,
-        "version": version,
-        "timeout": timeout,
-        "other": f"{other}; {_CLIENTS}" if where.is_secure else other,
-        "secure": secure,
-    }
-    if fault.kind == "slow":
-        return SlowError(_UNANSWERED["slow"].format(**words))
-    if fault.kind in _UNANSWERED:
-        return ServerError(_UNANSWERED[fault.kind].format(**words))
-    is_version = fault.kind == "unknown" and version
-    return PipelineError(_REFUSED["version" if is_version else fault.kind].format(**words))
+    is_version = fault.kind == "unknown" and target.version
+    text = _EXPLAINED["version" if is_version else fault.kind].format(
+        where=where,
+        reason=reason,
+        tried=f"{reason}, tried {fault.times} times" if fault.times > 1 else reason,
+        model=target,
+        timeout=timeout,
+        other=f"{other}; {_CLIENTS}" if where.is_secure else other,
+        secure=secure,
+    )
+    if fault.kind in _REFUSING:
+        return PipelineError(text)
+    return SlowError(text) if fault.kind == "slow" else ServerError(text)
 
 
 _CLIENTS = "if it requires a client certificate, give it and its key (--certificate, --key)"
 _PORTS = "check host and port; by default Triton's HTTP is on 8000 and its gRPC on 8001"
-_UNANSWERED: dict[str, str] = {
+_REFUSING: frozenset[Kind] = frozenset({"unknown", "restricted", "large", "refused"})
+_EXPLAINED = {
     "slow": "no answer from {where} in {timeout:g} s: raise the timeout (--timeout), or see "
     "whether the server runs ('pipeline serve status')",
     "unreached": "no answer from {where} ({tried}): see whether the server runs ('pipeline serve "
@@ -186,17 +180,16 @@ _UNANSWERED: dict[str, str] = {
     "unnamed": "no answer from {where}: its host name has no address ({tried}): check its "
     "spelling, or give the address itself",
     "busy": "{where} is overloaded ({tried}): try later, or with fewer concurrent requests",
-    "unloaded": "{where} has unloaded {name} ({tried}): it is stopping or restarting",
+    "unloaded": "{where} has unloaded {model.name} ({tried}): it is stopping or restarting",
     "died": "the model's process at {where} died ({tried}): restart it with 'pipeline serve stop' "
     "and 'pipeline serve'",
     "alien": f"{{where}} does not answer as Triton does ({{tried}}): {_PORTS}",
     "insecure": "no secure connection to {where} ({reason}): {secure}",
-}
-_REFUSED: dict[str, str] = {
-    "version": "{where} does not serve version {version} of model {name!r}: leave the version out "
-    "for the served one",
-    "unknown": "{where} does not serve a model {name!r}: choose another name (--name), or try "
-    "again in a moment if the server has just started; 'pipeline serve status' lists its models",
+    "version": "{where} does not serve version {model.version} of model {model.name!r}: leave the "
+    "version out for the served one",
+    "unknown": "{where} does not serve a model {model.name!r}: choose another name (--name), or "
+    "try again in a moment if the server has just started; 'pipeline serve status' lists its "
+    "models",
     "restricted": "{where} refuses: {reason}; this needs the server's key: ask its operator, and "
     "give the key in `headers`, with 'pipeline query' as --header NAME=KEY",
     "large": "{where} refuses: {reason}; the request is too large: ask about fewer images",

@@ -1,15 +1,15 @@
 """The connection over gRPC."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc.aio
 import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException
 
-from pipeline.client.connection import TritonConnection
-from pipeline.client.endpoint import Certificates, Endpoint
+from pipeline.client.connection import Connection
+from pipeline.client.endpoint import RemoteModel
 from pipeline.client.faults import Fault, of_grpc
 
 OPTIONS = [
@@ -25,23 +25,21 @@ OPTIONS = [
 ]
 
 
-class GrpcConnection(TritonConnection):
+class GrpcConnection(Connection):
     """A connection over gRPC, with or without TLS."""
 
     library = tritonclient.grpc
 
-    def __init__(
-        self, target: Endpoint, certificates: Certificates, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(target, certificates, headers)
-        self.headers = {name.lower(): value for name, value in headers.items()}
-        credentials = None
-        if target.is_secure:
-            files = (certificates.ca, certificates.key, certificates.certificate)
+    def __init__(self, target: RemoteModel) -> None:
+        super().__init__(target)
+        self.headers = {name.lower(): value for name, value in target.headers.items()}
+        credentials, pem = None, target.certificates
+        if target.endpoint.is_secure:
+            files = (pem.ca, pem.key, pem.certificate)
             contents = (Path(file).read_bytes() if file else None for file in files)
             credentials = grpc.ssl_channel_credentials(*contents)
         self.triton = tritonclient.grpc.aio.InferenceServerClient(
-            target.address, creds=credentials, channel_args=OPTIONS
+            target.endpoint.address, creds=credentials, channel_args=OPTIONS
         )
 
     @contextlib.contextmanager

@@ -8,8 +8,8 @@ import aiohttp
 import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
-from pipeline.client.connection import TritonConnection
-from pipeline.client.endpoint import Certificates, Endpoint
+from pipeline.client.connection import Connection
+from pipeline.client.endpoint import RemoteModel
 from pipeline.client.faults import Fault, of_connection, of_http, short
 
 
@@ -47,21 +47,20 @@ class _Triton(tritonclient.http.aio.InferenceServerClient):  # type: ignore[misc
         return response  # type: ignore[no-any-return]
 
 
-class HttpConnection(TritonConnection):
+class HttpConnection(Connection):
     """A connection over HTTP or HTTPS."""
 
     library = tritonclient.http
 
-    def __init__(
-        self, target: Endpoint, certificates: Certificates, headers: Mapping[str, str]
-    ) -> None:
-        super().__init__(target, certificates, headers)
+    def __init__(self, target: RemoteModel) -> None:
+        super().__init__(target)
+        is_secure = target.endpoint.is_secure
         self.triton = _Triton(
-            target.address,
+            target.endpoint.address,
             conn_limit=0,  # no limit
             conn_timeout=None,  # the caller's deadline is around each call
-            ssl=target.is_secure,
-            ssl_context=certificates.context() if target.is_secure else True,
+            ssl=is_secure,
+            ssl_context=target.certificates.context() if is_secure else True,
         )
 
     @contextlib.contextmanager

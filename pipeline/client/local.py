@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.client.calls import TIMEOUT
+from pipeline.client.async_client import TIMEOUT
 from pipeline.client.client import Client
 from pipeline.client.connection import Connection
 from pipeline.client.endpoint import Endpoint
@@ -39,15 +39,13 @@ class LocalClient(Client):
         *,
         prediction_log: PredictionLog | str | Path | None = None,
     ) -> None:
-        self._model = _LocalModel(Path(onnx).absolute())
+        model = _LocalModel(Path(onnx).absolute())
         endpoint = Endpoint("file", str(onnx))
-        super().__init__(endpoint, self._model.name, timeout, prediction_log=prediction_log)
-
-    def _connect(self) -> Connection:
-        return self._model
+        super().__init__(endpoint, model.name, timeout, prediction_log=prediction_log)
+        self._client.connect = lambda target: model
 
 
-class _LocalModel:
+class _LocalModel(Connection):
     """The model of one file; it answers as a connection to a server does."""
 
     def __init__(self, path: Path) -> None:
@@ -78,23 +76,18 @@ class _LocalModel:
             key = config_pbtxt.MIN_PROBABILITY
             config_pbtxt.set_parameter(self._config, key, str(threshold))
 
-    async def config(self, name: str, version: str) -> config_pbtxt.ModelConfig:
+    async def config(self) -> config_pbtxt.ModelConfig:
         return self._config
 
-    async def metadata(self, name: str, version: str) -> dict[str, Any]:
+    async def metadata(self, of_model: bool) -> dict[str, Any]:
         import onnxruntime
 
-        if name:
+        if of_model:
             return {"name": self.name, "versions": [self._version], "platform": "onnxruntime_onnx"}
         return {"name": "ONNX Runtime", "version": onnxruntime.__version__}
 
     async def infer(
-        self,
-        name: str,
-        version: str,
-        config: config_pbtxt.ModelConfig,
-        images: np.ndarray,
-        class_count: int = 0,
+        self, config: config_pbtxt.ModelConfig, images: np.ndarray, class_count: int = 0
     ) -> tuple[np.ndarray, str]:
         outputs = await asyncio.to_thread(self._predict, images)
         if not class_count:

@@ -10,20 +10,15 @@ missing.
 # Shape letters: N images.
 
 import errno
-import fileinput
 import io
 import json
 import logging
-import math
 import os
 import stat
 import threading
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +31,6 @@ MAX_BYTES = 64 * 1024 * 1024  # about 300,000 predictions; then it replaces the 
 LINES_AT_ONCE = 1000
 WAIT_SECONDS = 0.005  # between two attempts to lock the log
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
-_UNREADABLE = (ValueError, TypeError, LookupError, RecursionError, OverflowError, AttributeError)
 _logger = logging.getLogger(__name__)
 
 
@@ -146,91 +140,3 @@ def _line(**fields: str | float | None) -> bytes:
     time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     text = json.dumps({"schema": SCHEMA, "time": time, **fields}, separators=(",", ":"))
     return f"{text}\n".encode()
-
-
-class Entry(NamedTuple):
-    """One logged prediction."""
-
-    time: str  # UTC, as 2026-11-23T18:30:00Z
-    label: str
-    probability: float
-    is_sure: bool | None
-    ink: float | None
-
-
-class LoggedModel(NamedTuple):
-    """The model that a line is about."""
-
-    name: str
-    version: str
-    sha256: str | None
-
-    def __str__(self) -> str:
-        return f"{self.name} version {self.version or '?'} (sha256 {self.sha256!s:.12})"
-
-
-@dataclass
-class Logged:
-    """The predictions of one model file in a log, and the numbers of other lines."""
-
-    entries: list[Entry] = field(default_factory=list)
-    versions: set[str] = field(default_factory=set)  # under which the model file was served
-    others: Counter[LoggedModel] = field(default_factory=Counter)  # predictions of other models
-    unreadable: int = 0  # lines
-    lost: int = 0  # predictions that the log states as lost
-
-
-def read_log(path: Path, name: str, sha256: str, since: datetime | None = None) -> Logged:
-    """Return the predictions of model `name` with that digest; older lines, `FILE.1`, come first.
-
-    Lines before `since` are left out. Raises PipelineError if there is no such log, or if no line
-    of it can be read.
-    """
-    logged, wanted = Logged(), (name, sha256)
-    start = "" if since is None else since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    files = [file for file in (older_log(path), path) if file == path or file.exists()]
-    try:
-        with fileinput.input(files, mode="rb") as lines:
-            for line in lines:
-                try:
-                    record = json.loads(line)
-                    time, lost = str(record["time"]), int(record.get("lost", 0))
-                    digest = record.get("sha256")
-                    if record["schema"] != SCHEMA or not isinstance(digest, str | None):
-                        raise ValueError("another schema, or no digest")
-                    if not lost:
-                        model = LoggedModel(str(record["name"]), str(record["version"]), digest)
-                        ink = None if record["ink"] is None else _share(record["ink"])
-                        sure, chance = record["sure"], _share(record["probability"])
-                        is_sure = None if sure is None else bool(sure)
-                        entry = Entry(time, str(record["class"]), chance, is_sure, ink)
-                except _UNREADABLE:
-                    logged.unreadable += 1
-                    continue
-                if time < start:
-                    continue
-                if lost:
-                    logged.lost += lost
-                elif (model.name, model.sha256) == wanted:
-                    logged.entries.append(entry)
-                    logged.versions.add(model.version)
-                else:
-                    logged.others[model] += 1
-    except OSError as error:
-        raise PipelineError(
-            f"cannot read the prediction log {path} ({error.strerror}): 'pipeline query' and "
-            "'pipeline web' write one with --prediction-log"
-        ) from error
-    if logged.unreadable and not (logged.entries or logged.others or logged.lost):
-        raise PipelineError(
-            f"{path} is not a prediction log: write one with 'pipeline query IMAGE "
-            "--prediction-log FILE'"
-        )
-    return logged
-
-
-def _share(value: Any) -> float:
-    share = float(value)
-    if not math.isfinite(share) or not -1e-6 <= share <= 1 + 1e-6:
-        raise ValueError(f"{value} is not between 0 and 1")
-    return share

@@ -1,35 +1,19 @@
 """Queries of a served model about many files, and a predictor that asks a served model."""
 
 import contextlib
-import queue
-import signal
-import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
 from pipeline.client.client import Client, Prediction
-from pipeline.core.errors import PipelineError
-from pipeline.core.machine import cores
 from pipeline.core.text import Lines
+from pipeline.images.ahead import Batches, Seen, read_ahead
 from pipeline.images.inputs import Source, look, read_source
 from pipeline.images.read import Prepared, read_picture
 
-FILES_AT_ONCE = 64
-# Sizes of the first batches, which this process reads: the first answer does not wait for others,
-# and a few pictures need no further processes, which take a second to start.
-FIRST_BATCHES = (1, 8, FILES_AT_ONCE)
-UNDER_WAY = 6  # batches that are being read, or wait to be sent
-LINGER = 0.02  # seconds that a batch waits for one more name
 NOT_SURE = "not sure"
-Seen = list[Prepared | str]  # for each picture, the reason why there is none, or what is sent
 
 
 @dataclass(frozen=True)
@@ -91,19 +75,18 @@ def ask_files(
     sources: Iterable[Source],
     top: int = 3,
     min_confidence: float | None = None,
-    workers: int | None = None,
 ) -> Generator[Answer, None, None]:
     """Yield an answer for each picture, in order; an unreadable one does not stop the others.
 
     At most a few batches are in memory. `min_confidence` replaces the model's own threshold.
     Connects only when there is an image to send, so that unreadable pictures are reported even
-    without a server. After the first batches, `workers` processes (default: one per core) read
-    ahead; closing the iterator ends them immediately.
+    without a server. After the first batches, a process for each core reads ahead; closing the
+    iterator ends them immediately.
     """
     with contextlib.ExitStack() as stack:
-        names = _Names(sources)
+        batches = Batches(sources)
         client: Client | None = None
-        while (client is None or names.is_starting) and (batch := names.take(wait=True)):
+        while (client is None or batches.is_starting) and (batch := batches.take(wait=True)):
             seen: Seen = []
             if client is None:  # connect only if there is a picture to ask about
                 checked = [read_source(source, read_picture) for source in batch]
@@ -115,28 +98,8 @@ def ask_files(
             yield from _answers(client, batch, seen, top, min_confidence)
         if client is None:
             return
-        readers = stack.enter_context(_Readers(pictures, workers or cores()))
-        for batch, seen in _read(names, readers):
+        for batch, seen in stack.enter_context(contextlib.closing(read_ahead(batches, pictures))):
             yield from _answers(client, batch, seen, top, min_confidence)
-
-
-def _read(names: "_Names", readers: "_Readers") -> Iterator[tuple[list[Source], Seen]]:
-    """Yield every batch with its images, in order, while the next few are being read."""
-    under_way: deque[tuple[list[Source], Future[Seen]]] = deque()
-    while True:
-        while len(under_way) < UNDER_WAY and (batch := names.take(wait=not under_way)):
-            under_way.append((batch, readers.submit(batch)))
-        if not under_way:
-            return
-        batch, future = under_way.popleft()
-        try:
-            seen = future.result()
-        except BrokenProcessPool as error:
-            raise PipelineError(
-                f"a process that reads pictures died at {batch[0].name} or soon after: is there "
-                "enough memory?"
-            ) from error
-        yield batch, seen
 
 
 def _answers(
@@ -153,83 +116,6 @@ def _answers(
             is_sure = prediction.probability >= min_confidence
             prediction = replace(prediction, is_sure=is_sure)
         yield Answer(source.name, prediction, image=prepared.image)
-
-
-class _Names:
-    """Batches of sources that a thread takes from an iterator: a slow one delays no answer."""
-
-    def __init__(self, sources: Iterable[Source]) -> None:
-        self._queue: queue.Queue[Source | BaseException | None] = queue.Queue(4 * FILES_AT_ONCE)
-        self._end: BaseException | bool = False
-        self._sizes = list(FIRST_BATCHES)
-        # A daemon thread, since nothing can interrupt a wait for standard input.
-        threading.Thread(target=self._fill, args=(sources,), daemon=True).start()
-
-    @property
-    def is_starting(self) -> bool:
-        """Whether the next batch is one of the first."""
-        return bool(self._sizes)
-
-    def take(self, wait: bool) -> list[Source]:
-        """Return the next batch; empty at the end, or if none is ready and `wait` is false."""
-        size = self._sizes.pop(0) if self._sizes else FILES_AT_ONCE
-        batch: list[Source] = []
-        while not self._end and len(batch) < size:
-            try:
-                source = self._queue.get(timeout=None if wait and not batch else LINGER)
-            except queue.Empty:
-                break
-            if isinstance(source, Source):
-                batch.append(source)
-            else:
-                self._end = source or True
-        if not batch and isinstance(self._end, BaseException):
-            raise self._end
-        return batch
-
-    def _fill(self, sources: Iterable[Source]) -> None:
-        try:
-            for source in sources:
-                self._queue.put(source)
-        except BaseException as error:  # take() raises it
-            self._queue.put(error)
-        else:
-            self._queue.put(None)
-
-
-class _Readers:
-    """Processes that read pictures; Ctrl-C reaches only the main process, which ends them."""
-
-    def __init__(self, pictures: str, workers: int) -> None:
-        self._pictures = pictures
-        # Windows has no signal masks: there each process ignores Ctrl-C as soon as it runs.
-        ignore = (signal.SIGINT, signal.SIG_IGN)
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, ignore)
-
-    def submit(self, batch: list[Source]) -> Future[Seen]:
-        if sys.platform == "win32":
-            return self._pool.submit(look, batch, self._pictures)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:  # a process that starts here inherits the signal mask
-            return self._pool.submit(look, batch, self._pictures)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def __enter__(self) -> "_Readers":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        processes, results = self._pool._processes, self._pool._result_queue
-        thread: Any = self._pool._executor_manager_thread  # its type in typeshed is wrong
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if any(exception):
-            # At exit Python would wait for these processes. From 3.14 on: terminate_workers().
-            for process in list((processes or {}).values()):
-                process.terminate()
-            # The pool must not wait for the rest of a result that a process was sending.
-            results._writer.close()  # type: ignore[attr-defined]
-        if thread:  # at exit Python would wake it, and fail if it closes its pipe at that moment
-            thread.join()
 
 
 def triton_predictor(client: Client, output: str = "") -> Callable[[np.ndarray], np.ndarray]:

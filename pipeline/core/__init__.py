@@ -18,6 +18,4 @@ if TYPE_CHECKING:
     from pipeline.core.errors import SlowError as SlowError
     from pipeline.core.paths import Paths as Paths
 
-_HOMES = dict.fromkeys(("CheckFailedError", "CorruptError", "LostError", "PipelineError"), "errors")
-_HOMES |= {"ServerError": "errors", "SlowError": "errors", "Paths": "paths"}
-__getattr__ = lazily(__name__, _HOMES)
+__getattr__ = lazily(__name__)

@@ -1,6 +1,10 @@
 """Text for people: escaping of untrusted text, text of several lines, tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 class Lines(str):
@@ -40,6 +44,22 @@ def escape(text: object) -> str:
 def format_count(count: int, noun: str) -> str:
     """Return a count with its noun, such as "1 error" or "3 errors"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def load_template(room: str, name: str, **filters: Callable[..., str]) -> "Template":
+    """Return a room's template; an undefined variable in it is an error, as is a missing one."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader(f"pipeline.{room}", "."),
+        autoescape=name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(name)
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = "") -> Lines:

@@ -13,4 +13,4 @@ if TYPE_CHECKING:
     from pipeline.data.splits import Split as Split
     from pipeline.data.splits import load_split as load_split
 
-__getattr__ = lazily(__name__, {"Split": "splits", "load_split": "splits"})
+__getattr__ = lazily(__name__)

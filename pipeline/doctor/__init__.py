@@ -11,4 +11,4 @@ from pipeline.core.lazy import lazily
 if TYPE_CHECKING:
     from pipeline.doctor.checks import examine as examine
 
-__getattr__ = lazily(__name__, {"examine": "checks"})
+__getattr__ = lazily(__name__)

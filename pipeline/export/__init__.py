@@ -14,5 +14,4 @@ if TYPE_CHECKING:
     from pipeline.export.export import export_run as export_run
     from pipeline.export.runtime import onnx_predictor as onnx_predictor
 
-_HOMES = {"export_module": "export", "export_run": "export", "onnx_predictor": "runtime"}
-__getattr__ = lazily(__name__, _HOMES)
+__getattr__ = lazily(__name__)

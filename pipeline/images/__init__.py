@@ -12,4 +12,4 @@ from pipeline.core.lazy import lazily
 if TYPE_CHECKING:
     from pipeline.images.read import read_image as read_image
 
-__getattr__ = lazily(__name__, {"read_image": "read"})
+__getattr__ = lazily(__name__)

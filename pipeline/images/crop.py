@@ -28,9 +28,7 @@ def crop_digit(ink: Ink) -> tuple[np.ndarray, list[Box]]:
     there is only a dot.
     """
     mask = ink.levels >= ink.threshold
-    if (
-        ink.is_ruled
-    ):  # drop what the lines leave in the frame, where they end at the picture's border
+    if ink.is_ruled:  # drop what the lines leave where they end, in the picture's frame
         edge = border_width(mask)
         labels, count = label_pieces(mask)
         reaches_in = np.bincount(labels[edge:-edge, edge:-edge].ravel(), minlength=count + 1) > 0

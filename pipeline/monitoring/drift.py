@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.client.log import Logged, read_log
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
+from pipeline.monitoring.log import Logged, read_log
 from pipeline.repository.reference_profile import ReferenceProfile, count_bins
 from pipeline.repository.release import find_profile
 
@@ -176,14 +176,19 @@ def compare_log(
     if unknown := labels.keys() - set(profile.classes):
         names = ", ".join(sorted(unknown)[:LISTED])
         raise PipelineError(f"the log is of another model: {profile.name} has no class {names}")
-    classes = tuple(labels[label] for label in profile.classes)
-    confidence = count_bins(np.array([e.probability for e in entries]), profile.confidence_edges)
     inks = [entry.ink for entry in entries if entry.ink is not None]
     has_ink = profile.ink_counts is not None and len(inks) == images
-    ink = count_bins(np.array(inks), profile.ink_edges) if has_ink else None
     sure = [entry.is_sure for entry in entries]
-    unsure = None if None in sure else sure.count(False)
-    checks = _run_checks(profile, classes, confidence, ink, unsure, config)
+    confidences = np.array([entry.probability for entry in entries])
+    now = replace(  # as the reference profile counts
+        profile,
+        images=images,
+        class_counts=tuple(labels[label] for label in profile.classes),
+        confidence_counts=count_bins(confidences, profile.confidence_edges),
+        ink_counts=count_bins(np.array(inks), profile.ink_edges) if has_ink else None,
+        unsure=None if None in sure else sure.count(False),
+    )
+    checks = _run_checks(profile, now, config)
     chances = holm({check.name: check.p for check in checks})
     return Drift(
         log="",
@@ -203,9 +208,9 @@ def compare_log(
             for check in checks
         ),
         unchecked=tuple(name for name in ("ink", "not sure") if name not in chances),
-        class_counts=classes,
-        confidence_counts=confidence,
-        ink_counts=ink,
+        class_counts=now.class_counts,
+        confidence_counts=now.confidence_counts,
+        ink_counts=now.ink_counts,
         profile=profile,
     )
 
@@ -293,30 +298,25 @@ Edges = tuple[float, ...]  # of bins
 
 
 def _run_checks(
-    profile: ReferenceProfile,
-    classes: Counts,
-    confidence: Counts,
-    ink: Counts | None,
-    unsure: int | None,  # None if the log has predictions without a threshold
-    config: DriftConfig,
+    before: ReferenceProfile, now: ReferenceProfile, config: DriftConfig
 ) -> list[DriftCheck]:
-    """Return the checks for which the profile and the log have data, before Holm's adjustment."""
-    before, now = np.array(profile.class_counts), np.array(classes)
-    shift = largest_share_shift(before, now, config.class_share, config.class_least)
-    at, of, images = shift.at, profile.images, sum(classes)
-    change = _format_change(profile.class_counts[at] / of, classes[at] / images)
-    edges, counts = profile.confidence_edges, profile.confidence_counts
+    """Return the checks for which both have data, before Holm's adjustment."""
+    counts = np.array(before.class_counts), np.array(now.class_counts)
+    shift = largest_share_shift(*counts, config.class_share, config.class_least)
+    at, of, images = shift.at, before.images, now.images
+    change = _format_change(before.class_counts[at] / of, now.class_counts[at] / images)
+    edges, pair = before.confidence_edges, (before.confidence_counts, now.confidence_counts)
     checks = [
-        shift.as_check("classes", ARCSINE, f"class {profile.classes[at]}: {change}"),
-        _compare_bins("confidence", edges, counts, confidence, config.confidence),
+        shift.as_check("classes", ARCSINE, f"class {before.classes[at]}: {change}"),
+        _compare_bins("confidence", edges, *pair, config.confidence),
     ]
-    if profile.ink_counts is not None and ink is not None:
-        edges, counts = profile.ink_edges, profile.ink_counts
-        checks.append(_compare_bins("ink", edges, counts, ink, config.ink))
-        checks.append(_compare_tails(edges, counts, ink, config))
-    if profile.unsure is not None and unsure is not None:
-        shift = share_shift(profile.unsure, of, unsure, images, config.unsure)
-        change = _format_change(profile.unsure / of, unsure / images)
+    if before.ink_counts is not None and now.ink_counts is not None:
+        edges, pair = before.ink_edges, (before.ink_counts, now.ink_counts)
+        checks.append(_compare_bins("ink", edges, *pair, config.ink))
+        checks.append(_compare_tails(edges, *pair, config))
+    if before.unsure is not None and now.unsure is not None:
+        shift = share_shift(before.unsure, of, now.unsure, images, config.unsure)
+        change = _format_change(before.unsure / of, now.unsure / images)
         checks.append(shift.as_check("not sure", ARCSINE, change))
     return checks
 

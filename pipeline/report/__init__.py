@@ -11,4 +11,4 @@ from pipeline.core.lazy import lazily
 if TYPE_CHECKING:
     from pipeline.report.page import write_page as write_page
 
-__getattr__ = lazily(__name__, {"write_page": "page"})
+__getattr__ = lazily(__name__)

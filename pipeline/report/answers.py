@@ -11,15 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.core.evaluate import (
-    ClassScore,
-    class_scores,
-    confusion,
-    is_refused,
-    reliability,
-    wilson_interval,
-    worst_mistakes,
-)
+from pipeline.core import evaluate
 from pipeline.data.splits import Split
 from pipeline.images.read import encode_png
 from pipeline.report import figures
@@ -32,18 +24,6 @@ FEWEST = 20  # images of a point of the calibration curve: smaller bins are merg
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A test image with a wrong predicted class."""
-
-    index: int  # in the test split
-    truth: str
-    predicted: str
-    predicted_probability: float  # 0 to 1
-    truth_probability: float
-    picture: str | None  # a data: URL
-
-
-@dataclass(frozen=True)
 class Answers:
     """Contents of the section on the run's predictions."""
 
@@ -52,8 +32,8 @@ class Answers:
     interval: tuple[float, float]  # of the accuracy, 95 %
     matrix: list[list[tuple[int, float]]]  # count and opacity of its tint, by truth and answer
     confusions: tuple[tuple[str, str, int], ...]  # truth, prediction, count; the most frequent
-    mistakes: tuple[Mistake, ...]
-    scores: tuple[ClassScore, ...]
+    mistakes: tuple[dict[str, Any], ...]  # of the test images with a wrong class, the worst
+    scores: tuple[evaluate.ClassScore, ...]
     figures: tuple[Markup, ...]
     refused: Mapping[str, float | None] | None  # None without a threshold
     fewest: int = FEWEST
@@ -65,11 +45,12 @@ def collect_answers(
     """Collect the section on the predictions, with pictures of the mistakes if `test` is given."""
     outputs, labels = predictions.log_probabilities, predictions.labels
     classes = [str(name) for name in summary["classes"]]
-    counts = confusion(outputs, labels)
+    counts = evaluate.confusion(outputs, labels)
     images, right = len(labels), int(counts.trace())
     refused: dict[str, float | None] | None = None
     if (min_probability := summary.get("min_probability")) is not None:
-        is_unsure, is_right = is_refused(outputs, min_probability), outputs.argmax(axis=1) == labels
+        is_unsure = evaluate.is_refused(outputs, min_probability)
+        is_right = outputs.argmax(axis=1) == labels
         refused = {
             "min_probability": min_probability,
             "total": float(is_unsure.mean()),
@@ -78,7 +59,7 @@ def collect_answers(
         }
     raw = predictions.remove_temperature(summary["temperature"])
     curves, bins = (
-        [reliability(both, labels, fewest=fewest) for both in (raw, outputs)]
+        [evaluate.reliability(both, labels, fewest=fewest) for both in (raw, outputs)]
         for fewest in (FEWEST, 1)
     )
     wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes only
@@ -89,7 +70,7 @@ def collect_answers(
     return Answers(
         images=images,
         wrong=images - right,
-        interval=wilson_interval(right, images),
+        interval=evaluate.wilson_interval(right, images),
         matrix=[
             list(zip(*row, strict=True))
             for row in zip(counts.tolist(), tints.tolist(), strict=True)
@@ -99,21 +80,18 @@ def collect_answers(
             for truth, predicted in cells
         ),
         mistakes=tuple(
-            Mistake(
-                index=index,
-                truth=classes[labels[index]],
-                predicted=classes[outputs[index].argmax()],
-                predicted_probability=math.exp(outputs[index].max()),
-                truth_probability=math.exp(outputs[index, labels[index]]),
-                picture=draw_picture(test.images[index]) if test else None,
-            )
-            for index in map(int, worst_mistakes(outputs, labels, MISTAKES))
+            {
+                "index": index,  # in the test split
+                "truth": classes[labels[index]],
+                "predicted": classes[outputs[index].argmax()],
+                "predicted_probability": math.exp(outputs[index].max()),
+                "truth_probability": math.exp(outputs[index, labels[index]]),
+                "picture": draw_picture(test.images[index]) if test else None,
+            }
+            for index in map(int, evaluate.worst_mistakes(outputs, labels, MISTAKES))
         ),
-        scores=class_scores(counts),
-        figures=(
-            Markup(figures.draw_reliability(*curves)),
-            Markup(figures.draw_confidence(*bins)),
-        ),
+        scores=evaluate.class_scores(counts),
+        figures=(Markup(figures.draw_reliability(*curves)), Markup(figures.draw_confidence(*bins))),
         refused=refused,
     )
 

@@ -24,36 +24,13 @@ VALIDATE = "run 'pipeline validate' again"
 
 
 @dataclass(frozen=True)
-class WorstImage:
-    """A test image on which a file's error is large compared with the margin."""
-
-    index: int  # in the test split
-    truth: str
-    reference: str  # the reference's class
-    predicted: str
-    margin: float  # of the reference, nats
-    error: float
-    picture: str | None  # a data: URL
-
-    @property
-    def is_mistake(self) -> bool:
-        return self.reference != self.truth
-
-    @property
-    def is_flip(self) -> bool:
-        return self.predicted != self.reference
-
-
-@dataclass(frozen=True)
 class EvidenceSection:
     """Contents of the section on the validation."""
 
-    images: int
-    probes: int
-    threads: tuple[int, ...]  # thread counts of the speeds in `rows`
+    record: Mapping[str, Any]  # validation.json
     rows: list[dict[str, Any]]  # one per file, as in the model card
     figure: Markup
-    worst: tuple[tuple[str, tuple[WorstImage, ...]], ...]  # by precision
+    worst: tuple[tuple[str, tuple[dict[str, Any], ...]], ...]  # images, by precision
 
 
 def read_evidence(
@@ -86,9 +63,7 @@ def read_evidence(
         errors = {variant["precision"]: variant["max_error"] for variant in validation["variants"]}
         largest = {name: error for name, error in errors.items() if error}
         return EvidenceSection(
-            images=validation["images"],
-            probes=validation["probes"],
-            threads=tuple(validation["criterion"]["threads"]),
+            record=validation,
             rows=format_variants(validation),
             figure=Markup(figures.draw_margins(margins[: len(labels)].tolist(), largest)),
             worst=tuple(
@@ -103,21 +78,21 @@ def read_evidence(
 
 def _worst_images(
     precision: str, arrays: Mapping[str, np.ndarray], classes: Sequence[str], test: Split | None
-) -> tuple[WorstImage, ...]:
+) -> tuple[dict[str, Any], ...]:
     """Return the images with the largest ratio of error to margin, the worst first."""
     labels = arrays["labels"]
     margins = arrays["margins"][: len(labels)]
     errors = arrays[f"errors_{precision}"][: len(labels)].astype(np.float64)  # (M,)
     shares = errors / np.maximum(margins, np.finfo(np.float64).tiny)  # a margin may be 0
     return tuple(
-        WorstImage(
-            index=int(row),
-            truth=classes[labels[row]],
-            reference=classes[arrays["reference"][row]],
-            predicted=classes[arrays[f"said_{precision}"][row]],
-            margin=float(margins[row]),
-            error=float(errors[row]),
-            picture=draw_picture(test.images[row]) if test else None,
-        )
+        {
+            "index": int(row),  # in the test split
+            "truth": classes[labels[row]],
+            "reference": classes[arrays["reference"][row]],  # the reference's class
+            "predicted": classes[arrays[f"said_{precision}"][row]],
+            "margin": float(margins[row]),  # of the reference, nats
+            "error": float(errors[row]),
+            "picture": draw_picture(test.images[row]) if test else None,  # a data: URL
+        }
         for row in np.argsort(-shares, kind="stable")[:WORST]
     )

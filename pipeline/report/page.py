@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import check_manifest, read_json, write_bytes
 from pipeline.core.paths import FOLDER, Paths
 from pipeline.core.signature import pictures_of
+from pipeline.core.text import load_template
 from pipeline.data.splits import Split, load_split
 from pipeline.report import figures
 from pipeline.report.answers import Answers, collect_answers, draw_picture
@@ -77,16 +77,7 @@ def write_page(paths: Paths) -> Page:
 
 def render(page: Page) -> str:
     """Render the page as HTML; equal pages give equal text."""
-    environment = Environment(
-        loader=PackageLoader("pipeline.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    template = environment.get_template("report.html")
-    return template.render(
+    return load_template("report", "report.html", percent=percent).render(
         page=page,
         is_note=lambda part: isinstance(part, Note),
         has_ink=pictures_of(str(page.summary["dataset"])) == "digit",
@@ -193,7 +184,7 @@ def _read_export(
                 "pipeline package && pipeline validate exported/model_repository",
             )
     drift, reason = read_drift(paths), "No prediction log has been compared with this model yet"
-    if drift and drift.sha256 != model:
+    if drift and drift.drift.sha256 != model:
         drift, reason = None, "The last prediction log was of another model.onnx"
     return (
         read_evidence(paths, manifest, test)

@@ -16,13 +16,4 @@ if TYPE_CHECKING:
     from pipeline.repository.settings import PackageConfig as PackageConfig
     from pipeline.repository.versions import list_versions as list_versions
 
-__getattr__ = lazily(
-    __name__,
-    {
-        "PackageConfig": "settings",
-        "Release": "release",
-        "list_versions": "versions",
-        "load_release": "release",
-        "package_model": "package",
-    },
-)
+__getattr__ = lazily(__name__)

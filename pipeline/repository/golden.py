@@ -5,6 +5,7 @@
 import io
 import math
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,33 +46,10 @@ class Golden:
         )
 
 
-@dataclass(frozen=True)
-class GoldenResult:
-    """Result of the comparison of a predictor with a golden set."""
-
-    images: int
-    batch_sizes: tuple[int, ...]
-    max_abs_diff: float | None  # over all outputs and batch sizes; None if one was not finite
-    differing: int  # flips: images whose class differs, at the worst batch size
-    problems: tuple[str, ...]  # one sentence each; empty if it passed
-
-    @property
-    def passed(self) -> bool:
-        return not self.problems
-
-    def require_passed(self, what: str, fix: str) -> None:
-        """Raise CheckFailedError with the first ten problems and a fix unless it passed."""
-        if not self.passed:
-            problems = (f"  {problem}" for problem in self.problems[:10])
-            raise CheckFailedError(Lines(f"{what}:", *problems, fix))
-
-    def __str__(self) -> str:
-        sizes = ", ".join(map(str, self.batch_sizes))
-        largest = "not finite" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
-        return (
-            f"{self.images:,} images at batch sizes {sizes}: {self.differing} differing classes, "
-            f"largest difference {largest}"
-        )
+def raise_problems(problems: Sequence[str], what: str, fix: str) -> None:
+    """Raise CheckFailedError with the first ten problems and a fix, if there is any problem."""
+    if problems:
+        raise CheckFailedError(Lines(f"{what}:", *(f"  {text}" for text in problems[:10]), fix))
 
 
 def choose_golden(
@@ -112,31 +90,26 @@ def choose_golden(
 
 def compare_golden(
     golden: Golden, candidate: Predictor, sizes: tuple[int, ...], scores: Predictor | None = None
-) -> GoldenResult:
-    """Compare `candidate` with the golden set at each batch size in `sizes`.
+) -> list[str]:
+    """Return what is wrong with a candidate's answers to the golden set, at each size of a batch.
 
-    It passes if every row is within its bound and no class changes. The `scores` of an exact model
-    must be equal. A candidate that raises
-    CheckFailedError, returns another shape, or returns values that are not finite does not pass.
+    There is a sentence for each problem, and none if every row is within its bound and no class
+    changes. The `scores` of an exact model must be equal. A candidate that raises CheckFailedError,
+    returns another shape, or returns values that are not finite has a problem.
     """
     problems: list[str] = []
-    largest, differing = 0.0, 0
     for size in sizes:
         try:
             outputs = predict(candidate, golden.images, size)
-            judgement = judge(golden.outputs, outputs, golden.bounds)
+            mismatches = judge(golden.outputs, outputs, golden.bounds).problems(range(len(outputs)))
         except CheckFailedError as error:
             problems.append(f"batch size {size}: {error}")
             continue
-        largest = max(largest, float(judgement.errors.max()))
-        differing = max(differing, int(judgement.is_changed.sum()))
-        mismatches = judgement.problems(range(len(outputs)))
         if scores and golden.scores is not None:
             unequal = find_unequal(golden.scores, predict(scores, golden.images, size))
             mismatches += [f"scores: {unequal}"] if unequal else []
         problems += [f"batch size {size}: {mismatch}" for mismatch in mismatches]
-    max_abs_diff = largest if math.isfinite(largest) else None
-    return GoldenResult(len(golden.images), sizes, max_abs_diff, differing, tuple(problems))
+    return problems
 
 
 _ARRAYS = ("images", "labels", "outputs", "bounds")

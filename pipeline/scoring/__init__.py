@@ -13,4 +13,4 @@ if TYPE_CHECKING:
     from pipeline.scoring.job import score_source as score_source
     from pipeline.scoring.settings import ScoreConfig as ScoreConfig
 
-__getattr__ = lazily(__name__, {"ScoreConfig": "settings", "score_source": "job"})
+__getattr__ = lazily(__name__)

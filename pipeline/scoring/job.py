@@ -3,7 +3,7 @@
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,11 @@ from pipeline.core.files import locked, remove
 from pipeline.core.machine import cores
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
+from pipeline.scoring import worker
 from pipeline.scoring.cluster import connect
 from pipeline.scoring.parquet import Columns, Shard
 from pipeline.scoring.settings import ScoreConfig
 from pipeline.scoring.source import Cut, cut
-from pipeline.scoring.worker import (
-    Counts,
-    Folder,
-    Reader,
-    Scorer,
-    ScoringModel,
-    begin_job,
-    count_repeated_ids,
-    read_counts,
-    read_selected_model,
-)
 
 
 @dataclass(frozen=True)
@@ -90,14 +80,16 @@ def score_source(
     Raises PipelineError for an invalid source, for a folder that holds another job, and while
     another process writes into it.
     """
-    model = read_selected_model(paths)
-    folder = Folder(Path(os.path.abspath(output)))
+    model = worker.read_selected_model(paths)
+    folder = worker.Folder(Path(os.path.abspath(output)))
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise PipelineError(f"{output} lies in {source}: choose an --output outside it")
     is_new = not folder.path.exists()
     with locked(folder.lock, f"another job is writing {output}: wait for it, or choose another"):
         try:
-            whole = _cut_and_record(Path(os.path.abspath(source)), model, folder, config, columns)
+            path, size = Path(os.path.abspath(source)), config.rows
+            whole = cut(path, model.shape, model.pictures, size, folder.unpacked, columns)
+            worker.begin_job(folder, _describe_job(whole, model, config))
         except PipelineError:
             if is_new:
                 remove(folder.path)
@@ -110,7 +102,7 @@ def score_source(
             file = folder.part(missing[0].index)
             raise PipelineError(f"{file} is incomplete: run the same command again")
         parts = [shard.index for shard in whole.shards]
-        repeated = count_repeated_ids(folder, parts, counts.scored)
+        repeated = worker.count_repeated_ids(folder, parts, counts.scored)
     seconds = run.last - run.first
     rate = round((counts.images - before.images) / seconds, 1) if seconds else None
     return Scored(
@@ -129,13 +121,10 @@ def score_source(
     )
 
 
-def _cut_and_record(
-    source: Path, model: ScoringModel, folder: Folder, config: ScoreConfig, columns: Columns
-) -> Cut:
-    """Cut the source, and record the job in its folder, or check that the folder holds it."""
-    whole = cut(source, model.shape, model.pictures, config.rows, folder.unpacked, columns)
+def _describe_job(whole: Cut, model: worker.ScoringModel, config: ScoreConfig) -> dict[str, Any]:
+    """Return the values that must be unchanged when a job is resumed."""
     chosen = whole.columns or Columns()
-    job = {  # these values must be unchanged when a job is resumed
+    return {
         "source": whole.path,
         "source_digest": whole.digest,
         "images": whole.rows,
@@ -148,8 +137,6 @@ def _cut_and_record(
         "top": config.top,
         "rows": config.rows,
     }
-    begin_job(folder, job)
-    return whole
 
 
 @dataclass
@@ -162,11 +149,11 @@ class _Run:
     last: float = 0.0  # end of the last one
 
 
-def _survey(folder: Folder, whole: Cut) -> tuple[list[Shard], Counts]:
+def _survey(folder: worker.Folder, whole: Cut) -> tuple[list[Shard], worker.Counts]:
     """Return the shards with missing or incomplete files, and the image counts of the others."""
-    missing, counts = [], Counts()
+    missing, counts = [], worker.Counts()
     for shard in whole.shards:
-        if of_shard := read_counts(folder, shard.index, shard.rows):
+        if of_shard := worker.read_counts(folder, shard.index, shard.rows):
             counts += of_shard
         else:
             missing.append(shard)
@@ -176,15 +163,22 @@ def _survey(folder: Folder, whole: Cut) -> tuple[list[Shard], Counts]:
 def _run(
     whole: Cut,
     missing: list[Shard],
-    model: ScoringModel,
-    folder: Folder,
+    model: worker.ScoringModel,
+    folder: worker.Folder,
     config: ScoreConfig,
     report: Report,
 ) -> _Run:
-    """Score the missing shards, with one worker for each core or GPU by default."""
+    """Score the missing shards, with one worker for each core or GPU by default.
+
+    On CPUs Ray Data fuses reading and scoring, so a worker reads the images that it scores. For
+    GPUs, tasks on the CPUs read, and the images wait in the bounded object store. Raises
+    PipelineError when Ray fails.
+    """
     begun = time.time()
     with connect(config.address, config.workers or cores()):
         import ray  # only after `connect` has set the variables that it reads
+        from ray import data as ray_data
+        from ray.exceptions import RayError, UserCodeException
 
         kind = "CPU" if config.provider == "cpu" else "GPU"
         available = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
@@ -192,53 +186,33 @@ def _run(
             fix = "use --provider cpu" if kind == "GPU" else "start a worker node"
             raise PipelineError(f"the Ray cluster has no {kind}: {fix}")
         run = _Run(min(config.workers or available, available, len(missing)), begun)
+        ray_data.DataContext.get_current().enable_progress_bars = False
+        items = [{"shard": pickle.dumps(shard)} for shard in missing]
+        shards = ray_data.from_items(items, override_num_blocks=len(items))
+        reader = worker.Reader(replace(whole, shards=()))
+        rows = shards.map_batches(reader, batch_size=1, num_cpus=1)
+        where: dict[str, Any] = {f"num_{kind.lower()}s": 1}
+        written = rows.map_batches(
+            worker.Scorer,
+            fn_constructor_args=(model, folder, config),
+            batch_size=None,  # a shard
+            compute=ray_data.ActorPoolStrategy(size=run.workers),
+            **where,
+        )
         left, done = sum(shard.rows for shard in missing), 0
-        for row in _stream(replace(whole, shards=()), missing, model, folder, config, run.workers):
-            if row["failed"]:
-                raise pickle.loads(row["failed"])
-            run.first = min(run.first or row["begun"], row["begun"])
-            run.last = max(run.last, row["ended"])
-            done += row["images"]
-            rate = done / (run.last - run.first)
-            report(JobProgress(whole.rows - left + done, whole.rows, rate))
+        try:
+            for row in written.iter_rows():
+                if row["failed"]:
+                    raise pickle.loads(row["failed"])
+                run.first = min(run.first or row["begun"], row["begun"])
+                run.last = max(run.last, row["ended"])
+                done += row["images"]
+                rate = done / (run.last - run.first)
+                report(JobProgress(whole.rows - left + done, whole.rows, rate))
+        except UserCodeException:  # a bug in this code
+            raise
+        except RayError as error:
+            kind, last_line = type(error).__name__, str(error).strip().rpartition("\n")[2]
+            message = f"Ray failed ({kind}: {last_line}): run the same command again to continue"
+            raise PipelineError(message) from error
     return run
-
-
-def _stream(
-    source: Cut,
-    missing: list[Shard],
-    model: ScoringModel,
-    folder: Folder,
-    config: ScoreConfig,
-    workers: int,
-) -> Iterator[dict[str, Any]]:
-    """Yield the worker's report on each shard, in the order of completion.
-
-    On CPUs Ray Data fuses the two steps, so a worker reads the images that it scores. For GPUs,
-    tasks on the CPUs read, and the images wait in the bounded object store. Raises PipelineError
-    when Ray fails.
-    """
-    from ray import data as ray_data
-    from ray.exceptions import RayError, UserCodeException
-
-    context = ray_data.DataContext.get_current()
-    context.enable_progress_bars = False
-    items = [{"shard": pickle.dumps(shard)} for shard in missing]
-    shards = ray_data.from_items(items, override_num_blocks=len(items))
-    rows = shards.map_batches(Reader(source), batch_size=1, num_cpus=1)
-    where: dict[str, Any] = {"num_cpus": 1} if config.provider == "cpu" else {"num_gpus": 1}
-    written = rows.map_batches(
-        Scorer,
-        fn_constructor_args=(model, folder, config),
-        batch_size=None,  # a shard
-        compute=ray_data.ActorPoolStrategy(size=workers),
-        **where,
-    )
-    try:
-        yield from written.iter_rows()
-    except UserCodeException:  # a bug in this code
-        raise
-    except RayError as error:
-        kind, last_line = type(error).__name__, str(error).strip().rpartition("\n")[2]
-        message = f"Ray failed ({kind}: {last_line}): run the same command again to continue"
-        raise PipelineError(message) from error

@@ -46,12 +46,7 @@ class Cut:
 
 
 def cut(
-    path: Path,
-    shape: tuple[int, ...],
-    pictures: str,
-    rows: int,
-    unpacked: Path,
-    wanted: Columns,
+    path: Path, shape: tuple[int, ...], pictures: str, rows: int, unpacked: Path, wanted: Columns
 ) -> Cut:
     """Cut the source at `path` into shards of about `rows` rows, for a model that takes `shape`.
 

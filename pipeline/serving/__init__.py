@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from pipeline.serving.settings import ServeConfig as ServeConfig
     from pipeline.serving.supervise import serve_repository as serve_repository
 
-__getattr__ = lazily(__name__, {"ServeConfig": "settings", "serve_repository": "supervise"})
+__getattr__ = lazily(__name__)

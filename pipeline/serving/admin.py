@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.client.client import Client
-from pipeline.client.connection import Connection, TritonConnection
+from pipeline.client.connection import Connection
 from pipeline.repository import config_pbtxt
 from pipeline.serving.tritonserver import KEY_HEADER
 
@@ -22,37 +22,31 @@ class Admin(Client):
 
     def load(self, name: str) -> None:
         """Load a model from the current files of the repository, replacing the loaded one."""
-        self._change("load_model", name)
+        self._call("load_model", name)
 
     def load_files(self, config: config_pbtxt.ModelConfig, files: Mapping[str, bytes]) -> None:
         """Load a model from these files only; keys are paths inside the model's folder."""
         named = {f"file:{path}": content for path, content in files.items()}
-        self._change("load_model", config.name, config=config_pbtxt.to_json(config), files=named)
+        self._call("load_model", config.name, config=config_pbtxt.to_json(config), files=named)
 
     def unload(self, name: str) -> None:
         """Stop serving a model."""
-        self._change("unload_model", name)
+        self._call("unload_model", name)
 
     def states(self) -> dict[tuple[str, str], str]:
         """Return the state of each version that was ever loaded, by name and version.
 
         A state is READY, LOADING, UNLOADING or UNAVAILABLE.
         """
-        index = self._run(self._call_triton("get_model_repository_index", may_repeat=True))
+        index = self._call("get_model_repository_index", may_repeat=True)
         return {(entry.name, entry.version): entry.state for entry in index.models}
 
-    def _change(self, method: str, name: str, **options: Any) -> None:
-        self._run(self._call_triton(method, name, may_repeat=False, **options))
-
-    async def _call_triton(self, method: str, *args: str, may_repeat: bool, **options: Any) -> Any:
+    def _call(self, method: str, *args: str, may_repeat: bool = False, **options: Any) -> Any:
         """Return the result of a method of tritonclient's own client."""
 
-        async def call(connection: Connection) -> Any:
-            assert isinstance(connection, TritonConnection)
+        async def request(connection: Connection) -> Any:
             with connection.faults():
-                return await getattr(connection.triton, method)(
-                    *args, headers=connection.headers, **options
-                )
+                call = getattr(connection.triton, method)
+                return await call(*args, headers=connection.headers, **options)
 
-        async with self._call() as deadline:
-            return await self._ask(call, deadline, may_repeat)
+        return self._run(self._client.ask(request, may_repeat))

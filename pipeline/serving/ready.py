@@ -15,14 +15,14 @@ from pipeline.core.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.core.paths import Paths
 from pipeline.core.signature import SCORES
 from pipeline.repository import config_pbtxt
-from pipeline.repository.golden import GOLDEN_BATCHES, Golden, GoldenResult, compare_golden
+from pipeline.repository.golden import GOLDEN_BATCHES, Golden, compare_golden, raise_problems
 from pipeline.repository.release import Release
 from pipeline.repository.running import Server
 from pipeline.serving.admin import Admin
 
 
-def replay_golden(client: Client, golden: Golden) -> GoldenResult:
-    """Compare a server with the golden set's answers, at each golden batch size it accepts."""
+def replay_golden(client: Client, golden: Golden) -> list[str]:
+    """Return what is wrong with a server's answers, at each golden batch size that it accepts."""
     largest = max(1, client.config().max_batch_size)
     sizes = tuple(size for size in GOLDEN_BATCHES if size <= largest)
     scores = triton_predictor(client, SCORES)
@@ -99,7 +99,7 @@ def require_golden(server: Server, name: str, release: Release, what: str, fix: 
     for url in (server.http_url, server.grpc_url):
         with Client(url, name, ANSWER_SECONDS) as client:
             problem = f"{what} gives incorrect answers over {url}"
-            replay_golden(client, release.golden).require_passed(problem, fix)
+            raise_problems(replay_golden(client, release.golden), problem, fix)
             version = ask_version(client)
         if version != release.version:
             raise CheckFailedError(f"{url} answers with version {version} instead of {what}. {fix}")

@@ -14,6 +14,7 @@ from pipeline.client.client import Client
 from pipeline.core.errors import ServerError
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines, columns
+from pipeline.repository.golden import raise_problems
 from pipeline.repository.release import Release, load_release
 from pipeline.repository.running import Server, is_alive, load_server
 from pipeline.serving.process import POLL_SECONDS
@@ -156,12 +157,12 @@ def _check_model(paths: Paths, server: Server) -> Release:
         ):
             version = ask_version(grpc)
             release = load_release(paths, version)
-            results = {client: replay_golden(client, release.golden) for client in (http, grpc)}
+            answers = {client: replay_golden(client, release.golden) for client in (http, grpc)}
             if ask_version(grpc) != version:  # promoted during the replay
                 continue
-        for client, result in results.items():
+        for client, problems in answers.items():
             what = f"{paths.name} version {version} gives incorrect answers over {client.endpoint}"
-            result.require_passed(what, "Restart the server with 'pipeline serve restart'")
+            raise_problems(problems, what, "Restart the server with 'pipeline serve restart'")
         return release
 
 

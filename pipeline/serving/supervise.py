@@ -342,5 +342,5 @@ class Canary:
         if int(version) != release.version:  # a promotion happened: use its golden set from now on
             self.releases[name] = load_release(self.paths.named(name), int(version))
             return None
-        result = compare_golden(golden, lambda images: outputs, (1,))
-        return None if result.passed else f"{name} version {version} gives incorrect answers"
+        is_wrong = compare_golden(golden, lambda images: outputs, (1,))
+        return f"{name} version {version} gives incorrect answers" if is_wrong else None

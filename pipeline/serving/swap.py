@@ -17,7 +17,7 @@ from pipeline.core.errors import PipelineError, ServerError
 from pipeline.core.files import locked, write_bytes
 from pipeline.core.paths import Paths
 from pipeline.repository import config_pbtxt
-from pipeline.repository.golden import GOLDEN_BATCHES, compare_golden
+from pipeline.repository.golden import GOLDEN_BATCHES, compare_golden, raise_problems
 from pipeline.repository.release import REPACKAGE, Release, check_release
 from pipeline.repository.running import Server, find_server, load_server
 from pipeline.repository.versions import Promotion, find_rollback_target, select_version
@@ -67,8 +67,8 @@ def _promote(paths: Paths, version: int, report: Report) -> Promotion:
     if server is None:
         from pipeline.export.runtime import onnx_predictor  # not needed if a server answers
 
-        result = compare_golden(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
-        result.require_passed(f"version {version} gives incorrect answers", REPACKAGE)
+        problems = compare_golden(release.golden, onnx_predictor(release.onnx), GOLDEN_BATCHES)
+        raise_problems(problems, f"version {version} gives incorrect answers", REPACKAGE)
         return select_version(paths, release)
     if not server.is_ready:
         raise ServerError(f"the server (pid {server.pid}) is starting: try again in a moment")

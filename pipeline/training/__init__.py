@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from pipeline.training.recipes import TrainConfig as TrainConfig
     from pipeline.training.run import train_run as train_run
 
-__getattr__ = lazily(__name__, {"Recipe": "recipes", "TrainConfig": "recipes", "train_run": "run"})
+__getattr__ = lazily(__name__)

@@ -15,6 +15,4 @@ if TYPE_CHECKING:
     from pipeline.validation.repository import validate_repository as validate_repository
     from pipeline.validation.servers import validate_servers as validate_servers
 
-_HOMES = {"Criterion": "compare", "validate_export": "export"}
-_HOMES |= {"validate_repository": "repository", "validate_servers": "servers"}
-__getattr__ = lazily(__name__, _HOMES)
+__getattr__ = lazily(__name__)

@@ -5,10 +5,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pipeline.core.paths import FOLDER, JOINED, Paths
 from pipeline.core.signature import pictures_of
+from pipeline.core.text import load_template
 from pipeline.training.recipes import TrainConfig
 from pipeline.validation.compare import format_ratio
 
@@ -18,18 +17,13 @@ MOST_CLASSES = 100  # that a card lists
 
 def render_card(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
     """Return the card in Hugging Face's layout; the same records give the same text."""
-    environment = Environment(
-        loader=PackageLoader("pipeline.validation", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    # JSON writes any text so that it is also a literal of YAML and of Python.
-    environment.filters |= {"code": _code, "percent": percent, "literal": json.dumps}
     training = manifest.get("training")
     dataset = training["dataset"] if training else FOLDER
-    return environment.get_template("MODEL_CARD.md").render(
+    # JSON writes any text so that it is also a literal of YAML and of Python.
+    template = load_template(
+        "validation", "MODEL_CARD.md", code=_code, percent=percent, literal=json.dumps
+    )
+    return template.render(
         manifest=manifest,
         validation=validation,
         training=training,

@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from pipeline.web.server import serve_page as serve_page
     from pipeline.web.settings import GatewayConfig as GatewayConfig
 
-__getattr__ = lazily(__name__, {"GatewayConfig": "settings", "serve_page": "server"})
+__getattr__ = lazily(__name__)

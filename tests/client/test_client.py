@@ -71,7 +71,7 @@ def awaited(url: str, pictures: Any, top: int = 3, **options: Any) -> list[Predi
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.client.calls.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("pipeline.client.async_client.FIRST_PAUSE", 0.01)
 
 
 both = pytest.mark.parametrize("classify", [sync, awaited])
@@ -377,7 +377,7 @@ def test_a_version_that_the_config_does_not_describe_is_looked_up_once() -> None
     with fake("grpc") as (url, asked), Client(url) as client:
         stale = config()
         del stale.parameters["sha256.1"]
-        client._config = stale  # as it was before version 1 was promoted
+        client._client._config = stale  # as it was before version 1 was promoted
         assert client.classify(images(1))[0].sha256 == DIGEST
         assert client.classify(images(1))[0].sha256 == DIGEST
     assert asked.methods.count("ModelConfig") == 1
@@ -386,7 +386,7 @@ def test_a_version_that_the_config_does_not_describe_is_looked_up_once() -> None
 def test_whether_a_prediction_is_sure_is_unknown_without_a_valid_threshold() -> None:
     with fake("grpc") as (url, _), Client(url) as client:
         told = config()
-        client._config = told
+        client._client._config = told
         sure = []
         for threshold in ("0.95", "0.5", "", "often", "nan", "1.01"):
             told.parameters["min_probability"].string_value = threshold

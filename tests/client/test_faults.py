@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2
 from pipeline.client import faults
 from pipeline.client.async_client import AsyncClient
 from pipeline.client.client import Certificates, Client
-from pipeline.client.endpoint import endpoint
+from pipeline.client.endpoint import RemoteModel, endpoint
 from pipeline.core.errors import PipelineError, ServerError, SlowError
 from pipeline.images.read import write_png
 from pipeline.repository import config_pbtxt
@@ -70,7 +70,7 @@ over_both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.client.calls.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("pipeline.client.async_client.FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -564,8 +564,9 @@ def test_files_that_are_no_certificates_are_named(ours: Authority, tmp_path: Pat
 
 
 def test_an_unknown_model_has_one_message_for_python_and_the_command_line() -> None:
-    fault, where = faults.Fault("unknown", "Request for unknown model"), endpoint("http://x:8000")
-    error = faults.explain_fault(fault, where, name="nobody", version="", timeout=1.0, times=1)
+    fault = faults.Fault("unknown", "Request for unknown model")
+    target = RemoteModel(endpoint("http://x:8000"), "nobody", "", {}, Certificates())
+    error = faults.explain_fault(fault, target, timeout=1.0)
     assert str(error) == (
         "http://x:8000 does not serve a model 'nobody': choose another name (--name), or try again "
         "in a moment if the server has just started; 'pipeline serve status' lists its models"
@@ -608,7 +609,7 @@ def test_a_real_server_says_what_is_wrong_with_a_tensor(
         with pytest.raises(PipelineError, match="handwriting takes "):
             ask(url, [wrong]) if wrong.dtype == np.float32 else Client(url).infer(wrong[None])
     # What a client of another make would send.
-    monkeypatch.setattr("pipeline.client.calls.fit_input", lambda images, config: images)
+    monkeypatch.setattr("pipeline.client.async_client.fit_input", lambda images, config: images)
     for wrong in (IMAGE[None, :, :27], IMAGE[None].astype(np.float32), IMAGE[None, :, :0]):
         with pytest.raises(PipelineError, match="refuses: "), Client(url) as client:
             client.infer(wrong)

@@ -97,7 +97,7 @@ def test_nothing_is_logged_unless_somebody_asks_for_it(tmp_path: Path) -> None:
         fakes.http_server(fakes.as_triton) as (port, _),
         Client(f"http://127.0.0.1:{port}") as client,
     ):
-        assert client._log is None
+        assert client._client._log is None
         client.classify(images(2))
     assert not list(tmp_path.iterdir())
 

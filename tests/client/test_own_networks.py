@@ -60,11 +60,11 @@ class Triton:
     def __init__(self, *arguments: Any) -> None:
         pass
 
-    async def config(self, name: str, version: str) -> config_pbtxt.ModelConfig:
+    async def config(self) -> config_pbtxt.ModelConfig:
         return self.config_message
 
     async def infer(
-        self, name: str, version: str, config: Any, images: np.ndarray, class_count: int
+        self, config: Any, images: np.ndarray, class_count: int
     ) -> tuple[np.ndarray, str]:
         self.sent.append(images)
         return np.tile(np.array([0, 1, 5], np.float32), (len(images), 1)), "1"
@@ -76,7 +76,7 @@ class Triton:
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> type[Triton]:
     monkeypatch.setattr(Triton, "sent", [], raising=False)
-    monkeypatch.setattr("pipeline.client.calls.connector", lambda endpoint: Triton)
+    monkeypatch.setattr("pipeline.client.async_client.open_connection", Triton)
     return Triton
 
 

@@ -3,8 +3,7 @@ import io
 import itertools
 import multiprocessing
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,19 @@ import numpy as np
 import pytest
 
 from pipeline.client.prediction import Prediction
-from pipeline.client.query import (
-    FILES_AT_ONCE,
-    FIRST_BATCHES,
-    UNDER_WAY,
-    Count,
-    _Readers,
-    ask_files,
-)
+from pipeline.client.query import Count, ask_files
 from pipeline.core.errors import ServerError
+from pipeline.images.ahead import FILES_AT_ONCE, FIRST_BATCHES, UNDER_WAY, Batches, read_ahead
 from pipeline.images.inputs import Source, draw_image, list_sources
 from pipeline.images.read import encode_png
 
 DIGIT = np.zeros((1, 28, 28), np.uint8)
 DIGIT[0, 8:20, 13:15] = 255
-HANG_GUARD = 20.0  # seconds; generous, because machines are shared
+
+
+@pytest.fixture(autouse=True)
+def one_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.images.ahead.cores", lambda: 1)
 
 
 class Server:
@@ -98,7 +95,7 @@ def test_a_million_pictures_are_read_no_further_than_a_few_batches_ahead() -> No
     taken = itertools.count()
     content = encode_png(DIGIT)
     endless = (Source(str(next(taken)), content) for _ in itertools.count())
-    answers = ask_files(connect(), endless, workers=1)
+    answers = ask_files(connect(), endless)
     found = [next(answers).file for _ in range(5 * FILES_AT_ONCE)]
     answers.close()
     assert found == [str(index) for index in range(5 * FILES_AT_ONCE)]
@@ -114,7 +111,7 @@ def test_the_first_answers_do_not_wait_for_others() -> None:
     sizes: list[int] = []
     connected: Any = Curious
     endless = (Source(str(n), encode_png(DIGIT) if n != 9 else b"") for n in itertools.count())
-    answers = ask_files(connected, endless, workers=1)
+    answers = ask_files(connected, endless)
     assert [next(answers).file for _ in range(80)] == [str(index) for index in range(80)]
     answers.close()
     assert sizes[:3] == [1, 8, FILES_AT_ONCE - 1]
@@ -124,27 +121,25 @@ def test_the_first_answers_do_not_wait_for_others() -> None:
 def test_processes_that_read_end_at_once_when_something_goes_wrong() -> None:
     before, threads = set(multiprocessing.active_children()), set(threading.enumerate())
     slow = Source("slow", encode_png(np.zeros((1, 7000, 7000), np.uint8)))
-    with contextlib.suppress(KeyboardInterrupt), _Readers("digit", 2) as readers:
-        futures = [readers.submit([slow] * 1000) for _ in range(2)]
-        wait_until(lambda: all(future.running() for future in futures))
-        time.sleep(2)  # by now they are no longer starting
+    waiting = iter([[Source("quick", encode_png(DIGIT))], [slow] * 1000, [slow] * 1000])
+
+    class Slow(Batches):
+        def take(self, wait: bool) -> list[Source]:
+            return next(waiting, [])
+
+    batches = read_ahead(Slow([]), "digit")
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(batches):
+        assert next(batches)[0][0].name == "quick"  # now the others are being read
+        assert set(multiprocessing.active_children()) > before
         raise KeyboardInterrupt
     # The thread that minds them too: Python's end would meet it while it closes its pipe.
     assert set(threading.enumerate()) <= threads
     assert set(multiprocessing.active_children()) <= before
-    assert all(future.done() for future in futures)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    start = time.monotonic()
-    while not is_so():
-        assert time.monotonic() - start < HANG_GUARD
-        time.sleep(0.02)
 
 
 def test_a_server_that_dies_in_the_middle_is_said_once_after_what_it_answered() -> None:
     found = [Source(str(index), encode_png(DIGIT)) for index in range(5 * FILES_AT_ONCE)]
-    answers = ask_files(connect(batches=4), found, workers=1)
+    answers = ask_files(connect(batches=4), found)
     answered = sum(FIRST_BATCHES) + FILES_AT_ONCE
     assert len(list(itertools.islice(answers, answered))) == answered
     with pytest.raises(ServerError, match="it died"):

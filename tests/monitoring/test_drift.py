@@ -10,11 +10,12 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pipeline.client.client import Client, Prediction
-from pipeline.client.log import Entry, Logged, PredictionLog, older_log
+from pipeline.client.log import PredictionLog, older_log
 from pipeline.core.evaluate import predict
 from pipeline.data.splits import load_split
 from pipeline.export.runtime import onnx_predictor
 from pipeline.monitoring.drift import Drift, DriftConfig, compare_log
+from pipeline.monitoring.log import Entry, Logged
 from pipeline.repository import config_pbtxt
 from pipeline.repository.reference_profile import (
     ReferenceProfile,
@@ -27,6 +28,10 @@ from tests.conftest import REPOSITORY, Chain, edit_json, error_line, flip_bit
 Served = tuple[Chain, dict[str, Any]]
 CLOTHES = REPOSITORY / "data" / "fashion-mnist"
 SIZES = (1000, 3000, 10_000)
+
+
+def entry(time: str, label: str, probability: float, is_sure: bool, ink: float) -> Entry:
+    return Entry(1, time, "handwriting", "1", None, label, probability, is_sure, ink)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Bench:
     def drift(self, said: Said) -> Drift:
         threshold = self.profile.min_probability or 0.0
         entries = [
-            Entry("2026-11-23T12:00:00Z", str(label), sure, sure >= threshold, ink)
+            entry("2026-11-23T12:00:00Z", str(label), sure, sure >= threshold, ink)
             for label, sure, ink in zip(
                 *(values.tolist() for values in (said.labels, said.confidence, said.ink)),
                 strict=True,
@@ -146,7 +151,7 @@ def test_what_is_larger_than_allowed_by_nothing_but_chance_is_no_drift(bench: Be
     said = bench.said.of(rows(0, 10_000))
     found = bench.drift(said)
     entries = [
-        Entry("", str(label), sure, True, ink)
+        entry("", str(label), sure, True, ink)
         for label, sure, ink in zip(said.labels, said.confidence, said.ink, strict=True)
     ]
     # The splits of MNIST do differ, and ten thousand images show it: that is what is allowed.

@@ -12,4 +12,4 @@ from pipeline.core.lazy import lazily
 if TYPE_CHECKING:
     from pipeline.repository.lint.check import lint_repository as lint_repository
 
-__getattr__ = lazily(__name__, {"lint_repository": "check"})
+__getattr__ = lazily(__name__)

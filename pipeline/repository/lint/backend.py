@@ -139,11 +139,8 @@ def _check_parameter(model: ModelFolder, key: str, value: str) -> Iterator[tuple
         for name in value.removesuffix(";").split(";"):
             if not re.fullmatch(names, name, re.ASCII):
                 problem = f"every run fails, since '{name}' is not a memory arena of the model"
-                yield (
-                    problem,
-                    'write "cpu:0"' if has_arena else "switch enable_mem_arena on",
-                    "error",
-                )
+                fix = 'write "cpu:0"' if has_arena else "switch enable_mem_arena on"
+                yield problem, fix, "error"
     elif kind == "number":
         (number, rest), choices = ort_values.read_integer(value), ort_values.CHOICES.get(key)
         if choices and number not in range(len(choices)):
