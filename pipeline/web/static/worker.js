@@ -54,7 +54,7 @@ async function find() {
   const { release, sha256 } = await load();
   const { model, version, classes } = release;
   if (sha256 !== release.sha256) {
-    throw fail("This is not the released model", "model.onnx has another digest: check it below", true);
+    throw fail("This is not the released model", "its file has another digest: check it below", true);
   }
   await start();
   return { model, version, classes, sha256 };
