@@ -108,6 +108,12 @@ def pytest_runtest_setup() -> None:
         gc.freeze()  # half a million objects more that stay
 
 
+def pytest_sessionfinish() -> None:
+    """Wait for the process that others were forked from, so that their time counts as ours."""
+    if server := sys.modules.get("multiprocessing.forkserver"):
+        server._forkserver._stop()
+
+
 @dataclass(frozen=True)
 class Chain:
     """A project's folder with everything in it, and a way to run commands there."""
