@@ -27,6 +27,8 @@ def scores_predictor(
     Without NNPACK, whose convolution by Winograd computes with fractions, so that it rounds.
     """
     copied = copy.deepcopy(network).to(dtype)
+    if dtype == torch.float64:  # a third faster
+        copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def predict_scores(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), torch.backends.nnpack.flags(enabled=has_nnpack):
