@@ -32,7 +32,7 @@ def test_planted_changes_are_unequal_or_refused(network: fx.GraphModule, content
     planted = find_planted(content, network, spec_of(COLOUR), rows)
     kinds = {each["what"].partition(": ")[2] for each in planted}
     assert kinds == {
-        *("a weight more by 1", "a bias more by 1", "a shift less by 1", "a shift more by 1"),
+        *("a weight more by 1", "biases more by 1", "a shift less by 1", "a shift more by 1"),
         *("round instead of floor", "ceil instead of floor", "no floor", "no clip"),
         "an accumulator over its bound",
     }
