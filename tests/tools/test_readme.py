@@ -75,7 +75,7 @@ NOT_MEASURED = re.compile(
     r"|glibc 2\.35|python3\.1[23]|\(1\.1\.1 fails"
     r"|`\"[^`]*\"`"  # values of a config
     # exit codes, and what is shown of a signature
-    r"|\b70 a bug|130 interrupted|\| (70|130) \||\b(400|413|422|503)\b|port = 9000"
+    r"|\b70 a bug|130 interrupted|\| (70|130) \||\b(400|413|422|503|507)\b|port = 9000"
     r"|255 is ink|28 ?x ?28|\[batch, [\d, ]+\]|last 40 bytes|-c 40"
     # how many there are of what somebody decided
     r"|10,000 (test )?images|set of 100 images|\b100 images with"
@@ -85,7 +85,7 @@ NOT_MEASURED = re.compile(
     r"|[Bb]atch sizes [\d, ]+( and)? 256|other size to 256|at least 200 |16 threads"
     # limits, and what others have published
     r"|at most 8 times|256 MiB|`(fp16|exact|int8)` 0\.\d\d points|\(8,192\)|up\s+to\s+256"
-    r"|10 MiB and 8\.9\s+million"
+    r"|10 MiB and 8\.9\s+million|10,000 pictures and 1 GiB"
     # the rule of an own network, and a licence
     r"|0\.5:0\.4:0\.4|16 or\s+32 bits|0 to 255|0\.299 R \+ 0\.587 G \+ 0\.114 B|pixel / 255"
     r"|more than 20 times as long|CC BY-SA 3\.0"
