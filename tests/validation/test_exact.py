@@ -53,8 +53,9 @@ def test_one_digest_from_the_export_to_a_real_server(servable: Chain) -> None:
     assert config_pbtxt.parameter(fp32, "exact_sha256.1") is None
 
     server = chain.record("serve", "--detach", "--port", "auto")
-    address, name = server["http"].removeprefix("http://"), ("--name", "handwriting-exact")
-    with Client(server["http"], "handwriting-exact") as client:
+    address, name = f"127.0.0.1:{server['http_port']}", ("--name", "handwriting-exact")
+    url = f"http://{address}"
+    with Client(url, "handwriting-exact") as client:
         assert hash_scores(client.infer(golden.images, output="scores")[0]) == hash_golden(golden)
         with pytest.raises(PipelineError, match="has no output 'score'"):
             client.infer(golden.images, output="score")
@@ -73,13 +74,13 @@ def test_one_digest_from_the_export_to_a_real_server(servable: Chain) -> None:
     right, wrong = (chain.root / file for file in ("right.npz", "wrong.npz"))
     right.write_bytes(pack_golden(golden))
     wrong.write_bytes(wrong_by_one(golden))
-    passed = chain.run("validate", server["http"], *name, "--golden", str(right))
+    passed = chain.run("validate", url, *name, "--golden", str(right))
     assert passed.exit_code == 0, passed.output
     assert "passed: the scores are equal" in passed.stdout
-    failed = chain.run("validate", server["http"], *name, "--golden", str(wrong))
+    failed = chain.run("validate", url, *name, "--golden", str(wrong))
     assert failed.exit_code == 3
     assert "scores are not equal in" in error_line(failed)
     assert "the first is image 12" in error_line(failed)
-    other = chain.run("validate", server["http"], "--golden", str(right))
+    other = chain.run("validate", url, "--golden", str(right))
     assert other.exit_code == 3
     assert "the model has no output 'scores'" in error_line(other)
