@@ -47,7 +47,7 @@ AGREEMENT := exported/$(NAME)/agreement.json
 
 .PHONY: help
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: all data train report export validate package prove
 all: prove ## everything: data to a model proven on a real server, on a fresh machine as well
@@ -58,7 +58,7 @@ report: $(PAGE) ## write one page about the run: curves, mistakes, calibration
 export: $(ONNX) ## export it to ONNX (NAME, PRECISION=fp32,fp16,int8,exact)
 validate: $(VALIDATION) ## prove what was exported against its module in float64
 package: $(PACKAGED) ## add it to the Triton model repository
-prove: $(AGREEMENT) ## serve it for the occasion, and show how all runtimes agree
+prove: $(AGREEMENT) ## serve it temporarily, and show how all runtimes agree
 	@set -o pipefail; $(PIPELINE) report --run $(RUN) --name $(NAME) --table | sed '/^next: /d'
 	@printf '%s\n' '' 'To serve it, and to draw a digit on its page:' 'source .venv/bin/activate' \
 		'pipeline serve --detach' 'pipeline web$(NAME_OPTION)'
@@ -206,7 +206,7 @@ gpu-check: .venv/done data/mnist/train-images-idx3-ubyte ## verify it all on a G
 	$(TOOL).gpu_check tools/results/gpu.json --signed-off-by "$(SIGNED)"
 prove-best: .venv/done data/mnist/train-images-idx3-ubyte ## train the best recipe with three seeds; goes on where it stopped
 	set -o pipefail; $(PIPELINE) --json benchmark --what train --recipes best --resume | $(TOOL).readme training /dev/stdin
-prove-training: .venv/done data/mnist/train-images-idx3-ubyte ## train the short recipes with their seeds, beside a yardstick
+prove-training: .venv/done data/mnist/train-images-idx3-ubyte ## train the short recipes with their seeds, and a published recipe to compare
 	set -o pipefail; $(PIPELINE) --json benchmark --what train | $(TOOL).readme training /dev/stdin
 prove-serving: .venv/done .venv-triton/done ## measure how fast a packaged model is served (NAME)
 	$(PIPELINE) benchmark --what serve --name $(NAME)
@@ -236,11 +236,11 @@ prove-kill: $(PACKAGED) .venv-triton/done ## kill stub, server and supervisor 20
 	OMP_NUM_THREADS=1 $(TOOL).prove_kill tools/results/kill.json 20 50
 prove-soak: $(PACKAGED) .venv-triton/done ## 200,000 requests: the server keeps its size
 	OMP_NUM_THREADS=1 $(TOOL).prove_soak tools/results/soak.json 200000
-prove-native: .venv/done ## put the golden set to NVIDIA's image on what is packaged, where Docker is (NAME)
+prove-native: .venv/done ## replay the golden set in NVIDIA's container, where Docker is (NAME)
 	$(TOOL).prove_native tools/results/native.json --name $(NAME)
 prove-gateway: $(PACKAGED) .venv-triton/done ## 50,000 fuzzed requests, 20,000 damaged pictures, two lockouts and 200 users before the page's gateway
 	OMP_NUM_THREADS=1 $(TOOL).prove_gateway tools/results/gateway.json 50000 20000 200 30
-prove-score: $(PACKAGED) .venv/done ## score a million images, killed twice, beside ONNX Runtime in process
+prove-score: $(PACKAGED) .venv/done ## score a million images, killed twice, compared with ONNX Runtime in process
 	OMP_NUM_THREADS=1 $(TOOL).prove_score tools/results/score.json 1000000
 prove-install: $(PACKAGED) .venv/done dist ## install it without extras in a new environment, and look for wheels for Python 3.14
 	$(TOOL).prove_install tools/results/install.json dist/*.whl --name $(NAME)

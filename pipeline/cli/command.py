@@ -20,7 +20,7 @@ import click
 
 from pipeline.cli.options import file_type, folder_type, name_option
 from pipeline.core.errors import LostError, PipelineError
-from pipeline.core.files import read_json
+from pipeline.core.files import FULL, read_json
 from pipeline.core.paths import Paths, format_make, list_names, model_name, require_printable
 from pipeline.core.text import Lines, escape
 
@@ -36,7 +36,6 @@ UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or the user's quota on it
 # Between two updates of a progress line.
 TERMINAL_SECONDS, VERBOSE_SECONDS, LOG_SECONDS = 0.1, 1.0, 10.0
 
@@ -276,9 +275,9 @@ def require_model(paths: Paths) -> None:
     """Raise PipelineError, with the names that exist, unless the model is exported or packaged."""
     names = paths.find_models()
     if paths.name not in names:
-        raise PipelineError(
-            f"there is no model {paths.name!r} here: {list_names(paths.name, names)}"
-        )
+        elsewhere = "" if names else ". Go to the project's folder, or name it with --root"
+        choices = f"{list_names(paths.name, names)}{elsewhere}"
+        raise PipelineError(f"there is no model {paths.name!r} here: {choices}")
 
 
 def read_model_name(paths: Paths) -> str:

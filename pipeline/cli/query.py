@@ -38,7 +38,7 @@ class _QueryCommand(Command):
     """A command whose --onnx takes the next word only if that is an ONNX file."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        for index, (word, value) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+        for index, (word, value) in enumerate(zip(args, [*args[1:], ""], strict=False)):
             if word == "--onnx" and not value.endswith(".onnx"):
                 args[index] = f"--onnx={EXPORT}"
         return super().parse_args(ctx, args)

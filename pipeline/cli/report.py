@@ -56,7 +56,7 @@ def report_command(settings: Settings, run: str | None, name: str | None, table:
         others = [each for each in PRECISIONS[1:] if paths.variant_agreement(each).exists()]
         tables = [read_agreement(paths, each) for each in ("fp32", *others)]
         record |= {**asdict(tables[0]), "variants": [asdict(each) for each in tables]}
-        lines = [*tables, f"read {paths.agreement}", *lines]
+        lines = [*tables, f"from {paths.agreement}", *lines]
     settings.result(record, Lines(*lines), then or next_of_packaged(paths))
 
 

@@ -1,5 +1,6 @@
 """The command that classifies many images offline."""
 
+import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,8 @@ from pipeline.scoring.settings import ScoreConfig
 
 def format_reader_command(output: Path) -> str:
     """Return the shell command that shows the first answers."""
-    code = f"import pyarrow.parquet as p; print(p.read_table({str(output)!r}).slice(0, 9))"
+    folder = json.dumps(str(output))  # in ", because the shell takes the code in '
+    code = f"import pyarrow.parquet as p; print(p.read_table({folder}).slice(0, 9))"
     return f"python -c {shlex.quote(code)}"
 
 

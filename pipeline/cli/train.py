@@ -20,7 +20,7 @@ from pipeline.training.recipes import RECIPES, Recipe, TrainConfig, choose_epoch
     "--recipe",
     type=click.Choice(list(RECIPES)),
     default=TrainConfig.recipe,
-    help="Network and training settings; the options below change single ones.",
+    help="Network and training settings (docs/training.md); the options below change single ones.",
 )
 @settings_options(TrainConfig)
 @click.option(

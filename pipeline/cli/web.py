@@ -89,10 +89,10 @@ def web_command(
         init = f" --init {paths.name}" if paths.of_run(paths.name).summary.exists() else ""
         then = f"pipeline data fetch{option} && pipeline train{init}{option}"
 
-    def report(address: str) -> None:
-        server = url or "our server"
+    def report(address: str, problem: str) -> None:
+        server = url or "the server of 'pipeline serve'"
         record = {"url": address, "classify": f"{address}classify", "asks": server}
-        text = f"draw at {address}: {server} answers with {paths.name}; Ctrl-C stops the page"
-        settings.result(record, text, then)
+        state = problem or f"{server} answers with {paths.name}"
+        settings.result(record, f"draw at {address} until Ctrl-C; {state}", then)
 
     serve_page(paths, GatewayConfig(**changes), url, report, open_log(prediction_log))

@@ -53,8 +53,8 @@ class _LocalModel(Connection):
         if not path.is_file() or not manifest_path.is_file():
             missing = manifest_path if path.is_file() else path
             raise PipelineError(
-                f"{missing} does not exist: give the ONNX file of an export. 'pipeline export' "
-                "makes one, 'pipeline validate --onnx FILE --module ...' of a third-party file"
+                f"{missing} does not exist: give the ONNX file of an export, which 'pipeline "
+                "export' makes, or 'pipeline validate --onnx FILE --module ...' from another's file"
             )
         manifest = files.read_json(manifest_path, EXPORT)
         content = files.check_digest(path, manifest["files"].get(path.name), EXPORT)

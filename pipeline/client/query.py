@@ -41,7 +41,8 @@ class Answer:
         if len(parts := self.prediction.parts) > 1:
             left, top, right, bottom = parts[0]
             where = f"x {left} to {right}, y {top} to {bottom} (pixels)"
-            note = f"  {len(parts)} parts found; the answer is for the heaviest, at {where}"
+            read = f"the answer is for the one with the most ink, at {where}"
+            note = f"  {len(parts)} parts found; {read}"
             return Lines(f"{self.file}: {text}", note)
         return f"{self.file}: {text}"
 

@@ -1,6 +1,7 @@
 """Atomic writes, digests, locks, JSON records, manifests: a file is complete or absent."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from pipeline.core.errors import CheckFailedError, CorruptError, PipelineError
 
 T = TypeVar("T")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or the user's quota on it
 SCHEMA = 1  # schema version of every JSON file that this project writes
 # Bits of a mode that let other users access a file, or change it. Windows sets them for every file.
 OTHERS, OTHERS_WRITE = (0, 0) if sys.platform == "win32" else (0o077, stat.S_IWOTH)
@@ -49,7 +51,8 @@ def _explain_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "Free some space or choose another folder with --root"
+        fix = "Free some space" if error.errno in FULL else "Check its folder's permissions"
+        fix += ", or choose another folder with --root"
         if isinstance(error, IsADirectoryError):
             fix = "Name a file, not a folder"
         cause = error.strerror or error

@@ -48,11 +48,14 @@ def format_make(targets: str) -> str:
     return f"make -C {shlex.quote(str(CHECKOUT)) if makefile.exists() else 'CLONE'} {targets}"
 
 
+NONE = "none exists yet"
+
+
 def list_names(name: str, names: Sequence[str]) -> str:
     """Return a sentence with the names that exist, and the closest one to `name`, if any do."""
     close = difflib.get_close_matches(name, names, n=1)
     hint = f". Did you mean {close[0]!r}?" if close else ""
-    return f"there {'are' if names[1:] else 'is'} {', '.join(names) or 'none yet'}{hint}"
+    return f"there {'are' if names[1:] else 'is'} {', '.join(names)}{hint}" if names else NONE
 
 
 def data_name(dataset: str) -> str:

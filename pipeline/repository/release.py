@@ -97,7 +97,8 @@ def load_selected_releases(paths: Paths, profile: str = "") -> dict[str, Release
     """
     folders = sorted(path.parent for path in paths.repository.glob("*/config.pbtxt"))
     if not folders:
-        raise PipelineError(f"{paths.repository} has no model: run 'pipeline package' first")
+        problem = "has no model" if paths.repository.exists() else "does not exist"
+        raise PipelineError(f"{paths.repository} {problem}: run 'pipeline package' first")
     refuse_shared(paths.repository, folders)
     releases = {}
     for folder in folders:

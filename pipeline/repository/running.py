@@ -81,6 +81,8 @@ def default_url(paths: Paths) -> str:
     server = load_server(paths)
     if server is None:
         fix = "start one with 'pipeline serve --detach', or name one with --url"
+        if not paths.repository.exists():
+            fix = f"{root(paths)} has no packaged model. Name the project's folder with --root"
         raise ServerError(f"no server runs here: {fix}")
     return server.grpc_url
 

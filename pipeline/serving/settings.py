@@ -6,7 +6,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.settings import POSITIVE, Limits, require_valid, setting
 
 _PORT = {"limits": Limits(1, 65535), "unit": "PORT"}
-_PROFILE = "Triton config profile, such as latency.  [default: config.pbtxt]"
+_PROFILE = "Config to serve by, such as latency: config.PROFILE.pbtxt.  [default: config.pbtxt]"
 _START = "Time to wait until the server is ready."
 RUNTIMES = ("auto", "path", "wheel", "docker")
 

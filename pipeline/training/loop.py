@@ -44,7 +44,7 @@ class TrainingProgress:
 
     def __str__(self) -> str:
         accuracy, left = self.validation_accuracy, self.seconds * (self.epochs / self.epoch - 1)
-        text = f"epoch {self.epoch:.2f}/{self.epochs:.4g}: loss {self.loss:.4f}"
+        text = f"epoch {self.epoch:.2f}/{round(self.epochs, 2):g}: loss {self.loss:.4f}"
         text += "" if accuracy is None else f", validation accuracy {accuracy:.2%}"
         if self.epoch < 0.02 * self.epochs:  # too early to estimate the remaining time
             return text

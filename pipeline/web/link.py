@@ -22,7 +22,9 @@ def find_url(paths: Paths) -> str:
     if other and paths.name not in other.models:
         models = ", ".join(other.models) or "no model"
         raise ServerError(f"the server has {models}, not {paths.name}: choose another --name")
-    raise ServerError(f"no server of {paths.name} is running: start one with 'pipeline serve'")
+    raise ServerError(
+        f"no server of {paths.name} is running: start one with 'pipeline serve --detach'"
+    )
 
 
 @dataclass

@@ -42,12 +42,13 @@ def serve_page(
     paths: Paths,
     config: GatewayConfig,
     url: str | None,
-    started: Callable[[str], None],
+    started: Callable[[str, str], None],
     log: PredictionLog | None = None,
 ) -> None:
     """Serve the page and its gateway until Ctrl-C (KeyboardInterrupt) or SIGTERM.
 
-    `started` is called with the page's address once it is served. Raises PipelineError if the port
+    `started` is called with the page's address once it is served, and with the reason why the model
+    does not answer yet (empty if it does). Raises PipelineError if the port
     is taken, if the address is not one of this machine's, or if the model takes only arrays.
     """
     link = Link(lambda: url or find_url(paths), paths.name, config.timeout)
@@ -57,8 +58,11 @@ def serve_page(
 
         async def serve() -> None:
             model = None if url or not packaged.exists() else config_pbtxt.read(packaged)
-            with contextlib.suppress(PipelineError):  # a server that is not there yet
+            problem = ""
+            try:
                 model = await link.config()
+            except PipelineError as error:  # a server that is not there yet
+                problem = str(error)
             if model:
                 config_pbtxt.require_pictures(model)
             task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -67,7 +71,7 @@ def serve_page(
             if server.started:
                 # Asyncio sets its own backlog, and accepts as many at a time.
                 listener.listen(QUEUE)
-                started(page_url(config, listener))
+                started(page_url(config, listener), problem)
             await task
 
         asyncio.run(serve())

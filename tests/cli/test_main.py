@@ -299,6 +299,29 @@ def test_an_unknown_model_is_named_with_those_that_exist(made: Chain, command: s
     )
 
 
+def test_a_query_without_a_picture_is_wrong_usage(empty: Chain) -> None:
+    result = empty.run("query")
+    assert result.exit_code == 2
+    assert "Missing argument 'FILE|FOLDER|-...'" in error_line(result)
+
+
+def test_a_folder_that_is_no_project_is_named_with_the_option_that_names_another(
+    empty: Chain,
+) -> None:
+    result = empty.run("validate")
+    assert "none exists yet. Go to the project's folder, or name it with --root" in (
+        error_line(result)
+    )
+    result = empty.run("query", str(REPOSITORY / "docs/images/page.png"))
+    assert result.exit_code == 5
+    root = empty.paths.root.resolve()
+    assert f"{root} has no packaged model. Name the project's folder with --root" in (
+        error_line(result)
+    )
+    result = empty.run("validate", "nowhere")
+    assert error_line(result) == "nowhere does not exist: run 'pipeline package' first"
+
+
 @pytest.mark.parametrize("command", ["export", "report"])
 def test_an_unknown_run_is_named_with_those_that_exist(made: Chain, command: str) -> None:
     result = made.run(command, "--run", "handwritng")

@@ -45,7 +45,7 @@ def test_the_servers_environment_next_to_the_package_is_used_unless_the_project_
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        ([], "there is none yet"),
+        ([], "none exists yet"),
         (["letters"], "there is letters"),
         (["handwriting", "letters"], "there are handwriting, letters. Did you mean 'handwriting'?"),
     ],

@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pooch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -564,17 +566,22 @@ def test_a_mirror_without_an_address_is_a_note_with_its_whole_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Dataset, mirror: Mirror
 ) -> None:
     cause = "Failed to resolve 'gone' ([Errno -2] Name or service not known)"
-    download = sources.download
+    refused = "[Errno 111] Connection refused"
+    get = pooch.HTTPDownloader.__call__
 
-    def fail_first(url: str, limit: int) -> bytes:
+    def fail_first(self: pooch.HTTPDownloader, url: str, *rest: Any, **options: Any) -> Any:
+        pool = "HTTPConnectionPool(host='gone', port=80): Max retries exceeded with url: /x"
+        connection = "HTTPConnection(host='gone', port=80)"
         if "gone" in url:
-            pool = "HTTPConnectionPool(host='gone', port=80): Max retries exceeded with url: /x"
-            connection = "HTTPConnection(host='gone', port=80)"
             raise OSError(f'{pool} (Caused by NameResolutionError("{connection}: {cause}"))')
-        return download(url, limit)
+        if "proxied" in url:
+            error = f'NewConnectionError("{connection}: {refused}")'
+            raise OSError(f"{pool} (Caused by ProxyError('Cannot connect to proxy.', {error}))")
+        return get(self, url, *rest, **options)
 
-    use_mirrors(monkeypatch, small, "http://gone/", f"{mirror.url}good/")
-    monkeypatch.setattr(sources, "download", fail_first)
+    use_mirrors(monkeypatch, small, "http://gone/", "http://proxied/", f"{mirror.url}good/")
+    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", fail_first)
     lines: list[str] = []
     fetch_data("mnist", tmp_path, report=lines.append)
     assert f"note: http://gone/: {cause}" in lines
+    assert f"note: http://proxied/: {refused}" in lines

@@ -83,7 +83,7 @@ def test_a_new_export_takes_the_old_proof_away(chain: Chain) -> None:
 def test_export_without_a_run_says_how_to_train_one(empty: Chain) -> None:
     result = empty.run("export")
     assert result.exit_code == 1
-    assert "there is none yet; 'pipeline train --run handwriting' trains it" in error_line(result)
+    assert "none exists yet; 'pipeline train --run handwriting' trains it" in error_line(result)
 
 
 def test_export_of_a_record_that_is_none_is_corrupt(chain: Chain) -> None:

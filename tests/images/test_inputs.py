@@ -164,7 +164,8 @@ def test_an_answer_about_one_of_several_digits_says_so_and_where_all_are() -> No
     assert str(one).splitlines() == ["one: 1  60.00%"]
     assert str(several).splitlines() == [
         "two: 1  60.00%",
-        "  2 parts found; the answer is for the heaviest, at x 120 to 130, y 20 to 60 (pixels)",
+        "  2 parts found; the answer is for the one with the most ink, at x 120 to 130, "
+        "y 20 to 60 (pixels)",
     ]
     assert several.record()["parts"] == ((120, 20, 130, 60), (20, 20, 26, 50))
 

@@ -1,5 +1,6 @@
 """The gateway on a real socket, before a client that plays Triton's part."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 
 from pipeline.core.errors import PipelineError, ServerError, SlowError
@@ -698,7 +700,7 @@ def test_probes_ask_the_model_once_a_second_at_most(
 
 
 def test_without_a_server_of_ours_the_link_says_how_to_start_one(tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match="'pipeline serve'"):
+    with pytest.raises(ServerError, match="'pipeline serve --detach'"):
         find_url(Paths(tmp_path))
 
 
@@ -754,6 +756,25 @@ def test_a_page_that_could_not_be_served_is_wrong_usage(
     empty: Chain, wrong: tuple[str, str]
 ) -> None:
     assert empty.run("web", *wrong).exit_code == 2
+
+
+def test_the_page_says_whether_a_server_answers_yet(
+    empty: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        server.started = True
+        await asyncio.sleep(0.05)
+
+    async def answer(link: Link) -> None:
+        return None
+
+    monkeypatch.setattr(uvicorn.Server, "serve", start)
+    alone = empty.run("web", "--port", "auto").stdout
+    assert "no server of handwriting is running: start one with 'pipeline serve --detach'" in alone
+    assert "answers" not in alone
+    monkeypatch.setattr(Link, "config", answer)
+    answered = empty.run("web", "--port", "auto").stdout
+    assert "the server of 'pipeline serve' answers with handwriting" in answered
 
 
 def test_without_its_libraries_the_command_names_the_extra(
