@@ -149,7 +149,10 @@ def test_query_without_a_server_exits_5_with_one_line(empty: Chain, digit: Path)
     result = empty.run("query", str(digit))
     assert result.exit_code == 5
     assert len(error_line(result).splitlines()) == 1
-    assert "pipeline serve" in error_line(result)
+    assert (
+        "has no packaged model. Name the project's folder with --root, or a server with --url"
+        in error_line(result)
+    )
     port = free_port()
     result = empty.run("query", str(digit), "--url", f"http://127.0.0.1:{port}", "--timeout", "1")
     assert result.exit_code == 5

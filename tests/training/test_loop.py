@@ -399,4 +399,4 @@ def test_a_line_of_progress_foresees_the_end_only_after_the_first_steps() -> Non
     first = TrainingProgress(0.01, 7, 1, 2.5, 0.1, images_per_second=4, seconds=10)
     assert str(first) == "epoch 0.01/7: loss 2.5000"
     later = TrainingProgress(0.5, 451 / 645, 322, 2.5, 0.1, images_per_second=5000, seconds=10)
-    assert str(later) == "epoch 0.50/0.6992: loss 2.5000, 5,000 images/s, 4 s left"
+    assert str(later) == "epoch 0.50/0.7: loss 2.5000, 5,000 images/s, 4 s left"
