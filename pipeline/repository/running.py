@@ -82,7 +82,8 @@ def default_url(paths: Paths) -> str:
     if server is None:
         fix = "start one with 'pipeline serve --detach', or name one with --url"
         if not paths.repository.exists():
-            fix = f"{root(paths)} has no packaged model. Name the project's folder with --root, or a server with --url"
+            fix = "Name the project's folder with --root, or a server with --url"
+            fix = f"{root(paths)} has no packaged model. {fix}"
         raise ServerError(f"no server runs here: {fix}")
     return server.grpc_url
 
