@@ -18,24 +18,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Event, Thread
 from typing import Any, Protocol
 
 import grpc
 import numpy as np
-import tritonclient.grpc
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import np_to_triton_dtype
 
 from pipeline.benchmark import load_http
-from pipeline.benchmark.load_http import Measured
+from pipeline.benchmark.target import PAUSE, InputTensor, LoadTarget, Measured
 from pipeline.benchmark.timing import Window, count_errors, measure_answered, warm_up
-from pipeline.core.errors import ServerError
+from pipeline.client.client import Client
+from pipeline.client.connection import to_message
+from pipeline.client.endpoint import endpoint
+from pipeline.client.faults import Fault, of_grpc
+from pipeline.client.grpc_connection import OPTIONS, read_credentials
 from pipeline.repository import config_pbtxt
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT = 30.0  # seconds for one answer
 POLL = 0.01  # seconds
+TICK = 0.2  # seconds between two reports of progress
 CONNECTIONS = 64  # over HTTP; the wait for a free one is part of a request's latency
 Done = Callable[[bytes | None], None]  # takes the answer, or None if there is none
 Send = Callable[[int, Done], None]  # starts request number int, and returns without waiting
@@ -46,42 +51,87 @@ _PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
 class Questions:
     """Requests of one batch size, ready to send, and the classes that their answers must have."""
 
-    way: str  # grpc or http
+    target: LoadTarget
     batch: int
     requests: tuple[bytes, ...]
-    classes: tuple[np.ndarray, ...]  # int64 (B,) each
-    dtype: str  # of the outputs
+    classes: tuple[np.ndarray, ...] = ()  # int64 (B,) each; none: they are not known
+    dtype: str = ""  # of the outputs, if the classes are known
+
+    @property
+    def way(self) -> "_Way":
+        return _WAYS["grpc" if self.target.endpoint.is_grpc else "http"]
 
 
 def build_questions(
     config: config_pbtxt.ModelConfig,
     batches: Sequence[np.ndarray],
     classes: Sequence[np.ndarray],
-    way: str = "grpc",
+    url: str,
 ) -> Questions:
     """Build a request to a served model for each batch (B, ...), with its known classes (B,)."""
-    requests = tuple(_WAYS[way].request(config, images) for images in batches)
-    dtype = config_pbtxt.dtype(config.output[0])
-    return Questions(way, len(batches[0]), requests, tuple(classes), dtype)
+    target = LoadTarget(endpoint(url), config.name, (config.output[0].name,))
+    name, dtype = config.input[0].name, config_pbtxt.dtype(config.output[0])
+    tensors = [[InputTensor(name, np_to_triton_dtype(images.dtype), images)] for images in batches]
+    return Questions(
+        target, len(batches[0]), build_requests(target, tensors), tuple(classes), dtype
+    )
 
 
-def _build_request(config: config_pbtxt.ModelConfig, images: np.ndarray) -> bytes:
-    message = service_pb2.ModelInferRequest(model_name=config.name)
-    tensor = message.inputs.add(name=config.input[0].name, shape=images.shape)
-    tensor.datatype = np_to_triton_dtype(images.dtype)
-    message.outputs.add(name=config.output[0].name)
-    message.raw_input_contents.append(np.ascontiguousarray(images).tobytes())
+def build_requests(
+    target: LoadTarget, inputs: Iterable[Sequence[InputTensor]]
+) -> tuple[bytes, ...]:
+    """Build a request for the inputs of each batch."""
+    build = _build_request if target.endpoint.is_grpc else load_http.build_request
+    return tuple(build(target, tensors) for tensors in inputs)
+
+
+def _build_request(target: LoadTarget, tensors: Sequence[InputTensor]) -> bytes:
+    message = service_pb2.ModelInferRequest(model_name=target.name, model_version=target.version)
+    for tensor in tensors:
+        name, datatype, values = tensor
+        message.inputs.add(name=name, datatype=datatype, shape=values.shape)
+        message.raw_input_contents.append(tensor.raw())
+    for name in target.outputs:
+        message.outputs.add(name=name)
     return bytes(message.SerializeToString())
 
 
-def keep_asking(address: str, questions: Questions, concurrency: int, seconds: float) -> Window:
-    """Measure a closed loop of `concurrency` requests for `seconds`, checking every class."""
+def keep_asking(
+    questions: Questions,
+    concurrency: int,
+    seconds: float,
+    report: Callable[[Measured], None] = lambda measured: None,
+) -> Window:
+    """Measure a closed loop of `concurrency` requests for `seconds`, checking known classes.
+
+    Calls `report` several times a second, in another thread.
+    """
     begin = time.perf_counter() + warm_up(seconds)
-    latencies, answers, failed = _WAYS[questions.way].ask(
-        address, questions.requests, concurrency, begin, begin + seconds
-    )
+    measured, is_done = Measured(begin, begin + seconds, bool(questions.classes)), Event()
+
+    def tick() -> None:
+        while not is_done.wait(TICK):
+            report(measured)
+
+    ticker = Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        questions.way.ask(questions.target, questions.requests, concurrency, measured)
+    finally:
+        is_done.set()
+        ticker.join()
+    client = {}
+    if measured.latencies:
+        parts = {"send_us": measured.sends, "recv_us": measured.receives}
+        client = {name: float(np.mean(part) * 1e6) for name, part in parts.items()}
     return Window(
-        seconds, questions.batch, np.array(latencies), count_wrong(questions, answers), failed
+        seconds,
+        questions.batch,
+        np.array(measured.latencies),
+        count_wrong(questions, measured.answers),
+        len(measured.faults),
+        client=client,
+        faults=tuple(measured.faults),
     )
 
 
@@ -94,7 +144,7 @@ def count_wrong(questions: Questions, answers: Iterable[tuple[int, bytes]]) -> i
     for turn, answer in answers:
         classes = questions.classes[turn % len(questions.classes)]
         try:
-            content = _WAYS[questions.way].content(answer)
+            content = questions.way.content(answer)
             outputs = np.frombuffer(content, questions.dtype).reshape(len(classes), -1)
             wrong += count_errors(outputs, classes)
         except (DecodeError, ValueError):  # not exactly one output, or not one row per image
@@ -103,32 +153,42 @@ def count_wrong(questions: Questions, answers: Iterable[tuple[int, bytes]]) -> i
 
 
 async def _ask_all(
-    address: str, requests: tuple[bytes, ...], concurrency: int, begin: float, end: float
-) -> Measured:
-    latencies: list[float] = []
-    answers: list[tuple[int, bytes]] = []
-    failed = 0
+    target: LoadTarget, requests: tuple[bytes, ...], concurrency: int, measured: Measured
+) -> None:
+    metadata = tuple((name.lower(), value) for name, value in target.headers.items())
 
     async def caller(turn: int, call: Any) -> None:
-        nonlocal failed
-        now = time.perf_counter()
-        while now < end:
+        while (start := time.perf_counter()) < measured.end:
             request = requests[turn % len(requests)]
             try:
-                answers.append((turn, await call(request, timeout=TIMEOUT)))
-            except grpc.aio.AioRpcError:
-                failed += 1
-                now = time.perf_counter()
+                pending = call(request, metadata=metadata, timeout=TIMEOUT)
+                sent = time.perf_counter()
+                answer = await pending
+                come = time.perf_counter()
+                if not measured.has_answers:  # else decoded when the time is up
+                    service_pb2.ModelInferResponse.FromString(answer)
+            except grpc.aio.AioRpcError as error:
+                measured.faults.append(of_grpc(error.code().name, error.details() or ""))
+                await asyncio.sleep(PAUSE)
                 continue
-            then, now = now, time.perf_counter()
+            except DecodeError:
+                measured.faults.append(Fault("alien", "its answer is not a ModelInferResponse"))
+                await asyncio.sleep(PAUSE)
+                continue
+            measured.add(turn, answer, start, sent, come)
             turn += concurrency
-            if begin <= now < end:
-                latencies.append(now - then)
 
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with _open_channel(grpc.aio, target) as channel:
         call = channel.unary_unary(METHOD)  # bytes out, bytes in
         await asyncio.gather(*(caller(turn, call) for turn in range(concurrency)))
-    return latencies, answers, failed
+
+
+def _open_channel(library: Any, target: LoadTarget) -> Any:
+    """Open a channel of grpc or grpc.aio to the target."""
+    credentials = read_credentials(target.endpoint, target.certificates)
+    if credentials:
+        return library.secure_channel(target.endpoint.address, credentials, OPTIONS)
+    return library.insecure_channel(target.endpoint.address, OPTIONS)
 
 
 def _content_of(answer: bytes) -> bytes:
@@ -156,50 +216,34 @@ class ModelCounters:
         return {**parts, "batch": (self.images - earlier.images) / executions}
 
 
-class ServerLoad:
-    """Access to a running server for a benchmark: its addresses, counters and model loading."""
+def read_counters(client: Client, name: str, version: str = "") -> ModelCounters:
+    """Return Triton's counters of a model; raise PipelineError without its statistics."""
+    answer = client.call_triton("get_inference_statistics", name, version)
+    stats = to_message(answer, service_pb2.ModelStatisticsResponse).model_stats[-1]
+    parts = {part: getattr(stats.inference_stats, part).ns for part in _PARTS}
+    requests = stats.inference_stats.success.count
+    return ModelCounters(stats.inference_count, stats.execution_count, requests, parts)
 
-    def __init__(self, http: str, grpc: str, admin_key: str, key_header: str) -> None:
-        self.addresses = {"http": http, "grpc": grpc}
-        self._headers = {f"triton-grpc-protocol-{key_header}": admin_key}
-        self._client = tritonclient.grpc.InferenceServerClient(grpc)
 
-    def __enter__(self) -> "ServerLoad":
-        return self
+def measure(client: Client, questions: Questions, concurrency: int, seconds: float) -> Window:
+    """Measure a window of a closed loop, with the server's own times by `client`."""
+    ask = functools.partial(keep_asking, questions, concurrency)
+    return count_during(client, questions.target, lambda: measure_answered(ask, seconds))
 
-    def __exit__(self, *exception: object) -> None:
-        self._client.close()
 
-    def load(self, name: str) -> None:
-        """Load a model of the server's repository."""
-        try:
-            self._client.load_model(name, headers=self._headers, client_timeout=TIMEOUT)
-        except InferenceServerException as error:
-            raise ServerError(f"the server cannot load {name}: {error.message()}") from error
+def count_during(client: Client, target: LoadTarget, measure: Callable[[], Window]) -> Window:
+    """Call `measure` and add the server's own times of the model to its window.
 
-    def read_counters(self, name: str) -> ModelCounters:
-        """Return Triton's counters of a model."""
-        try:
-            answer = self._client.get_inference_statistics(name, client_timeout=TIMEOUT)
-        except InferenceServerException as error:
-            message = f"the server does not return statistics of {name}: {error.message()}"
-            raise ServerError(message) from error
-        stats = answer.model_stats[-1]
-        parts = {part: getattr(stats.inference_stats, part).ns for part in _PARTS}
-        requests = stats.inference_stats.success.count
-        return ModelCounters(stats.inference_count, stats.execution_count, requests, parts)
-
-    def measure(self, name: str, questions: Questions, concurrency: int, seconds: float) -> Window:
-        """Measure a window of a closed loop on the model, with the server's own times."""
-        address = self.addresses[questions.way]
-        ask = functools.partial(keep_asking, address, questions, concurrency)
-        return self.count_during(name, lambda: measure_answered(ask, seconds))
-
-    def count_during(self, name: str, measure: Callable[[], Window]) -> Window:
-        """Call `measure` and add the server's own times of the model to its window."""
-        before = self.read_counters(name)
-        window = measure()
-        return replace(window, split=self.read_counters(name).since(before))
+    The network's part is what these and the client's own times leave of the mean latency: with
+    the server's reading and writing, as in perf_analyzer.
+    """
+    before = read_counters(client, target.name, target.version)
+    window = measure()
+    split = read_counters(client, target.name, target.version).since(before)
+    if window.client:
+        known = sum(split[f"{part}_us"] for part in _PARTS) + sum(window.client.values())
+        split["network_us"] = max(0.0, float(window.latencies.mean() * 1e6) - known)
+    return replace(window, split=split)
 
 
 class Clock(Protocol):
@@ -281,7 +325,6 @@ def drive(send: Send, times: np.ndarray, clock: Clock, patience: float) -> Sent:
 
 
 def run_open_loop(
-    address: str,
     questions: Questions,
     rate: float,
     seconds: float,
@@ -291,7 +334,7 @@ def run_open_loop(
     """Measure an open loop of `rate` requests per second, checking the class of every answer."""
     before = warm_up(seconds)
     times = draw_arrivals(rate, before + seconds, seed)
-    with _WAYS[questions.way].sender(address, questions.requests) as send:
+    with questions.way.sender(questions.target, questions.requests) as send:
         sent = drive(send, times, clock, TIMEOUT)
     answers = [(turn, answer) for turn, answer in enumerate(sent.answers) if answer is not None]
     wrong, failed = count_wrong(questions, answers), len(times) - len(answers)
@@ -300,8 +343,8 @@ def run_open_loop(
 
 
 @contextmanager
-def _open_grpc(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
-    with grpc.insecure_channel(address) as channel:
+def _open_grpc(target: LoadTarget, requests: tuple[bytes, ...]) -> Iterator[Send]:
+    with _open_channel(grpc, target) as channel:
         call = channel.unary_unary(METHOD)  # bytes out, bytes in
 
         def send(turn: int, done: Done) -> None:
@@ -314,8 +357,8 @@ def _open_grpc(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
 
 
 @contextmanager
-def _open_http(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
-    with closing(load_http.Pool(address, CONNECTIONS, TIMEOUT)) as pool:
+def _open_http(target: LoadTarget, requests: tuple[bytes, ...]) -> Iterator[Send]:
+    with closing(load_http.Pool(target, CONNECTIONS, TIMEOUT)) as pool:
         yield lambda turn, done: pool.send(requests[turn % len(requests)], done)
 
 
@@ -323,18 +366,14 @@ def _open_http(address: str, requests: tuple[bytes, ...]) -> Iterator[Send]:
 class _Way:
     """The functions of one protocol."""
 
-    request: Callable[[config_pbtxt.ModelConfig, np.ndarray], bytes]
-    ask: Callable[[str, tuple[bytes, ...], int, float, float], Measured]  # in a closed loop
-    sender: Callable[[str, tuple[bytes, ...]], AbstractContextManager[Send]]  # for an open loop
+    ask: Callable[[LoadTarget, tuple[bytes, ...], int, Measured], None]  # in a closed loop
+    sender: Callable[
+        [LoadTarget, tuple[bytes, ...]], AbstractContextManager[Send]
+    ]  # for an open loop
     content: Callable[[bytes], bytes]
 
 
 _WAYS = {
-    "grpc": _Way(
-        _build_request,
-        lambda *load: asyncio.run(_ask_all(*load)),
-        _open_grpc,
-        _content_of,
-    ),
-    "http": _Way(load_http.build_request, load_http.ask_all, _open_http, load_http.content_of),
+    "grpc": _Way(lambda *load: asyncio.run(_ask_all(*load)), _open_grpc, _content_of),
+    "http": _Way(load_http.ask_all, _open_http, load_http.content_of),
 }

@@ -9,7 +9,7 @@ import functools
 import itertools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +32,10 @@ from pipeline.repository import config_pbtxt
 from pipeline.repository.release import Release, load_selected_releases
 from pipeline.repository.running import Server
 from pipeline.serving import tritonserver
+from pipeline.serving.admin import Admin
 from pipeline.serving.process import find_processes
 from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
-from pipeline.serving.tritonserver import KEY_HEADER
 
 WAYS = ("grpc", "http")
 NOOP = "no-op"
@@ -170,20 +170,22 @@ def benchmark_serving(
         served = replace(paths, repository_folder=Path(scratch) / "models")
         shutil.copytree(paths.packaged, served.packaged)
         release = load_selected_releases(served)[paths.name]
-        with run_server(served, with_free_ports(ServeConfig()), report=report) as (server, _):
-            http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
-            with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as server_load:
-                configs = add_models(served)
-                for name in configs:
-                    if name != served.name:
-                        server_load.load(name)
-                scores = score_served(paths, server, release, list(configs), reference, report)
-                bench = _Bench(server_load, served.name, configs, release, config)
-                rows = bench.rows(report)
-                scores = {
-                    (name, way): replace(score, peak_bytes=measure_peak_bytes(server, name))
-                    for (name, way), score in scores.items()
-                }
+        with (
+            run_server(served, with_free_ports(ServeConfig()), report=report) as (server, _),
+            Admin(server.grpc_url, server.admin_key, load.TIMEOUT) as admin,
+        ):
+            configs = add_models(served)
+            for name in configs:
+                if name != served.name:
+                    admin.load(name)
+            scores = score_served(paths, server, release, list(configs), reference, report)
+            urls = {"grpc": server.grpc_url, "http": server.http_url}
+            bench = _Bench(admin, urls, served.name, configs, release, config)
+            rows = bench.rows(report)
+            scores = {
+                (name, way): replace(score, peak_bytes=measure_peak_bytes(server, name))
+                for (name, way), score in scores.items()
+            }
     timing.require_answers(rows)
     rows = tuple(replace(row, score=scores.get((row.name, row.way))) for row in rows)
     result = Serving(paths.name, release.version, release.sha256, bench.threads, config, rows)
@@ -249,7 +251,8 @@ def measure_peak_bytes(server: Server, name: str) -> int:
 class _Bench:
     """A server with all models loaded, and the settings of the measurement."""
 
-    server: load.ServerLoad
+    admin: Admin
+    urls: Mapping[str, str]  # by protocol
     name: str  # of the packaged model
     configs: Configs
     release: Release
@@ -294,13 +297,13 @@ class _Bench:
             ask = functools.partial(timing.run_closed_loop, predictor, *batches)
             return functools.partial(timing.measure_answered, ask, seconds)
         questions = self._build_questions(cell)
-        return lambda: self.server.measure(cell.name, questions, cell.concurrency, seconds)
+        return lambda: load.measure(self.admin, questions, cell.concurrency, seconds)
 
     def _build_questions(self, cell: Cell) -> load.Questions:
         images, classes = workers.choose_batches(self.release.golden, cell.batch)
         if cell.name == NOOP:  # it answers zeros, whose argmax is class 0
             classes = [np.zeros_like(of_batch) for of_batch in classes]
-        return load.build_questions(self.configs[cell.name], images, classes, cell.way)
+        return load.build_questions(self.configs[cell.name], images, classes, self.urls[cell.way])
 
     def _open_rows(self, closed: list[TimedRow], report: Report) -> list[TimedRow]:
         """Measure open loops of single images, one per protocol."""
@@ -324,7 +327,5 @@ class _Bench:
     ) -> Window:
         """Measure a window of an open loop, long enough for LEAST_ARRIVALS requests on average."""
         seconds = max(self.config.open_seconds, LEAST_ARRIVALS / rate)
-        address = self.server.addresses[questions.way]
-        return self.server.count_during(
-            self.name, lambda: run_open_loop(address, questions, rate, seconds, next(seeds))
-        )
+        ask = functools.partial(run_open_loop, questions, rate, seconds)
+        return load.count_during(self.admin, questions.target, lambda: ask(next(seeds)))

@@ -3,6 +3,7 @@
 import csv
 import io
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,35 +12,50 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.text import Lines, columns
 
 PARTS = ("queue_us", "compute_input_us", "compute_infer_us", "compute_output_us")
+OUTSIDE_PARTS = ("send_us", "network_us", "recv_us")
 MEBIBYTE = 1 << 20
 WIDEST = 28  # columns of a row's name; the middle of a longer name is left out
 ASKED = ("batch", "asking")
 SPEED = ("images/s", "least", "most", "accuracy", "differ", "MiB")
-LATENCY = tuple(f"p{part} ms" for part in PERCENTILES)
+UNSCORED = ("inferences/s", "least", "most", "failed")
+LATENCY = ("avg ms", *(f"p{part} ms" for part in PERCENTILES))
 SPLIT = ("formed", "queue us", "input us", "infer us", "output us")
+OUTSIDE = ("send us", "network us", "receive us")
+MOST_REASONS = 3  # for failed requests, of each row
 
 
 def format_tables(rows: Sequence[TimedRow]) -> str:
-    """Format speeds, latencies and the server's part of each row, and remarks on doubtful rows.
+    """Format speeds, latencies and their parts of each row, and remarks on doubtful rows.
 
-    No line is wider than 100 columns.
+    Without any score, the speeds have the failed requests instead. No line is wider than 100
+    columns.
     """
-    speeds, latencies, splits = [], [], []
+    speeds, latencies, splits, outside = [], [], [], []
+    is_scored = any(row.score for row in rows)
     for row in rows:
         label, latency, split, score = _label(row), row.latency_ms(), row.split(), row.score
+        client, average = row.client(), row.average_ms
         images = [f"{speed:,.0f}" for speed in (row.speed, min(row.speeds), max(row.speeds))]
         if score:
             memory = f"{score.peak_bytes / MEBIBYTE:,.0f}"
             images += [f"{score.accuracy:.2%}", f"{score.differing}", memory]
+        elif not is_scored:
+            images += [f"{row.joined.failed:,}"]
         speeds.append([*label, *images])
-        latencies.append([*label, *_format_percentiles(latency, 1, ".2f")])
+        percentiles = _format_percentiles(latency, 1, ".2f")
+        latencies.append([*label, "" if average is None else f"{average:.2f}", *percentiles])
+        if client:
+            times = {name: f"{us:,.0f}" for name, us in {**split, **client}.items()}
+            outside.append([*label, *(times.get(part, "") for part in OUTSIDE_PARTS)])
         if split:
             parts = (f"{split[part]:,.0f}" for part in PARTS)
             splits.append([*label, f"{split['batch']:.1f}", *parts])
-    lines = [columns(("", *ASKED, *SPEED), speeds), ""]
+    lines = [columns(("", *ASKED, *(SPEED if is_scored else UNSCORED)), speeds), ""]
     lines += [columns(("latency", *ASKED, *LATENCY), latencies), ""]
     if splits:
         lines += [columns(("in the server, each request", *ASKED, *SPLIT), splits), ""]
+    if outside:
+        lines += [columns(("outside it, each request", *ASKED, *OUTSIDE), outside), ""]
     return Lines(*lines, *_collect_remarks(rows))
 
 
@@ -65,21 +81,28 @@ def _collect_remarks(rows: Sequence[TimedRow]) -> list[str]:
         count, listed = f"{len(restless)} of {len(rows)}", "; ".join(restless)
         remarks.append(f"{count} did not settle within {WITHIN:.0%} in {LAST} windows: {listed}")
     for row in rows:
+        reasons = Counter(fault.reason for fault in row.joined.faults)
+        remarks += [
+            f"{', '.join(_label(row))}: {count:,} requests failed: {reason}"
+            for reason, count in reasons.most_common(MOST_REASONS)
+        ]
         if row.is_behind:
             # At the highest percentile for which there are enough requests.
             late = [f" by {ms:.1f} ms ({part})" for part, ms in row.late_ms().items()][-1:]
             name = ", ".join(_label(row))
             remarks.append(f"the client of {name} was late{''.join(late)}, which adds to latencies")
-    others = max((row.others for row in rows), default=0.0)
-    return [*remarks, f"other processes used up to {others:.0%} of the machine's cores"]
+    if others := max((row.others for row in rows), default=0.0):  # 0: not measured
+        remarks.append(f"other processes used up to {others:.0%} of the machine's cores")
+    return remarks
 
 
-# perf_analyzer's column names where it has one, without the columns that we do not measure.
+# perf_analyzer's column names where it has one.
 CSV = (
     *("Model", "Way", "Batch", "Concurrency", "Request Rate", "Inferences/Second"),
-    *("Server Queue", "Server Compute Input", "Server Compute Infer", "Server Compute Output"),
-    *("p50 latency", "p90 latency", "p95 latency", "p99 latency"),
-    *("Accuracy", "Differing", "Peak Memory"),
+    *("Client Send", "Network+Server Send/Recv", "Server Queue", "Server Compute Input"),
+    *("Server Compute Infer", "Server Compute Output", "Client Recv"),
+    *("p50 latency", "p90 latency", "p95 latency", "p99 latency", "Avg latency"),
+    *("Accuracy", "Differing", "Peak Memory", "Failed"),
 )
 
 
@@ -101,11 +124,15 @@ def csv_of(rows: Sequence[TimedRow]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV)
     for row in rows:
-        split, latency, score = row.split(), row.latency_ms(), row.score
+        times, latency, score = {**row.split(), **row.client()}, row.latency_ms(), row.score
+        average = row.average_ms
         asking = ("", f"{row.rate:.1f}") if row.rate else (row.concurrency, "")
         cells = [row.name, row.way, row.batch, *asking, f"{row.speed:.1f}"]
-        cells += [f"{split[part]:.0f}" if part in split else "" for part in PARTS]
+        parts = (*OUTSIDE_PARTS[:2], *PARTS, *OUTSIDE_PARTS[2:])
+        cells += [f"{times[part]:.0f}" if part in times else "" for part in parts]
         cells += _format_percentiles(latency, 1e3, ".0f")
+        cells.append("" if average is None else f"{1e3 * average:.0f}")
         cells += [score.accuracy, score.differing, score.peak_bytes] if score else [""] * 3
+        cells.append(str(row.joined.failed))
         writer.writerow(cells)
     return text.getvalue()

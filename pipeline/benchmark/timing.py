@@ -12,10 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 
+from pipeline.client.faults import Fault
 from pipeline.core.errors import CheckFailedError
 from pipeline.core.evaluate import Predictor
 from pipeline.core.machine import others_seconds
@@ -38,6 +40,8 @@ class Window:
     wrong: int = 0  # images whose class was wrong, warm-up included
     failed: int = 0  # requests without an answer, warm-up included
     split: dict[str, float] = field(default_factory=dict)  # the server's own times
+    client: dict[str, float] = field(default_factory=dict)  # mean send_us and recv_us of latencies
+    faults: tuple[Fault, ...] = ()  # why requests failed, in a closed loop
     late: np.ndarray = field(default_factory=lambda: np.zeros(0))  # seconds, see Sent.late
     others: float = 0.0  # fraction of the machine's cores that other processes used meanwhile
 
@@ -60,6 +64,7 @@ def join_windows(windows: Sequence[Window]) -> Window:
         late=np.concatenate([window.late for window in windows]),
         wrong=sum(window.wrong for window in windows),
         failed=sum(window.failed for window in windows),
+        faults=tuple(fault for window in windows for fault in window.faults),
         others=statistics.mean(window.others for window in windows),
     )
 
@@ -136,12 +141,19 @@ class TimedRow:
 
     def split(self) -> dict[str, float]:
         """Return the median over the windows of each of the server's own times."""
-        rounds = self._split_rounds()
+        rounds = _list_rounds([window.split for window in self.windows])
         return {name: statistics.median(values) for name, values in rounds.items()}
 
-    def _split_rounds(self) -> dict[str, list[float]]:
-        parts = [window.split for window in self.windows if window.split]
-        return {name: [part[name] for part in parts] for name in (parts[0] if parts else {})}
+    def client(self) -> dict[str, float]:
+        """Return the median over the windows of each of the client's own times."""
+        rounds = _list_rounds([window.client for window in self.windows])
+        return {name: statistics.median(values) for name, values in rounds.items()}
+
+    @property
+    def average_ms(self) -> float | None:
+        """The mean latency of the requests of all windows; None without an answer."""
+        latencies = self.joined.latencies
+        return float(latencies.mean() * 1e3) if len(latencies) else None
 
     def record(self) -> dict[str, Any]:
         """Return the row as values for JSON."""
@@ -153,9 +165,11 @@ class TimedRow:
             **(open_loop if self.rate else {}),
             "images_per_second": {**speeds, "rounds": self.speeds},
             "latency_ms": self.latency_ms(),
-            "fastest_ms": {"rounds": [window.fastest_ms for window in self.windows]},
+            "average_ms": self.average_ms,
+            "fastest_ms": {"rounds": [w.fastest_ms for w in self.windows if len(w.latencies)]},
+            "client": self.client(),
             "server": self.split(),
-            "server_rounds": self._split_rounds(),
+            "server_rounds": _list_rounds([window.split for window in self.windows]),
             "requests": len(joined.latencies),
             "wrong": joined.wrong,
             "failed": joined.failed,
@@ -163,6 +177,12 @@ class TimedRow:
             "others": self.others,
             **(asdict(self.score) if self.score else {}),
         }
+
+
+def _list_rounds(windows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Return each time of the windows that have it, by its name."""
+    parts = [window for window in windows if window]
+    return {name: [part[name] for part in parts if name in part] for name in chain(*parts)}
 
 
 def _compute_percentiles(seconds: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The benchmark command: recipes, an export in its runtimes, and a served model."""
+"""The benchmark command: recipes, an export in its runtimes, a served model, any server."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.cli.command import Command, Settings, next_of_packaged, pass_paths
-from pipeline.cli.options import Number, path_type
+from pipeline.cli.options import Number, connection_options, count_type, parse_url, path_type
 from pipeline.core.files import write_bytes
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
@@ -22,13 +22,39 @@ KINDS = {
     "all": "infer, then serve",
 }
 SPEED = ("infer", "serve", "all")
+URL = "url"  # instead of a kind
+_TLS = ("ca", "certificate", "key", "header")
+OF_URL = ("concurrency", "batch", "duration", "shape", "input_data", "model_version", *_TLS)
 # The kinds that use an option, for options that not all kinds use.
 USED_BY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("name", "short", "csv", "compare"), SPEED),
+    **dict.fromkeys(("short", "compare"), SPEED),
+    **dict.fromkeys(("name", "csv"), (*SPEED, URL)),
     "rate": ("serve", "all"),
     **dict.fromkeys(("recipes", "seeds", "resume"), ("train",)),
+    **dict.fromkeys(OF_URL, (URL,)),
 }
 MOST_A_SECOND = 1_000_000  # requests; their times are drawn before the first is sent
+MOST_CONCURRENT = 1024  # requests; over HTTP, each has a connection and a thread
+
+
+def _parse_counts(value: str) -> tuple[int, ...]:
+    """Parse whole numbers from 1 on, separated by commas."""
+    try:
+        counts = tuple(int(number) for number in value.split(","))
+    except ValueError:
+        counts = (0,)
+    if min(counts) < 1:
+        raise click.BadParameter(f"{value!r} is not a list of numbers from 1 on, such as 1,8,32")
+    return counts
+
+
+def _parse_shapes(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    pairs = [value.rpartition(":") for value in values]
+    if not all(name for name, _, _ in pairs):
+        raise click.BadParameter("the format is INPUT:SIZE,SIZE,..., such as images:3,32,32")
+    return {name: _parse_counts(sizes) for name, _, sizes in pairs}
 
 
 @click.command(cls=Command)
@@ -37,8 +63,44 @@ MOST_A_SECOND = 1_000_000  # requests; their times are drawn before the first is
     type=click.Choice(tuple(KINDS)),
     help="What to measure: recipes, the runtimes of an export, a served model, or the last two.",
 )
+@click.option(
+    "--url",
+    type=parse_url,
+    metavar="URL",
+    help="Measure the model --name on a running server, ours or another: http:// or grpc://.",
+)
+@click.option(
+    "--concurrency",
+    type=_parse_counts,
+    metavar="N,...",
+    default="1",
+    help="url: numbers of concurrent requests, one row each.",
+)
+@click.option(
+    "--batch",
+    type=_parse_counts,
+    metavar="N,...",
+    default="1",
+    help="url: batch sizes, one row each.",
+)
+@click.option("--duration", type=Number(0.1, 3600), default=10.0, help="url: seconds for each row.")
+@click.option(
+    "--shape",
+    multiple=True,
+    metavar="INPUT:SIZE,...",
+    callback=_parse_shapes,
+    help="url: shape of an input with variable dimensions, without the batch; repeatable.",
+)
+@click.option(
+    "--input-data",
+    type=click.Choice(["random", "zero"]),
+    default="random",
+    help="url: what to send.",
+)
+@click.option("--model-version", type=count_type, help="url: version.  [default: the server's]")
+@connection_options
 @click.option("--short", is_flag=True, help="infer, serve: measure for seconds, not minutes.")
-@click.option("--csv", type=path_type, help="infer, serve: CSV file for the rows.")
+@click.option("--csv", type=path_type, help="infer, serve, url: CSV file for the rows.")
 @click.option("--compare", type=path_type, help="infer, serve: earlier JSON to compare with.")
 @click.option(
     "--rate",
@@ -58,6 +120,7 @@ def benchmark_command(
     paths: Paths,
     /,
     what: str | None,
+    url: str | None,
     short: bool,
     csv: Path | None,
     compare: Path | None,
@@ -65,11 +128,16 @@ def benchmark_command(
     recipes: str,
     seeds: int | None,
     resume: bool,
+    **of_url: Any,
 ) -> None:
-    """Measure recipes, an export in its runtimes, or a served model.
+    """Measure recipes, an export in its runtimes, a served model, or any server.
 
-    Columns of infer and serve: asking, the concurrency, or the requests per second; formed, the
-    server's mean batch size; differ, images whose class is not eager PyTorch's; images/s, the
+    With --url, measures any model on any server that speaks KServe's protocol, version 2: with
+    made-up data, in closed loops, with perf_analyzer's columns. Failed requests count in no rate;
+    if there are any, exits with 3, or with 5 if the server did not answer.
+
+    Columns of infer, serve and url: asking, the concurrency, or the requests per second; formed,
+    the server's mean batch size; differ, images whose class is not eager PyTorch's; images/s, the
     median round; least and most, the slowest and the fastest round.
 
     With --compare, exits with 3 if a row got less accurate or slower: if the median of its rounds
@@ -82,15 +150,24 @@ def benchmark_command(
       pipeline benchmark --what all --short --csv rows.csv
       pipeline benchmark --what infer --compare before.json
       pipeline benchmark --what serve --name quick
+      pipeline benchmark --url grpc://HOST:8001 --concurrency 1,8,32 --batch 1,64 --csv rows.csv
     """
+    if url and what:
+        raise click.UsageError("--what and --url exclude each other: --url measures a server")
+    what = URL if url else what
     if what is None:
         kinds = (f"  --what {kind:<7} {measured}" for kind, measured in KINDS.items())
-        raise click.UsageError(Lines("say what to measure:", *kinds))
+        server = "  --url URL       any model on a running server"
+        raise click.UsageError(Lines("say what to measure:", *kinds, server))
     source_of = click.get_current_context().get_parameter_source
     for option, users in USED_BY.items():
         if source_of(option) is ParameterSource.COMMANDLINE and what not in users:
             valid = " or ".join(f"--what {kind}" for kind in users)
-            raise click.UsageError(f"--{option} needs {valid}, not --what {what}")
+            message = f"--{option.replace('_', '-')} needs {valid}, not --what {what}"
+            raise click.UsageError(message.replace(f"--what {URL}", "--url"))
+    if url:
+        _measure_url(settings, paths, url, csv, **of_url)
+        return
     if what != "train":
         measured = ("infer", "serve") if what == "all" else (what,)
         measure = functools.partial(_measure, settings, paths, short, rate)
@@ -102,6 +179,54 @@ def benchmark_command(
     rows = benchmark_training(paths, names, seeds, resume, settings.say, settings.update)
     record = {"what": "train", "rows": [row.record() for row in rows]}
     settings.result(record, Lines(*rows), "pipeline train")
+
+
+def _measure_url(
+    settings: Settings,
+    paths: Paths,
+    url: str,
+    csv: Path | None,
+    /,
+    *,
+    concurrency: tuple[int, ...],
+    batch: tuple[int, ...],
+    duration: float,
+    shape: dict[str, tuple[int, ...]],
+    input_data: str,
+    model_version: int | None,
+    header: dict[str, str],
+    **pem: Path | None,
+) -> None:
+    """Measure a model on the server at `url`; `pem` has the files for TLS."""
+    from pipeline.benchmark.remote import RemoteBenchmark, benchmark_remote
+    from pipeline.benchmark.table import csv_of, format_tables, require_writable
+    from pipeline.benchmark.target import LoadTarget
+    from pipeline.client.endpoint import Certificates, endpoint
+
+    if max(concurrency) > MOST_CONCURRENT:
+        raise click.UsageError(f"--concurrency is at most {MOST_CONCURRENT}")
+    if csv:
+        require_writable(csv)
+    version, certificates = str(model_version or ""), Certificates(**pem)
+    config = RemoteBenchmark(
+        tuple(dict.fromkeys(concurrency)),
+        tuple(dict.fromkeys(batch)),
+        duration,
+        shape,
+        input_data == "zero",
+    )
+    target = LoadTarget(
+        endpoint(url), paths.name, version=version, certificates=certificates, headers=header
+    )
+    result = benchmark_remote(target, config, settings.update)
+    lines = [format_tables(result.rows), *([result.statistics] if result.statistics else [])]
+    if csv:
+        write_bytes(csv, csv_of(result.rows).encode())
+        lines.append(f"wrote {csv}")
+    more = min(2 * max(concurrency), MOST_CONCURRENT)
+    then = f"pipeline benchmark --url {url}{paths.name_option} --concurrency {more}"
+    settings.result(result.record(), Lines(*lines), then)
+    result.require_answers()
 
 
 def _measure_speed(

@@ -67,6 +67,34 @@ def parse_url(value: str) -> str:
     return value
 
 
+def _parse_headers(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    if not all(equals for _, equals, _ in pairs):
+        raise click.BadParameter("the format is NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a secure connection, and of the headers to send with each request."""
+    ca = "PEM file of the authority (CA) that signed the server's certificate."
+    key = "PEM file of the client certificate's private key."
+    header = "Header to send with each request, such as a key; repeatable."
+    for option in (
+        click.option(
+            "--header", multiple=True, metavar="NAME=VALUE", callback=_parse_headers, help=header
+        ),
+        click.option("--key", type=path_type, help=key),
+        click.option(
+            "--certificate", type=path_type, help="PEM file of the client certificate, for TLS."
+        ),
+        click.option("--ca", type=path_type, help=ca),
+    ):
+        command = option(command)
+    return command
+
+
 name_option = click.option("--name", help="Name of the model.  [default: handwriting]")
 dataset_option = click.option(
     "--dataset",

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from pipeline.cli.command import Command, Settings, echo, pass_paths
-from pipeline.cli.options import Number, count_type, log_option, parse_url, path_type, seconds_type
+from pipeline.cli.options import (
+    Number,
+    connection_options,
+    count_type,
+    log_option,
+    parse_url,
+    seconds_type,
+)
 from pipeline.core.errors import PipelineError
 from pipeline.core.paths import Paths
 
@@ -20,15 +27,6 @@ if TYPE_CHECKING:
     from pipeline.client.client import Client
     from pipeline.client.log import PredictionLog
     from pipeline.client.query import Answer, Count
-
-
-def _parse_headers(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> dict[str, str]:
-    pairs = [value.partition("=") for value in values]
-    if not all(equals for _, equals, _ in pairs):
-        raise click.BadParameter("the format is NAME=VALUE")
-    return {name: value for name, _, value in pairs}
 
 
 EXPORT = "export"  # the value of --onnx without a file
@@ -57,20 +55,7 @@ class _QueryCommand(Command):
     metavar="[FILE.onnx]",
     help="Ask no server: run this exported file in ONNX Runtime.  [default: the export of --name]",
 )
-@click.option(
-    "--ca",
-    type=path_type,
-    help="PEM file of the authority (CA) that signed the server's certificate.",
-)
-@click.option("--certificate", type=path_type, help="PEM file of the client certificate, for TLS.")
-@click.option("--key", type=path_type, help="PEM file of the client certificate's private key.")
-@click.option(
-    "--header",
-    multiple=True,
-    metavar="NAME=VALUE",
-    callback=_parse_headers,
-    help="Header to send with each request, such as a key; repeatable.",
-)
+@connection_options
 @click.option("--timeout", type=seconds_type, default=10.0, help="Seconds to wait for an answer.")
 @click.option("--top", default=3, type=count_type, help="Number of classes in an answer.")
 @click.option(

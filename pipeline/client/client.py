@@ -14,6 +14,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import numpy as np
 
 from pipeline.client.async_client import TIMEOUT, AsyncClient
+from pipeline.client.connection import Connection
 from pipeline.client.endpoint import Certificates as Certificates
 from pipeline.client.endpoint import Endpoint
 from pipeline.client.log import PredictionLog
@@ -159,6 +160,16 @@ class Client:
         The names come from its label file; a class without a name there has its number.
         """
         return self._run(self._client.labels(image))
+
+    def call_triton(self, method: str, *args: str, may_repeat: bool = True, **options: Any) -> Any:
+        """Return the result of a method of tritonclient's own client, with this client's faults."""
+
+        async def request(connection: Connection) -> Any:
+            with connection.faults():
+                call = getattr(connection.triton, method)
+                return await call(*args, headers=connection.headers, **options)
+
+        return self._run(self._client.ask(request, may_repeat))
 
     def close(self) -> None:
         """Close the connections; a further call opens new ones."""

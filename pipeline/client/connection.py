@@ -59,7 +59,7 @@ class Connection:
             answer = await self.triton.get_model_config(*self._model, headers=self.headers)
             if isinstance(answer, dict):  # HTTP answers with the configuration itself
                 answer = {"config": answer}
-            config = _message(answer, service_pb2.ModelConfigResponse).config
+            config = to_message(answer, service_pb2.ModelConfigResponse).config
             if not config.name:
                 raise ValueError("a config without a name")
         return config
@@ -72,7 +72,7 @@ class Connection:
                 answer = self.triton.get_model_metadata(*self._model, headers=self.headers)
             else:
                 answer = self.triton.get_server_metadata(headers=self.headers)
-            message = _message(await answer, kind)
+            message = to_message(await answer, kind)
             return dict(json_format.MessageToDict(message, preserving_proto_field_name=True))
 
     async def infer(
@@ -129,7 +129,7 @@ def open_connection(target: RemoteModel) -> Connection:
     return HttpConnection(target)
 
 
-def _message(answer: Any, kind: type[M]) -> M:
+def to_message(answer: Any, kind: type[M]) -> M:
     """Return an answer as its message: over HTTP, tritonclient returns it as JSON."""
     if isinstance(answer, kind):
         return answer

@@ -25,6 +25,17 @@ OPTIONS = [
 ]
 
 
+def read_credentials(target: RemoteModel) -> grpc.ChannelCredentials | None:
+    """Return gRPC's credentials for a channel to the model's server; None without TLS."""
+    if not target.endpoint.is_secure:
+        return None
+    pem = target.certificates
+    files = (pem.ca, pem.key, pem.certificate)
+    return grpc.ssl_channel_credentials(
+        *(Path(file).read_bytes() if file else None for file in files)
+    )
+
+
 class GrpcConnection(Connection):
     """A connection over gRPC, with or without TLS."""
 
@@ -33,13 +44,8 @@ class GrpcConnection(Connection):
     def __init__(self, target: RemoteModel) -> None:
         super().__init__(target)
         self.headers = {name.lower(): value for name, value in target.headers.items()}
-        credentials, pem = None, target.certificates
-        if target.endpoint.is_secure:
-            files = (pem.ca, pem.key, pem.certificate)
-            contents = (Path(file).read_bytes() if file else None for file in files)
-            credentials = grpc.ssl_channel_credentials(*contents)
         self.triton = tritonclient.grpc.aio.InferenceServerClient(
-            target.endpoint.address, creds=credentials, channel_args=OPTIONS
+            target.endpoint.address, creds=read_credentials(target), channel_args=OPTIONS
         )
 
     @contextlib.contextmanager

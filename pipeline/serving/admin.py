@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.client.client import Client
-from pipeline.client.connection import Connection
 from pipeline.repository import config_pbtxt
 from pipeline.serving.tritonserver import KEY_HEADER
 
@@ -38,15 +37,8 @@ class Admin(Client):
 
         A state is READY, LOADING, UNLOADING or UNAVAILABLE.
         """
-        index = self._call("get_model_repository_index", may_repeat=True)
+        index = self.call_triton("get_model_repository_index")
         return {(entry.name, entry.version): entry.state for entry in index.models}
 
-    def _call(self, method: str, *args: str, may_repeat: bool = False, **options: Any) -> Any:
-        """Return the result of a method of tritonclient's own client."""
-
-        async def request(connection: Connection) -> Any:
-            with connection.faults():
-                call = getattr(connection.triton, method)
-                return await call(*args, headers=connection.headers, **options)
-
-        return self._run(self._client.ask(request, may_repeat))
+    def _change(self, method: str, name: str, **options: Any) -> None:
+        self.call_triton(method, name, may_repeat=False, **options)

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from typing import Any
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,11 +12,14 @@ import pytest
 from pipeline.benchmark import load, load_http, serving, timing
 from pipeline.benchmark.load import draw_arrivals, run_open_loop
 from pipeline.benchmark.serving import NOOP, ServeBenchmark, profile_name
+from pipeline.benchmark.target import LoadTarget
 from pipeline.benchmark.timing import TimedRow, Until, Window, warm_up
+from pipeline.client.client import Client
+from pipeline.client.endpoint import endpoint
+from pipeline.client.faults import Fault
 from pipeline.core.errors import CheckFailedError, ServerError
 from pipeline.repository import config_pbtxt
 from pipeline.repository.running import load_server
-from pipeline.serving.tritonserver import KEY_HEADER
 from tests.conftest import Chain, error_line, link_server_environment
 
 Served = tuple[Chain, dict[str, Any]]
@@ -66,17 +69,18 @@ def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way:
     assert server
     config = config_pbtxt.read(chain.paths.packaged / "config.pbtxt")
     images = [np.zeros((2, 1, 28, 28), np.uint8)]
-    http, grpc = f"127.0.0.1:{server.http_port}", f"127.0.0.1:{server.grpc_port}"
-    with load.ServerLoad(http, grpc, server.admin_key, KEY_HEADER) as asked:
+    url = {"http": server.http_url, "grpc": server.grpc_url}[way]
+    with Client(url, config.name) as asked:
         labels = [[np.full(2, label)] for label in range(10)]
-        labelled = [load.build_questions(config, images, label, way) for label in labels]
-        named = [asked.measure(config.name, questions, 2, 0.05) for questions in labelled]
+        labelled = [load.build_questions(config, images, label, url) for label in labels]
+        named = [load.measure(asked, questions, 2, 0.05) for questions in labelled]
         assert sum(window.wrong == 0 for window in named) == 1  # a blank image has one class
         assert all(window.wrong == 0 or window.wrong >= 4 for window in named)
         config.name = "nobody"
-        lost = load.build_questions(config, images, [np.zeros(2)], way)
-        window = load.keep_asking(asked.addresses[way], lost, 2, 0.05)
-        nothing = run_open_loop(asked.addresses[way], lost, 50, 0.05, 0)
+        lost = load.build_questions(config, images, [np.zeros(2)], url)
+        window = load.keep_asking(lost, 2, 0.05)
+        nothing = run_open_loop(lost, 50, 0.05, 0)
+    assert all("nobody" in fault.reason for fault in window.faults)
     for found in (window, nothing):
         assert found.failed > 0
         assert len(found.latencies) == 0
@@ -86,12 +90,12 @@ def test_load_counts_what_is_answered_wrongly_or_not_at_all(served: Served, way:
 def test_a_server_that_died_counts_nothing_and_is_no_bug_of_ours() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        url = f"grpc://127.0.0.1:{taken.getsockname()[1]}"
         with (
-            load.ServerLoad(address, address, "", KEY_HEADER) as asked,
-            pytest.raises(ServerError, match="does not return statistics of handwriting"),
+            Client(url, retries=0) as asked,
+            pytest.raises(ServerError, match="no answer from grpc"),
         ):
-            asked.read_counters("handwriting")
+            load.read_counters(asked, "handwriting")
 
 
 @pytest.mark.parametrize(("rate", "seconds"), [(1.0, 20.0), (1000.0, 3.0)])
@@ -99,19 +103,16 @@ def test_a_window_with_an_open_loop_is_long_enough_for_requests_to_arrive(
     monkeypatch: pytest.MonkeyPatch, rate: float, seconds: float
 ) -> None:
     window = Window(seconds, 1, np.ones(9))
-    asked, opened = (
-        MagicMock(**{"count_during.side_effect": lambda name, measured: measured()}),
-        Mock(),
-    )
-    opened.return_value = window
+    opened = Mock(return_value=window)
     monkeypatch.setattr(serving, "run_open_loop", opened)
-    bench = serving._Bench(asked, "net", {}, Mock(), ServeBenchmark())
+    monkeypatch.setattr(load, "count_during", lambda client, target, measured: measured())
+    bench = serving._Bench(Mock(), {}, "net", {}, Mock(), ServeBenchmark())
     assert bench._run_open_loop(Mock(), rate, iter([0])) is window
-    assert opened.call_args.args[2:4] == (rate, seconds)
+    assert opened.call_args.args[1:3] == (rate, seconds)
 
 
 def test_no_rate_is_made_of_a_speed_that_is_none() -> None:
-    bench = serving._Bench(Mock(), "net", {}, Mock(), ServeBenchmark())
+    bench = serving._Bench(Mock(), {}, "net", {}, Mock(), ServeBenchmark())
     silent = TimedRow("net", "grpc", 1, 32, (Window(1.0, 1, np.zeros(0), failed=3),))
     with pytest.raises(CheckFailedError, match="0 wrong, 3 missing"):
         bench._open_rows([silent], print)
@@ -119,7 +120,8 @@ def test_no_rate_is_made_of_a_speed_that_is_none() -> None:
 
 def test_an_answer_that_is_no_answer_is_wrong_for_all_of_its_images() -> None:
     def wrong(way: str, answer: bytes, classes: np.ndarray) -> int:
-        asked = load.Questions(way, 3, (b"",), (classes,), "float32")
+        target = LoadTarget(endpoint(f"{way}://127.0.0.1"), "net")
+        asked = load.Questions(target, 3, (b"",), (classes,), "float32")
         return load.count_wrong(asked, [(0, answer)])
 
     for answer in (b"", b"\xff\xff"):  # without outputs; not a message at all
@@ -147,7 +149,7 @@ def test_an_answer_over_http_that_breaks_off_or_refuses_is_no_answer(answer: byt
     with ours, theirs:
         theirs.sendall(answer)
         theirs.shutdown(socket.SHUT_WR)
-        with pytest.raises(ValueError, match="answer"):
+        with pytest.raises((ValueError, Fault), match="answer|503"):
             load_http._answer(ours)
 
 
@@ -177,4 +179,4 @@ def test_a_runtime_in_process_has_as_many_threads_as_all_sessions_of_the_server(
     message.instance_group.add(count=2)
     config_pbtxt.set_parameter(message, "intra_op_thread_count", "3")
     configs = {profile_name("net"): message}
-    assert serving._Bench(Mock(), "net", configs, Mock(), ServeBenchmark()).threads == 6
+    assert serving._Bench(Mock(), {}, "net", configs, Mock(), ServeBenchmark()).threads == 6

@@ -116,7 +116,7 @@ def test_the_table_has_scores_the_servers_part_and_says_what_not_to_trust() -> N
     assert text[0].split() == ["batch", "asking", *SPEED]
     assert text[1].split()[:4] == ["net,", "grpc", "1", "1,600/s"]
     assert text[1].split()[4:] == [*["64,000"] * 3, "87.50%", "2", "9"]
-    assert text[5].split() == ["net,", "grpc", "1", "1,600/s", *["2.00"] * 4]
+    assert text[5].split() == ["net,", "grpc", "1", "1,600/s", *["2.00"] * 5]
     assert text[9].split() == ["net,", "grpc", "1", "1,600/s", "7.0", *["7"] * 4]
     assert text[11].startswith("1 of 2 did not settle")
     assert "the client of net, grpc, 1, 1,600/s was late by 1.0 ms" in text[12]

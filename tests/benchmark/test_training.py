@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.benchmark import training
 from pipeline.benchmark.training import SeedTrial, TrainingRow, count_multiply_adds
-from pipeline.cli.benchmark import KINDS, USED_BY, benchmark_command
+from pipeline.cli.benchmark import KINDS, URL, USED_BY, benchmark_command
 from pipeline.core.machine import machine
 from pipeline.training.recipes import RECIPES
 from tests.conftest import Chain, error_line
@@ -115,7 +115,7 @@ def test_an_option_that_the_kind_would_leave_out_is_refused(
     assert result.exit_code == 2
     (option,) = (one for one in options if one.startswith("--") and one != "--what")
     kinds = USED_BY[option.removeprefix("--")]
-    valid = " or ".join(f"--what {kind}" for kind in kinds)
+    valid = " or ".join("--url" if kind == URL else f"--what {kind}" for kind in kinds)
     assert f"{option} needs {valid}, not --what {options[1]}" in " ".join(
         error_line(result).split()
     )
@@ -123,7 +123,7 @@ def test_an_option_that_the_kind_would_leave_out_is_refused(
 
 def test_each_option_that_some_kinds_use_is_one_of_the_command() -> None:
     assert set(USED_BY) <= {parameter.name for parameter in benchmark_command.params}
-    assert all(set(kinds) < set(KINDS) for kinds in USED_BY.values())
+    assert all(set(kinds) < {*KINDS, URL} for kinds in USED_BY.values())
 
 
 def test_a_default_from_a_file_of_settings_is_for_the_kinds_that_use_it(empty: Chain) -> None:

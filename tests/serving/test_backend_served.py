@@ -11,11 +11,13 @@ import pytest
 import tritonclient.grpc
 from onnx import TensorProto, helper
 
-from pipeline.benchmark.load import ServerLoad
-from pipeline.core.errors import ServerError
+from pipeline.benchmark.remote import RemoteBenchmark, benchmark_remote
+from pipeline.benchmark.target import LoadTarget
+from pipeline.client.endpoint import endpoint
+from pipeline.core.errors import PipelineError, ServerError
+from pipeline.serving.admin import Admin
 from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
-from pipeline.serving.tritonserver import KEY_HEADER
 from tests.conftest import Chain, link_server_environment
 from tests.serving.test_backend import save
 
@@ -44,7 +46,7 @@ class Models:
             save(folder / "model.onnx", nodes, [("x", kind, shape)], [("y", kind, shape)])
         text = f'name: "{name}" backend: "onnxruntime" {config}'
         (self.repository / name / "config.pbtxt").write_text(text)
-        with ServerLoad("", self.address, self._key, KEY_HEADER) as admin:
+        with Admin(f"grpc://{self.address}", self._key, 30.0) as admin:
             admin.load(name)
 
     def ask(self, name: str, array: np.ndarray, version: str = "") -> np.ndarray:
@@ -120,3 +122,15 @@ def test_a_refused_load_says_why_in_the_native_words_and_names_no_folder(models:
     )
     assert str(models.repository) not in message
     assert "model.py" not in message
+
+
+def test_a_model_of_texts_and_variable_shapes_is_measured_by_its_url(models: Models) -> None:
+    config = "max_batch_size: 8 " + TENSORS % ("STRING", "-1", "STRING", "-1")
+    models.add("any-texts", config, "Identity", kind="STRING", shape=["n", "m"])
+    target = LoadTarget(endpoint(f"grpc://{models.address}"), "any-texts")
+    with pytest.raises(PipelineError, match="give --shape x:N"):
+        benchmark_remote(target, RemoteBenchmark(seconds=0.1))
+    asked = RemoteBenchmark(concurrencies=(2,), seconds=0.1, shapes={"x": (3,)})
+    (row,) = benchmark_remote(target, asked).rows
+    assert row.joined.failed == 0
+    assert row.split()["network_us"] > 0
