@@ -232,7 +232,7 @@ def test_a_request_as_json_has_texts_and_numbers_of_the_inputs() -> None:
 @pytest.mark.parametrize("way", ["grpc", "http"])
 def test_triton_tells_its_own_times_and_they_make_up_the_latency(served: Served, way: str) -> None:
     chain, server = served
-    url = server[f"{way}_url"]
+    url = f"{way}://127.0.0.1:{server[f'{way}_port']}"
     asking = ("--concurrency", "2", "--batch", "4", *SHORT)
     (row,) = chain.record("benchmark", "--url", url, *asking)["rows"]
     parts = {**row["server"], **row["client"]}
