@@ -69,7 +69,7 @@ def build_questions(
     url: str,
 ) -> Questions:
     """Build a request to a served model for each batch (B, ...), with its known classes (B,)."""
-    target = LoadTarget(endpoint(url), config.name, (config.output[0].name,))
+    target = LoadTarget(endpoint(url), config.name, outputs=(config.output[0].name,))
     name, dtype = config.input[0].name, config_pbtxt.dtype(config.output[0])
     tensors = [[InputTensor(name, np_to_triton_dtype(images.dtype), images)] for images in batches]
     return Questions(
@@ -185,7 +185,7 @@ async def _ask_all(
 
 def _open_channel(library: Any, target: LoadTarget) -> Any:
     """Open a channel of grpc or grpc.aio to the target."""
-    credentials = read_credentials(target.endpoint, target.certificates)
+    credentials = read_credentials(target)
     if credentials:
         return library.secure_channel(target.endpoint.address, credentials, OPTIONS)
     return library.insecure_channel(target.endpoint.address, OPTIONS)

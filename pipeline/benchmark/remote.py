@@ -28,7 +28,7 @@ from pipeline.benchmark.load import (
 from pipeline.benchmark.target import InputTensor, LoadTarget, Measured
 from pipeline.benchmark.timing import LAST, TimedRow, Window, measure_answered
 from pipeline.client.client import Client
-from pipeline.client.faults import Fault, explain_fault
+from pipeline.client.faults import explain_fault
 from pipeline.core.errors import CheckFailedError, PipelineError, ServerError
 from pipeline.core.machine import machine
 
@@ -85,7 +85,7 @@ class Remote:
             return
         usual = Counter(fault.kind for fault in faults).most_common(1)[0][0]
         first = next(fault for fault in faults if fault.kind == usual)
-        error = _explain(self.target, first)
+        error = explain_fault(first, self.target, TIMEOUT)
         total = len(faults) + sum(len(row.joined.latencies) for row in self.rows)
         kind = ServerError if isinstance(error, ServerError) else CheckFailedError
         raise kind(f"{len(faults):,} of {total:,} requests failed and count in no rate: {error}")
@@ -129,7 +129,7 @@ def _measure(client: Client, target: LoadTarget, config: RemoteBenchmark, report
         questions.append(Questions(target, batch, build_requests(target, [tensors])))
     for asked in questions:  # a model that refuses such a request is found before minutes of load
         if faults := keep_asking(asked, 1, PROBE).faults:
-            raise _explain(target, faults[0])
+            raise explain_fault(faults[0], target, TIMEOUT)
     statistics = "" if "statistics" in extensions else NO_STATISTICS.format(target.endpoint)
     windows: dict[tuple[int, int], list[Window]] = {}
 
@@ -214,14 +214,3 @@ def _make_values(
     if np.dtype(dtype).kind == "f":
         return rng.random(shape).astype(dtype)
     return rng.integers(0, 2 if datatype == "BOOL" else 128, shape).astype(dtype)
-
-
-def _explain(target: LoadTarget, fault: Fault) -> PipelineError:
-    return explain_fault(
-        fault,
-        target.endpoint,
-        name=target.name,
-        version=target.version,
-        timeout=TIMEOUT,
-        times=1,
-    )

@@ -5,29 +5,23 @@
 import functools
 import ssl
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from tritonclient.utils import serialize_byte_tensor
 
-from pipeline.client.endpoint import Certificates, Endpoint
+from pipeline.client.endpoint import RemoteModel
 from pipeline.client.faults import Fault
 
 PAUSE = 0.05  # seconds after a failed request, so that a server that refuses is not flooded
 
 
 @dataclass(frozen=True)
-class LoadTarget:
-    """A model on a server, and how to reach it."""
+class LoadTarget(RemoteModel):
+    """A model at a server, and what a request to it looks like."""
 
-    endpoint: Endpoint
-    name: str
     outputs: tuple[str, ...] = ()  # that a request asks for; none: all of them
-    version: str = ""  # empty: the one that the server chooses
-    certificates: Certificates = field(default_factory=Certificates)
-    headers: Mapping[str, str] = field(default_factory=dict)
     is_binary: bool = True  # over HTTP; False: as JSON, for a server that takes nothing else
 
     @functools.cached_property

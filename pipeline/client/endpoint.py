@@ -3,7 +3,7 @@
 import re
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -107,9 +107,9 @@ class RemoteModel:
 
     endpoint: Endpoint
     name: str
-    version: str  # empty: the one that the server chooses
-    headers: Mapping[str, str]
-    certificates: Certificates
+    version: str = ""  # empty: the one that the server chooses
+    headers: Mapping[str, str] = field(default_factory=dict)
+    certificates: Certificates = field(default_factory=Certificates)
 
     def __post_init__(self) -> None:
         if self.version and not self.version.isdecimal():

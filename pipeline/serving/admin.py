@@ -1,7 +1,6 @@
 """Client that loads and unloads models on a running server, with the admin key it requires."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from pipeline.client.client import Client
 from pipeline.repository import config_pbtxt
@@ -21,16 +20,17 @@ class Admin(Client):
 
     def load(self, name: str) -> None:
         """Load a model from the current files of the repository, replacing the loaded one."""
-        self._call("load_model", name)
+        self.call_triton("load_model", name, may_repeat=False)
 
     def load_files(self, config: config_pbtxt.ModelConfig, files: Mapping[str, bytes]) -> None:
         """Load a model from these files only; keys are paths inside the model's folder."""
         named = {f"file:{path}": content for path, content in files.items()}
-        self._call("load_model", config.name, config=config_pbtxt.to_json(config), files=named)
+        options = {"config": config_pbtxt.to_json(config), "files": named}
+        self.call_triton("load_model", config.name, may_repeat=False, **options)
 
     def unload(self, name: str) -> None:
         """Stop serving a model."""
-        self._call("unload_model", name)
+        self.call_triton("unload_model", name, may_repeat=False)
 
     def states(self) -> dict[tuple[str, str], str]:
         """Return the state of each version that was ever loaded, by name and version.
@@ -39,6 +39,3 @@ class Admin(Client):
         """
         index = self.call_triton("get_model_repository_index")
         return {(entry.name, entry.version): entry.state for entry in index.models}
-
-    def _change(self, method: str, name: str, **options: Any) -> None:
-        self.call_triton(method, name, may_repeat=False, **options)
