@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 from onnx import TensorProto, helper
+from tritonclient.utils import InferenceServerException
 
 from pipeline.benchmark.remote import RemoteBenchmark, benchmark_remote
 from pipeline.benchmark.target import LoadTarget
 from pipeline.client.endpoint import endpoint
-from pipeline.core.errors import PipelineError, ServerError
-from pipeline.serving.admin import Admin
+from pipeline.core.errors import PipelineError
 from pipeline.serving.serve import run_server, with_free_ports
 from pipeline.serving.settings import ServeConfig
+from pipeline.serving.tritonserver import KEY_HEADER
 from tests.conftest import Chain, link_server_environment
 from tests.serving.test_backend import save
 
@@ -46,8 +47,8 @@ class Models:
             save(folder / "model.onnx", nodes, [("x", kind, shape)], [("y", kind, shape)])
         text = f'name: "{name}" backend: "onnxruntime" {config}'
         (self.repository / name / "config.pbtxt").write_text(text)
-        with Admin(f"grpc://{self.address}", self._key, 30.0) as admin:
-            admin.load(name)
+        with tritonclient.grpc.InferenceServerClient(self.address) as client:
+            client.load_model(name, headers={f"triton-grpc-protocol-{KEY_HEADER}": self._key})
 
     def ask(self, name: str, array: np.ndarray, version: str = "") -> np.ndarray:
         kind = "BYTES" if array.dtype == np.object_ else "FP32"
@@ -112,7 +113,7 @@ def test_a_scalar_comes_through(models: Models) -> None:
 
 
 def test_a_refused_load_says_why_in_the_native_words_and_names_no_folder(models: Models) -> None:
-    with pytest.raises(ServerError) as caught:
+    with pytest.raises(InferenceServerException) as caught:
         models.add("bad", "max_batch_size: 8 " + TENSORS % ("FP32", "3", "FP32", "2"), "Neg")
     message = str(caught.value)
     assert (
