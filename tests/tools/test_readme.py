@@ -75,7 +75,7 @@ NOT_MEASURED = re.compile(
     r"|glibc 2\.35|python3\.1[23]|\(1\.1\.1 fails"
     r"|`\"[^`]*\"`"  # values of a config
     # exit codes, and what is shown of a signature
-    r"|\b70 a bug|130 interrupted|\| (70|130) \||\b(400|413|422|503|507)\b|port = 9000"
+    r"|\b70 a bug|130 interrupted|\| (70|130) \||\b(400|413|415|422|503|507)\b|port = 9000"
     r"|255 is ink|28 ?x ?28|\[batch, [\d, ]+\]|last 40 bytes|-c 40"
     # how many there are of what somebody decided
     r"|10,000 (test )?images|set of 100 images|\b100 images with"
@@ -83,6 +83,8 @@ NOT_MEASURED = re.compile(
     r"|95 % interval|fewer than 134 validation images \(about 900 pictures\)"
     r"|50 test vectors|10 images to|16 threads at once|00000\.png|epoch \d\.00/7|\b0 s left"
     r"|[Bb]atch sizes [\d, ]+( and)? 256|other size to 256|at least 200 |16 threads"
+    # what a load test sends, and when its windows agree
+    r"|INPUT:3,32,32|integers from 0 to 127|texts of 128 letters|agree within 10 %|most\s+1,024"
     # limits, and what others have published
     r"|at most 8 times|256 MiB|`(fp16|exact|int8)` 0\.\d\d points|\(8,192\)|up\s+to\s+256"
     r"|10 MiB and 8\.9\s+million|10,000 pictures and 1 GiB"

@@ -150,7 +150,7 @@ def test_the_next_line_trains_on_what_was_collected(
     made: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def serve(*given: object) -> None:
-        given[3]("http://127.0.0.1:1/")  # type: ignore[operator]  # reports the address
+        given[3]("http://127.0.0.1:1/", "")  # type: ignore[operator]  # reports the address
 
     monkeypatch.setattr("pipeline.web.server.serve_page", serve)
     option = f"--dataset mnist+folder:{tmp_path}/own"

@@ -143,6 +143,7 @@ function asBlob() {
 }
 
 function update() {
+  forgetChoice();
   paint();
   canvas.dispatchEvent(new Event("change"));
   if (isEmpty()) showNothing();
@@ -449,8 +450,6 @@ function show(state, label, verdict, detail) {
   byId("verdict").textContent = verdict;
   byId("detail").textContent = sentence(detail);
   byId("correct").hidden = !collects || !["sure", "unsure", "read"].includes(state);
-  byId("right").value = byId("kept").textContent = ""; // a choice is for the picture it was made for
-  byId("keep").disabled = true;
 }
 
 function showAnswer(answer, roundTrip) {
@@ -551,6 +550,12 @@ function allowCorrections(classes) {
   const names = [...byId("right").options].slice(1).map((option) => option.value);
   if (names.join("\n") === classes.join("\n")) return;
   byId("right").replaceChildren(new Option("choose", ""), ...classes.map((name) => new Option(name)));
+  byId("keep").disabled = true;
+}
+
+// A choice is for the picture that it was made for. A second answer about the same one leaves it.
+function forgetChoice() {
+  byId("right").value = byId("kept").textContent = "";
   byId("keep").disabled = true;
 }
 
