@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -28,9 +29,11 @@ from pipeline.core.evaluate import find_unequal, hash_scores, predict
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
 from pipeline.core.signature import SCORES, TensorSpec
+from pipeline.export import exact
 from pipeline.export.exact import LARGEST_SUM, require_bounds, to_exact
 from pipeline.export.export import export_program
 from pipeline.export.runtime import onnx_predictor
+from pipeline.export.sample import Sample
 from pipeline.export.subject import load_sample, load_subject
 from pipeline.export.variants import CALIBRATION_IMAGES
 from pipeline.repository.release import Release, load_selected_releases
@@ -105,6 +108,13 @@ def run_eager(network: nn.Module, images: np.ndarray, has_nnpack: bool, *dtypes:
         torch.set_num_threads(threads)
     torch.backends.mkldnn.set_flags(True)  # type: ignore[no-untyped-call]
     return digests
+
+
+def count_right(network: nn.Module, sample: Sample) -> int:
+    """Return how many images an exact network classifies correctly."""
+    with torch.inference_mode(), torch.backends.nnpack.flags(enabled=False):
+        outputs = predict(lambda rows: network(torch.from_numpy(rows))[0].numpy(), sample.images)
+    return int((outputs.argmax(axis=1) == sample.labels).sum())
 
 
 def ask_served(url: str, name: str, images: np.ndarray) -> str:
@@ -193,9 +203,11 @@ def measure(paths: Paths, release: Release) -> dict[str, Any]:
     exported = paths.named(manifest["name"])
     subject, sample = load_subject(exported, manifest), load_sample(exported, manifest)
     images, fp32 = sample.images, exported.onnx.read_bytes()
-    network = to_exact(
-        export_program(subject.model, subject.images), sample.calibration[:CALIBRATION_IMAGES]
-    )
+    program = export_program(subject.model, subject.images)
+    calibration = sample.calibration[:CALIBRATION_IMAGES]
+    network = to_exact(program, calibration)
+    with mock.patch.object(exact, "LARGEST_FACTOR", LARGEST_SUM - 1):  # TF32 would round these
+        wider = to_exact(program, calibration)
     pythons = [Path(sys.executable), *map(environment, RUNTIMES)]
     rows = [run_runtime(python, release.onnx, fp32, images) for python in pythons]
     what = f"1 and 2 threads, batches of {', '.join(map(str, EAGER_SIZES))}"
@@ -215,6 +227,8 @@ def measure(paths: Paths, release: Release) -> dict[str, Any]:
         "exact_sha256": manifest["exact_sha256"],
         "images": len(images),
         "largest_sum": require_bounds(network, subject.images),
+        "right": count_right(network, sample),
+        "right_without_limit": count_right(wider, sample),
         "rows": [asdict(row) for row in rows],
         "nnpack": asdict(nnpack),
         "planted": planted,
