@@ -1,5 +1,6 @@
 """One thin command for each stage: parse, call, echo."""
 
+import os
 import platform
 import sys
 from importlib import metadata
@@ -59,6 +60,9 @@ def _print_version(context: click.Context, parameter: click.Parameter, value: bo
 )
 def main() -> None:
     """Run a command; the help text is in the decorator."""
+    # Read by OpenMP when torch is imported. Its threads else wait for each other by spinning, and
+    # where another process wants the cores as well, that takes many times as long as the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 for command in (

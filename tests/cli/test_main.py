@@ -544,3 +544,15 @@ def test_verbose_keeps_a_line_of_progress_every_second(
             settings.update(f"step {step}")
         shown = capsys.readouterr().err.splitlines()
         assert (len(shown) if is_verbose else shown) == lines
+
+
+def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = ["runs", "list", "--root", str(tmp_path)]
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    CliRunner().invoke(main, command)
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    del os.environ["OMP_WAIT_POLICY"]
+    CliRunner().invoke(main, command)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
