@@ -1,5 +1,6 @@
 """Servers on loopback that answer as Triton does, or go wrong as they are told to."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -267,3 +268,41 @@ def authority(folder: Path) -> Authority:
             *("-keyout", f"{name}.key", "-out", f"{name}.crt"),
         )
     return Authority(folder)
+
+
+@contextlib.contextmanager
+def tls_front(behind: int, context: ssl.SSLContext) -> Iterator[int]:
+    """Forward TLS connections to the port `behind` without TLS, as a load balancer does."""
+    context.set_alpn_protocols(["h2", "http/1.1"])
+
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(1 << 16):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        server, to_server = await asyncio.open_connection("127.0.0.1", behind)
+        await asyncio.gather(copy(source, to_server), copy(server, target))
+
+    loop = asyncio.new_event_loop()
+    start = asyncio.start_server(forward, "127.0.0.1", ssl=context)
+    front = loop.run_until_complete(start)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield front.sockets[0].getsockname()[1]
+    finally:
+
+        async def stop() -> None:
+            front.close()
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -242,6 +243,28 @@ def test_triton_tells_its_own_times_and_they_make_up_the_latency(served: Served,
     result = chain.run("benchmark", "--url", url, "--batch", "65", *SHORT)
     assert result.exit_code == 1
     assert "takes at most 64 in a batch, not 65" in error_line(result)
+
+
+@pytest.mark.server
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make certificates with")
+@pytest.mark.parametrize("way", ["grpc", "http"])
+def test_a_server_behind_tls_is_measured_with_the_certificates_that_it_asks_for(
+    served: Served, way: str, tmp_path: Path
+) -> None:
+    chain, server = served
+    ours = fakes.authority(tmp_path / "ours")
+    pems = {"--ca": "ca.crt", "--certificate": "me.crt", "--key": "me.key"}
+    given = [word for option, file in pems.items() for word in (option, str(ours.file(file)))]
+    with fakes.tls_front(server[f"{way}_port"], ours.context(is_asking=True)) as port:
+        asking = ("benchmark", "--url", f"{way}s://127.0.0.1:{port}", "--concurrency", "2", *SHORT)
+        (row,) = chain.record(*asking, *given)["rows"]
+        assert (row["failed"], row["way"]) == (0, way)
+        assert row["requests"] > 0
+        assert row["server"]["compute_infer_us"] > 0
+        stranger, unknown = chain.run(*asking, *given[:2]), chain.run(*asking)
+    assert (stranger.exit_code, unknown.exit_code) == (5, 5)
+    assert "(--certificate, --key)" in error_line(stranger)
+    assert "give the certificate of the CA" in error_line(unknown)
 
 
 def test_a_row_with_failures_has_its_reasons_under_the_table() -> None:
