@@ -19,6 +19,7 @@ from pipeline.data.splits import digests
 from pipeline.export import graph
 from pipeline.export.export import Say, export_run
 from pipeline.export.targets import ExportConfig
+from pipeline.training.checkpoint import load_checkpoint
 from pipeline.training.recipes import TrainConfig
 from pipeline.training.run import train_run
 
@@ -71,10 +72,11 @@ def rebuild_release(
 ) -> Rebuild:
     """Train and export again in a temporary folder, as the manifest of a release records.
 
-    `release` is the folder of a version or an export, or a manifest. The data sets are those of
-    `paths`. Raises PipelineError when a third-party module was exported, CheckFailedError when the
-    data or what the released file states about its training are not as recorded, and CorruptError
-    when a released file does not match its digest.
+    `release` is the folder of a version or an export, or a manifest. The data sets, and the run
+    that a fine-tuned release started from, are those of `paths`. Raises PipelineError when a
+    third-party module was exported, CheckFailedError when the data, that run's weights or what the
+    released file states about its training are not as recorded, and CorruptError when a released
+    file does not match its digest.
     """
     start, threads = time.monotonic(), torch.get_num_threads()
     path = release / paths.manifest.name if release.is_dir() else release
@@ -101,12 +103,20 @@ def rebuild_release(
             f"the data differ from those of {path}: {key} has digest {str(other)[:12]}, not "
             f"{digest[:12]}. Fetch the data set that the release was trained on"
         )
+    origin = paths.of_run(config.init)
+    if config.init:
+        weights, wanted = load_checkpoint(origin).summary.weights_sha256, config.init_sha256
+        if weights != wanted:
+            raise CheckFailedError(
+                f"{path} was fine-tuned from other weights: those of run {config.init} have digest "
+                f"{weights[:12]} here, not {wanted[:12]}. Copy that run to {origin.run_folder}"
+            )
     with tempfile.TemporaryDirectory(prefix="pipeline-rebuild-") as folder:
         scratch = Paths(Path(folder), data_folder=paths.data(config.dataset).parent)
-        if config.init:  # its weights, whose digest the training checks
+        if config.init:
+            scratch = scratch.of_run(f"{config.init}-rebuilt")  # no run starts from itself
             scratch.runs.mkdir()
-            origin = paths.of_run(config.init).run_folder.resolve()
-            scratch.of_run(config.init).run_folder.symlink_to(origin)
+            scratch.of_run(config.init).run_folder.symlink_to(origin.run_folder.resolve())
         torch.set_num_threads(facts.get("threads") or threads)
         try:
             train_run(scratch, config, report=report, on_epoch=update, on_step=update)

@@ -1,5 +1,6 @@
 """Rebuilding a release: once for real, else with a training that only copies what was trained."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -158,3 +159,29 @@ def test_a_manifest_that_cannot_be_rebuilt_says_why(
     result = made.run("rebuild", str(release))
     assert result.exit_code == code
     assert message in error_line(result)
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_release_is_rebuilt_from_the_run_that_it_started_from_or_says_what_is_missing(
+    chain: Chain,
+) -> None:
+    few = ("--epochs", "0.02")
+    for command in (
+        ("train", "--init", "handwriting", "--run", "tuned", *few),
+        ("export", "--run", "tuned", "--name", "tuned"),
+    ):
+        result = chain.run(*command)
+        assert result.exit_code == 0, result.output
+    release = str(chain.root / "exported" / "tuned")
+    record = chain.record("rebuild", release)
+    assert (record["equal"], record["differences"]) == (True, {})
+    wanted = json.loads(chain.paths.of_run("tuned").run_config.read_text())["init_sha256"]
+    assert chain.run("train", "--seed", "8", *few).exit_code == 0
+    result = chain.run("rebuild", release)
+    assert result.exit_code == 3
+    assert "was fine-tuned from other weights: those of run handwriting" in error_line(result)
+    assert f"not {wanted[:12]}" in error_line(result)
+    shutil.rmtree(chain.paths.run_folder)
+    result = chain.run("rebuild", release)
+    assert result.exit_code == 1
+    assert "there is no run 'handwriting' here: there is tuned" in error_line(result)
