@@ -1,6 +1,10 @@
-"""Metrics of a predictor, and the comparison of two. Needs numpy only."""
+"""Metrics of a predictor, and the comparison of two. Needs numpy only.
 
-# Shape letters: N images, K classes.
+A model answers a class for each image, or a string: its outputs are (N, K) or (N, T, K + 1), and
+its labels int64 (N,) or str (N,).
+"""
+
+# Shape letters: N images, K classes, T steps of a string. (N, ...) are outputs of either kind.
 
 import hashlib
 import math
@@ -10,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.core import strings
 from pipeline.core.errors import CheckFailedError
 
 REFUSED = 0.0075  # share of the validation images below the fitted minimum probability
@@ -19,7 +24,7 @@ EVEN = 0.5  # the cautious minimum probability: a lower answer is more likely wr
 HIGHEST = 0.95  # no minimum probability is above it, however certain the model is
 COLDEST, HOTTEST = 0.25, 4.0  # limits of the temperature
 SPREAD = 0.5  # standard deviation of the temperature's logarithm before any image is seen
-# uint8 (B, 1, 28, 28) -> float32 (B, K): eager PyTorch, ONNX Runtime or a Triton client.
+# uint8 (B, 1, 28, 28) -> float32 (B, K), or strips to (B, T, K + 1): eager PyTorch, ONNX Runtime or a Triton client.
 Predictor = Callable[[np.ndarray], np.ndarray]
 
 
@@ -37,8 +42,8 @@ class Judgement(NamedTuple):
 
     errors: np.ndarray  # float64 (N,): largest difference of any output; inf if one is not finite
     bounds: np.ndarray  # float64 (N,): largest allowed error
-    classes: np.ndarray  # int64 (N,): likeliest class of the answer
-    expected: np.ndarray  # int64 (N,): likeliest class of the reference
+    answers: np.ndarray  # (N,): see `read_answers`
+    expected: np.ndarray  # (N,): the reference's
 
     @property
     def is_beyond(self) -> np.ndarray:
@@ -47,8 +52,8 @@ class Judgement(NamedTuple):
 
     @property
     def is_changed(self) -> np.ndarray:
-        """Whether each answer is a flip: its class is not the reference's, bool (N,)."""
-        return np.asarray(self.classes != self.expected)
+        """Whether each answer is a flip: it is not the reference's, bool (N,)."""
+        return np.asarray(self.answers != self.expected)
 
     @property
     def ratios(self) -> np.ndarray:
@@ -92,15 +97,32 @@ class ClassScore:
 
 
 def predict(predictor: Predictor, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Return log-probabilities (N, K) of `images` (N, ...), in batches of `batch_size`."""
+    """Return the outputs (N, ...) for `images` (N, ...), in batches of `batch_size`."""
     starts = range(0, len(images), batch_size)
     return np.concatenate([predictor(images[start : start + batch_size]) for start in starts])
 
 
+def read_answers(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the answer to each image and its log-probability, (N,) and float64 (N,).
+
+    It is the likeliest class, int64, of log-probabilities (N, K), or the likeliest string of
+    (N, T, K + 1).
+    """
+    if outputs.ndim == 3:
+        return strings.find_best(outputs)
+    return outputs.argmax(axis=1), outputs.max(axis=1).astype(np.float64)
+
+
+def log_likelihood(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the log-probability of each label (N,), by log-probabilities (N, ...)."""
+    if outputs.ndim == 3:
+        return strings.log_likelihood(outputs, labels)
+    return np.asarray(outputs[np.arange(len(labels)), labels])
+
+
 def score(outputs: np.ndarray, labels: np.ndarray) -> Metrics:
-    """Return the metrics of log-probabilities (N, K) against labels (N,)."""
-    correct = outputs.argmax(axis=1) == labels
-    likelihood = outputs[np.arange(len(labels)), labels]
+    """Return the metrics of log-probabilities (N, ...) against labels (N,)."""
+    correct, likelihood = read_answers(outputs)[0] == labels, log_likelihood(outputs, labels)
     return Metrics(len(labels), float(correct.mean()), float(-likelihood.mean(dtype=np.float64)))
 
 
@@ -127,18 +149,18 @@ def evaluate(
 
 
 def apply_temperature(outputs: np.ndarray, temperature: float) -> np.ndarray:
-    """Return the log-probabilities (N, K) that the same network gives at another temperature.
+    """Return the log-probabilities (N, ...) that the same network gives at another temperature.
 
     Source: Guo et al. 2017, arXiv:1706.04599.
     """
     scaled: np.ndarray = outputs.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=1, keepdims=True)
-    scaled -= np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+    scaled -= scaled.max(axis=-1, keepdims=True)
+    scaled -= np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
     return scaled
 
 
 def fit_temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature, 1/4 to 4, at which log-probabilities (N, K) best fit labels (N,).
+    """Return the temperature, 1/4 to 4, at which log-probabilities (N, ...) best fit labels (N,).
 
     Minimizes the negative log-likelihood by a golden-section search on the temperature's logarithm.
     Fewer than ENOUGH images are drawn towards 1 by a normal prior: a few images, all correct, fit
@@ -150,14 +172,15 @@ def fit_temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
     for _ in range(40):
         first, second = high - golden * (high - low), low + golden * (high - low)
         logs = np.array([first, second])
-        fits = [score(apply_temperature(outputs, t), labels).loss for t in np.exp(logs)]
+        scaled = [apply_temperature(outputs, t) for t in np.exp(logs)]
+        fits = [-log_likelihood(each, labels).mean(dtype=np.float64) for each in scaled]
         cooler, hotter = fits + pull * logs**2
         low, high = (low, second) if cooler < hotter else (first, high)
     return float(np.exp((low + high) / 2))
 
 
 def fit_min_probability(outputs: np.ndarray, share: float = REFUSED) -> float | None:
-    """Return the probability that the likeliest class reaches in all but a `share` of rows (N, K).
+    """Return the probability that the answer reaches in all but a `share` of rows (N, ...).
 
     Returns None where `share` is less than one row. Below ENOUGH rows it is drawn towards EVEN, in
     proportion to those missing. It is at most HIGHEST, and rounded down, so that a row with exactly
@@ -166,22 +189,22 @@ def fit_min_probability(outputs: np.ndarray, share: float = REFUSED) -> float | 
     count = len(outputs)
     if share * count < 1:
         return None
-    likeliest = np.sort(np.exp(outputs.max(axis=1).astype(np.float64)))
+    likeliest = np.sort(np.exp(read_answers(outputs)[1]))
     weight = min(1.0, count / ENOUGH)
     threshold = weight * float(likeliest[int(share * count)]) + (1 - weight) * EVEN
     return math.floor(min(threshold, HIGHEST) * 1e6) / 1e6
 
 
 def is_refused(outputs: np.ndarray, min_probability: float) -> np.ndarray:
-    """Return whether each row's (N, K) likeliest class is below `min_probability`, bool (N,)."""
-    return np.asarray(np.exp(outputs.max(axis=1)) < min_probability)
+    """Return whether each row's (N, ...) answer is below `min_probability`, bool (N,)."""
+    return np.asarray(np.exp(read_answers(outputs)[1]) < min_probability)
 
 
 def calibration_error(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Return the expected calibration error of log-probabilities (N, K).
+    """Return the expected calibration error of log-probabilities (N, ...).
 
-    It is 0 if confidence equals accuracy. Images are binned by the probability of their likeliest
-    class (Naeini et al. 2015).
+    It is 0 if confidence equals accuracy. Images are binned by the probability of their answer
+    (Naeini et al. 2015).
     """
     gaps = (abs(b.accuracy - b.confidence) * b.images for b in reliability(outputs, labels, bins))
     return sum(gaps) / len(labels)
@@ -190,13 +213,13 @@ def calibration_error(outputs: np.ndarray, labels: np.ndarray, bins: int = 15) -
 def reliability(
     outputs: np.ndarray, labels: np.ndarray, bins: int = 15, fewest: int = 1
 ) -> tuple[Bin, ...]:
-    """Return the confidence and accuracy of log-probabilities (N, K), in bins of equal width.
+    """Return the confidence and accuracy of log-probabilities (N, ...), in bins of equal width.
 
     A bin of fewer than `fewest` images is merged with the next one below it, the lowest with the
     next above; bins without images are omitted.
     """
-    confidence = np.exp(outputs.max(axis=1))
-    correct = outputs.argmax(axis=1) == labels
+    answers, logs = read_answers(outputs)
+    confidence, correct = np.exp(logs), answers == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     groups = [np.zeros(len(labels), bool)]  # images of each bin, the highest first
     for index in reversed(range(bins)):
@@ -234,9 +257,9 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def worst_mistakes(outputs: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """Return at most `count` indices of wrong answers, the least probable true class first."""
-    likelihood = outputs[np.arange(len(labels)), labels]  # (N,)
-    wrong = np.flatnonzero(outputs.argmax(axis=1) != labels)
+    """Return at most `count` indices of wrong answers, the least probable label first."""
+    likelihood = log_likelihood(outputs, labels)
+    wrong = np.flatnonzero(read_answers(outputs)[0] != labels)
     return wrong[np.argsort(likelihood[wrong], kind="stable")][:count]
 
 
@@ -254,7 +277,12 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
 
 
 def margins(outputs: np.ndarray) -> np.ndarray:
-    """Return each row's (N, K) margin: its highest minus its second output, float64 (N,)."""
+    """Return each row's margin: its highest minus its second output (N, K), float64 (N,).
+
+    Of strings (N, T, K + 1) see `strings.margins`.
+    """
+    if outputs.ndim == 3:
+        return strings.margins(outputs)
     second, first = np.partition(outputs.astype(np.float64), -2, axis=1)[:, -2:].T
     return np.asarray(first - second)
 
@@ -278,18 +306,18 @@ def judge(
     bounds: np.ndarray | float = np.inf,
     dtype: type[np.generic] = np.floating,
 ) -> Judgement:
-    """Compare log-probabilities (N, K) with a reference's, each row against its bound (N,).
+    """Compare log-probabilities (N, ...) with a reference's, each row against its bound (N,).
 
     Raises CheckFailedError if their shape is not the reference's or their type is not `dtype`.
     """
     if outputs.shape != reference.shape or not np.issubdtype(outputs.dtype, dtype):
         expected = f"{dtype.__name__} {reference.shape}"
         raise CheckFailedError(f"answers are {outputs.dtype} {outputs.shape}, not {expected}")
-    apart = np.abs(reference.astype(np.float64) - outputs.astype(np.float64))  # (N, K)
+    apart = np.abs(reference.astype(np.float64) - outputs.astype(np.float64))
     apart[~np.isfinite(apart)] = np.inf
     return Judgement(
-        errors=apart.max(axis=1),
+        errors=apart.reshape(len(apart), -1).max(axis=1),
         bounds=np.broadcast_to(bounds, len(apart)),
-        classes=outputs.argmax(axis=1),
-        expected=reference.argmax(axis=1),
+        answers=read_answers(outputs)[0],
+        expected=read_answers(reference)[0],
     )

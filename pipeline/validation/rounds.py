@@ -186,7 +186,7 @@ def _judge_round(
             WorstAnswer(
                 index=int(rows[answer]),
                 expected=int(judgement.expected[answer]),
-                got=int(judgement.classes[answer]) if is_finite[answer] else None,
+                got=int(judgement.answers[answer]) if is_finite[answer] else None,
                 error=_finite(judgement.errors[answer]),
                 bound=float(judgement.bounds[answer]),
             )
