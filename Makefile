@@ -3,8 +3,8 @@
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 
-DATASET ?= mnist
 RECIPE ?= standard
+DATASET ?= $(if $(filter number%,$(RECIPE)),numbers,mnist)
 SEED ?= 0
 # Any of fp32,fp16,int8,exact: a file each, a proof each, a served model each.
 PRECISION ?= fp32

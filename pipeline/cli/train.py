@@ -10,7 +10,14 @@ from pipeline.cli.command import Command, Group, Settings, paths_of
 from pipeline.cli.options import dataset_option, settings_options
 from pipeline.core.paths import Paths, model_name
 from pipeline.core.text import Lines
-from pipeline.training.recipes import RECIPES, Recipe, TrainConfig, choose_epochs, make_recipe
+from pipeline.training.recipes import (
+    RECIPES,
+    Recipe,
+    TrainConfig,
+    choose_epochs,
+    default_dataset,
+    make_recipe,
+)
 
 
 @click.command(cls=Command)
@@ -71,8 +78,10 @@ def train_command(
     from pipeline.training.recipes import tune_recipe
     from pipeline.training.run import format_parts, read_run_config, train_run
 
-    paths = paths_of(settings, run=run or model_name(dataset))
     source_of = click.get_current_context().get_parameter_source
+    if source_of("dataset") == ParameterSource.DEFAULT:
+        dataset = default_dataset(recipe)
+    paths = paths_of(settings, run=run or model_name(dataset))
     digest = ""
     if init:
         start = load_checkpoint(paths.of_run(init))

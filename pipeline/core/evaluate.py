@@ -24,7 +24,8 @@ EVEN = 0.5  # the cautious minimum probability: a lower answer is more likely wr
 HIGHEST = 0.95  # no minimum probability is above it, however certain the model is
 COLDEST, HOTTEST = 0.25, 4.0  # limits of the temperature
 SPREAD = 0.5  # standard deviation of the temperature's logarithm before any image is seen
-# uint8 (B, 1, 28, 28) -> float32 (B, K), or strips to (B, T, K + 1): eager PyTorch, ONNX Runtime or a Triton client.
+# uint8 (B, 1, 28, 28) -> float32 (B, K), or uint8 (B, 1, 28, 280) -> float32 (B, T, K + 1): eager
+# PyTorch, ONNX Runtime or a Triton client.
 Predictor = Callable[[np.ndarray], np.ndarray]
 
 

@@ -27,6 +27,10 @@ class TensorSpec:
 
 # The signature. 0 is paper, 255 is ink; scaling and normalizing happen inside the model.
 IMAGES = TensorSpec("images", "uint8", (1, 28, 28))
+# That of a model which reads numbers: strips of at most so many digits.
+STRIPS = TensorSpec("images", "uint8", (1, 28, 280))
+TEXT_LENGTH = 13
+STEPS = 70  # of its answer: one for every four columns
 
 
 def is_label(name: str) -> bool:
@@ -35,17 +39,22 @@ def is_label(name: str) -> bool:
     return bool(name) and categories.isdisjoint({"Cc", "Cs", "Zl", "Zp"})
 
 
-def log_probabilities(classes: int) -> TensorSpec:
-    """Return the output tensor: natural logarithms of probabilities, one for each class."""
-    return TensorSpec("log_probabilities", "float32", (classes,))
+def log_probabilities(classes: int, steps: int = 0) -> TensorSpec:
+    """Return the output tensor: natural logarithms of probabilities, one for each class.
+
+    With `steps`, the model answers a string: at each step a probability for each class, and for
+    the blank after them (see `strings.py`).
+    """
+    shape = (steps, classes + 1) if steps else (classes,)
+    return TensorSpec("log_probabilities", "float32", shape)
 
 
 def pictures_of(dataset: str) -> str:
-    """Return how pictures become a model's images: `digit` for MNIST, `whole` for other data sets.
+    """Return how pictures become a model's images: `digit` for MNIST, `whole` for most others.
 
-    MNIST joined with a folder is MNIST.
+    MNIST joined with a folder is MNIST. For `numbers` it is `line`: a line of digits.
 
     A digit is cleaned, cropped and centred in the way MNIST was made. A whole picture keeps its
     gray levels and positions: one of 28 x 28 pixels is used unchanged.
     """
-    return "digit" if dataset.partition("+")[0] == "mnist" else "whole"
+    return {"mnist": "digit", "numbers": "line"}.get(dataset.partition("+")[0], "whole")

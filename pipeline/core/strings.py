@@ -8,14 +8,14 @@ probability of a string is the sum over all its alignments.
 
 # Shape letters: N strips, T steps, K digits, L the longest string's digits, S = 2 L + 1 states.
 
-import heapq
-from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
 
-WIDTH = 16  # strings that the beam search keeps at each step
-RARE = 1e-4  # a symbol of a lower probability does not extend a string in the search
+WIDTH = 8  # strings that the beam search keeps at each step
+AT_ONCE = 256  # strips, so that their beams fit into a core's cache
+NONE = np.uint64(2**64 - 1)  # in place of the hash of a prefix that is in the beam already
+HASH = np.uint64(0x100000001B3)  # of FNV-1a: multiplied and added to, for each digit of a prefix
 
 
 class Reading(NamedTuple):
@@ -30,18 +30,26 @@ def greedy(outputs: np.ndarray) -> np.ndarray:
     path = outputs.argmax(axis=2)  # (N, T)
     is_digit = path < outputs.shape[2] - 1
     is_digit[:, 1:] &= path[:, 1:] != path[:, :-1]
-    codes = np.zeros((len(path), max(1, is_digit.sum(axis=1).max(initial=0))), np.uint32)
+    digits = np.full((len(path), max(1, is_digit.sum(axis=1).max(initial=0))), -1)
     rows, steps = np.nonzero(is_digit)
-    places = is_digit.cumsum(axis=1)[rows, steps] - 1
-    codes[rows, places] = path[rows, steps] + ord("0")
+    digits[rows, is_digit.cumsum(axis=1)[rows, steps] - 1] = path[rows, steps]
+    return to_texts(digits)
+
+
+def to_texts(digits: np.ndarray) -> np.ndarray:
+    """Return strings, str (N,), of their digits (N, L), with a negative number after the last."""
+    codes = np.where(digits < 0, 0, digits + ord("0")).astype(np.uint32)
     texts: np.ndarray = codes.view(f"<U{codes.shape[1]}")[:, 0]
     return texts
 
 
-def to_symbols(texts: np.ndarray) -> np.ndarray:
-    """Return the digits of strings (N,), int64 (N, L), with -1 after the last."""
-    wide = np.asarray(texts, np.str_)
-    codes = np.ascontiguousarray(wide).view(np.uint32).reshape(len(wide), wide.itemsize // 4)
+def to_digits(texts: np.ndarray, length: int = 0) -> np.ndarray:
+    """Return the digits of strings (N,), int64 (N, L), with -1 after the last.
+
+    L is the longest string's length, or `length` if that is more.
+    """
+    longest = max(texts.itemsize // 4, length, 1)
+    codes = texts.astype(f"<U{longest}").view(np.uint32).reshape(len(texts), longest)
     return np.where(codes > 0, codes.astype(np.int64) - ord("0"), -1)
 
 
@@ -52,7 +60,7 @@ def log_likelihood(outputs: np.ndarray, texts: np.ndarray) -> np.ndarray:
     does not fit into the steps, or is less likely than float64 can tell, has -inf. This is the
     forward algorithm of the paper, scaled at each step.
     """
-    digits = to_symbols(texts)
+    digits = to_digits(texts)
     count, blank = len(digits), outputs.shape[2] - 1
     states = np.full((count, 2 * digits.shape[1] + 1), blank)  # (N, S): blanks between digits
     states[:, 1::2] = np.where(digits < 0, blank, digits)
@@ -81,31 +89,65 @@ def log_likelihood(outputs: np.ndarray, texts: np.ndarray) -> np.ndarray:
         return np.asarray(np.minimum(total + np.log(end), 0.0))
 
 
-def search(outputs: np.ndarray, width: int = WIDTH) -> list[Reading]:
-    """Return the likeliest strings of one strip's outputs (T, K + 1), the likeliest first.
+def search(outputs: np.ndarray, width: int = WIDTH) -> list[list[Reading]]:
+    """Return the likeliest strings of each strip's outputs (N, T, K + 1), the likeliest first.
 
-    Prefix beam search (Hannun et al. 2014, arXiv:1408.2873). The probabilities of the strings that
-    are left at its end are then computed exactly.
+    Prefix beam search (Hannun et al. 2014, arXiv:1408.2873) over all strips at once. The
+    probabilities of the strings that are left at its end are then computed exactly.
     """
-    blank = outputs.shape[1] - 1
-    # The probability of each string's alignments so far: that end in a blank, and in its digit.
-    beam = {"": (1.0, 0.0)}
-    for chances in np.exp(outputs.astype(np.float64)).tolist():
-        grown: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        likely = [digit for digit in range(blank) if chances[digit] > RARE]
-        for text, (after_blank, after_digit) in beam.items():
-            both, last = after_blank + after_digit, int(text[-1]) if text else blank
-            grown[text][0] += both * chances[blank]
-            grown[text][1] += after_digit * chances[last]
-            for digit in likely:
-                start = after_blank if digit == last else both
-                grown[f"{text}{digit}"][1] += start * chances[digit]
-        kept = heapq.nlargest(width, grown, key=lambda text: sum(grown[text]))
-        beam = {text: (grown[text][0], grown[text][1]) for text in kept}
-    texts = np.array(list(beam))
-    logs = log_likelihood(np.repeat(outputs[np.newaxis], len(texts), axis=0), texts)
-    order = np.argsort(-logs, kind="stable")
-    return [Reading(str(texts[index]), float(np.exp(logs[index]))) for index in order]
+    found = []
+    for start in range(0, len(outputs), AT_ONCE):
+        part = outputs[start : start + AT_ONCE]
+        texts = _search_beam(part, width)  # (N, W)
+        repeated = np.repeat(part, texts.shape[1], axis=0)
+        logs = log_likelihood(repeated, texts.reshape(-1)).reshape(texts.shape)
+        for strip, of_strip in zip(texts, np.exp(logs), strict=True):
+            # A beam that is wider than there are strings has some twice.
+            readings = dict(zip(map(str, strip), map(float, of_strip), strict=True))
+            ranked = sorted(readings.items(), key=lambda item: -item[1])
+            found.append([Reading(*item) for item in ranked])
+    return found
+
+
+def _search_beam(outputs: np.ndarray, width: int) -> np.ndarray:
+    """Return the strings that a beam of this width ends with, str (N, W)."""
+    chances = np.exp(outputs.astype(np.float64))
+    count, steps, symbols = outputs.shape
+    blank, rows = symbols - 1, np.arange(count)[:, np.newaxis]
+    texts = np.full((count, 1, steps), -1, np.int8)  # digits of the prefixes in the beam
+    lengths, last = np.zeros((2, count, 1), np.int64)
+    last += blank  # the last digit; none yet
+    hashes = np.zeros((count, 1), np.uint64)  # of the prefixes
+    # Probability of each prefix's alignments so far: that end in a blank, and in its last digit.
+    after_blank, after_digit = np.ones((count, 1)), np.zeros((count, 1))
+    for step in range(steps):
+        now = chances[:, step]
+        both, beam = after_blank + after_digit, hashes.shape[1]
+        stay_blank, stay_digit = both * now[:, blank:], after_digit * now[rows, last]
+        is_repeated = last[:, :, np.newaxis] == np.arange(blank)  # a blank must come between
+        start = np.where(is_repeated, after_blank[:, :, np.newaxis], both[:, :, np.newaxis])
+        grown = (start * now[:, np.newaxis, :blank]).reshape(count, -1)  # (N, W K)
+        grown_hashes = hashes[:, :, np.newaxis] * HASH + np.arange(1, symbols, dtype=np.uint64)
+        grown_hashes = grown_hashes.reshape(count, -1)
+        # A longer prefix may be in the beam already.
+        is_same = grown_hashes[:, :, np.newaxis] == hashes[:, np.newaxis]  # (N, W K, W)
+        strip, longer, present = np.nonzero(is_same)
+        stay_digit[strip, present] += grown[strip, longer]
+        grown[strip, longer], grown_hashes[strip, longer] = 0.0, NONE
+        new_blank = np.concatenate([stay_blank, np.zeros_like(grown)], axis=1)
+        new_digit = np.concatenate([stay_digit, grown], axis=1)
+        total = new_blank + new_digit
+        kept = np.argsort(-total, axis=1, kind="stable")[:, :width]
+        is_longer = kept >= beam
+        parent = np.where(is_longer, (kept - beam) // blank, kept)
+        digit = np.where(is_longer, (kept - beam) % blank, last[rows, parent])
+        texts, lengths = texts[rows, parent], lengths[rows, parent]
+        strip, place = np.nonzero(is_longer)
+        texts[strip, place, lengths[strip, place]] = digit[strip, place]
+        lengths, last = lengths + is_longer, digit
+        hashes = np.concatenate([hashes, grown_hashes], axis=1)[rows, kept]
+        after_blank, after_digit = new_blank[rows, kept], new_digit[rows, kept]
+    return to_texts(texts.reshape(-1, steps)).reshape(count, -1)
 
 
 def find_best(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,12 +158,13 @@ def find_best(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     texts = greedy(outputs)
     logs = log_likelihood(outputs, texts)
-    found = {int(row): search(outputs[row])[0] for row in np.flatnonzero(logs <= np.log(0.5))}
-    better = {row: best for row, best in found.items() if best.probability > np.exp(logs[row])}
-    longest = max([texts.itemsize // 4, *(len(best.text) for best in better.values())])
-    texts = texts.astype(f"<U{longest}")
-    for row, best in better.items():
-        texts[row], logs[row] = best.text, np.log(best.probability)
+    doubtful = np.flatnonzero(~(logs > np.log(0.5)))
+    if len(doubtful):
+        better = [readings[0] for readings in search(outputs[doubtful])]
+        found = np.array([reading.text for reading in better])
+        texts = texts.astype(np.promote_types(texts.dtype, found.dtype))
+        texts[doubtful] = found
+        logs[doubtful] = np.log([reading.probability for reading in better])
     return texts, logs
 
 
@@ -134,7 +177,7 @@ def margins(outputs: np.ndarray) -> np.ndarray:
     """
     logs = find_best(outputs)[1]
     others = np.log(np.maximum(-np.expm1(logs), np.finfo(np.float64).eps))
-    for row in np.flatnonzero(logs <= np.log(0.5)):
-        if readings := search(outputs[row])[1:]:
-            others[row] = np.log(readings[0].probability)
+    doubtful = np.flatnonzero(~(logs > np.log(0.5)))
+    for row, readings in zip(doubtful, search(outputs[doubtful]), strict=True):
+        others[row] = np.log(readings[1].probability)
     return np.asarray((logs - others) / outputs.shape[1])

@@ -52,6 +52,7 @@ class Dataset:
     downloads: tuple[Download, ...] = ()
     emnist: str = ""  # which part of EMNIST: its images are transposed
     first_label: int = 0  # the publisher's lowest label
+    made_of: str = ""  # the data set whose digits its strips are made of
 
 
 def _mnist_files(*sha256s: str) -> tuple[DataFile, ...]:
@@ -118,4 +119,7 @@ DATASETS = {
     # Small and capital letters share a class.
     "emnist-letters": _emnist("letters", string.ascii_uppercase, first_label=1),
     "emnist-digits": _emnist("digits", string.digits),
+    # Strips to read numbers from. The first two files have those to validate on; to train on, there
+    # are single digits.
+    "numbers": Dataset(MNIST_CLASSES, _UNKNOWN, made_of="mnist"),
 }

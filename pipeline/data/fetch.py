@@ -19,8 +19,8 @@ from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import locked, sha256, write_bytes
 from pipeline.core.paths import FOLDER, JOINED
 from pipeline.core.text import Lines
-from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, DataFile, Dataset
-from pipeline.data.splits import Report, fetch_command, find_dataset, read_cached
+from pipeline.data.catalog import DATASETS, DataFile, Dataset
+from pipeline.data.splits import Report, fetch_command, find_base, find_dataset, read_cached
 
 CONNECT_SECONDS = 5.0  # a mirror that has not answered by then counts as dead
 STALL_SECONDS = 8.0  # in each interval of this length of a download ...
@@ -56,13 +56,16 @@ def fetch_data(
     """
     from pipeline.data.archives import fetch_archives  # imports this module
     from pipeline.data.folders import import_folder
+    from pipeline.data.strips import fetch_strips
 
-    if dataset.startswith(JOINED):
-        fetch_data(DEFAULT_DATASET, folder.parent / DEFAULT_DATASET, source, report, update)
+    if base := find_base(dataset):
+        fetch_data(base, folder.parent / base, source, report, update)
     if dataset.startswith((FOLDER, JOINED)):
         return import_folder(dataset, folder, report, update, skip_unreadable)
     if dataset in DATASETS and DATASETS[dataset].downloads:
         return fetch_archives(dataset, folder, source, report)
+    if base:
+        return fetch_strips(dataset, folder, report)
     row = find_dataset(dataset)
     failures: list[str] = []
     with locked(folder / ".lock"):

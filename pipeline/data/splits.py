@@ -13,6 +13,8 @@ import numpy as np
 from pipeline.core.errors import CorruptError, PipelineError
 from pipeline.core.files import check_digest, read_json, remove, write_bytes, write_json
 from pipeline.core.paths import FOLDER, JOINED, data_name, list_names
+from pipeline.core.signature import IMAGES, STRIPS, TEXT_LENGTH
+from pipeline.core.strings import to_texts
 from pipeline.data.catalog import DATASETS, DEFAULT_DATASET, NAMES, DataFile, Dataset
 
 # Shape letters: N images.
@@ -33,7 +35,7 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
         choices = list_names(name, [*DATASETS, f"{FOLDER}PATH", f"{JOINED}PATH"])
         raise PipelineError(f"{name!r} is not a data set: {choices}")
     row = DATASETS.get(name)
-    if row and not row.downloads:
+    if row and not (row.downloads or row.made_of):
         return row
     folder, fix = folder or Path("data") / data_name(name), fetch_command(name)
     path = folder / RECORD
@@ -51,7 +53,7 @@ def find_dataset(name: str, folder: Path | None = None) -> Dataset:
         classes, validation = tuple(map(str, record["classes"])), int(record["validation"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"{path} is not a record of a data set: {fix}") from error
-    return Dataset(classes, files, validation=validation)
+    return Dataset(classes, files, validation=validation, made_of=row.made_of if row else "")
 
 
 def fetch_command(dataset: str, *options: str) -> str:
@@ -86,13 +88,20 @@ def record_dataset(
 class Split:
     """Images and labels in memory, with the names of the classes."""
 
-    images: np.ndarray  # uint8 (N, 1, 28, 28): 0 is paper, 255 is ink
-    labels: np.ndarray  # int64 (N,)
+    images: np.ndarray  # uint8 (N, 1, 28, 28): 0 is paper, 255 is ink; strips (N, 1, 28, 280)
+    labels: np.ndarray  # int64 (N,); texts of strips, str (N,)
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.labels)
+
+
+def find_base(dataset: str) -> str:
+    """Return the data set that this one contains, or is made of; empty if there is none."""
+    if dataset.startswith(JOINED):
+        return "mnist"
+    return DATASETS[dataset].made_of if dataset in DATASETS else ""
 
 
 def digests(dataset: str, folder: Path | None = None) -> dict[str, str]:
@@ -101,9 +110,9 @@ def digests(dataset: str, folder: Path | None = None) -> dict[str, str]:
     The names of files in another cache are relative to `folder`.
     """
     files = {file.name: file.sha256 for file in find_dataset(dataset, folder).files}
-    if not dataset.startswith(JOINED):
-        return files
-    return {f"../mnist/{name}": digest for name, digest in digests("mnist").items()} | files
+    base = find_base(dataset)
+    of_base = digests(base) if base else {}
+    return {f"../{base}/{name}": digest for name, digest in of_base.items()} | files
 
 
 def verify(dataset: str, folder: Path) -> dict[str, str]:
@@ -111,8 +120,8 @@ def verify(dataset: str, folder: Path) -> dict[str, str]:
 
     Raises PipelineError when a file is missing and CorruptError when its content is wrong.
     """
-    if dataset.startswith(JOINED):
-        verify("mnist", folder.parent / "mnist")
+    if base := find_base(dataset):
+        verify(base, folder.parent / base)
     for file in find_dataset(dataset, folder).files:
         read_cached(folder, file, fetch_command(dataset))
     return digests(dataset, folder)
@@ -165,26 +174,33 @@ def load_split(dataset: str, folder: Path, name: str) -> Split:
     """Load the split `name` (train, validation or test) from the cached files in `folder`.
 
     The digest is computed from the same bytes that become the split. Of MNIST joined with a folder,
-    MNIST's images come first; the folder's are repeated in the training split if they are few.
+    MNIST's images come first; the folder's are repeated in the training split if they are few. The
+    training split of strips are the single digits that they are made of.
     Raises PipelineError when a file is missing and CorruptError when its content is wrong.
     """
     row = find_dataset(dataset, folder)
+    if row.made_of and name == "train":
+        return load_split(row.made_of, folder.parent / row.made_of, name)
     images_file, labels_file = files = row.files[2:] if name == "test" else row.files[:2]
     fix = fetch_command(dataset)
     images, labels = (
         read_idx(read_cached(folder, file, fix), folder / file.name, fix) for file in files
     )
-    if images.shape != (len(labels), 28, 28) or labels.shape != (len(images),):
+    shape, of_label = (STRIPS.shape, (TEXT_LENGTH,)) if row.made_of else (IMAGES.shape, ())
+    if images.shape[1:] != shape[1:] or labels.shape != (len(images), *of_label):
         names = f"{folder / images_file.name} and {labels_file.name}"
         shapes = f"{images.shape} and {labels.shape}"
         raise CorruptError(f"{names} have shapes that do not match, {shapes}: {fix}")
-    if (highest := int(labels.max(initial=0))) >= len(row.classes):
+    if row.made_of:
+        labels = to_texts(labels.astype(np.int8))
+    elif (highest := int(labels.max(initial=0))) >= len(row.classes):
         path = folder / labels_file.name
         raise CorruptError(f"{path} has label {highest}, for {len(row.classes)} classes: {fix}")
     end = len(labels) - row.validation
     part = {"train": slice(end), "validation": slice(end, None), "test": slice(None)}[name]
     # A copy of the part, so that the rest of the file does not stay in memory.
-    images, labels = images[part].copy()[:, np.newaxis], labels[part].astype(np.int64)
+    images, labels = images[part].copy()[:, np.newaxis], labels[part]
+    labels = labels if row.made_of else labels.astype(np.int64)
     if dataset.startswith(JOINED):
         base = load_split("mnist", folder.parent / "mnist", name)
         if name == "train":

@@ -24,6 +24,7 @@ from pipeline.training.device import Placement, prepare_network, synchronize
 from pipeline.training.networks import Network, build, eager_predictor
 from pipeline.training.outliers import Outliers, PictureOutliers
 from pipeline.training.recipes import Recipe, TrainConfig
+from pipeline.training.strips import ctc_loss, make_strips
 
 EPOCH_STRIDE = 1_000_003  # distance between the seeds of two runs: more than a run has steps
 FOLLOW_EVERY = 4  # steps between two updates of the averaged weights
@@ -92,13 +93,15 @@ class Batches:
         self.is_folder = dataset.startswith(FOLDER)
         source = PictureOutliers if self.is_folder else Outliers
         self.outliers = source(self.images, self.labels, seed) if recipe.outliers else None
+        self.is_of_strips = recipe.network == "strip"
         self._epoch, self._order = -1, torch.empty(0)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Return images (B, 1, 28, 28), distorted if the recipe distorts, and labels (B,).
 
         If the recipe has outliers, M images of no class follow, and probabilities (B + M, K)
-        replace the labels.
+        replace the labels. For a network over strips, the images are strips (B, 1, 28, 280), and
+        the labels their texts (B, L).
         """
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
@@ -110,8 +113,12 @@ class Batches:
         batch = batch.to(self.labels.device)
         # For distortion and dropout: each process draws other random numbers.
         torch.manual_seed((self.seed * EPOCH_STRIDE + step) * processes + rank)
-        images, labels = self.images[batch], self.labels[batch]
         strength = distortion(self.recipe, step, self.steps)
+        if self.is_of_strips:
+            return make_strips(
+                self.images, self.labels, len(batch), self.recipe, strength, self.outliers
+            )
+        images, labels = self.images[batch], self.labels[batch]
         if not self.outliers:
             return augment(images, self.recipe, strength, self.is_folder), labels
         count = round(self.recipe.outliers * len(labels))
@@ -165,6 +172,13 @@ class Learner:
         restore_optimizer(self.optimizer, state.tensors)
 
 
+def choose_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the mean loss in nats of outputs for labels: CTC for strings, else cross-entropy."""
+    if recipe.network == "strip":
+        return ctc_loss
+    return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+
+
 def train(
     config: TrainConfig,
     train_split: Split,
@@ -187,7 +201,7 @@ def train(
     batches = Batches(train_split, recipe, config.seed, placement, config.dataset)
     learner = Learner(config, len(train_split.classes), placement)
     model, optimizer = learner.model, learner.optimizer
-    loss_function = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    loss_function = choose_loss(recipe)
     if state:
         learner.restore(state)
 

@@ -41,7 +41,7 @@ class Network(nn.Module):
         """Map uint8 images (B, 1, 28, 28) to log-probabilities (B, K)."""
         x = images.to(self.mean.dtype) / 255.0  # (B, 1, 28, 28): paper 0.0, ink 1.0
         x = (x - self.mean) / self.std
-        return torch.log_softmax(self.logits(x) / self.temperature, dim=1)  # (B, K)
+        return torch.log_softmax(self.logits(x) / self.temperature, dim=-1)  # (B, K)
 
     def logits(self, x: Tensor) -> Tensor:
         """Map normalized images (B, 1, 28, 28) to logits (B, K)."""
@@ -215,9 +215,51 @@ class Net(Network):
         return scores
 
 
+class StripCnn(Network):
+    """A convolutional network over a strip, for CTC: a score for each class and the blank, a step.
+
+    It halves the strip twice early on, and gives up its height before the last two layers. A step
+    sees ten steps, 40 columns.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int) -> None:
+        super().__init__()
+        a, b, c, d, e = recipe.channels
+
+        def convolve(before: int, after: int, kernel: tuple[int, int], **how: Any) -> nn.Module:
+            norm = nn.BatchNorm2d(after, momentum=recipe.norm_momentum)
+            return nn.Sequential(
+                nn.Conv2d(before, after, kernel, bias=False, **how), norm, nn.ReLU()
+            )
+
+        self.features = nn.Sequential(
+            convolve(1, a, (5, 5), stride=2, padding=2),  # (B, a, 14, 140)
+            convolve(a, b, (3, 3), stride=2, padding=1),  # (B, b, 7, 70)
+            convolve(b, c, (3, 3), padding=(0, 1)),  # (B, c, 5, 70)
+            nn.MaxPool2d((2, 1), ceil_mode=True),  # (B, c, 3, 70)
+            convolve(c, d, (3, 3), padding=(0, 1)),  # (B, d, 1, 70)
+            nn.Dropout(recipe.dropout),
+            convolve(d, e, (1, 5), padding=(0, 2)),  # (B, e, 1, 70)
+            nn.Dropout(recipe.dropout),
+        )
+        self.classifier = nn.Linear(e, classes + 1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Map normalized strips (B, 1, 28, 280) to scores (B, 70, K + 1)."""
+        x = self.features(x).squeeze(2).transpose(1, 2)  # (B, 70, e)
+        scores: Tensor = self.classifier(x)
+        return scores
+
+
 def build(recipe: Recipe, classes: int) -> Network:
     """Build the recipe's network with random weights from torch's global generator."""
-    networks = {"cnn": Cnn, "classic": ClassicCnn, "record": RecordCnn, "net": Net}
+    networks = {
+        "cnn": Cnn,
+        "classic": ClassicCnn,
+        "record": RecordCnn,
+        "net": Net,
+        "strip": StripCnn,
+    }
     return networks[recipe.network](recipe, classes)
 
 

@@ -54,6 +54,11 @@ class Outliers:
         first, second = torch.multinomial(wide, 2 * mixed, replacement=True).view(2, -1)
         over = torch.maximum(digits[first], digits[second].mT)
         self._written = torch.cat([letters, strokes, turned, cut, pairs, over])
+        self._letters = torch.cat([letters, strokes])
+
+    def draw_letters(self, count: int) -> Tensor:
+        """Draw letters and strokes (M, 1, H, W), which no part of a digit is in."""
+        return _pick(self._letters, count)
 
     def draw_written(self, count: int) -> Tensor:
         """Draw non-digits of strokes (M, 1, H, W): a quarter letters, a quarter altered digits."""

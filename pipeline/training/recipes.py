@@ -8,8 +8,15 @@ from typing import Any
 from pipeline.core.errors import SettingError, require_choice
 from pipeline.core.paths import FOLDER
 from pipeline.core.settings import POSITIVE, Limits, require_valid, setting
+from pipeline.data.catalog import DEFAULT_DATASET
 
-LAYERS = {"cnn": 4, "classic": 2, "record": 2, "net": 1}  # how many channels each network takes
+LAYERS = {
+    "cnn": 4,
+    "classic": 2,
+    "record": 2,
+    "net": 1,
+    "strip": 5,
+}  # how many channels each network takes
 _OPTIMIZERS, _SCHEDULES = ("adamw", "adadelta", "sgd"), ("one-cycle", "decay")
 # Limits and units of the fields.
 _EPOCHS = {"limits": Limits(0, 1000, min_open=True), "unit": "EPOCHS"}
@@ -124,8 +131,29 @@ RECIPES = {
         gamma=1.0,
         weight_decay=0.0,
     ),
+    # Reads numbers: trained on strips that are made of single digits.
+    "number": Recipe(
+        network="strip",
+        channels=(16, 32, 64, 96, 128),
+        epochs=4,
+        batch_size=64,
+        lr=0.004,
+        warm_up=0.1,
+        weight_decay=0.02,
+        norm_momentum=0.1,
+        average=0.998,
+        rotate=0.1,
+        stretch=0.08,
+        shear=0.1,
+        elastic=0.04,
+        stroke=0.6,
+        fade=0.2,
+        outliers=0.24,
+    ),
 }
+RECIPES["number-quick"] = replace(RECIPES["number"], epochs=1)
 DEFAULT_RECIPE = "standard"
+STRIP_DATASET = "numbers"  # the only data set for a network over strips, and for no other network
 _DEVICE = "Device to train on; auto is CUDA if it is available."
 # Changes for other data sets to the recipes that distort images. Clothes are not handwriting: they
 # neither slant nor bend, but may be mirrored, and need a wider network and a longer training.
@@ -157,6 +185,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_valid(self)
+        if (self.settings.network == "strip") != (self.dataset == STRIP_DATASET):
+            fix = f"use --recipe number with --dataset {STRIP_DATASET}, and no other"
+            raise SettingError(f"recipe {self.recipe} does not train on {self.dataset}: {fix}")
         if self.settings.outliers and not _has_outliers(self.dataset):
             raise SettingError(f"{self.dataset} is trained without outliers: leave out --outliers")
 
@@ -184,7 +215,12 @@ class TrainConfig:
 
 def _has_outliers(dataset: str) -> bool:
     """Return whether there are outliers for the classes of the data set."""
-    return dataset == "mnist" or FOLDER in dataset
+    return dataset in ("mnist", STRIP_DATASET) or FOLDER in dataset
+
+
+def default_dataset(recipe: str) -> str:
+    """Return the data set that the recipe trains on unless another one is named."""
+    return STRIP_DATASET if RECIPES[recipe].network == "strip" else DEFAULT_DATASET
 
 
 def make_recipe(name: str, dataset: str = "mnist", **changes: Any) -> Recipe:

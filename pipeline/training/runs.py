@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import CorruptError, PipelineError
-from pipeline.core.evaluate import apply_temperature, mcnemar, wilson_interval
+from pipeline.core.evaluate import apply_temperature, mcnemar, read_answers, wilson_interval
 from pipeline.core.files import check_digest, pack_arrays, read_json, write_bytes
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines, columns
@@ -53,7 +53,7 @@ def load_predictions(paths: Paths, digest: str) -> Predictions:
         outputs, labels = arrays["log_probabilities"], arrays["labels"]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CorruptError(f"{paths.predictions} has no predictions: {RETRAIN}") from error
-    if outputs.ndim != 2 or labels.shape != (len(outputs),):
+    if outputs.ndim not in (2, 3) or labels.shape != (len(outputs),):
         raise CorruptError(f"{paths.predictions} has arrays of different lengths: {RETRAIN}")
     return Predictions(outputs, labels)
 
@@ -173,7 +173,7 @@ def compare_runs(paths: Paths, first: str, second: str) -> RunComparison:
             f"{first} was tested on {one.dataset} and {second} on {other.dataset}: only runs with "
             "the same test images can be compared"
         )
-    rights = [each.log_probabilities.argmax(axis=1) == each.labels for each in (answers, others)]
+    rights = [read_answers(each.log_probabilities)[0] == each.labels for each in (answers, others)]
     return RunComparison(
         one,
         other,

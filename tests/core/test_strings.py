@@ -54,7 +54,7 @@ def test_the_likeliest_string_is_found_by_its_sum(steps: int, symbols: int, seed
         totals = sum_alignments(outputs[row])
         assert totals[texts[row]] == pytest.approx(max(totals.values()), abs=1e-9)
         assert np.exp(logs[row]) == pytest.approx(totals[texts[row]], abs=1e-9)
-        readings = strings.search(outputs[row], width=len(totals))
+        (readings,) = strings.search(outputs[row : row + 1], width=len(totals))
         assert [reading.probability for reading in readings[:3]] == pytest.approx(
             sorted(totals.values(), reverse=True)[:3], abs=1e-9
         )
