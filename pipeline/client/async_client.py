@@ -109,7 +109,7 @@ class AsyncClient:
                 arrays = np.stack([prepared.image for prepared in batch])
                 parts += [prepared.parts for prepared in batch]
                 outputs, version = await self._ask_outputs(arrays, deadline)
-                if not _is_of_classes(outputs):
+                if not _is_answer(outputs, config):
                     shape = list(outputs.shape[1:])
                     raise PipelineError(
                         f"{self.name} gives no value per class, but shape {shape}: use infer()"
@@ -144,7 +144,11 @@ class AsyncClient:
             for start in range(0, len(images), size):
                 batch = images[start : start + size]
                 answers.append(await self._ask_outputs(batch, deadline, output=output))
-            if self._log and not output and all(_is_of_classes(outputs) for outputs, _ in answers):
+            if (
+                self._log
+                and not output
+                and all(_is_answer(outputs, config) for outputs, _ in answers)
+            ):
                 await self._write_log(images, await self._predictions(answers, 1, deadline))
         return np.concatenate([outputs for outputs, _ in answers]), answers[-1][1]
 
@@ -317,6 +321,7 @@ async def _prepare(
     return prepared
 
 
-def _is_of_classes(outputs: np.ndarray) -> bool:
-    """Return whether outputs (N, ...) are one value per class, (N, K)."""
-    return outputs.ndim == 2 and outputs.shape[1] > 0
+def _is_answer(outputs: np.ndarray, config: config_pbtxt.ModelConfig) -> bool:
+    """Return whether outputs (N, ...) are one value per class, (N, K), or strings of classes."""
+    is_of_classes = outputs.ndim == 2 and outputs.shape[1] > 0
+    return is_of_classes or (outputs.ndim == 3 and config_pbtxt.answers_strings(config))

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from pipeline.core import strings
 from pipeline.core.errors import PipelineError
 from pipeline.images.read import Box, Picture, Prepared, prepare_picture
 from pipeline.repository import config_pbtxt
@@ -45,12 +46,19 @@ def to_prediction(
     version: str,
     top: int,
 ) -> Prediction:
-    """Return the prediction that a row of outputs (K,) stands for, with its `top` best labels."""
-    chances = probabilities(row, config_pbtxt.kind(config))
-    order = np.argsort(-row)[: max(1, top)]
-    # Classes that the config does not name are called by their number.
-    names = {index: str(index) for index in range(len(row))} | dict(enumerate(classes))
-    ranked = tuple((names[int(index)], float(chances[index])) for index in order)
+    """Return the prediction that a row of outputs stands for, with its `top` best labels.
+
+    The row is (K,), or (T, K + 1) if the model answers strings.
+    """
+    if row.ndim == 2:
+        readings = strings.search(row[np.newaxis])[0][: max(1, top)]
+        ranked = tuple((reading.text, reading.probability) for reading in readings)
+    else:
+        chances = probabilities(row, config_pbtxt.kind(config))
+        order = np.argsort(-row)[: max(1, top)]
+        # Classes that the config does not name are called by their number.
+        names = {index: str(index) for index in range(len(row))} | dict(enumerate(classes))
+        ranked = tuple((names[int(index)], float(chances[index])) for index in order)
     threshold = config_pbtxt.min_probability(config)
     is_sure = None if threshold is None else ranked[0][1] >= threshold
     return Prediction(*ranked[0], ranked, version, config_pbtxt.digest(config, version), is_sure)

@@ -49,6 +49,13 @@ def log_probabilities(classes: int, steps: int = 0) -> TensorSpec:
     return TensorSpec("log_probabilities", "float32", shape)
 
 
+def tensors_of(dataset: str, classes: int) -> tuple[TensorSpec, TensorSpec]:
+    """Return the input and the output tensor of a network that was trained on the data set."""
+    if pictures_of(dataset) == "line":
+        return STRIPS, log_probabilities(classes, STEPS)
+    return IMAGES, log_probabilities(classes)
+
+
 def pictures_of(dataset: str) -> str:
     """Return how pictures become a model's images: `digit` for MNIST, `whole` for most others.
 

@@ -172,17 +172,17 @@ def make_files(
     report("torch.export")
     program = export_program(subject.model, subject.images)
     report("torch.onnx.export")
-    shape, classes = ", ".join(map(str, subject.images.shape)), len(subject.classes)
+    shape, answer = (", ".join(map(str, s.shape)) for s in (subject.images, subject.outputs))
     metadata = {  # describes the file to readers without this package
         "classes": json.dumps(subject.classes),
         "images": f"{subject.images.dtype} [batch, {shape}]",
-        "outputs": f"{subject.outputs.dtype} [batch, {classes}], {OUTPUTS[subject.kind]}",
+        "outputs": f"{subject.outputs.dtype} [batch, {answer}], {OUTPUTS[subject.kind]}",
         "weights_sha256": subject.weights_sha256,
         "versions": json.dumps(library_versions(), sort_keys=True),
     }
     if training := subject.origin.get("training"):
-        is_digit = pictures_of(training["dataset"]) == "digit"
-        metadata["images"] += ", 0 is paper and 255 is ink" if is_digit else ", gray levels"
+        is_whole = pictures_of(training["dataset"]) == "whole"
+        metadata["images"] += ", gray levels" if is_whole else ", 0 is paper and 255 is ink"
         # Of a folder of pictures only the name: its path would show this machine.
         recipe = {**training, "dataset": data_name(training["dataset"])}
         metadata["training"] = json.dumps(recipe, sort_keys=True)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.core.errors import CheckFailedError, PipelineError
 from pipeline.core.files import check_digest
 from pipeline.core.paths import Paths
-from pipeline.core.signature import IMAGES, TensorSpec, is_label, log_probabilities
+from pipeline.core.signature import IMAGES, TensorSpec, is_label, tensors_of
 from pipeline.core.text import Lines
 from pipeline.data.splits import load_scored_split, load_split
 from pipeline.export.sample import Sample, read_sample
@@ -47,11 +47,12 @@ def subject_of_run(paths: Paths) -> Subject:
     summary = checkpoint.summary
     metrics = ("test_accuracy", "test_loss", "validation_accuracy", "train_seconds")
     machine = ("torch", "python", "system", "processor", "instructions", "device")
+    images, outputs = tensors_of(checkpoint.config.dataset, len(checkpoint.classes))
     return Subject(
         model=checkpoint.model,
-        images=IMAGES,
-        outputs=log_probabilities(len(checkpoint.classes)),
-        kind=log_probabilities(0).name,
+        images=images,
+        outputs=outputs,
+        kind=outputs.name,
         classes=checkpoint.classes,
         weights_sha256=summary.weights_sha256,
         origin={

@@ -17,10 +17,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_bytes
-from pipeline.core.signature import IMAGES
+from pipeline.core.signature import IMAGES, STRIPS
 from pipeline.images.crop import Box as Box
 from pipeline.images.crop import crop_digit
 from pipeline.images.ink import border_levels, find_ink, lower_median, reduce_levels
+from pipeline.images.line import crop_line
 from pipeline.images.rule import PictureRule
 
 # Shape letters: H height, W width, of the current image. Gray levels go from 0 to 255.
@@ -31,6 +32,7 @@ _CHANNELS = ((), (2,), (3,), (4,))  # array axes after H and W: gray, gray with 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 50_000_000
 WORK_SIDE = 640  # pixels; a larger image is first reduced to this
+LINE_SIDE = 1280  # likewise, of a picture of a line
 # Why a picture is refused: the same message for every input path.
 BLANK = (
     "{name} shows no ink, or only a dot: send one dark digit on light paper, or a light one on dark"
@@ -67,9 +69,9 @@ def prepare_picture(source: Picture, name: str = "the image", pictures: str = "d
             raise BlankError(BLANK.format(name=name))
         return Prepared(rule.apply(pixels, name))
     gray, shape = read_picture(source, name)
-    if pictures != "digit":
+    if pictures == "whole":
         return Prepared(fit(gray, pictures))
-    prepared = find_digit(gray, shape)
+    prepared = find_digit(gray, shape) if pictures == "digit" else find_line(gray, shape, name)
     if not prepared.parts:
         raise BlankError(BLANK.format(name=name))
     return prepared
@@ -250,10 +252,29 @@ def find_digit(gray: np.ndarray, shape: tuple[int, ...]) -> Prepared:
     if not ink.threshold:
         return Prepared(np.zeros(IMAGES.shape, np.uint8))
     image, boxes = crop_digit(ink)
-    scale = factor * round(max(shape) / max(gray.shape))  # from the ink's pixels to the picture's
-    ends = (*shape[::-1], *shape[::-1])
+    return Prepared(image[np.newaxis], _scale_boxes(boxes, factor, gray.shape, shape))
+
+
+def _scale_boxes(
+    boxes: list[Box], factor: int, read: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[Box, ...]:
+    """Return boxes in the pixels of a picture of that shape, which was read and then reduced."""
+    scale, ends = factor * round(max(shape) / max(read)), (*shape[::-1], *shape[::-1])
     parts = [[min(scale * at, end) for at, end in zip(box, ends, strict=True)] for box in boxes]
-    return Prepared(image[np.newaxis], tuple(map(tuple, parts)))
+    return tuple((left, top, right, bottom) for left, top, right, bottom in parts)
+
+
+def find_line(gray: np.ndarray, shape: tuple[int, ...], name: str) -> Prepared:
+    """Prepare gray levels uint8 (H, W) of a picture of a written line; no parts if it is blank.
+
+    Raises PipelineError for a line that is too long.
+    """
+    factor = -(-max(gray.shape) // LINE_SIDE)
+    ink = find_ink(reduce_levels(gray, factor))
+    strip, boxes = (
+        (np.zeros(STRIPS.shape[1:], np.uint8), []) if not ink.threshold else crop_line(ink, name)
+    )
+    return Prepared(strip[np.newaxis], _scale_boxes(boxes, factor, gray.shape, shape))
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -172,7 +172,7 @@ def compare_log(
     Raises PipelineError if there is a class that the profile does not have.
     """
     entries, images = logged.entries, len(logged.entries)
-    labels = Counter(entry.label for entry in entries)
+    labels = Counter(profile.group_of(entry.label) for entry in entries)
     if unknown := labels.keys() - set(profile.classes):
         names = ", ".join(sorted(unknown)[:LISTED])
         raise PipelineError(f"the log is of another model: {profile.name} has no class {names}")

@@ -59,7 +59,8 @@ def base_config(
         pixels.format = model_config_pb2.ModelInput.FORMAT_NCHW
     for spec in answers:
         message.output.add(name=spec.name, data_type=_TYPES[spec.dtype], dims=spec.shape)
-    message.output[0].label_filename = LABELS
+    if len(outputs.shape) == 1:  # a label for each value; a string has none
+        message.output[0].label_filename = LABELS
     set_parameter(message, "classes", json.dumps(list(classes)))
     return message
 
@@ -153,6 +154,12 @@ def classes(message: ModelConfig) -> tuple[str, ...]:
     return tuple(map(str, range(message.output[0].dims[-1]))) if message.output else ()
 
 
+def answers_strings(message: ModelConfig) -> bool:
+    """Return whether the model answers strings: it has steps, and a blank after its classes."""
+    dims = list(message.output[0].dims) if message.output else []
+    return len(dims) == 2 and dims[1] == len(classes(message)) + 1
+
+
 def find_commands(folder: Path, message: ModelConfig) -> list[str]:
     """Return what Triton's python backend would run as a command from this config and folder.
 
@@ -188,7 +195,7 @@ def require_pictures(message: ModelConfig) -> str:
             f"{message.name} takes only arrays: give one of shape {list(message.input[0].dims)}, "
             "or export it with --picture, so that it takes pictures"
         )
-    if how not in ("digit", "whole"):
+    if "=" in how:
         try:
             PictureRule.parse(how)
         except PipelineError as error:

@@ -33,8 +33,8 @@ class Golden:
     """Images with the answers that a server must give, and a bound for each."""
 
     images: np.ndarray  # (N, ...), as the model takes them
-    labels: np.ndarray  # int64 (N,): the true classes; the reference's where there are no labels
-    outputs: np.ndarray  # float64 (N, K): the reference's answers
+    labels: np.ndarray  # (N,): the true answers; the reference's where there are no labels
+    outputs: np.ndarray  # float64 (N, K), of strings (N, T, K + 1): the reference's answers
     bounds: np.ndarray  # float64 (N,): how far each output of a row may be from the reference
     scores: np.ndarray | None = None  # int32 (N, S): of an exact model, which must be equal
 
@@ -65,7 +65,7 @@ def choose_golden(
     all of them. Uses only images whose margin exceeds their bound, because for the others more than
     one class would pass. Raises CheckFailedError if there are no such images.
 
-    `images` is (N, ...), `labels` (N,), `outputs` the reference's (N, K) and `bounds` (N,). An
+    `images` is (N, ...), `labels` (N,), `outputs` the reference's (N, ...) and `bounds` (N,). An
     exact model's `scores` are those of the first N rows or more.
     """
     ahead = margins(outputs)
@@ -150,10 +150,10 @@ def unpack_golden(content: bytes, name: str) -> Golden:
     count = outputs.shape[:1]
     if (
         (images.shape[:1], labels.shape, bounds.shape) != (count, count, count)
-        or (outputs.ndim, outputs.dtype, bounds.dtype) != (2, np.float64, np.float64)
+        or (outputs.ndim not in (2, 3) or {outputs.dtype, bounds.dtype} != {np.dtype(np.float64)})
         or (scores is not None and (scores.dtype, scores.shape[:1]) != (np.int32, count))
-        or (images.dtype.kind not in "iuf" or labels.dtype.kind not in "iu")
-        or (min(outputs.shape) < 1 or outputs.shape[1] < 2)
+        or (images.dtype.kind not in "iuf" or labels.dtype.kind not in "iuU")
+        or (min(outputs.shape) < 1 or outputs.shape[-1] < 2)
         or not (np.isfinite(outputs).all() and (bounds > 0).all())
     ):
         raise CorruptError(f"{name} is not a golden set: its arrays do not fit each other")

@@ -58,7 +58,8 @@ def explain(profile: str, base: ModelConfig, config: PackageConfig) -> list[Choi
     for role, tensor in (("input", images), ("output", outputs)):
         described = f"{tensor.name} {config_pbtxt.dtype(tensor)} {list(tensor.dims)}"
         common.append(Choice(role, described, "as in the graph, without the batch dimension"))
-    common.append(Choice("output.label_filename", outputs.label_filename, "names of the classes"))
+    if labels := outputs.label_filename:
+        common.append(Choice("output.label_filename", labels, "names of the classes"))
     for version in config_pbtxt.selected(base):
         policy = "the version that a server loads; 'pipeline versions' changes it"
         common.append(Choice("version_policy.specific", version, policy))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.core.evaluate import read_answers
 from pipeline.core.files import SCHEMA, read_record
+from pipeline.core.signature import TEXT_LENGTH
 
 REMAKE = "run 'pipeline validate', then 'pipeline package'"
 # Most answers are nearly certain: above 0.98 the bins are of equal width in log(1 - probability).
@@ -16,6 +18,7 @@ CONFIDENCE_EDGES = tuple(
     round(edge, 7)
     for edge in (*np.arange(0, 0.98, 0.01), *(1 - 10 ** np.arange(-1.7, -6.05, -0.1)), 1.0)
 )
+LENGTHS = tuple(f"{count} digits" for count in range(TEXT_LENGTH + 1))  # of strings
 INK_EDGES = tuple(round(edge, 3) for edge in np.arange(0, 1.0005, 0.005))
 
 
@@ -28,7 +31,7 @@ class ReferenceProfile:
     sha256: str  # of the model's file
     images_from: str  # the split, or another source of the images
     images: int
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # or lengths of strings
     class_counts: tuple[int, ...]  # of the answers, not of the labels
     confidence_edges: tuple[float, ...]  # of the bins; a bin includes its lower edge
     confidence_counts: tuple[int, ...]
@@ -36,6 +39,12 @@ class ReferenceProfile:
     ink_counts: tuple[int, ...] | None  # None if the model's images are not uint8 pixels
     min_probability: float | None  # 0 to 1; an answer below it is not sure
     unsure: int | None
+
+    def group_of(self, label: str) -> str:
+        """Return the group that an answer is counted in: its class, or a string's length."""
+        if self.classes != LENGTHS:
+            return label
+        return LENGTHS[min(len(label), len(LENGTHS) - 1)]
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the counts match the bins, the classes and the images."""
@@ -62,17 +71,17 @@ def build_profile(
     classes: tuple[str, ...],
     min_probability: float | None,
 ) -> ReferenceProfile:
-    """Return the reference profile of outputs (N, K), of the given kind, for images (N, ...)."""
+    """Return the reference profile of outputs (N, ...), of the given kind, for images (N, ...)."""
     confidence, ink = confidence_of(outputs, kind), ink_of(images)
-    answers = np.bincount(outputs.argmax(axis=1), minlength=len(classes))
+    names, answers = group_answers(outputs, classes)
     return ReferenceProfile(
         name=name,
         precision=precision,
         sha256=sha256,
         images_from=images_from,
         images=len(images),
-        classes=classes,
-        class_counts=tuple(map(int, answers)),
+        classes=names,
+        class_counts=tuple(map(int, np.bincount(answers, minlength=len(names)))),
         confidence_edges=CONFIDENCE_EDGES,
         confidence_counts=count_bins(confidence, CONFIDENCE_EDGES),
         ink_edges=INK_EDGES,
@@ -82,8 +91,23 @@ def build_profile(
     )
 
 
+def group_answers(
+    outputs: np.ndarray, classes: tuple[str, ...]
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the groups that answers are counted in, and that of each row (N, ...), int64 (N,).
+
+    A group is a class, or a length of a string.
+    """
+    answers, _ = read_answers(outputs)
+    if answers.dtype.kind != "U":
+        return classes, answers
+    return LENGTHS, np.minimum(np.char.str_len(answers), len(LENGTHS) - 1)
+
+
 def confidence_of(outputs: np.ndarray, kind: str) -> np.ndarray:
-    """Return the probability (0 to 1) of the most likely class of each row (N, K), float64 (N,)."""
+    """Return the probability (0 to 1) of the answer to each row (N, ...), float64 (N,)."""
+    if outputs.ndim == 3:
+        return np.asarray(np.exp(read_answers(outputs)[1]))
     values = outputs.astype(np.float64)
     largest: np.ndarray = values.max(axis=1)
     if kind == "logits":

@@ -172,7 +172,7 @@ class Learner:
         restore_optimizer(self.optimizer, state.tensors)
 
 
-def choose_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
+def choose_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Any]:
     """Return the mean loss in nats of outputs for labels: CTC for strings, else cross-entropy."""
     if recipe.network == "strip":
         return ctc_loss

@@ -54,10 +54,10 @@ class Outliers:
         first, second = torch.multinomial(wide, 2 * mixed, replacement=True).view(2, -1)
         over = torch.maximum(digits[first], digits[second].mT)
         self._written = torch.cat([letters, strokes, turned, cut, pairs, over])
-        self._letters = torch.cat([letters, strokes])
+        self._letters = letters
 
     def draw_letters(self, count: int) -> Tensor:
-        """Draw letters and strokes (M, 1, H, W), which no part of a digit is in."""
+        """Draw letters and signs (M, 1, H, W), none of which many people write like a digit."""
         return _pick(self._letters, count)
 
     def draw_written(self, count: int) -> Tensor:

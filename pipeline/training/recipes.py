@@ -137,7 +137,7 @@ RECIPES = {
         channels=(16, 32, 64, 96, 128),
         epochs=4,
         batch_size=64,
-        lr=0.004,
+        lr=0.006,
         warm_up=0.1,
         weight_decay=0.02,
         norm_momentum=0.1,
@@ -151,7 +151,7 @@ RECIPES = {
         outliers=0.24,
     ),
 }
-RECIPES["number-quick"] = replace(RECIPES["number"], epochs=1)
+RECIPES["number-quick"] = replace(RECIPES["number"], epochs=1.75)
 DEFAULT_RECIPE = "standard"
 STRIP_DATASET = "numbers"  # the only data set for a network over strips, and for no other network
 _DEVICE = "Device to train on; auto is CUDA if it is available."

@@ -4,7 +4,7 @@ Digits of one hand, and things that are none, are put next to each other on a st
 device of the images.
 """
 
-# Shape letters: B strips, L places of a strip, M = B L tiles, H height, W width.
+# Shape letters: B strips, L places on a strip, M tiles on all of them, H height, W width.
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ OF_DIGIT = 0.06  # by which a digit's height differs from its strip's
 GAP, GAP_OF_PAIR = (-3.5, 14.0), 2.5  # pixels: of a strip, and what a pair's differs by
 BASELINE = 2.5  # pixels by which a digit lies higher or lower
 SLANT = 0.32  # largest tangent of a strip
-FOREIGN, MIXED = 0.12, 0.12  # shares of the strips: without a digit, with digits and others
+FOREIGN, MIXED = 0.08, 0.08  # shares of the strips: without a digit, with digits and others
 AMONG = 0.35  # of the things on a mixed strip, the share that are no digits
 _, _HIGH, _WIDE = STRIPS.shape
 
@@ -41,58 +41,61 @@ def make_strips(
     Each tile is distorted as the recipe says, at this strength. With `outliers`, letters and other
     strokes stand on a part of the strips. Draws from torch's global generator.
     """
-    device, total = labels.device, count * TEXT_LENGTH
+    device = labels.device
+    wanted = torch.randint(1, TEXT_LENGTH + 1, (count, 1), device=device)
+    is_tile = torch.arange(TEXT_LENGTH, device=device) < wanted  # (B, L)
+    total = int(is_tile.sum())
     chosen = torch.randint(len(labels), (total,), device=device)
-    tiles, digits = images[chosen], labels[chosen].view(count, TEXT_LENGTH)
+    tiles, digits = images[chosen], labels.new_full(is_tile.shape, NO_DIGIT)
+    digits[is_tile] = labels[chosen]
     if outliers:
         kind = torch.rand(count, 1, device=device)
         among = torch.where(kind < (FOREIGN + MIXED), AMONG, 0.0)
         is_foreign = torch.rand(digits.shape, device=device) < torch.where(kind < FOREIGN, 1, among)
         letters = outliers.draw_letters(total)
-        tiles = torch.where(is_foreign.view(-1, 1, 1, 1), letters, tiles)
-        digits = torch.where(is_foreign, NO_DIGIT, digits)
-    return lay_out(augment(tiles, recipe, strength), digits)
+        tiles = torch.where(is_foreign[is_tile].view(-1, 1, 1, 1), letters, tiles)
+        digits = digits.masked_fill(is_foreign, NO_DIGIT)
+    return lay_out(augment(tiles, recipe, strength), is_tile, digits)
 
 
-def lay_out(tiles: Tensor, digits: Tensor) -> tuple[Tensor, Tensor]:
-    """Put tiles (B L, 1, 28, 28) on strips (B, 1, H, W); return these and their texts (B, L).
+def lay_out(tiles: Tensor, is_tile: Tensor, digits: Tensor) -> tuple[Tensor, Tensor]:
+    """Put tiles (M, 1, 28, 28) on strips (B, 1, H, W); return these and their texts (B, L).
 
-    As many tiles as are drawn and fit are used, from the left. The texts are digits, then -1.
+    `is_tile` (B, L) says at which places of the strips the M tiles are, `digits` (B, L) what they
+    show, or -1. As many as fit are used, from the left. A text is digits, then -1.
     """
-    count, device = len(digits), tiles.device
+    shape, device = is_tile.shape, tiles.device
 
-    def draw(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, device=device)
+    def draw(low: float, high: float, *of: int) -> Tensor:
+        return low + (high - low) * torch.rand(*of, device=device)
 
-    heights = draw(*HEIGHT, count, 1) * draw(1 - OF_DIGIT, 1 + OF_DIGIT, *digits.shape)
-    slant = draw(-SLANT, SLANT, count, 1).expand(digits.shape).reshape(-1)
-    tiles = _resize(tiles.float(), heights.reshape(-1), slant)
+    heights = draw(*HEIGHT, shape[0], 1) * draw(1 - OF_DIGIT, 1 + OF_DIGIT, *shape)
+    slant = draw(-SLANT, SLANT, shape[0], 1).expand(shape)
+    tiles = _resize(tiles.float(), heights[is_tile], slant[is_tile])
     is_ink = (tiles >= INK).any(dim=2).flatten(1)  # (M, 28): columns with ink
-    left = is_ink.int().argmax(dim=1).view(digits.shape)
-    right = TILE - is_ink.flip(1).int().argmax(dim=1).view(digits.shape)  # behind the last
-    gaps = draw(*GAP, count, 1) + draw(-GAP_OF_PAIR, GAP_OF_PAIR, *digits.shape)
-    ends = (right - left + gaps.round().long()).cumsum(dim=1)  # with the gap behind each
-    starts = ends - (right - left + gaps.round().long())
-    wanted = torch.randint(1, TEXT_LENGTH + 1, (count, 1), device=device)
-    is_used = (torch.arange(TEXT_LENGTH, device=device) < wanted) & (starts + right - left <= _WIDE)
-    is_used = is_used.cumprod(dim=1).bool()
-    length = ((starts + right - left) * is_used).amax(dim=1, keepdim=True)
-    offset = (draw(0, 1, count, 1) * (_WIDE - length + 1)).long()
-    places = (offset + starts - left).view(-1, 1, 1)  # of each tile's first column
-    rows = (draw(-BASELINE, BASELINE, len(tiles), 1, 1)).round().long()
+    left, width = torch.zeros((2, *shape), dtype=torch.long, device=device)
+    left[is_tile] = is_ink.int().argmax(dim=1)
+    width[is_tile] = TILE - is_ink.flip(1).int().argmax(dim=1) - left[is_tile]
+    gaps = (draw(*GAP, shape[0], 1) + draw(-GAP_OF_PAIR, GAP_OF_PAIR, *shape)).round().long()
+    ends = (width + gaps).cumsum(dim=1) - gaps
+    is_used = is_tile & (ends <= _WIDE)
+    length = (ends * is_used).amax(dim=1, keepdim=True)
+    offset = (draw(0, 1, shape[0], 1) * (_WIDE - length + 1)).long()
+    places = (offset + ends - width - left)[is_tile].view(-1, 1, 1)  # of a tile's first column
     across = places + torch.arange(TILE, device=device)  # (M, 1, 28)
+    rows = draw(-BASELINE, BASELINE, len(tiles), 1, 1).round().long()
     down = rows + torch.arange(TILE, device=device).view(1, -1, 1)  # (M, 28, 1)
-    strip = torch.arange(count, device=device).repeat_interleave(TEXT_LENGTH).view(-1, 1, 1)
     is_inside = (across >= 0) & (across < _WIDE) & (down >= 0) & (down < _HIGH)
-    is_inside = is_inside & is_used.view(-1, 1, 1)
+    is_inside = is_inside & is_used[is_tile].view(-1, 1, 1)
+    strip = torch.nonzero(is_tile)[:, 0].view(-1, 1, 1)
     index = (strip * _HIGH + down.clamp(0, _HIGH - 1)) * _WIDE + across.clamp(0, _WIDE - 1)
     ink = torch.where(is_inside, tiles[:, 0], 0.0)
-    strips = torch.zeros(count * _HIGH * _WIDE, device=device)
+    strips = torch.zeros(shape[0] * _HIGH * _WIDE, device=device)
     strips.scatter_reduce_(0, index.flatten(), ink.flatten(), "amax")
     is_read = is_used & (digits != NO_DIGIT)
     order = (~is_read).int().argsort(dim=1, stable=True)  # the digits first
-    texts = torch.where(is_read, digits, NO_DIGIT).gather(1, order)
-    return strips.view(count, 1, _HIGH, _WIDE), texts
+    texts = digits.masked_fill(~is_read, NO_DIGIT).gather(1, order)
+    return strips.view(-1, 1, _HIGH, _WIDE), texts
 
 
 def _resize(tiles: Tensor, heights: Tensor, slant: Tensor) -> Tensor:

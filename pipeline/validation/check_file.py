@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.core.evaluate import Predictor, margins
+from pipeline.core.evaluate import Predictor, margins, read_answers
 from pipeline.core.files import pack_arrays, remove, write_bytes, write_json
 from pipeline.core.paths import Paths
 from pipeline.core.text import Lines
@@ -57,7 +57,7 @@ class FileTrial:
         self.report(f"running the module in float64 on {len(self.rows):,} images")
         reference = run_reference(self.subject, self.rows, self.sample, self.criterion)
         for outputs, dtype in ((reference.outputs, "float64"), (reference.eager, "float32")):
-            is_finite = np.isfinite(outputs).all(axis=1)
+            is_finite = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
             if not is_finite.all():
                 row = f"row {is_finite.argmin()} in {dtype}"
                 raise CheckFailedError(f"the module answers {row} with values that are not finite")
@@ -70,14 +70,14 @@ def run_reference(
     """Run the module on rows (N, ...) in float64 and in eager float32, twice each.
 
     Both use the same batches: a module that mixes its rows must not widen its own bounds that way.
-    Without labels, the reference's own classes take their place.
+    Without labels, the reference's own answers take their place.
     """
     double, single = reference_predictor(subject.model), eager_predictor(subject.model)
     outputs = require_steady(double, rows, criterion, "in float64")
     eager = require_steady(single, rows, criterion, "in float32")
     if sample.labels is not None:
         return compare.Reference(outputs, eager, sample.labels)
-    return compare.Reference(outputs, eager, outputs[: len(sample.images)].argmax(axis=1), False)
+    return compare.Reference(outputs, eager, read_answers(outputs[: len(sample.images)])[0], False)
 
 
 def load_predictors(
@@ -153,7 +153,7 @@ def _write_failure(trial: FileTrial, verdict: Verdict, result: FileResult) -> Ch
         if verdict.precision != "fp32":
             rank[[flip.row for flip in verdict.flips]] = np.inf
         worst = np.argsort(-rank, kind="stable")[:WORST]
-        own = reference.outputs.argmax(axis=1)
+        own = read_answers(reference.outputs)[0]
         arrays = {
             "images": trial.rows,
             "labels": np.concatenate([reference.labels, own[len(reference.labels) :]]),

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.core.errors import CheckFailedError
-from pipeline.core.evaluate import Predictor, hash_scores, judge, margins, mcnemar, predict
+from pipeline.core.evaluate import (
+    Predictor,
+    hash_scores,
+    judge,
+    margins,
+    mcnemar,
+    predict,
+    read_answers,
+)
 
 LISTED = 1000  # flips that a verdict lists
 SETTLED = 0.1  # share of the rows beyond their bound at which the remaining runs are skipped
@@ -49,10 +57,10 @@ class Criterion:
 class Reference:
     """The module's answers to the rows in float64, and eager PyTorch's in float32."""
 
-    outputs: np.ndarray  # float64 (N, K)
-    eager: np.ndarray  # float32 (N, K)
-    labels: np.ndarray  # int64 (M,): the true classes of the first M rows; the rest are probes
-    is_labelled: bool = True  # whether labels were given; else they are the reference's classes
+    outputs: np.ndarray  # float64 (N, ...)
+    eager: np.ndarray  # float32 (N, ...)
+    labels: np.ndarray  # (M,): the true answers to the first M rows; the rest are probes
+    is_labelled: bool = True  # whether labels were given; else they are the reference's answers
     largest_bound: float = np.inf  # ceiling of the bound of any row in float32
 
     @property
@@ -61,22 +69,22 @@ class Reference:
         return judge(self.outputs, self.eager).errors
 
     def accuracy(self, outputs: np.ndarray) -> float:
-        """Return the fraction of the labelled rows that outputs (N, K) classify correctly."""
+        """Return the fraction of the labelled rows that outputs (N, ...) answer correctly."""
         return float(self.is_right(outputs).mean())
 
     def is_right(self, outputs: np.ndarray) -> np.ndarray:
-        """Tell for each labelled row whether it is classified correctly, bool (M,)."""
-        return np.asarray(outputs[: len(self.labels)].argmax(axis=1) == self.labels)
+        """Tell for each labelled row whether it is answered correctly, bool (M,)."""
+        return np.asarray(read_answers(outputs[: len(self.labels)])[0] == self.labels)
 
 
 def compute_bounds(
     outputs: np.ndarray, known_errors: np.ndarray | float, criterion: Criterion
 ) -> np.ndarray:
-    """Return each row's bound on the difference from the reference's outputs (N, K), float64 (N,).
+    """Return each row's bound on the difference from the reference's outputs, float64 (N,).
 
     It is twice the larger of the row's known error and the floor, which grows with its outputs.
     """
-    scale = np.maximum(1, np.abs(outputs).max(axis=1))
+    scale = np.maximum(1, np.abs(outputs).reshape(len(outputs), -1).max(axis=1))
     return np.asarray(2 * np.maximum(known_errors, criterion.floor * scale))
 
 
@@ -115,13 +123,13 @@ def require_stable(reference: Reference, criterion: Criterion) -> Reference:
 
 @dataclass(frozen=True)
 class Flip:
-    """An image whose class changed."""
+    """An image whose answer changed: a class, or a string."""
 
     row: int
-    label: int  # the true class
-    reference: int  # the class that the reference gives it
-    said: int
-    margin: float  # of the reference's class over the next one
+    label: int | str  # the true answer
+    reference: int | str  # the reference's
+    said: int | str
+    margin: float  # of the reference's answer over the next one
 
 
 @dataclass(frozen=True)
@@ -213,8 +221,8 @@ class FileResult:
     scores: np.ndarray | None = None  # int32 (N, S): those of an exact file
     bounds: np.ndarray = field(init=False)  # float64 (N,): the bound of each row
     errors: np.ndarray = field(init=False)  # float64 (N,): the largest of any run
-    outputs: np.ndarray = field(init=False)  # (N, K): each row in the run of its largest error
-    first: np.ndarray | None = None  # (N, K): outputs of the first run
+    outputs: np.ndarray = field(init=False)  # (N, ...): each row in the run of its largest error
+    first: np.ndarray | None = None  # (N, ...): outputs of the first run
     beyond: dict[str, np.ndarray] = field(default_factory=dict)  # run -> rows beyond their bound
     speeds: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -228,13 +236,13 @@ class FileResult:
             self.problems.append("the reference itself is not finite")
 
     @property
-    def classes(self) -> np.ndarray:
-        """The class of each row (N,): for fp32 in the row's worst run, else in the first run."""
+    def answers(self) -> np.ndarray:
+        """The answer to each row (N,): for fp32 in the row's worst run, else in the first run."""
         outputs = self.outputs if self.precision == "fp32" or self.first is None else self.first
-        return np.asarray(outputs.argmax(axis=1))
+        return read_answers(outputs)[0]
 
     def add(self, run: Run, outputs: np.ndarray) -> None:
-        """Compare the outputs (R, K) of a run with the reference, and with the first run.
+        """Compare the outputs (R, ...) of a run with the reference, and with the first run.
 
         With them come an exact file's scores, (R, K + S), which must be equal. Raises
         CheckFailedError when they do not have eager PyTorch's shape and type.
@@ -312,12 +320,12 @@ def make_verdict(result: FileResult) -> Verdict:
     """Return the verdict on a file after all its runs."""
     reference, criterion = result.reference, result.criterion
     first = reference.eager if result.first is None else result.first
-    classes, expected = result.classes, reference.outputs.argmax(axis=1)
+    answers, expected = result.answers, read_answers(reference.outputs)[0]
     margin = margins(reference.outputs)
     images, largest = len(reference.labels), float(result.errors.max())
-    flips = np.flatnonzero((classes != expected)[:images])
+    flips = np.flatnonzero((answers != expected)[:images])
     listed = flips[:LISTED]
-    columns = (listed, reference.labels[listed], expected[listed], classes[listed], margin[listed])
+    columns = (listed, reference.labels[listed], expected[listed], answers[listed], margin[listed])
     eager_error = float(reference.errors.max())
     # If the eager error is 0, divide by the rounding error of float32 instead.
     least = float(np.finfo(np.float32).eps) * max(1.0, float(np.abs(reference.outputs).max()))
@@ -363,12 +371,12 @@ def _list_problems(result: FileResult, ratio: float, lost: float) -> list[str]:
         count = f"{len(rows):,} of {len(errors):,} rows"
         problems.append(f"{count} differ by more than their bound ({where}): {reason}")
     if precision == "fp32":
-        # Only a few images may change class, each with a margin below its bound.
-        classes, expected = result.classes, reference.outputs.argmax(axis=1)
-        is_changed = classes != expected
+        # Only a few answers may change, each with a margin below its bound.
+        answers, expected = result.answers, read_answers(reference.outputs)[0]
+        is_changed = answers != expected
         bad = np.flatnonzero(is_changed & (margins(reference.outputs) >= bounds))
         if len(bad):
-            row = f"row {bad[0]} from {expected[bad[0]]} to {classes[bad[0]]}"
+            row = f"row {bad[0]} from {expected[bad[0]]} to {answers[bad[0]]}"
             problems.append(f"{len(bad):,} rows change class with a margin over their bound: {row}")
         flips, most = int(is_changed[:images].sum()), allowed_flips(criterion, images)
         if flips > most:

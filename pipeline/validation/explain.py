@@ -24,11 +24,11 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 def _log_softmax(outputs: np.ndarray) -> np.ndarray:
-    return torch.log_softmax(torch.from_numpy(outputs), dim=1).numpy()
+    return torch.log_softmax(torch.from_numpy(outputs), dim=-1).numpy()
 
 
 def _softmax(outputs: np.ndarray) -> np.ndarray:
-    return torch.softmax(torch.from_numpy(outputs), dim=1).numpy()
+    return torch.softmax(torch.from_numpy(outputs), dim=-1).numpy()
 
 
 # Changes of the images that would make the file's answers the expected ones.
@@ -45,6 +45,7 @@ ANSWER_CHANGES: dict[str, Change] = {
     "the final softmax is missing": _softmax,
     "it answers probabilities, not their logarithms": lambda y: np.log(np.maximum(y, 1e-300)),
     "it answers logarithms, not probabilities": lambda y: np.exp(np.minimum(y, 700)),
+    "the steps are in reverse order": lambda y: y[:, ::-1] if y.ndim == 3 else y,
 }
 # Changes of the expected answers that would make them the file's.
 ADDITIONS: dict[str, Change] = {
@@ -56,7 +57,7 @@ ADDITIONS: dict[str, Change] = {
 def diagnose(
     candidate: Predictor, images: np.ndarray, expected: np.ndarray, classes: Sequence[str]
 ) -> list[str]:
-    """Return the cause that explains why the answers to images (B, ...) are not as expected (B, K).
+    """Return the cause that explains why answers (B, ...) to images (B, ...) are not as expected.
 
     The list is empty when no known cause explains it.
     """
@@ -87,13 +88,15 @@ def diagnose(
         if causes[best] < REMAINS * usual:
             return [best]
     # The classes that were swapped, if that explains the difference.
-    distances = np.abs(expected[:, :, np.newaxis] - outputs[:, np.newaxis]).mean(axis=0)  # (K, K)
+    ours, theirs = (values.reshape(-1, values.shape[-1]) for values in (expected, outputs))
+    distances = np.abs(ours[:, :, np.newaxis] - theirs[:, np.newaxis]).mean(axis=0)  # (K, K)
     order = distances.argmin(axis=1)  # the column that has each class's answer
     swapped = np.flatnonzero(order != np.arange(len(order)))
-    is_explained = _median_error(expected, outputs[:, order]) < REMAINS * usual
+    is_explained = _median_error(expected, outputs[..., order]) < REMAINS * usual
     if not len(swapped) or len(set(order)) < len(order) or not is_explained:
         return []
-    pairs = ", ".join(f"{classes[order[index]]} for {classes[index]}" for index in swapped[:6])
+    names = [*classes, "the blank"]  # which only strings have
+    pairs = ", ".join(f"{names[order[index]]} for {names[index]}" for index in swapped[:6])
     return [f"labels are swapped: it answers {pairs}"]
 
 
@@ -108,7 +111,7 @@ def _ask(candidate: Predictor, images: np.ndarray, like: np.ndarray) -> np.ndarr
         outputs = candidate(images)
     except CheckFailedError:
         return None
-    is_whole = outputs.shape == (len(images), like.shape[1]) and np.isfinite(outputs).all()
+    is_whole = outputs.shape == (len(images), *like.shape[1:]) and np.isfinite(outputs).all()
     return outputs if is_whole else None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.core import files
 from pipeline.core.errors import CheckFailedError, PipelineError
-from pipeline.core.evaluate import margins, predict
+from pipeline.core.evaluate import margins, predict, read_answers
 from pipeline.core.paths import Paths, packaged_name
 from pipeline.core.signature import TensorSpec
 from pipeline.data.splits import load_split
@@ -168,7 +168,7 @@ def _write_validation(
     evidence = {  # what the report shows of each row
         "labels": reference.labels,
         "margins": margins(reference.outputs).astype(np.float32),
-        "reference": reference.outputs.argmax(axis=1).astype(np.int32),
+        "reference": read_answers(reference.outputs)[0],
     }
     for precision, result in results.items():
         # In lower precision twice its own measured error: other hardware rounds differently.
@@ -177,7 +177,7 @@ def _write_validation(
         rows = (images, reference.labels, outputs, bound[:count])
         golden_sets[precision] = choose_golden(*rows, result.scores)
         evidence[f"errors_{precision}"] = result.errors.astype(np.float32)
-        evidence[f"said_{precision}"] = result.classes.astype(np.int32)
+        evidence[f"said_{precision}"] = result.answers
     verdicts = tuple(map(compare.make_verdict, results.values()))
     for verdict in verdicts:
         precision = verdict.precision

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pipeline.client.client import Client
 from pipeline.client.query import triton_predictor
 from pipeline.core.errors import PipelineError
-from pipeline.core.evaluate import predict
+from pipeline.core.evaluate import predict, read_answers
 from pipeline.core.files import write_json
 from pipeline.core.machine import machine
 from pipeline.core.paths import Paths
@@ -65,7 +65,7 @@ def _measure(paths: Paths, release: Release, http: Client, grpc: Client) -> Tabl
     }
     labels = sample.labels
     if labels is None:  # then accuracy is how often the class is eager PyTorch's
-        labels = predict(predictors["eager PyTorch"], sample.images).argmax(axis=1)
+        labels = read_answers(predict(predictors["eager PyTorch"], sample.images))[0]
     scores = {}
     if release.golden.scores is not None:
         scores = {

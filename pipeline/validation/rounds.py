@@ -29,8 +29,8 @@ class WorstAnswer:
     """The answer to an image with the largest ratio of error to bound."""
 
     index: int  # of the image in the golden set
-    expected: int  # class
-    got: int | None  # None: not finite
+    expected: int | str  # the reference's class, or string
+    got: int | str | None  # None: not finite
     error: float | None  # None: not finite
     bound: float
 
@@ -185,8 +185,8 @@ def _judge_round(
         worst=tuple(
             WorstAnswer(
                 index=int(rows[answer]),
-                expected=int(judgement.expected[answer]),
-                got=int(judgement.answers[answer]) if is_finite[answer] else None,
+                expected=judgement.expected[answer].item(),
+                got=judgement.answers[answer].item() if is_finite[answer] else None,
                 error=_finite(judgement.errors[answer]),
                 bound=float(judgement.bounds[answer]),
             )
