@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 
@@ -38,13 +38,24 @@ class Metrics:
     loss: float  # mean negative log-likelihood, in nats
 
 
-class Judgement(NamedTuple):
+@dataclass(frozen=True)
+class Judgement:
     """The comparison of answers with a reference's, one entry per image."""
 
     errors: np.ndarray  # float64 (N,): largest difference of any output; inf if one is not finite
     bounds: np.ndarray  # float64 (N,): largest allowed error
-    answers: np.ndarray  # (N,): see `read_answers`
-    expected: np.ndarray  # (N,): the reference's
+    outputs: np.ndarray  # (N, ...)
+    reference: np.ndarray  # (N, ...): the reference's outputs
+
+    @cached_property
+    def answers(self) -> np.ndarray:
+        """The answers (N,): see `read_answers`."""
+        return read_answers(self.outputs)[0]
+
+    @cached_property
+    def expected(self) -> np.ndarray:
+        """The reference's answers (N,)."""
+        return read_answers(self.reference)[0]
 
     @property
     def is_beyond(self) -> np.ndarray:
@@ -319,6 +330,6 @@ def judge(
     return Judgement(
         errors=apart.reshape(len(apart), -1).max(axis=1),
         bounds=np.broadcast_to(bounds, len(apart)),
-        answers=read_answers(outputs)[0],
-        expected=read_answers(reference)[0],
+        outputs=outputs,
+        reference=reference,
     )

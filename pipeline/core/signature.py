@@ -30,7 +30,7 @@ IMAGES = TensorSpec("images", "uint8", (1, 28, 28))
 # That of a model which reads numbers: strips of at most so many digits.
 STRIPS = TensorSpec("images", "uint8", (1, 28, 280))
 TEXT_LENGTH = 13
-STEPS = 70  # of its answer: one for every four columns
+STEPS = 94  # of its answer: one for every three columns
 
 
 def is_label(name: str) -> bool:

@@ -218,8 +218,8 @@ class Net(Network):
 class StripCnn(Network):
     """A convolutional network over a strip, for CTC: a score for each class and the blank, a step.
 
-    It halves the strip twice early on, and gives up its height before the last two layers. A step
-    sees ten steps, 40 columns.
+    It shrinks the strip early on, a step for every three columns, and gives up its height before the
+    last layers. A step sees 35 columns.
     """
 
     def __init__(self, recipe: Recipe, classes: int) -> None:
@@ -233,20 +233,20 @@ class StripCnn(Network):
             )
 
         self.features = nn.Sequential(
-            convolve(1, a, (5, 5), stride=2, padding=2),  # (B, a, 14, 140)
-            convolve(a, b, (3, 3), stride=2, padding=1),  # (B, b, 7, 70)
-            convolve(b, c, (3, 3), padding=(0, 1)),  # (B, c, 5, 70)
-            nn.MaxPool2d((2, 1), ceil_mode=True),  # (B, c, 3, 70)
-            convolve(c, d, (3, 3), padding=(0, 1)),  # (B, d, 1, 70)
+            convolve(1, a, (5, 5), stride=(2, 3), padding=2),  # (B, a, 14, 94)
+            convolve(a, b, (3, 3), stride=(2, 1), padding=1),  # (B, b, 7, 94)
+            convolve(b, c, (3, 3), padding=(0, 1)),  # (B, c, 5, 94)
+            nn.MaxPool2d((2, 1), ceil_mode=True),  # (B, c, 3, 94)
+            convolve(c, d, (3, 3), padding=(0, 1)),  # (B, d, 1, 94)
             nn.Dropout(recipe.dropout),
-            convolve(d, e, (1, 5), padding=(0, 2)),  # (B, e, 1, 70)
+            convolve(d, e, (1, 5), padding=(0, 2)),  # (B, e, 1, 94)
             nn.Dropout(recipe.dropout),
         )
         self.classifier = nn.Linear(e, classes + 1)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Map normalized strips (B, 1, 28, 280) to scores (B, 70, K + 1)."""
-        x = self.features(x).squeeze(2).transpose(1, 2)  # (B, 70, e)
+        """Map normalized strips (B, 1, 28, 280) to scores (B, 94, K + 1)."""
+        x = self.features(x).squeeze(2).transpose(1, 2)  # (B, 94, e)
         scores: Tensor = self.classifier(x)
         return scores
 

@@ -134,8 +134,8 @@ RECIPES = {
     # Reads numbers: trained on strips that are made of single digits.
     "number": Recipe(
         network="strip",
-        channels=(16, 32, 64, 96, 128),
-        epochs=4,
+        channels=(16, 32, 64, 112, 128),
+        epochs=4.5,
         batch_size=64,
         lr=0.006,
         warm_up=0.1,
@@ -146,8 +146,8 @@ RECIPES = {
         stretch=0.08,
         shear=0.1,
         elastic=0.04,
-        stroke=0.6,
-        fade=0.2,
+        stroke=0.4,
+        fade=0.25,
         outliers=0.24,
     ),
 }

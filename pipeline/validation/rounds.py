@@ -159,7 +159,8 @@ def _judge_round(
     rows = np.concatenate([images for images, _, _ in answers])  # (M,)
     try:
         parts = [judge(golden.outputs[i], outputs, golden.bounds[i]) for i, outputs, _ in answers]
-        judgement = Judgement(*map(np.concatenate, zip(*parts, strict=True)))
+        columns = zip(*((p.errors, p.bounds, p.outputs, p.reference) for p in parts), strict=True)
+        judgement = Judgement(*map(np.concatenate, columns))
         problems = judgement.problems(rows)
     except CheckFailedError as error:
         wanted = golden.outputs[rows]
