@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.client.faults import Fault
 from pipeline.core.errors import CheckFailedError
-from pipeline.core.evaluate import Predictor
+from pipeline.core.evaluate import Predictor, read_answers
 from pipeline.core.machine import others_seconds
 
 WARM_UP = 0.3  # seconds before a window that are not counted, at most
@@ -224,10 +224,10 @@ def measure_answered(measure: Callable[[float], Window], seconds: float) -> Wind
 
 
 def count_errors(outputs: np.ndarray, classes: np.ndarray) -> int:
-    """Count the rows of outputs (B, K) whose class is not that of `classes` (B,)."""
+    """Count the rows of outputs (B, ...) whose answer is not that of `classes` (B,)."""
     if outputs.shape[:1] != classes.shape:
         return len(classes)
-    return int((outputs.argmax(axis=1) != classes).sum())
+    return int((read_answers(outputs)[0] != classes).sum())
 
 
 def run_closed_loop(

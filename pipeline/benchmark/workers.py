@@ -25,7 +25,7 @@ from pipeline.benchmark.timing import (
     run_closed_loop,
 )
 from pipeline.core.errors import PipelineError
-from pipeline.core.evaluate import Predictor, margins, predict, score
+from pipeline.core.evaluate import Predictor, margins, predict, read_answers, score
 from pipeline.core.files import check_digest
 from pipeline.core.machine import peak_bytes
 from pipeline.core.paths import Paths
@@ -169,7 +169,7 @@ def score_predictor(
     Without `labels` the predictions count as correct, so the accuracy is 1.
     """
     outputs = predict(predictor, images, batch)
-    classes = outputs.argmax(axis=1)
+    classes = read_answers(outputs)[0]
     return score(outputs, classes if labels is None else labels).accuracy, classes
 
 
@@ -179,7 +179,7 @@ def choose_batches(golden: Golden, size: int) -> tuple[list[np.ndarray], list[np
     A class is safe if its margin is more than twice the image's bound.
     """
     is_sure = margins(golden.outputs) > 2 * golden.bounds
-    images, classes = golden.images[is_sure], golden.outputs[is_sure].argmax(axis=1)
+    images, classes = golden.images[is_sure], read_answers(golden.outputs[is_sure])[0]
     if not len(images):
         raise PipelineError("the golden set has no image whose class is sure: train for longer")
     batches = len(images) if size == 1 else 8

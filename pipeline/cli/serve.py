@@ -1,5 +1,6 @@
 """The commands that serve, and that manage a running server."""
 
+import math
 import shlex
 import time
 from dataclasses import asdict
@@ -71,16 +72,16 @@ def echo_server(settings: Settings, server: "Server") -> None:
     lines = [f"serving {models} at {server.http_url} and {server.grpc_url} (pid {server.pid})"]
     for name in [*server.models][:1]:
         packaged = paths_of(settings, name).packaged
-        digit, labels = packaged / "warmup" / "digit", packaged / "labels.txt"
-        if digit.exists() and labels.exists():
-            size = 4 * len(labels.read_text("utf-8").splitlines())  # of the answer: float32
+        digit, file = packaged / "warmup" / "digit", config_pbtxt.profile_file(packaged)
+        config = config_pbtxt.read(file) if file.exists() else None
+        if digit.exists() and config:
+            size = 4 * math.prod(config.output[0].dims)  # bytes of the answer: float32
             lines.append(
                 f"try: curl -s --data-binary {shlex.quote(f'@{digit}')} "
                 f"-H 'Inference-Header-Content-Length: 0' {server.http_url}/v2/models/{name}/infer "
                 f"| tail -c {size} | od -A n -t f4"
             )
-        config = config_pbtxt.profile_file(packaged)
-        if config.exists() and config_pbtxt.pictures(config_pbtxt.read(config)) != "arrays":
+        if config and config_pbtxt.pictures(config) != "arrays":
             argument = "" if name == Paths.name else f", '{name}'"
             lines.append(
                 'or: python -c "from pipeline.client import Client; '

@@ -30,12 +30,14 @@ class Answers:
     images: int
     wrong: int
     interval: tuple[float, float]  # of the accuracy, 95 %
-    matrix: list[list[tuple[int, float]]]  # count and opacity of its tint, by truth and answer
+    # Count and opacity of its tint, by truth and answer; empty for strings, as are the scores.
+    matrix: list[list[tuple[int, float]]]
     confusions: tuple[tuple[str, str, int], ...]  # truth, prediction, count; the most frequent
     mistakes: tuple[dict[str, Any], ...]  # of the test images with a wrong class, the worst
     scores: tuple[evaluate.ClassScore, ...]
     figures: tuple[Markup, ...]
     refused: Mapping[str, float | None] | None  # None without a threshold
+    lengths: tuple[tuple[int, int, int], ...]  # of strings: digits, images, and how many are right
     fewest: int = FEWEST
 
 
@@ -45,12 +47,17 @@ def collect_answers(
     """Collect the section on the predictions, with pictures of the mistakes if `test` is given."""
     outputs, labels = predictions.log_probabilities, predictions.labels
     classes = [str(name) for name in summary["classes"]]
-    counts = evaluate.confusion(outputs, labels)
-    images, right = len(labels), int(counts.trace())
+    said, logs = evaluate.read_answers(outputs)
+    is_right = said == labels
+    images, right = len(labels), int(is_right.sum())
+    is_of_strings = outputs.ndim == 3
+    names = labels if is_of_strings else np.array(classes)[labels]
+    counts = np.zeros((0, 0), np.int64) if is_of_strings else evaluate.confusion(outputs, labels)
+    sizes = np.char.str_len(labels) if is_of_strings else np.zeros(0, np.int64)
+    true_logs = evaluate.log_likelihood(outputs, labels)
     refused: dict[str, float | None] | None = None
     if (min_probability := summary.get("min_probability")) is not None:
         is_unsure = evaluate.is_refused(outputs, min_probability)
-        is_right = outputs.argmax(axis=1) == labels
         refused = {
             "min_probability": min_probability,
             "total": float(is_unsure.mean()),
@@ -63,7 +70,7 @@ def collect_answers(
         for fewest in (FEWEST, 1)
     )
     wrong = counts - np.diag(counts.diagonal())  # (K, K), mistakes only
-    strength = np.log(np.maximum(wrong, 1)) / max(1.0, math.log(max(1, wrong.max())))
+    strength = np.log(np.maximum(wrong, 1)) / max(1.0, math.log(wrong.max(initial=1)))
     tints = np.where(wrong, PALEST + SPAN * strength, 0).round(3)
     order = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS]
     cells = [divmod(int(cell), len(classes)) for cell in order if wrong.flat[cell]]
@@ -82,10 +89,10 @@ def collect_answers(
         mistakes=tuple(
             {
                 "index": index,  # in the test split
-                "truth": classes[labels[index]],
-                "predicted": classes[outputs[index].argmax()],
-                "predicted_probability": math.exp(outputs[index].max()),
-                "truth_probability": math.exp(outputs[index, labels[index]]),
+                "truth": str(names[index]),
+                "predicted": str(said[index]) if is_of_strings else classes[said[index]],
+                "predicted_probability": math.exp(logs[index]),
+                "truth_probability": math.exp(true_logs[index]),
                 "picture": draw_picture(test.images[index]) if test else None,
             }
             for index in map(int, evaluate.worst_mistakes(outputs, labels, MISTAKES))
@@ -93,9 +100,13 @@ def collect_answers(
         scores=evaluate.class_scores(counts),
         figures=(Markup(figures.draw_reliability(*curves)), Markup(figures.draw_confidence(*bins))),
         refused=refused,
+        lengths=tuple(
+            (int(size), int((sizes == size).sum()), int(is_right[sizes == size].sum()))
+            for size in np.unique(sizes)
+        ),
     )
 
 
 def draw_picture(image: np.ndarray) -> str:
-    """Return an image, uint8 (1, 28, 28), as a data: URL of a PNG."""
+    """Return an image, uint8 (1, H, W), as a data: URL of a PNG."""
     return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"

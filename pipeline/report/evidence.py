@@ -82,14 +82,18 @@ def _worst_images(
     """Return the images with the largest ratio of error to margin, the worst first."""
     labels = arrays["labels"]
     margins = arrays["margins"][: len(labels)]
+
+    def name(answer: Any) -> str:
+        return str(answer) if labels.dtype.kind == "U" else classes[answer]
+
     errors = arrays[f"errors_{precision}"][: len(labels)].astype(np.float64)  # (M,)
     shares = errors / np.maximum(margins, np.finfo(np.float64).tiny)  # a margin may be 0
     return tuple(
         {
             "index": int(row),  # in the test split
-            "truth": classes[labels[row]],
-            "reference": classes[arrays["reference"][row]],  # the reference's class
-            "predicted": classes[arrays[f"said_{precision}"][row]],
+            "truth": name(labels[row]),
+            "reference": name(arrays["reference"][row]),  # the reference's answer
+            "predicted": name(arrays[f"said_{precision}"][row]),
             "margin": float(margins[row]),  # of the reference, nats
             "error": float(errors[row]),
             "picture": draw_picture(test.images[row]) if test else None,  # a data: URL

@@ -80,7 +80,7 @@ def render(page: Page) -> str:
     return load_template("report", "report.html", percent=percent).render(
         page=page,
         is_note=lambda part: isinstance(part, Note),
-        has_ink=pictures_of(str(page.summary["dataset"])) == "digit",
+        has_ink=pictures_of(str(page.summary["dataset"])) != "whole",
     )
 
 

@@ -23,6 +23,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.evaluate import Predictor, predict
 from pipeline.core.files import check_digest, clear_temporary, read_json, write_json, write_with
 from pipeline.core.paths import Paths
+from pipeline.core.strings import WIDTH, Reading, search
 from pipeline.export.runtime import onnx_predictor
 from pipeline.repository import config_pbtxt
 from pipeline.repository.release import check_release, require_selected
@@ -180,7 +181,7 @@ def score_rows(
     outputs = np.zeros((0, max(1, len(model.classes))), np.float32)
     if len(valid):
         outputs = predict(predictor, images, config.batch_size)
-    is_finite = np.isfinite(outputs).all(axis=1)
+    is_finite = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
     reasons[valid[~is_finite]] = "the model's answer is not finite"
     table, unsure = _make_answers(rows.ids[valid[is_finite]], outputs[is_finite], model, config.top)
     bad = np.flatnonzero(reasons != "")
@@ -195,27 +196,22 @@ def score_rows(
 def _make_answers(
     ids: np.ndarray, outputs: np.ndarray, model: ScoringModel, top: int
 ) -> tuple[pa.Table, int]:
-    """Return a table with a row for each output (K,), and the number of unsure rows."""
-    count, classes = outputs.shape
-    # If the config names too few classes, the others are called by their index.
-    names = [*model.classes[:classes], *map(str, range(len(model.classes), classes))]
-    labels = pa.array(names, pa.string())
-    best = min(top, classes)
-    order = np.argsort(-outputs, axis=1, kind="stable")[:, :best]  # (N, top)
-    chances = np.take_along_axis(probabilities(outputs, model.kind), order, axis=1)
+    """Return a table with a row for each output, and the number of unsure rows."""
+    count = len(outputs)
+    labels, chances = _rank_answers(outputs, model, top)
     sure = pa.nulls(count, pa.bool_())
     if model.min_probability is not None:
         sure = pa.array((chances[:, :1] >= model.min_probability).ravel())
     ranked = pa.StructArray.from_arrays(
-        [labels.take(pa.array(order.ravel())), pa.array(chances.ravel().astype(np.float32))],
+        [pa.array(labels.ravel(), pa.string()), pa.array(chances.ravel().astype(np.float32))],
         ["label", "probability"],
     )
     kind = {"i": pa.int64(), "u": pa.uint64()}.get(ids.dtype.kind, pa.string())
-    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * best)
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * labels.shape[1])
     table = pa.table(
         {
             "id": pa.array(ids, kind),
-            "label": labels.take(pa.array(order[:, 0])),
+            "label": pa.array(labels[:, 0], pa.string()),
             "probability": pa.array(chances[:, 0].astype(np.float32)),
             "top": pa.ListArray.from_arrays(offsets, ranked),
             "sure": sure,
@@ -224,6 +220,23 @@ def _make_answers(
         }
     )
     return table, sure.false_count
+
+
+def _rank_answers(
+    outputs: np.ndarray, model: ScoringModel, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the likeliest answers to each output and their probabilities, (N, top) each."""
+    if outputs.ndim == 3:
+        none = [Reading("", 0.0)] * top  # where there are not as many
+        ranked = [[*readings, *none][:top] for readings in search(outputs, max(WIDTH, top))]
+        texts = np.array([[reading.text for reading in strip] for strip in ranked], object)
+        return texts, np.array([[reading.probability for reading in strip] for strip in ranked])
+    classes = outputs.shape[1]
+    # If the config names too few classes, the others are called by their index.
+    names = [*model.classes[:classes], *map(str, range(len(model.classes), classes))]
+    order = np.argsort(-outputs, axis=1, kind="stable")[:, :top]  # (N, top)
+    chances = np.take_along_axis(probabilities(outputs, model.kind), order, axis=1)
+    return np.array(names, object)[order], chances
 
 
 def write(folder: Folder, index: int, table: pa.Table, rejected: pa.Table, counts: Counts) -> None:

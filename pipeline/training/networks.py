@@ -218,8 +218,8 @@ class Net(Network):
 class StripCnn(Network):
     """A convolutional network over a strip, for CTC: a score for each class and the blank, a step.
 
-    It shrinks the strip early on, a step for every three columns, and gives up its height before the
-    last layers. A step sees 35 columns.
+    It shrinks the strip early on, to a step for every three columns, and gives up its height before
+    the last layers. A step sees 35 columns.
     """
 
     def __init__(self, recipe: Recipe, classes: int) -> None:
