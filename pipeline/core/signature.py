@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MNIST_CLASSES = tuple("0123456789")
+PICTURES = ("digit", "whole", "line")  # how pictures become images: see pictures_of
 SCORES = "scores"  # the second output of an exact variant: whole numbers, int32
 
 

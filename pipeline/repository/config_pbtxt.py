@@ -12,7 +12,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig as ModelConfig
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_bytes
-from pipeline.core.signature import TensorSpec, pictures_of
+from pipeline.core.signature import PICTURES, TensorSpec, pictures_of
 from pipeline.images.rule import PictureRule
 from pipeline.repository.ort_values import read_integer
 from pipeline.repository.settings import PackageConfig
@@ -195,7 +195,7 @@ def require_pictures(message: ModelConfig) -> str:
             f"{message.name} takes only arrays: give one of shape {list(message.input[0].dims)}, "
             "or export it with --picture, so that it takes pictures"
         )
-    if "=" in how:
+    if how not in PICTURES:
         try:
             PictureRule.parse(how)
         except PipelineError as error:

@@ -181,7 +181,7 @@ def score_rows(
     outputs = np.zeros((0, max(1, len(model.classes))), np.float32)
     if len(valid):
         outputs = predict(predictor, images, config.batch_size)
-    is_finite = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+    is_finite = np.isfinite(outputs).all(axis=tuple(range(1, outputs.ndim)))
     reasons[valid[~is_finite]] = "the model's answer is not finite"
     table, unsure = _make_answers(rows.ids[valid[is_finite]], outputs[is_finite], model, config.top)
     bad = np.flatnonzero(reasons != "")

@@ -192,8 +192,9 @@ class TrainConfig:
             raise SettingError(f"{self.dataset} is trained without outliers: leave out --outliers")
 
     @classmethod
-    def of(cls, name: str, dataset: str = "mnist", seed: int = 0, **changes: Any) -> "TrainConfig":
+    def of(cls, name: str, dataset: str = "", seed: int = 0, **changes: Any) -> "TrainConfig":
         """Return the config for the recipe called `name`, with some of its fields changed."""
+        dataset = dataset or default_dataset(name)
         return cls(name, make_recipe(name, dataset, **changes), dataset, seed)
 
     def record(self) -> dict[str, Any]:

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.core.signature import tensors_of
 from pipeline.training.networks import MEAN, STD, Net, build, eager_predictor, share_none
-from pipeline.training.recipes import RECIPES
+from pipeline.training.recipes import RECIPES, default_dataset
 
 
 def images(count: int) -> torch.Tensor:
@@ -13,11 +14,12 @@ def images(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_every_network_maps_uint8_images_to_log_probabilities(recipe: str) -> None:
+    given, answer = tensors_of(default_dataset(recipe), classes=7)
     model = build(RECIPES[recipe], classes=7).eval()
-    outputs = model(images(3))
-    assert outputs.shape == (3, 7)
+    outputs = model(torch.randint(0, 256, (3, *given.shape), dtype=torch.uint8))
+    assert outputs.shape == (3, *answer.shape)
     assert outputs.dtype == torch.float32
-    assert torch.allclose(outputs.exp().sum(dim=1), torch.ones(3))
+    assert torch.allclose(outputs.exp().sum(dim=-1), torch.ones(outputs.shape[:-1]))
 
 
 def test_the_note_is_784_128_10() -> None:
