@@ -22,6 +22,7 @@ from pipeline.core.paths import Paths
 from pipeline.core.signature import IMAGES, TensorSpec, is_label, tensors_of
 from pipeline.core.text import Lines
 from pipeline.data.splits import load_scored_split, load_split
+from pipeline.data.strips import LENGTHS
 from pipeline.export.sample import Sample, read_sample
 from pipeline.training.checkpoint import load_checkpoint
 
@@ -237,4 +238,8 @@ def load_sample(paths: Paths, manifest: dict[str, Any]) -> Sample:
         return read_sample(paths.images)
     training, folder = manifest["training"], paths.data(manifest["training"]["dataset"])
     test = load_scored_split(training, manifest["data_sha256"], folder)
-    return Sample(test.images, test.labels, load_split(training["dataset"], folder, "train").images)
+    calibration = load_split(training["dataset"], folder, "train").images
+    if calibration.shape[1:] != test.images.shape[1:]:  # of strips, single digits are trained on
+        strips = load_split(training["dataset"], folder, "validation").images
+        calibration = strips[:: len(LENGTHS)]  # they are in the order of their lengths
+    return Sample(test.images, test.labels, calibration)

@@ -16,7 +16,7 @@ from pipeline.core.evaluate import apply_temperature, fit_temperature, judge, ma
 def draw(count: int, steps: int, symbols: int, seed: int, sharpness: float = 2.0) -> np.ndarray:
     """Random log-probabilities float64 (N, T, K + 1)."""
     logits = np.random.default_rng(seed).normal(size=(count, steps, symbols)) * sharpness
-    return logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
+    return np.asarray(logits - np.log(np.exp(logits).sum(axis=2, keepdims=True)))
 
 
 def collapse(path: tuple[int, ...], blank: int) -> str:
