@@ -63,7 +63,7 @@ def test_run_and_model_are_called_numbers_and_the_signature_is_of_strings(number
     assert golden.labels.dtype.kind == "U"
     card = paths.card.read_text()
     assert "A reader of handwritten numbers" in card
-    assert 'It cannot answer' not in card
+    assert "It cannot answer" not in card
 
 
 @pytest.mark.parametrize("damage", ["none", "blank", "time", "head"])
