@@ -128,7 +128,7 @@ def read_answers(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def log_likelihood(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the log-probability of each label (N,), by log-probabilities (N, ...)."""
     if outputs.ndim == 3:
-        return strings.log_likelihood(outputs, labels)
+        return strings.sum_alignments(outputs, labels)
     return np.asarray(outputs[np.arange(len(labels)), labels])
 
 
@@ -291,10 +291,10 @@ def wilson_interval(correct: int, images: int) -> tuple[float, float]:
 def margins(outputs: np.ndarray) -> np.ndarray:
     """Return each row's margin: its highest minus its second output (N, K), float64 (N,).
 
-    Of strings (N, T, K + 1) see `strings.margins`.
+    Of strings (N, T, K + 1) see `strings.find_margins`.
     """
     if outputs.ndim == 3:
-        return strings.margins(outputs)
+        return strings.find_margins(outputs)
     second, first = np.partition(outputs.astype(np.float64), -2, axis=1)[:, -2:].T
     return np.asarray(first - second)
 

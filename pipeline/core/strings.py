@@ -53,7 +53,7 @@ def to_digits(texts: np.ndarray, length: int = 0) -> np.ndarray:
     return np.where(codes > 0, codes.astype(np.int64) - ord("0"), -1)
 
 
-def log_likelihood(outputs: np.ndarray, texts: np.ndarray) -> np.ndarray:
+def sum_alignments(outputs: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """Return the natural logarithm of each string's probability, float64 (N,).
 
     `outputs` (N, T, K + 1) are log-probabilities, `texts` (N,) one string a strip. A string that
@@ -100,7 +100,7 @@ def search(outputs: np.ndarray, width: int = WIDTH) -> list[list[Reading]]:
         part = outputs[start : start + AT_ONCE]
         texts = _search_beam(part, width)  # (N, W)
         repeated = np.repeat(part, texts.shape[1], axis=0)
-        logs = log_likelihood(repeated, texts.reshape(-1)).reshape(texts.shape)
+        logs = sum_alignments(repeated, texts.reshape(-1)).reshape(texts.shape)
         for strip, of_strip in zip(texts, np.exp(logs), strict=True):
             # A beam that is wider than there are strings has some twice.
             readings = dict(zip(map(str, strip), map(float, of_strip), strict=True))
@@ -157,7 +157,7 @@ def find_best(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     has less, the strings are searched.
     """
     texts = greedy(outputs)
-    logs = log_likelihood(outputs, texts)
+    logs = sum_alignments(outputs, texts)
     doubtful = np.flatnonzero(~(logs > np.log(0.5)))
     if len(doubtful):
         better = [readings[0] for readings in search(outputs[doubtful])]
@@ -168,7 +168,7 @@ def find_best(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return texts, logs
 
 
-def margins(outputs: np.ndarray) -> np.ndarray:
+def find_margins(outputs: np.ndarray) -> np.ndarray:
     """Return how far each strip's answer is from changing, nats per step, float64 (N,).
 
     It is the difference in log-probability of the likeliest string and of all others together (of

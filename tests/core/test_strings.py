@@ -24,7 +24,7 @@ def collapse(path: tuple[int, ...], blank: int) -> str:
     return "".join(str(symbol) for symbol in kept if symbol != blank)
 
 
-def sum_alignments(outputs: np.ndarray) -> dict[str, float]:
+def enumerate_strings(outputs: np.ndarray) -> dict[str, float]:
     """Probability of every string of outputs (T, K + 1), by enumeration."""
     steps, symbols = outputs.shape
     totals: dict[str, float] = defaultdict(float)
@@ -39,9 +39,9 @@ def test_a_string_has_the_probability_of_all_its_alignments(
     steps: int, symbols: int, seed: int
 ) -> None:
     outputs = draw(1, steps, symbols, seed)
-    totals = sum_alignments(outputs[0])
+    totals = enumerate_strings(outputs[0])
     texts = np.array([*totals, "0" * (steps + 1)])  # the last fits into no alignment
-    logs = strings.log_likelihood(np.repeat(outputs, len(texts), axis=0), texts)
+    logs = strings.sum_alignments(np.repeat(outputs, len(texts), axis=0), texts)
     np.testing.assert_allclose(np.exp(logs), [*totals.values(), 0.0], atol=1e-12)
 
 
@@ -51,7 +51,7 @@ def test_the_likeliest_string_is_found_by_its_sum(steps: int, symbols: int, seed
     outputs = draw(3, steps, symbols, seed, 1.0)
     texts, logs = strings.find_best(outputs)
     for row in range(3):
-        totals = sum_alignments(outputs[row])
+        totals = enumerate_strings(outputs[row])
         assert totals[texts[row]] == pytest.approx(max(totals.values()), abs=1e-9)
         assert np.exp(logs[row]) == pytest.approx(totals[texts[row]], abs=1e-9)
         (readings,) = strings.search(outputs[row : row + 1], width=len(totals))
@@ -71,7 +71,7 @@ def test_the_likelihood_is_that_of_pytorchs_loss() -> None:
         blank=10,
         reduction="none",
     )
-    np.testing.assert_allclose(strings.log_likelihood(outputs, texts), -loss.numpy(), rtol=1e-9)
+    np.testing.assert_allclose(strings.sum_alignments(outputs, texts), -loss.numpy(), rtol=1e-9)
 
 
 def certain(texts: list[str], steps: int = 20) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.core.errors import SettingError
 from pipeline.core.signature import STEPS
-from pipeline.core.strings import log_likelihood
+from pipeline.core.strings import sum_alignments
 from pipeline.data.splits import Split, load_split
 from pipeline.training import strips
 from pipeline.training.checkpoint import RunState
@@ -78,7 +78,7 @@ def test_the_loss_is_the_probability_of_the_text() -> None:
     texts = torch.full((4, 13), -1)
     for row, text in enumerate(("2026", "7", "", "00")):
         texts[row, : len(text)] = torch.tensor([int(digit) for digit in text], dtype=torch.long)
-    logs = log_likelihood(outputs.numpy(), np.array(["2026", "7", "", "00"]))
+    logs = sum_alignments(outputs.numpy(), np.array(["2026", "7", "", "00"]))
     expected = -np.mean(logs / [4, 1, 1, 2])
     assert float(ctc_loss(outputs, texts)) == pytest.approx(expected)
 
