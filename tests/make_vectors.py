@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from pipeline.core.strings import read_string
 from pipeline.data.splits import load_split
 from pipeline.images.read import find_digit, read_gray
 from tools import photos as photo_light
@@ -97,8 +98,34 @@ def _lines(first: list[tuple[int, int]], width: int, *more: list[tuple[int, int]
     return picture
 
 
+def strips() -> Iterator[np.ndarray]:
+    """Outputs (T, 11) of CTC networks: sure and unsure ones, repeated digits, none at all."""
+    rng = np.random.default_rng(5)
+    noises = {"2026": 0.5, "80331": 0.8, "1100": 1, "": 1, "7": 3, "99999": 1}
+    for text, noise in noises.items():
+        logits = rng.normal(size=(4 * len(text) + 3, 11)) * noise
+        logits[:, 10] += 4
+        for place, digit in enumerate(text):
+            logits[4 * place + 1 : 4 * place + 3, int(digit)] += 6
+        yield np.round(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), 4)
+
+
+def write_strings() -> None:
+    """Write strips of outputs, and what they are read as, to strings.json."""
+    vectors = []
+    for row in strips():
+        answer = read_string(row, 3)
+        read = {"readings": answer.readings, "places": answer.places}
+        vectors.append(json.dumps({"outputs": row.tolist(), **read}))
+    (VECTORS / "strings.json").write_text("[\n" + ",\n".join(vectors) + "\n]\n")
+
+
 def main() -> None:
-    """Write the pictures as NAME.png, what they become to expected.json and parts.json."""
+    """Write the pictures as NAME.png, what they become to expected.json and parts.json.
+
+    What strips of digits are read as is written to strings.json.
+    """
+    write_strings()
     split = load_split("mnist", Path(__file__).parent.parent / "data" / "mnist", "test")
     VECTORS.mkdir(exist_ok=True)
     expected, parts = {}, {}

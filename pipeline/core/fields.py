@@ -7,7 +7,7 @@ one as soon as no string that begins so obeys, and at its end takes only those t
 import re
 from calendar import monthrange
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,12 +80,21 @@ def _of_prefixes(
     return Rule(text, "", step, is_accepted)
 
 
+def _begins_within(prefix: str, spans: Iterable[tuple[str, str]]) -> bool:
+    """Return whether a string from the first to the last of a span, all equally long, begins so."""
+    return any(
+        first <= prefix.ljust(len(first), "9") and prefix.ljust(len(last), "0") <= last
+        for first, last in spans
+        if len(prefix) <= len(first)
+    )
+
+
 def _begins_date(text: str) -> bool:
     year, rest = int(text[:4]), text[4:]
     if not rest:
         return len(text) < 4 or year > 0
-    ends = (f"{m:02}{monthrange(year, m)[1]}" for m in range(1, 13) if year)  # last days of months
-    return any(f"{end[:2]}01" <= rest.ljust(4, "9") and rest.ljust(4, "0") <= end for end in ends)
+    months = range(1, 13)
+    return _begins_within(rest, ((f"{m:02}01", f"{m:02}{monthrange(year, m)[1]}") for m in months))
 
 
 def _make_length(text: str, value: str) -> Rule:
@@ -100,26 +109,16 @@ def _make_range(text: str, value: str) -> Rule:
         raise SettingError(f"range:A-B needs two numbers such as 1-500, A <= B; got {text!r}")
     low, high = match.groups()
     # Of each length, first and last string. Only those as long as A may begin with zeros.
-    spans = {
-        length: (
-            low if length == len(low) else "1".ljust(length, "0"),
-            high if length == len(high) else "9" * length,
-        )
-        for length in range(len(low), len(high) + 1)
-    }
-
-    def begins(prefix: str) -> bool:
-        return any(
-            first <= prefix.ljust(length, "9") and prefix.ljust(length, "0") <= last
-            for length, (first, last) in spans.items()
-            if len(prefix) <= length
-        )
+    lengths = range(len(low), len(high) + 1)
+    firsts = [low, *("1".ljust(length, "0") for length in lengths[1:])]
+    lasts = [*("9" * length for length in lengths[:-1]), high]
+    spans = dict(zip(lengths, zip(firsts, lasts, strict=True), strict=True))
 
     def is_accepted(number: str) -> bool:
-        first, last = spans.get(len(number), ("1", "0"))
-        return first <= number <= last
+        length = len(number)
+        return length in spans and spans[length][0] <= number <= spans[length][1]
 
-    return _of_prefixes(text, begins, is_accepted)
+    return _of_prefixes(text, lambda prefix: _begins_within(prefix, spans.values()), is_accepted)
 
 
 def _make_list(text: str, value: str) -> Rule:

@@ -12,7 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.core.fields import Rule
+
 WIDTH = 8  # strings that the beam search keeps at each step
+OBEYING = 64  # with a rule: one in ten obeys a check digit, and only at its end it is known which
+WIDEST = 512  # with a rule that no string of a narrower search obeys
 AT_ONCE = 256  # strips, so that their beams fit into a core's cache
 NONE = np.uint64(2**64 - 1)  # in place of the hash of a prefix that is in the beam already
 HASH = np.uint64(0x100000001B3)  # of FNV-1a: multiplied and added to, for each digit of a prefix
@@ -23,6 +27,14 @@ class Reading(NamedTuple):
 
     text: str
     probability: float  # over all alignments, 0 to 1
+
+
+class StringAnswer(NamedTuple):
+    """The strings that a strip may show, and where the digits of the likeliest are."""
+
+    readings: tuple[Reading, ...]  # those that obey the rule, the likeliest first; empty if none
+    places: tuple[tuple[int, int], ...]  # first and last step of each digit of the first reading
+    likeliest: Reading  # whether it obeys the rule or not
 
 
 def greedy(outputs: np.ndarray) -> np.ndarray:
@@ -60,20 +72,12 @@ def sum_alignments(outputs: np.ndarray, texts: np.ndarray) -> np.ndarray:
     does not fit into the steps, or is less likely than float64 can tell, has -inf. This is the
     forward algorithm of the paper, scaled at each step.
     """
-    digits = to_digits(texts)
-    count, blank = len(digits), outputs.shape[2] - 1
-    states = np.full((count, 2 * digits.shape[1] + 1), blank)  # (N, S): blanks between digits
-    states[:, 1::2] = np.where(digits < 0, blank, digits)
-    # From one digit to the next without a blank, unless they are equal.
-    may_skip = np.zeros(states.shape, bool)
-    may_skip[:, 3::2] = (digits[:, 1:] != digits[:, :-1]) & (digits[:, 1:] >= 0)
-    lengths = (digits >= 0).sum(axis=1)
+    states, may_skip, lengths = _expand(texts, outputs.shape[2] - 1)
     chances = np.exp(outputs.astype(np.float64))
+    count = len(states)
     rows = np.arange(count)
     alpha = np.zeros(states.shape)
     alpha[:, 0] = 1.0  # before the first step, as after a blank
-    may_start = np.zeros(states.shape, bool)
-    may_start[:, :2] = True
     total = np.zeros(count)
     for step in range(outputs.shape[1]):
         moved = alpha.copy()
@@ -89,27 +93,119 @@ def sum_alignments(outputs: np.ndarray, texts: np.ndarray) -> np.ndarray:
         return np.asarray(np.minimum(total + np.log(end), 0.0))
 
 
-def search(outputs: np.ndarray, width: int = WIDTH) -> list[list[Reading]]:
+def _expand(texts: np.ndarray, blank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what an alignment of each string (N,) passes through.
+
+    The symbols, int64 (N, S): its digits with blanks around them. Whether each can come right after
+    the one before the last, bool (N, S): a digit after another one. The strings' lengths (N,).
+    """
+    digits = to_digits(texts)
+    states = np.full((len(digits), 2 * digits.shape[1] + 1), blank)
+    states[:, 1::2] = np.where(digits < 0, blank, digits)
+    may_skip = np.zeros(states.shape, bool)
+    may_skip[:, 3::2] = (digits[:, 1:] != digits[:, :-1]) & (digits[:, 1:] >= 0)
+    return states, may_skip, (digits >= 0).sum(axis=1)
+
+
+def find_places(row: np.ndarray, text: str) -> tuple[tuple[int, int], ...]:
+    """Return the first and the last step of each digit, by the string's likeliest alignment.
+
+    `row` (T, K + 1) are one strip's outputs, in which the string fits (Viterbi's algorithm).
+    """
+    (states,), (may_skip,), _ = _expand(np.array([text]), row.shape[1] - 1)
+    best = np.where(np.arange(len(states)) > 0, -np.inf, 0.0)
+    moves = np.zeros((len(row), len(states)), int)  # states passed on the way to each
+    for step, values in enumerate(row.astype(np.float64)):
+        options = np.full((3, len(states)), -np.inf)
+        options[0], options[1, 1:] = best, best[:-1]
+        options[2, 2:] = np.where(may_skip[2:], best[:-2], -np.inf)
+        moves[step] = options.argmax(axis=0)
+        best = options.max(axis=0) + values[states]
+    state = 2 * len(text)
+    state -= int(bool(text) and best[state - 1] > best[state])
+    path = []
+    for move in moves[::-1]:
+        path.append(state)
+        state -= move[state]
+    path.reverse()
+    firsts = [path.index(2 * place + 1) for place in range(len(text))]
+    return tuple((first, first + path.count(path[first]) - 1) for first in firsts)
+
+
+def read_string(
+    row: np.ndarray, top: int, width: int = WIDTH, rule: Rule | None = None
+) -> StringAnswer:
+    """Return the `top` likeliest strings of one strip's outputs (T, K + 1), and the first's places.
+
+    With a rule, they are the likeliest that obey it. A probability is that among all strings.
+    """
+    ranked = search(row[np.newaxis], max(width, top))[0]
+    likeliest = ranked[0]
+    if rule and not all(rule.is_obeyed(reading.text) for reading in ranked[:top]):
+        ranked = search(row[np.newaxis], max(OBEYING, width, top), rule)[0]
+    places = find_places(row, ranked[0].text) if ranked else ()
+    return StringAnswer(tuple(ranked[:top]), places, likeliest)
+
+
+class _States:
+    """The numbers of a rule's states, as a search meets them; -1 is that of no state."""
+
+    def __init__(self, rule: Rule, digits: int) -> None:
+        self._rule, self._digits = rule, digits
+        self._states, self._numbers = [rule.start], {rule.start: 0}
+        self._rows = {-1: [-1] * digits}
+
+    def follow(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the states after each digit (..., K) of the states (...)."""
+        unique, places = np.unique(numbers, return_inverse=True)
+        table = np.array([self._rows.get(n) or self._add_row(n) for n in unique.tolist()])
+        return table[places.reshape(numbers.shape)]
+
+    def _add_row(self, number: int) -> list[int]:
+        row = self._rows[number] = [-1] * self._digits
+        for digit in range(self._digits):
+            state = self._rule.step(self._states[number], digit)
+            if state is not None:
+                if state not in self._numbers:
+                    self._numbers[state] = len(self._states)
+                    self._states.append(state)
+                row[digit] = self._numbers[state]
+        return row
+
+
+def search(
+    outputs: np.ndarray, width: int = WIDTH, rule: Rule | None = None
+) -> list[list[Reading]]:
     """Return the likeliest strings of each strip's outputs (N, T, K + 1), the likeliest first.
 
     Prefix beam search (Hannun et al. 2014, arXiv:1408.2873) over all strips at once. The
-    probabilities of the strings that are left at its end are then computed exactly.
+    probabilities of the strings that are left at its end are then computed exactly. With a rule,
+    only strings that obey it are searched; a strip for which none is found is searched again with
+    the WIDEST beam, and may have none.
     """
     found = []
-    for start in range(0, len(outputs), AT_ONCE):
-        part = outputs[start : start + AT_ONCE]
-        texts = _search_beam(part, width)  # (N, W)
+    at_once = max(1, AT_ONCE * WIDTH // width)
+    for start in range(0, len(outputs), at_once):
+        part = outputs[start : start + at_once]
+        texts = _search_beam(part, width, rule)  # (N, W)
         repeated = np.repeat(part, texts.shape[1], axis=0)
         logs = sum_alignments(repeated, texts.reshape(-1)).reshape(texts.shape)
         for strip, of_strip in zip(texts, np.exp(logs), strict=True):
             # A beam that is wider than there are strings has some twice.
             readings = dict(zip(map(str, strip), map(float, of_strip), strict=True))
+            if rule:
+                readings = {t: p for t, p in readings.items() if p and rule.is_obeyed(t)}
             ranked = sorted(readings.items(), key=lambda item: -item[1])
             found.append([Reading(*item) for item in ranked])
+    missing = [strip for strip, ranked in enumerate(found) if not ranked]
+    if missing and width < WIDEST:
+        wider = search(outputs[missing], WIDEST, rule)
+        for number, obeying in zip(missing, wider, strict=True):
+            found[number] = obeying
     return found
 
 
-def _search_beam(outputs: np.ndarray, width: int) -> np.ndarray:
+def _search_beam(outputs: np.ndarray, width: int, rule: Rule | None) -> np.ndarray:
     """Return the strings that a beam of this width ends with, str (N, W)."""
     chances = np.exp(outputs.astype(np.float64))
     count, steps, symbols = outputs.shape
@@ -120,12 +216,17 @@ def _search_beam(outputs: np.ndarray, width: int) -> np.ndarray:
     hashes = np.zeros((count, 1), np.uint64)  # of the prefixes
     # Probability of each prefix's alignments so far: that end in a blank, and in its last digit.
     after_blank, after_digit = np.ones((count, 1)), np.zeros((count, 1))
+    rule_states = _States(rule, blank) if rule else None
+    states = np.zeros((count, 1), np.int64)  # the rule's, after each prefix
     for step in range(steps):
         now = chances[:, step]
         both, beam = after_blank + after_digit, hashes.shape[1]
         stay_blank, stay_digit = both * now[:, blank:], after_digit * now[rows, last]
         is_repeated = last[:, :, np.newaxis] == np.arange(blank)  # a blank must come between
         start = np.where(is_repeated, after_blank[:, :, np.newaxis], both[:, :, np.newaxis])
+        if rule_states:
+            following = rule_states.follow(states)  # (N, W, K)
+            start[following < 0] = 0.0
         grown = (start * now[:, np.newaxis, :blank]).reshape(count, -1)  # (N, W K)
         grown_hashes = hashes[:, :, np.newaxis] * HASH + np.arange(1, symbols, dtype=np.uint64)
         grown_hashes = grown_hashes.reshape(count, -1)
@@ -141,6 +242,8 @@ def _search_beam(outputs: np.ndarray, width: int) -> np.ndarray:
         is_longer = kept >= beam
         parent = np.where(is_longer, (kept - beam) // blank, kept)
         digit = np.where(is_longer, (kept - beam) % blank, last[rows, parent])
+        if rule_states:
+            states = np.concatenate([states, following.reshape(count, -1)], axis=1)[rows, kept]
         texts, lengths = texts[rows, parent], lengths[rows, parent]
         strip, place = np.nonzero(is_longer)
         texts[strip, place, lengths[strip, place]] = digit[strip, place]
