@@ -103,7 +103,7 @@ def rebuild_release(
             f"the data differ from those of {path}: {key} has digest {str(other)[:12]}, not "
             f"{digest[:12]}. Fetch the data set that the release was trained on"
         )
-    origin = paths.of_run(config.init)
+    origin = paths.of_run(config.init or paths.run)
     if config.init:
         weights, wanted = load_checkpoint(origin).summary.weights_sha256, config.init_sha256
         if weights != wanted:
